@@ -1,0 +1,1 @@
+"""qlora-job: fine-tune a causal language model with 4-bit QLoRA, unattended."""

@@ -1,0 +1,1 @@
+"""Decides: pure values and functions. Never torch, never the network, never a file."""

@@ -1,0 +1,1 @@
+"""Computes: torch, transformers, peft, bitsandbytes, accelerate. Never the store, never the environment."""
