@@ -1,0 +1,422 @@
+"""YAML text -> Recipe: frozen sections, every mistake at once with its line, and a JSON Schema for editors."""
+
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from string import Formatter
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from job.core.errors import UsageError
+
+Count = Annotated[int, Field(strict=True, gt=0)]
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Flag = Annotated[bool, Field(strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _no_credentials(uri: str) -> str:
+    # A recipe is copied into run.json and into logs: what stands in it is not secret.
+    if re.match(r"^[a-z0-9]+://[^/@]*:[^/@]*@", uri):
+        msg = "a URI holds no credentials; they come from the default chain (environment, profile, role)"
+        raise ValueError(msg)
+    return uri
+
+
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Uri = Annotated[Text, AfterValidator(_no_credentials)]
+Uris = Annotated[
+    tuple[Uri, ...],
+    Field(min_length=1),
+    BeforeValidator(_one_or_many),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+            ]
+        }
+    ),
+]
+
+
+def template_fields(template: str) -> list[str]:
+    """The record fields that a format template names, in order.
+
+    Raises:
+        ValueError: unbalanced braces, or more than a plain field name between them.
+    """
+    fields = []
+    for _literal, name, spec, conversion in Formatter().parse(template):
+        if name is None:
+            continue
+        if spec or conversion or not re.fullmatch(r"[^\W\d][\w -]*", name):
+            shown = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
+            msg = f"{shown} is not a plain field name; write {{name}}, and {{{{ }}}} for literal braces"
+            raise ValueError(msg)
+        fields.append(name)
+    return fields
+
+
+def _template(value: str) -> str:
+    if not template_fields(value):
+        msg = "names no field of the record; write at least one {field}"
+        raise ValueError(msg)
+    return value
+
+
+Template = Annotated[Text, AfterValidator(_template)]
+
+
+class Section(BaseModel):
+    """What every part of a recipe keeps: frozen, and an unknown key is a mistake."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """The base model. It is read in 4 bits (NF4, double quantisation) and computes in bf16."""
+
+    base: Uri
+    """Hub id (`owner/name`), local folder, or `s3://` prefix of a Llama-like causal language model in safetensors."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """Full commit of a hub id (40 hex digits): what is trained on must be reproducible. Only hub ids have one."""
+
+    @model_validator(mode="after")
+    def _hub_ids_name_their_commit(self) -> Self:
+        if is_hub_id(self.base) and self.revision is None:
+            msg = (
+                f"model.revision is missing: {self.base} is a hub id, and a name like `main` moves; "
+                "give the full commit (or write ./folder for a local one)"
+            )
+            raise ValueError(msg)
+        return self
+
+
+class Fraction(Section):
+    """A share of the training file, held out by a hash of each example."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the examples held out; an example stays on its side when the file grows or is reordered."""
+
+
+class DataSection(Section):
+    """The dataset: JSON lines, and how a record becomes text."""
+
+    train: Uris
+    """`.jsonl`, `.jsonl.gz` or `.jsonl.zst`: one URI, a list, a glob (`*`, `?`, `**`) or a prefix ending in `/`."""
+    validation: Annotated[
+        Annotated[Uris, Tag("<files>")] | Annotated[Fraction, Tag("<fraction>")],
+        Discriminator(lambda value: "<fraction>" if isinstance(value, (Mapping, Fraction)) else "<files>"),
+    ] = Fraction(fraction=0.05)
+    """Held-out examples: own files, or `{fraction: 0.05}` of the training files."""
+    text: Template | None = None
+    """Format template over the record's fields; the loss is over all of it. Or `prompt` and `completion`."""
+    prompt: Template | None = None
+    """Format template of what the model is given."""
+    completion: Template | None = None
+    """Format template of what the model learns to answer."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """With `prompt` and `completion`: which of them the loss is over. A model graded on its prompt learns prompts."""
+    max_length: Annotated[
+        Annotated[Literal["auto"], Tag("<auto>")] | Annotated[int, Field(strict=True, ge=8), Tag("<tokens>")],
+        Discriminator(lambda value: "<auto>" if isinstance(value, str) else "<tokens>"),
+    ] = "auto"
+    """Longest example in tokens, BOS and EOS included; `auto` chooses from the lengths and says why."""
+    too_long: Literal["truncate", "drop", "fail"] = "truncate"
+    """What happens to an example beyond `max_length`; a truncated one gets no EOS, since it did not end there."""
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    """Whether a wrong line ends the job (exit 65) or is left out and reported."""
+    bad_record_limit: Share = 0.01
+    """With `skip`: the largest share of wrong lines that is still taken for noise; beyond it the job ends (exit 65)."""
+
+    @model_validator(mode="after")
+    def _one_way_to_make_text(self) -> Self:
+        pair = (self.prompt is not None, self.completion is not None)
+        if (self.text is not None and any(pair)) or (self.text is None and not all(pair)):
+            msg = "give either `text`, or `prompt` and `completion`"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The record fields that the templates name, without repetition."""
+        templates = [t for t in (self.text, self.prompt, self.completion) if t is not None]
+        return tuple(dict.fromkeys(name for t in templates for name in template_fields(t)))
+
+
+class LoraSection(Section):
+    """The adapter."""
+
+    r: Count = 32
+    """Rank."""
+    alpha: Positive = 64
+    """Scale: the adapter's output is multiplied by alpha / r."""
+    dropout: Share = 0.0
+    """Dropout before the adapter. Above 0 the masks depend on the micro-batches, so another GPU gives other numbers."""
+    targets: Annotated[
+        Annotated[Literal["all-linear"], Tag("<name>")]
+        | Annotated[tuple[Text, ...], Field(min_length=1), Tag("<list>")],
+        Discriminator(lambda value: "<name>" if isinstance(value, str) else "<list>"),
+    ] = "all-linear"
+    """Names of the linear modules that get an adapter, or `all-linear` (all but the head). `lm_head` may be listed."""
+
+
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "sgd",
+]
+Schedule = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_min_lr"
+]
+
+
+class TrainSection(Section):
+    """The optimisation. How a batch is cut into micro-batches is the job's business, not the recipe's."""
+
+    steps: Count | None = None
+    """Optimizer steps. Give `steps` or `epochs`."""
+    epochs: Positive | None = None
+    """Passes over the training examples."""
+    batch_size: Count
+    """Examples per optimizer step, over all devices."""
+    learning_rate: Positive
+    """Peak learning rate."""
+    warmup_steps: Whole = 0
+    """Steps of linear warm-up to the peak."""
+    schedule: Schedule = "linear"
+    """Learning rate after the warm-up, by transformers' names."""
+    optimizer: Optimizer = "adamw_8bit"
+    """`paged_` moves the state to the host when the GPU is short of memory; the state of an adapter is small."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay of the adapter."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm (L2, over the whole adapter)."""
+    seed: Whole = 0
+    """Seed of the adapter's first values, the order of the examples and dropout."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            msg = "give either `steps` or `epochs`"
+            raise ValueError(msg)
+        return self
+
+
+class CheckpointSection(Section):
+    """How much work an attempt can lose."""
+
+    every_steps: Count = 50
+    """Optimizer steps between checkpoints; every evaluation commits one too."""
+    keep: Count = 3
+    """Newest checkpoints kept in the store, besides those that may become the chosen one."""
+
+
+class EvaluateSection(Section):
+    """What the held-out examples tell, and when."""
+
+    every_steps: Count = 50
+    """Optimizer steps between evaluations; one at step 0 and one at the end come by themselves."""
+    max_examples: Count | None = None
+    """At most so many held-out examples, chosen by a hash of the example."""
+    patience: Count | None = None
+    """Stop after so many evaluations in a row without a lower validation loss."""
+    prompts: tuple[Text, ...] = ()
+    """Texts that base and tuned model answer, side by side in the report."""
+    answers: Whole = 0
+    """Held-out examples that base and tuned model answer from their prompt, compared word for word (exact match)."""
+    max_new_tokens: Count = 256
+    """Longest answer in tokens."""
+
+
+class StoreSection(Section):
+    """How the object store is spoken to; where it is and who we are comes from the AWS variables."""
+
+    sse_kms_key: Text | None = None
+    """Key id for SSE-KMS of what is written; without it the bucket's own encryption holds."""
+    checksums: Flag = True
+    """Checksums on every request; `false` for stores that refuse them."""
+
+
+class TrackSection(Section):
+    """Trackers that follow the run, through accelerate; none by default."""
+
+    trackers: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = ()
+    """Where losses and evaluations are sent as well. Each needs its package in the image."""
+    project: Text = "qlora-job"
+    """Project (W&B), experiment (MLflow) or folder (TensorBoard)."""
+
+
+class Recipe(Section):
+    """One run, as a person writes it."""
+
+    model: ModelSection
+    data: DataSection
+    lora: LoraSection = LoraSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    store: StoreSection = StoreSection()
+    track: TrackSection = TrackSection()
+    output: Uri
+    """`s3://bucket/prefix` or `file:///folder` that gets runs/{run_id}/: checkpoints, adapter, report."""
+
+    @model_validator(mode="after")
+    def _answers_need_a_prompt(self) -> Self:
+        if self.evaluate.answers and self.data.prompt is None:
+            msg = "evaluate.answers needs data.prompt and data.completion: with `text` there is no prompt to answer"
+            raise ValueError(msg)
+        return self
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether a base is named by its hub id; anything with a scheme, or that starts like a path, is not."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) is not None
+
+
+def identity_of(recipe: Recipe) -> dict[str, Any]:
+    """The part of the recipe that can change the weights or their evaluation, as JSON values."""
+    return recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
+
+
+def load_recipe(text: str, *, source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        text: the YAML.
+        source: the file's name, for messages.
+        overrides: `section.key=value`, the value in YAML; later ones win.
+
+    Raises:
+        UsageError: with every mistake, its line and its path.
+    """
+    node, raw = _parse(text, source)
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        mistakes = [_mistake(detail, node=node, source=source, overrides=overrides) for detail in error.errors()]
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        msg = "\n  ".join([f"{source}: {count} in the recipe (docs/recipe.md lists the keys)", *mistakes])
+        raise UsageError(msg) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe types; `2e-4` is a number, as YAML 1.2 has it, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
+        seen = set()
+        for key_node, _value in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'the key "{key}" stands twice', key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, source: str) -> tuple[yaml.Node | None, dict[str, Any]]:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{source}:{mark.line + 1}" if mark else source
+        msg = f"{where}: not valid YAML: {error.problem}"
+        raise UsageError(msg) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        msg = f"{source}: not valid YAML: {error}"
+        raise UsageError(msg) from error
+    if not isinstance(raw, dict):
+        msg = f"{source}: a recipe is a mapping with model, data, train and output; this is {_kind(raw)}"
+        raise UsageError(msg)
+    return node, raw
+
+
+def _kind(value: object) -> str:
+    return "empty" if value is None else f"a {type(value).__name__}"
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        msg = f"--set {override}: write section.key=value, for example --set lora.r=16"
+        raise UsageError(msg)
+    place = raw
+    for key in keys[:-1]:
+        inner = place.setdefault(key, {})
+        if not isinstance(inner, dict):
+            msg = f"--set {override}: {key} is {_kind(inner)} in the recipe, not a section"
+            raise UsageError(msg)
+        place = inner
+    try:
+        place[keys[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        msg = f"--set {override}: the value is not valid YAML; quote it"
+        raise UsageError(msg) from error
+
+
+def _mistake(detail: ErrorDetails, *, node: yaml.Node | None, source: str, overrides: Sequence[str]) -> str:
+    keys = [part for part in detail["loc"] if not (isinstance(part, str) and part.startswith("<"))]
+    path = ".".join(str(key) for key in keys)
+    set_here = any(o.partition("=")[0].strip() == path for o in overrides)
+    where = f"--set {path}" if set_here else f"{source}:{_line(node, keys)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        message = "unknown key"
+    elif detail["type"] == "missing":
+        message = "missing"
+    elif detail["type"] != "value_error" and not isinstance(detail["input"], (dict, list, tuple)):
+        message = f"{message[0].lower()}{message[1:]} (it is {detail['input']!r})"
+    return f"{where}: {path}: {message}" if path else f"{where}: {message}"
+
+
+def _line(node: yaml.Node | None, keys: Iterable[str | int]) -> int:
+    """Line (from 1) of the deepest part of the path that stands in the file."""
+    line = node.start_mark.line if node else 0
+    for key in keys:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(k, v) for k, v in node.value if k.value == key]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            pairs = [(node.value[key], node.value[key])]
+        else:
+            break
+        if not pairs:
+            break
+        line, node = pairs[-1][0].start_mark.line, pairs[-1][1]
+    return line + 1

@@ -1,0 +1,195 @@
+"""JSON lines -> checked examples, with line-numbered errors; and the train/validation split."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from job.core.errors import DataError
+from job.core.recipe import DataSection
+
+MAX_LINE_BYTES = 64 * 2**20
+"""Longest line that is read, in bytes: a file without line ends must not fill the memory."""
+TOLD_AT_ONCE = 20
+"""Wrong lines named in one message."""
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One record as text. With a `text` template the prompt is empty and everything is completion."""
+
+    prompt: str
+    completion: str
+    where: str
+    """`file:line`, for messages."""
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that name the content, wherever it stands."""
+        text = f"{len(self.prompt)}:{self.prompt}{self.completion}"
+        return hashlib.sha256(text.encode()).digest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRecord:
+    """One wrong line and its reason."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        """`file:line: reason`, as it is told."""
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """What was seen while reading; filled by `examples`."""
+
+    lines: int = 0
+    """Lines that are not blank."""
+    good: int = 0
+    bad: int = 0
+    first_bad: list[BadRecord] = field(default_factory=list)
+    """The first wrong lines, at most TOLD_AT_ONCE."""
+
+    def add_bad(self, record: BadRecord) -> None:
+        """Count a wrong line and keep it when it is among the first."""
+        self.bad += 1
+        if len(self.first_bad) < TOLD_AT_ONCE:
+            self.first_bad.append(record)
+
+    def told(self) -> str:
+        """The wrong lines as one message: a line each, then the total."""
+        lines = [str(record) for record in self.first_bad]
+        if self.bad > len(lines):
+            lines.append(f"... and {self.bad - len(lines)} more")
+        count = "1 wrong line" if self.bad == 1 else f"{self.bad} wrong lines"
+        return "\n  ".join([f"{count} of {self.lines}", *lines])
+
+
+def examples(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally) -> Iterator[Example]:
+    """Check and render each line; wrong ones are counted in the tally and left out.
+
+    Args:
+        lines: file name, line number (from 1) and the raw bytes without the line end.
+        data: the templates.
+        tally: filled while the caller reads.
+
+    Raises:
+        DataError: the end is reached, and more lines are wrong than the recipe accepts.
+    """
+    for source, number, raw in lines:
+        body = raw.removeprefix(_BOM) if number == 1 else raw
+        if not body.strip():
+            continue
+        tally.lines += 1
+        parsed = parse_line(body, data, where=f"{source}:{number}")
+        if isinstance(parsed, BadRecord):
+            tally.add_bad(parsed)
+        else:
+            tally.good += 1
+            yield parsed
+    _judge(tally, data)
+
+
+def _judge(tally: Tally, data: DataSection) -> None:
+    if not tally.bad:
+        return
+    if data.on_bad_record == "fail":
+        msg = f"{tally.told()}\ncorrect them, or set data.on_bad_record: skip"
+        raise DataError(msg)
+    if tally.bad > data.bad_record_limit * tally.lines:
+        share = tally.bad / tally.lines
+        msg = (
+            f"{tally.told()}\n{share:.2%} of the lines are wrong, more than data.bad_record_limit "
+            f"({data.bad_record_limit:.2%}) accepts as noise"
+        )
+        raise DataError(msg)
+
+
+def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRecord:
+    """One line -> an example, or why it is none."""
+    fields = _fields(raw, data.fields)
+    if isinstance(fields, str):
+        return BadRecord(where=where, reason=fields)
+    # str.format_map: the templates were checked to hold plain field names only.
+    prompt = "" if data.prompt is None else data.prompt.format_map(fields)
+    completion = (data.text or data.completion or "").format_map(fields)
+    return Example(prompt=prompt, completion=completion, where=where)
+
+
+def _fields(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:
+    """The named fields of one record, or the reason why they are not there."""
+    record = _record(raw)
+    if isinstance(record, str):
+        return record
+    fields = {}
+    for name in names:
+        reason = _field_reason(record, name)
+        if reason is not None:
+            return f'"{name}" {reason}'
+        fields[name] = record[name]
+    return fields
+
+
+def _record(raw: bytes) -> dict[str, Any] | str:
+    """The JSON object of one line, or the reason why it is none."""
+    if len(raw) > MAX_LINE_BYTES:
+        return f"longer than {MAX_LINE_BYTES // 2**20} MiB; is this JSON lines?"
+    if b"\0" in raw:
+        return "holds a NUL byte"
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte {error.start + 1} of the line)"
+    except RecursionError:
+        return "nested too deeply"
+    except ValueError as error:
+        return f"not JSON ({error})"
+    return record if isinstance(record, dict) else f"not a JSON object but {_json_kind(record)}"
+
+
+def _field_reason(record: dict[str, object], name: str) -> str | None:
+    if name not in record:
+        return "is missing" + (f" (the record has {_listed(record)})" if record else " (the record is empty)")
+    value = record[name]
+    if not isinstance(value, str):
+        return f"is {_json_kind(value)}, not a string"
+    if not value.strip():
+        return "is empty"
+    if "\0" in value:
+        return "holds a NUL character"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "holds half a surrogate pair, which is no character"
+    return None
+
+
+def _listed(record: dict[str, object], most: int = 6) -> str:
+    names = [f'"{name[:40]}"' for name in list(record)[:most]]
+    return ", ".join(names) + (", ..." if len(record) > most else "")
+
+
+def _json_kind(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
+
+
+def is_held_out(digest: bytes, fraction: float) -> bool:
+    """Whether an example belongs to validation: by its content alone, so it stays there when the file grows."""
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
