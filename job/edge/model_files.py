@@ -1,0 +1,200 @@
+"""Which files make a base model, and what refuses one before it costs anything: never a pickle, never its own code."""
+
+import json
+import os
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from job.core.errors import DataError, NotFoundError, UsageError
+
+_CONFIG = "config.json"
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DOCUMENTS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_TOKENIZER = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt")
+_SMALL = ("*.json", "*.jinja", *_TOKENIZER, *_DOCUMENTS)
+_CHAT_TEMPLATES = "additional_chat_templates"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def small_files(names: Collection[str]) -> list[str]:
+    """Configuration, tokenizer, card and licence: what is read before the weights.
+
+    Only the top folder counts: below it stand other formats of the same weights. Code and pickles are never among them.
+    """
+    return sorted(
+        name
+        for name in names
+        if ("/" not in name and _matches(name, _SMALL))
+        or (str(PurePosixPath(name).parent) == _CHAT_TEMPLATES and name.endswith(".jinja"))
+    )
+
+
+def identifying_files(names: Collection[str]) -> list[str]:
+    """What can change the model: all but its documents."""
+    weights = (name for name in names if "/" not in name and name.endswith(".safetensors"))
+    return sorted([name for name in small_files(names) if not _matches(name, _DOCUMENTS)] + list(weights))
+
+
+def refuse_unusable(names: Collection[str], *, source: str) -> None:
+    """Look at the names alone.
+
+    Raises:
+        NotFoundError: no config.json, or no weights at all.
+        UsageError: the weights exist as pickles only.
+    """
+    if _CONFIG not in names:
+        raise NotFoundError(f"{source}: no {_CONFIG}; correct model.base: it must name a transformers model")
+    if _SINGLE in names or _INDEX in names:
+        return
+    pickles = sorted(name for name in names if "/" not in name and _matches(name, _PICKLES))
+    if pickles:
+        raise UsageError(
+            f"{source}: the weights are pickles only ({pickles[0]}), and a pickle can run any code when it is read; "
+            "convert them to safetensors (load once in a sandbox, then save_pretrained) or choose another model.base"
+        )
+    raise NotFoundError(f"{source}: neither {_SINGLE} nor {_INDEX}; correct model.base")
+
+
+def weight_files(folder: Path, names: Collection[str], *, source: str) -> list[str]:
+    """The safetensors files that the loader will open, from a folder that has the small files.
+
+    Raises:
+        NotFoundError: the index names a file that does not exist.
+        DataError: the index is broken.
+    """
+    if _SINGLE in names:
+        return [_SINGLE]
+    shards = _index_shards(_read_json(folder / _INDEX, source=source), source=source)
+    missing = [shard for shard in shards if shard not in names]
+    if missing:
+        raise NotFoundError(
+            f"{source}: {_INDEX} names {len(shards)} files, {len(missing)} of them missing, {missing[0]} first; "
+            "complete the copy or correct model.base"
+        )
+    return shards
+
+
+def _index_shards(index: dict[str, Any], *, source: str) -> list[str]:
+    weight_map = index.get("weight_map")
+    shards = sorted({str(shard) for shard in weight_map.values()}) if isinstance(weight_map, dict) else []
+    # A name with a path in it could point anywhere on this machine.
+    if not shards or any("/" in shard or "\\" in shard or not shard.endswith(".safetensors") for shard in shards):
+        raise DataError(f"{source}: {_INDEX} has no usable weight_map; copy the model again")
+    return shards
+
+
+def refuse_unknown_architecture(folder: Path, *, source: str) -> None:
+    """Look at config.json.
+
+    Raises:
+        UsageError: only code from the model's own repository, or no code at all, could build it.
+        DataError: the file is broken.
+    """
+    config = _read_json(folder / _CONFIG, source=source)
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING_NAMES:
+        return
+    if "auto_map" in config:
+        raise UsageError(
+            f"{source}: model type {model_type!r} needs code from its own repository (auto_map in {_CONFIG}), and this "
+            "job never runs downloaded code; choose a model.base whose type transformers itself knows"
+        )
+    raise UsageError(
+        f"{source}: model type {model_type!r} is unknown to the installed transformers; correct model.base"
+    )
+
+
+def refuse_broken_weights(folder: Path, names: Collection[str], *, source: str) -> None:
+    """Look at the header of each safetensors file and compare it with the file's size: no tensor is read.
+
+    Raises:
+        DataError: a file is cut short or is no safetensors file.
+    """
+    for name in names:
+        problem = _header_problem(folder / name)
+        if problem is not None:
+            raise DataError(f"{source}: {folder / name}: {problem}; delete the file, then fetch the model again")
+
+
+def _header_problem(path: Path) -> str | None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(_LONGEST_HEADER_BYTES, size - 8):  # noqa: PLR2004 the length field, `{}`
+            return "no safetensors header"
+        try:
+            header = json.loads(file.read(length))
+            ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+            return f"nonsense in the safetensors header ({type(error).__name__})"
+    expected = 8 + length + max(ends, default=0)
+    return None if expected == size else f"{size:,} bytes, but its header describes {expected:,}"
+
+
+def is_complete(folder: Path, *, source: str) -> bool:
+    """Whether a folder has all that training needs; the weights come last, so nothing else is missing when they stand.
+
+    Raises:
+        DataError: the index is broken.
+    """
+    names = present_files(folder)
+    if _CONFIG not in names or not any(_matches(name, _TOKENIZER) for name in names):
+        return False
+    if _SINGLE not in names and _INDEX not in names:
+        return False
+    try:
+        weight_files(folder, names, source=source)
+    except NotFoundError:
+        return False
+    return True
+
+
+def present_files(folder: Path) -> dict[str, int]:
+    """Name -> bytes of the files that count, names relative to the folder, with forward slashes."""
+    found = {}
+    for place in (folder, folder / _CHAT_TEMPLATES):
+        if place.is_dir():
+            with os.scandir(place) as entries:
+                files = [Path(entry.path) for entry in entries if entry.is_file()]
+            found.update({path.relative_to(folder).as_posix(): path.stat().st_size for path in files})
+    return found
+
+
+def licence(folder: Path) -> str | None:
+    """What the model's card says, or the name of its licence file; None when there is neither."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if text.startswith("---"):
+        try:
+            front = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---"))
+        except yaml.YAMLError:
+            front = None  # a card is prose by strangers; the licence file below may still tell
+        said = front.get("license") if isinstance(front, dict) else None
+        if said == "other":
+            said = front.get("license_name") or said
+        if said:
+            return ", ".join(map(str, said)) if isinstance(said, list) else str(said)
+    files = [name for name in sorted(present_files(folder)) if _matches(name, ("LICENSE*", "LICENCE*"))]
+    return f"see {files[0]}" if files else None
+
+
+def _read_json(path: Path, *, source: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source}: {path.name} is not JSON ({error}); copy the model again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{source}: {path.name} holds no JSON object; copy the model again")
+    return value

@@ -1,0 +1,158 @@
+"""One bucket through one shared client: settings, single requests, and the only place that retries them."""
+
+import base64
+import itertools
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
+
+from job.core.errors import StopRequestedError, UnavailableError, UsageError
+from job.edge.objects import PARALLEL, StoreSettings
+from job.edge.patience import Patience
+from job.edge.s3_errors import S3_FAILURES, is_about_credentials, is_passing, status_and_code, summary, understood
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef
+
+T = TypeVar("T")
+
+_CONNECT_SECONDS = 5.0
+"""Nothing that is up takes longer to accept a connection."""
+_READ_SECONDS = 20.0
+"""Without a byte for so long the request is dead; botocore's 60 s would eat the whole grace period of a stop."""
+_PIECE_BYTES = 256 * 1024
+"""Read at once from an answer: between two pieces a cancelled transfer ends."""
+
+
+class Bucket:
+    """A bucket; `ask` wraps every request."""
+
+    def __init__(self, name: str, settings: StoreSettings, patience: Patience) -> None:
+        self.name = name
+        self.client = _client(settings)
+        self.endpoint: str = self.client.meta.endpoint_url
+        self.checksums: bool = self.client.meta.config.request_checksum_calculation == "when_supported"
+        self.encryption: dict[str, Any] = {}
+        if settings.sse_kms_key is not None:
+            self.encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": settings.sse_kms_key}
+        self._patience = patience
+
+    def uri(self, key: str) -> str:
+        """The object's name for messages and manifests."""
+        return f"s3://{self.name}/{key}"
+
+    def ask(self, call: Callable[[], T], *, key: str, cancelled: threading.Event | None = None) -> T:
+        """The result of a request, sent again while its failure may pass; every failure comes out as one of ours."""
+        began, cancelled = time.monotonic(), cancelled or threading.Event()
+        for attempt in itertools.count(1):
+            try:
+                return call()
+            except S3_FAILURES as error:
+                pause = self._patience.pause_seconds(attempt)
+                seconds = time.monotonic() - began
+                given_up = attempt == self._patience.attempts or seconds + pause > self._patience.budget_seconds
+                if not is_passing(error) or (given_up and is_about_credentials(error)):
+                    raise understood(error, uri=self.uri(key), endpoint=self.endpoint) from error
+                if given_up:
+                    raise UnavailableError(
+                        f"{self.uri(key)}: {self.endpoint} failed {attempt} times in {seconds:.0f} s, at last with "
+                        f"{summary(error)}; look at the endpoint, the network and the proxy, "
+                        "then start the same job again"
+                    ) from error
+                if cancelled.wait(pause):
+                    raise StopRequestedError(f"{self.uri(key)}: the transfer was cancelled") from error
+        raise AssertionError("unreachable: the loop has no end")
+
+    def head(self, key: str) -> "HeadObjectOutputTypeDef":
+        """Size and ETag of an object."""
+        try:
+            return self.client.head_object(Bucket=self.name, Key=key)
+        except ClientError as error:
+            if status_and_code(error)[0] not in {400, 403}:
+                raise
+            # An answer to HEAD has no body: only a GET says whether it is the token, the clock, the key or a policy.
+            try:
+                self.client.get_object(Bucket=self.name, Key=key, Range="bytes=0-0")["Body"].close()
+            except ClientError as reason:
+                if status_and_code(reason)[0] in {400, 401, 403}:
+                    raise reason from error
+            raise
+
+    def get(
+        self,
+        key: str,
+        *,
+        limit: int,
+        on_piece: Callable[[], None] = lambda: None,
+        cancelled: threading.Event | None = None,
+        **conditions: str,
+    ) -> tuple[bytearray, str]:
+        """At most `limit` + 1 bytes of an object and its ETag, in one attempt; `conditions` are GetObject's own."""
+        answer = self.client.get_object(Bucket=self.name, Key=key, **conditions)  # type: ignore[arg-type] # the stubs type each condition by itself
+        data, body = bytearray(), answer["Body"]
+        try:
+            while piece := body.read(min(_PIECE_BYTES, limit + 1 - len(data))):
+                data += piece
+                on_piece()
+                if len(data) > limit or (cancelled is not None and cancelled.is_set()):
+                    break
+        finally:
+            if len(data) != answer["ContentLength"]:
+                body.close()  # the connection still carries the rest: it cannot be used again
+        if len(data) < min(limit, answer["ContentLength"]) and not (cancelled is not None and cancelled.is_set()):
+            raise IncompleteReadError(actual_bytes=len(data), expected_bytes=answer["ContentLength"])
+        return data, bare(answer["ETag"])
+
+    def put(self, key: str, data: bytes, **conditions: str) -> str:
+        """Write an object in one attempt and return its ETag; `conditions` are PutObject's own."""
+        extra = {**self.encryption, **self.checksum(data), **conditions}
+        return bare(self.client.put_object(Bucket=self.name, Key=key, Body=data, **extra)["ETag"])
+
+    def checksum(self, data: bytes) -> dict[str, Any]:
+        """The CRC32 as a header of the request.
+
+        Left to itself boto3 sends it over https as a trailer, which many stores (Ceph RGW 16 with 411) refuse.
+        """
+        if not self.checksums:
+            return {}
+        return {"ChecksumCRC32": base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()}
+
+
+def bare(etag: str) -> str:
+    """An ETag without its quotes."""
+    return etag.strip('"')
+
+
+def quoted(etag: str) -> str:
+    """An ETag as HTTP writes it."""
+    return f'"{etag}"'
+
+
+def _client(settings: StoreSettings) -> "S3Client":
+    """A client on boto3's own chains: credentials that refresh, endpoint, region, path style, certificates, proxies.
+
+    With an endpoint of one's own boto3 addresses buckets by path, unless the AWS configuration says `virtual`.
+    """
+    checksums: dict[str, Any] = {}
+    if not settings.checksums:
+        checksums = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    config = Config(
+        connect_timeout=_CONNECT_SECONDS,
+        read_timeout=_READ_SECONDS,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        max_pool_connections=2 * PARALLEL,  # a background upload beside a download, and the lock's heartbeat
+        tcp_keepalive=True,
+        user_agent_extra="qlora-job",
+        **checksums,
+    )
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise UsageError(f"S3 client: {summary(error)}; correct the AWS settings") from error

@@ -1,0 +1,108 @@
+"""Local files that appear whole or not at all: written beside their place, synced, then renamed."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from job.core.errors import JobError, LocalDiskError
+
+TEMPORARY = ".incoming-"
+"""What the name of every file begins with while it is being written."""
+
+
+def local_trouble(error: OSError, path: Path) -> JobError:
+    """What a failed access to the local disk means to the operator."""
+    return LocalDiskError(f"{path}: {error.strerror or error}; give the folder more room, or name a writable one")
+
+
+class WholeFile:
+    """A file being written, with the sha256 of what was written so far."""
+
+    def __init__(self, file: io.FileIO, fail: Callable[[OSError], JobError]) -> None:
+        self.size = 0
+        """Bytes."""
+        self._file = file
+        self._fail = fail
+        self._sha256 = hashlib.sha256()
+
+    def write(self, data: bytes | bytearray) -> None:
+        """Append; a full disk is said as the operator's error."""
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise self._fail(error) from error
+        self._sha256.update(data)
+        self.size += len(data)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written."""
+        return self._sha256.hexdigest()
+
+
+@contextlib.contextmanager
+def whole_file(
+    path: Path,
+    *,
+    trouble: Callable[[OSError, Path], JobError] = local_trouble,
+    place: Callable[[Path, Path], None] = os.replace,
+) -> Iterator[WholeFile]:
+    """A file that takes its place at the end of the block; after any exception nothing of it is left.
+
+    `trouble` says what an OSError means; `place` moves the finished file, and may raise what is not an OSError.
+    """
+
+    def fail(error: OSError) -> JobError:
+        return trouble(error, path)
+
+    temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: a buffer that meets a full disk fails once more, untranslated, when the file is closed.
+        file = temporary.open("xb", buffering=0)
+    except OSError as error:
+        raise fail(error) from error
+    try:
+        with file:
+            # The lock tells a file that is being written from one whose writer died: see `remove_dead`.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield WholeFile(file, fail)
+            try:
+                os.fsync(file.fileno())
+                place(temporary, path)
+                sync_folder(path.parent)
+            except OSError as error:
+                raise fail(error) from error
+    finally:
+        with contextlib.suppress(OSError):  # it took its place; or the disk that failed will not remove it either
+            temporary.unlink()
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove the temporary files in a folder whose writers died."""
+    for temporary in folder.glob(TEMPORARY + "*"):
+        with contextlib.suppress(OSError), temporary.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems cannot sync a folder; they make names durable by themselves.
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EBADF}:
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""Per-document attention: no document of a micro-batch sees another.
+
+Registered with transformers' AttentionInterface, so that any decoder that takes its attention from there can be packed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as random_dropout
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from job.core.errors import UsageError
+
+PER_DOCUMENT = "per_document"
+"""The name under which transformers finds this attention."""
+
+
+def register() -> None:
+    """Make it known to transformers; saying it twice does no harm."""
+    AttentionInterface.register(PER_DOCUMENT, per_document_attention)
+
+
+def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    document_lengths: tuple[int, ...],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document.
+
+    Args:
+        module: the attention layer, which says by its mode whether dropout applies.
+        query: [1, heads, T, width].
+        key: [1, key heads, T, width].
+        value: [1, key heads, T, width].
+        attention_mask: None; the document lengths say it all.
+        document_lengths: tokens of each document; their sum is T.
+        scaling: of the scores; 1 / sqrt(width) when None.
+        dropout: of the attention weights.
+        sliding_window: how many tokens back a token sees, itself included.
+        softcap: bound of the scores (Gemma 2).
+        s_aux: attention sinks, which this attention does not know.
+
+    Returns:
+        [1, T, heads, width], and no weights.
+    """
+    if attention_mask is not None or s_aux is not None:
+        msg = f"{type(module).__name__} uses an attention mask or attention sinks, which packing does not support"
+        raise UsageError(msg)
+    rate = dropout if module.training else 0.0
+    lengths = list(document_lengths)
+    outputs = []
+    for q, k, v in zip(
+        torch.split(query, lengths, dim=2),
+        torch.split(key, lengths, dim=2),
+        torch.split(value, lengths, dim=2),
+        strict=True,
+    ):
+        window = sliding_window if sliding_window is not None and sliding_window < q.shape[2] else None
+        if softcap is not None:
+            output = _capped(q, k, v, scaling=scaling, window=window, softcap=softcap, rate=rate)
+        else:
+            mask = None if window is None else _visible(q.shape[2], window, q.device)
+            output = scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=rate,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=k.shape[1] != q.shape[1],
+            )
+        outputs.append(output)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _visible(tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """Which key each query sees: [T, T] bool."""
+    at = torch.arange(tokens, device=device)
+    distance = at[:, None] - at[None, :]
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None, softcap: float, rate: float
+) -> Tensor:
+    """Attention with tanh-capped scores, which SDPA cannot do. Gemma 2, arXiv 2408.00118, section 2."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~_visible(query.shape[2], window, query.device), torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return random_dropout(weights, p=rate) @ value

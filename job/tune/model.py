@@ -1,0 +1,272 @@
+"""The 4-bit base, its tokenizer, and the LoRA adapter on it. Owner of bitsandbytes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from job.core.errors import CannotFitError, DataError, SickDeviceError, UsageError
+from job.core.plan import ModelShape
+from job.core.recipe import LoraSection, TrainSection
+from job.tune.attention import PER_DOCUMENT, register
+from job.tune.encode import MicroBatch
+from job.tune.loss import Head, head_of, token_losses, token_scores
+
+COMPUTE_DTYPE = torch.bfloat16
+"""What the base computes in: fp16 overflows in about one of five 7B runs (QLoRA's own README)."""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`, `cuda` or `cpu` -> the device.
+
+    Raises:
+        SickDeviceError: a GPU is asked for, and none is visible.
+        CannotFitError: the GPU has no bf16.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        msg = "no GPU is visible to this process (--device cuda); look at the driver and at what the scheduler gave us"
+        raise SickDeviceError(msg)
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        msg = f"{name} has no bf16; use an Ampere GPU or newer (A10, A100, L4, H100, ...)"
+        raise CannotFitError(msg)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def read_config(folder: Path) -> Any:
+    """The base model's config.
+
+    Raises:
+        UsageError: it needs code of its own, or transformers does not know it as a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        msg = f"{folder}/config.json: not a model that transformers knows without running code from it ({error})"
+        raise UsageError(msg) from error
+    return config.get_text_config()
+
+
+def shape_of(config: Any) -> ModelShape:
+    """Sizes of a decoder from its config; `parameters` counts the linear layers of a gated MLP and the embeddings."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or hidden // heads
+    attention = 2 * hidden * heads * width + 2 * hidden * key_heads * width
+    return ModelShape(
+        layers=layers,
+        hidden=hidden,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings,
+        parameters=layers * (attention + 3 * hidden * config.intermediate_size) + 2 * config.vocab_size * hidden,
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The base model's tokenizer.
+
+    Raises:
+        UsageError: there is none, or it needs code of its own.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        msg = f"{folder}: no usable tokenizer ({error}); a base model folder holds tokenizer.json or tokenizer.model"
+        raise UsageError(msg) from error
+
+
+def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUTE_DTYPE) -> Any:
+    """The base in 4 bits (NF4, double quantisation), frozen; embeddings, norms and head in `dtype`.
+
+    Frozen by hand: peft's prepare_model_for_kbit_training would make norms, embeddings and head fp32, which is slower
+    and larger, and turn on checkpointing.
+
+    Raises:
+        DataError: the weights cannot be read.
+    """
+    register()
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=quantised,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation="eager",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except SafetensorError as error:
+        msg = f"{folder}: a weights file is damaged ({error}); fetch the base model again"
+        raise DataError(msg) from error
+    model.requires_grad_(False)  # noqa: FBT003 - torch's signature
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 eval mode would repack the weights in place and refuse some shapes.
+            module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    return model
+
+
+def attach_lora(base: Any, lora: LoraSection, *, source: str, revision: str | None, seed: int) -> PeftModel:
+    """A fresh adapter in fp32 on the base, its first values set by the seed.
+
+    Args:
+        base: from `load_base`.
+        lora: the recipe's section.
+        source: the base's name in the recipe; it is written into the adapter, a folder of this machine is not.
+        revision: the base's commit, where it has one.
+        seed: of the first values.
+
+    Raises:
+        UsageError: a target is no linear module of this model, or is a tied head.
+    """
+    targets = _check_targets(base, lora)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=source,
+        revision=revision,
+    )
+    model = get_peft_model(base, config)
+    config.base_model_name_or_path = source
+    for parameter in trainable(model):
+        parameter.data = parameter.data.float()  # master weights; peft ignores autocast_adapter_dtype on a 4-bit base
+    return model
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _check_targets(base: Any, lora: LoraSection) -> str | list[str]:
+    if isinstance(lora.targets, str):
+        return lora.targets
+    head = base.get_output_embeddings()
+    linear = {name.rpartition(".")[2]: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [target for target in lora.targets if target not in linear]
+    if unknown:
+        msg = (
+            f"lora.targets: {', '.join(unknown)}: no linear module of {type(base).__name__} has this name; "
+            f"it has {', '.join(sorted(linear))}"
+        )
+        raise UsageError(msg)
+    tied = base.config.tie_word_embeddings
+    if tied and any(linear[target] is head for target in lora.targets):
+        msg = (
+            "lora.targets: lm_head shares its weights with the input embeddings in this model (tied), so an adapter "
+            "on it could not be merged or served; leave lm_head out of the list"
+        )
+        raise UsageError(msg)
+    return list(lora.targets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentScores:
+    """Held-out result of the documents of one micro-batch, on the host."""
+
+    nll: list[float]
+    correct: int
+
+
+class PackedModel(nn.Module):
+    """The adapted model as the training loop sees it: a micro-batch in, the loss of each target out."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+        self._causal_lm().set_attn_implementation(PER_DOCUMENT)
+
+    def _causal_lm(self) -> Any:
+        return self.model.get_base_model()
+
+    @property
+    def head(self) -> Head:
+        """Hidden states -> logits."""
+        return head_of(self._causal_lm())
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """Last hidden states at the places whose next token is a target: [N, hidden]."""
+        causal_lm = self._causal_lm()
+        decoder = getattr(causal_lm, causal_lm.base_model_prefix)
+        states: Tensor = decoder(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            document_lengths=batch.document_lengths,
+            use_cache=False,
+        ).last_hidden_state
+        return states[0].index_select(0, batch.target_places)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Loss of each target, in nats: [N] fp32."""
+        return token_losses(self.hidden(batch), batch.target_ids, self.head)
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch) -> DocumentScores:
+        """Summed loss of each document and the number of targets that were the first choice."""
+        losses, hits = token_scores(self.hidden(batch), batch.target_ids, self.head)
+        nll = [float(part.double().sum()) for part in torch.split(losses.cpu(), list(batch.target_counts))]
+        return DocumentScores(nll=nll, correct=int(hits.sum()))
+
+    def use_checkpointing(self) -> None:
+        """Compute activations again in the backward pass: a third more work for a fraction of the memory."""
+        causal_lm = self._causal_lm()
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """The model with transformers' own attention and a cache, for `generate`."""
+        causal_lm = self._causal_lm()
+        capped = getattr(causal_lm.config, "attn_logit_softcapping", None) is not None
+        was_training = self.training
+        causal_lm.set_attn_implementation("eager" if capped else "sdpa")
+        causal_lm.config.use_cache = True
+        self.eval()
+        try:
+            yield self.model
+        finally:
+            causal_lm.config.use_cache = False
+            causal_lm.set_attn_implementation(PER_DOCUMENT)
+            self.train(was_training)
+
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw_torch": torch.optim.AdamW,
+    "adamw_torch_fused": lambda *args, **kwargs: torch.optim.AdamW(*args, fused=True, **kwargs),
+    "adamw_8bit": bnb.optim.AdamW8bit,
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    "lion_8bit": bnb.optim.Lion8bit,
+    "paged_lion_8bit": bnb.optim.PagedLion8bit,
+    "sgd": torch.optim.SGD,
+}
+
+
+def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the adapter."""
+    make = _OPTIMIZERS[train.optimizer]
+    return make(trainable(model), lr=train.learning_rate, weight_decay=train.weight_decay)

@@ -1,0 +1,277 @@
+"""The training loop, top to bottom: evaluate, step, commit, until the course is done."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from job.core.errors import CannotFitError, DivergedError, StopRequestedError
+from job.core.plan import Course, pack
+from job.core.recipe import CheckpointSection, EvaluateSection, TrainSection
+from job.core.verdict import Evaluation, is_exhausted
+from job.tune.checkpoint import Trained
+from job.tune.encode import Documents, MicroBatch, micro_batch
+from job.tune.model import PackedModel, trainable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What one step did, as it is logged."""
+
+    step: int
+    of: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    """Real tokens of the step."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """What the loop calls; it knows neither the store nor the log."""
+
+    should_stop: Callable[[], bool]
+    evaluate: Callable[[int, int], Evaluation]
+    """(step, micro-batch tokens) -> held-out result."""
+    on_step: Callable[[StepRecord], None]
+    on_evaluation: Callable[[Evaluation], None]
+    on_checkpoint: Callable[[], None]
+    """Commits the state as it stands, between two steps."""
+    on_out_of_memory: Callable[[dict[str, Any]], None]
+    """Told the smaller plan that the batch is tried with again."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Unread:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+    tokens: int
+    began: "Mark"
+    ended: "Mark"
+
+
+class Trainer:
+    """One attempt at a run's steps."""
+
+    def __init__(
+        self,
+        *,
+        model: PackedModel,
+        trained: Trained,
+        documents: Documents,
+        course: Course,
+        accelerator: Accelerator,
+        train: TrainSection,
+        hooks: Hooks,
+    ) -> None:
+        self._model = model
+        self._trained = trained
+        self._documents = documents
+        self._course = course
+        self._accelerator = accelerator
+        self._parameters = trainable(model)
+        self._max_grad_norm = train.max_grad_norm
+        self._hooks = hooks
+        self._lengths = documents.lengths
+        self._targets = documents.targets
+        self._unread: _Unread | None = None
+        self._mark: Mark | None = None
+        self._committed = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        """What a checkpoint would add: a step, or an evaluation."""
+        return self._trained.progress.step, len(self._trained.progress.evaluations)
+
+    def run(self, checkpoint: CheckpointSection, evaluation: EvaluateSection) -> None:
+        """Carry the run to its last step, or to the end of its patience.
+
+        Raises:
+            StopRequestedError: asked to stop; the state is committed.
+            DivergedError: a loss or gradient is not finite; the weights are those before that step.
+            CannotFitError: one example alone does not fit the device.
+        """
+        progress, hooks = self._trained.progress, self._hooks
+        self._model.train()
+        while True:
+            last = progress.step == self._course.steps
+            due = last or progress.step % evaluation.every_steps == 0
+            if due and progress.step not in progress.evaluations:
+                self._read()
+                self._evaluate()
+            elif due or progress.step % checkpoint.every_steps == 0:
+                self._commit()
+            if last or is_exhausted(progress.evaluations, patience=evaluation.patience):
+                return
+            if hooks.should_stop():
+                self._stop()
+            self._step(progress.step + 1)
+
+    def _evaluate(self) -> None:
+        progress = self._trained.progress
+        try:
+            result = self._hooks.evaluate(progress.step, progress.plan["micro_batch_tokens"])
+        except StopRequestedError:
+            self._stop()
+        progress.evaluations[progress.step] = result
+        self._hooks.on_evaluation(result)
+        self._commit()
+
+    def _commit(self) -> None:
+        self._read()
+        if self._state() != self._committed:
+            self._hooks.on_checkpoint()
+            self._committed = self._state()
+        self._mark = None  # the time since the last step was not training
+
+    def _stop(self) -> None:
+        self._commit()
+        msg = f"asked to stop; step {self._trained.progress.step} of {self._course.steps} is committed"
+        raise StopRequestedError(msg)
+
+    def _step(self, step: int) -> None:
+        """One optimizer step. Nothing here waits for the device: numbers are read one step later."""
+        began = self._mark or _mark(self._accelerator.device)
+        batch = self._course.batch(step)
+        loss = self._backward(batch)
+        grad_norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        rate = self._trained.scheduler.get_last_lr()[0]
+        self._update(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        self._mark = _mark(self._accelerator.device)
+        self._read()
+        self._unread = _Unread(
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            tokens=int(self._lengths[batch].sum()),
+            began=began,
+            ended=self._mark,
+        )
+        self._trained.progress.step = step
+
+    def _update(self, finite: Tensor) -> None:
+        """Step the optimizer; where a number is not finite the weights stay as they were, decided on the device."""
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        self._trained.optimizer.step()
+        for parameter, old in zip(self._parameters, before, strict=True):
+            parameter.data = torch.where(finite, parameter.data, old)
+        self._trained.optimizer.zero_grad(set_to_none=True)
+        self._trained.scheduler.step()
+
+    def _backward(self, batch: Sequence[int]) -> Tensor:
+        """Loss and gradients of a batch: the sum over all its targets, divided by their number.
+
+        When memory runs out the batch is done again in smaller micro-batches, which changes no sum.
+        """
+        plan = self._trained.progress.plan
+        random_state = _random_state()
+        while True:
+            try:
+                return self._accumulate(batch, plan["micro_batch_tokens"])
+            except torch.OutOfMemoryError as error:
+                self._trained.optimizer.zero_grad(set_to_none=True)
+                _restore(random_state)
+                self._shrink(plan, batch, error)
+
+    def _accumulate(self, batch: Sequence[int], budget: int) -> Tensor:
+        targets = int(self._targets[batch].sum())
+        total = torch.zeros((), device=self._accelerator.device)
+        lengths = self._lengths[batch].tolist()
+        for members in pack(lengths, budget=max(budget, *lengths)):
+            part = self._micro_batch([batch[i] for i in members])
+            loss = self._model(part).sum() / targets
+            self._accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _micro_batch(self, members: Sequence[int]) -> MicroBatch:
+        return micro_batch(self._documents, members).to(self._accelerator.device)
+
+    def _shrink(self, plan: dict[str, Any], batch: Sequence[int], error: torch.OutOfMemoryError) -> None:
+        """Halve the micro-batch; when it holds one example, compute activations again; when that is done, give up."""
+        torch.cuda.empty_cache()
+        longest, budget = int(self._lengths[batch].max()), plan["micro_batch_tokens"]
+        if budget > longest:
+            plan["micro_batch_tokens"] = max(longest, budget // 2)
+        elif not plan["checkpointing"]:
+            plan["checkpointing"] = True
+            self._model.use_checkpointing()
+        else:
+            msg = (
+                f"one example of {longest} tokens does not fit this GPU, even with activations computed again; "
+                "lower data.max_length, or use a GPU with more memory"
+            )
+            raise CannotFitError(msg) from error
+        self._hooks.on_out_of_memory(dict(plan))
+
+    def _read(self) -> None:
+        """Bring the last step's numbers to the host, and end the run when they are not finite."""
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return
+        loss, grad_norm = float(unread.loss), float(unread.grad_norm)
+        progress = self._trained.progress
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            progress.step = unread.step - 1
+            where = ", ".join(self._documents.where(d) for d in self._course.batch(unread.step)[:8])
+            msg = (
+                f"step {unread.step}: the loss is {loss} and the gradient norm {grad_norm}; the update was not "
+                f"applied. Lower train.learning_rate, or look at the examples of this step: {where}"
+            )
+            raise DivergedError(msg)
+        seconds = _seconds(unread.began, unread.ended)
+        progress.losses.append(loss)
+        progress.grad_norms.append(grad_norm)
+        progress.learning_rates.append(unread.learning_rate)
+        progress.tokens += unread.tokens
+        progress.seconds += seconds
+        self._hooks.on_step(
+            StepRecord(
+                step=unread.step,
+                of=self._course.steps,
+                loss=loss,
+                grad_norm=grad_norm,
+                learning_rate=unread.learning_rate,
+                tokens=unread.tokens,
+                seconds=seconds,
+            )
+        )
+
+
+Mark = float | torch.cuda.Event
+"""A moment: on the GPU's own clock where there is one, so that taking it waits for nothing."""
+
+
+def _mark(device: torch.device) -> Mark:
+    if device.type != "cuda":
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch has no types here
+    event.record()
+    return event
+
+
+def _seconds(began: Mark, ended: Mark) -> float:
+    if isinstance(began, float) or isinstance(ended, float):
+        return float(ended) - float(began)  # type: ignore[arg-type] # both are of one kind
+    return float(began.elapsed_time(ended)) / 1000
+
+
+def _random_state() -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def _restore(state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
