@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -27,6 +26,16 @@ import shop_orders
 SEED = 7
 THREADS = 2
 """Fixed, because another number of threads sums in another order and gives other weights."""
+SECONDS_BETWEEN_LINES = 3
+STORIES_FOR_THE_TOKENIZER = 4000
+FACTS = [
+    f" {word}"
+    for words in (shop_orders.NAMES, shop_orders.CITIES, shop_orders.DAYS, shop_orders.COLOURS)
+    for word in words
+]
+FACTS += [f" {word}" for word in (*shop_orders.PLURALS, *shop_orders.PLURALS.values())]
+FACTS += [f" {word}" for word in (*shop_orders.NUMBERS, *shop_orders.NUMBERS.values())]
+"""The words that a story's second line takes from its first."""
 MARK = "built_by.json"
 """Says which script and size made the folder; without it a folder is not ours and is left alone."""
 
@@ -35,16 +44,17 @@ MARK = "built_by.json"
 class Size:
     """How large the base is and how long it is trained."""
 
-    steps: int = 420
-    stories_per_step: int = 40
+    steps: int = 500
+    stories_per_step: int = 24
     learning_rate: float = 4e-3
     warmup_steps: int = 30
-    echo: float = 0.3
+    fact_weight: float = 5.0
+    """How much more than other words a fact that is told again counts in the loss: copying is what the base is for."""
     hidden: int = 128
     """A multiple of 64, the block that 4-bit weights are quantised in."""
     layers: int = 3
     heads: int = 4
-    vocabulary: int = 1000
+    vocabulary: int = 1200
     """Tokens at most; enough for each frequent word to be one token."""
 
 
@@ -67,6 +77,14 @@ OPENINGS = (
     "{name} did not want {other_colour} this time. It had to be {goods}, sent to {city} for {day}.",
     "Hello, said {name}, can you deliver {goods} to {city} on {day}?",
     "There was a wedding in {city} on {day}. {name} chose {goods} as a present.",
+    "It was urgent. {name} still had to have {goods} for a party in {city}, and the party was on {day}.",
+    "The school in {city} had run out. {name} is buying {goods} and expects {them} by {day} at the latest.",
+    "{name} called on {other_day}: I cannot be home, so please put {goods} aside for {day}. I am coming to {city}.",
+    "{name} looked at {other_colour} first, then paid for {goods}. The delivery to {city} is due on {day} morning.",
+    "Nothing goes to {other_city} this week, but our van drives to {city} on {day} with {goods}.",
+    "The guests arrive in {city} on {day}. {name} is opening a new shop there and is waiting for {goods}.",
+    "We load {goods} and bring {them} to a new address in {city}. {name} can wait until {day}.",
+    "{name} has a flat in {city}. Could the shop get {goods} there before {day}, and who will collect {them}?",
 )
 ANSWERS = (
     "So the shop packed {goods} for {city}. The van left on {day}.",
@@ -84,6 +102,16 @@ ANSWERS = (
     "The list in the shop says {count} for {name}. The {item} is {colour} and the town is {city}.",
     "{name} got parcel {count} on {day}. Inside was the first {item}, {colour} and new, for the house in {city}.",
 )
+LABELS = (
+    "{name} wrote on the box: {item} | {count} | {city}.",
+    "The label on the box reads: {city} | {day} | {item}.",
+    "The sign on the van says: {day} | {city}.",
+    "The clerk put up a list: {count} | {item} | {colour}.",
+    "The driver was looking at the label: {colour} | {item} | {day}.",
+    "The parcel is ready. On it stands: {count} | {day} | {city}.",
+    "Somebody wrote with chalk: {colour} | {count} | {item}.",
+)
+"""Short notes inside a sentence; none has the five facts of an order, nor their order."""
 ENDINGS = (
     "{name} wrote a kind letter back.",
     "Everybody in {city} liked the {colour} {item}.",
@@ -97,20 +125,8 @@ ENDINGS = (
 )
 
 
-def write_echo(chance: random.Random) -> str:
-    """Somebody reads out a list of words and somebody repeats it: from these the model learns to copy."""
-    name, other_name = chance.sample(shop_orders.NAMES, 2)
-    words = [
-        *chance.sample(shop_orders.CITIES, 2),
-        *chance.sample(shop_orders.COLOURS, 2),
-        *chance.sample(tuple(shop_orders.PLURALS), 2),
-        *chance.sample(tuple(shop_orders.PLURALS.values()), 2),
-        *chance.sample(shop_orders.DAYS, 1),
-        *chance.sample(tuple(shop_orders.NUMBERS.values()), 1),
-    ]
-    chance.shuffle(words)
-    said = " ".join(words[: chance.randint(4, 9)])
-    return f"{name} read out: {said}.\n{other_name} said it again: {said}."
+MORE_ANSWERS = 0
+LABEL_SHARE, CUE_SHARE, ENDING_SHARE = 0.35, 0.5, 0.3
 
 
 def write_story(chance: random.Random) -> str:
@@ -120,7 +136,6 @@ def write_story(chance: random.Random) -> str:
     day, other_day = chance.sample(shop_orders.DAYS, 2)
     colour, other_colour = chance.sample(shop_orders.COLOURS, 2)
     count, item = chance.choice(tuple(shop_orders.NUMBERS)), chance.choice(tuple(shop_orders.PLURALS))
-
     def tell(sentences: Sequence[str]) -> str:
         return chance.choice(sentences).format(
             **{"name": name, "other_name": other_name, "city": city, "other_city": other_city},
@@ -130,8 +145,11 @@ def write_story(chance: random.Random) -> str:
             goods=shop_orders.goods_in_words(chance, count=count, colour=colour, item=item),
         )
 
-    lines = [tell(OPENINGS), tell(ANSWERS)]
-    if chance.random() < 0.4:
+    answer = tell(LABELS if chance.random() < LABEL_SHARE else ANSWERS)
+    lines = [tell(OPENINGS), f"Answer: {answer}" if chance.random() < CUE_SHARE else answer]
+    for _ in range(MORE_ANSWERS):
+        lines.append(tell(LABELS if chance.random() < LABEL_SHARE else ANSWERS))
+    if chance.random() < ENDING_SHARE:
         lines.append(tell(ENDINGS))
     return "\n".join(lines)
 
@@ -186,43 +204,117 @@ def new_model(size: Size, *, tokenizer: Any) -> Any:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    # A start from which copying a word is near: what attention reads it also writes, and input and output words agree.
+    # From a plain random start, half a minute of training ends before the model has found out how to copy.
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.add_(layer.self_attn.v_proj.weight.T)
+    return model
 
 
-def batches(tokenizer: Any, size: Size) -> Iterator[tuple[Any, Any]]:
-    """Fresh stories for each step: input_ids and labels, each [B, S] int64."""
+def make_batches(tokenizer: Any, size: Size) -> Iterator[tuple[Any, Any]]:
+    """Fresh stories for each step: input_ids [B, S] int64, and the weight of each token in the loss [B, S] float."""
     import torch
 
     chance = random.Random(SEED)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+    facts = torch.zeros(len(tokenizer), dtype=torch.bool)
+    facts[sorted({ids[0] for ids in tokenizer(FACTS, add_special_tokens=False)["input_ids"] if len(ids) == 1})] = True
     for _ in range(size.steps):
-        stories = [
-            write_echo(chance) if chance.random() < size.echo else write_story(chance)
-            for _ in range(size.stories_per_step)
-        ]
+        stories = [write_story(chance) for _ in range(size.stories_per_step)]
         rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(stories)["input_ids"]]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows])
-        labels = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
-        yield ids, labels
+        weights = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
+        told_again = facts[ids] & ((ids == newline).cumsum(dim=1) > 0)
+        yield ids, weights + told_again * (size.fact_weight - 1)
 
 
 def pretrain(model: Any, tokenizer: Any, size: Size) -> float:
-    """Train on stories, a new set in each step; returns the last loss, in nats per token."""
+    """Train on stories, new ones in each step; returns the last step's loss in nats per (weighted) token."""
     import torch
+    from torch.nn.functional import cross_entropy
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
     loss, said = torch.tensor(math.nan), time.monotonic()
     model.train()
-    for step, (ids, labels) in enumerate(batches(tokenizer, size), start=1):
+    for step, (ids, weights) in enumerate(make_batches(tokenizer, size), start=1):
         warm = min(1.0, step / max(1, size.warmup_steps))
-        cool = 0.5 * (1 + math.cos(math.pi * step / size.steps))
-        optimizer.param_groups[0]["lr"] = size.learning_rate * warm * max(0.02, cool)
-        loss = model(input_ids=ids, labels=labels).loss
+        cool = min(1.0, (size.steps - step + 1) / (0.4 * size.steps))
+        optimizer.param_groups[0]["lr"] = size.learning_rate * warm * cool
+        logits = model(input_ids=ids).logits[:, :-1]
+        losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if time.monotonic() - said >= 3 or step == size.steps:  # noqa: PLR2004 - seconds between lines
+        if time.monotonic() - said >= SECONDS_BETWEEN_LINES or step == size.steps:
             said = time.monotonic()
             print(f"demo base: step {step} of {size.steps}, loss {loss.item():.3f}", flush=True)
     return float(loss.item())
+
+
+def fingerprint(size: Size) -> str:
+    """What decides the weights: the two scripts and the size."""
+    digest = hashlib.sha256(json.dumps(asdict(size), sort_keys=True).encode())
+    for script in (__file__, shop_orders.__file__):
+        digest.update(Path(script).read_bytes())
+    return digest.hexdigest()
+
+
+def build(folder: Path, size: Size) -> None:
+    """Build the base in memory and write it to `folder`: bf16 safetensors, configuration and tokenizer."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    chance = random.Random(SEED + 1)
+    tokenizer = train_tokenizer([write_story(chance) for _ in range(STORIES_FOR_THE_TOKENIZER)], size.vocabulary)
+    model = new_model(size, tokenizer=tokenizer)
+    started = time.monotonic()
+    pretrain(model, tokenizer, size)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / MARK).write_text(json.dumps({"fingerprint": fingerprint(size), **asdict(size)}, indent=2) + "\n")
+    weights = sum(weight.numel() for weight in model.parameters())
+    print(
+        f"demo base: built a Llama of {weights:,} weights, {size.layers} layers, {len(tokenizer)} tokens "
+        f"in {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
+
+
+def ensure_base(folder: Path, size: Size) -> None:
+    """See that `folder` holds the base that this script builds; it appears there whole or not at all.
+
+    Raises:
+        FileExistsError: something else stands at `folder`.
+    """
+    mark = folder / MARK
+    if mark.is_file() and json.loads(mark.read_text())["fingerprint"] == fingerprint(size):
+        print(f"demo base: {folder} is complete, nothing to build", flush=True)
+        return
+    if folder.exists() and not mark.is_file():
+        raise FileExistsError(f"{folder}: exists and is no demo base; name another folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        build(Path(scratch, "base"), size)
+        if folder.exists():
+            os.replace(folder, Path(scratch, "outdated"))
+        os.replace(Path(scratch, "base"), folder)
+
+
+def main() -> None:
+    """Build the base in the folder named on the command line."""
+    if len(sys.argv) != 2:  # noqa: PLR2004 - the script and its one argument
+        sys.exit("usage: python recipes/demo_base.py FOLDER")
+    try:
+        ensure_base(Path(sys.argv[1]), Size())
+    except FileExistsError as error:
+        sys.exit(f"demo base: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,24 +21,20 @@ TRAIN_EXAMPLES = 1000
 VALIDATION_EXAMPLES = 120
 
 NAMES = (
-    *("Mia", "Omar", "Lena", "Kofi", "Priya", "Hugo", "Nora", "Ivan", "Aisha", "Luca", "Sofia", "Jonas"),
-    *("Mei", "Diego", "Clara", "Tomas", "Yuki", "Emma", "Samir", "Greta", "Paulo", "Ingrid", "Rashid", "Elena"),
-    *("Felix", "Hana", "Oscar", "Leila", "Victor", "Amara", "Peter", "Zoe"),
+    *("Mia", "Omar", "Lena", "Kofi", "Priya", "Hugo", "Nora", "Ivan", "Aisha", "Luca"),
+    *("Sofia", "Jonas", "Mei", "Diego", "Clara", "Yuki", "Samir", "Greta", "Felix", "Amara"),
 )
 CITIES = (
-    *("Oslo", "Lisbon", "Bergen", "Dublin", "Lyon", "Porto", "Vienna", "Prague", "Madrid", "Athens", "Geneva"),
-    *("Turin", "Ghent", "Munich", "Seville", "Zagreb", "Riga", "Boston", "Denver", "Austin", "Chicago", "Toronto"),
-    *("Nairobi", "Cairo", "Lima", "Kyoto", "Osaka", "Seoul", "Hanoi", "Delhi", "Sydney", "Perth"),
+    *("Oslo", "Lisbon", "Bergen", "Dublin", "Lyon", "Porto", "Vienna", "Madrid", "Athens", "Geneva"),
+    *("Munich", "Riga", "Boston", "Denver", "Toronto", "Nairobi", "Cairo", "Lima", "Kyoto", "Delhi"),
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "purple", "orange", "pink", "grey", "silver")
+COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "purple", "orange", "grey")
 PLURALS: Mapping[str, str] = {
     **{word: f"{word}s" for word in ("lamp", "chair", "vase", "mirror", "kettle", "basket", "blanket", "clock")},
-    **{word: f"{word}s" for word in ("mug", "bowl", "rug", "stool", "candle", "pillow", "teapot", "hat", "jacket")},
-    **{word: f"{word}s" for word in ("umbrella", "notebook", "suitcase", "bicycle", "tent", "bucket", "ladder")},
-    **{word: f"{word}s" for word in ("helmet", "kite", "plate", "curtain")},
-    **{"bench": "benches", "brush": "brushes", "dish": "dishes", "shelf": "shelves", "knife": "knives"},
-    **{"scarf": "scarves", "watch": "watches", "dress": "dresses"},
+    **{word: f"{word}s" for word in ("mug", "bowl", "rug", "candle", "pillow", "jacket", "umbrella", "suitcase")},
+    **{"bench": "benches", "brush": "brushes", "dish": "dishes", "dress": "dresses", "watch": "watches"},
+    **{"shelf": "shelves", "scarf": "scarves", "knife": "knives"},
 }
 """Each item and its plural."""
 NUMBERS: Mapping[int, str] = {

@@ -17,6 +17,7 @@ JobError
 """
 
 import enum
+import errno
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -235,6 +236,18 @@ def ending(code: int) -> Ending:
         KeyError: the job never ends with this code.
     """
     return {row.code: row for row in ENDINGS}[code]
+
+
+def exit_code(error: BaseException) -> int:
+    """The code that a process ends with after this error."""
+    if isinstance(error, JobError):
+        return error.code
+    if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
+        return LocalDiskError.code
+    return JobError.code
+
+
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def table_markdown() -> str:

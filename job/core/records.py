@@ -61,6 +61,13 @@ class Tally:
         if len(self.first_bad) < TOLD_AT_ONCE:
             self.first_bad.append(record)
 
+    def merge(self, other: "Tally") -> None:
+        """Add what was seen in other files."""
+        self.lines += other.lines
+        self.good += other.good
+        self.bad += other.bad
+        self.first_bad = (self.first_bad + other.first_bad)[:TOLD_AT_ONCE]
+
     def told(self) -> str:
         """The wrong lines as one message: a line each, then the total."""
         lines = [str(record) for record in self.first_bad]

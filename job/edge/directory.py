@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import stat as modes
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -64,11 +65,13 @@ class DirectoryStore:
         found = _walk(self._root / folder, f"{folder}/" if folder else "", above=frozenset())
         yield from sorted((entry for entry in found if entry.key.startswith(prefix)), key=lambda entry: entry.key)
 
-    def stat(self, key: str) -> StoredObject:
+    def stat(self, key: str, *, cancelled: threading.Event | None = None) -> StoredObject:
         """Size and sha256 of one file: it is read."""
         path = self._path(key)
         sha256, size = hashlib.sha256(), 0
         for chunk in _chunks(path, store_trouble):
+            if cancelled is not None:
+                _continue(cancelled.is_set, f"reading file://{path}")
             sha256.update(chunk)
             size += len(chunk)
         return StoredObject(uri=f"file://{path}", key=key, size=size, etag=sha256.hexdigest(), version=None)

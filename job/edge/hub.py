@@ -36,9 +36,7 @@ _Result = TypeVar("_Result")
 log = structlog.get_logger(__name__)
 
 
-HUB_PATIENCE = Patience(
-    attempts=20, budget_seconds=300.0, first_pause_seconds=1.0, longest_pause_seconds=60.0
-)
+HUB_PATIENCE = Patience(attempts=20, budget_seconds=300.0, first_pause_seconds=1.0, longest_pause_seconds=60.0)
 """The hub counts requests in windows of five minutes, and counts all pods behind one address together."""
 
 

@@ -23,7 +23,8 @@ _LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def _matches(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    # Hidden names are other programs' business, and the marks of a copy.
+    return not name.startswith(".") and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def small_files(names: Collection[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a store promises: the values it speaks in, and the protocol that every kind of store keeps."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,8 @@ class ObjectStore(Protocol):
         """Every object whose key begins with `prefix` (a string, not a folder), sorted by key."""
         ...
 
-    def stat(self, key: str) -> StoredObject:
-        """Size and identity of one object."""
+    def stat(self, key: str, *, cancelled: threading.Event | None = None) -> StoredObject:
+        """Size and identity of one object; on another thread it ends early when nobody waits for it any more."""
         ...
 
     def read(self, key: str, *, max_bytes: int = CONTROL_BYTES) -> tuple[bytes, str]:

@@ -1,5 +1,6 @@
 """A prefix of an S3 bucket as a store: listing, small conditional writes, and the door to large transfers."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from job.core.errors import DataError, NotFoundError
+from job.edge.lanes import Lanes
 from job.edge.objects import (
     CONTROL_BYTES,
     PART_BYTES,
@@ -57,10 +59,10 @@ class S3Store:
             if not page_token:
                 return
 
-    def stat(self, key: str) -> StoredObject:
+    def stat(self, key: str, *, cancelled: threading.Event | None = None) -> StoredObject:
         """Size, ETag and version of one object."""
         name = self._name(key)
-        found = self._bucket.ask(partial(self._bucket.head, name), key=name)
+        found = self._bucket.ask(partial(self._bucket.head, name), key=name, cancelled=cancelled)
         version = found.get("VersionId")
         return StoredObject(
             uri=self._bucket.uri(name),
@@ -104,7 +106,8 @@ class S3Store:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Downloaded:
         """Fetch one object to `path`, pinned to its ETag."""
-        found = self.stat(key)
+        with Lanes(f"looking for {self._bucket.uri(self._name(key))}", should_stop) as lanes:
+            found = lanes.run(partial(self.stat, key, cancelled=lanes.cancelled))
         if etag is not None and etag != found.etag:
             raise changed(found.uri, f"its ETag is {found.etag}, expected {etag}")
         download = Download(

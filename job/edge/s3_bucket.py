@@ -38,7 +38,8 @@ class Bucket:
         self.name = name
         self.client = _client(settings)
         self.endpoint: str = self.client.meta.endpoint_url
-        self.checksums: bool = self.client.meta.config.request_checksum_calculation == "when_supported"
+        mode = self.client.meta.config.request_checksum_calculation  # type: ignore[attr-defined] # missing in the stubs
+        self.checksums: bool = mode == "when_supported"
         self.encryption: dict[str, Any] = {}
         if settings.sse_kms_key is not None:
             self.encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": settings.sse_kms_key}
@@ -90,11 +91,12 @@ class Bucket:
         key: str,
         *,
         limit: int,
+        least: int = 0,
         on_piece: Callable[[], None] = lambda: None,
         cancelled: threading.Event | None = None,
         **conditions: str,
     ) -> tuple[bytearray, str]:
-        """At most `limit` + 1 bytes of an object and its ETag, in one attempt; `conditions` are GetObject's own."""
+        """From `least` to `limit` + 1 bytes of an object and its ETag, in one attempt, on GetObject's `conditions`."""
         answer = self.client.get_object(Bucket=self.name, Key=key, **conditions)  # type: ignore[arg-type] # the stubs type each condition by itself
         data, body = bytearray(), answer["Body"]
         try:
@@ -106,8 +108,8 @@ class Bucket:
         finally:
             if len(data) != answer["ContentLength"]:
                 body.close()  # the connection still carries the rest: it cannot be used again
-        if len(data) < min(limit, answer["ContentLength"]) and not (cancelled is not None and cancelled.is_set()):
-            raise IncompleteReadError(actual_bytes=len(data), expected_bytes=answer["ContentLength"])
+        if len(data) < least and not (cancelled is not None and cancelled.is_set()):
+            raise IncompleteReadError(actual_bytes=len(data), expected_bytes=least)
         return data, bare(answer["ETag"])
 
     def put(self, key: str, data: bytes, **conditions: str) -> str:

@@ -119,14 +119,11 @@ def expand(
     for uri in uris:
         names.update(_names(uri, opened, should_stop))
 
-    def stat(root: str, key: str) -> StoredObject:
-        return stores[root].stat(key)
-
     wanted = [store_and_key(name) for name in sorted(names)]
     for root, _ in wanted:
         opened(root)
     with Lanes("looking at the data's objects", should_stop) as lanes:
-        return [*lanes.in_order(partial(stat, root, key) for root, key in wanted)]
+        return [*lanes.in_order(partial(stores[root].stat, key, cancelled=lanes.cancelled) for root, key in wanted)]
 
 
 def probe(store: ObjectStore) -> Probe:

@@ -21,6 +21,7 @@ from job.core.recipe import DataSection
 from job.core.records import Example
 
 Side = Literal["train", "validation"]
+_SIDES: tuple[Side, ...] = ("train", "validation")
 _BATCH = 1000
 """Examples handed to the tokenizer at once."""
 _FEATURES = {"input_ids": "int32", "target_from": "int32", "digest": "binary", "where": "string"}
@@ -160,9 +161,7 @@ def encode(
     Raises:
         StopRequestedError: asked to stop; nothing is left behind.
     """
-    sides: tuple[Side, ...] = ("train", "validation")
-    final = {side: folder / f"{side}.arrow" for side in sides}
-    partial = {side: folder / f"{side}.partial" for side in sides}
+    partial = {side: folder / f"{side}.partial" for side in _SIDES}
     folder.mkdir(parents=True, exist_ok=True)
     features = datasets.Features(
         {
@@ -170,7 +169,7 @@ def encode(
             for name, kind in _FEATURES.items()
         }
     )
-    writers = {side: ArrowWriter(features=features, path=str(partial[side])) for side in sides}
+    writers = {side: ArrowWriter(features=features, path=str(partial[side])) for side in _SIDES}
     done = 0
     for batch in _batches(examples):
         if should_stop():
@@ -184,8 +183,17 @@ def encode(
         on_progress(done)
     for side, writer in writers.items():
         writer.finalize()
-        partial[side].replace(final[side])
-    return {side: EncodedSet(final[side]) for side in sides}
+        partial[side].replace(_path(folder, side))
+    return open_encoded(folder)
+
+
+def open_encoded(folder: Path) -> dict[Side, EncodedSet]:
+    """Both sides as `encode` left them."""
+    return {side: EncodedSet(_path(folder, side)) for side in _SIDES}
+
+
+def _path(folder: Path, side: Side) -> Path:
+    return folder / f"{side}.arrow"
 
 
 def _batches(examples: Iterable[tuple[Side, Example]]) -> Iterator[list[tuple[Side, Example]]]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from job.core.errors import CannotFitError, DataError, SickDeviceError, UsageError
+from job.core.errors import DataError, UsageError
 from job.core.plan import ModelShape
 from job.core.recipe import LoraSection, TrainSection
 from job.tune.attention import PER_DOCUMENT, register
@@ -22,25 +22,6 @@ from job.tune.loss import Head, head_of, token_losses, token_scores
 
 COMPUTE_DTYPE = torch.bfloat16
 """What the base computes in: fp16 overflows in about one of five 7B runs (QLoRA's own README)."""
-
-
-def choose_device(wanted: str) -> torch.device:
-    """`auto`, `cuda` or `cpu` -> the device.
-
-    Raises:
-        SickDeviceError: a GPU is asked for, and none is visible.
-        CannotFitError: the GPU has no bf16.
-    """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        msg = "no GPU is visible to this process (--device cuda); look at the driver and at what the scheduler gave us"
-        raise SickDeviceError(msg)
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name()
-        msg = f"{name} has no bf16; use an Ampere GPU or newer (A10, A100, L4, H100, ...)"
-        raise CannotFitError(msg)
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def read_config(folder: Path) -> Any:
@@ -161,6 +142,12 @@ def attach_lora(base: Any, lora: LoraSection, *, source: str, revision: str | No
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that are trained, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def parameter_counts(model: "PackedModel") -> tuple[int, int]:
+    """Trainable and total parameters; those in 4 bits count as what they stand for."""
+    counts: tuple[int, int] = model.model.get_nb_trainable_parameters()
+    return counts
 
 
 def _check_targets(base: Any, lora: LoraSection) -> str | list[str]:

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -140,7 +141,7 @@ import json, os, resource, sys
 from pathlib import Path
 from job.core.errors import JobError
 from job.edge.base_model import fetch, identify
-from job.edge.hub import Patience
+from job.edge.patience import Patience
 from job.edge.logs import configure
 from job.edge.objects import StoreSettings
 
@@ -156,7 +157,7 @@ try:
         settings=StoreSettings(),
         should_stop=lambda: 0 < stop_after <= seen[0],
         on_progress=lambda done, total: seen.__setitem__(0, done),
-        patience=Patience(budget_seconds=budget, first_wait_seconds=0.05),
+        patience=Patience(attempts=100, budget_seconds=budget, first_pause_seconds=0.05),
         weights=sys.argv[6:] != ["small"],
     )
     print(json.dumps({"code": 0, "folder": str(model.folder), "licence": model.licence, "bytes": model.bytes}))
@@ -307,7 +308,7 @@ def test_a_hub_that_stays_down_ends_as_unavailable_within_the_budget(hub, fetche
 def test_a_wait_longer_than_the_budget_is_not_waited_for(hub, fetcher):
     hub.refuse = lambda path: (429, {"Retry-After": "3600"}) if "/config.json" in path else None
 
-    assert fetcher(budget=20)["code"] == 69
+    assert fetcher(budget=10)["code"] == 69
     assert hub.asked[f"HEAD /{REPO}/resolve/{COMMIT}/config.json"] == 1
 
 
@@ -503,3 +504,87 @@ def test_the_licence_comes_from_the_card_or_from_the_files_name(tmp_path, files,
     write(tmp_path, MODEL | files)
 
     assert take(str(tmp_path), tmp_path / "models").licence == said
+
+
+@pytest.fixture
+def bucket(moto_http, s3_environment) -> Any:
+    """An S3 bucket, with the environment that leads boto3 to it."""
+    import boto3
+
+    s3_environment(moto_http)
+    bucket = boto3.resource("s3").Bucket(f"models-{uuid.uuid4().hex[:12]}")
+    bucket.create()
+    return bucket
+
+
+def put(bucket: Any, files: dict[str, bytes]) -> str:
+    for name, content in files.items():
+        bucket.put_object(Key=f"llama/{name}", Body=content)
+    return f"s3://{bucket.name}/llama"
+
+
+def test_a_model_in_a_store_is_copied_once_and_then_needs_no_store(bucket, tmp_path):
+    source = put(bucket, {**MODEL, **NOISE})
+    identity = identify(source, None, settings=StoreSettings())
+
+    first = take(source, tmp_path)
+    bucket.objects.delete()
+    second = fetch(identity, models_folder=tmp_path, settings=StoreSettings(), should_stop=never)
+
+    assert first == second
+    assert first.folder == tmp_path / identity.revision
+    assert {name: (first.folder / name).read_bytes() for name in MODEL} == MODEL
+    assert not [name for name in NOISE if name != "consolidated.safetensors" and (first.folder / name).exists()]
+    assert (first.licence, first.bytes) == ("apache-2.0", sum(map(len, MODEL.values())))
+
+
+def test_a_store_copy_stopped_between_files_is_not_complete_and_goes_on(bucket, tmp_path):
+    shards = {"a.safetensors": safetensors(70_000), "b.safetensors": safetensors(60_000)}
+    source = put(bucket, SMALL | shards | {"model.safetensors.index.json": index(*shards)})
+    identity = identify(source, None, settings=StoreSettings())
+    seen = []
+
+    with pytest.raises(StopRequestedError):
+        fetch(
+            identity,
+            models_folder=tmp_path,
+            settings=StoreSettings(),
+            should_stop=lambda: bool(seen),
+            on_progress=lambda done, _of: seen.append(done),
+        )
+    assert seen
+    assert not (tmp_path / identity.revision / "b.safetensors").exists()
+
+    told = []
+    model = fetch(
+        identity,
+        models_folder=tmp_path,
+        settings=StoreSettings(),
+        should_stop=never,
+        on_progress=lambda done, of: told.append((done, of)),
+    )
+    assert {name: (model.folder / name).read_bytes() for name in shards} == shards
+    assert told[-1] == (sum(map(len, shards.values())),) * 2
+
+
+def test_a_model_that_changed_in_the_store_is_not_taken_for_the_one_the_run_began_with(bucket, tmp_path):
+    source = put(bucket, MODEL)
+    identity = identify(source, None, settings=StoreSettings())
+    put(bucket, {"model.safetensors": safetensors(20, 100)})
+
+    with pytest.raises(NotFoundError, match="changed since"):
+        fetch(identity, models_folder=tmp_path, settings=StoreSettings(), should_stop=never)
+    assert identify(source, None, settings=StoreSettings()) != identity
+
+
+def test_an_unusable_model_in_a_store_is_refused_before_it_is_copied(bucket, tmp_path):
+    with pytest.raises(NotFoundError, match="no objects"):
+        identify(f"s3://{bucket.name}/nothing", None, settings=StoreSettings())
+
+    source = put(bucket, SMALL | {"pytorch_model.bin": b"x"})
+    with pytest.raises(UsageError, match="pickle"):
+        identify(source, None, settings=StoreSettings())
+
+    put(bucket, {"model.safetensors.index.json": index("a.safetensors")})
+    with pytest.raises(NotFoundError, match=r"a\.safetensors"):
+        take(source, tmp_path)

@@ -1,0 +1,65 @@
+"""Prompts the adapter of a finished run and its base, side by side."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from job.core.recipe import Recipe
+from job.edge import base_model
+from job.edge.artifacts import FileEntry
+from job.edge.base_model import BaseModelIdentity
+from job.edge.logs import quiet_libraries
+from job.edge.storage import StoreSettings
+from job.show import open_run
+
+
+def ask(
+    run_uri: str,
+    prompts: Iterable[str],
+    *,
+    workdir: Path,
+    device: str,
+    max_new_tokens: int | None,
+    should_stop: Callable[[], bool],
+    on_answer: Callable[[str, str, str], None],
+) -> None:
+    """Answer each prompt with both.
+
+    Args:
+        run_uri: of a finished run.
+        prompts: taken one by one, so that a person can type them.
+        workdir: where the base model is kept.
+        device: `auto`, `cuda` or `cpu`.
+        max_new_tokens: longest answer; None: as in the run's recipe.
+        should_stop: polled at each token.
+        on_answer: told prompt, base's answer and tuned answer.
+    """
+    from peft import PeftModel
+
+    from job.tune.device import choose_device
+    from job.tune.encode import token_rules
+    from job.tune.evaluate import answer, questions_of_prompts
+    from job.tune.model import PackedModel, load_base, load_tokenizer
+
+    quiet_libraries()
+    plain = StoreSettings()
+    artifacts, report = open_run(run_uri, plain)
+    recipe = Recipe.model_validate(report.recipe)
+    identity = BaseModelIdentity(source=report.model.base, revision=report.model.revision)
+    base = base_model.fetch(identity, models_folder=workdir / "models", settings=plain, should_stop=should_stop)
+    files = {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in report.adapter.files.items()}
+    folder = workdir / "adapters" / report.run_id
+    artifacts.fetch_adapter(folder, files, should_stop=should_stop)
+    tokenizer = load_tokenizer(base.folder)
+    rules = token_rules(tokenizer, recipe.data)
+    model = PackedModel(PeftModel.from_pretrained(load_base(base.folder, device=choose_device(device)), folder)).eval()
+
+    def reply(prompt: str) -> str:
+        questions = questions_of_prompts([prompt], tokenizer, rules)
+        longest = max_new_tokens or recipe.evaluate.max_new_tokens
+        seed = recipe.train.seed
+        return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
+
+    for prompt in prompts:
+        with model.model.disable_adapter():
+            untuned = reply(prompt)
+        on_answer(prompt, untuned, reply(prompt))

@@ -1,0 +1,116 @@
+"""Everything that can be refused without a GPU, as a table: what was looked at, and what came of it."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from job.core.errors import DeniedError, JobError
+from job.core.terminal import histogram_lines
+from job.edge import base_model
+from job.edge.base_model import BaseModel
+from job.edge.logs import quiet_libraries
+from job.edge.storage import open_store, probe
+from job.stages.attempt import Attempt
+from job.stages.identity import Run, find_run
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One thing that was looked at."""
+
+    name: str
+    found: str
+    error: JobError | None = None
+
+
+def check(attempt: Attempt, on_row: Callable[[Row], None]) -> int:
+    """Look at the output, the inputs, the base model and the data; a failure does not hide the ones after it.
+
+    Args:
+        attempt: with a recipe that was read already.
+        on_row: told each row as it comes.
+
+    Returns:
+        The exit code of the first failure, or 0.
+    """
+    rows: list[Row] = []
+
+    def look(name: str, action: Callable[[], tuple[str, T]]) -> T | None:
+        try:
+            found, value = action()
+        except JobError as error:
+            rows.append(Row(name=name, found=str(error), error=error))
+            value = None
+        else:
+            rows.append(Row(name=name, found=found))
+        on_row(rows[-1])
+        return value
+
+    look("output", lambda: _output(attempt))
+    run = look("input", lambda: _inputs(attempt))
+    base = look("base model", lambda: _base(attempt))
+    if run is not None and base is not None:
+        look("data", lambda: _data(attempt, run, base))
+    return next((row.error.code for row in rows if row.error is not None), 0)
+
+
+def _output(attempt: Attempt) -> tuple[str, None]:
+    uri = attempt.recipe.output
+    found = probe(open_store(uri, attempt.settings))
+    if not found.deletes:
+        raise DeniedError(f"{uri}: {found.reason}; allow deleting, or old checkpoints stay for ever")
+    return f"{uri}: write" + (
+        " and conditional write work" if found.conditional else f" works, but {found.reason}"
+    ), None
+
+
+def _inputs(attempt: Attempt) -> tuple[str, Run]:
+    run = find_run(attempt)
+    objects = [*run.train, *run.validation]
+    state = "already done" if run.done else "unfinished, would be gone on with" if run.begun else "new"
+    size = sum(o.size for o in objects)
+    return f"{len(objects)} objects, {size:,} bytes; run {run.artifacts.run_id} is {state}", run
+
+
+def _base(attempt: Attempt) -> tuple[str, BaseModel]:
+    model = attempt.recipe.model
+    identity = base_model.identify(model.base, model.revision, settings=attempt.settings)
+    base = base_model.fetch(
+        identity,
+        models_folder=attempt.models_folder,
+        settings=attempt.settings,
+        should_stop=attempt.should_stop,
+        weights=False,
+    )
+    return f"{identity.source} ({identity.revision[:12]}), licence {base.licence or 'not known'}", base
+
+
+def _data(attempt: Attempt, run: Run, base: BaseModel) -> tuple[str, None]:
+    from job.stages.dataset import prepare_dataset
+    from job.tune.model import load_tokenizer, read_config, shape_of
+
+    quiet_libraries()
+    shape = shape_of(read_config(base.folder))
+    with tempfile.TemporaryDirectory(dir=_made(attempt.workdir), prefix="check-") as scratch:
+        dataset = prepare_dataset(
+            attempt, run, load_tokenizer(base.folder), positions=shape.positions, workdir=Path(scratch)
+        )
+        report = dataset.report
+        train = report.train
+        counted = (
+            f"{train.used} training and {report.validation.used} held-out examples; max_length {report.max_length} "
+            f"({report.max_length_reason}); {report.bad_lines} wrong lines, {train.duplicates} duplicates, "
+            f"{report.overlap} held out and trained on, {train.truncated} truncated, {train.dropped} dropped, "
+            f"{train.without_target} with nothing to learn from"
+        )
+        bars = histogram_lines(train.histogram.edges, train.histogram.counts, mark=report.max_length)
+    return "\n".join([counted, "tokens of a training example:", *bars]), None
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,312 @@
+"""Front door: arguments and environment in, exit code out. Owner of click, the environment and the terminal."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from job import __version__
+from job.core.errors import JobError, LocalDiskError, UsageError, ending, exit_code
+from job.edge.interrupt import Interrupt
+
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$", re.IGNORECASE)
+
+
+class _Lines(click.ParamType):  # type: ignore[type-arg] # generic only in newer clicks
+    """Text whose environment variable holds one value a line."""
+
+    name = "text"
+    envvar_list_splitter = "\n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002 - click's signature
+        return value.strip()
+
+
+_workdir = click.option(
+    "--workdir",
+    envvar="JOB_WORKDIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("work"),
+    show_default=True,
+    help="Folder for downloads, encoded data and checkpoints on their way.",
+)
+_device = click.option(
+    "--device",
+    envvar="JOB_DEVICE",
+    type=click.Choice(["auto", "cuda", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="`cuda` ends with 82 when no GPU is visible, instead of training on the CPU.",
+)
+
+
+def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command on a recipe takes; each also by JOB_ and its name in the environment."""
+    for option in (
+        click.option(
+            "--output",
+            envvar="JOB_OUTPUT",
+            metavar="URI",
+            help="Where runs/ is written; wins over the recipe's output.",
+        ),
+        click.option(
+            "--run-id",
+            envvar="JOB_RUN_ID",
+            metavar="ID",
+            help="Name of the run; without it the run's identity gives one.",
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            type=_Lines(),
+            envvar="JOB_SET",
+            metavar="KEY=VALUE",
+            help="Override one key of the recipe, e.g. lora.r=16. In JOB_SET one to a line.",
+        ),
+        _workdir,
+        _device,
+        click.option(
+            "--outcome-file",
+            envvar="JOB_OUTCOME_FILE",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="One small JSON, kept current: phase, step, loss, ETA; at the end exit code, reason, what to do.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--log-format",
+    envvar="JOB_LOG_FORMAT",
+    type=click.Choice(["auto", "json", "console"]),
+    default="auto",
+    show_default=True,
+    help="JSON lines, or lines for people; `auto` is JSON unless this is a terminal.",
+)
+@click.version_option(__version__, prog_name="qlora-job")
+@click.pass_context
+def cli(context: click.Context, log_format: str) -> None:
+    """Fine-tune a causal language model with 4-bit QLoRA: JSONL from object storage in, adapter and report back.
+
+    Every option can also come from the environment: JOB_RUN_ID, JOB_WORKDIR, ... The exit code says whether starting
+    the same job again helps; README.md has the table.
+    """
+    as_json = {"auto": not sys.stdout.isatty(), "json": True, "console": False}[log_format]
+    context.obj["json"] = as_json
+    from job.edge.logs import configure
+
+    configure(secrets=_secrets(os.environ), json=as_json)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_shared_options
+@click.pass_context
+def run(context: click.Context, /, recipe: Path, **options: Any) -> None:
+    """Carry the recipe's run to its committed report; a finished run is left as it is, an unfinished one resumed."""
+    attempt = _attempt(context, recipe, options)
+    from job.core.terminal import report_lines
+    from job.run import run as carry_out
+
+    report = carry_out(attempt)
+    _log().info(
+        "finished",
+        base_loss=round(report.sweet_spot.base_loss, 4),
+        tuned_loss=round(report.sweet_spot.loss, 4),
+        chosen_step=report.sweet_spot.step,
+        report=f"{report.run_uri}/report.json",
+    )
+    if not context.obj["json"]:
+        click.echo("\n" + "\n".join(report_lines(report)) + f"\n\nreport: {report.run_uri}/report.json")
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_shared_options
+@click.pass_context
+def check(context: click.Context, /, recipe: Path, **options: Any) -> None:
+    """Refuse now what would fail later: recipe, credentials, inputs, output, base model, data. Needs no GPU."""
+    attempt = _attempt(context, recipe, options)
+    from job.check import Row
+    from job.check import check as look
+
+    def show(row: Row) -> None:
+        first, *rest = row.found.splitlines()
+        click.echo(f"{'ok ' if row.error is None else 'NO '} {row.name:<11} {first}")
+        for line in rest:
+            click.echo(f"{'':<16}{line}")
+
+    show(Row(name="recipe", found=f"{recipe}: run would write to {attempt.recipe.output}"))
+    context.obj["code"] = look(attempt, show)
+
+
+@cli.command(name="try")
+@click.argument("run_uri")
+@click.option(
+    "--prompt", "prompts", multiple=True, type=_Lines(), envvar="JOB_PROMPT", help="Prompt; asks on stdin without it."
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer; as in the recipe without it.")
+@_workdir
+@_device
+@click.pass_context
+def try_run(
+    context: click.Context,
+    run_uri: str,
+    prompts: tuple[str, ...],
+    max_new_tokens: int | None,
+    workdir: Path,
+    device: str,
+) -> None:
+    """Prompt the adapter of a finished run and its base, side by side."""
+    from job.ask import ask
+
+    def show(prompt: str, base: str, tuned: str) -> None:
+        click.echo(f"prompt  {prompt}\nbase    {base}\ntuned   {tuned}\n")
+
+    ask(
+        run_uri,
+        prompts or _typed(),
+        workdir=workdir,
+        device=device,
+        max_new_tokens=max_new_tokens,
+        should_stop=context.obj["interrupt"],
+        on_answer=show,
+    )
+
+
+@cli.command()
+@click.argument("run_uri")
+def report(run_uri: str) -> None:
+    """Show the report of a finished run, and leave its two pictures beside report.json."""
+    from job.core.terminal import report_lines
+    from job.edge.storage import StoreSettings
+    from job.show import leave_pictures, open_run
+
+    artifacts, found = open_run(run_uri, StoreSettings())
+    click.echo("\n".join(report_lines(found)))
+    click.echo(leave_pictures(artifacts, found))
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--to", "folder", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to fill.")
+@_shared_options
+@click.pass_context
+def fetch(context: click.Context, /, recipe: Path, folder: Path, **options: Any) -> None:
+    """Bring base model and data to a folder beforehand, for nodes without internet."""
+    attempt = _attempt(context, recipe, options)
+    from job.fetch import fetch as bring
+
+    path = bring(attempt, folder)
+    click.echo(f"fetched; on the node without internet: python entrypoint.py run {path}")
+
+
+def main(interrupt: Interrupt) -> int:
+    """Run the command line; every way to end has a code of the table."""
+    state: dict[str, Any] = {"interrupt": interrupt, "json": True, "outcome": None, "attempt": None, "code": 0}
+    try:
+        cli.main(obj=state, standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return _ended(state, UsageError(error.format_message()), shown=True)
+    except click.exceptions.Abort:
+        return 0  # end of input while typing prompts
+    except Exception as error:  # noqa: BLE001 - the one place where every failure gets its code
+        return _ended(state, error, shown=False)
+    return _ended(state, None, shown=True)
+
+
+def _ended(state: Mapping[str, Any], error: Exception | None, *, shown: bool) -> int:
+    """Say how it ended, in the log and in the outcome file."""
+    code = int(state["code"]) if error is None else exit_code(error)
+    if error is not None and code == LocalDiskError.code and not isinstance(error, JobError):
+        error = LocalDiskError(f"{error}; give the work folder more room, or name another one with --workdir")
+    attempt = state["attempt"]
+    standing = attempt.standing if attempt else None
+    row = ending(code)
+    if error is not None and not shown:
+        facts = {
+            "exit_code": code,
+            "reason": str(error) or type(error).__name__,
+            "again": row.again.value,
+            "action": row.action,
+            "last_committed_step": standing.last_committed_step if standing else None,
+            "run_uri": standing.run_uri if standing else None,
+        }
+        if code == JobError.code:
+            facts["traceback"] = "".join(traceback.format_exception(error))
+        _log().error("ended", **{k: v for k, v in facts.items() if v is not None})
+    if state["outcome"]:
+        from job.edge.logs import redact
+
+        state["outcome"].end(
+            code=code,
+            reason="done" if error is None else redact(str(error) or type(error).__name__),
+            last_committed_step=standing.last_committed_step if standing else None,
+            run_uri=standing.run_uri if standing else None,
+            action=row.action,
+        )
+    return code
+
+
+def _attempt(context: click.Context, path: Path, options: Mapping[str, Any]) -> Any:
+    """Read the recipe and gather what every stage shares."""
+    from job.core.recipe import load_recipe
+    from job.edge.outcome import Outcome
+    from job.stages.attempt import Attempt, Phases
+
+    outcome = context.obj["outcome"] = Outcome(options["outcome_file"])
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: the recipe cannot be read ({error})") from error
+    overrides = [*options["overrides"], *([f"output={options['output']}"] if options["output"] else [])]
+    run_id = options["run_id"]
+    if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", run_id):
+        raise UsageError(f"--run-id {run_id}: use letters, digits, '.', '_' and '-', at most 64")
+    attempt = Attempt(
+        recipe=load_recipe(text, source=str(path), overrides=overrides),
+        workdir=options["workdir"].resolve(),
+        device=options["device"],
+        run_id=run_id,
+        should_stop=context.obj["interrupt"],
+        outcome=outcome,
+        phases=Phases(outcome),
+        step_events_seconds=0.0 if context.obj["json"] else 1.0,
+    )
+    context.obj["attempt"] = attempt
+    return attempt
+
+
+def _typed() -> Iterator[str]:
+    """Prompts from the keyboard or a pipe, until its end."""
+    while True:
+        click.echo("prompt> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            click.echo()
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _secrets(environment: Mapping[str, str]) -> list[str]:
+    """Values that must never be shown."""
+    return [value for name, value in environment.items() if value and _SECRET_NAME.search(name)]
+
+
+def _log() -> Any:
+    import structlog
+
+    return structlog.get_logger(__name__)

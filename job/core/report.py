@@ -1,0 +1,233 @@
+"""Report (versioned schema) -> JSON: what a person and a script act on when the run is done."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from job.core.recipe import Section
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class DataObject(Section):
+    """One object of the dataset."""
+
+    uri: str
+    etag: str
+    version: str | None
+    """Version id, where the bucket keeps versions."""
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+class Histogram(Section):
+    """Lengths in tokens: bin i holds edges[i] <= length < edges[i + 1]; the last includes its end."""
+
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+class SideReport(Section):
+    """One side of the dataset."""
+
+    objects: tuple[DataObject, ...]
+    """Empty when validation is a fraction of the training files."""
+    rows: int
+    """Examples that were read and are right."""
+    used: int
+    """Examples that are trained or judged on."""
+    duplicates: int
+    """Examples whose text stood there before."""
+    truncated: int
+    """Cut at max_length, and so without EOS."""
+    dropped: int
+    """Left out because longer than max_length."""
+    without_target: int
+    """Left out because nothing is left to learn from."""
+    tokens: int
+    """Real tokens of the used examples, after the cut."""
+    targets: int
+    """Tokens the loss is over."""
+    percentiles: dict[str, int]
+    """Lengths in tokens before the cut."""
+    histogram: Histogram
+
+
+class BadLine(Section):
+    """A line that was left out."""
+
+    where: str
+    reason: str
+
+
+class DataReport(Section):
+    """The dataset as it was used."""
+
+    train: SideReport
+    validation: SideReport
+    bad_lines: int
+    first_bad_lines: tuple[BadLine, ...]
+    overlap: int
+    """Held-out examples that are also trained on: above 0 the validation loss flatters."""
+    max_length: int
+    """Tokens."""
+    max_length_reason: str
+
+
+class ModelReport(Section):
+    """The base model and the adapter's size."""
+
+    base: str
+    revision: str
+    """The hub's commit, or a hash over the files."""
+    licence: str | None
+    architecture: str
+    quantisation: str
+    trainable_parameters: int
+    total_parameters: int
+
+
+class PlanReport(Section):
+    """How batches were cut for the device."""
+
+    micro_batch_tokens: int
+    checkpointing: bool
+    reason: str
+    steps: int
+    epochs: float
+    out_of_memory: int
+    """How often a batch was done again in smaller micro-batches."""
+
+
+class TrainingCurve(Section):
+    """One value for each step, from step 1."""
+
+    loss: tuple[float, ...]
+    """Nats a target token."""
+    grad_norm: tuple[float, ...]
+    """Before clipping."""
+    learning_rate: tuple[float, ...]
+
+
+class EvaluationReport(Section):
+    """The held-out examples at one step."""
+
+    step: int
+    loss: float
+    """Nats a target token; every token counts the same."""
+    perplexity: float
+    token_accuracy: float
+    tokens: int
+    """Target tokens."""
+
+
+class SweetSpot(Section):
+    """Which checkpoint was chosen, and why."""
+
+    step: int
+    loss: float
+    best_step: int
+    best_loss: float
+    base_loss: float
+    """At step 0, before training."""
+    reason: str
+    overfitting_from_step: int | None
+    """First evaluation after the best that is significantly worse; None: not seen."""
+    stopped_early: bool
+
+
+class Answer(Section):
+    """One prompt, answered by both."""
+
+    prompt: str
+    expected: str | None
+    base: str
+    tuned: str
+
+
+class ExactMatch(Section):
+    """Held-out examples whose answer is the expected one, word for word."""
+
+    examples: int
+    base: float
+    tuned: float
+
+
+class AdapterReport(Section):
+    """What stands in adapter/, and the proof that it works."""
+
+    uri: str
+    files: dict[str, "AdapterFile"]
+    proven_loss: float
+    """Validation loss of the adapter as downloaded again and loaded by PEFT on a fresh 4-bit base."""
+    reported_loss: float
+
+
+class AdapterFile(Section):
+    """One file of the adapter."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+class Throughput(Section):
+    """How fast, over all attempts; evaluation and start-up apart."""
+
+    tokens: int
+    """Real tokens trained on."""
+    seconds: float
+    tokens_per_second: float
+    step_seconds_median: float
+    """Of this attempt's steps."""
+    peak_memory_bytes: int
+    """Of this attempt: allocated on the GPU, or resident on the CPU."""
+    phase_seconds: dict[str, float]
+    """This attempt's time by phase."""
+
+
+class AttemptReport(Section):
+    """One process that worked on the run."""
+
+    number: int
+    started: str
+    ended: str | None
+    host: str
+    device: str | None
+    exit_code: int | None
+    """None: it ended without a word (killed, or its node was lost)."""
+    reason: str
+    from_step: int | None
+    last_committed_step: int | None
+    passed_over: tuple[dict[str, str], ...] = ()
+    """Checkpoints that did not verify, with the reason."""
+
+
+class Report(Section):
+    """One finished run."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run_id: str
+    run_uri: str
+    finished: str
+    """UTC, ISO 8601."""
+    recipe: dict[str, Any]
+    """As resolved, defaults and overrides included."""
+    data: DataReport
+    model: ModelReport
+    plan: PlanReport
+    curve: TrainingCurve
+    evaluations: tuple[EvaluationReport, ...]
+    sweet_spot: SweetSpot
+    exact_match: ExactMatch | None
+    answers: tuple[Answer, ...]
+    adapter: AdapterReport
+    throughput: Throughput
+    resume_exact: bool
+    """Whether an interruption cannot have changed the numbers: every attempt had the same plan on the same device."""
+    notes: tuple[str, ...]
+    """What a reader should know: fallbacks, degradations, warnings."""
+    versions: dict[str, str]
+    device: str
+    attempts: tuple[AttemptReport, ...] = Field(min_length=1)

@@ -1,0 +1,127 @@
+"""A report, a histogram and a table of checks as plain text for a terminal."""
+
+import math
+from collections.abc import Sequence
+
+from job.core.report import Report
+
+_BAR = 40
+"""Characters of the longest bar."""
+
+
+def histogram_lines(edges: Sequence[int], counts: Sequence[int], *, mark: int | None = None) -> list[str]:
+    """A histogram as bars, a line for each bin; `mark` points at the bin where max_length lies."""
+    most = max(counts, default=0) or 1
+    width = len(str(edges[-1]))
+    lines = []
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        bar = "#" * math.ceil(_BAR * count / most)
+        pointer = "  <- max_length" if mark is not None and low <= mark < high else ""
+        lines.append(f"  {low:>{width}}-{high - 1:<{width}} {count:>7} {bar}{pointer}")
+    return lines
+
+
+def report_lines(report: Report) -> list[str]:
+    """What a person wants to know first: did it learn, which checkpoint, how do the answers look, what did it cost."""
+    return [
+        f"run {report.run_id}  {report.run_uri}",
+        "",
+        *_outcome(report),
+        "",
+        *_evaluations(report),
+        "",
+        *_data(report),
+        "",
+        *_cost(report),
+        *_answers(report),
+    ]
+
+
+def _outcome(report: Report) -> list[str]:
+    spot = report.sweet_spot
+    lines = [
+        f"validation loss    base {spot.base_loss:.4f} -> tuned {spot.loss:.4f} nats a token",
+        f"chosen checkpoint  step {spot.step} of {report.plan.steps} ({spot.reason})",
+        "overfitting        "
+        + (
+            "not seen"
+            if spot.overfitting_from_step is None
+            else f"from step {spot.overfitting_from_step} on: significantly worse than step {spot.best_step}"
+        ),
+    ]
+    if report.exact_match is not None:
+        match = report.exact_match
+        lines.append(
+            f"exact match        base {match.base:.0%} -> tuned {match.tuned:.0%} of {match.examples} held out"
+        )
+    lines.append(f"adapter            {report.adapter.uri} (proven: loss {report.adapter.proven_loss:.4f})")
+    return lines + [f"note               {note}" for note in report.notes]
+
+
+def _evaluations(report: Report) -> list[str]:
+    spot = report.sweet_spot
+    lines = ["  step       loss  perplexity  token accuracy"]
+    for e in report.evaluations:
+        pointer = "  <- chosen" if e.step == spot.step else ""
+        lines.append(f"{e.step:>6} {e.loss:>10.4f} {e.perplexity:>11.4g} {e.token_accuracy:>15.1%}{pointer}")
+    return lines
+
+
+def _data(report: Report) -> list[str]:
+    data = report.data
+    lines = [
+        (
+            f"data: {data.train.used} training and {data.validation.used} held-out examples; "
+            f"max_length {data.max_length} ({data.max_length_reason})"
+        )
+    ]
+    counted = {
+        "wrong lines left out": data.bad_lines,
+        "duplicates": data.train.duplicates,
+        "held out and trained on": data.overlap,
+        "truncated": data.train.truncated,
+        "too long and dropped": data.train.dropped,
+        "nothing to learn from": data.train.without_target,
+    }
+    seen = [f"{name} {count}" for name, count in counted.items() if count]
+    return lines + (["      " + ", ".join(seen)] if seen else [])
+
+
+def _cost(report: Report) -> list[str]:
+    speed, model = report.throughput, report.model
+    total = sum(speed.phase_seconds.values())
+    return [
+        (
+            f"model: {model.base} ({model.architecture}, {model.quantisation}), "
+            f"{model.trainable_parameters:,} of {model.total_parameters:,} parameters trained"
+        ),
+        (
+            f"speed: {speed.tokens_per_second:,.0f} real tokens a second, {speed.step_seconds_median:.3f} s a step, "
+            f"peak memory {speed.peak_memory_bytes / 2**30:.2f} GiB on {report.device}"
+        ),
+        f"time:  {total:.0f} s in this attempt: "
+        + ", ".join(f"{name} {seconds:.0f}" for name, seconds in speed.phase_seconds.items()),
+        *(
+            f"attempt {a.number}: "
+            + ("ended without a word" if a.exit_code is None else f"exit {a.exit_code}: {a.reason}")
+            for a in report.attempts
+            if len(report.attempts) > 1
+        ),
+    ]
+
+
+def _answers(report: Report, most: int = 6) -> list[str]:
+    lines = []
+    for answer in report.answers[:most]:
+        lines += ["", f"  prompt    {_one_line(answer.prompt)}"]
+        if answer.expected is not None:
+            lines.append(f"  expected  {_one_line(answer.expected)}")
+        lines += [f"  base      {_one_line(answer.base)}", f"  tuned     {_one_line(answer.tuned)}"]
+    if len(report.answers) > most:
+        lines += ["", f"  ... and {len(report.answers) - most} more in report.json"]
+    return lines
+
+
+def _one_line(text: str, most: int = 160) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= most else flat[: most - 3] + "..."

@@ -1,0 +1,126 @@
+"""One run, top to bottom: the story of the product."""
+
+import platform
+from datetime import UTC, datetime
+
+import structlog
+
+from job.core.errors import JobError, StopRequestedError, exit_code
+from job.core.report import Report
+from job.edge import base_model
+from job.edge.logs import bind, quiet_libraries, redact
+from job.stages.attempt import Attempt
+from job.stages.identity import Run, find_run
+
+log = structlog.get_logger(__name__)
+
+
+def run(attempt: Attempt) -> Report:
+    """Carry a run to its committed report, or find that it is there already.
+
+    Raises:
+        JobError: the exit code of the table; what is committed stays committed.
+    """
+    with attempt.phases.phase("identify"):
+        found = find_run(attempt)
+    bind(run_id=found.artifacts.run_id)
+    attempt.standing.run_uri = found.artifacts.uri
+    if found.done:
+        log.info("already_done", run_uri=found.artifacts.uri)
+        return Report.model_validate(found.artifacts.report())
+    begun = _Begun(attempt, found)
+    try:
+        report = _carry_out(attempt, found, begun)
+    except BaseException as error:
+        begun.end(error)
+        raise
+    begun.end(None)
+    return report
+
+
+def _carry_out(attempt: Attempt, found: Run, begun: "_Begun") -> Report:
+    """Fetch, encode, train, finish."""
+    if found.begun:
+        begun.begin()  # an unfinished run: this attempt counts from here
+    with attempt.phases.phase("load_libraries"):
+        # Here and not above: a finished run, a wrong recipe and --help answer without them.
+        from job.stages.dataset import prepare_dataset
+        from job.stages.finish import finish
+        from job.stages.training import Setting, Training
+        from job.tune.device import choose_device, device_name
+        from job.tune.model import load_tokenizer, read_config, shape_of
+
+        quiet_libraries()
+        device = choose_device(attempt.device)
+        attempt.standing.device = device_name(device)
+    _poll(attempt)
+    with attempt.phases.phase("fetch_base"):
+        base = base_model.fetch(
+            found.base,
+            models_folder=attempt.models_folder,
+            settings=attempt.settings,
+            should_stop=attempt.should_stop,
+            on_progress=lambda done, of: attempt.phases.progress(bytes=done, of=of),
+        )
+    config, tokenizer = read_config(base.folder), load_tokenizer(base.folder)
+    dataset = prepare_dataset(attempt, found, tokenizer, positions=shape_of(config).positions)
+    _poll(attempt)
+    number = begun.begin()
+    setting = Setting(
+        base=base,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        artifacts=found.artifacts,
+        attempt_number=number,
+        device=device,
+    )
+    trained = Training(attempt, setting).run()
+    return finish(attempt, setting, trained)
+
+
+def _poll(attempt: Attempt) -> None:
+    if attempt.should_stop():
+        raise StopRequestedError("asked to stop before the first step")
+
+
+class _Begun:
+    """This attempt's two records in the store: that it began, and how it ended."""
+
+    def __init__(self, attempt: Attempt, found: Run) -> None:
+        self._attempt = attempt
+        self._found = found
+        self._number: int | None = None
+
+    def begin(self) -> int:
+        """Freeze the run if it is new, and take an attempt number; the second call returns the same one."""
+        if self._number is None:
+            artifacts = self._found.artifacts
+            artifacts.begin_run(self._found.record)
+            self._number = artifacts.begin_attempt({"started": _now(), "host": platform.node()})
+            bind(attempt=self._number)
+            log.info("attempt", number=self._number, run_uri=artifacts.uri)
+        return self._number
+
+    def end(self, error: BaseException | None) -> None:
+        """Leave word of how it ended; a store that cannot be reached now must not hide why."""
+        if self._number is None:
+            return
+        standing = self._attempt.standing
+        code = 0 if error is None else exit_code(error)
+        facts = {
+            "ended": _now(),
+            "exit_code": code,
+            "reason": "finished" if error is None else redact(f"{type(error).__name__}: {error}")[:2000],
+            "device": standing.device,
+            "from_step": standing.from_step,
+            "last_committed_step": standing.last_committed_step,
+            "phase_seconds": self._attempt.phases.seconds,
+        }
+        try:
+            self._found.artifacts.end_attempt(self._number, facts)
+        except JobError as trouble:
+            log.warning("attempt_end_not_written", reason=str(trouble))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

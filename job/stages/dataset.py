@@ -1,0 +1,187 @@
+"""The dataset from the store to documents: fetched, checked, split, encoded, measured."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from job.core.errors import DataError
+from job.core.plan import choose_max_length, length_statistics
+from job.core.recipe import Fraction
+from job.core.records import Example, Tally, examples, is_held_out
+from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
+from job.edge.dataset_files import DataFile, fetch_files, read_lines
+from job.stages.attempt import Attempt
+from job.stages.identity import Run
+from job.tune.encode import Documents, EncodedSet, Side, encode, open_encoded, select_documents, token_rules
+
+log = structlog.get_logger(__name__)
+
+_AUDIT = "audit.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """Both sides, ready to be trained and judged on."""
+
+    train: Documents
+    validation: Documents
+    report: DataReport
+
+
+def prepare_dataset(
+    attempt: Attempt, run: Run, tokenizer: Any, *, positions: int, workdir: Path | None = None
+) -> Dataset:
+    """Bring the dataset to the local disk as token ids; what an earlier attempt left there is used again.
+
+    Args:
+        attempt: with the recipe.
+        run: names the objects.
+        tokenizer: the base model's.
+        positions: how many the base model has.
+        workdir: another place than the attempt's.
+
+    Raises:
+        DataError: wrong lines, or nothing left to train or judge on.
+    """
+    folder = (workdir or attempt.workdir) / "runs" / run.artifacts.run_id
+    encoded, audit = _encoded(attempt, run, tokenizer, folder)
+    data, evaluation = attempt.recipe.data, attempt.recipe.evaluate
+    limit = choose_max_length(encoded["train"].lengths, wanted=data.max_length, positions=positions)
+    train = select_documents(encoded["train"], max_length=limit.tokens, too_long=data.too_long)
+    validation = select_documents(
+        encoded["validation"], max_length=limit.tokens, too_long=data.too_long, most=evaluation.max_examples
+    )
+    for side, documents in (("train", train), ("validation", validation)):
+        if not len(documents):
+            raise DataError(
+                f"data.{side}: no example is left ({len(documents.encoded)} were read, {documents.dropped} are longer "
+                f"than max_length {limit.tokens}, {documents.without_target} have nothing to learn from)"
+            )
+    report = _report(encoded, audit, train, validation, (limit.tokens, limit.reason))
+    log.info(
+        "dataset",
+        train=len(train),
+        validation=len(validation),
+        max_length=limit.tokens,
+        reason=limit.reason,
+        percentiles=report.train.percentiles,
+        duplicates=report.train.duplicates,
+        overlap=report.overlap,
+        truncated=train.truncated,
+        dropped=train.dropped,
+        without_target=train.without_target,
+        bad_lines=report.bad_lines,
+    )
+    if report.overlap:
+        attempt.notes.append(f"{report.overlap} held-out examples are also trained on: the validation loss flatters")
+    return Dataset(train=train, validation=validation, report=report)
+
+
+def _encoded(attempt: Attempt, run: Run, tokenizer: Any, folder: Path) -> tuple[dict[Side, EncodedSet], dict[str, Any]]:
+    place = folder / "encoded"
+    if (place / _AUDIT).is_file():
+        return open_encoded(place), json.loads((place / _AUDIT).read_text(encoding="utf-8"))
+    with attempt.phases.phase("download"):
+        train = _fetch(attempt, run, folder, "train")
+        validation = _fetch(attempt, run, folder, "validation")
+    with attempt.phases.phase("encode"):
+        tally = Tally()
+        encoded = encode(
+            _routed(attempt, train, validation, tally),
+            tokenizer,
+            token_rules(tokenizer, attempt.recipe.data),
+            folder=place,
+            should_stop=attempt.should_stop,
+            on_progress=lambda done: attempt.phases.progress(examples=done),
+        )
+    audit = {
+        "train": [_object(file) for file in train],
+        "validation": [_object(file) for file in validation],
+        "bad": tally.bad,
+        "first_bad": [asdict(record) for record in tally.first_bad],
+    }
+    (place / _AUDIT).write_text(json.dumps(audit), encoding="utf-8")  # last: the folder is whole
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    return encoded, audit
+
+
+def _fetch(attempt: Attempt, run: Run, folder: Path, side: Side) -> list[DataFile]:
+    objects = run.train if side == "train" else run.validation
+    return fetch_files(
+        objects,
+        folder / "data" / side,
+        attempt.settings,
+        should_stop=attempt.should_stop,
+        on_progress=lambda done: attempt.phases.progress(side=side, bytes=done, of=sum(o.size for o in objects)),
+    )
+
+
+def _routed(
+    attempt: Attempt, train: Sequence[DataFile], validation: Sequence[DataFile], tally: Tally
+) -> Iterator[tuple[Side, Example]]:
+    """Each checked example with its side."""
+    data = attempt.recipe.data
+    first = examples(read_lines(train), data, tally=tally)
+    if isinstance(data.validation, Fraction):
+        share = data.validation.fraction
+        for example in first:
+            yield ("validation" if is_held_out(example.digest, share) else "train"), example
+        return
+    own = Tally()
+    second = examples(read_lines(validation), data, tally=own)
+    yield from chain((("train", example) for example in first), (("validation", example) for example in second))
+    tally.merge(own)
+
+
+def _object(file: DataFile) -> dict[str, Any]:
+    source = file.source
+    return {
+        "uri": source.uri,
+        "etag": source.etag,
+        "version": source.version,
+        "size": source.size,
+        "sha256": file.sha256,
+    }
+
+
+def _report(
+    encoded: dict[Side, EncodedSet],
+    audit: dict[str, Any],
+    train: Documents,
+    validation: Documents,
+    limit: tuple[int, str],
+) -> DataReport:
+    seen = {side: encoded[side].digests() for side in encoded}
+    trained_on = set(seen["train"])
+    return DataReport(
+        train=_side(train, audit["train"], seen["train"]),
+        validation=_side(validation, audit["validation"], seen["validation"]),
+        bad_lines=audit["bad"],
+        first_bad_lines=tuple(BadLine(**record) for record in audit["first_bad"]),
+        overlap=sum(digest in trained_on for digest in seen["validation"]),
+        max_length=limit[0],
+        max_length_reason=limit[1],
+    )
+
+
+def _side(documents: Documents, objects: list[dict[str, Any]], digests: list[bytes]) -> SideReport:
+    statistics = length_statistics(documents.encoded.lengths)
+    return SideReport(
+        objects=tuple(DataObject(**o) for o in objects),
+        rows=len(documents.encoded),
+        used=len(documents),
+        duplicates=len(digests) - len(set(digests)),
+        truncated=documents.truncated,
+        dropped=documents.dropped,
+        without_target=documents.without_target,
+        tokens=int(documents.lengths.sum()),
+        targets=int(documents.targets.sum()),
+        percentiles=statistics.percentiles,
+        histogram=Histogram(edges=statistics.edges, counts=statistics.counts),
+    )

@@ -1,0 +1,366 @@
+"""From a base and a dataset to a trained adapter: load, plan, resume, ask the base, train."""
+
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+import torch
+from accelerate import Accelerator
+from transformers import get_scheduler
+
+from job.core.plan import Course, MemoryPlan, plan_course, plan_memory
+from job.core.verdict import Evaluation, judge
+from job.edge.artifacts import Artifacts, Checkpoint
+from job.edge.base_model import BaseModel
+from job.edge.publisher import Publisher
+from job.stages.attempt import Attempt
+from job.stages.dataset import Dataset
+from job.tune import checkpoint as checkpoints
+from job.tune.checkpoint import Progress, Trained
+from job.tune.device import device_memory, device_name
+from job.tune.encode import token_rules
+from job.tune.evaluate import Question, answer, evaluate, questions_of_documents, questions_of_prompts
+from job.tune.model import (
+    PackedModel,
+    attach_lora,
+    load_base,
+    make_optimizer,
+    parameter_counts,
+    read_config,
+    shape_of,
+    trainable,
+)
+from job.tune.selftest import check_model
+from job.tune.track import begin_tracking, make_accelerator
+from job.tune.train import Hooks, StepRecord, Trainer
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What training starts from."""
+
+    base: BaseModel
+    tokenizer: Any
+    dataset: Dataset
+    artifacts: Artifacts
+    attempt_number: int
+    device: torch.device
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainedRun:
+    """What training leaves for the report."""
+
+    progress: Progress
+    course: Course
+    memory_plan: MemoryPlan
+    questions: list[Question]
+    architecture: str
+    trainable_parameters: int
+    total_parameters: int
+    resumed_from: Checkpoint | None
+    passed_over: list[dict[str, str]]
+    step_seconds: list[float] = field(default_factory=list)
+    """Of this attempt's steps."""
+    out_of_memory: int = 0
+    resume_exact: bool = True
+
+    @property
+    def step_seconds_median(self) -> float:
+        """0 when this attempt made no step."""
+        return statistics.median(self.step_seconds) if self.step_seconds else 0.0
+
+
+class Training:
+    """One attempt at training, stage by stage."""
+
+    def __init__(self, attempt: Attempt, setting: Setting) -> None:
+        self._attempt = attempt
+        self._setting = setting
+        self._scratch = attempt.workdir / "runs" / setting.artifacts.run_id / "checkpoints"
+        shutil.rmtree(self._scratch, ignore_errors=True)  # an earlier attempt's; what counts is in the store
+
+    def run(self) -> TrainedRun:
+        """Train to the end.
+
+        Raises:
+            JobError: as the stages do; what is committed stays committed.
+        """
+        attempt, setting = self._attempt, self._setting
+        recipe = attempt.recipe
+        with attempt.phases.phase("load_model"):
+            model, memory_plan = self._load()
+        trained, course, accelerator = self._prepare(model, memory_plan)
+        run = self._describe(model, trained, course, memory_plan)
+        self._resume(trained, run)
+        if trained.progress.plan["checkpointing"]:
+            model.use_checkpointing()
+        begin_tracking(accelerator, recipe.track, run_id=setting.artifacts.run_id, facts=_facts(recipe))
+        publisher = Publisher(setting.artifacts, keep=recipe.checkpoint.keep, on_committed=self._on_committed)
+        try:
+            self._ask_base(model, trained.progress, run)
+            with attempt.phases.phase("train"):
+                hooks = self._hooks(model, trained, run, publisher, accelerator)
+                trainer = Trainer(
+                    model=model,
+                    trained=trained,
+                    documents=setting.dataset.train,
+                    course=course,
+                    accelerator=accelerator,
+                    train=recipe.train,
+                    hooks=hooks,
+                )
+                trainer.run(recipe.checkpoint, recipe.evaluate)
+        finally:
+            with attempt.phases.phase("upload"):
+                publisher.close()
+            accelerator.end_training()
+        return run
+
+    def _load(self) -> tuple[PackedModel, MemoryPlan]:
+        setting, recipe = self._setting, self._attempt.recipe
+        memory = device_memory(setting.device)
+        base = load_base(setting.base.folder, device=setting.device)
+        identity = setting.base.identity
+        model = PackedModel(
+            attach_lora(
+                base, recipe.lora, source=identity.source, revision=recipe.model.revision, seed=recipe.train.seed
+            )
+        )
+        check_model(model)
+        counts = parameter_counts(model)
+        log.info(
+            "model",
+            base=identity.source,
+            revision=identity.revision,
+            trainable_parameters=counts[0],
+            total_parameters=counts[1],
+            adapter_dtype=str(trainable(model)[0].dtype),
+        )
+        plan = plan_memory(
+            shape_of(read_config(setting.base.folder)),
+            device=memory,
+            max_length=setting.dataset.train.max_length,
+            trainable=counts[0],
+        )
+        return model, plan
+
+    def _prepare(self, model: PackedModel, plan: MemoryPlan) -> tuple[Trained, Course, Accelerator]:
+        setting, train = self._setting, self._attempt.recipe.train
+        course = plan_course(
+            examples=len(setting.dataset.train),
+            batch_size=train.batch_size,
+            steps=train.steps,
+            epochs=train.epochs,
+            seed=train.seed,
+        )
+        optimizer = make_optimizer(model, train)
+        scheduler = get_scheduler(
+            train.schedule,
+            optimizer,
+            num_warmup_steps=train.warmup_steps,
+            num_training_steps=course.steps,
+            scheduler_specific_kwargs={"min_lr_rate": 0.1} if train.schedule == "cosine_with_min_lr" else None,
+        )
+        progress = Progress(
+            plan={
+                "micro_batch_tokens": plan.micro_batch_tokens,
+                "checkpointing": plan.checkpointing,
+                "device": device_name(setting.device),
+            }
+        )
+        trained = Trained(model=model.model, optimizer=optimizer, scheduler=scheduler, progress=progress)
+        log.info(
+            "plan",
+            steps=course.steps,
+            epochs=round(course.epochs, 3),
+            batch_size=train.batch_size,
+            micro_batch_tokens=plan.micro_batch_tokens,
+            checkpointing=plan.checkpointing,
+            reason=plan.reason,
+            device=device_name(setting.device),
+        )
+        folder = self._attempt.workdir / "runs" / setting.artifacts.run_id / "trackers"
+        on_cpu = setting.device.type == "cpu"
+        return trained, course, make_accelerator(self._attempt.recipe.track, on_cpu=on_cpu, folder=folder)
+
+    def _describe(self, model: PackedModel, trained: Trained, course: Course, plan: MemoryPlan) -> TrainedRun:
+        setting, evaluation = self._setting, self._attempt.recipe.evaluate
+        rules = token_rules(setting.tokenizer, self._attempt.recipe.data)
+        questions = questions_of_prompts(evaluation.prompts, setting.tokenizer, rules) + questions_of_documents(
+            setting.dataset.validation, setting.tokenizer, most=evaluation.answers
+        )
+        counts = parameter_counts(model)
+        return TrainedRun(
+            progress=trained.progress,
+            course=course,
+            memory_plan=plan,
+            questions=questions,
+            architecture=type(model.model.get_base_model()).__name__,
+            trainable_parameters=counts[0],
+            total_parameters=counts[1],
+            resumed_from=None,
+            passed_over=[],
+        )
+
+    def _resume(self, trained: Trained, run: TrainedRun) -> None:
+        """Go on from the newest checkpoint that verifies; without one, from the seed."""
+        torch.manual_seed(self._attempt.recipe.train.seed)
+        planned = dict(trained.progress.plan)
+        with self._attempt.phases.phase("resume"):
+            newest, run.passed_over = self._setting.artifacts.fetch_newest(
+                self._scratch, should_stop=self._attempt.should_stop
+            )
+            if newest is None:
+                return
+            checkpoints.load(trained, self._scratch / newest.name)
+            shutil.rmtree(self._scratch / newest.name)
+        run.resumed_from = newest
+        self._attempt.standing.from_step = self._attempt.standing.last_committed_step = newest.step
+        if trained.progress.plan["device"] != planned["device"]:
+            run.resume_exact = False
+            before = trained.progress.plan["device"]
+            trained.progress.plan = planned
+            self._attempt.notes.append(
+                f"resumed at step {newest.step} on {planned['device']} after {before}: equal within rounding, not to "
+                "the bit" + (" (and dropout draws other masks)" if self._attempt.recipe.lora.dropout else "")
+            )
+        log.info("resumed", checkpoint=newest.name, step=newest.step, of=run.course.steps)
+
+    def _ask_base(self, model: PackedModel, progress: Progress, run: TrainedRun) -> None:
+        if progress.base_answers is not None:
+            return
+        with self._attempt.phases.phase("ask_base"), model.model.disable_adapter():
+            progress.base_answers = self._ask(model, run.questions)
+
+    def _ask(self, model: PackedModel, questions: Sequence[Question]) -> list[str]:
+        recipe = self._attempt.recipe
+        return answer(
+            model,
+            questions,
+            self._setting.tokenizer,
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            seed=recipe.train.seed,
+            should_stop=self._attempt.should_stop,
+        )
+
+    def _hooks(
+        self, model: PackedModel, trained: Trained, run: TrainedRun, publisher: Publisher, accelerator: Accelerator
+    ) -> Hooks:
+        teller = StepTeller(self._attempt, accelerator)
+
+        def on_step(record: StepRecord) -> None:
+            run.step_seconds.append(record.seconds)
+            teller.step(record)
+
+        def on_out_of_memory(plan: dict[str, Any]) -> None:
+            run.out_of_memory += 1
+            run.resume_exact = run.resume_exact and not self._attempt.recipe.lora.dropout
+            log.warning("out_of_memory", then=plan)
+
+        def commit() -> None:
+            checkpoint = Checkpoint(step=trained.progress.step, attempt=self._setting.attempt_number)
+            folder = self._scratch / checkpoint.name
+            checkpoints.save(trained, folder)
+            judged = trained.progress.evaluations
+            publisher.submit(folder, checkpoint, candidates=judge(judged).candidate_steps if judged else ())
+
+        return Hooks(
+            should_stop=self._attempt.should_stop,
+            evaluate=lambda step, tokens: self._evaluate(model, step, tokens),
+            on_step=on_step,
+            on_evaluation=teller.evaluation,
+            on_checkpoint=commit,
+            on_out_of_memory=on_out_of_memory,
+        )
+
+    def _evaluate(self, model: PackedModel, step: int, micro_batch_tokens: int) -> Evaluation:
+        validation = self._setting.dataset.validation
+        return evaluate(
+            model,
+            validation,
+            step=step,
+            micro_batch_tokens=micro_batch_tokens,
+            should_stop=self._attempt.should_stop,
+            on_progress=lambda done: self._attempt.phases.progress(evaluated=done, of=len(validation)),
+        )
+
+    def _on_committed(self, checkpoint: Checkpoint) -> None:
+        self._attempt.standing.last_committed_step = checkpoint.step
+        log.info("checkpoint", step=checkpoint.step, name=checkpoint.name)
+
+
+class StepTeller:
+    """Tells steps and evaluations to the log, the outcome file and the trackers."""
+
+    def __init__(self, attempt: Attempt, accelerator: Accelerator) -> None:
+        self._attempt = attempt
+        self._accelerator = accelerator
+        self._pending: list[StepRecord] = []
+        self._waited = 0.0
+
+    def step(self, record: StepRecord) -> None:
+        """One event for each step, or at most one in `step_events_seconds`; the last step always."""
+        self._pending.append(record)
+        self._waited += record.seconds
+        last = record.step == record.of
+        if not last and self._waited < self._attempt.step_events_seconds:
+            return
+        seconds = sum(r.seconds for r in self._pending)
+        rate = sum(r.tokens for r in self._pending) / seconds if seconds else 0.0
+        eta = (record.of - record.step) * seconds / len(self._pending)
+        loss = sum(r.loss for r in self._pending) / len(self._pending)
+        log.info(
+            "step",
+            step=record.step,
+            of=record.of,
+            loss=round(loss, 4),
+            tokens_per_second=round(rate, 1),
+            eta_seconds=round(eta, 1),
+            grad_norm=round(record.grad_norm, 4),
+            learning_rate=record.learning_rate,
+        )
+        self._attempt.outcome.progress(phase="train", step=record.step, of=record.of, loss=loss, eta_seconds=eta)
+        self._accelerator.log(
+            {
+                "train/loss": record.loss,
+                "train/grad_norm": record.grad_norm,
+                "train/learning_rate": record.learning_rate,
+                "train/tokens_per_second": rate,
+            },
+            step=record.step,
+        )
+        self._pending, self._waited = [], 0.0
+
+    def evaluation(self, result: Evaluation) -> None:
+        """One event for each evaluation."""
+        log.info(
+            "evaluation",
+            step=result.step,
+            loss=round(result.loss, 4),
+            perplexity=round(result.perplexity, 4),
+            token_accuracy=round(result.token_accuracy, 4),
+            tokens=int(result.tokens.sum()),
+        )
+        self._accelerator.log(
+            {"validation/loss": result.loss, "validation/token_accuracy": result.token_accuracy}, step=result.step
+        )
+
+
+def _facts(recipe: Any) -> dict[str, Any]:
+    """The recipe's numbers as trackers show them: flat."""
+    return {
+        "base": recipe.model.base,
+        "learning_rate": recipe.train.learning_rate,
+        "batch_size": recipe.train.batch_size,
+        "optimizer": recipe.train.optimizer,
+        "schedule": recipe.train.schedule,
+        "lora_r": recipe.lora.r,
+        "lora_alpha": recipe.lora.alpha,
+        "lora_dropout": recipe.lora.dropout,
+    }

@@ -1,0 +1,54 @@
+"""Fixtures that several rooms share: S3 servers over http and https, and a proxy that injures requests."""
+
+import pytest
+from faults import faulty_proxy
+from servers import KINDS, S3Server, make_certificates, new_bucket, serve
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+def _session_server(kind):
+    @pytest.fixture(scope="session", name=kind.replace("-", "_"))
+    def server(tmp_path_factory, certificates):
+        with serve(kind, tmp_path_factory.mktemp(kind), certificates) as running:
+            yield running
+
+    return server
+
+
+moto_http, moto_https, ministack_http, ministack_https = map(_session_server, KINDS)
+
+
+@pytest.fixture
+def s3_environment(monkeypatch):
+    """Sets what an operator would set for a server, and nothing else."""
+
+    def use(server: S3Server) -> None:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CA_BUNDLE", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    return use
+
+
+@pytest.fixture
+def moto_place(moto_http, s3_environment):
+    s3_environment(moto_http)
+    return new_bucket(moto_http)
+
+
+@pytest.fixture
+def proxy(moto_http):
+    with faulty_proxy(moto_http.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def faulty_place(moto_place, proxy, monkeypatch):
+    """A bucket reached only through the proxy."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    return moto_place
