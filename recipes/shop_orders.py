@@ -33,14 +33,15 @@ COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "purple"
 PLURALS: Mapping[str, str] = {
     **{word: f"{word}s" for word in ("lamp", "chair", "vase", "mirror", "kettle", "basket", "blanket", "clock")},
     **{word: f"{word}s" for word in ("mug", "bowl", "rug", "candle", "pillow", "jacket", "umbrella", "suitcase")},
-    **{"bench": "benches", "brush": "brushes", "dish": "dishes", "dress": "dresses", "watch": "watches"},
-    **{"shelf": "shelves", "scarf": "scarves", "knife": "knives"},
+    **{word: f"{word}es" for word in ("bench", "brush", "dish", "dress", "watch")},
+    "shelf": "shelves",
+    "scarf": "scarves",
+    "knife": "knives",
 }
 """Each item and its plural."""
-NUMBERS: Mapping[int, str] = {
-    **{1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"},
-    **{7: "seven", 8: "eight", 9: "nine", 10: "ten", 11: "eleven", 12: "twelve"},
-}
+NUMBERS: Mapping[int, str] = dict(
+    enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"), 1)
+)
 
 PLAIN_NOTES = (
     "{name} wants {goods} sent to {city} by {day}.",

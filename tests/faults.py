@@ -35,6 +35,10 @@ class Fault:
     """Answer with this status instead of asking the server."""
     code: str = "InternalError"
     """S3's word in the body of that answer."""
+    body: str = ""
+    """The whole body of that answer, where `code` is not enough."""
+    shorten_to_bytes: int | None = None
+    """Answer with so many bytes of the body and a Content-Length that agrees."""
     cut_after_bytes: int | None = None
     """Close the connection after so many bytes of the body, though more were promised."""
     reset: bool = False
@@ -123,7 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
     def pass_on(self, upstream: str, fault: Fault) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if fault.status is not None:
-            self.answer(fault.status, {"Content-Type": "application/xml"}, _XML.format(fault.code).encode())
+            self.answer(
+                fault.status, {"Content-Type": "application/xml"}, (fault.body or _XML.format(fault.code)).encode()
+            )
             return
         connection = http.client.HTTPConnection(urlsplit(upstream).netloc, timeout=60)
         try:
@@ -140,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.lose_answer:
             self.close_connection = True
             return
-        self.answer(reply.status, headers, content, fault)
+        self.answer(reply.status, headers, content[: fault.shorten_to_bytes], fault)
 
     def answer(self, status: int, headers: dict[str, str], content: bytes, fault: Fault = NO_FAULT) -> None:
         self.send_response_only(status)

@@ -61,6 +61,7 @@ _HARMLESS = re.compile(
     r"|Setting .pad_token_id. to .eos_token_id|sequence length is longer than the specified maximum"
     r"|generation flags are not valid and may be ignored|compiled without GPU support"
     r"|inputs will be cast from|Xet Storage is enabled for this repo, but"
+    r"|Failed to load CPU gemm_4bit_forward|Paged optimizers are not supported on CPU"
     r"|Please use the new API settings to control TF32|torch\.cpu\.amp\.autocast"
 )
 _HARMLESS_CATEGORIES = frozenset(

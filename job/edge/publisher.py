@@ -1,5 +1,6 @@
 """Uploads checkpoints in the background: bounded, in order, and no failure is ever lost."""
 
+import contextvars
 import queue
 import shutil
 import threading
@@ -34,7 +35,8 @@ class Publisher:
         self._parcels: queue.Queue[_Parcel | None] = queue.Queue(maxsize=_WAITING)
         self._failure: BaseException | None = None
         # Not a daemon: the interpreter must not end under an upload.
-        self._thread = threading.Thread(target=self._work, name="publisher")
+        context = contextvars.copy_context()  # its events carry the run and the attempt too
+        self._thread = threading.Thread(target=context.run, args=(self._work,), name="publisher")
         self._thread.start()
 
     def submit(self, folder: Path, checkpoint: Checkpoint, *, candidates: Collection[int]) -> None:

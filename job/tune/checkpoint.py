@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
     plain: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
         plain[str(index)] = {}
-        for name, value in entries.items():
+        for name, value in _unwrapped(entries):
             if isinstance(value, Tensor):
                 # Cloned: the quantisation maps of 8-bit states are one tensor shared by all parameters.
                 tensors[f"{index}.{name}"] = value.detach().cpu().clone().contiguous()
@@ -115,6 +115,15 @@ def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
                 plain[str(index)][name] = value
     groups = [{k: v for k, v in group.items() if k != "lr_lambda"} for group in state["param_groups"]]
     return tensors, {"state": plain, "groups": groups}
+
+
+def _unwrapped(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Entries of one parameter; bitsandbytes hides its 8-bit tensors in an inner dict, and takes them back without."""
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from value.items()
+        else:
+            yield name, value
 
 
 def _unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:

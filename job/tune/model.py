@@ -129,7 +129,6 @@ def attach_lora(base: Any, lora: LoraSection, *, source: str, revision: str | No
         target_modules=targets,
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=source,
         revision=revision,
     )
     model = get_peft_model(base, config)

@@ -1,5 +1,6 @@
 """Every kind of store keeps the contract; S3 also under the faults that networks and stores have."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -282,6 +283,23 @@ def test_a_probe_tells_that_deleting_is_denied(faulty_place, proxy):
     assert "AccessDenied" in found.reason
 
 
+@pytest.mark.parametrize(
+    ("code", "kind"), [("AccessDenied", DeniedError), ("InternalError", UnavailableError), ("NoSuchKey", None)]
+)
+def test_a_key_that_cannot_be_deleted_is_told_though_the_request_succeeds(faulty_place, proxy, code, kind):
+    refused = f"<DeleteResult><Error><Key>k</Key><Code>{code}</Code><Message>m</Message></Error></DeleteResult>"
+    proxy.rule = lambda _: Fault(status=200, body=refused)
+    with pytest.raises(kind, match=code) if kind else contextlib.nullcontext():
+        opened(faulty_place).delete(["k"])
+
+
+def test_an_upload_that_the_store_forgot_is_not_taken_for_a_success(faulty_place, proxy, tmp_path):
+    (tmp_path / "out").write_bytes(b"x" * (6 * MIB))
+    proxy.rule = first([Fault(status=404, code="NoSuchUpload")], method="POST", part="uploadId")
+    with pytest.raises(NotFoundError, match="NoSuchUpload"):
+        opened(faulty_place).upload(tmp_path / "out", "data", should_stop=never)
+
+
 # --- S3: transfers under faults
 
 
@@ -291,6 +309,7 @@ def test_a_probe_tells_that_deleting_is_denied(faulty_place, proxy):
         Fault(cut_after_bytes=1000),
         Fault(cut_after_bytes=300_000, reset=True),
         Fault(cut_after_bytes=0),
+        Fault(shorten_to_bytes=1000),
         Fault(lose_answer=True),
         Fault(status=503, code="SlowDown"),
     ],
@@ -329,6 +348,7 @@ def test_an_object_that_changes_while_it_is_read_is_never_mixed(faulty_place, pr
     with pytest.raises(DataError, match="changed while it was being read"):
         opened(faulty_place, part_bytes=MIB).download("data", tmp_path / "in", should_stop=never)
     assert changed.is_set()
+    assert all(request.headers.get("if-match") for request in proxy.seen if request.method == "GET")
     assert left_behind(tmp_path) == []
 
 
@@ -359,6 +379,8 @@ def test_a_failed_part_is_sent_again_and_the_answer_to_the_last_request_may_be_l
     data = bytes(range(256)) * (4096 * 12)
     (tmp_path / "out").write_bytes(data)
     faults = {"PUT": [Fault(status=500), Fault(lose_answer=True)], "POST": [NO_FAULT, Fault(lose_answer=True)]}
+    # Some stores forget an upload as soon as it is completed.
+    faults["POST"].append(Fault(status=404, code="NoSuchUpload"))
 
     def rule(request):
         waiting = faults.get(request.method)
