@@ -1,0 +1,53 @@
+# Two commands: `make demo` and `make test`. Each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .demo
+
+.PHONY: demo test test-stores lint types docs lock bench clean
+
+# The CPU lock pins every package. Where pip finds a CPU build of torch (an extra index in PIP_EXTRA_INDEX_URL, or a
+# wheel in PIP_FIND_LINKS) it is taken; otherwise the CUDA build comes, which runs on the CPU as well.
+$(VENV)/installed: locks/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement locks/cpu.txt
+	@touch $@
+
+demo: $(VENV)/installed
+	@$(BIN)/python recipes/demo_base.py $(DEMO)/base
+	@JOB_LOG_FORMAT=$${JOB_LOG_FORMAT:-console} $(BIN)/python entrypoint.py run recipes/demo.yaml \
+		--set model.base=$(CURDIR)/$(DEMO)/base --output file://$(CURDIR)/$(DEMO)/store --workdir $(DEMO)/work \
+		--device cpu --outcome-file $(DEMO)/outcome.json
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Against a real Ceph RGW, which tests/stores/ installs and starts here (root, Debian or Ubuntu) and takes down again.
+test-stores: $(VENV)/installed
+	tests/stores/install.sh
+	$(BIN)/python -m pytest -m stores tests/stores
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+# The recipe reference, the JSON Schemas and the README's table, from the code.
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate.py
+
+# Both locks from pyproject.toml. The CPU one is for tests and the demo, without the CUDA packages and without hashes
+# (which build of torch comes depends on where it is looked for); the CUDA one is for the image, with hashes.
+lock: $(VENV)/installed
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --no-header --no-annotate --quiet \
+		| grep -vE '^(nvidia|cuda|triton)' > locks/cpu.txt
+	$(BIN)/uv pip compile pyproject.toml --extra tensorboard --extra wandb --extra mlflow --generate-hashes \
+		--python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet \
+		--output-file locks/cuda.txt
+
+clean:
+	rm -rf $(VENV) $(DEMO) work
