@@ -16,13 +16,13 @@ $(VENV)/installed: locks/cpu.txt
 	@touch $@
 
 demo: $(VENV)/installed
-	@$(BIN)/python recipes/demo_base.py $(DEMO)/base
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python recipes/demo_base.py $(DEMO)/base
 	@JOB_LOG_FORMAT=$${JOB_LOG_FORMAT:-console} $(BIN)/python entrypoint.py run recipes/demo.yaml \
 		--set model.base=$(CURDIR)/$(DEMO)/base --output file://$(CURDIR)/$(DEMO)/store --workdir $(DEMO)/work \
 		--device cpu --outcome-file $(DEMO)/outcome.json
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Against a real Ceph RGW, which tests/stores/ installs and starts here (root, Debian or Ubuntu) and takes down again.
 test-stores: $(VENV)/installed

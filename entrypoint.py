@@ -10,4 +10,6 @@ if __name__ == "__main__":
     interrupt.install()
     from job.cli import main
 
-    sys.exit(main(interrupt))
+    code = main(interrupt)
+    interrupt.ignore()
+    sys.exit(code)

@@ -1,19 +1,19 @@
 """Everything that can be refused without a GPU, as a table: what was looked at, and what came of it."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from job.core.errors import DeniedError, JobError
+from job.core.errors import JobError
 from job.core.terminal import histogram_lines
 from job.edge import base_model
 from job.edge.base_model import BaseModel
 from job.edge.logs import quiet_libraries
-from job.edge.storage import open_store, probe
+from job.edge.storage import StoredObject
 from job.stages.attempt import Attempt
-from job.stages.identity import Run, find_run
+from job.stages.identity import Run, find_run, list_data, probe_output
 
 T = TypeVar("T")
 
@@ -27,15 +27,15 @@ class Row:
     error: JobError | None = None
 
 
-def check(attempt: Attempt, on_row: Callable[[Row], None]) -> int:
-    """Look at the output, the inputs, the base model and the data; a failure does not hide the ones after it.
+def check(attempt: Attempt, on_row: Callable[[Row], None]) -> JobError | None:
+    """Look at the output, the base model, the inputs and the data; a failure does not hide the ones after it.
 
     Args:
         attempt: with a recipe that was read already.
         on_row: told each row as it comes.
 
     Returns:
-        The exit code of the first failure, or 0.
+        The first failure, if there was one.
     """
     rows: list[Row] = []
 
@@ -51,29 +51,30 @@ def check(attempt: Attempt, on_row: Callable[[Row], None]) -> int:
         return value
 
     look("output", lambda: _output(attempt))
-    run = look("input", lambda: _inputs(attempt))
     base = look("base model", lambda: _base(attempt))
+    run = look("input", lambda: _inputs(attempt, base))
     if run is not None and base is not None:
         look("data", lambda: _data(attempt, run, base))
-    return next((row.error.code for row in rows if row.error is not None), 0)
+    return next((row.error for row in rows if row.error is not None), None)
 
 
 def _output(attempt: Attempt) -> tuple[str, None]:
-    uri = attempt.recipe.output
-    found = probe(open_store(uri, attempt.settings))
-    if not found.deletes:
-        raise DeniedError(f"{uri}: {found.reason}; allow deleting, or old checkpoints stay for ever")
-    return f"{uri}: write" + (
+    found = probe_output(attempt)
+    return f"{attempt.recipe.output}: write" + (
         " and conditional write work" if found.conditional else f" works, but {found.reason}"
     ), None
 
 
-def _inputs(attempt: Attempt) -> tuple[str, Run]:
+def _inputs(attempt: Attempt, base: BaseModel | None) -> tuple[str, Run | None]:
+    if base is None:  # which run it is depends on the base; the data can be looked at all the same
+        return _size([o for side in list_data(attempt) for o in side]), None
     run = find_run(attempt)
-    objects = [*run.train, *run.validation]
     state = "already done" if run.done else "unfinished, would be gone on with" if run.begun else "new"
-    size = sum(o.size for o in objects)
-    return f"{len(objects)} objects, {size:,} bytes; run {run.artifacts.run_id} is {state}", run
+    return f"{_size([*run.train, *run.validation])}; run {run.artifacts.run_id} is {state}", run
+
+
+def _size(objects: Sequence[StoredObject]) -> str:
+    return f"{len(objects)} objects, {sum(o.size for o in objects):,} bytes"
 
 
 def _base(attempt: Attempt) -> tuple[str, BaseModel]:
@@ -91,13 +92,14 @@ def _base(attempt: Attempt) -> tuple[str, BaseModel]:
 
 def _data(attempt: Attempt, run: Run, base: BaseModel) -> tuple[str, None]:
     from job.stages.dataset import prepare_dataset
-    from job.tune.model import load_tokenizer, read_config, shape_of
+    from job.tune.model import load_tokenizer, read_config, refuse_targets, shape_of
 
     quiet_libraries()
-    shape = shape_of(read_config(base.folder))
+    config = read_config(base.folder)
+    refuse_targets(config, attempt.recipe.lora)
     with tempfile.TemporaryDirectory(dir=_made(attempt.workdir), prefix="check-") as scratch:
         dataset = prepare_dataset(
-            attempt, run, load_tokenizer(base.folder), positions=shape.positions, workdir=Path(scratch)
+            attempt, run, load_tokenizer(base.folder), positions=shape_of(config).positions, workdir=Path(scratch)
         )
         report = dataset.report
         train = report.train

@@ -1,18 +1,22 @@
 """Front door: arguments and environment in, exit code out. Owner of click, the environment and the terminal."""
 
+import contextlib
+import json
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 
 from job import __version__
 from job.core.errors import JobError, LocalDiskError, UsageError, ending, exit_code
 from job.edge.interrupt import Interrupt
+from job.edge.output import LastingOutput
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$", re.IGNORECASE)
 
@@ -21,10 +25,9 @@ class _Lines(click.ParamType):  # type: ignore[type-arg] # generic only in newer
     """Text whose environment variable holds one value a line."""
 
     name = "text"
-    envvar_list_splitter = "\n"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002 - click's signature
-        return value.strip()
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return [line for line in rv.splitlines() if line.strip()]
 
 
 _workdir = click.option(
@@ -43,6 +46,12 @@ _device = click.option(
     show_default=True,
     help="`cuda` ends with 82 when no GPU is visible, instead of training on the CPU.",
 )
+
+
+def _open_outcome(context: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    from job.edge.outcome import Outcome
+
+    context.obj["outcome"] = Outcome(path)
 
 
 def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,6 +85,9 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             envvar="JOB_OUTCOME_FILE",
             type=click.Path(path_type=Path),
             metavar="FILE",
+            is_eager=True,  # first: it is to tell what is wrong with the others
+            callback=_open_outcome,
+            expose_value=False,
             help="One small JSON, kept current: phase, step, loss, ETA; at the end exit code, reason, what to do.",
         ),
     ):
@@ -104,7 +116,10 @@ def cli(context: click.Context, log_format: str) -> None:
     context.obj["json"] = as_json
     from job.edge.logs import configure
 
-    configure(secrets=_secrets(os.environ), json=as_json)
+    context.obj["hide"] = configure(secrets=_secrets(os.environ), json=as_json)
+    # Threads that wait by spinning make training eight times slower as soon as anything else wants a core, and eat a
+    # container's CPU quota. It is read when torch is loaded, so it is said before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @cli.command()
@@ -136,25 +151,38 @@ def run(context: click.Context, /, recipe: Path, **options: Any) -> None:
 def check(context: click.Context, /, recipe: Path, **options: Any) -> None:
     """Refuse now what would fail later: recipe, credentials, inputs, output, base model, data. Needs no GPU."""
     attempt = _attempt(context, recipe, options)
+    from job.edge.logs import only_warnings
+
+    only_warnings()  # the table is what is asked for
     from job.check import Row
     from job.check import check as look
 
     def show(row: Row) -> None:
-        first, *rest = row.found.splitlines()
+        first, *rest = context.obj["hide"](row.found).splitlines()
         click.echo(f"{'ok ' if row.error is None else 'NO '} {row.name:<11} {first}")
         for line in rest:
             click.echo(f"{'':<16}{line}")
 
     show(Row(name="recipe", found=f"{recipe}: run would write to {attempt.recipe.output}"))
-    context.obj["code"] = look(attempt, show)
+    context.obj["failure"] = look(attempt, show)
 
 
 @cli.command(name="try")
 @click.argument("run_uri")
 @click.option(
-    "--prompt", "prompts", multiple=True, type=_Lines(), envvar="JOB_PROMPT", help="Prompt; asks on stdin without it."
+    "--prompt",
+    "prompts",
+    multiple=True,
+    type=_Lines(),
+    envvar="JOB_PROMPT",
+    help="Prompt, taken as it is; asks on stdin without it, where \\n stands for a line break.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer; as in the recipe without it.")
+@click.option(
+    "--max-new-tokens",
+    envvar="JOB_MAX_NEW_TOKENS",
+    type=click.IntRange(min=1),
+    help="Longest answer; as in the recipe without it.",
+)
 @_workdir
 @_device
 @click.pass_context
@@ -168,13 +196,16 @@ def try_run(
 ) -> None:
     """Prompt the adapter of a finished run and its base, side by side."""
     from job.ask import ask
+    from job.edge.logs import only_warnings
+
+    only_warnings()
 
     def show(prompt: str, base: str, tuned: str) -> None:
         click.echo(f"prompt  {prompt}\nbase    {base}\ntuned   {tuned}\n")
 
     ask(
         run_uri,
-        prompts or _typed(),
+        prompts or _typed(context.obj["interrupt"]),
         workdir=workdir,
         device=device,
         max_new_tokens=max_new_tokens,
@@ -198,7 +229,14 @@ def report(run_uri: str) -> None:
 
 @cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--to", "folder", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to fill.")
+@click.option(
+    "--to",
+    "folder",
+    envvar="JOB_TO",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to fill.",
+)
 @_shared_options
 @click.pass_context
 def fetch(context: click.Context, /, recipe: Path, folder: Path, **options: Any) -> None:
@@ -212,24 +250,29 @@ def fetch(context: click.Context, /, recipe: Path, folder: Path, **options: Any)
 
 def main(interrupt: Interrupt) -> int:
     """Run the command line; every way to end has a code of the table."""
-    state: dict[str, Any] = {"interrupt": interrupt, "json": True, "outcome": None, "attempt": None, "code": 0}
-    try:
-        cli.main(obj=state, standalone_mode=False)
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return _ended(state, UsageError(error.format_message()), shown=True)
-    except click.exceptions.Abort:
-        return 0  # end of input while typing prompts
-    except Exception as error:  # noqa: BLE001 - the one place where every failure gets its code
-        return _ended(state, error, shown=False)
-    return _ended(state, None, shown=True)
+    state: dict[str, Any] = {"interrupt": interrupt, "json": True, "hide": str, "attempt": None, "failure": None}
+    state["outcome"] = None
+    with contextlib.redirect_stdout(cast("TextIO", LastingOutput(sys.stdout))):
+        try:
+            cli.main(obj=state, standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            if state["outcome"] is None and (file := os.environ.get("JOB_OUTCOME_FILE")):
+                from job.edge.outcome import Outcome  # the mistake came before the option was looked at
+
+                state["outcome"] = Outcome(Path(file))
+            return _ended(state, UsageError(error.format_message()), shown=True)
+        except click.exceptions.Abort as error:
+            # click's word for an EOFError, which here comes from a library: it is a failure like others.
+            return _ended(state, error.__cause__ or error, shown=False)
+        except Exception as error:  # noqa: BLE001 - the one place where every failure gets its code
+            return _ended(state, error, shown=False)
+        return _ended(state, state["failure"], shown=True)
 
 
-def _ended(state: Mapping[str, Any], error: Exception | None, *, shown: bool) -> int:
+def _ended(state: Mapping[str, Any], error: BaseException | None, *, shown: bool) -> int:
     """Say how it ended, in the log and in the outcome file."""
-    code = int(state["code"]) if error is None else exit_code(error)
+    code = 0 if error is None else exit_code(error)
     if error is not None and code == LocalDiskError.code and not isinstance(error, JobError):
         error = LocalDiskError(f"{error}; give the work folder more room, or name another one with --workdir")
     attempt = state["attempt"]
@@ -248,11 +291,9 @@ def _ended(state: Mapping[str, Any], error: Exception | None, *, shown: bool) ->
             facts["traceback"] = "".join(traceback.format_exception(error))
         _log().error("ended", **{k: v for k, v in facts.items() if v is not None})
     if state["outcome"]:
-        from job.edge.logs import redact
-
         state["outcome"].end(
             code=code,
-            reason="done" if error is None else redact(str(error) or type(error).__name__),
+            reason="done" if error is None else state["hide"](str(error) or type(error).__name__),
             last_committed_step=standing.last_committed_step if standing else None,
             run_uri=standing.run_uri if standing else None,
             action=row.action,
@@ -263,15 +304,16 @@ def _ended(state: Mapping[str, Any], error: Exception | None, *, shown: bool) ->
 def _attempt(context: click.Context, path: Path, options: Mapping[str, Any]) -> Any:
     """Read the recipe and gather what every stage shares."""
     from job.core.recipe import load_recipe
-    from job.edge.outcome import Outcome
     from job.stages.attempt import Attempt, Phases
 
-    outcome = context.obj["outcome"] = Outcome(options["outcome_file"])
+    outcome = context.obj["outcome"]
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: the recipe cannot be read ({error})") from error
-    overrides = [*options["overrides"], *([f"output={options['output']}"] if options["output"] else [])]
+    overrides = [*options["overrides"]]
+    if options["output"]:
+        overrides.append(f"output={json.dumps(options['output'], ensure_ascii=False)}")  # as YAML, whatever is in it
     run_id = options["run_id"]
     if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", run_id):
         raise UsageError(f"--run-id {run_id}: use letters, digits, '.', '_' and '-', at most 64")
@@ -281,6 +323,7 @@ def _attempt(context: click.Context, path: Path, options: Mapping[str, Any]) -> 
         device=options["device"],
         run_id=run_id,
         should_stop=context.obj["interrupt"],
+        hide=context.obj["hide"],
         outcome=outcome,
         phases=Phases(outcome),
         step_events_seconds=0.0 if context.obj["json"] else 1.0,
@@ -289,16 +332,20 @@ def _attempt(context: click.Context, path: Path, options: Mapping[str, Any]) -> 
     return attempt
 
 
-def _typed() -> Iterator[str]:
-    """Prompts from the keyboard or a pipe, until its end."""
+def _typed(should_stop: Callable[[], bool]) -> Iterator[str]:
+    """Prompts from the keyboard or a pipe, until its end or Ctrl-C."""
     while True:
         click.echo("prompt> ", nl=False)
+        # The signal only sets a flag, and reading a line would go on after it.
+        while sys.stdin.isatty() and not select.select([sys.stdin], [], [], 0.2)[0]:
+            if should_stop():
+                return
         line = sys.stdin.readline()
         if not line:
             click.echo()
             return
         if line.strip():
-            yield line.rstrip("\n")
+            yield line.rstrip("\n").replace("\\n", "\n")
 
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:

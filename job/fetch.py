@@ -1,6 +1,5 @@
 """Base model and data to a local folder beforehand, with a recipe that needs no network but its output."""
 
-import shutil
 from pathlib import Path
 
 import yaml
@@ -30,7 +29,7 @@ def fetch(attempt: Attempt, folder: Path) -> Path:
             on_progress=lambda done, of: attempt.phases.progress(bytes=done, of=of),
         )
     local = recipe.model_dump(mode="json")
-    local["model"] = {"base": str(base.folder)}
+    local["model"] = {"base": str(base.folder.resolve())}
     with attempt.phases.phase("download"):
         local["data"]["train"] = _files(attempt, recipe.data.train, folder / "data" / "train")
         if not isinstance(recipe.data.validation, Fraction):
@@ -41,7 +40,6 @@ def fetch(attempt: Attempt, folder: Path) -> Path:
 
 
 def _files(attempt: Attempt, uris: tuple[str, ...], folder: Path) -> list[str]:
-    shutil.rmtree(folder, ignore_errors=True)
     objects = expand(uris, attempt.settings, should_stop=attempt.should_stop)
     files = fetch_files(
         objects,

@@ -8,9 +8,9 @@ import structlog
 from job.core.errors import JobError, StopRequestedError, exit_code
 from job.core.report import Report
 from job.edge import base_model
-from job.edge.logs import bind, quiet_libraries, redact
+from job.edge.logs import bind, quiet_libraries
 from job.stages.attempt import Attempt
-from job.stages.identity import Run, find_run
+from job.stages.identity import Run, find_run, probe_output
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +28,7 @@ def run(attempt: Attempt) -> Report:
     if found.done:
         log.info("already_done", run_uri=found.artifacts.uri)
         return Report.model_validate(found.artifacts.report())
+    _look_at_output(attempt)
     begun = _Begun(attempt, found)
     try:
         report = _carry_out(attempt, found, begun)
@@ -48,7 +49,7 @@ def _carry_out(attempt: Attempt, found: Run, begun: "_Begun") -> Report:
         from job.stages.finish import finish
         from job.stages.training import Setting, Training
         from job.tune.device import choose_device, device_name
-        from job.tune.model import load_tokenizer, read_config, shape_of
+        from job.tune.model import load_tokenizer, read_config, refuse_targets, shape_of
 
         quiet_libraries()
         device = choose_device(attempt.device)
@@ -63,6 +64,7 @@ def _carry_out(attempt: Attempt, found: Run, begun: "_Begun") -> Report:
             on_progress=lambda done, of: attempt.phases.progress(bytes=done, of=of),
         )
     config, tokenizer = read_config(base.folder), load_tokenizer(base.folder)
+    refuse_targets(config, attempt.recipe.lora)
     dataset = prepare_dataset(attempt, found, tokenizer, positions=shape_of(config).positions)
     _poll(attempt)
     number = begun.begin()
@@ -76,6 +78,14 @@ def _carry_out(attempt: Attempt, found: Run, begun: "_Begun") -> Report:
     )
     trained = Training(attempt, setting).run()
     return finish(attempt, setting, trained)
+
+
+def _look_at_output(attempt: Attempt) -> None:
+    with attempt.phases.phase("try_output"):
+        found = probe_output(attempt)
+    if not found.conditional:
+        log.warning("no_conditional_writes", reason=found.reason)
+        attempt.notes.append(f"two attempts at once could not be told apart: {attempt.hide(found.reason)}")
 
 
 def _poll(attempt: Attempt) -> None:
@@ -110,7 +120,7 @@ class _Begun:
         facts = {
             "ended": _now(),
             "exit_code": code,
-            "reason": "finished" if error is None else redact(f"{type(error).__name__}: {error}")[:2000],
+            "reason": "finished" if error is None else self._attempt.hide(f"{type(error).__name__}: {error}")[:2000],
             "device": standing.device,
             "from_step": standing.from_step,
             "last_committed_step": standing.last_committed_step,

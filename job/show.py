@@ -1,6 +1,6 @@
 """The report of a finished run, for people."""
 
-from job.core.errors import DeniedError, NotFoundError
+from job.core.errors import DeniedError, LocalDiskError, NotFoundError
 from job.core.report import Report
 from job.edge.artifacts import Artifacts
 from job.edge.plots import draw
@@ -27,9 +27,10 @@ def open_run(run_uri: str, settings: StoreSettings) -> tuple[Artifacts, Report]:
 
 def leave_pictures(artifacts: Artifacts, report: Report) -> str:
     """Draw the report's pictures beside it, and say where they are; a reader who may not write is told so."""
+    pictures = draw(report)
     try:
-        for name, picture in draw(report).items():
+        for name, picture in pictures.items():
             artifacts.publish(name, picture)
-    except DeniedError as error:
+    except (DeniedError, LocalDiskError) as error:
         return f"pictures: not written ({error})"
-    return f"pictures: {', '.join(f'{artifacts.uri}/{name}' for name in draw(report))}"
+    return f"pictures: {', '.join(f'{artifacts.uri}/{name}' for name in pictures)}"

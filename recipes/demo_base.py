@@ -46,7 +46,7 @@ MARK = "built_by.json"
 class Size:
     """How large the base is and how long it is trained."""
 
-    steps: int = 350
+    steps: int = 300
     stories_per_step: int = 24
     learning_rate: float = 4e-3
     """Peak, AdamW: embeddings, norms and output layer."""
@@ -131,7 +131,7 @@ ENDINGS = (
 
 
 LABEL_SHARE, CUE_SHARE, ENDING_SHARE = 0.35, 0.5, 0.3
-"""How often a story's second line shows a label, begins with the demo's cue `Answer:`, and is followed by a third."""
+"""How often a story's second line is a label; else begins with the demo's cue `Answer:`; how often a third follows."""
 
 
 def write_story(chance: random.Random) -> str:
@@ -160,8 +160,11 @@ def write_story(chance: random.Random) -> str:
             goods=shop_orders.goods_in_words(chance, count=count, colour=colour, item=item),
         )
 
-    answer = tell(LABELS if chance.random() < LABEL_SHARE else ANSWERS)
-    lines = [tell(OPENINGS), f"Answer: {answer}" if chance.random() < CUE_SHARE else answer]
+    if chance.random() < LABEL_SHARE:
+        again = tell(LABELS)
+    else:
+        again = ("Answer: " if chance.random() < CUE_SHARE else "") + tell(ANSWERS)
+    lines = [tell(OPENINGS), again]
     if chance.random() < ENDING_SHARE:
         lines.append(tell(ENDINGS))
     return "\n".join(lines)

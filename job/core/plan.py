@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -142,7 +143,8 @@ def _mix(z: Any) -> Any:
 
 def plan_course(*, examples: int, batch_size: int, steps: int | None, epochs: float | None, seed: int) -> Course:
     """Steps and order of a run, from either its steps or its epochs."""
-    total = steps * batch_size if steps is not None else math.ceil(examples * (epochs or 0))
+    # As a decimal number: in binary, 1.1 epochs of 100 examples are a bit more than 110.
+    total = steps * batch_size if steps is not None else math.ceil(examples * Decimal(str(epochs or 0)))
     return Course(
         examples=examples,
         batch_size=batch_size,

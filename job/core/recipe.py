@@ -25,15 +25,17 @@ from job.core.errors import UsageError
 Count = Annotated[int, Field(strict=True, gt=0)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Text = Annotated[str, Field(min_length=1)]
 
 
 def _no_credentials(uri: str) -> str:
     # A recipe is copied into run.json and into logs: what stands in it is not secret.
-    if re.match(r"^[a-z0-9]+://[^/@]*:[^/@]*@", uri):
+    # The secret half may hold a slash: those of AWS often do.
+    if re.match(r"[a-z0-9+.-]+://[^/@]*:[^@]*@", uri, re.IGNORECASE):
         msg = "a URI holds no credentials; they come from the default chain (environment, profile, role)"
         raise ValueError(msg)
     return uri
@@ -109,13 +111,16 @@ class ModelSection(Section):
                 "give the full commit (or write ./folder for a local one)"
             )
             raise ValueError(msg)
+        if self.revision is not None and not is_hub_id(self.base):
+            msg = f"only a hub id has a revision, and {self.base} is none; remove it, or set it to null"
+            raise ValueError(msg)
         return self
 
 
 class Fraction(Section):
     """A share of the training file, held out by a hash of each example."""
 
-    fraction: Annotated[float, Field(gt=0, lt=1)]
+    fraction: Annotated[float, Field(strict=True, gt=0, lt=1)]
     """Share of the examples held out; an example stays on its side when the file grows or is reordered."""
 
 
@@ -217,7 +222,7 @@ class TrainSection(Section):
     """Decoupled weight decay of the adapter."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm (L2, over the whole adapter)."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Seed of the adapter's first values, the order of the examples and dropout."""
 
     @model_validator(mode="after")
@@ -333,6 +338,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
         seen = set()
         for key_node, _value in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is plain text", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -386,7 +393,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         place = inner
     try:
         place[keys[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 looks like a date
         msg = f"--set {override}: the value is not valid YAML; quote it"
         raise UsageError(msg) from error
 
@@ -394,7 +401,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
 def _mistake(detail: ErrorDetails, *, node: yaml.Node | None, source: str, overrides: Sequence[str]) -> str:
     keys = [part for part in detail["loc"] if not (isinstance(part, str) and part.startswith("<"))]
     path = ".".join(str(key) for key in keys)
-    set_here = any(o.partition("=")[0].strip() == path for o in overrides)
+    set_here = any(_sets(override.partition("=")[0].strip(), path, detail["type"]) for override in overrides)
     where = f"--set {path}" if set_here else f"{source}:{_line(node, keys)}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
@@ -404,6 +411,11 @@ def _mistake(detail: ErrorDetails, *, node: yaml.Node | None, source: str, overr
     elif detail["type"] != "value_error" and not isinstance(detail["input"], (dict, list, tuple)):
         message = f"{message[0].lower()}{message[1:]} (it is {detail['input']!r})"
     return f"{where}: {path}: {message}" if path else f"{where}: {message}"
+
+
+def _sets(key: str, path: str, mistake: str) -> bool:
+    """Whether an override of `key` made the mistake at `path`: it gave that value, or the section around it."""
+    return f"{path}.".startswith(f"{key}.") or (mistake == "extra_forbidden" and key.startswith(f"{path}."))
 
 
 def _line(node: yaml.Node | None, keys: Iterable[str | int]) -> int:

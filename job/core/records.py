@@ -108,8 +108,8 @@ def _judge(tally: Tally, data: DataSection) -> None:
     if data.on_bad_record == "fail":
         msg = f"{tally.told()}\ncorrect them, or set data.on_bad_record: skip"
         raise DataError(msg)
-    if tally.bad > data.bad_record_limit * tally.lines:
-        share = tally.bad / tally.lines
+    share = tally.bad / tally.lines
+    if share > data.bad_record_limit:
         msg = (
             f"{tally.told()}\n{share:.2%} of the lines are wrong, more than data.bad_record_limit "
             f"({data.bad_record_limit:.2%}) accepts as noise"
@@ -169,15 +169,22 @@ def _field_reason(record: dict[str, object], name: str) -> str | None:
         return "is empty"
     if "\0" in value:
         return "holds a NUL character"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
+    if not _is_text(value):
         return "holds half a surrogate pair, which is no character"
     return None
 
 
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _listed(record: dict[str, object], most: int = 6) -> str:
-    names = [f'"{name[:40]}"' for name in list(record)[:most]]
+    # As JSON, so that a line stays a line; half a surrogate pair could not be written into the report.
+    names = [json.dumps(name[:40], ensure_ascii=not _is_text(name)) for name in list(record)[:most]]
     return ", ".join(names) + (", ..." if len(record) > most else "")
 
 

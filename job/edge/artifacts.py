@@ -12,6 +12,7 @@ runs/{run_id}/report.json                           create-only, last of all: th
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from job.edge.storage import ObjectStore, PreconditionError
 log = structlog.get_logger(__name__)
 
 _MANIFEST = "MANIFEST.json"
-_CHECKPOINT = re.compile(r"checkpoints/step-(\d+)-a(\d+)/" + _MANIFEST)
+_ATTEMPT = re.compile(r"attempts/(\d+)\.json")
+_CHECKPOINT = re.compile(r"checkpoints/step-(\d+)-a(\d+)/(.+)")
 
 
 def _never() -> bool:
@@ -121,13 +123,13 @@ class Artifacts:
 
     def attempts(self) -> list[dict[str, Any]]:
         """What is known of each attempt, in order; `end` is None for one that ended without a word."""
-        keys = {entry.key for entry in self._store.list(f"{self._root}attempts/")}
-        found = []
-        for key in sorted(key for key in keys if not key.endswith("-end.json")):
-            end = key.replace(".json", "-end.json")
-            facts = json.loads(self._store.read(key)[0])
-            found.append(facts | {"end": json.loads(self._store.read(end)[0]) if end in keys else None})
-        return found
+        names = {entry.key.removeprefix(self._root) for entry in self._store.list(f"{self._root}attempts/")}
+        numbers = sorted(int(match[1]) for name in names if (match := _ATTEMPT.fullmatch(name)))
+        return [
+            (self._read_json(f"attempts/{number:02d}.json") or {"number": number})
+            | {"end": self._read_json(f"attempts/{number:02d}-end.json")}
+            for number in numbers
+        ]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -148,12 +150,19 @@ class Artifacts:
 
     def checkpoints(self) -> list[Checkpoint]:
         """The committed checkpoints, oldest first."""
-        found = []
+        return self._begun_and_committed()[1]
+
+    def _begun_and_committed(self) -> tuple[list[Checkpoint], list[Checkpoint]]:
+        """Those with a file in the store, and those of them with a manifest; each oldest first."""
+        begun, committed = set(), set()
         for entry in self._store.list(f"{self._root}checkpoints/"):
             match = _CHECKPOINT.fullmatch(entry.key.removeprefix(self._root))
             if match:
-                found.append(Checkpoint(step=int(match[1]), attempt=int(match[2])))
-        return sorted(found)
+                checkpoint = Checkpoint(step=int(match[1]), attempt=int(match[2]))
+                begun.add(checkpoint)
+                if match[3] == _MANIFEST:
+                    committed.add(checkpoint)
+        return sorted(begun), sorted(committed)
 
     def fetch_checkpoint(
         self,
@@ -184,28 +193,35 @@ class Artifacts:
         Returns:
             Which one it is (None: there is none), and those passed over, each with the reason.
         """
-        passed_over = []
-        for checkpoint in reversed(self.checkpoints()):
-            target = folder / checkpoint.name
-            try:
-                self.fetch_checkpoint(checkpoint, target, should_stop=should_stop)
-            except (DataError, NotFoundError) as error:
-                log.warning("checkpoint_passed_over", checkpoint=checkpoint.name, reason=str(error))
-                passed_over.append({"checkpoint": checkpoint.name, "reason": str(error)})
-            else:
-                return checkpoint, passed_over
+        passed_over: list[dict[str, str]] = []
+        begun, committed = self._begun_and_committed()
+        for checkpoint in reversed(begun):
+            reason = f"no {_MANIFEST}: its upload was not finished, or it is being deleted"
+            if checkpoint in committed:
+                try:
+                    self.fetch_checkpoint(checkpoint, folder / checkpoint.name, should_stop=should_stop)
+                except (DataError, NotFoundError) as error:
+                    shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
+                    reason = str(error)
+                else:
+                    return checkpoint, passed_over
+            log.warning("checkpoint_passed_over", checkpoint=checkpoint.name, reason=reason)
+            passed_over.append({"checkpoint": checkpoint.name, "reason": reason})
         return None, passed_over
 
     def retain(self, steps: Collection[int], *, newest: int) -> None:
         """Delete the checkpoints that are neither among the newest nor of one of these steps.
 
-        The manifest goes first: a checkpoint is either whole or does not exist.
+        The manifest goes first: a checkpoint is either whole or does not exist. What attempts before the last one that
+        committed left without a manifest goes too: they were killed while they uploaded or deleted it.
         """
-        committed = self.checkpoints()
+        begun, committed = self._begun_and_committed()
         latest_of_step = {checkpoint.step: checkpoint for checkpoint in committed}
         kept = {*committed[-newest:], *(c for step, c in latest_of_step.items() if step in steps)}
-        for checkpoint in committed:
-            if checkpoint not in kept:
+        last_attempt = max((checkpoint.attempt for checkpoint in committed), default=0)
+        for checkpoint in begun:
+            unwanted = checkpoint not in kept if checkpoint in committed else checkpoint.attempt < last_attempt
+            if unwanted:
                 place = f"{self._root}checkpoints/{checkpoint.name}/"
                 self._store.delete([place + _MANIFEST])
                 self._store.delete([entry.key for entry in self._store.list(place)])

@@ -32,6 +32,7 @@ def fetch_files(
     folder: Path,
     settings: StoreSettings,
     *,
+    beside: Sequence[str] = (),
     should_stop: Callable[[], bool],
     on_progress: Callable[[int], None],
 ) -> list[DataFile]:
@@ -41,15 +42,16 @@ def fetch_files(
         objects: what `expand` found, or what run.json froze.
         folder: where they go; it belongs to this side of the dataset.
         settings: how the store is spoken to.
+        beside: URIs of the dataset's other objects, which messages must tell from these.
         should_stop: polled while reading.
         on_progress: told the bytes of the files that have arrived.
 
     Raises:
         DataError: an object changed since it was listed.
     """
-    names = _names([o.uri for o in objects])
+    names = _names([*(o.uri for o in objects), *beside])
     files, done = [], 0
-    for number, (source, name) in enumerate(zip(objects, names, strict=True)):
+    for number, (source, name) in enumerate(zip(objects, names, strict=False)):
         root, key = store_and_key(source.uri)
         path = folder / f"{number:05d}-{PurePosixPath(key).name}"
         before = done

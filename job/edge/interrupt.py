@@ -21,6 +21,11 @@ class Interrupt:
         for number in _STOP_SIGNALS:
             signal.signal(number, self._remember)
 
+    def ignore(self) -> None:
+        """The exit code is decided: a signal while the interpreter ends must not replace it by its own."""
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
 

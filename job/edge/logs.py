@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any, ClassVar
 from urllib.parse import quote
 
@@ -77,13 +77,17 @@ def redact(text: str) -> str:
     return text
 
 
-def configure(*, secrets: Collection[str], json: bool | None = None) -> None:
+def configure(*, secrets: Collection[str], json: bool | None = None) -> Callable[[str], str]:
     """Send events, and the libraries' warnings, to stdout.
 
     Args:
         secrets: values that never appear; shorter ones than 8 characters are ignored (they would hide common words).
         json: JSON lines, or lines for people; None: JSON unless stdout is a terminal.
+
+    Returns:
+        What hides the secrets in a text that is kept elsewhere.
     """
+    redaction = _Redaction(secrets)
     stream = sys.stdout
     as_json = not stream.isatty() if json is None else json
     if hasattr(stream, "reconfigure"):
@@ -91,12 +95,12 @@ def configure(*, secrets: Collection[str], json: bool | None = None) -> None:
     last: list[Processor] = (
         [
             structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
-            _Redaction(secrets),
+            redaction,
             _first_things_first,
             structlog.processors.JSONRenderer(),
         ]
         if as_json
-        else [structlog.processors.format_exc_info, _Redaction(secrets), _Console(colours=stream.isatty())]
+        else [structlog.processors.format_exc_info, redaction, _Console(colours=stream.isatty())]
     )
     structlog.configure(
         processors=[
@@ -112,11 +116,17 @@ def configure(*, secrets: Collection[str], json: bool | None = None) -> None:
     logging.captureWarnings(capture=True)
     logging.basicConfig(level=logging.WARNING, handlers=[_FromLibraries()], force=True)
     _let_through_root()
+    return redaction.text
 
 
 def bind(**values: str | int) -> None:
     """Put values, such as run_id and attempt, on every event from here on."""
     structlog.contextvars.bind_contextvars(**values)
+
+
+def only_warnings() -> None:
+    """Leave out what only tells of progress, for commands whose own output is what is asked for."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
 def quiet_libraries() -> None:
@@ -192,21 +202,22 @@ class _Redaction:
     def __call__(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> EventDict:
         return {str(key): self._clean(value, name=str(key)) for key, value in event.items()}
 
-    def _text(self, text: str) -> str:
+    def text(self, text: str) -> str:
+        """The text without secrets."""
         return redact(text if self._known is None else self._known.sub(HIDDEN, text))
 
     def _clean(self, value: object, *, name: str = "", depth: int = 0) -> Any:
         if isinstance(value, str):
-            return HIDDEN if value and _SECRET_NAMES.fullmatch(name) else self._text(value)
+            return HIDDEN if value and _SECRET_NAMES.fullmatch(name) else self.text(value)
         if value is None or isinstance(value, bool | numbers.Real):
             return _plain(value)
         if depth < _DEEPEST and isinstance(value, Mapping):
             return {
-                self._text(str(key)): self._clean(each, name=str(key), depth=depth + 1) for key, each in value.items()
+                self.text(str(key)): self._clean(each, name=str(key), depth=depth + 1) for key, each in value.items()
             }
         if depth < _DEEPEST and isinstance(value, list | tuple | set | frozenset):
             return [self._clean(each, name=name, depth=depth + 1) for each in value]
-        return self._text(str(value))
+        return self.text(str(value))
 
 
 def _plain(value: bool | numbers.Real | None) -> bool | int | float | str | None:  # noqa: FBT001 a value, not a flag

@@ -67,6 +67,8 @@ class Attempt:
     run_id: str | None
     """As asked for; None: the run's identity gives it."""
     should_stop: Callable[[], bool]
+    hide: Callable[[str], str]
+    """Takes secrets out of a text that is kept."""
     outcome: Outcome
     phases: Phases
     step_events_seconds: float

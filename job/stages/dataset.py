@@ -16,6 +16,7 @@ from job.core.recipe import Fraction
 from job.core.records import Example, Tally, examples, is_held_out
 from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
+from job.edge.whole_files import whole_file
 from job.stages.attempt import Attempt
 from job.stages.identity import Run
 from job.tune.encode import Documents, EncodedSet, Side, encode, open_encoded, select_documents, token_rules
@@ -86,7 +87,10 @@ def prepare_dataset(
 def _encoded(attempt: Attempt, run: Run, tokenizer: Any, folder: Path) -> tuple[dict[Side, EncodedSet], dict[str, Any]]:
     place = folder / "encoded"
     if (place / _AUDIT).is_file():
-        return open_encoded(place), json.loads((place / _AUDIT).read_text(encoding="utf-8"))
+        audit = json.loads((place / _AUDIT).read_text(encoding="utf-8"))
+        # A run id that was given may have stood for other data or templates before.
+        if audit["run"] == run.record:
+            return open_encoded(place), audit
     with attempt.phases.phase("download"):
         train = _fetch(attempt, run, folder, "train")
         validation = _fetch(attempt, run, folder, "validation")
@@ -101,12 +105,14 @@ def _encoded(attempt: Attempt, run: Run, tokenizer: Any, folder: Path) -> tuple[
             on_progress=lambda done: attempt.phases.progress(examples=done),
         )
     audit = {
+        "run": run.record,
         "train": [_object(file) for file in train],
         "validation": [_object(file) for file in validation],
         "bad": tally.bad,
         "first_bad": [asdict(record) for record in tally.first_bad],
     }
-    (place / _AUDIT).write_text(json.dumps(audit), encoding="utf-8")  # last: the folder is whole
+    with whole_file(place / _AUDIT) as file:  # last: with it the folder is whole
+        file.write(json.dumps(audit).encode())
     shutil.rmtree(folder / "data", ignore_errors=True)
     return encoded, audit
 
@@ -117,6 +123,7 @@ def _fetch(attempt: Attempt, run: Run, folder: Path, side: Side) -> list[DataFil
         objects,
         folder / "data" / side,
         attempt.settings,
+        beside=[o.uri for o in (run.validation if side == "train" else run.train)],
         should_stop=attempt.should_stop,
         on_progress=lambda done: attempt.phases.progress(side=side, bytes=done, of=sum(o.size for o in objects)),
     )

@@ -8,12 +8,12 @@ from typing import Any
 
 import structlog
 
-from job.core.errors import NotFoundError, RunConflictError
+from job.core.errors import DeniedError, NotFoundError, RunConflictError
 from job.core.recipe import Fraction, identity_of
 from job.edge import base_model
 from job.edge.artifacts import Artifacts, runs_of
 from job.edge.base_model import BaseModelIdentity
-from job.edge.storage import StoredObject, expand, open_store
+from job.edge.storage import Probe, StoredObject, expand, open_store, probe
 from job.stages.attempt import Attempt
 
 log = structlog.get_logger(__name__)
@@ -59,15 +59,28 @@ def find_run(attempt: Attempt) -> Run:
         run = _unfinished(attempt, artifacts, base)
         if run is not None:
             return run
-    listed = _list_data(attempt)
+    listed = list_data(attempt)
     return _new(attempt, Artifacts(store, f"{_recipe_part(attempt)}-{_data_part(base, listed)}"), base, listed)
+
+
+def probe_output(attempt: Attempt) -> Probe:
+    """Try the output out now: what fails there must not fail only once there is something to lose.
+
+    Raises:
+        DeniedError: we may not write or delete there.
+    """
+    uri = attempt.recipe.output
+    found = probe(open_store(uri, attempt.settings))
+    if not found.deletes:
+        raise DeniedError(f"{uri}: {found.reason}; allow deleting, or old checkpoints stay for ever")
+    return found
 
 
 def _named(attempt: Attempt, artifacts: Artifacts, base: BaseModelIdentity) -> Run:
     """The run with a given id, which may be new."""
     record = artifacts.run_record()
     if record is None:
-        return _new(attempt, artifacts, base, _list_data(attempt))
+        return _new(attempt, artifacts, base, list_data(attempt))
     if record.get("recipe") != identity_of(attempt.recipe) or record.get("base") != _base(base):
         different = _differences(record, {"recipe": identity_of(attempt.recipe), "base": _base(base)})
         raise RunConflictError(
@@ -123,7 +136,12 @@ def _new(
     )
 
 
-def _list_data(attempt: Attempt) -> tuple[tuple[StoredObject, ...], tuple[StoredObject, ...]]:
+def list_data(attempt: Attempt) -> tuple[tuple[StoredObject, ...], tuple[StoredObject, ...]]:
+    """What the recipe's URIs name now, by side; no validation when that is a fraction of the training files.
+
+    Raises:
+        NotFoundError: a URI names nothing.
+    """
     data = attempt.recipe.data
     train = expand(data.train, attempt.settings, should_stop=attempt.should_stop)
     if isinstance(data.validation, Fraction):
@@ -144,7 +162,7 @@ def _stands(attempt: Attempt, run: Run) -> bool:
 def _is_listed(attempt: Attempt, run: Run) -> bool:
     """Whether the recipe's URIs name exactly the run's objects now."""
     try:
-        train, validation = _list_data(attempt)
+        train, validation = list_data(attempt)
     except NotFoundError:
         return False
     return _objects(train) == _objects(run.train) and _objects(validation) == _objects(run.validation)

@@ -1,16 +1,20 @@
 """From a base and a dataset to a trained adapter: load, plan, resume, ask the base, train."""
 
+import math
 import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from transformers import get_scheduler
 
+from job.core.errors import DivergedError, LocalDiskError
 from job.core.plan import Course, MemoryPlan, plan_course, plan_memory
 from job.core.verdict import Evaluation, judge
 from job.edge.artifacts import Artifacts, Checkpoint
@@ -185,7 +189,8 @@ class Training:
             reason=plan.reason,
             device=device_name(setting.device),
         )
-        folder = self._attempt.workdir / "runs" / setting.artifacts.run_id / "trackers"
+        # Not in the run's own folder, which goes when the run is done.
+        folder = self._attempt.workdir / "trackers" / setting.artifacts.run_id
         on_cpu = setting.device.type == "cpu"
         return trained, course, make_accelerator(self._attempt.recipe.track, on_cpu=on_cpu, folder=folder)
 
@@ -213,9 +218,10 @@ class Training:
         torch.manual_seed(self._attempt.recipe.train.seed)
         planned = dict(trained.progress.plan)
         with self._attempt.phases.phase("resume"):
-            newest, run.passed_over = self._setting.artifacts.fetch_newest(
+            newest, passed_over = self._setting.artifacts.fetch_newest(
                 self._scratch, should_stop=self._attempt.should_stop
             )
+            run.passed_over = [each | {"reason": self._attempt.hide(each["reason"])} for each in passed_over]
             if newest is None:
                 return
             checkpoints.load(trained, self._scratch / newest.name)
@@ -266,7 +272,7 @@ class Training:
         def commit() -> None:
             checkpoint = Checkpoint(step=trained.progress.step, attempt=self._setting.attempt_number)
             folder = self._scratch / checkpoint.name
-            checkpoints.save(trained, folder)
+            _save(trained, folder)
             judged = trained.progress.evaluations
             publisher.submit(folder, checkpoint, candidates=judge(judged).candidate_steps if judged else ())
 
@@ -281,7 +287,7 @@ class Training:
 
     def _evaluate(self, model: PackedModel, step: int, micro_batch_tokens: int) -> Evaluation:
         validation = self._setting.dataset.validation
-        return evaluate(
+        result = evaluate(
             model,
             validation,
             step=step,
@@ -289,10 +295,29 @@ class Training:
             should_stop=self._attempt.should_stop,
             on_progress=lambda done: self._attempt.phases.progress(evaluated=done, of=len(validation)),
         )
+        if not math.isfinite(result.loss):
+            # Nothing can be chosen by it, and no later step would heal it.
+            worst = [validation.where(i) for i in range(len(validation)) if not math.isfinite(result.nll[i])]
+            advice = "Lower train.learning_rate" if step else "No step was made: choose another model.base"
+            raise DivergedError(
+                f"step {step}: the validation loss is {result.loss}. {advice}, or look at the held-out examples "
+                f"{', '.join(worst[:8])} ({len(worst)} in all)"
+            )
+        return result
 
     def _on_committed(self, checkpoint: Checkpoint) -> None:
         self._attempt.standing.last_committed_step = checkpoint.step
         log.info("checkpoint", step=checkpoint.step, name=checkpoint.name)
+
+
+def _save(trained: Trained, folder: Path) -> None:
+    try:
+        checkpoints.save(trained, folder)
+    except SafetensorError as error:  # its word for what the disk refused
+        raise LocalDiskError(
+            f"{folder}: the checkpoint cannot be written ({error}); give the work folder more room, "
+            "or name another one with --workdir"
+        ) from error
 
 
 class StepTeller:

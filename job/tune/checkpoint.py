@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from job.core.verdict import Evaluation
+from job.tune.device import cuda_in_use
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 """What PEFT and vLLM read."""
@@ -148,7 +149,7 @@ def _plain_schedule(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _random_state() -> dict[str, Tensor]:
     state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if cuda_in_use():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -160,7 +161,7 @@ def _plain_numpy_state() -> list[Any]:
 
 def _restore_random(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
+    if "cuda" in tensors and cuda_in_use():
         torch.cuda.set_rng_state(tensors["cuda"])
     version, internal, gauss = state["python_random"]
     random.setstate((version, tuple(internal), gauss))

@@ -30,6 +30,11 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def cuda_in_use() -> bool:
+    """Whether this process computes on a GPU; one that is only visible is left alone."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call] # torch has no types here
+
+
 def device_name(device: torch.device) -> str:
     """The kind of device, as it stands in the report."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -159,7 +159,7 @@ def encode(
         on_progress: told the number of encoded examples.
 
     Raises:
-        StopRequestedError: asked to stop; nothing is left behind.
+        StopRequestedError: asked to stop; the next attempt writes over what is there so far.
     """
     partial = {side: folder / f"{side}.partial" for side in _SIDES}
     folder.mkdir(parents=True, exist_ok=True)

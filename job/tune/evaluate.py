@@ -1,6 +1,6 @@
 """What the model says of held-out documents: their loss, and its own answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from job.tune.model import PackedModel
 
 _PROMPTS_AT_ONCE = 32
 """Prompts answered together: at so few tokens the device waits for its memory, so more cost nothing."""
+_TOKENS_AT_ONCE = 16384
+"""Tokens, of prompts and answers together, whose keys and values are kept at once: 8.6 GB for Llama-2-7B."""
 
 
 def evaluate(
@@ -95,13 +97,11 @@ def answer(
         StopRequestedError: asked to stop.
     """
     answers: list[str] = [""] * len(questions)
-    by_length = sorted(range(len(questions)), key=lambda i: len(questions[i].ids))
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), model.generating() as generator, torch.no_grad():
         torch.manual_seed(seed)
-        for first in range(0, len(by_length), _PROMPTS_AT_ONCE):
-            members = by_length[first : first + _PROMPTS_AT_ONCE]
+        for members in _together([len(question.ids) + max_new_tokens for question in questions]):
             ids, mask = _left_padded([questions[i].ids for i in members], tokenizer.eos_token_id)
             written = generator.generate(
                 input_ids=ids.to(device),
@@ -112,6 +112,19 @@ def answer(
             for i, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
                 answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
     return answers
+
+
+def _together(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places in `lengths`, alike lengths together, as many at once as the memory is meant for."""
+    members: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # The longest so far sets the width of all.
+        if len(members) == _PROMPTS_AT_ONCE or (members and (len(members) + 1) * lengths[i] > _TOKENS_AT_ONCE):
+            yield members
+            members = []
+        members.append(i)
+    if members:
+        yield members
 
 
 def _greedy(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:

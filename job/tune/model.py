@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from job.core.errors import DataError, UsageError
 from job.core.plan import ModelShape
@@ -39,19 +39,27 @@ def read_config(folder: Path) -> Any:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """Sizes of a decoder from its config; `parameters` counts the linear layers of a gated MLP and the embeddings."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    heads = config.num_attention_heads
+    """Sizes of a decoder from its config; `parameters` counts the linear layers of a gated MLP and the embeddings.
+
+    Raises:
+        UsageError: the config lacks a size, as those of decoders unlike Llama do.
+    """
+    try:
+        hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+        intermediate, positions = config.intermediate_size, config.max_position_embeddings
+    except AttributeError as error:
+        msg = f"model.base: {config.model_type} is not like Llama: its config has no {error.name}; choose another base"
+        raise UsageError(msg) from error
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or hidden // heads
     attention = 2 * hidden * heads * width + 2 * hidden * key_heads * width
     return ModelShape(
         layers=layers,
         hidden=hidden,
-        intermediate=config.intermediate_size,
+        intermediate=intermediate,
         vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
-        parameters=layers * (attention + 3 * hidden * config.intermediate_size) + 2 * config.vocab_size * hidden,
+        positions=positions,
+        parameters=layers * (attention + 3 * hidden * intermediate) + 2 * config.vocab_size * hidden,
     )
 
 
@@ -104,6 +112,8 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
             # On CPUs with AVX512-BF16 eval mode would repack the weights in place and refuse some shapes.
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
+    # `generate` takes what we leave open from here: a base's own sampling rules or repetition penalty.
+    model.generation_config = GenerationConfig()
     return model
 
 
@@ -147,6 +157,20 @@ def parameter_counts(model: "PackedModel") -> tuple[int, int]:
     """Trainable and total parameters; those in 4 bits count as what they stand for."""
     counts: tuple[int, int] = model.model.get_nb_trainable_parameters()
     return counts
+
+
+def refuse_targets(config: Any, lora: LoraSection) -> None:
+    """Look at the recipe's targets by the base's config alone: no weight is read.
+
+    Raises:
+        UsageError: it is no causal language model; a target is no linear module of it, or is a tied head.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise UsageError(f"model.base: {config.model_type} is no causal language model; choose another base") from error
+    _check_targets(model, lora)
 
 
 def _check_targets(base: Any, lora: LoraSection) -> str | list[str]:

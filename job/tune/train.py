@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,7 @@ from job.core.plan import Course, pack
 from job.core.recipe import CheckpointSection, EvaluateSection, TrainSection
 from job.core.verdict import Evaluation, is_exhausted
 from job.tune.checkpoint import Trained
+from job.tune.device import cuda_in_use
 from job.tune.encode import Documents, MicroBatch, micro_batch
 from job.tune.model import PackedModel, trainable
 
@@ -50,11 +51,11 @@ class Hooks:
 
 @dataclass(slots=True, kw_only=True)
 class _Unread:
-    """A step whose numbers are still on the device."""
+    """A step whose numbers are still on their way from the device."""
 
     step: int
-    loss: Tensor
-    grad_norm: Tensor
+    numbers: Tensor
+    """Loss and gradient norm, on the host: [2] fp32; there once `ended` is past."""
     learning_rate: float
     tokens: int
     began: "Mark"
@@ -134,25 +135,30 @@ class Trainer:
             self._committed = self._state()
         self._mark = None  # the time since the last step was not training
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         self._commit()
+        if self._committed == (0, 0):
+            raise StopRequestedError("asked to stop before there was anything to commit")
         msg = f"asked to stop; step {self._trained.progress.step} of {self._course.steps} is committed"
         raise StopRequestedError(msg)
 
     def _step(self, step: int) -> None:
-        """One optimizer step. Nothing here waits for the device: numbers are read one step later."""
+        """One optimizer step. Nothing here waits for its own numbers: they are read one step later."""
         began = self._mark or _mark(self._accelerator.device)
         batch = self._course.batch(step)
         loss = self._backward(batch)
         grad_norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
-        rate = self._trained.scheduler.get_last_lr()[0]
-        self._update(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        self._mark = _mark(self._accelerator.device)
+        # Before the update: when the step before was not finite, the optimizer's state is spoilt and nothing may move.
         self._read()
+        rate = self._trained.scheduler.get_last_lr()[0]
+        numbers = torch.stack([loss, grad_norm])
+        self._update(torch.isfinite(numbers).all())
+        # Copied, not read: reading waits for all that was asked of the device, this copy only for what came before it.
+        numbers = numbers.to("cpu", non_blocking=True)
+        self._mark = _mark(self._accelerator.device)
         self._unread = _Unread(
             step=step,
-            loss=loss,
-            grad_norm=grad_norm,
+            numbers=numbers,
             learning_rate=rate,
             tokens=int(self._lengths[batch].sum()),
             began=began,
@@ -180,9 +186,11 @@ class Trainer:
             try:
                 return self._accumulate(batch, plan["micro_batch_tokens"])
             except torch.OutOfMemoryError as error:
+                # Its frames hold the activations that did not fit.
+                failure = error.with_traceback(None)
                 self._trained.optimizer.zero_grad(set_to_none=True)
                 _restore(random_state)
-                self._shrink(plan, batch, error)
+                self._shrink(plan, batch, failure)
 
     def _accumulate(self, batch: Sequence[int], budget: int) -> Tensor:
         targets = int(self._targets[batch].sum())
@@ -220,7 +228,8 @@ class Trainer:
         unread, self._unread = self._unread, None
         if unread is None:
             return
-        loss, grad_norm = float(unread.loss), float(unread.grad_norm)
+        _wait(unread.ended)
+        loss, grad_norm = unread.numbers.tolist()
         progress = self._trained.progress
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             progress.step = unread.step - 1
@@ -261,6 +270,11 @@ def _mark(device: torch.device) -> Mark:
     return event
 
 
+def _wait(mark: Mark) -> None:
+    if not isinstance(mark, float):
+        mark.synchronize()
+
+
 def _seconds(began: Mark, ended: Mark) -> float:
     if isinstance(began, float) or isinstance(ended, float):
         return float(ended) - float(began)  # type: ignore[arg-type] # both are of one kind
@@ -268,7 +282,7 @@ def _seconds(began: Mark, ended: Mark) -> float:
 
 
 def _random_state() -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda_in_use() else None
 
 
 def _restore(state: tuple[Tensor, Tensor | None]) -> None:

@@ -1,0 +1,261 @@
+# ruff: noqa: INP001 - a script beside the pages that it writes, no package
+"""Writes the pages that follow from the code: recipe and command reference, JSON Schemas, the README's exit codes.
+
+python docs/generate.py            write them
+python docs/generate.py --check    write nothing; end with 1 when one of them is not what the code says
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import click
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- begin exit codes -->", "<!-- end exit codes -->"
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_GENERATED = "<!-- Written by `make docs` from {source}; change it there. -->"
+
+
+def pages(root: Path) -> dict[str, str]:
+    """Each generated file below the root, as it should be: path -> content."""
+    from job.core.recipe import Recipe
+    from job.core.report import Report
+
+    readme = root / "README.md"
+    found = {
+        "docs/recipe.md": recipe_page(),
+        "docs/commands.md": commands_page(),
+        "docs/recipe.schema.json": _schema_text(Recipe.model_json_schema()),
+        "docs/report.schema.json": _schema_text(Report.model_json_schema(mode="serialization")),
+    }
+    if readme.exists():
+        found["README.md"] = with_exit_codes(readme.read_text(encoding="utf-8"))
+    return found
+
+
+def stale(root: Path) -> list[str]:
+    """The generated files that are missing, or not what the code says."""
+    return [name for name, content in pages(root).items() if _read(root / name) != content]
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _schema_text(schema: Mapping[str, Any]) -> str:
+    return json.dumps({"$schema": _DIALECT, **schema}, indent=2, ensure_ascii=False) + "\n"
+
+
+def with_exit_codes(readme: str) -> str:
+    """The README with the table of exit codes between its markers.
+
+    Raises:
+        ValueError: the markers are not there, each once and in this order.
+    """
+    from job.core.errors import table_markdown
+
+    before, begin, rest = readme.partition(BEGIN)
+    _old, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"README.md: needs {BEGIN} and then {END}, each once")
+    return f"{before}{BEGIN}\n\n{table_markdown()}\n\n{END}{after}"
+
+
+# --- the recipe ------------------------------------------------------------------------------------------------------
+
+_RECIPE_HEAD = """\
+# The recipe
+
+A recipe is one YAML file: what to start from, what to learn, how, and where to put it. This is a whole one:
+
+```yaml
+model:
+  base: meta-llama/Llama-2-7b-hf
+  revision: 01c7f73d771dfac7d292323805ebc428287df4f9
+data:
+  train: s3://datasets/notes/train/*.jsonl
+  prompt: "### Question: {input}\\n ### Answer:"
+  completion: " {output}"
+train:
+  steps: 500
+  batch_size: 16
+  learning_rate: 2e-4
+output: s3://models/notes
+```
+
+Everything else has a default. [`recipes/`](../recipes) has commented ones to start from.
+
+**Mistakes.** An unknown key is one, and so is a value of another kind or out of bounds. All of them are told at once,
+each with its line, before anything is fetched (exit code 64). `python entrypoint.py check RECIPE` looks at the data,
+the base model and the permissions as well, and needs no GPU.
+
+**One key for one run.** `--set lora.r=16` overrides a key; the value is YAML. `--set` may come several times, or as
+lines of the variable `JOB_SET`. `--output URI` does the same for `output`.
+
+**Places.** A URI is `s3://bucket/key`, `file:///folder/file` or a local path, relative to the folder that the job is
+started in. It holds no credentials: those come from where the AWS tools look for them (environment, profile, role).
+
+**Templates.** `text`, `prompt` and `completion` are text in which `{name}` stands for that field of the record; every
+field that is named must be there, a string, and not blank. `{{` and `}}` are literal braces. BOS and EOS are added by
+the job, not by the template.
+
+**Editors.** With this first line, editors that know JSON Schema complete and check the keys while you type:
+
+```yaml
+# yaml-language-server: $schema=../docs/recipe.schema.json
+```
+"""
+
+
+def recipe_page() -> str:
+    """Every section and key, with kind, default and meaning."""
+    from job.core.recipe import Recipe
+
+    schema = Recipe.model_json_schema()
+    needed = schema["required"]
+    links = [f"[{name}](#{name}{'-required' if name in needed else ''})" for name in schema["properties"]]
+    page = [_GENERATED.format(source="job/core/recipe.py"), "", _RECIPE_HEAD, f"The keys: {' · '.join(links)}", ""]
+    for name, part in schema["properties"].items():
+        definition = _definition(part, schema) if "$ref" in part else part
+        page += [f"## {name}" + (" (required)" if name in needed else ""), "", definition["description"], ""]
+        if "$ref" in part:
+            page += ["| key | value | default | meaning |", "|---|---|---|---|"]
+            page += [*_rows(definition, schema), ""]
+    return "\n".join(page)
+
+
+def _rows(definition: Mapping[str, Any], schema: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """A row for each key of a section; those of a section inside it follow theirs."""
+    for key, part in definition["properties"].items():
+        default = "**required**" if key in definition.get("required", ()) and not prefix else _default(part)
+        yield f"| `{prefix}{key}` | {kind(part)} | {default} | {part['description']} |"
+        for choice in part.get("oneOf", ()):
+            if "$ref" in choice:
+                yield from _rows(_definition(choice, schema), schema, prefix=f"{prefix}{key}.")
+
+
+def _definition(part: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = schema["$defs"][part["$ref"].rpartition("/")[2]]
+    return found
+
+
+def _default(part: Mapping[str, Any]) -> str:
+    value = part.get("default")
+    return "none" if value is None else f"`{_yaml(value)}`"
+
+
+def _yaml(value: object) -> str:
+    """A default as one writes it in a recipe."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def kind(part: Mapping[str, Any]) -> str:
+    """What values a schema takes, in words.
+
+    Raises:
+        KeyError: a kind of schema that has no words yet.
+    """
+    if _choices(part) != [part]:
+        # null is shown as the default "none".
+        *first, last = dict.fromkeys(kind(choice) for choice in _choices(part) if choice.get("type") != "null")
+        return f"{', '.join(first)} or {last}" if first else last
+    if "const" in part or "enum" in part:
+        return ", ".join(f"`{value}`" for value in part.get("enum", [part.get("const")]))
+    if "$ref" in part:
+        return "a section"
+    if part["type"] == "array":
+        return f"list of {kind(part['items'])}" + ("" if "enum" in part["items"] else "s")
+    words = {"boolean": "`true` or `false`", "string": "text", "integer": "whole number", "number": "number"}
+    return words[part["type"]] + _bounds(part)
+
+
+def _choices(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The schemas that a value may choose from, choices inside choices included."""
+    inner = part.get("anyOf") or part.get("oneOf")
+    return [choice for each in inner for choice in _choices(each)] if inner else [part]
+
+
+def _bounds(part: Mapping[str, Any]) -> str:
+    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    told = [f"{sign} {_bound(part[name])}" for name, sign in signs.items() if name in part]
+    if "pattern" in part:
+        told.append(f"like `{part['pattern']}`")
+    return f" {', '.join(told)}" if told else ""
+
+
+def _bound(value: float) -> str:
+    large = isinstance(value, int) and value >= 2**20 and value.bit_count() == 1
+    return f"2^{int(value).bit_length() - 1}" if large else f"{value:g}"
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+_COMMANDS_HEAD = """\
+# The commands
+
+In the image, `python entrypoint.py` is the entrypoint: give the command and what follows it as arguments. Each option
+can also come from the environment, by the name in the second column; an option on the command line wins over it.
+
+What the exit codes mean, and whether starting the same job again helps, stands in the [README](../README.md).
+"""
+
+
+def commands_page() -> str:
+    """Every command and option, with its environment variable, default and meaning."""
+    import click
+
+    from job.cli import cli
+
+    page = [_GENERATED.format(source="job/cli.py"), "", _COMMANDS_HEAD]
+    page += ["## Before any command", "", *_command("python entrypoint.py [OPTIONS] COMMAND ...", cli)]
+    for name, command in cli.commands.items():
+        arguments = [p.human_readable_name for p in command.params if isinstance(p, click.Argument)]
+        about = (command.help or "").strip()
+        page += [f"## {name}", "", about, "", *_command(f"python entrypoint.py {name} {' '.join(arguments)}", command)]
+    return "\n".join(page)
+
+
+def _command(usage: str, command: "click.Command") -> list[str]:
+    import click
+
+    options = [p for p in command.params if isinstance(p, click.Option) and p.name not in {"help", "version"}]
+    rows = [_option(p) for p in sorted(options, key=lambda option: not option.required)]
+    head = ["| option | environment | default | meaning |", "|---|---|---|---|"]
+    return ["```", usage, "```", "", *(head + rows if rows else ["It has no options."]), ""]
+
+
+def _option(option: "click.Option") -> str:
+    import click
+
+    choices = option.type.choices if isinstance(option.type, click.Choice) else ()
+    value = "\\|".join(choices) or option.metavar or option.type.name.split()[0].upper()
+    default = f"`{option.default}`" if option.show_default else "**required**" if option.required else "none"
+    variable = f"`{option.envvar}`" if option.envvar else "-"
+    often = " May come several times." if option.multiple else ""
+    return f"| `{option.opts[0]} {value}` | {variable} | {default} | {option.help}{often} |"
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check the pages; the exit code."""
+    if arguments == ["--check"]:
+        wrong = stale(ROOT)
+        if wrong:
+            sys.stdout.write(f"not what the code says: {', '.join(wrong)}; run `make docs`\n")
+        return 1 if wrong else 0
+    for name, content in pages(ROOT).items():
+        (ROOT / name).write_text(content, encoding="utf-8")
+        sys.stdout.write(f"{name}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main(sys.argv[1:]))

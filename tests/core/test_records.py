@@ -1,0 +1,289 @@
+"""JSON lines: which are examples, what is said about the others, and on which side an example falls."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.core import records
+from job.core.errors import DataError
+from job.core.recipe import DataSection
+from job.core.records import BadRecord, Example, Tally, examples, is_held_out, parse_line
+from job.core.report import BadLine
+
+TEXT = DataSection(train=("train.jsonl",), text="{text}")
+PAIR = DataSection(train=("train.jsonl",), prompt="{input}", completion="{output}")
+GOOD = b'{"text": "good"}'
+
+
+def lines(*raw, source="train.jsonl"):
+    return [(source, number, line) for number, line in enumerate(raw, start=1)]
+
+
+def read(*raw, data=TEXT):
+    """Completions of the good lines, and the tally."""
+    tally = Tally()
+    return [example.completion for example in examples(lines(*raw), data, tally=tally)], tally
+
+
+def reason(raw, data=TEXT):
+    """Why a line is no example."""
+    found = parse_line(raw, data, where="train.jsonl:17")
+    assert isinstance(found, BadRecord), found
+    return found.reason
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (b"hello", "not JSON (Expecting value: line 1 column 1 (char 0))"),
+        (b"{'text': 'x'}", "not JSON"),
+        (b'{"text": "x"', "not JSON"),
+        (b'{"text": "x"},', "not JSON (Extra data"),
+        (b'{"text": "x"} {"text": "y"}', "not JSON (Extra data"),
+        (b'{"text": "a\tb"}', "not JSON (Invalid control character"),
+        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b"[1, 2]", "not a JSON object but a list"),
+        (b'"text"', "not a JSON object but a string"),
+        (b"17", "not a JSON object but a number"),
+        (b"NaN", "not a JSON object but a number"),
+        (b"true", "not a JSON object but a boolean"),
+        (b"null", "not a JSON object but null"),
+        (b"{}", '"text" is missing (the record is empty)'),
+        (b'{"Text": "x", "b": 1}', '"text" is missing (the record has "Text", "b")'),
+        (b'{"text": ""}', '"text" is empty'),
+        (b'{"text": " \\t\\n"}', '"text" is empty'),
+        ('{"text": "\u00a0\u2003"}'.encode(), '"text" is empty'),
+        (b'{"text": null}', '"text" is null, not a string'),
+        (b'{"text": true}', '"text" is a boolean, not a string'),
+        (b'{"text": 5}', '"text" is a number, not a string'),
+        (b'{"text": 5.5}', '"text" is a number, not a string'),
+        (b'{"text": NaN}', '"text" is a number, not a string'),
+        (b'{"text": ["x"]}', '"text" is a list, not a string'),
+        (b'{"text": {"x": 1}}', '"text" is an object, not a string'),
+        (b'{"text": "caf\xe9"}', "not UTF-8 (byte 14 of the line)"),
+        ('{"text": "x"}'.encode("utf-16-le"), "holds a NUL byte"),
+        (b'{"text": "a\0b"}', "holds a NUL byte"),
+        (b'{"text": "a\\u0000b"}', '"text" holds a NUL character'),
+        (b'{"text": "\\ud83d"}', '"text" holds half a surrogate pair, which is no character'),
+        (b'{"text": "\\ude00 x"}', '"text" holds half a surrogate pair, which is no character'),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"text": "x", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_wrong_line_is_told_with_its_reason(raw, told):
+    assert reason(raw).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b'{"text": "plain"}', "plain"),
+        (b'  {"text" : "spaces around"}  ', "spaces around"),
+        (b'{"text": "windows"}\r', "windows"),
+        (b'{"text": "\\ud83d\\ude00"}', "\U0001f600"),
+        ('{"text": "a\u2028b\u0085c\u2029d"}'.encode(), "a\u2028b\u0085c\u2029d"),
+        (b'{"text": "a\\nb\\tc"}', "a\nb\tc"),
+        (b'{"text": "old", "text": "the last one counts"}', "the last one counts"),
+        (b'{"text": " kept as it is "}', " kept as it is "),
+        (b'{"text": "x", "other": [null, {"deep": 1}], "n": NaN}', "x"),
+        ('{"text": "a\ufeffb"}'.encode(), "a\ufeffb"),
+    ],
+)
+def test_a_right_line_is_an_example(raw, text):
+    assert parse_line(raw, TEXT, where="train.jsonl:17") == Example(prompt="", completion=text, where="train.jsonl:17")
+
+
+def test_a_line_that_is_too_long_is_told_so():
+    longest = b" " * (records.MAX_LINE_BYTES - len(GOOD)) + GOOD
+
+    assert isinstance(parse_line(longest, TEXT, where=""), Example)
+    assert reason(b" " + longest) == "longer than 64 MiB; is this JSON lines?"
+
+
+def test_names_of_other_fields_are_shown_on_one_line_and_can_be_written_anywhere():
+    names = {"line\nbreak": 1, "half\ud800": 2, "größe": 3, "long" * 40: 4, "e": 5, "f": 6, "g": 7}
+    told = reason(json.dumps(names).encode())
+
+    assert told == (
+        '"text" is missing (the record has "line\\nbreak", "half\\ud800", "größe", "'
+        + "long" * 10
+        + '", "e", "f", ...)'
+    )
+    assert BadLine(where="train.jsonl:1", reason=told).model_dump_json()
+
+
+def test_a_byte_order_mark_on_the_first_line_is_no_mistake():
+    assert read(b"\xef\xbb\xbf" + GOOD, GOOD)[0] == ["good", "good"]
+
+
+def test_a_byte_order_mark_further_down_is_a_mistake():
+    """There two files were joined; who did that should look at what else happened."""
+    with pytest.raises(DataError, match=r"train\.jsonl:2: not JSON \(Unexpected UTF-8 BOM"):
+        read(GOOD, b"\xef\xbb\xbf" + GOOD)
+
+
+def test_each_file_may_begin_with_a_byte_order_mark():
+    both = [*lines(b"\xef\xbb\xbf" + GOOD, source="a.jsonl"), *lines(b"\xef\xbb\xbf" + GOOD, source="b.jsonl")]
+
+    assert len(list(examples(both, TEXT, tally=Tally()))) == 2
+
+
+def test_blank_lines_are_ignored_and_not_counted():
+    found, tally = read(b"", GOOD, b"   ", b"\r", b"\t", GOOD, b"")
+
+    assert found == ["good", "good"]
+    assert (tally.lines, tally.good, tally.bad) == (2, 2, 0)
+
+
+def test_lines_are_counted_as_an_editor_counts_them():
+    with pytest.raises(DataError, match=r"train\.jsonl:4: not JSON"):
+        read(b"", GOOD, b"", b"oops")
+
+
+def test_a_wrong_line_ends_the_job_with_file_line_reason_and_what_to_do():
+    with pytest.raises(DataError) as caught:
+        read(GOOD, b'{"txet": "x"}', GOOD)
+
+    assert str(caught.value) == (
+        "1 wrong line of 3\n"
+        '  train.jsonl:2: "text" is missing (the record has "txet")\n'
+        "correct them, or set data.on_bad_record: skip"
+    )
+
+
+def test_twenty_wrong_lines_are_told_at_once_with_the_total():
+    with pytest.raises(DataError) as caught:
+        read(*[b"oops"] * 25, GOOD)
+
+    told = str(caught.value).splitlines()
+    assert told[0] == "25 wrong lines of 26"
+    assert [line.split(": ")[0].strip() for line in told[1:21]] == [f"train.jsonl:{n}" for n in range(1, 21)]
+    assert told[21].strip() == "... and 5 more"
+
+
+def skipping(limit):
+    return TEXT.model_copy(update={"on_bad_record": "skip", "bad_record_limit": limit})
+
+
+@pytest.mark.parametrize(("limit", "bad", "of"), [(0.01, 1, 100), (0.29, 29, 100), (0.07, 14, 200), (0.5, 1, 2)])
+def test_as_many_wrong_lines_as_the_limit_says_are_noise_and_one_more_is_not(limit, bad, of):
+    """In binary 0.29 * 100 is a bit less than 29."""
+    found, tally = read(*[b"oops"] * bad, *[GOOD] * (of - bad), data=skipping(limit))
+
+    assert (len(found), tally.good, tally.bad, tally.lines) == (of - bad, of - bad, bad, of)
+    with pytest.raises(DataError, match=r"more than data\.bad_record_limit"):
+        read(*[b"oops"] * (bad + 1), *[GOOD] * (of - bad - 1), data=skipping(limit))
+
+
+def test_skipped_lines_are_kept_for_the_report():
+    _, tally = read(b"oops", *[GOOD] * 99, data=skipping(0.01))
+
+    assert [record.where for record in tally.first_bad] == ["train.jsonl:1"]
+
+
+def test_tallies_of_two_files_add_up():
+    first, second = Tally(), Tally()
+    list(examples(lines(b"a", *[GOOD] * 20), skipping(0.9), tally=first))
+    list(examples(lines(*[b"b"] * 25, GOOD, source="other.jsonl"), skipping(0.99), tally=second))
+    first.merge(second)
+
+    assert (first.lines, first.good, first.bad, len(first.first_bad)) == (47, 21, 26, records.TOLD_AT_ONCE)
+    assert first.first_bad[1].where == "other.jsonl:1"
+
+
+def test_every_field_of_the_templates_must_be_there():
+    assert reason(b'{"input": "q"}', PAIR).startswith('"output" is missing')
+    assert reason(b'{"output": "a"}', PAIR).startswith('"input" is missing')
+    assert parse_line(b'{"input": "q", "output": "a"}', PAIR, where="") == Example(prompt="q", completion="a", where="")
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "text"),
+    [
+        (
+            "### Question: {input}\n ### Answer: {output}",
+            {"input": "What is 2 + 2?", "output": "4"},
+            "### Question: What is 2 + 2?\n ### Answer: 4",
+        ),
+        (
+            "### The following is a note by Eevee the Dog: {note}",
+            {"note": "Today I chased a squirrel."},
+            "### The following is a note by Eevee the Dog: Today I chased a squirrel.",
+        ),
+        ('{{"answer": "{a}"}}', {"a": "x"}, '{"answer": "x"}'),
+        ("{a} and {a}", {"a": "x"}, "x and x"),
+        ("{first name}", {"first name": "Mia"}, "Mia"),
+    ],
+)
+def test_a_template_becomes_text(template, record, text):
+    data = DataSection(train=("a",), text=template)
+
+    assert parse_line(json.dumps(record).encode(), data, where="").completion == text
+
+
+def test_braces_and_percent_signs_in_the_data_stay_as_they_are():
+    assert parse_line(b'{"text": "{other} {{x}} %s {0}"}', TEXT, where="").completion == "{other} {{x}} %s {0}"
+
+
+texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1).filter(str.strip)
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(prompt=texts, completion=texts, ascii_only=st.booleans())
+def test_whatever_stands_in_the_record_arrives_unchanged(prompt, completion, ascii_only):
+    raw = json.dumps({"input": prompt, "output": completion}, ensure_ascii=ascii_only).encode()
+
+    assert parse_line(raw, PAIR, where="f:1") == Example(prompt=prompt, completion=completion, where="f:1")
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_example_or_have_a_reason(raw):
+    assert isinstance(parse_line(raw, TEXT, where="f:1"), (Example, BadRecord))
+
+
+def sides(completions, fraction):
+    """Which of the examples are held out."""
+    made = [Example(prompt="", completion=text, where=f"f:{n}") for n, text in enumerate(completions)]
+    return {example.completion for example in made if is_held_out(example.digest, fraction)}
+
+
+def test_an_example_stays_on_its_side_when_the_file_grows_or_is_reordered():
+    first = [f"example {n}" for n in range(500)]
+    grown = [f"new {n}" for n in range(500)] + first[::-1]
+
+    assert sides(first, 0.1) == sides(grown, 0.1) & set(first)
+
+
+def test_a_larger_fraction_keeps_who_was_held_out():
+    texts = [f"example {n}" for n in range(500)]
+
+    assert sides(texts, 0.05) < sides(texts, 0.2)
+
+
+def test_the_held_out_share_is_about_the_fraction():
+    assert 80 <= len(sides([f"example {n}" for n in range(1000)], 0.1)) <= 120
+
+
+def test_duplicates_stay_on_one_side():
+    """The side is decided by the content, not by the line it stands in."""
+    one, other = (Example(prompt="q", completion="a", where=where) for where in ("a.jsonl:1", "b.jsonl:900"))
+
+    assert one.digest == other.digest
+
+
+def test_the_border_between_prompt_and_completion_is_part_of_the_content():
+    one, other = (Example(prompt=p, completion=c, where="") for p, c in (("ab", "c"), ("a", "bc")))
+
+    assert one.digest != other.digest
+
+
+def test_the_split_never_changes_silently():
+    """A run that is resumed by a newer image must find its examples on the same sides."""
+    example = Example(prompt="### Question: a\n", completion="b", where="")
+
+    assert example.digest.hex() == "4355064cf8b7fe736e396224193c130f"
+    assert sorted(sides([f"example {n}" for n in range(40)], 0.1)) == ["example 22", "example 27"]

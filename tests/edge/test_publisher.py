@@ -1,0 +1,130 @@
+"""Uploads in the background: bounded, in order, and no failure is lost."""
+
+import contextlib
+import threading
+
+import pytest
+
+from job.core.errors import UnavailableError
+from job.edge.artifacts import Artifacts, Checkpoint
+from job.edge.publisher import Publisher
+from job.edge.storage import StoreSettings, open_store
+
+PATIENCE_SECONDS = 60
+
+
+class SlowArtifacts(Artifacts):
+    """A real run whose uploads wait for leave, or fail."""
+
+    def __init__(self, root) -> None:
+        super().__init__(open_store(f"file://{root}", StoreSettings()), "r1")
+        self.leave = threading.Semaphore(0)
+        self.began = threading.Semaphore(0)
+        self.fails_at: int | None = None
+
+    def publish_checkpoint(self, folder, checkpoint):
+        self.began.release()
+        assert self.leave.acquire(timeout=PATIENCE_SECONDS)
+        if checkpoint.step == self.fails_at:
+            raise UnavailableError("the store is away")
+        super().publish_checkpoint(folder, checkpoint)
+
+
+@pytest.fixture
+def artifacts(tmp_path):
+    return SlowArtifacts(tmp_path / "store")
+
+
+@pytest.fixture
+def committed():
+    return []
+
+
+@pytest.fixture
+def publisher(artifacts, committed):
+    publisher = Publisher(artifacts, keep=2, on_committed=committed.append)
+    yield publisher
+    for _ in range(20):
+        artifacts.leave.release()
+    with contextlib.suppress(UnavailableError):
+        publisher.close()
+
+
+def folder(tmp_path, step):
+    path = tmp_path / "local" / str(step)
+    path.mkdir(parents=True)
+    (path / "state.json").write_text(str(step))
+    return path
+
+
+def submit(publisher, tmp_path, step, candidates=()):
+    publisher.submit(folder(tmp_path, step), Checkpoint(step=step, attempt=1), candidates=candidates)
+
+
+def test_checkpoints_are_committed_in_order_and_their_folders_go(artifacts, publisher, committed, tmp_path):
+    for _ in range(5):
+        artifacts.leave.release()
+    for step in (1, 2, 3, 4):
+        submit(publisher, tmp_path, step, candidates={1})
+    publisher.close()
+    assert [c.step for c in committed] == [1, 2, 3, 4]
+    assert [c.step for c in artifacts.checkpoints()] == [1, 3, 4]  # a candidate, and the newest two
+    assert list((tmp_path / "local").iterdir()) == []
+
+
+def test_submitting_does_not_wait_for_the_upload_but_at_most_one_more_may_wait(artifacts, publisher, tmp_path):
+    submit(publisher, tmp_path, 1)
+    assert artifacts.began.acquire(timeout=PATIENCE_SECONDS)  # under way, and held
+    submit(publisher, tmp_path, 2)  # waits its turn
+    third = threading.Thread(target=submit, args=(publisher, tmp_path, 3))
+    third.start()
+    third.join(timeout=0.3)
+    assert third.is_alive()  # the disk does not fill with checkpoints that wait
+    for _ in range(3):
+        artifacts.leave.release()
+    third.join(timeout=PATIENCE_SECONDS)
+    assert not third.is_alive()
+    publisher.close()
+    assert [c.step for c in artifacts.checkpoints()] == [2, 3]
+
+
+def test_a_failure_comes_out_at_the_next_submit_and_again_at_close(artifacts, publisher, committed, tmp_path):
+    artifacts.fails_at = 1
+    submit(publisher, tmp_path, 1)
+    artifacts.leave.release()
+    later = (submit(publisher, tmp_path, step) for step in range(2, 1000))
+    with pytest.raises(UnavailableError, match="the store is away"):
+        list(later)  # at the next, or at the one after
+    with pytest.raises(UnavailableError, match="the store is away"):
+        publisher.close()
+    assert committed == []
+
+
+def test_a_failure_of_the_last_upload_comes_out_at_close(artifacts, publisher, committed, tmp_path):
+    artifacts.fails_at = 2
+    for _ in range(3):
+        artifacts.leave.release()
+    submit(publisher, tmp_path, 1)
+    submit(publisher, tmp_path, 2)
+    with pytest.raises(UnavailableError):
+        publisher.close()
+    assert [c.step for c in committed] == [1]
+
+
+def test_after_a_failure_nothing_more_is_committed(artifacts, publisher, committed, tmp_path):
+    """A later checkpoint without the earlier one would hide that something went wrong."""
+    artifacts.fails_at = 1
+    submit(publisher, tmp_path, 1)
+    assert artifacts.began.acquire(timeout=PATIENCE_SECONDS)
+    submit(publisher, tmp_path, 2)
+    artifacts.leave.release()
+    with pytest.raises(UnavailableError):
+        publisher.close()
+    assert committed == []
+    assert artifacts.checkpoints() == []
+
+
+def test_closing_twice_is_harmless(publisher):
+    publisher.close()
+    publisher.close()
+    assert not [t for t in threading.enumerate() if t.name == "publisher"]

@@ -1,0 +1,153 @@
+"""check, report, try and fetch: what a person sees and what is left behind."""
+
+import io
+import os
+import signal
+import struct
+import threading
+
+import pytest
+from job_process import call, objects, process, records, write_lines
+
+from job.edge.interrupt import Interrupt
+
+
+def test_check_is_a_table_with_the_histogram_and_leaves_nothing(job):
+    ended = job.call("check")
+    assert ended.code == 0
+    assert ended.stderr == ""
+    rows = [[line[:3].strip(), line[4:15].strip()] for line in ended.stdout.splitlines() if line[:2] in ("ok", "NO")]
+    assert rows == [["ok", name] for name in ("recipe", "output", "base model", "input", "data")]
+    assert "write and conditional write work" in ended.stdout
+    assert "is new" in ended.stdout
+    assert "24 training and 6 held-out examples" in ended.stdout
+    assert "24 ####" in ended.stdout
+    assert '"event"' not in ended.stdout
+    assert objects(job.store) == []
+    assert objects(job.workdir) == []
+    assert ended.outcome["code"] == 0
+
+
+def test_check_tells_every_failure_and_ends_with_the_code_of_the_first(job):
+    job.recipe["model"]["base"] = "./not/here"
+    (job.data / "train.jsonl").unlink()
+    ended = job.call("check")
+    assert ended.code == 66
+    refused = [line for line in ended.stdout.splitlines() if line.startswith("NO")]
+    assert len(refused) == 2
+    assert "no such folder" in refused[0]
+    assert "matches no object" in refused[1]
+    assert ended.outcome["reason"] in refused[0]
+
+
+def test_check_names_the_wrong_lines(job):
+    with (job.data / "train.jsonl").open("a") as file:
+        file.write("oops\n")
+    ended = job.call("check")
+    assert ended.code == 65
+    assert "train.jsonl:25: not JSON" in ended.stdout
+
+
+def test_report_shows_a_run_and_leaves_both_pictures(finished):
+    job, _ended = finished
+    run = job.only_run()
+    before = {name: (run / name).read_bytes() for name in ("lengths.png", "loss.png")}
+    for name in before:
+        (run / name).unlink()
+    ended = call("report", f"file://{run}")
+    assert ended.code == 0
+    assert ended.stderr == ""
+    report = job.report()
+    assert f"base {report['sweet_spot']['base_loss']:.4f} -> tuned {report['sweet_spot']['loss']:.4f}" in ended.stdout
+    assert "<- chosen" in ended.stdout
+    for name in before:
+        assert f"file://{run}/{name}" in ended.stdout
+        content = (run / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert struct.unpack(">II", content[16:24]) == (1080, 600)
+
+
+@pytest.mark.parametrize("uri", ["file:///nowhere/runs/x", "file:///nowhere", "somewhere"])
+def test_report_of_no_run_ends_66(uri):
+    ended = call("report", uri)
+    assert ended.code == 66
+    assert uri in ended.named("ended")[0]["reason"]
+
+
+def test_report_of_an_unfinished_run_says_that_it_is_not_finished(job):
+    job.call("run", stop_in="ask_base")
+    ended = call("report", f"file://{job.only_run()}")
+    assert ended.code == 66
+    assert "not finished yet" in ended.named("ended")[0]["reason"]
+
+
+def test_try_answers_as_the_report_does(finished, tmp_path):
+    """The prompt is taken as it is, its last line break included."""
+    job, _ended = finished
+    expected = job.report()["answers"][0]
+    ended = call("try", f"file://{job.only_run()}", "--prompt", "12 red hats\n", "--workdir", str(tmp_path))
+    assert ended.code == 0, ended.stdout
+    assert ended.stdout == f"prompt  12 red hats\n\nbase    {expected['base']}\ntuned   {expected['tuned']}\n\n"
+
+
+def test_try_asks_for_prompts_on_stdin(finished, tmp_path, monkeypatch):
+    job, _ended = finished
+    expected = job.report()["answers"][0]
+    monkeypatch.setattr("sys.stdin", io.StringIO("12 red hats\\n\n\n30 blue hats\\n\n"))
+    ended = call("try", f"file://{job.only_run()}", "--workdir", str(tmp_path), "--max-new-tokens", "4")
+    assert ended.code == 0, ended.stdout
+    assert ended.stdout.count("base    ") == 2
+    assert f"base    {expected['base']}\n" in ended.stdout
+    assert f"tuned   {expected['tuned']}\n" in ended.stdout
+
+
+def test_try_ends_at_ctrl_c_on_a_terminal(finished, tmp_path, monkeypatch):
+    """The signal only sets a flag: nobody types, and the prompt must not wait for ever."""
+    job, _ended = finished
+    ours, theirs = os.openpty()
+    interrupt = Interrupt()
+    with os.fdopen(theirs) as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        threading.Timer(0.5, interrupt._remember, (signal.SIGINT, None)).start()
+        ended = call("try", f"file://{job.only_run()}", "--workdir", str(tmp_path), interrupt=interrupt)
+    os.close(ours)
+    assert ended.code in (0, 75)  # at the prompt, or on the way to it
+
+
+def test_what_was_fetched_runs_without_the_original_data_and_without_a_hub(job, monkeypatch):
+    write_lines(job.data / "train-2.jsonl", records(3, seed=4))
+    folder = job.folder / "fetched"
+    ended = job.call("fetch", "--to", str(folder))
+    assert ended.code == 0, ended.stdout
+    assert str(folder / "recipe.yaml") in ended.stdout
+    assert objects(job.folder / "store") == []
+    for path in job.data.iterdir():
+        path.unlink()
+    command = job.command("run", "--set", "train.steps=1")
+    command[command.index(str(job.recipe_path))] = str(folder / "recipe.yaml")
+    with process(command, cwd=job.folder, environment={"HF_HUB_OFFLINE": "1"}) as running:
+        ran = running.end()
+    assert ran.code == 0, ran.stdout
+    assert job.report()["data"]["train"]["rows"] == 27
+
+
+def test_fetch_into_the_folder_of_the_data_harms_nothing(job):
+    """A `data/train` of the user's own is where fetch writes too."""
+    own = write_lines(job.folder / "data" / "train" / "mine.jsonl", records(5))
+    job.recipe["data"]["train"] = f"file://{own.parent}/*.jsonl"
+    assert job.call("fetch", "--to", str(job.folder)).code == 0
+    assert own.exists()
+
+
+def test_fetch_of_a_base_beside_us_names_it_by_its_whole_path(job, monkeypatch):
+    """`./base/tiny` as it stands would read as a hub's owner/name."""
+    import shutil
+
+    import yaml
+
+    shutil.copytree(job.recipe["model"]["base"], job.folder / "base" / "tiny")
+    monkeypatch.chdir(job.folder)
+    job.recipe["model"]["base"] = "./base/tiny"
+    assert job.call("fetch", "--to", "fetched").code == 0
+    fetched = yaml.safe_load((job.folder / "fetched" / "recipe.yaml").read_text())
+    assert fetched["model"]["base"] == str(job.folder / "base" / "tiny")

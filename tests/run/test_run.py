@@ -1,0 +1,181 @@
+"""A run from its start to its committed report, in processes of its own."""
+
+import hashlib
+import json
+import sys
+
+import jsonschema
+import pytest
+from conftest import SECRETS
+from job_process import ROOT, objects, process
+
+from job.core.report import Report
+
+
+def test_a_good_run_ends_with_zero_and_says_only_json_lines_on_stdout(finished):
+    _job, ended = finished
+    assert ended.code == 0, ended.stdout + ended.stderr
+    assert ended.stderr == ""
+    for event in ended.events:
+        assert list(event)[:3] == ["timestamp", "level", "event"]
+    assert not [e for e in ended.events if e["level"] != "info"]
+
+
+def test_each_step_and_each_phase_is_one_event(finished):
+    _job, ended = finished
+    steps = ended.named("step")
+    assert [e["step"] for e in steps] == list(range(1, 31))
+    assert all(e["of"] == 30 and {"loss", "tokens_per_second", "eta_seconds"} <= e.keys() for e in steps)
+    assert steps[-1]["eta_seconds"] == 0
+    assert [e["step"] for e in ended.named("evaluation")] == [0, 10, 20, 30]
+    phases = ["identify", "try_output", "load_libraries", "fetch_base", "download", "encode", "load_model", "resume"]
+    phases += ["ask_base", "train", "upload", "publish", "prove", "ask_tuned", "report"]
+    assert ended.phases() == phases
+
+
+def test_the_outcome_file_tells_how_it_ended(finished):
+    job, ended = finished
+    assert ended.outcome["state"] == "ended"
+    assert ended.outcome["code"] == 0
+    assert ended.outcome["last_committed_step"] == 30
+    assert ended.outcome["run_uri"] == f"file://{job.only_run()}"
+
+
+def test_the_report_is_valid_against_its_own_schema_and_is_written_last(finished):
+    job, _ended = finished
+    report = job.report()
+    jsonschema.validate(report, Report.model_json_schema())
+    Report.model_validate(report)
+    times = {path: path.stat().st_mtime_ns for path in job.only_run().rglob("*") if path.is_file()}
+    after = [path.name for path, time in times.items() if time > times[job.only_run() / "report.json"]]
+    assert after == ["01-end.json"]  # which tells of the commit
+
+
+def test_it_has_learned_and_the_report_says_from_what_to_what(finished):
+    report = finished[0].report()
+    spot = report["sweet_spot"]
+    assert spot["loss"] < spot["base_loss"]
+    assert len(report["curve"]["loss"]) == 30
+    assert [e["step"] for e in report["evaluations"]] == [0, 10, 20, 30]
+    assert report["answers"][0]["prompt"] == "12 red hats\n"
+    assert report["exact_match"]["examples"] == 2
+
+
+def test_nothing_temporary_is_left_in_store_or_work_folder(finished):
+    job, _ended = finished
+    run = job.only_run()
+    steps = {key.split("/")[1] for key in objects(run) if key.startswith("checkpoints/")}
+    assert "step-000030-a01" in steps
+    fixed = ["adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    fixed += ["attempts/01-end.json", "attempts/01.json", "latest.json", "lengths.png", "loss.png"]
+    fixed += ["report.json", "run.json"]
+    assert [key for key in objects(run) if not key.startswith("checkpoints/")] == fixed
+    assert all((run / "checkpoints" / step / "MANIFEST.json").exists() for step in steps)
+    assert [p for p in job.workdir.rglob("*") if p.is_file()] == []
+
+
+def test_the_adapter_in_the_store_has_the_reported_hashes_and_no_base_weights(finished):
+    job, _ended = finished
+    adapter = job.report()["adapter"]
+    for name, entry in adapter["files"].items():
+        content = (job.only_run() / "adapter" / name).read_bytes()
+        assert len(content) == entry["size"]
+        assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+    from safetensors import safe_open
+
+    with safe_open(job.only_run() / "adapter/adapter_model.safetensors", "pt") as file:
+        assert all("lora_" in name for name in file.keys())  # noqa: SIM118 - no dict
+
+
+def test_plain_peft_loads_the_adapter_and_gives_the_reported_loss(finished, base):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    job, _ended = finished
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=torch.bfloat16, device_map="cpu")
+    model = PeftModel.from_pretrained(plain, job.only_run() / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    total, count = 0.0, 0
+    for line in (job.data / "validation.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        prompt = tokenizer(record["question"] + "\n").input_ids
+        ids = prompt + tokenizer(record["answer"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0].float()
+        total += float(
+            torch.nn.functional.cross_entropy(
+                logits[len(prompt) - 1 : -1], torch.tensor(ids[len(prompt) :]), reduction="sum"
+            )
+        )
+        count += len(ids) - len(prompt)
+    assert total / count == pytest.approx(job.report()["sweet_spot"]["loss"], abs=2e-3)  # bf16, other kernels
+
+
+def test_secrets_of_the_environment_are_nowhere(finished):
+    job, ended = finished
+    kept = [path.read_bytes().decode("utf-8", "replace") for path in job.store.rglob("*.json")]
+    for text in [ended.stdout, ended.stderr, json.dumps(ended.outcome), *kept]:
+        for secret in SECRETS.values():
+            assert secret not in text
+
+
+def test_a_second_start_is_a_no_op_that_loads_no_torch(finished, tmp_path):
+    job, _ended = finished
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was loaded')")
+    before = {path: path.stat().st_mtime_ns for path in job.store.rglob("*")}
+    again = job.start("run", PYTHONPATH=str(tmp_path))
+    assert again.code == 0, again.stdout + again.stderr
+    assert [e["event"] for e in again.events] == ["phase", "already_done", "finished"]
+    assert again.outcome["code"] == 0
+    assert {path: path.stat().st_mtime_ns for path in job.store.rglob("*")} == before
+
+
+def test_a_reader_who_goes_away_does_not_end_the_run(job):
+    """As `run recipe.yaml | head -1` does: the pipe is closed, the work goes on."""
+    job.recipe["evaluate"] = {"every_steps": 6}
+    with job.begun("run") as running:
+        running.until(lambda event: event["event"] == "phase")
+        running.child.stdout.close()
+        code = running.child.wait(240)
+    assert code == 0
+    assert job.report()["evaluations"][-1]["step"] == 6
+
+
+def test_every_option_comes_from_the_environment_too(job, moto_place, tmp_path):
+    """And on an S3 server."""
+    job.recipe["output"] = "s3://nowhere/at-all"
+    settings = {
+        "JOB_OUTPUT": moto_place.root,
+        "JOB_RUN_ID": "from-the-environment",
+        "JOB_SET": "train.steps=3\nlora.r=2\n\nevaluate.prompts=[]\n",
+        "JOB_WORKDIR": str(tmp_path / "elsewhere"),
+        "JOB_DEVICE": "cpu",
+        "JOB_OUTCOME_FILE": str(tmp_path / "outcome-elsewhere.json"),
+        "JOB_LOG_FORMAT": "console",
+        **moto_place.server.environment(),
+    }
+    command = [sys.executable, str(ROOT / "entrypoint.py"), "run", str(job.write())]
+    with process(command, cwd=tmp_path, environment=settings) as running:
+        running.outcome_file = tmp_path / "outcome-elsewhere.json"
+        ended = running.end()
+    assert ended.code == 0, ended.stdout + ended.stderr
+    assert ended.outcome["run_uri"] == f"{moto_place.root}/runs/from-the-environment"
+    assert "step 3/3" in ended.stdout
+    assert "validation loss" in ended.stdout  # the report for people
+    assert (tmp_path / "elsewhere" / "models").is_dir()
+    prefix = moto_place.root.removeprefix(f"s3://{moto_place.bucket}/")
+    client = moto_place.server.client()
+    keys = [o["Key"] for o in client.list_objects_v2(Bucket=moto_place.bucket)["Contents"]]
+    assert all(key.startswith(f"{prefix}/runs/from-the-environment/") for key in keys)
+    key = f"{prefix}/runs/from-the-environment/report.json"
+    report = json.loads(client.get_object(Bucket=moto_place.bucket, Key=key)["Body"].read())
+    assert report["recipe"]["lora"]["r"] == 2
+    assert len(report["curve"]["loss"]) == 3
+    assert moto_place.server.secret not in ended.stdout + json.dumps(report)

@@ -1,0 +1,113 @@
+"""Stopped, killed, started again: the same numbers come out, to the bit."""
+
+import signal
+
+import pytest
+from conftest import long_recipe
+
+
+def same_numbers(report, undisturbed):
+    names = ("curve", "evaluations", "sweet_spot", "answers", "exact_match")
+    assert {n: report[n] for n in names} == {n: undisturbed[n] for n in names}
+    assert (
+        report["adapter"]["files"]["adapter_model.safetensors"]
+        == (undisturbed["adapter"]["files"]["adapter_model.safetensors"])
+    )
+    assert report["adapter"]["proven_loss"] == undisturbed["adapter"]["proven_loss"]
+    assert report["resume_exact"] is True
+
+
+def committed(run):
+    return sorted(int(p.parent.name[5:11]) for p in run.glob("checkpoints/*/MANIFEST.json"))
+
+
+def test_a_stop_in_training_ends_75_and_the_next_start_ends_as_if_there_had_been_none(job, finished):
+    long_recipe(job)
+    with job.begun("run") as running:
+        running.until(lambda e: e["event"] == "step" and e["step"] >= 5)
+        running.child.send_signal(signal.SIGTERM)
+        stop_again = [running.child.send_signal(signal.SIGTERM) for _ in range(3)]  # an impatient operator
+        stopped = running.end()
+    assert stop_again
+    assert stopped.code == 75, stopped.stdout + stopped.stderr
+    assert stopped.stderr == ""
+    last, newest = stopped.events[-1], max(committed(job.only_run()))
+    assert last["event"] == "ended"
+    assert last["exit_code"] == 75
+    assert last["last_committed_step"] == newest == stopped.outcome["last_committed_step"]
+    assert 5 <= newest < 30
+    assert f"step {newest} of 30 is committed" in last["reason"]
+    assert stopped.outcome["code"] == 75
+    assert not (job.only_run() / "report.json").exists()
+
+    resumed = job.start("run")
+    assert resumed.code == 0, resumed.stdout + resumed.stderr
+    (event,) = resumed.named("resumed")
+    assert event["step"] == newest
+    assert resumed.named("step")[0]["step"] == newest + 1
+    assert "download" not in resumed.phases()  # what was encoded is used again
+    report = job.report()
+    same_numbers(report, finished[0].report())
+    first, second = report["attempts"]
+    assert (first["exit_code"], first["from_step"], first["last_committed_step"]) == (75, 0, newest)
+    assert "asked to stop" in first["reason"]
+    assert (second["exit_code"], second["from_step"]) == (0, newest)
+
+
+def test_a_killed_run_goes_on_from_the_newest_checkpoint_that_verifies(job, finished):
+    long_recipe(job)
+    with job.begun("run") as running:
+        running.until(lambda e: e["event"] == "checkpoint" and e["step"] >= 16)
+        running.child.kill()
+        killed = running.end()
+    assert killed.code == -signal.SIGKILL
+    checkpoints = job.only_run() / "checkpoints"
+    whole = sorted(p.parent.name for p in checkpoints.glob("*/MANIFEST.json"))
+    assert len(whole) >= 3, whole
+    # The newest loses its manifest, the one before has one bit turned over.
+    (checkpoints / whole[-1] / "MANIFEST.json").unlink()
+    file = checkpoints / whole[-2] / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+    resumed = job.start("run")
+    assert resumed.code == 0, resumed.stdout + resumed.stderr
+    assert resumed.named("resumed")[0]["checkpoint"] == whole[-3]
+    report = job.report()
+    same_numbers(report, finished[0].report())
+    first, second = report["attempts"]
+    assert first["exit_code"] is None
+    assert "ended without a word" in first["reason"]
+    passed_over = {each["checkpoint"]: each["reason"] for each in second["passed_over"]}
+    assert "MANIFEST.json" in passed_over[whole[-1]]
+    assert "sha256" in passed_over[whole[-2]]
+    left = {p.name for p in checkpoints.iterdir()}
+    assert whole[-1] not in left  # what was never committed does not stay for ever
+    assert [e["checkpoint"] for e in resumed.named("checkpoint_passed_over")][-2:] == [whole[-1], whole[-2]]
+
+
+@pytest.mark.parametrize("phase", ["load_libraries", "download", "encode"])
+def test_a_stop_before_the_first_step_leaves_nothing_in_the_store(job, phase):
+    ended = job.call("run", stop_in=phase)
+    assert ended.code == 75
+    assert ended.events[-1]["event"] == "ended"
+    assert ended.outcome["code"] == 75
+    assert "last_committed_step" not in ended.outcome
+    assert job.runs() == []
+    assert job.call("run", "--set", "train.steps=1").code == 0  # and nothing there that misleads the next
+
+
+@pytest.mark.parametrize("phase", ["ask_base", "train", "prove", "ask_tuned"])
+def test_a_stop_outside_of_training_is_resumed_too(job, phase):
+    job.recipe["train"]["steps"] = 2
+    ended = job.call("run", stop_in=phase)
+    assert ended.code == 75
+    assert not (job.only_run() / "report.json").exists()
+    if phase in ("ask_base", "train"):  # in its first evaluation
+        assert "last_committed_step" not in ended.outcome
+        assert "is committed" not in ended.outcome["reason"]
+    else:
+        assert ended.outcome["last_committed_step"] == 2
+    assert job.call("run").code == 0
+    assert [a["exit_code"] for a in job.report()["attempts"]] == [75, 0]

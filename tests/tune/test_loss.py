@@ -1,0 +1,57 @@
+"""The chunked cross-entropy is the plain one, in value and gradient, adapter on the head included."""
+
+import pytest
+import torch
+from tiny import backward, micro_batch
+from torch.nn.functional import cross_entropy
+
+from job.tune import loss as loss_module
+from job.tune.loss import Head, token_losses, token_scores
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("chunk", [4, 11, 1024])
+def test_chunks_change_neither_losses_nor_gradients(softcap, chunk, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_TARGETS", chunk)
+    torch.manual_seed(0)
+    hidden, ids = torch.randn(11, 8, requires_grad=True), torch.randint(0, 20, (11,))
+    linear = torch.nn.Linear(8, 20)
+
+    plain_logits = linear(hidden) * 3.0
+    if softcap is not None:
+        plain_logits = softcap * torch.tanh(plain_logits / softcap)
+    plain = cross_entropy(plain_logits, ids, reduction="none")
+    weights = torch.rand(11)
+    expected = torch.autograd.grad((plain * weights).sum(), [hidden, linear.weight, linear.bias])
+
+    head = Head(module=linear, softcap=softcap, scale=3.0)
+    ours = token_losses(hidden, ids, head)
+    found = torch.autograd.grad((ours * weights).sum(), [hidden, linear.weight, linear.bias])
+    torch.testing.assert_close(ours, plain)
+    for gradient, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(token_scores(hidden, ids, head)[0], plain)
+    assert torch.equal(token_scores(hidden, ids, head)[1], plain_logits.argmax(-1) == ids)
+
+
+def test_chunks_change_no_gradient_of_a_whole_model(any_model, documents, monkeypatch):
+    batch = micro_batch(documents, range(len(documents)))
+    any_model.eval()
+    whole = backward(any_model, [batch])
+    monkeypatch.setattr(loss_module, "CHUNK_TARGETS", 9)
+    chunked = backward(any_model, [batch])
+    assert chunked[0] == pytest.approx(whole[0], rel=1e-6)
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(chunked[1][name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_at_most_a_chunk_of_logits_exists_at_once(llama, documents, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_TARGETS", 9)
+    rows = []
+    head = llama.model.get_base_model().get_output_embeddings()
+    hook = head.register_forward_hook(lambda _module, _inputs, output: rows.append(output.shape[0]))
+    batch = micro_batch(documents, range(len(documents)))
+    backward(llama, [batch])
+    hook.remove()
+    assert max(rows) == 9
+    assert sum(rows) == 2 * batch.targets  # forward, and again in the backward pass; no other token is projected

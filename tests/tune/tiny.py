@@ -1,0 +1,287 @@
+"""Tiny random models, a readable tokenizer, and one attempt at training on them: what the stages do, in small."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tokenizers import Tokenizer, decoders, models, processors
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    get_scheduler,
+)
+
+from job.core.plan import Course, plan_course
+from job.core.recipe import CheckpointSection, DataSection, EvaluateSection, LoraSection, TrackSection, TrainSection
+from job.core.records import Example
+from job.core.verdict import Evaluation
+from job.tune import checkpoint as checkpoints
+from job.tune.checkpoint import Progress, Trained
+from job.tune.encode import Documents, MicroBatch, encode, micro_batch, select_documents, token_rules
+from job.tune.evaluate import evaluate
+from job.tune.model import PackedModel, attach_lora, load_base, make_optimizer, trainable
+from job.tune.track import make_accelerator
+from job.tune.train import Hooks, StepRecord, Trainer
+
+CPU = torch.device("cpu")
+ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma2", "gpt_neox")
+WINDOW = 7
+"""Tokens that a sliding window sees: fewer than any document here has."""
+VOCABULARY = 300
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PAIR = DataSection(train=("train.jsonl",), prompt="{q}", completion="{a}")
+
+# ids:    0 <unk>, 1 <s>, 2 </s>, 3 a ... 28 z, 29 space, 30 <, 31 >, 32 /, 33 :, 34 #, 35 "ab", then never written
+_TOKENS = ["<unk>", "<s>", "</s>", *LETTERS, " ", "<", ">", "/", ":", "#", "ab"]
+
+
+def write_tokenizer(folder: Path, *, puts_bos: bool) -> Path:
+    """A character a token, and one merge: `a` `b` -> `ab`."""
+    vocabulary = {token: number for number, token in enumerate(_TOKENS)}
+    vocabulary |= {f"[{number}]": number for number in range(len(_TOKENS), VOCABULARY)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    if puts_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder
+
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # wide, so that attention, caps and windows move the loss
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+
+
+def config_of(architecture: str, *, tied: bool = False) -> Any:
+    """Two layers of an architecture, each with what is special about it."""
+    match architecture:
+        case "llama":
+            return LlamaConfig(**_SIZES, **_GROUPED, tie_word_embeddings=tied)
+        case "mistral":
+            return MistralConfig(**_SIZES, **_GROUPED, tie_word_embeddings=tied, sliding_window=WINDOW)
+        case "qwen3":
+            return Qwen3Config(**_SIZES, **_GROUPED, tie_word_embeddings=tied)
+        case "gemma2":
+            caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16}
+            return Gemma2Config(**_SIZES, **_GROUPED, **caps, tie_word_embeddings=tied, sliding_window=WINDOW)
+    return GPTNeoXConfig(**_SIZES, tie_word_embeddings=tied)
+
+
+def write_base(folder: Path, config: Any) -> Path:
+    """Random weights, fp32."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)  # norms that do something
+    model.save_pretrained(folder)
+    return folder
+
+
+def head_of(architecture: str) -> str:
+    """What the output embedding is called: GPT-NeoX's is embed_out or lm_head, by the version of transformers."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(architecture))
+    return next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+
+
+def targets_of(architecture: str) -> tuple[str, ...]:
+    """A module of the attention, and the head. GPT-NeoX has q, k and v in one."""
+    return ("query_key_value" if architecture == "gpt_neox" else "v_proj", head_of(architecture))
+
+
+def random_text(length: int, *, seed: int) -> str:
+    """Letters without a and b, so that each is one token."""
+    return "".join(random.Random(seed).choices(LETTERS[2:], k=length))
+
+
+def documents_of(
+    folder: Path, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, max_length: int = 128, data: DataSection = PAIR
+) -> Documents:
+    """(prompt, completion) pairs as the stages encode them."""
+    rows = [
+        ("train", Example(prompt=p, completion=c, where=f"train.jsonl:{n}")) for n, (p, c) in enumerate(pairs, start=1)
+    ]
+    encoded = encode(
+        rows,
+        tokenizer,
+        token_rules(tokenizer, data),
+        folder=folder,
+        should_stop=lambda: False,
+        on_progress=lambda _done: None,
+    )
+    return select_documents(encoded["train"], max_length=max_length, too_long="truncate")
+
+
+def adapted(
+    base: Path,
+    lora: LoraSection,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    moved: bool = False,
+) -> PackedModel:
+    """Base and fresh adapter. `moved`: lora_B is not zero, as it is after some steps."""
+    loaded = load_base(base, device=CPU, dtype=dtype)
+    model = PackedModel(attach_lora(loaded, lora, source="tiny/base", revision=None, seed=seed))
+    if moved:
+        torch.manual_seed(seed + 1)
+        for parameter in trainable(model):
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def own_losses(model: PackedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Loss of each token after the first by transformers' own eager forward."""
+    causal_lm = model.model.get_base_model()
+    used = causal_lm.config._attn_implementation
+    causal_lm.set_attn_implementation("eager")
+    try:
+        logits = model.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    finally:
+        causal_lm.set_attn_implementation(used)
+    return cross_entropy(logits.float(), ids[1:], reduction="none")
+
+
+def gradients(model: PackedModel) -> dict[str, torch.Tensor]:
+    """The adapter's gradients, by name; they are taken away."""
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def backward(model: PackedModel, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Summed loss and its gradients."""
+    total = 0.0
+    for batch in batches:
+        loss = model(batch).sum()
+        loss.backward()
+        total += loss.item()
+    return total, gradients(model)
+
+
+def one_by_one(documents: Documents) -> list[MicroBatch]:
+    """Each document in a micro-batch of its own."""
+    return [micro_batch(documents, [i]) for i in range(len(documents))]
+
+
+@dataclass
+class Attempt:
+    """One attempt at training: fresh objects from the seed, and what the hooks saw."""
+
+    model: PackedModel
+    trained: Trained
+    documents: Documents
+    course: Course
+    accelerator: Accelerator
+    train: TrainSection
+    stop_after: int | None = None
+    told: list[StepRecord] = field(default_factory=list)
+    committed: list[int] = field(default_factory=list)
+    shrunk: list[dict[str, Any]] = field(default_factory=list)
+    when_shrunk: Callable[[], None] | None = None
+    save_to: Path | None = None
+
+    @property
+    def progress(self) -> Progress:
+        return self.trained.progress
+
+    def trainer(self) -> Trainer:
+        return Trainer(
+            model=self.model,
+            trained=self.trained,
+            documents=self.documents,
+            course=self.course,
+            accelerator=self.accelerator,
+            train=self.train,
+            hooks=Hooks(
+                should_stop=lambda: self.stop_after is not None and self.progress.step >= self.stop_after,
+                evaluate=self._evaluate,
+                on_step=self.told.append,
+                on_evaluation=lambda _evaluation: None,
+                on_checkpoint=self._commit,
+                on_out_of_memory=self._shrink,
+            ),
+        )
+
+    def run(self, *, evaluate_every: int = 4, checkpoint_every: int = 3) -> "Attempt":
+        self.trainer().run(CheckpointSection(every_steps=checkpoint_every), EvaluateSection(every_steps=evaluate_every))
+        return self
+
+    def _evaluate(self, step: int, micro_batch_tokens: int) -> Evaluation:
+        return evaluate(
+            self.model,
+            self.documents,
+            step=step,
+            micro_batch_tokens=micro_batch_tokens,
+            should_stop=lambda: False,
+            on_progress=lambda _done: None,
+        )
+
+    def _shrink(self, plan: dict[str, Any]) -> None:
+        self.shrunk.append(plan)
+        if self.when_shrunk is not None:
+            self.when_shrunk()
+
+    def _commit(self) -> None:
+        self.committed.append(self.progress.step)
+        if self.save_to is not None:
+            checkpoints.save(self.trained, self.save_to / f"step-{self.progress.step}")
+
+    def adapter(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in trainable(self.model)]
+
+
+def attempt(
+    base: Path,
+    documents: Documents,
+    *,
+    folder: Path,
+    lora: LoraSection,
+    steps: int = 4,
+    batch_size: int = 4,
+    optimizer: str = "adamw_torch",
+    micro_batch_tokens: int = 64,
+    dtype: torch.dtype = torch.float32,
+    learning_rate: float = 1e-2,
+    schedule: str = "linear",
+) -> Attempt:
+    """As the stages prepare it."""
+    train = TrainSection(
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer, schedule=schedule
+    )
+    model = adapted(base, lora, dtype=dtype)
+    course = plan_course(examples=len(documents), batch_size=batch_size, steps=steps, epochs=None, seed=train.seed)
+    made = make_optimizer(model, train)
+    scheduler = get_scheduler(schedule, made, num_warmup_steps=1, num_training_steps=steps)
+    progress = Progress(plan={"micro_batch_tokens": micro_batch_tokens, "checkpointing": False, "device": "CPU"})
+    torch.manual_seed(train.seed)
+    return Attempt(
+        model=model,
+        trained=Trained(model=model.model, optimizer=made, scheduler=scheduler, progress=progress),
+        documents=documents,
+        course=course,
+        accelerator=make_accelerator(TrackSection(), on_cpu=True, folder=folder),
+        train=train,
+    )
