@@ -13,7 +13,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,11 @@ class Artifacts:
     def publish(self, name: str, content: bytes) -> None:
         """Write a small file that can be made again from the report (a picture, a page)."""
         self._store.write(self._root + name, content)
+
+    def publish_events(self, paths: Sequence[Path], *, attempt: int) -> None:
+        """Put TensorBoard's event files of one attempt beside the others: `tensorboard --logdir` reads them all."""
+        for path in paths:
+            self._store.upload(path, f"{self._root}tensorboard/a{attempt:02d}/{path.name}", should_stop=_never)
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 

@@ -19,10 +19,11 @@ _PROGRESS_SECONDS = 10.0
 
 
 class Phases:
-    """Seconds by phase; each begins and ends with one event."""
+    """Seconds by phase; a phase within another is counted once, as itself."""
 
     def __init__(self, outcome: Outcome) -> None:
         self.seconds: dict[str, float] = {}
+        self._counted = 0.0
         self._outcome = outcome
         self._told_at = 0.0
 
@@ -32,10 +33,13 @@ class Phases:
         log.info("phase", name=name)
         self._outcome.progress(phase=name)
         began = self._told_at = time.monotonic()
+        counted_before = self._counted
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            elapsed, inner = time.monotonic() - began, self._counted - counted_before
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - inner
+            self._counted = counted_before + elapsed
 
     def progress(self, **facts: float | str) -> None:
         """Say how far the phase is, but not too often."""

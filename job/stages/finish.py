@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from job.core.errors import DataError
+from job.core.recipe import is_hub_id
 from job.core.report import (
     AdapterFile,
     AdapterReport,
@@ -283,6 +284,9 @@ def _adapter_card(attempt: Attempt, setting: Setting, verdict: Verdict, run: Tra
     evaluations = run.progress.evaluations
     hashes = "\n".join(f"- `{o.uri}` sha256 `{o.sha256}`" for o in (*data.train.objects, *data.validation.objects))
     licence = setting.base.licence or "not known; look at the base model"
+    on_hub = is_hub_id(identity.source)
+    loaded = identity.source if on_hub else "path/to/base"
+    revision = f', revision="{identity.revision}"' if on_hub else ""
     return f"""---
 base_model: {identity.source}
 library_name: peft
@@ -301,7 +305,13 @@ Trained on {data.train.used} examples, judged on {data.validation.used}:
 {hashes}
 
 ```python
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/adapter")
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                         bnb_4bit_compute_dtype=torch.bfloat16)
+base = AutoModelForCausalLM.from_pretrained("{loaded}", dtype=torch.bfloat16, quantization_config=nf4{revision})
+model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 ```
 """

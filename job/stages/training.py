@@ -22,6 +22,7 @@ from job.edge.base_model import BaseModel
 from job.edge.publisher import Publisher
 from job.stages.attempt import Attempt
 from job.stages.dataset import Dataset
+from job.stages.teller import StepTeller
 from job.tune import checkpoint as checkpoints
 from job.tune.checkpoint import Progress, Trained
 from job.tune.device import device_memory, device_name
@@ -38,7 +39,7 @@ from job.tune.model import (
     trainable,
 )
 from job.tune.selftest import check_model
-from job.tune.track import begin_tracking, make_accelerator
+from job.tune.track import Tracking, make_accelerator
 from job.tune.train import Hooks, StepRecord, Trainer
 
 log = structlog.get_logger(__name__)
@@ -104,12 +105,12 @@ class Training:
         self._resume(trained, run)
         if trained.progress.plan["checkpointing"]:
             model.use_checkpointing()
-        begin_tracking(accelerator, recipe.track, run_id=setting.artifacts.run_id, facts=_facts(recipe))
+        tracking = self._begin_tracking(accelerator)
         publisher = Publisher(setting.artifacts, keep=recipe.checkpoint.keep, on_committed=self._on_committed)
         try:
             self._ask_base(model, trained.progress, run)
             with attempt.phases.phase("train"):
-                hooks = self._hooks(model, trained, run, publisher, accelerator)
+                hooks = self._hooks(model, trained, run, publisher, tracking)
                 trainer = Trainer(
                     model=model,
                     trained=trained,
@@ -121,10 +122,35 @@ class Training:
                 )
                 trainer.run(recipe.checkpoint, recipe.evaluate)
         finally:
+            tracking.end()
             with attempt.phases.phase("upload"):
                 publisher.close()
-            accelerator.end_training()
+            self._publish_tensorboard()
         return run
+
+    def _begin_tracking(self, accelerator: Accelerator) -> Tracking:
+        attempt = self._attempt
+
+        def on_failure(reason: str) -> None:
+            log.warning("tracking_stopped", reason=reason)
+            attempt.notes.append(reason)
+
+        tracking = Tracking(accelerator, attempt.recipe.track, on_failure=on_failure)
+        tracking.begin(
+            run_id=self._setting.artifacts.run_id, folder=self._trackers_folder, facts=_facts(attempt.recipe)
+        )
+        return tracking
+
+    @property
+    def _trackers_folder(self) -> Path:
+        return self._attempt.workdir / "trackers" / self._setting.artifacts.run_id
+
+    def _publish_tensorboard(self) -> None:
+        """Bring TensorBoard's event files to the store: this machine's disk may be gone tomorrow."""
+        if "tensorboard" in self._attempt.recipe.track.trackers:
+            events = sorted(path for path in self._trackers_folder.rglob("events.out.*") if path.is_file())
+            self._setting.artifacts.publish_events(events, attempt=self._setting.attempt_number)
+            shutil.rmtree(self._trackers_folder, ignore_errors=True)
 
     def _load(self) -> tuple[PackedModel, MemoryPlan]:
         setting, recipe = self._setting, self._attempt.recipe
@@ -190,9 +216,12 @@ class Training:
             device=device_name(setting.device),
         )
         # Not in the run's own folder, which goes when the run is done.
-        folder = self._attempt.workdir / "trackers" / setting.artifacts.run_id
         on_cpu = setting.device.type == "cpu"
-        return trained, course, make_accelerator(self._attempt.recipe.track, on_cpu=on_cpu, folder=folder)
+        return (
+            trained,
+            course,
+            make_accelerator(self._attempt.recipe.track, on_cpu=on_cpu, folder=self._trackers_folder),
+        )
 
     def _describe(self, model: PackedModel, trained: Trained, course: Course, plan: MemoryPlan) -> TrainedRun:
         setting, evaluation = self._setting, self._attempt.recipe.evaluate
@@ -256,9 +285,9 @@ class Training:
         )
 
     def _hooks(
-        self, model: PackedModel, trained: Trained, run: TrainedRun, publisher: Publisher, accelerator: Accelerator
+        self, model: PackedModel, trained: Trained, run: TrainedRun, publisher: Publisher, tracking: Tracking
     ) -> Hooks:
-        teller = StepTeller(self._attempt, accelerator)
+        teller = StepTeller(self._attempt, tracking)
 
         def on_step(record: StepRecord) -> None:
             run.step_seconds.append(record.seconds)
@@ -287,14 +316,15 @@ class Training:
 
     def _evaluate(self, model: PackedModel, step: int, micro_batch_tokens: int) -> Evaluation:
         validation = self._setting.dataset.validation
-        result = evaluate(
-            model,
-            validation,
-            step=step,
-            micro_batch_tokens=micro_batch_tokens,
-            should_stop=self._attempt.should_stop,
-            on_progress=lambda done: self._attempt.phases.progress(evaluated=done, of=len(validation)),
-        )
+        with self._attempt.phases.phase("evaluate"):
+            result = evaluate(
+                model,
+                validation,
+                step=step,
+                micro_batch_tokens=micro_batch_tokens,
+                should_stop=self._attempt.should_stop,
+                on_progress=lambda done: self._attempt.phases.progress(evaluated=done, of=len(validation)),
+            )
         if not math.isfinite(result.loss):
             # Nothing can be chosen by it, and no later step would heal it.
             worst = [validation.where(i) for i in range(len(validation)) if not math.isfinite(result.nll[i])]
@@ -318,63 +348,6 @@ def _save(trained: Trained, folder: Path) -> None:
             f"{folder}: the checkpoint cannot be written ({error}); give the work folder more room, "
             "or name another one with --workdir"
         ) from error
-
-
-class StepTeller:
-    """Tells steps and evaluations to the log, the outcome file and the trackers."""
-
-    def __init__(self, attempt: Attempt, accelerator: Accelerator) -> None:
-        self._attempt = attempt
-        self._accelerator = accelerator
-        self._pending: list[StepRecord] = []
-        self._waited = 0.0
-
-    def step(self, record: StepRecord) -> None:
-        """One event for each step, or at most one in `step_events_seconds`; the last step always."""
-        self._pending.append(record)
-        self._waited += record.seconds
-        last = record.step == record.of
-        if not last and self._waited < self._attempt.step_events_seconds:
-            return
-        seconds = sum(r.seconds for r in self._pending)
-        rate = sum(r.tokens for r in self._pending) / seconds if seconds else 0.0
-        eta = (record.of - record.step) * seconds / len(self._pending)
-        loss = sum(r.loss for r in self._pending) / len(self._pending)
-        log.info(
-            "step",
-            step=record.step,
-            of=record.of,
-            loss=round(loss, 4),
-            tokens_per_second=round(rate, 1),
-            eta_seconds=round(eta, 1),
-            grad_norm=round(record.grad_norm, 4),
-            learning_rate=record.learning_rate,
-        )
-        self._attempt.outcome.progress(phase="train", step=record.step, of=record.of, loss=loss, eta_seconds=eta)
-        self._accelerator.log(
-            {
-                "train/loss": record.loss,
-                "train/grad_norm": record.grad_norm,
-                "train/learning_rate": record.learning_rate,
-                "train/tokens_per_second": rate,
-            },
-            step=record.step,
-        )
-        self._pending, self._waited = [], 0.0
-
-    def evaluation(self, result: Evaluation) -> None:
-        """One event for each evaluation."""
-        log.info(
-            "evaluation",
-            step=result.step,
-            loss=round(result.loss, 4),
-            perplexity=round(result.perplexity, 4),
-            token_accuracy=round(result.token_accuracy, 4),
-            tokens=int(result.tokens.sum()),
-        )
-        self._accelerator.log(
-            {"validation/loss": result.loss, "validation/token_accuracy": result.token_accuracy}, step=result.step
-        )
 
 
 def _facts(recipe: Any) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Trackers that follow the run, through accelerate; one tracked run over all attempts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from job.core.errors import UsageError
 from job.core.recipe import TrackSection
@@ -16,8 +18,6 @@ def make_accelerator(track: TrackSection, *, on_cpu: bool, folder: Path) -> Acce
     Raises:
         UsageError: a tracker's package is not installed.
     """
-    from accelerate.tracking import get_available_trackers
-
     missing = set(track.trackers) - {str(getattr(t, "value", t)) for t in get_available_trackers()}
     if missing:
         names = ", ".join(sorted(missing))
@@ -25,17 +25,53 @@ def make_accelerator(track: TrackSection, *, on_cpu: bool, folder: Path) -> Acce
     return Accelerator(cpu=on_cpu, log_with=list(track.trackers) or None, project_dir=str(folder))
 
 
-def begin_tracking(accelerator: Accelerator, track: TrackSection, *, run_id: str, facts: Mapping[str, Any]) -> None:
-    """Open the tracked run, or go on with the one of an earlier attempt."""
-    if not track.trackers:
-        return
-    options: dict[str, dict[str, Any]] = {}
-    if "wandb" in track.trackers:
-        options["wandb"] = {"id": run_id, "name": run_id, "resume": "allow"}
-    if "mlflow" in track.trackers:
-        options["mlflow"] = {"run_name": run_id, "run_id": _mlflow_run(track.project, run_id)}
-    project = f"{track.project}/{run_id}" if track.trackers == ("tensorboard",) else track.project
-    accelerator.init_trackers(project, config=dict(facts), init_kwargs=options)
+class Tracking:
+    """Sends numbers to the trackers; one that fails is told once and left out, for it is a courtesy, not the run."""
+
+    def __init__(self, accelerator: Accelerator, track: TrackSection, *, on_failure: Callable[[str], None]) -> None:
+        self._accelerator = accelerator
+        self._track = track
+        self._on_failure = on_failure
+        self._on = bool(track.trackers)
+
+    def begin(self, *, run_id: str, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Open the tracked run, or go on with the one of an earlier attempt."""
+        self._attempt(lambda: self._open(run_id, folder, facts))
+
+    def log(self, values: Mapping[str, float], *, step: int) -> None:
+        """Numbers of one step."""
+        self._attempt(lambda: self._accelerator.log(dict(values), step=step))
+
+    def end(self) -> None:
+        """Let the trackers finish their sending."""
+        self._attempt(self._accelerator.end_training)
+
+    def _open(self, run_id: str, folder: Path, facts: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        options: dict[str, dict[str, Any]] = {}
+        if "wandb" in self._track.trackers:
+            # Its own folder: the current one may be read-only. Silent: its lines would stand between our events.
+            options["wandb"] = {
+                "id": run_id,
+                "name": run_id,
+                "resume": "allow",
+                "dir": str(folder),
+                "settings": {"silent": True},
+            }
+        if "mlflow" in self._track.trackers:
+            options["mlflow"] = {"run_name": run_id, "run_id": _mlflow_run(self._track.project, run_id)}
+        self._accelerator.init_trackers(self._track.project, config=dict(facts), init_kwargs=options)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        if not self._on:
+            return
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - trackers raise anything; none of it may cost a night of training
+            self._on = False
+            with suppress(Exception):
+                self._accelerator.end_training()
+            self._on_failure(f"tracking stopped: {type(error).__name__}: {error}")
 
 
 def _mlflow_run(experiment: str, run_id: str) -> str | None:

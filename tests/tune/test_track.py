@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from job.core.errors import SickDeviceError, UsageError
 from job.core.recipe import TrackSection
 from job.tune.device import choose_device, device_memory, device_name, peak_memory_bytes
-from job.tune.track import begin_tracking, make_accelerator
+from job.tune.track import Tracking, make_accelerator
 
 TENSORBOARD = TrackSection(trackers=("tensorboard",), project="notes")
 
@@ -17,10 +17,11 @@ TENSORBOARD = TrackSection(trackers=("tensorboard",), project="notes")
 def tracked(folder, values):
     """One attempt."""
     accelerator = make_accelerator(TENSORBOARD, on_cpu=True, folder=folder)
-    begin_tracking(accelerator, TENSORBOARD, run_id="r1", facts={"base": "tiny/base", "lora_r": 8})
+    tracking = Tracking(accelerator, TENSORBOARD, on_failure=pytest.fail)
+    tracking.begin(run_id="r1", folder=folder, facts={"base": "tiny/base", "lora_r": 8})
     for step, loss in values:
-        accelerator.log({"train/loss": loss}, step=step)
-    accelerator.end_training()
+        tracking.log({"train/loss": loss}, step=step)
+    tracking.end()
 
 
 def losses(folder):
@@ -31,9 +32,9 @@ def losses(folder):
 
 def test_a_second_attempt_goes_on_in_the_same_tensorboard_run(tmp_path):
     tracked(tmp_path, [(1, 3.0), (2, 2.5)])
-    assert losses(tmp_path / "notes" / "r1") == [(1, 3.0), (2, 2.5)]
+    assert losses(tmp_path / "notes") == [(1, 3.0), (2, 2.5)]
     tracked(tmp_path, [(3, 2.25)])
-    assert losses(tmp_path / "notes" / "r1") == [(1, 3.0), (2, 2.5), (3, 2.25)]
+    assert losses(tmp_path / "notes") == [(1, 3.0), (2, 2.5), (3, 2.25)]
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path):
@@ -44,11 +45,24 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path):
         make_accelerator(TrackSection(trackers=("tensorboard", absent)), on_cpu=True, folder=tmp_path)
 
 
+def test_a_tracker_that_fails_is_told_once_and_costs_no_training(tmp_path):
+    accelerator = make_accelerator(TENSORBOARD, on_cpu=True, folder=tmp_path / "file" / "below")
+    (tmp_path / "file").write_text("a file where a folder is wanted")
+    told = []
+    tracking = Tracking(accelerator, TENSORBOARD, on_failure=told.append)
+    tracking.begin(run_id="r1", folder=tmp_path / "file" / "below", facts={})
+    tracking.log({"train/loss": 1.0}, step=1)
+    tracking.end()
+    assert len(told) == 1
+    assert told[0].startswith("tracking stopped: ")
+
+
 def test_without_trackers_nothing_is_written(tmp_path):
     accelerator = make_accelerator(TrackSection(), on_cpu=True, folder=tmp_path / "trackers")
-    begin_tracking(accelerator, TrackSection(), run_id="r1", facts={})
-    accelerator.log({"train/loss": 1.0}, step=1)
-    accelerator.end_training()
+    tracking = Tracking(accelerator, TrackSection(), on_failure=pytest.fail)
+    tracking.begin(run_id="r1", folder=tmp_path / "trackers", facts={})
+    tracking.log({"train/loss": 1.0}, step=1)
+    tracking.end()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,66 @@
+"""Tells steps and evaluations to whoever follows the run."""
+
+import structlog
+
+from job.core.verdict import Evaluation
+from job.stages.attempt import Attempt
+from job.tune.track import Tracking
+from job.tune.train import StepRecord
+
+log = structlog.get_logger(__name__)
+
+
+class StepTeller:
+    """Tells steps and evaluations to the log, the outcome file and the trackers."""
+
+    def __init__(self, attempt: Attempt, tracking: Tracking) -> None:
+        self._attempt = attempt
+        self._tracking = tracking
+        self._pending: list[StepRecord] = []
+        self._waited = 0.0
+
+    def step(self, record: StepRecord) -> None:
+        """One event for each step, or at most one in `step_events_seconds`; the last step always."""
+        self._tracking.log(
+            {
+                "train/loss": record.loss,
+                "train/grad_norm": record.grad_norm,
+                "train/learning_rate": record.learning_rate,
+            },
+            step=record.step,
+        )
+        self._pending.append(record)
+        self._waited += record.seconds
+        last = record.step == record.of
+        if not last and self._waited < self._attempt.step_events_seconds:
+            return
+        seconds = sum(r.seconds for r in self._pending)
+        rate = sum(r.tokens for r in self._pending) / seconds if seconds else 0.0
+        eta = (record.of - record.step) * seconds / len(self._pending)
+        loss = sum(r.loss for r in self._pending) / len(self._pending)
+        log.info(
+            "step",
+            step=record.step,
+            of=record.of,
+            loss=round(loss, 4),
+            tokens_per_second=round(rate, 1),
+            eta_seconds=round(eta, 1),
+            grad_norm=round(record.grad_norm, 4),
+            learning_rate=record.learning_rate,
+        )
+        self._attempt.outcome.progress(phase="train", step=record.step, of=record.of, loss=loss, eta_seconds=eta)
+        self._pending, self._waited = [], 0.0
+
+    def evaluation(self, result: Evaluation) -> None:
+        """One event for each evaluation."""
+        log.info(
+            "evaluation",
+            step=result.step,
+            loss=round(result.loss, 4),
+            perplexity=round(result.perplexity, 4),
+            token_accuracy=round(result.token_accuracy, 4),
+            tokens=int(result.tokens.sum()),
+        )
+        self._tracking.log(
+            {"validation/loss": result.loss, "validation/token_accuracy": result.token_accuracy}, step=result.step
+        )
