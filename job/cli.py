@@ -14,7 +14,7 @@ from typing import Any, TextIO, cast
 import click
 
 from job import __version__
-from job.core.errors import JobError, LocalDiskError, UsageError, ending, exit_code
+from job.core.errors import JobError, LocalDiskError, StopRequestedError, UsageError, ending, exit_code
 from job.edge.interrupt import Interrupt
 from job.edge.output import LastingOutput
 
@@ -289,7 +289,8 @@ def _ended(state: Mapping[str, Any], error: BaseException | None, *, shown: bool
         }
         if code == JobError.code:
             facts["traceback"] = "".join(traceback.format_exception(error))
-        _log().error("ended", **{k: v for k, v in facts.items() if v is not None})
+        tell = _log().warning if code == StopRequestedError.code else _log().error
+        tell("ended", **{k: v for k, v in facts.items() if v is not None})
     if state["outcome"]:
         state["outcome"].end(
             code=code,

@@ -182,14 +182,14 @@ def call(*arguments: str, interrupt: Callable[[], bool] | None = None, outcome_f
 
 
 class StopIn(Interrupt):
-    """Asks to stop as soon as the outcome file tells of a phase."""
+    """Asks to stop as soon as the outcome file tells of a phase, or of one of several: `a|b`."""
 
     def __init__(self, phase: str, outcome_file: Path) -> None:
         super().__init__()
-        self._phase, self._file = phase, outcome_file
+        self._phases, self._file = phase.split("|"), outcome_file
 
     def __call__(self) -> bool:
-        return self._file.exists() and json.loads(self._file.read_text()).get("phase") == self._phase
+        return self._file.exists() and json.loads(self._file.read_text()).get("phase") in self._phases
 
 
 @contextmanager

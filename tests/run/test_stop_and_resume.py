@@ -98,13 +98,13 @@ def test_a_stop_before_the_first_step_leaves_nothing_in_the_store(job, phase):
     assert job.call("run", "--set", "train.steps=1").code == 0  # and nothing there that misleads the next
 
 
-@pytest.mark.parametrize("phase", ["ask_base", "train", "prove", "ask_tuned"])
+@pytest.mark.parametrize("phase", ["ask_base", "train|evaluate", "prove", "ask_tuned"])
 def test_a_stop_outside_of_training_is_resumed_too(job, phase):
     job.recipe["train"]["steps"] = 2
     ended = job.call("run", stop_in=phase)
     assert ended.code == 75
     assert not (job.only_run() / "report.json").exists()
-    if phase in ("ask_base", "train"):  # in its first evaluation
+    if phase in ("ask_base", "train|evaluate"):  # in its first evaluation
         assert "last_committed_step" not in ended.outcome
         assert "is committed" not in ended.outcome["reason"]
     else:
