@@ -86,6 +86,10 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
         DataError: the weights cannot be read.
     """
     register()
+    if device.type == "cuda":
+        # The adapter multiplies in fp32: with TF32 a step on an H200 is six times faster. Its inputs come from bf16,
+        # which TF32 holds exactly; sums stay in fp32.
+        torch.set_float32_matmul_precision("high")
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
