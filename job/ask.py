@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from job.core.recipe import Recipe
+from job.core.errors import NotFoundError
+from job.core.recipe import Recipe, is_hub_id
 from job.edge import base_model
 from job.edge.artifacts import FileEntry
 from job.edge.base_model import BaseModelIdentity
@@ -45,6 +46,7 @@ def ask(
     artifacts, report = open_run(run_uri, plain)
     recipe = Recipe.model_validate(report.recipe)
     identity = BaseModelIdentity(source=report.model.base, revision=report.model.revision)
+    _refuse_changed_base(identity, plain)
     base = base_model.fetch(identity, models_folder=workdir / "models", settings=plain, should_stop=should_stop)
     files = {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in report.adapter.files.items()}
     folder = workdir / "adapters" / report.run_id
@@ -63,3 +65,14 @@ def ask(
         with model.model.disable_adapter():
             untuned = reply(prompt)
         on_answer(prompt, untuned, reply(prompt))
+
+
+def _refuse_changed_base(identity: BaseModelIdentity, settings: StoreSettings) -> None:
+    if is_hub_id(identity.source):
+        return  # the commit says it all
+    now = base_model.identify(identity.source, None, settings=settings)
+    if now.revision != identity.revision:
+        raise NotFoundError(
+            f"{identity.source}: another base stands there now than the one this run was trained on "
+            f"({identity.revision[:12]}); put the old one back"
+        )

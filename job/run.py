@@ -26,7 +26,7 @@ def run(attempt: Attempt) -> Report:
     bind(run_id=found.artifacts.run_id)
     attempt.standing.run_uri = found.artifacts.uri
     if found.done:
-        log.info("already_done", run_uri=found.artifacts.uri)
+        log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
         return Report.model_validate(found.artifacts.report())
     _look_at_output(attempt)
     begun = _Begun(attempt, found)

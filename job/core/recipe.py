@@ -219,7 +219,7 @@ class TrainSection(Section):
     optimizer: Optimizer = "adamw_8bit"
     """`paged_` moves the state to the host when the GPU is short of memory; the state of an adapter is small."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay of the adapter."""
+    """Weight decay of the adapter; decoupled from the gradient in AdamW and Lion."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm (L2, over the whole adapter)."""
     seed: Seed = 0

@@ -1,5 +1,6 @@
 """Which run is this? One that is done, one to go on with, or a new one."""
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -153,7 +154,8 @@ def _stands(attempt: Attempt, run: Run) -> bool:
     """Whether every object of the run is still there, unchanged."""
     wanted = [*run.train, *run.validation]
     try:
-        found = expand([o.uri for o in wanted], attempt.settings, should_stop=attempt.should_stop)
+        names = [glob.escape(o.uri) for o in wanted]  # a name may hold what a pattern would
+        found = expand(names, attempt.settings, should_stop=attempt.should_stop)
     except NotFoundError:
         return False
     return {(o.uri, o.etag) for o in found} == {(o.uri, o.etag) for o in wanted}

@@ -117,3 +117,11 @@ def test_an_output_is_taken_as_it_is_written(job):
     odd = job.folder / "a: b #c"
     begin(job, "--output", f"file://{odd}")
     assert len(list((odd / "runs").iterdir())) == 1
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_the_same_file_at_the_next_attempt(job):
+    (job.data / "train.jsonl").rename(job.data / "train[1].jsonl")
+    job.recipe["data"]["train"] = f"file://{job.data}/train*.jsonl"
+    begin(job)
+    begin(job)
+    assert len(job.runs()) == 1
