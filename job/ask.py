@@ -42,12 +42,12 @@ def ask(
     from job.tune.model import PackedModel, load_base, load_tokenizer
 
     quiet_libraries()
-    plain = StoreSettings()
-    artifacts, report = open_run(run_uri, plain)
+    artifacts, report = open_run(run_uri)
     recipe = Recipe.model_validate(report.recipe)
+    settings = StoreSettings(sse_kms_key=recipe.store.sse_kms_key, checksums=recipe.store.checksums)
     identity = BaseModelIdentity(source=report.model.base, revision=report.model.revision)
-    _refuse_changed_base(identity, plain)
-    base = base_model.fetch(identity, models_folder=workdir / "models", settings=plain, should_stop=should_stop)
+    _refuse_changed_base(identity, settings)
+    base = base_model.fetch(identity, models_folder=workdir / "models", settings=settings, should_stop=should_stop)
     files = {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in report.adapter.files.items()}
     folder = workdir / "adapters" / report.run_id
     artifacts.fetch_adapter(folder, files, should_stop=should_stop)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from job.core.errors import JobError
+from job.core.recipe import Fraction
+from job.core.records import Tally, examples
 from job.core.terminal import histogram_lines
 from job.edge import base_model
 from job.edge.base_model import BaseModel
+from job.edge.dataset_files import fetch_files, read_lines
 from job.edge.logs import quiet_libraries
-from job.edge.storage import StoredObject
+from job.edge.storage import StoredObject, credentials_source
 from job.stages.attempt import Attempt
 from job.stages.identity import Run, find_run, list_data, probe_output
 
@@ -50,12 +53,21 @@ def check(attempt: Attempt, on_row: Callable[[Row], None]) -> JobError | None:
         on_row(rows[-1])
         return value
 
+    look("credentials", lambda: _credentials(attempt))
     look("output", lambda: _output(attempt))
     base = look("base model", lambda: _base(attempt))
     run = look("input", lambda: _inputs(attempt, base))
     if run is not None and base is not None:
         look("data", lambda: _data(attempt, run, base))
+    elif base is None:
+        look("data", lambda: _lines(attempt))
     return next((row.error for row in rows if row.error is not None), None)
+
+
+def _credentials(attempt: Attempt) -> tuple[str, None]:
+    data = attempt.recipe.data
+    held_out = () if isinstance(data.validation, Fraction) else data.validation
+    return credentials_source([attempt.recipe.output, attempt.recipe.model.base, *data.train, *held_out]), None
 
 
 def _output(attempt: Attempt) -> tuple[str, None]:
@@ -93,10 +105,12 @@ def _base(attempt: Attempt) -> tuple[str, BaseModel]:
 def _data(attempt: Attempt, run: Run, base: BaseModel) -> tuple[str, None]:
     from job.stages.dataset import prepare_dataset
     from job.tune.model import load_tokenizer, read_config, refuse_targets, shape_of
+    from job.tune.track import refuse_trackers
 
     quiet_libraries()
     config = read_config(base.folder)
     refuse_targets(config, attempt.recipe.lora)
+    refuse_trackers(attempt.recipe.track)
     with tempfile.TemporaryDirectory(dir=_made(attempt.workdir), prefix="check-") as scratch:
         dataset = prepare_dataset(
             attempt, run, load_tokenizer(base.folder), positions=shape_of(config).positions, workdir=Path(scratch)
@@ -111,6 +125,23 @@ def _data(attempt: Attempt, run: Run, base: BaseModel) -> tuple[str, None]:
         )
         bars = histogram_lines(train.histogram.edges, train.histogram.counts, mark=report.max_length)
     return "\n".join([counted, "tokens of a training example:", *bars]), None
+
+
+def _lines(attempt: Attempt) -> tuple[str, None]:
+    """Without a base there is no tokenizer; each line can be checked all the same."""
+    train, validation = list_data(attempt)
+    with tempfile.TemporaryDirectory(dir=_made(attempt.workdir), prefix="check-") as scratch:
+        files = fetch_files(
+            [*train, *validation],
+            Path(scratch),
+            attempt.settings,
+            should_stop=attempt.should_stop,
+            on_progress=lambda done: attempt.phases.progress(bytes=done),
+        )
+        tally = Tally()
+        for _example in examples(read_lines(files), attempt.recipe.data, tally=tally):
+            pass
+    return f"{tally.good} right lines, {tally.bad} wrong ones; lengths need the base model", None
 
 
 def _made(folder: Path) -> Path:

@@ -219,10 +219,9 @@ def try_run(
 def report(run_uri: str) -> None:
     """Show the report of a finished run, and leave its two pictures beside report.json."""
     from job.core.terminal import report_lines
-    from job.edge.storage import StoreSettings
     from job.show import leave_pictures, open_run
 
-    artifacts, found = open_run(run_uri, StoreSettings())
+    artifacts, found = open_run(run_uri)
     click.echo("\n".join(report_lines(found)))
     click.echo(leave_pictures(artifacts, found))
 
@@ -284,6 +283,7 @@ def _ended(state: Mapping[str, Any], error: BaseException | None, *, shown: bool
             "reason": str(error) or type(error).__name__,
             "again": row.again.value,
             "action": row.action,
+            "signal": state["interrupt"].reason if code == StopRequestedError.code else None,
             "last_committed_step": standing.last_committed_step if standing else None,
             "run_uri": standing.run_uri if standing else None,
         }

@@ -12,7 +12,7 @@ from job.stages.attempt import Attempt
 
 
 def fetch(attempt: Attempt, folder: Path) -> Path:
-    """Fill the folder: base/, data/, and recipe.yaml that names them.
+    """Fill the folder: models/, data/, and recipe.yaml that names them; a base in a local folder stays where it is.
 
     Returns:
         The recipe to run on a node without internet.

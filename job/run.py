@@ -1,11 +1,12 @@
 """One run, top to bottom: the story of the product."""
 
 import platform
+import shutil
 from datetime import UTC, datetime
 
 import structlog
 
-from job.core.errors import JobError, StopRequestedError, exit_code
+from job.core.errors import Again, JobError, StopRequestedError, ending, exit_code
 from job.core.report import Report
 from job.edge import base_model
 from job.edge.logs import bind, quiet_libraries
@@ -24,8 +25,8 @@ def run(attempt: Attempt) -> Report:
     with attempt.phases.phase("identify"):
         found = find_run(attempt)
     bind(run_id=found.artifacts.run_id)
-    attempt.standing.run_uri = found.artifacts.uri
     if found.done:
+        attempt.standing.run_uri = found.artifacts.uri
         log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
         return Report.model_validate(found.artifacts.report())
     _look_at_output(attempt)
@@ -34,6 +35,9 @@ def run(attempt: Attempt) -> Report:
         report = _carry_out(attempt, found, begun)
     except BaseException as error:
         begun.end(error)
+        if begun.number is None and ending(exit_code(error)).again is Again.NEVER:
+            # Nobody comes back for it: a folder for each refused night would fill the disk.
+            shutil.rmtree(attempt.workdir / "runs" / found.artifacts.run_id, ignore_errors=True)
         raise
     begun.end(None)
     return report
@@ -50,6 +54,7 @@ def _carry_out(attempt: Attempt, found: Run, begun: "_Begun") -> Report:
         from job.stages.training import Setting, Training
         from job.tune.device import choose_device, device_name
         from job.tune.model import load_tokenizer, read_config, refuse_targets, shape_of
+        from job.tune.track import refuse_trackers
 
         quiet_libraries()
         device = choose_device(attempt.device)
@@ -65,6 +70,7 @@ def _carry_out(attempt: Attempt, found: Run, begun: "_Begun") -> Report:
         )
     config, tokenizer = read_config(base.folder), load_tokenizer(base.folder)
     refuse_targets(config, attempt.recipe.lora)
+    refuse_trackers(attempt.recipe.track)
     dataset = prepare_dataset(attempt, found, tokenizer, positions=shape_of(config).positions)
     _poll(attempt)
     number = begun.begin()
@@ -99,21 +105,23 @@ class _Begun:
     def __init__(self, attempt: Attempt, found: Run) -> None:
         self._attempt = attempt
         self._found = found
-        self._number: int | None = None
+        self.number: int | None = None
+        """Of the attempt; None before `begin`."""
 
     def begin(self) -> int:
         """Freeze the run if it is new, and take an attempt number; the second call returns the same one."""
-        if self._number is None:
+        if self.number is None:
             artifacts = self._found.artifacts
             artifacts.begin_run(self._found.record)
-            self._number = artifacts.begin_attempt({"started": _now(), "host": platform.node()})
-            bind(attempt=self._number)
-            log.info("attempt", number=self._number, run_uri=artifacts.uri)
-        return self._number
+            self._attempt.standing.run_uri = artifacts.uri
+            self.number = artifacts.begin_attempt({"started": _now(), "host": platform.node()})
+            bind(attempt=self.number)
+            log.info("attempt", number=self.number, run_uri=artifacts.uri)
+        return self.number
 
     def end(self, error: BaseException | None) -> None:
         """Leave word of how it ended; a store that cannot be reached now must not hide why."""
-        if self._number is None:
+        if self.number is None:
             return
         standing = self._attempt.standing
         code = 0 if error is None else exit_code(error)
@@ -127,7 +135,7 @@ class _Begun:
             "phase_seconds": self._attempt.phases.seconds,
         }
         try:
-            self._found.artifacts.end_attempt(self._number, facts)
+            self._found.artifacts.end_attempt(self.number, facts)
         except JobError as trouble:
             log.warning("attempt_end_not_written", reason=str(trouble))
 

@@ -7,8 +7,8 @@ from job.edge.plots import draw
 from job.edge.storage import StoreSettings, open_store
 
 
-def open_run(run_uri: str, settings: StoreSettings) -> tuple[Artifacts, Report]:
-    """A finished run by its URI: {output}/runs/{run_id}, or the report.json in it.
+def open_run(run_uri: str) -> tuple[Artifacts, Report]:
+    """A finished run by its URI: {output}/runs/{run_id}, or the report.json in it; with the store settings it had.
 
     Raises:
         NotFoundError: there is no report.
@@ -17,12 +17,14 @@ def open_run(run_uri: str, settings: StoreSettings) -> tuple[Artifacts, Report]:
     output, marker, run_id = uri.rpartition("/runs/")
     if not marker or "/" in run_id:
         raise NotFoundError(f"{run_uri}: not a run's URI; it looks like s3://bucket/prefix/runs/RUN_ID")
-    artifacts = Artifacts(open_store(output, settings), run_id)
+    artifacts = Artifacts(open_store(output, StoreSettings()), run_id)
     content = artifacts.report()
     if content is None:
         state = "not finished yet" if artifacts.run_record() is not None else "not there"
         raise NotFoundError(f"{run_uri}: no report.json; the run is {state}")
-    return artifacts, Report.model_validate(content)
+    report = Report.model_validate(content)
+    settings = StoreSettings(**report.recipe["store"])
+    return Artifacts(open_store(output, settings), run_id), report
 
 
 def leave_pictures(artifacts: Artifacts, report: Report) -> str:

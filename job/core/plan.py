@@ -61,7 +61,7 @@ def choose_max_length(lengths: Lengths, *, wanted: int | Literal["auto"], positi
         why = f"twice the 99th percentile ({p99:.0f} tokens): a few outliers reach {longest}"
     rounded = math.ceil(target / _ROUND_TO) * _ROUND_TO
     if rounded > positions:
-        why = f"the base model has {positions} positions" + (f"; {why}" if target > positions else "")
+        why = f"the base model has {positions} positions, the longest example has {longest} tokens"
     chosen = min(rounded, positions)
     return MaxLength(tokens=chosen, reason=why + _cut(lengths, chosen))
 

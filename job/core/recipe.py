@@ -197,7 +197,14 @@ Optimizer = Literal[
     "sgd",
 ]
 Schedule = Literal[
-    "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_min_lr"
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "polynomial",
+    "cosine_with_min_lr",
+    "cosine_with_restarts",
 ]
 
 
@@ -229,6 +236,13 @@ class TrainSection(Section):
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             msg = "give either `steps` or `epochs`"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _a_warm_up_happens(self) -> Self:
+        if self.warmup_steps and self.schedule == "constant":
+            msg = "`schedule: constant` has no warm-up; write constant_with_warmup, or leave out warmup_steps"
             raise ValueError(msg)
         return self
 

@@ -78,15 +78,18 @@ class Tally:
 
 
 def examples(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally) -> Iterator[Example]:
+    """The examples of all lines there are, and a judgement at their end; see `checked_lines` and `judge_lines`."""
+    yield from checked_lines(lines, data, tally=tally)
+    judge_lines([tally], data)
+
+
+def checked_lines(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally) -> Iterator[Example]:
     """Check and render each line; wrong ones are counted in the tally and left out.
 
     Args:
         lines: file name, line number (from 1) and the raw bytes without the line end.
         data: the templates.
         tally: filled while the caller reads.
-
-    Raises:
-        DataError: the end is reached, and more lines are wrong than the recipe accepts.
     """
     for source, number, raw in lines:
         body = raw.removeprefix(_BOM) if number == 1 else raw
@@ -99,16 +102,21 @@ def examples(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tall
         else:
             tally.good += 1
             yield parsed
-    _judge(tally, data)
 
 
-def _judge(tally: Tally, data: DataSection) -> None:
-    if not tally.bad:
-        return
-    if data.on_bad_record == "fail":
+def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
+    """Tell the wrong lines of all sides together; each side is held to the limit by itself.
+
+    Raises:
+        DataError: more are wrong than the recipe accepts.
+    """
+    tally, share = Tally(), 0.0
+    for side in sides:
+        tally.merge(side)
+        share = max(share, side.bad / side.lines if side.lines else 0.0)
+    if tally.bad and data.on_bad_record == "fail":
         msg = f"{tally.told()}\ncorrect them, or set data.on_bad_record: skip"
         raise DataError(msg)
-    share = tally.bad / tally.lines
     if share > data.bad_record_limit:
         msg = (
             f"{tally.told()}\n{share:.2%} of the lines are wrong, more than data.bad_record_limit "

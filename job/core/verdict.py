@@ -1,6 +1,6 @@
 """Which checkpoint to keep, and where overfitting begins: statistics on evaluation results."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,14 +54,21 @@ class Verdict:
     """The first evaluation after the best that is significantly worse than it; None when none was."""
 
 
-def judge(evaluations: Mapping[int, Evaluation], *, seed: int = 0) -> Verdict:
+def judge(evaluations: Mapping[int, Evaluation], *, kept: Collection[int] | None = None, seed: int = 0) -> Verdict:
     """Sweet spot and overfitting, by a paired bootstrap over the examples.
+
+    Args:
+        evaluations: by step.
+        kept: steps whose checkpoint still stands; only these can be candidates. None: all. What was significantly
+            worse than the best of its time, and so was not kept, can come close again to a later best that is spread
+            more widely.
+        seed: of the bootstrap.
 
     Paired: both checkpoints are judged on the same resampled examples, so that easy and hard ones cancel out.
     Efron & Tibshirani 1993, "An Introduction to the Bootstrap", section 16.4.
 
     Raises:
-        ValueError: there is no evaluation.
+        ValueError: there is no evaluation, or no candidate was kept.
     """
     if not evaluations:
         msg = "no evaluation to judge"
@@ -70,7 +77,10 @@ def judge(evaluations: Mapping[int, Evaluation], *, seed: int = 0) -> Verdict:
     best = min(ordered, key=lambda evaluation: evaluation.loss)
     share_worse = _share_worse(np.stack([e.nll - best.nll for e in ordered], axis=1), seed)
     worse = {e.step: bool(share >= CONFIDENCE) for e, share in zip(ordered, share_worse, strict=True)}
-    candidates = tuple(step for step, is_worse in worse.items() if not is_worse)
+    candidates = tuple(step for step, is_worse in worse.items() if not is_worse and (kept is None or step in kept))
+    if not candidates:
+        msg = "none of the candidates was kept"
+        raise ValueError(msg)
     return Verdict(
         best_step=best.step,
         sweet_spot_step=candidates[0],

@@ -222,7 +222,7 @@ class Artifacts:
         """
         begun, committed = self._begun_and_committed()
         latest_of_step = {checkpoint.step: checkpoint for checkpoint in committed}
-        kept = {*committed[-newest:], *(c for step, c in latest_of_step.items() if step in steps)}
+        kept = {*[*latest_of_step.values()][-newest:], *(c for step, c in latest_of_step.items() if step in steps)}
         last_attempt = max((checkpoint.attempt for checkpoint in committed), default=0)
         for checkpoint in begun:
             unwanted = checkpoint not in kept if checkpoint in committed else checkpoint.attempt < last_attempt

@@ -1,8 +1,10 @@
 """The dataset's objects on the local disk, and their lines: plain, gzip or zstd, told apart by their first bytes."""
 
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,7 +12,8 @@ import zstandard
 
 from job.core.errors import DataError
 from job.core.records import MAX_LINE_BYTES
-from job.edge.storage import StoredObject, StoreSettings, open_store, store_and_key
+from job.edge.lanes import Lanes
+from job.edge.storage import PART_BYTES, ObjectStore, StoredObject, StoreSettings, open_store, store_and_key
 
 _CHUNK_BYTES = 2**20
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -50,22 +53,51 @@ def fetch_files(
         DataError: an object changed since it was listed.
     """
     names = _names([*(o.uri for o in objects), *beside])
-    files, done = [], 0
-    for number, (source, name) in enumerate(zip(objects, names, strict=False)):
+    stores: dict[str, ObjectStore] = {}
+    arrived = _Arrived(on_progress)
+
+    def bring(number: int) -> DataFile:
+        source = objects[number]
         root, key = store_and_key(source.uri)
         path = folder / f"{number:05d}-{PurePosixPath(key).name}"
-        before = done
-        got = open_store(root, settings).download(
-            key,
-            path,
-            etag=source.etag,
-            should_stop=should_stop,
-            on_progress=lambda part, _all, before=before: on_progress(before + part),  # type: ignore[misc] # bound now
+        follow = arrived.follow()
+        got = stores[root].download(
+            key, path, etag=source.etag, should_stop=should_stop, on_progress=lambda part, _all: follow(part)
         )
-        done += got.size
-        on_progress(done)
-        files.append(DataFile(name=name, path=path, source=source, sha256=got.sha256))
-    return files
+        follow(got.size)
+        return DataFile(name=names[number], path=path, source=source, sha256=got.sha256)
+
+    for source in objects:
+        root = store_and_key(source.uri)[0]
+        if root not in stores:
+            stores[root] = open_store(root, settings)
+    # A large file is brought in parallel parts; small ones are brought several at a time.
+    small = [number for number, source in enumerate(objects) if source.size <= PART_BYTES]
+    with Lanes("reading the data", should_stop) as lanes:
+        files = dict(zip(small, lanes.in_order(partial(bring, number) for number in small), strict=True))
+    return [files[number] if number in files else bring(number) for number in range(len(objects))]
+
+
+class _Arrived:
+    """Adds up the bytes of files that arrive at the same time."""
+
+    def __init__(self, on_progress: Callable[[int], None]) -> None:
+        self._on_progress = on_progress
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def follow(self) -> Callable[[int], None]:
+        """For one file: takes how much of it is there."""
+        before = 0
+
+        def arrived(part: int) -> None:
+            nonlocal before
+            with self._lock:
+                self._bytes += part - before
+                before = part
+                self._on_progress(self._bytes)
+
+        return arrived
 
 
 def _names(uris: Sequence[str]) -> list[str]:

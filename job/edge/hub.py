@@ -166,7 +166,8 @@ class HubRepo:
         if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):
             return NotFoundError(
                 f"{self._place}: {what} is not in the local cache, and HF_HUB_OFFLINE is set; "
-                "run `entrypoint.py fetch` with the same recipe beforehand, where there is a network"
+                "run `entrypoint.py fetch RECIPE --to FOLDER` beforehand, where there is a network, "
+                "and FOLDER/recipe.yaml here"
             )
         response = _answer(error)
         if response is not None:

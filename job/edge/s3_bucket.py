@@ -12,7 +12,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
 
-from job.core.errors import StopRequestedError, UnavailableError, UsageError
+from job.core.errors import DeniedError, StopRequestedError, UnavailableError, UsageError
 from job.edge.objects import PARALLEL, StoreSettings
 from job.edge.patience import Patience
 from job.edge.s3_errors import S3_FAILURES, is_about_credentials, is_passing, status_and_code, summary, understood
@@ -135,6 +135,21 @@ def bare(etag: str) -> str:
 def quoted(etag: str) -> str:
     """An ETag as HTTP writes it."""
     return f'"{etag}"'
+
+
+def credentials_source() -> str:
+    """Where boto3's default chain finds credentials, by the chain's own name for it.
+
+    Raises:
+        DeniedError: nowhere.
+    """
+    found = boto3.session.Session().get_credentials()
+    if found is None:
+        raise DeniedError(
+            "no AWS credentials: the default chain (environment, profile, role) finds none; "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the job a role"
+        )
+    return str(found.method)
 
 
 def _client(settings: StoreSettings) -> "S3Client":

@@ -39,6 +39,7 @@ __all__ = [
     "StoreSettings",
     "StoredObject",
     "Uploaded",
+    "credentials_source",
     "expand",
     "open_store",
     "probe",
@@ -77,6 +78,19 @@ def open_store(
     from job.edge.s3 import S3Store  # boto3 takes a third of a second, which --help need not pay
 
     return S3Store(bucket, path.strip("/"), settings, patience=patience, part_bytes=part_bytes)
+
+
+def credentials_source(uris: Sequence[str]) -> str:
+    """Where the credentials for these URIs come from, in words.
+
+    Raises:
+        DeniedError: one is on S3, and there are no credentials.
+    """
+    if not any(uri.startswith("s3://") for uri in uris):
+        return "none needed: nothing is on S3"
+    from job.edge import s3_bucket  # as above
+
+    return f"AWS, found by: {s3_bucket.credentials_source()}"
 
 
 def store_and_key(uri: str) -> tuple[str, str]:

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import structlog
 from job.core.errors import DataError
 from job.core.plan import choose_max_length, length_statistics
 from job.core.recipe import Fraction
-from job.core.records import Example, Tally, examples, is_held_out
+from job.core.records import Example, Tally, checked_lines, is_held_out, judge_lines
 from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
 from job.edge.whole_files import whole_file
@@ -62,7 +61,8 @@ def prepare_dataset(
         if not len(documents):
             raise DataError(
                 f"data.{side}: no example is left ({len(documents.encoded)} were read, {documents.dropped} are longer "
-                f"than max_length {limit.tokens}, {documents.without_target} have nothing to learn from)"
+                f"than max_length {limit.tokens}, {documents.without_target} have nothing to learn from); give more "
+                "examples, raise data.max_length, or hold out another share with data.validation"
             )
     report = _report(encoded, audit, train, validation, (limit.tokens, limit.reason))
     log.info(
@@ -133,16 +133,13 @@ def _routed(
     attempt: Attempt, train: Sequence[DataFile], validation: Sequence[DataFile], tally: Tally
 ) -> Iterator[tuple[Side, Example]]:
     """Each checked example with its side."""
-    data = attempt.recipe.data
-    first = examples(read_lines(train), data, tally=tally)
-    if isinstance(data.validation, Fraction):
-        share = data.validation.fraction
-        for example in first:
-            yield ("validation" if is_held_out(example.digest, share) else "train"), example
-        return
-    own = Tally()
-    second = examples(read_lines(validation), data, tally=own)
-    yield from chain((("train", example) for example in first), (("validation", example) for example in second))
+    data, own = attempt.recipe.data, Tally()
+    for example in checked_lines(read_lines(train), data, tally=tally):
+        held_out = isinstance(data.validation, Fraction) and is_held_out(example.digest, data.validation.fraction)
+        yield ("validation" if held_out else "train"), example
+    for example in checked_lines(read_lines(validation), data, tally=own):
+        yield "validation", example
+    judge_lines([tally, own], data)
     tally.merge(own)
 
 
@@ -165,13 +162,13 @@ def _report(
     limit: tuple[int, str],
 ) -> DataReport:
     seen = {side: encoded[side].digests() for side in encoded}
-    trained_on = set(seen["train"])
+    trained_on = {seen["train"][row] for row in train.rows}
     return DataReport(
         train=_side(train, audit["train"], seen["train"]),
         validation=_side(validation, audit["validation"], seen["validation"]),
         bad_lines=audit["bad"],
         first_bad_lines=tuple(BadLine(**record) for record in audit["first_bad"]),
-        overlap=sum(digest in trained_on for digest in seen["validation"]),
+        overlap=sum(seen["validation"][row] in trained_on for row in validation.rows),
         max_length=limit[0],
         max_length_reason=limit[1],
     )

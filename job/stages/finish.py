@@ -9,7 +9,7 @@ import structlog
 import torch
 from peft import PeftModel
 
-from job.core.errors import DataError
+from job.core.errors import RunConflictError, SickDeviceError
 from job.core.report import Report
 from job.core.verdict import Verdict, judge
 from job.edge.artifacts import Checkpoint, FileEntry
@@ -25,18 +25,21 @@ log = structlog.get_logger(__name__)
 
 _SAME_LOSS = 1e-6
 """Relative difference that the proof accepts: the same kernels on the same numbers."""
+_NEAR_LOSS = 1e-2
+"""The same with other micro-batches or on another device, where bf16 rounds elsewhere."""
 
 
 def finish(attempt: Attempt, setting: Setting, run: TrainedRun) -> Report:
     """Carry a trained run to its committed report.
 
     Raises:
-        DataError: the adapter in the store does not give the loss that was measured in training.
+        SickDeviceError: the adapter in the store does not give the loss that was measured in training.
+        RunConflictError: no checkpoint that could be chosen is left in the store.
     """
-    verdict = judge(run.progress.evaluations)
+    verdict = _choose(attempt, setting, run)
     folder = attempt.workdir / "runs" / setting.artifacts.run_id
     with attempt.phases.phase("publish"):
-        chosen = _chosen_checkpoint(setting, verdict)
+        chosen = next(c for c in reversed(setting.artifacts.checkpoints()) if c.step == verdict.sweet_spot_step)
         files = _publish_adapter(attempt, setting, folder / "adapter", chosen, verdict, run)
     with attempt.phases.phase("prove"):
         model = _load_published(attempt, setting, folder / "published", files)
@@ -69,14 +72,23 @@ def finish(attempt: Attempt, setting: Setting, run: TrainedRun) -> Report:
     return report
 
 
-def _chosen_checkpoint(setting: Setting, verdict: Verdict) -> Checkpoint:
-    of_step = [c for c in setting.artifacts.checkpoints() if c.step == verdict.sweet_spot_step]
-    if not of_step:
-        raise DataError(
-            f"{setting.artifacts.uri}: the checkpoint of step {verdict.sweet_spot_step} is gone from the store, "
-            "although it is the one to keep; was it deleted by hand? Start again with another --run-id"
+def _choose(attempt: Attempt, setting: Setting, run: TrainedRun) -> Verdict:
+    """The verdict over the checkpoints that still stand in the store."""
+    kept = {checkpoint.step for checkpoint in setting.artifacts.checkpoints()}
+    wanted = judge(run.progress.evaluations)
+    try:
+        verdict = judge(run.progress.evaluations, kept=kept)
+    except ValueError as error:
+        raise RunConflictError(
+            f"{setting.artifacts.uri}: none of the checkpoints worth keeping ({list(wanted.candidate_steps)}) is left "
+            "in the store; were they deleted by hand? Start again with another --run-id"
+        ) from error
+    if verdict.sweet_spot_step != wanted.sweet_spot_step:
+        attempt.notes.append(
+            f"step {wanted.sweet_spot_step} would have been chosen, but was significantly worse than the best of its "
+            "time and so was not kept; with more held-out examples this does not happen"
         )
-    return of_step[-1]
+    return verdict
 
 
 def _publish_adapter(
@@ -100,12 +112,12 @@ def _load_published(attempt: Attempt, setting: Setting, folder: Path, files: Map
 
 
 def _explain_difference(attempt: Attempt, run: TrainedRun, proven: float, reported: float) -> None:
-    if not run.resume_exact:
-        attempt.notes.append(
-            f"the adapter gives a validation loss of {proven:.6f} here; {reported:.6f} was measured on another device"
-        )
+    shrunk = run.progress.plan["micro_batch_tokens"] != run.memory_plan.micro_batch_tokens
+    if (shrunk or not run.resume_exact) and abs(proven - reported) <= _NEAR_LOSS * abs(reported):
+        where = "with smaller micro-batches" if shrunk else "on this device"
+        attempt.notes.append(f"the adapter gives a validation loss of {proven:.6f} {where}, {reported:.6f} in training")
         return
-    raise DataError(
+    raise SickDeviceError(
         f"the adapter as downloaded again gives a validation loss of {proven:.6f}, but {reported:.6f} was measured in "
         "training: the store or the memory of this machine changed it; start the same job again"
     )

@@ -44,6 +44,9 @@ from job.tune.train import Hooks, StepRecord, Trainer
 
 log = structlog.get_logger(__name__)
 
+_SCHEDULE_ENDS = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "polynomial": {"lr_end": 0.0}}
+"""Where a schedule ends, for those that ask: a tenth of the peak, and zero."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
@@ -195,7 +198,7 @@ class Training:
             optimizer,
             num_warmup_steps=train.warmup_steps,
             num_training_steps=course.steps,
-            scheduler_specific_kwargs={"min_lr_rate": 0.1} if train.schedule == "cosine_with_min_lr" else None,
+            scheduler_specific_kwargs=_SCHEDULE_ENDS.get(train.schedule),
         )
         progress = Progress(
             plan={

@@ -12,16 +12,20 @@ from job.core.errors import UsageError
 from job.core.recipe import TrackSection
 
 
-def make_accelerator(track: TrackSection, *, on_cpu: bool, folder: Path) -> Accelerator:
-    """Accelerate, with the recipe's trackers.
+def refuse_trackers(track: TrackSection) -> None:
+    """Look for the trackers' packages before anything is begun.
 
     Raises:
-        UsageError: a tracker's package is not installed.
+        UsageError: one is not installed.
     """
     missing = set(track.trackers) - {str(getattr(t, "value", t)) for t in get_available_trackers()}
     if missing:
         names = ", ".join(sorted(missing))
         raise UsageError(f"track.trackers: {names} is not installed here; add the package to the image, or remove it")
+
+
+def make_accelerator(track: TrackSection, *, on_cpu: bool, folder: Path) -> Accelerator:
+    """Accelerate, with the recipe's trackers."""
     return Accelerator(cpu=on_cpu, log_with=list(track.trackers) or None, project_dir=str(folder))
 
 

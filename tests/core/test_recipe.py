@@ -339,3 +339,8 @@ def test_the_json_schema_refuses_what_the_recipe_refuses(wrong):
 
     assert validator.is_valid(right)
     assert not validator.is_valid({**right, **wrong})
+
+
+def test_a_warm_up_that_would_not_happen_is_a_mistake():
+    with pytest.raises(UsageError, match="constant_with_warmup"):
+        load_recipe(SMALL, source="r.yaml", overrides=["train.warmup_steps=5", "train.schedule=constant"])

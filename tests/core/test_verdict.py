@@ -173,3 +173,21 @@ def test_patience_ends_after_so_many_evaluations_without_a_lower_loss(levels, pa
     found = {50 * at: evaluation(50 * at, [level] * 4) for at, level in enumerate(levels)}
 
     assert is_exhausted(found, patience=patience) is exhausted
+
+
+def test_a_step_that_was_dropped_is_not_chosen_when_a_later_best_makes_it_look_near_again():
+    """Worse than step 10 in every example, but within the wide spread of step 20: its checkpoint is gone by then."""
+    hundred = np.full(6, 100, dtype=np.int64)
+
+    def at(step, difference):
+        return Evaluation(step=step, nll=np.full(6, 100.0) + difference, tokens=hundred, correct=0)
+
+    first, second = at(0, 0.0), at(10, -0.5)
+    third = at(20, np.array([-60.0, 5, 5, 5, 5, 5]))
+    assert judge({0: first, 10: second}).candidate_steps == (10,)
+
+    everything = {0: first, 10: second, 20: third}
+    assert judge(everything).sweet_spot_step == 0
+    assert judge(everything, kept={10, 20}).sweet_spot_step == 10
+    with pytest.raises(ValueError, match="kept"):
+        judge(everything, kept=set())

@@ -292,3 +292,10 @@ def test_runs_are_found_by_the_beginning_of_their_id(root):
         opened(root, run_id).begin_run({})
     store = open_store(f"file://{root}", StoreSettings())
     assert [a.run_id for a in runs_of(store, "abc-")] == ["abc-1", "abc-2"]
+
+
+def test_two_attempts_at_one_step_count_once_among_the_newest(artifacts, tmp_path):
+    """After a resume the last step stands twice; the steps before it are the ones to fall back to."""
+    publish(artifacts, tmp_path, at(4), at(8), at(8, 2), at(12, 2))
+    artifacts.retain((), newest=3)
+    assert artifacts.checkpoints() == [at(4), at(8, 2), at(12, 2)]

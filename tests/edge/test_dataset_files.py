@@ -133,3 +133,18 @@ def test_an_object_that_changed_since_it_was_listed_is_refused(tmp_path):
     path.write_text("two")
     with pytest.raises(DataError, match="the file was changed"):
         fetch_files(found, tmp_path / "data", StoreSettings(), should_stop=never, on_progress=lambda _done: None)
+
+
+def test_many_small_files_and_a_large_one_come_in_the_order_of_their_names(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(40):
+        (source / f"{number:02d}.jsonl").write_text(f"{number}\n" * (number + 1))
+    (source / "20.jsonl").write_bytes(b"large\n" * (3 * 2**20))
+    found = expand([f"file://{source}/*.jsonl"], StoreSettings(), should_stop=never)
+    seen = []
+    files = fetch_files(found, tmp_path / "here", StoreSettings(), should_stop=never, on_progress=seen.append)
+    assert [file.name for file in files] == [f"{number:02d}.jsonl" for number in range(40)]
+    assert all(file.path.stat().st_size == file.source.size for file in files)
+    assert seen == sorted(seen)
+    assert seen[-1] == sum(o.size for o in found)

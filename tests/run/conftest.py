@@ -1,7 +1,8 @@
 """Fixtures of the whole job: a tiny random base, made once a session, and a job on it."""
 
 import pytest
-from job_process import COLOURS, Job
+from job_process import Job
+from run_material import SECRETS, long_recipe, make_base
 
 
 @pytest.fixture(scope="session")
@@ -10,54 +11,9 @@ def base(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("base"))
 
 
-def make_base(folder, *, tied=False, positions=64):
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = ["<unk>", "<s>", "</s>", "\n", "hats", *COLOURS, *(str(n) for n in range(10, 99))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=positions,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=tied,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def job(tmp_path, base):
     return Job(tmp_path, base)
-
-
-SECRETS = {
-    "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwx",
-    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCY",
-    "MY_API_KEY": "correct horse battery staple",
-}
-
-
-def long_recipe(job):
-    """Long enough to be stopped in the middle: evaluations at 0, 10, 20, 30, checkpoints each 4 steps, dropout on."""
-    job.recipe["train"]["steps"] = 30
-    job.recipe["checkpoint"] = {"every_steps": 4, "keep": 2}
-    job.recipe["evaluate"]["every_steps"] = 10
-    return job
 
 
 @pytest.fixture(scope="session")

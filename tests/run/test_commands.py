@@ -18,7 +18,7 @@ def test_check_is_a_table_with_the_histogram_and_leaves_nothing(job):
     assert ended.code == 0
     assert ended.stderr == ""
     rows = [[line[:3].strip(), line[4:15].strip()] for line in ended.stdout.splitlines() if line[:2] in ("ok", "NO")]
-    assert rows == [["ok", name] for name in ("recipe", "output", "base model", "input", "data")]
+    assert rows == [["ok", name] for name in ("recipe", "credentials", "output", "base model", "input", "data")]
     assert "write and conditional write work" in ended.stdout
     assert "is new" in ended.stdout
     assert "24 training and 6 held-out examples" in ended.stdout
@@ -35,7 +35,7 @@ def test_check_tells_every_failure_and_ends_with_the_code_of_the_first(job):
     ended = job.call("check")
     assert ended.code == 66
     refused = [line for line in ended.stdout.splitlines() if line.startswith("NO")]
-    assert len(refused) == 2
+    assert [line[4:15].strip() for line in refused] == ["base model", "input", "data"]
     assert "no such folder" in refused[0]
     assert "matches no object" in refused[1]
     assert ended.outcome["reason"] in refused[0]

@@ -1,6 +1,7 @@
 """Broken input: the code of the table, one message that says where and what to do, and nothing in the store."""
 
 import gzip
+import importlib.util
 import json
 import os
 import resource
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from conftest import SECRETS, make_base
 from job_process import ROOT, call, objects, process, records, write_lines
+from run_material import SECRETS, make_base
 
 from job.core.errors import ending
 
@@ -51,7 +52,7 @@ WRONG_LINES = {
     ),
     "not UTF-8": (b'{"question": "a\xff", "answer": "b"}\n', ["train.jsonl:25: not UTF-8"]),
     "a NUL byte": (b'{"question": "a\0", "answer": "b"}\n', ["train.jsonl:25: holds a NUL byte"]),
-    "thirty wrong lines": (b"oops\n" * 30, ["30 wrong lines of 54", "train.jsonl:44: not JSON", "and 10 more"]),
+    "thirty wrong lines": (b"oops\n" * 30, ["30 wrong lines of 60", "train.jsonl:44: not JSON", "and 10 more"]),
 }
 
 
@@ -399,3 +400,37 @@ def test_an_answer_to_a_bug_is_70_with_its_traceback_in_one_event(job, tmp_path)
     assert event["reason"] == "odd"
     assert "datasets.py" in event["traceback"]
     assert objects(Path(job.store)) == []
+
+
+def test_wrong_lines_of_both_sides_are_told_at_once(job):
+    for side in ("train", "validation"):
+        with (job.data / f"{side}.jsonl").open("a") as file:
+            file.write("oops\n")
+    refused(job, job.call("run"), 65, "2 wrong lines", "train.jsonl:25: not JSON", "validation.jsonl:")
+
+
+def test_a_tracker_without_its_package_is_refused_before_anything_is_begun(job):
+    absent = next((name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None), None)
+    if absent is None:
+        pytest.skip("every tracker's package is installed here")
+    job.recipe["track"] = {"trackers": [absent]}
+    refused(job, job.call("run"), 64, f"{absent} is not installed here")
+    assert job.call("check").code == 64
+
+
+def test_no_folder_is_left_in_the_work_folder_by_a_run_that_nobody_goes_on_with(job):
+    with (job.data / "train.jsonl").open("a") as file:
+        file.write("oops\n")
+    assert job.call("run").code == 65
+    assert list((job.folder / "work" / "runs").iterdir()) == []
+
+
+def test_check_looks_at_the_lines_also_when_the_base_is_not_there(job):
+    with (job.data / "train.jsonl").open("a") as file:
+        file.write("oops\n")
+    job.recipe["model"]["base"] = str(job.folder / "nowhere")
+    ended = job.call("check")
+    assert ended.code == 66
+    assert "NO  data" in ended.stdout
+    assert "train.jsonl:25: not JSON" in ended.stdout
+    assert "ok  credentials none needed" in ended.stdout

@@ -6,8 +6,8 @@ import sys
 
 import jsonschema
 import pytest
-from conftest import SECRETS
 from job_process import ROOT, objects, process
+from run_material import SECRETS
 
 from job.core.report import Report
 

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from conftest import long_recipe
+from run_material import long_recipe
 
 
 def same_numbers(report, undisturbed):

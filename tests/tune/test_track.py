@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from job.core.errors import SickDeviceError, UsageError
 from job.core.recipe import TrackSection
 from job.tune.device import choose_device, device_memory, device_name, peak_memory_bytes
-from job.tune.track import Tracking, make_accelerator
+from job.tune.track import Tracking, make_accelerator, refuse_trackers
 
 TENSORBOARD = TrackSection(trackers=("tensorboard",), project="notes")
 
@@ -37,12 +37,12 @@ def test_a_second_attempt_goes_on_in_the_same_tensorboard_run(tmp_path):
     assert losses(tmp_path / "notes") == [(1, 3.0), (2, 2.5), (3, 2.25)]
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path):
+def test_a_tracker_that_is_not_installed_is_named():
     absent = next((name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None), None)
     if absent is None:
         pytest.skip("every tracker's package is installed here")
     with pytest.raises(UsageError, match=f"track.trackers: {absent} is not installed"):
-        make_accelerator(TrackSection(trackers=("tensorboard", absent)), on_cpu=True, folder=tmp_path)
+        refuse_trackers(TrackSection(trackers=("tensorboard", absent)))
 
 
 def test_a_tracker_that_fails_is_told_once_and_costs_no_training(tmp_path):
