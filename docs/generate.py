@@ -201,8 +201,8 @@ def _bound(value: float) -> str:
 _COMMANDS_HEAD = """\
 # The commands
 
-In the image, `python entrypoint.py` is the entrypoint: give the command and what follows it as arguments. Each option
-can also come from the environment, by the name in the second column; an option on the command line wins over it.
+Each option can also come from the environment, by the name in the second column; an option on the command line wins
+over it.
 
 What the exit codes mean, and whether starting the same job again helps, stands in the [README](../README.md).
 """
