@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 
-.PHONY: demo test test-stores lint types docs lock bench clean
+.PHONY: demo test chaos test-stores test-slurm image sbom test-image lint types docs lock templates bench clean
 
 # The CPU lock pins every package. Where pip finds a CPU build of torch (an extra index in PIP_EXTRA_INDEX_URL, or a
 # wheel in PIP_FIND_LINKS) it is taken; otherwise the CUDA build comes, which runs on the CPU as well.
@@ -24,14 +24,39 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Attempts killed, stopped, frozen, started twice, on a store that dies and lies: half an hour on two cores. What was
+# done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments.
+chaos: $(VENV)/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CHAOS_RESULTS=bench/RESULTS.md \
+		$(BIN)/python -m pytest -s -m "chaos or not chaos" tests/chaos
+
 # Against a real Ceph RGW, which tests/stores/ installs and starts here (root, Debian or Ubuntu) and takes down again.
 test-stores: $(VENV)/installed
 	tests/stores/install.sh
 	$(BIN)/python -m pytest -m stores tests/stores
 
+# On a real Slurm of two nodes, which tests/slurm/ installs and starts here (root, Debian or Ubuntu) and takes down again.
+test-slurm: $(VENV)/installed
+	tests/slurm/install.sh
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "slurm or not slurm" tests/slurm
+
+# The image and its bill of materials; docs/image.md has the variables (make IMAGE=... hands them on).
+image:
+	@image/build.sh
+
+sbom: $(VENV)/installed
+	@image/sbom.sh
+
+# Builds the image from the CPU lock and runs it, with docker, or with podman and buildah. Without BASE_IMAGE it makes a
+# Debian to build on (root, debootstrap).
+test-image: $(VENV)/installed
+	$(BIN)/python -m pytest -m image tests/image
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch image/*.sh tests/*/*.sh .ci/run
 
 types: $(VENV)/installed
 	$(BIN)/mypy
@@ -40,14 +65,25 @@ types: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
 
+# The overlays of k8s/ as kubectl renders them, so that they are tested where kubectl is not.
+templates: $(VENV)/installed
+	$(BIN)/python tests/k8s/k8s_manifests.py
+
 # Both locks from pyproject.toml. The CPU one is for tests and the demo, without the CUDA packages and without hashes
 # (which build of torch comes depends on where it is looked for); the CUDA one is for the image, with hashes.
 lock: $(VENV)/installed
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --no-header --no-annotate --quiet \
-		| grep -vE '^(nvidia|cuda|triton)' > locks/cpu.txt
-	$(BIN)/uv pip compile pyproject.toml --extra tensorboard --extra wandb --extra mlflow --generate-hashes \
+		| grep -vE '^(nvidia-(cu|nc|nv)|cuda|triton)' > locks/cpu.txt
+	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra tensorboard --extra wandb --extra mlflow --generate-hashes \
 		--python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet \
 		--output-file locks/cuda.txt
+
+# The lock for CUDA 12.6 (make locks/cu126.txt; docs/image.md): the same software, but for PyTorch's own build of torch.
+locks/cu1%.txt: pyproject.toml locks/cuda.txt $(VENV)/installed
+	grep -oE '^[a-z0-9._-]+==[^ ]+' locks/cuda.txt | grep -vE '^(torch|triton|cuda|nvidia-(cu|nc|nv))' > $(VENV)/pins.txt
+	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra tensorboard --extra wandb --extra mlflow --generate-hashes \
+		--constraints $(VENV)/pins.txt --torch-backend cu1$* --python-version 3.12 \
+		--python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet --output-file $@
 
 clean:
 	rm -rf $(VENV) $(DEMO) work

@@ -226,7 +226,9 @@ def commands_page() -> str:
 def _command(usage: str, command: "click.Command") -> list[str]:
     import click
 
-    options = [p for p in command.params if isinstance(p, click.Option) and p.name not in {"help", "version"}]
+    options = [
+        p for p in command.params if isinstance(p, click.Option) and p.name not in {"help", "version"} and not p.hidden
+    ]
     rows = [_option(p) for p in sorted(options, key=lambda option: not option.required)]
     head = ["| option | environment | default | meaning |", "|---|---|---|---|"]
     return ["```", usage, "```", "", *(head + rows if rows else ["It has no options."]), ""]

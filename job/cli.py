@@ -6,8 +6,10 @@ import os
 import re
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -18,6 +20,9 @@ from job.core.errors import JobError, LocalDiskError, StopRequestedError, UsageE
 from job.edge.interrupt import Interrupt
 from job.edge.output import LastingOutput
 
+DEFAULT_GRACE_SECONDS = 30.0
+"""What schedulers give where nobody sets anything else."""
+DEFAULT_LEASE_SECONDS = 60.0
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$", re.IGNORECASE)
 
 
@@ -125,10 +130,47 @@ def cli(context: click.Context, log_format: str) -> None:
 @cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_shared_options
+@click.option(
+    "--grace-seconds",
+    envvar="JOB_GRACE_SECONDS",
+    type=click.FloatRange(min=1),
+    help="Time between a request to stop and the kill: a stop is fitted into it. Without it 30 are taken for likely.",
+)
+@click.option(
+    "--deadline",
+    envvar="JOB_DEADLINE",
+    metavar="TIME",
+    help="When the scheduler ends the job (ISO 8601 or Unix seconds); it saves and ends with 75 before.",
+)
+@click.option(
+    "--lease-seconds",
+    envvar="JOB_LEASE_SECONDS",
+    type=click.FloatRange(min=1),
+    default=DEFAULT_LEASE_SECONDS,
+    show_default=True,
+    help="How long another attempt at this run may be silent before it is taken for dead.",
+)
+@click.option(
+    "--stall-seconds",
+    envvar="JOB_STALL_SECONDS",
+    type=click.FloatRange(min=1),
+    help="End with 83 after so long without progress; without it each phase has its own time.",
+)
+@click.option(
+    "--force",
+    envvar="JOB_FORCE",
+    is_flag=True,
+    help="Work on the run although its last two attempts failed in the same way.",
+)
+@click.option("--crash-at", envvar="JOB_CRASH_AT", metavar="POINT", hidden=True, help="For tests; see docs.")
 @click.pass_context
 def run(context: click.Context, /, recipe: Path, **options: Any) -> None:
     """Carry the recipe's run to its committed report; a finished run is left as it is, an unfinished one resumed."""
     attempt = _attempt(context, recipe, options)
+    if options["crash_at"]:
+        from job.edge.crash_points import arm
+
+        arm(options["crash_at"])
     from job.core.terminal import report_lines
     from job.run import run as carry_out
 
@@ -214,14 +256,31 @@ def try_run(
     )
 
 
-@cli.command()
-@click.argument("run_uri")
-def report(run_uri: str) -> None:
-    """Show the report of a finished run, and leave its two pictures beside report.json."""
+@cli.command(
+    help="Show the report of a finished run and leave its pictures beside report.json; of several runs show a table: "
+    "what differs in the recipes, the losses, which was best. It ends with 66 when one of them is not finished.\n\n"
+    "RUN is a run's URI; {output}/runs for all of them (its last part may hold `*`); a file with one URI a line; or a "
+    "recipe, for the run that it names now (only there the options mean something)."
+)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@_shared_options
+@click.pass_context
+def report(context: click.Context, /, runs: tuple[str, ...], **options: Any) -> None:
+    """Show one report, or several runs side by side."""
+    from job.core.comparison import runs_table
     from job.core.terminal import report_lines
-    from job.show import leave_pictures, open_run
+    from job.show import leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
 
-    artifacts, found = open_run(run_uri)
+    if len(runs) == 1 and runs[0].endswith((".yaml", ".yml")):
+        artifacts, found = run_of_recipe(_attempt(context, Path(runs[0]), options))
+    else:
+        uris = [uri for name in runs for uri in run_uris(name)]
+        if tuple(uris) != runs or len(uris) > 1:
+            rows = [look_at(uri) for uri in uris]
+            click.echo("\n".join(runs_table(rows)))
+            context.obj["failure"] = unfinished(rows)
+            return
+        artifacts, found = open_run(uris[0])
     click.echo("\n".join(report_lines(found)))
     click.echo(leave_pictures(artifacts, found))
 
@@ -277,11 +336,12 @@ def _ended(state: Mapping[str, Any], error: BaseException | None, *, shown: bool
     attempt = state["attempt"]
     standing = attempt.standing if attempt else None
     row = ending(code)
+    again = "no" if standing and standing.final else row.again.value
     if error is not None and not shown:
         facts = {
             "exit_code": code,
             "reason": str(error) or type(error).__name__,
-            "again": row.again.value,
+            "again": again,
             "action": row.action,
             "signal": state["interrupt"].reason if code == StopRequestedError.code else None,
             "last_committed_step": standing.last_committed_step if standing else None,
@@ -294,6 +354,7 @@ def _ended(state: Mapping[str, Any], error: BaseException | None, *, shown: bool
     if state["outcome"]:
         state["outcome"].end(
             code=code,
+            again=again,
             reason="done" if error is None else state["hide"](str(error) or type(error).__name__),
             last_committed_step=standing.last_committed_step if standing else None,
             run_uri=standing.run_uri if standing else None,
@@ -324,6 +385,15 @@ def _attempt(context: click.Context, path: Path, options: Mapping[str, Any]) -> 
         device=options["device"],
         run_id=run_id,
         should_stop=context.obj["interrupt"],
+        ask_to_stop=context.obj["interrupt"].ask,
+        is_kill_near=lambda: context.obj["interrupt"].signalled,
+        tell_end=lambda error: _ended(context.obj, error, shown=False),
+        grace_seconds=options.get("grace_seconds"),
+        limits=_limits(options),
+        stall_seconds=options.get("stall_seconds"),
+        lease_seconds=options.get("lease_seconds", DEFAULT_LEASE_SECONDS),
+        force=options.get("force", False),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
         hide=context.obj["hide"],
         outcome=outcome,
         phases=Phases(outcome),
@@ -331,6 +401,15 @@ def _attempt(context: click.Context, path: Path, options: Mapping[str, Any]) -> 
     )
     context.obj["attempt"] = attempt
     return attempt
+
+
+def _limits(options: Mapping[str, Any]) -> Any:
+    """The time that the attempt is given; the deadline on the monotonic clock, which nobody sets back."""
+    from job.core.limits import Limits, parse_deadline
+
+    said = options.get("deadline")
+    deadline = None if said is None else time.monotonic() + parse_deadline(said) - time.time()
+    return Limits(grace_seconds=options.get("grace_seconds") or DEFAULT_GRACE_SECONDS, deadline=deadline)
 
 
 def _typed(should_stop: Callable[[], bool]) -> Iterator[str]:

@@ -1,16 +1,21 @@
 """One run, top to bottom: the story of the product."""
 
+import os
 import platform
 import shutil
-from datetime import UTC, datetime
+from dataclasses import asdict, replace
 
 import structlog
 
-from job.core.errors import Again, JobError, StopRequestedError, ending, exit_code
+from job.core.crash_points import crash_point
+from job.core.errors import Again, StopRequestedError, ending, exit_code
 from job.core.report import Report
 from job.edge import base_model
 from job.edge.logs import bind, quiet_libraries
+from job.edge.machine import look_at_machine
 from job.stages.attempt import Attempt
+from job.stages.begun import Begun
+from job.stages.guard import Guard, refuse_short_time
 from job.stages.identity import Run, find_run, probe_output
 
 log = structlog.get_logger(__name__)
@@ -22,28 +27,61 @@ def run(attempt: Attempt) -> Report:
     Raises:
         JobError: the exit code of the table; what is committed stays committed.
     """
-    with attempt.phases.phase("identify"):
-        found = find_run(attempt)
-    bind(run_id=found.artifacts.run_id)
-    if found.done:
-        attempt.standing.run_uri = found.artifacts.uri
-        log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
-        return Report.model_validate(found.artifacts.report())
-    _look_at_output(attempt)
-    begun = _Begun(attempt, found)
+    with Guard(attempt) as guard:
+        with attempt.phases.phase("identify"):
+            found = find_run(attempt)
+        bind(run_id=found.artifacts.run_id)
+        if found.done:
+            return _already_done(attempt, found)
+        refuse_short_time(attempt)
+        # First of all that costs nothing: what cannot be written to is refused before the store hears of us.
+        log.info("machine", **asdict(look_at_machine(attempt.workdir)))
+        return _locked(attempt, found, guard)
+
+
+def _locked(attempt: Attempt, found: Run, guard: Guard) -> Report:
+    """Work on the run as its only attempt."""
+    lock = found.artifacts.make_lock(
+        lease_seconds=attempt.lease_seconds,
+        owner={"host": platform.node(), "pid": os.getpid()},
+        conditional=_look_at_output(attempt),
+        on_lost=lambda: attempt.ask_to_stop("another attempt has taken the run over"),
+    )
+    with attempt.phases.phase("lock"):
+        lock.acquire(above=max(found.artifacts.attempt_numbers(), default=0), should_stop=attempt.moves_on)
+    crash_point("lock.acquired")
+    artifacts = found.artifacts.under(lock)
+    # What was seen before the lock was ours may have changed since.
+    found = replace(found, artifacts=artifacts, begun=artifacts.run_record() is not None)
+    begun = Begun(attempt, found, lock)
+    guard.understood, guard.end_records = begun.understood, begun.end
     try:
-        report = _carry_out(attempt, found, begun)
+        if artifacts.report() is not None:
+            report = _already_done(attempt, found)
+        else:
+            artifacts.take_over()
+            begun.refuse_repeated_failure()
+            report = _carry_out(attempt, found, begun)
     except BaseException as error:
-        begun.end(error)
-        if begun.number is None and ending(exit_code(error)).again is Again.NEVER:
+        ended = begun.understood(error)
+        begun.end(ended)
+        if begun.number is None and ending(exit_code(ended)).again is Again.NEVER:
             # Nobody comes back for it: a folder for each refused night would fill the disk.
             shutil.rmtree(attempt.workdir / "runs" / found.artifacts.run_id, ignore_errors=True)
-        raise
+        if ended is error:
+            raise
+        raise ended from error
     begun.end(None)
     return report
 
 
-def _carry_out(attempt: Attempt, found: Run, begun: "_Begun") -> Report:
+def _already_done(attempt: Attempt, found: Run) -> Report:
+    attempt.standing.run_uri = found.artifacts.uri
+    log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
+    return Report.model_validate(found.artifacts.report())
+
+
+def _carry_out(attempt: Attempt, found: Run, begun: Begun) -> Report:
     """Fetch, encode, train, finish."""
     if found.begun:
         begun.begin()  # an unfinished run: this attempt counts from here
@@ -51,15 +89,16 @@ def _carry_out(attempt: Attempt, found: Run, begun: "_Begun") -> Report:
         # Here and not above: a finished run, a wrong recipe and --help answer without them.
         from job.stages.dataset import prepare_dataset
         from job.stages.finish import finish
+        from job.stages.preflight import hardware_errors, look_at_hardware
         from job.stages.training import Setting, Training
-        from job.tune.device import choose_device, device_name
         from job.tune.model import load_tokenizer, read_config, refuse_targets, shape_of
         from job.tune.track import refuse_trackers
 
         quiet_libraries()
-        device = choose_device(attempt.device)
-        attempt.standing.device = device_name(device)
     _poll(attempt)
+    device = look_at_hardware(attempt)
+    _poll(attempt)
+    crash_point("fetch_base.before")
     with attempt.phases.phase("fetch_base"):
         base = base_model.fetch(
             found.base,
@@ -82,63 +121,24 @@ def _carry_out(attempt: Attempt, found: Run, begun: "_Begun") -> Report:
         attempt_number=number,
         device=device,
     )
-    trained = Training(attempt, setting).run()
-    return finish(attempt, setting, trained)
+    with hardware_errors(device):
+        trained = Training(attempt, setting).run()
+        return finish(attempt, setting, trained)
 
 
-def _look_at_output(attempt: Attempt) -> None:
+def _look_at_output(attempt: Attempt) -> bool:
+    """Whether the store keeps conditions on writes."""
     with attempt.phases.phase("try_output"):
         found = probe_output(attempt)
     if not found.conditional:
         log.warning("no_conditional_writes", reason=found.reason)
-        attempt.notes.append(f"two attempts at once could not be told apart: {attempt.hide(found.reason)}")
+        attempt.notes.append(
+            "the store does not keep conditions on writes, so the lock was a lease that is read back: attempts that "
+            f"begin in the same two seconds may both work ({attempt.hide(found.reason)})"
+        )
+    return found.conditional
 
 
 def _poll(attempt: Attempt) -> None:
     if attempt.should_stop():
         raise StopRequestedError("asked to stop before the first step")
-
-
-class _Begun:
-    """This attempt's two records in the store: that it began, and how it ended."""
-
-    def __init__(self, attempt: Attempt, found: Run) -> None:
-        self._attempt = attempt
-        self._found = found
-        self.number: int | None = None
-        """Of the attempt; None before `begin`."""
-
-    def begin(self) -> int:
-        """Freeze the run if it is new, and take an attempt number; the second call returns the same one."""
-        if self.number is None:
-            artifacts = self._found.artifacts
-            artifacts.begin_run(self._found.record)
-            self._attempt.standing.run_uri = artifacts.uri
-            self.number = artifacts.begin_attempt({"started": _now(), "host": platform.node()})
-            bind(attempt=self.number)
-            log.info("attempt", number=self.number, run_uri=artifacts.uri)
-        return self.number
-
-    def end(self, error: BaseException | None) -> None:
-        """Leave word of how it ended; a store that cannot be reached now must not hide why."""
-        if self.number is None:
-            return
-        standing = self._attempt.standing
-        code = 0 if error is None else exit_code(error)
-        facts = {
-            "ended": _now(),
-            "exit_code": code,
-            "reason": "finished" if error is None else self._attempt.hide(f"{type(error).__name__}: {error}")[:2000],
-            "device": standing.device,
-            "from_step": standing.from_step,
-            "last_committed_step": standing.last_committed_step,
-            "phase_seconds": self._attempt.phases.seconds,
-        }
-        try:
-            self._found.artifacts.end_attempt(self.number, facts)
-        except JobError as trouble:
-            log.warning("attempt_end_not_written", reason=str(trouble))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

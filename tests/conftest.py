@@ -42,6 +42,12 @@ def moto_place(moto_http, s3_environment):
 
 
 @pytest.fixture
+def ministack_place(ministack_http, s3_environment):
+    s3_environment(ministack_http)
+    return new_bucket(ministack_http)
+
+
+@pytest.fixture
 def proxy(moto_http):
     with faulty_proxy(moto_http.endpoint) as running:
         yield running

@@ -26,8 +26,8 @@ def left_behind(folder) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-class StoreContract:
-    """The claims; `store` stands below a root that does not exist yet."""
+class PlainStoreContract:
+    """What also a store without conditional writes keeps; `store` stands below a root that does not exist yet."""
 
     @pytest.fixture
     def store(self, place):
@@ -111,47 +111,6 @@ class StoreContract:
             store.write("lock", b"second", create_only=True)
         assert store.read("lock")[0] == b"first"
 
-    def test_of_eight_creators_one_wins(self, store):
-        won, start = [], threading.Barrier(8)
-
-        def create(number):
-            start.wait()
-            try:
-                store.write("race", b"%d" % number, create_only=True)
-            except PreconditionError:
-                return
-            won.append(number)
-
-        run_all([threading.Thread(target=create, args=(number,)) for number in range(8)])
-        assert len(won) == 1
-        assert store.read("race")[0] == b"%d" % won[0]
-
-    def test_if_match_swaps_only_what_was_read(self, store):
-        first = store.write("channel", b"1")
-        second = store.write("channel", b"2", if_match=first)
-
-        assert store.read("channel") == (b"2", second)
-        with pytest.raises(PreconditionError):
-            store.write("channel", b"3", if_match=first)
-        with pytest.raises(PreconditionError):
-            store.write("nothing", b"3", if_match=first)
-        assert store.read("channel")[0] == b"2"
-
-    def test_of_eight_swappers_one_wins(self, store):
-        etag, won, start = store.write("channel", b"old"), [], threading.Barrier(8)
-
-        def swap(number):
-            start.wait()
-            try:
-                store.write("channel", b"%d" % number, if_match=etag)
-            except PreconditionError:
-                return
-            won.append(number)
-
-        run_all([threading.Thread(target=swap, args=(number,)) for number in range(8)])
-        assert len(won) == 1
-        assert store.read("channel")[0] == b"%d" % won[0]
-
     def test_an_object_with_another_etag_is_refused(self, store, tmp_path):
         etag = store.write("data", b"old")
         store.write("data", b"new")
@@ -204,6 +163,70 @@ class StoreContract:
                 names(missing)
         with pytest.raises(StopRequestedError):
             expand([f"{store.uri}/t/"], SETTINGS, should_stop=lambda: True)
+
+
+class StoreContract(PlainStoreContract):
+    """And what makes a lock and a swap: conditions hold, and of many at once one wins."""
+
+    def test_of_eight_creators_one_wins(self, store):
+        won, start = [], threading.Barrier(8)
+
+        def create(number):
+            start.wait()
+            try:
+                store.write("race", b"%d" % number, create_only=True)
+            except PreconditionError:
+                return
+            won.append(number)
+
+        run_all([threading.Thread(target=create, args=(number,)) for number in range(8)])
+        assert len(won) == 1
+        assert store.read("race")[0] == b"%d" % won[0]
+
+    def test_if_match_swaps_only_what_was_read(self, store):
+        first = store.write("channel", b"1")
+        second = store.write("channel", b"2", if_match=first)
+
+        assert store.read("channel") == (b"2", second)
+        with pytest.raises(PreconditionError):
+            store.write("channel", b"3", if_match=first)
+        with pytest.raises(PreconditionError):
+            store.write("nothing", b"3", if_match=first)
+        assert store.read("channel")[0] == b"2"
+
+    def test_of_eight_swappers_one_wins(self, store):
+        etag, won, start = store.write("channel", b"old"), [], threading.Barrier(8)
+
+        def swap(number):
+            start.wait()
+            try:
+                store.write("channel", b"%d" % number, if_match=etag)
+            except PreconditionError:
+                return
+            won.append(number)
+
+        run_all([threading.Thread(target=swap, args=(number,)) for number in range(8)])
+        assert len(won) == 1
+        assert store.read("channel")[0] == b"%d" % won[0]
+
+    @pytest.mark.parametrize("size", [7, 11 * 1024 * 1024], ids=["small", "in parts"])
+    def test_an_upload_on_condition_never_replaces_what_was_not_seen(self, store, tmp_path, size):
+        versions = [os.urandom(size) for _ in range(4)]
+
+        def upload(number, **condition):
+            (tmp_path / "out").write_bytes(versions[number])
+            store.upload(tmp_path / "out", "adapter", should_stop=never, **condition)
+            return store.stat("adapter").etag
+
+        first = upload(0, create_only=True)
+        with pytest.raises(PreconditionError):
+            upload(1, create_only=True)
+        second = upload(2, if_match=first)
+        with pytest.raises(PreconditionError):
+            upload(3, if_match=first)
+
+        assert store.stat("adapter").etag == second
+        store.download("adapter", tmp_path / "in", sha256=sha(versions[2]), should_stop=never)
 
     def test_a_probe_tells_what_the_store_can_and_leaves_nothing(self, store):
         found = probe(store)

@@ -30,7 +30,7 @@ STRANGERS = (("job.tune", "job.edge"),)
 OWNERS = {
     "boto3": ("job.edge.s3*",),
     "botocore": ("job.edge.s3*",),
-    "signal": ("job.edge.interrupt",),
+    "signal": ("job.edge.interrupt", "job.edge.crash_points"),
     "bitsandbytes": ("job.tune.model",),
     "click": ("job.cli",),
     "os.environ": ("job.cli",),
@@ -39,6 +39,7 @@ OWNERS = {
     "os.putenv": ("job.cli",),
     "huggingface_hub": ("job.edge.*",),
     "matplotlib": ("job.edge.plots",),
+    "pynvml": ("job.edge.gpu",),
 }
 """Who alone may name a library or one of its parts."""
 CORE_LIBRARIES = {"job", "numpy", "pydantic", "pydantic_core", "yaml"}

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from job.core.limits import StopFigures
 from job.core.recipe import Section
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -210,6 +211,8 @@ class Report(Section):
     schema_version: Literal[1] = SCHEMA_VERSION
     run_id: str
     run_uri: str
+    fence: int
+    """Which owner of the run's lock wrote it, counted from 1."""
     finished: str
     """UTC, ISO 8601."""
     recipe: dict[str, Any]
@@ -224,6 +227,8 @@ class Report(Section):
     answers: tuple[Answer, ...]
     adapter: AdapterReport
     throughput: Throughput
+    stop: StopFigures
+    """What a stop costs, measured in the last attempt."""
     resume_exact: bool
     """Whether an interruption cannot have changed the numbers: every attempt had the same plan on the same device."""
     notes: tuple[str, ...]

@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,20 +117,63 @@ def fetch(
     )
 
 
+def left_bytes(
+    identity: BaseModelIdentity,
+    *,
+    models_folder: Path,
+    settings: StoreSettings,
+    should_stop: Callable[[], bool],
+    patience: Patience | None = None,
+) -> int:
+    """Bytes of weights that `fetch` would have to bring, with the small files brought already: they name the weights.
+
+    A complete copy and a local folder are 0; for a copy nobody is asked.
+
+    Args:
+        identity: from `identify`.
+        models_folder: as for `fetch`.
+        settings: of the store, for an s3:// prefix.
+        should_stop: polled between files.
+        patience: with a hub or store that fails; None: the one made for it.
+
+    Raises:
+        JobError: as `fetch` does before the weights move.
+    """
+    if _ready_copy(identity, models_folder) is not None:
+        return 0
+    _make_folder(models_folder)
+    place = _place(identity, models_folder, settings, should_stop, patience)
+    files = place.files()
+    folder = _bring_small_files(place, files, source=identity.source)
+    wanted = _weights(folder, files, source=identity.source)
+    return sum(wanted.values()) - _here_bytes(folder, wanted)
+
+
 def _bring(place: Place, *, source: str, weights: bool, on_progress: OnProgress | None) -> Path:
     files = place.files()
+    folder = _bring_small_files(place, files, source=source)
+    if weights:
+        wanted = _weights(folder, files, source=source)
+        progress = _Progress(sum(wanted.values()), _here_bytes(folder, wanted), on_progress)
+        _refuse_if_full(folder, needed_bytes=progress.left_bytes, source=source)
+        log.info("base_model_fetch", source=source, files=len(wanted), bytes=sum(wanted.values()))
+        place.bring(list(wanted), on_bytes=progress)
+    return folder
+
+
+def _bring_small_files(place: Place, files: Mapping[str, int], *, source: str) -> Path:
     model_files.refuse_unusable(files, source=source)
     folder = place.bring(model_files.small_files(files), on_bytes=lambda _count: None)
     model_files.refuse_unknown_architecture(folder, source=source)
-    if weights:
-        shards = model_files.weight_files(folder, files, source=source)
-        wanted = {name: files[name] for name in shards}
-        here = sum(size for name, size in wanted.items() if (folder / name).is_file())
-        progress = _Progress(sum(wanted.values()), here, on_progress)
-        _refuse_if_full(folder, needed_bytes=progress.left_bytes, source=source)
-        log.info("base_model_fetch", source=source, files=len(shards), bytes=sum(wanted.values()))
-        place.bring(shards, on_bytes=progress)
     return folder
+
+
+def _weights(folder: Path, files: Mapping[str, int], *, source: str) -> dict[str, int]:
+    return {name: files[name] for name in model_files.weight_files(folder, files, source=source)}
+
+
+def _here_bytes(folder: Path, wanted: Mapping[str, int]) -> int:
+    return sum(size for name, size in wanted.items() if (folder / name).is_file())
 
 
 def _place(

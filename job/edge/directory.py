@@ -125,13 +125,31 @@ class DirectoryStore:
                     )
         return Downloaded(size=file.size, sha256=file.sha256, etag=file.sha256)
 
-    def upload(self, path: Path, key: str, *, should_stop: Callable[[], bool]) -> Uploaded:
+    def upload(
+        self,
+        path: Path,
+        key: str,
+        *,
+        create_only: bool = False,
+        if_match: str | None = None,
+        should_stop: Callable[[], bool],
+    ) -> Uploaded:
         """Copy one file into the store."""
         target = self._path(key)
+
+        def place(temporary: Path, target: Path) -> None:
+            if create_only:
+                _create(temporary, target)
+                return
+            with self._locked() if if_match is not None else contextlib.nullcontext():
+                if if_match is not None and self._etag(key) != if_match:
+                    raise PreconditionError(f"file://{target}: not the content that was read before")
+                temporary.replace(target)
+
         with contextlib.ExitStack() as stack:
             # `delete` prunes empty folders: it must not take this one before the temporary file stands in it.
             with self._locked():
-                file: WholeFile = stack.enter_context(whole_file(target, trouble=store_trouble))
+                file: WholeFile = stack.enter_context(whole_file(target, trouble=store_trouble, place=place))
             for chunk in _chunks(path, local_trouble):
                 _continue(should_stop, f"writing file://{target}")
                 file.write(chunk)
@@ -152,6 +170,12 @@ class DirectoryStore:
                     raise store_trouble(error, path) from error
             for folder in {path.parent for path in paths}:
                 self._prune(folder)
+
+    def clear_unfinished(self, prefix: str) -> int:
+        """Remove the temporary files of writers that died."""
+        top = self._root / prefix
+        folders = [folder for folder, _, _ in os.walk(top)]
+        return sum(remove_dead(Path(folder)) for folder in folders)
 
     def _path(self, key: str) -> Path:
         if "//" in check_key(key):
@@ -244,7 +268,7 @@ def _walk(folder: Path, prefix: str, *, above: frozenset[tuple[int, int]]) -> It
             if modes.S_ISDIR(mode.st_mode):
                 yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", above=above | {here})
             elif modes.S_ISREG(mode.st_mode):
-                yield Entry(key=prefix + entry.name, size=mode.st_size)
+                yield Entry(key=prefix + entry.name, size=mode.st_size, modified=mode.st_mtime)
 
 
 def _scan(folder: Path) -> tuple[tuple[int, int], builtins.list[os.DirEntry[str]]]:

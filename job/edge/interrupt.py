@@ -1,5 +1,7 @@
 """Remembers that someone asked us to stop; imports nothing heavy, so that handlers stand before the libraries load."""
 
+import contextlib
+import os
 import signal
 from types import FrameType
 
@@ -15,11 +17,18 @@ class Interrupt:
 
     def __init__(self) -> None:
         self._signal: int | None = None
+        self._asked: str | None = None
+        self._news: int | None = None
+        """Read end of a pipe with a byte for each signal."""
 
     def install(self) -> None:
         """Set the handlers; call it first of all, on the main thread."""
         for number in _STOP_SIGNALS:
             signal.signal(number, self._remember)
+        # A handler runs only once the main thread is back from C code, which may take minutes. The byte that Python
+        # writes here at the signal itself is seen at once by any other thread that asks.
+        self._news, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
     def ignore(self) -> None:
         """The exit code is decided: a signal while the interpreter ends must not replace it by its own."""
@@ -29,11 +38,25 @@ class Interrupt:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
 
+    def ask(self, reason: str) -> None:
+        """Ask from within the process, as a signal would: the deadline is near, the lock is lost."""
+        self._asked = self._asked or reason
+
     def __call__(self) -> bool:
         """Whether someone asked us to stop."""
+        return self.signalled or self._asked is not None
+
+    @property
+    def signalled(self) -> bool:
+        """Whether it was a signal: then the kill follows, after the grace."""
+        if self._signal is None and self._news is not None:
+            with contextlib.suppress(BlockingIOError):
+                for number in os.read(self._news, 64):
+                    if number in _STOP_SIGNALS:
+                        self._signal = number
         return self._signal is not None
 
     @property
     def reason(self) -> str | None:
-        """The name of the signal that asked, if one did."""
-        return None if self._signal is None else signal.Signals(self._signal).name
+        """The name of the signal that asked, or what within the process did."""
+        return self._asked if self._signal is None else signal.Signals(self._signal).name

@@ -34,6 +34,8 @@ class Entry:
     """Relative to the store's root."""
     size: int
     """Bytes."""
+    modified: float
+    """Unix seconds, by the store's clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,12 +134,28 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def upload(self, path: Path, key: str, *, should_stop: Callable[[], bool]) -> Uploaded:
-        """Send one file to a key that nobody else writes; the object appears whole or not at all.
+    def upload(
+        self,
+        path: Path,
+        key: str,
+        *,
+        create_only: bool = False,
+        if_match: str | None = None,
+        should_stop: Callable[[], bool],
+    ) -> Uploaded:
+        """Send one file, of any size; the object appears whole or not at all.
 
         Raises:
             LocalDiskError: `path` cannot be read.
+            PreconditionError: as `write`; also when only the answer was lost, and our own object stands there.
             StopRequestedError: `should_stop` said so.
+        """
+        ...
+
+    def clear_unfinished(self, prefix: str) -> int:
+        """Remove what unfinished uploads below a prefix left, and say how many there were.
+
+        Only for who knows that nobody uploads there.
         """
         ...
 

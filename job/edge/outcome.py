@@ -59,6 +59,7 @@ class Outcome:
         self,
         *,
         code: int,
+        again: str,
         reason: str,
         last_committed_step: int | None = None,
         run_uri: str | None = None,
@@ -71,6 +72,7 @@ class Outcome:
                 {
                     "state": "ended",
                     "code": code,
+                    "again": again,
                     "reason": redact(reason),
                     "action": action,
                     "last_committed_step": last_committed_step,

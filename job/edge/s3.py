@@ -1,5 +1,6 @@
 """A prefix of an S3 bucket as a store: listing, small conditional writes, and the door to large transfers."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -54,7 +55,8 @@ class S3Store:
             page = self._bucket.ask(partial(self._page, start, page_token), key=start)
             for found in page.get("Contents", []):
                 if not found["Key"].endswith("/"):
-                    yield Entry(key=found["Key"].removeprefix(self._prefix), size=found["Size"])
+                    key = found["Key"].removeprefix(self._prefix)
+                    yield Entry(key=key, size=found["Size"], modified=found["LastModified"].timestamp())
             page_token = page.get("NextContinuationToken", "")
             if not page_token:
                 return
@@ -120,16 +122,47 @@ class S3Store:
         )
         return download.to(path, sha256=sha256)
 
-    def upload(self, path: Path, key: str, *, should_stop: Callable[[], bool]) -> Uploaded:
-        """Send one file, in parts where it is large."""
-        upload = Upload(
-            bucket=self._bucket,
-            path=path,
-            key=self._name(key),
-            part_bytes=self._part_bytes,
-            should_stop=should_stop,
-        )
-        return upload.run()
+    def upload(
+        self,
+        path: Path,
+        key: str,
+        *,
+        create_only: bool = False,
+        if_match: str | None = None,
+        should_stop: Callable[[], bool],
+    ) -> Uploaded:
+        """Send one file, in parts where it is large and nothing is asked of the object that it replaces."""
+
+        def send(**conditions: str) -> Uploaded:
+            upload = Upload(
+                bucket=self._bucket,
+                path=path,
+                key=self._name(key),
+                part_bytes=self._part_bytes,
+                conditions=conditions,
+                should_stop=should_stop,
+            )
+            return upload.run()
+
+        if create_only:
+            return send(IfNoneMatch="*")
+        if if_match is None:
+            return send()
+        try:
+            return send(IfMatch=quoted(if_match))
+        except PreconditionError:
+            if self._etag(key) != if_match:
+                raise
+            return send(IfMatch=if_match)  # as in `write`
+
+    def clear_unfinished(self, prefix: str) -> int:
+        """Abort the multipart uploads below a prefix: their parts are paid for, and no listing shows them."""
+        start = self._prefix + prefix
+        found = self._bucket.ask(partial(self._unfinished, start), key=start)
+        for name, upload_id in found:
+            with contextlib.suppress(NotFoundError):
+                self._bucket.ask(partial(self._bucket.abort, name, upload_id), key=name)
+        return len(found)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects, a thousand with each request."""
@@ -146,6 +179,12 @@ class S3Store:
                 Bucket=self._bucket.name, Prefix=start, ContinuationToken=page_token
             )
         return self._bucket.client.list_objects_v2(Bucket=self._bucket.name, Prefix=start)
+
+    def _unfinished(self, start: str) -> Sequence[tuple[str, str]]:
+        """Key and id of each unfinished upload; a thousand in one page are more than a run can leave."""
+        answer = self._bucket.client.list_multipart_uploads(Bucket=self._bucket.name, Prefix=start)
+        # Some stores take the prefix for an exact key or leave it out: what is not ours is not touched.
+        return [(u["Key"], u["UploadId"]) for u in answer.get("Uploads", []) if u["Key"].startswith(start)]
 
     def _put(self, name: str, data: bytes, **conditions: str) -> str:
         tries = 0

@@ -5,8 +5,8 @@ import itertools
 import threading
 import time
 import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import boto3
 from botocore.config import Config
@@ -114,17 +114,28 @@ class Bucket:
 
     def put(self, key: str, data: bytes, **conditions: str) -> str:
         """Write an object in one attempt and return its ETag; `conditions` are PutObject's own."""
-        extra = {**self.encryption, **self.checksum(data), **conditions}
-        return bare(self.client.put_object(Bucket=self.name, Key=key, Body=data, **extra)["ETag"])
+        return self._put(key, data, zlib.crc32(data), conditions)
 
-    def checksum(self, data: bytes) -> dict[str, Any]:
+    def put_file(self, key: str, file: BinaryIO, *, crc32: int, conditions: Mapping[str, str]) -> str:
+        """As `put`, piece by piece; the file's CRC32 is given, for it stands before the first of them."""
+        return self._put(key, file, crc32, conditions)
+
+    def _put(self, key: str, body: bytes | BinaryIO, crc32: int, conditions: Mapping[str, Any]) -> str:
+        extra = {**self.encryption, **self.checksum(crc32), **conditions}
+        return bare(self.client.put_object(Bucket=self.name, Key=key, Body=body, **extra)["ETag"])
+
+    def abort(self, key: str, upload_id: str) -> None:
+        """Give up a multipart upload, in one attempt."""
+        self.client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload_id)
+
+    def checksum(self, crc32: int) -> dict[str, Any]:
         """The CRC32 as a header of the request.
 
         Left to itself boto3 sends it over https as a trailer, which many stores (Ceph RGW 16 with 411) refuse.
         """
         if not self.checksums:
             return {}
-        return {"ChecksumCRC32": base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()}
+        return {"ChecksumCRC32": base64.b64encode(crc32.to_bytes(4, "big")).decode()}
 
 
 def bare(etag: str) -> str:

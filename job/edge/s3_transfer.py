@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 _MOST_PARTS = 10_000
 """S3's own limit; larger files get larger parts."""
+_LARGEST_PUT_BYTES = 5 * 1024**3
+"""S3's own limit for one request."""
 _SILENCE_SECONDS = 300.0
 """A download that trickles this slowly ends as unavailable instead of holding a GPU for ever."""
 _SETTLE_SECONDS = 5.0
@@ -108,10 +111,16 @@ class Upload:
     key: str
     """In the bucket."""
     part_bytes: int
+    conditions: Mapping[str, str]
+    """IfNoneMatch or IfMatch of the request that makes the object appear."""
     should_stop: Callable[[], bool]
 
     def run(self) -> Uploaded:
-        """Send it: small files in one request, others in parts."""
+        """Send it: small files in one request, others in parts.
+
+        On a condition it is one request as long as that can be: of parts Ceph RGW 16 forgets every condition, and other
+        stores forget If-Match.
+        """
         try:
             size = self.path.stat().st_size
         except OSError as error:
@@ -120,7 +129,10 @@ class Upload:
         if size <= self.part_bytes:
             data = b"".join(pieces)
             with self._lanes() as lanes:
-                lanes.run(partial(self._ask, partial(self.bucket.put, self.key, data), lanes))
+                put = partial(self.bucket.put, self.key, data, **self.conditions)
+                lanes.run(partial(self._ask, put, lanes))
+        elif self.conditions and size <= _LARGEST_PUT_BYTES:
+            self._in_one_request(pieces)
         else:
             self._in_parts(pieces, size)
         if pieces.size != size:
@@ -134,6 +146,22 @@ class Upload:
     def _ask(self, call: Callable[[], T], lanes: Lanes) -> T:
         return self.bucket.ask(call, key=self.key, cancelled=lanes.cancelled)
 
+    def _in_one_request(self, pieces: "_Pieces") -> None:
+        crc32 = 0
+        for piece in pieces:
+            crc32 = zlib.crc32(piece, crc32)
+
+        def put() -> None:
+            try:
+                file = self.path.open("rb")
+            except OSError as error:
+                raise local_trouble(error, self.path) from error
+            with file:
+                self.bucket.put_file(self.key, file, crc32=crc32, conditions=self.conditions)
+
+        with self._lanes() as lanes:
+            lanes.run(partial(self._ask, put, lanes))
+
     def _in_parts(self, pieces: "_Pieces", size: int) -> None:
         upload_id = self.bucket.ask(self._begin, key=self.key)
         try:
@@ -144,7 +172,7 @@ class Upload:
             # Parts that are never completed are paid for, invisibly. A store that is away keeps them: its lifecycle
             # rule for incomplete uploads has to remove them then, and the first error is the one to tell.
             with contextlib.suppress(JobError):
-                self.bucket.ask(partial(self._abort, upload_id), key=self.key)
+                self.bucket.ask(partial(self.bucket.abort, self.key, upload_id), key=self.key)
             raise
 
     def _senders(
@@ -166,7 +194,7 @@ class Upload:
             UploadId=upload_id,
             PartNumber=number,
             Body=data,
-            **self.bucket.checksum(data),
+            **self.bucket.checksum(zlib.crc32(data)),
         )
         part: CompletedPartTypeDef = {"PartNumber": number, "ETag": answer["ETag"]}
         if "ChecksumCRC32" in answer:
@@ -180,7 +208,11 @@ class Upload:
             nonlocal tries
             tries += 1
             self.bucket.client.complete_multipart_upload(
-                Bucket=self.bucket.name, Key=self.key, UploadId=upload_id, MultipartUpload={"Parts": parts}
+                Bucket=self.bucket.name,
+                Key=self.key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": parts},
+                **self.conditions,  # type: ignore[arg-type] # the stubs type each condition by itself
             )
 
         try:
@@ -190,9 +222,6 @@ class Upload:
             # this key.
             if tries == 1 or self._ask(partial(self.bucket.head, self.key), lanes)["ContentLength"] != size:
                 raise
-
-    def _abort(self, upload_id: str) -> None:
-        self.bucket.client.abort_multipart_upload(Bucket=self.bucket.name, Key=self.key, UploadId=upload_id)
 
 
 class _Pieces:

@@ -6,6 +6,7 @@ import posixpath
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,9 @@ __all__ = [
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _DEFAULT_PATIENCE = Patience()
+_RACES = 3
+"""Rounds of the probe: a store that is only sometimes atomic shows it in most of them."""
+_RACERS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,7 @@ class Probe:
     """What a store let us do under a root; that it let us write is why there is a probe at all."""
 
     conditional: bool
-    """Create-only and If-Match hold: a lock and a swap can be trusted."""
+    """Create-only and If-Match hold, and of many at once one wins: a lock and a swap can be trusted."""
     deletes: bool
     """Old checkpoints can be removed."""
     reason: str
@@ -147,9 +151,10 @@ def probe(store: ObjectStore) -> Probe:
         DeniedError: the credentials may not write there.
     """
     key = f".probe-{secrets.token_hex(8)}"
-    reason = _missing_conditions(store, key)
+    races = [f"{key}-{number}" for number in range(_RACES)]
+    reason = _missing_conditions(store, key) or _lost_races(store, races)
     try:
-        store.delete([key])
+        store.delete([key, *races])
     except DeniedError as error:
         return Probe(conditional=not reason, deletes=False, reason="; ".join(filter(None, [reason, str(error)])))
     return Probe(conditional=not reason, deletes=True, reason=reason)
@@ -172,6 +177,26 @@ def _missing_conditions(store: ObjectStore, key: str) -> str:
     with contextlib.suppress(PreconditionError):
         store.write(key, b"4", if_match="0" * len(etag))
         return f"{store.uri}: If-Match is ignored, a write with a wrong ETag went through"
+    return ""
+
+
+def _lost_races(store: ObjectStore, keys: Sequence[str]) -> str:
+    """What goes wrong when several create the same object at once; empty when one of them wins each time."""
+
+    def wins(key: str, number: int) -> bool:
+        try:
+            store.write(key, b"%d" % number, create_only=True)
+        except PreconditionError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(_RACERS, thread_name_prefix="probe") as pool:
+        for key in keys:
+            winners = sum(pool.map(partial(wins, key), range(_RACERS)))
+            if winners > 1:
+                return (
+                    f"{store.uri}: create-only is not atomic, {winners} of {_RACERS} writers at once were let through"
+                )
     return ""
 
 

@@ -87,12 +87,15 @@ def whole_file(
             temporary.unlink()
 
 
-def remove_dead(folder: Path) -> None:
-    """Remove the temporary files in a folder whose writers died."""
+def remove_dead(folder: Path) -> int:
+    """Remove the temporary files in a folder whose writers died, and count them."""
+    removed = 0
     for temporary in folder.glob(TEMPORARY + "*"):
         with contextlib.suppress(OSError), temporary.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             temporary.unlink()
+            removed += 1
+    return removed
 
 
 def sync_folder(folder: Path) -> None:

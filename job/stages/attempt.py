@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 
+from job.core.limits import Limits
 from job.core.recipe import Recipe
 from job.edge.outcome import Outcome
 from job.edge.storage import StoreSettings
@@ -23,26 +24,37 @@ class Phases:
 
     def __init__(self, outcome: Outcome) -> None:
         self.seconds: dict[str, float] = {}
+        self.current: str | None = None
+        """The phase under way; after a failure the one that it came in."""
         self._counted = 0.0
         self._outcome = outcome
         self._told_at = 0.0
+        self.on_phase: Callable[[str], str] = lambda name: name
+        """Told each phase; who watches over the attempt sets it."""
+        self.on_beat: Callable[[], None] = lambda: None
+        """Told that something moves."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time one phase; a name that comes again adds up."""
         log.info("phase", name=name)
         self._outcome.progress(phase=name)
+        outer, self.current = self.current, name
+        watched = self.on_phase(name)
         began = self._told_at = time.monotonic()
         counted_before = self._counted
         try:
             yield
+            self.current = outer
         finally:
+            self.on_phase(watched)
             elapsed, inner = time.monotonic() - began, self._counted - counted_before
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - inner
             self._counted = counted_before + elapsed
 
     def progress(self, **facts: float | str) -> None:
-        """Say how far the phase is, but not too often."""
+        """Something moved: say how far the phase is, but not too often."""
+        self.on_beat()
         now = time.monotonic()
         if now - self._told_at >= _PROGRESS_SECONDS:
             self._told_at = now
@@ -57,7 +69,13 @@ class Standing:
     device: str | None = None
     from_step: int = 0
     """The step this attempt began with."""
+    step: int = 0
+    """The last step whose numbers are known."""
     last_committed_step: int | None = None
+    asked_at: float | None = None
+    """When a stop was asked for, on the monotonic clock."""
+    final: bool = False
+    """It failed as the attempt before it did: starting it again helps nothing, whatever its exit code says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +89,24 @@ class Attempt:
     run_id: str | None
     """As asked for; None: the run's identity gives it."""
     should_stop: Callable[[], bool]
+    ask_to_stop: Callable[[str], None]
+    """Asks for it from within, with the reason."""
+    is_kill_near: Callable[[], bool]
+    """Whether it was asked for from outside, so that the kill follows after the grace."""
+    tell_end: Callable[[BaseException], int]
+    """Tells log and outcome file how it ended, where the process ends without the front door."""
+    grace_seconds: float | None
+    """From a request to stop to the kill; None: nobody said."""
+    limits: Limits
+    """What a stop costs, and the deadline on the monotonic clock."""
+    stall_seconds: float | None
+    """How long any phase may be silent; None: each has its own time."""
+    lease_seconds: float
+    """How long a silent owner of the run's lock is taken for alive."""
+    force: bool
+    """Work on the run although its last attempts failed in the same way."""
+    started: str
+    """When the process began."""
     hide: Callable[[str], str]
     """Takes secrets out of a text that is kept."""
     outcome: Outcome
@@ -80,6 +116,11 @@ class Attempt:
     standing: Standing = field(default_factory=Standing)
     notes: list[str] = field(default_factory=list)
     """What the report's reader should know."""
+
+    def moves_on(self) -> bool:
+        """For loops in which each question is a bit of progress: count it as such, and say whether to stop."""
+        self.phases.on_beat()
+        return self.should_stop()
 
     @property
     def settings(self) -> StoreSettings:

@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 
+from job.core.crash_points import crash_point
 from job.core.errors import DataError
 from job.core.plan import choose_max_length, length_statistics
 from job.core.recipe import Fraction
@@ -91,6 +92,7 @@ def _encoded(attempt: Attempt, run: Run, tokenizer: Any, folder: Path) -> tuple[
         # A run id that was given may have stood for other data or templates before.
         if audit["run"] == run.record:
             return open_encoded(place), audit
+    crash_point("download.before")
     with attempt.phases.phase("download"):
         train = _fetch(attempt, run, folder, "train")
         validation = _fetch(attempt, run, folder, "validation")
@@ -102,8 +104,9 @@ def _encoded(attempt: Attempt, run: Run, tokenizer: Any, folder: Path) -> tuple[
             token_rules(tokenizer, attempt.recipe.data),
             folder=place,
             should_stop=attempt.should_stop,
-            on_progress=lambda done: attempt.phases.progress(examples=done),
+            on_progress=lambda done: _encoding(attempt, done),
         )
+    crash_point("encode.after")
     audit = {
         "run": run.record,
         "train": [_object(file) for file in train],
@@ -125,8 +128,18 @@ def _fetch(attempt: Attempt, run: Run, folder: Path, side: Side) -> list[DataFil
         attempt.settings,
         beside=[o.uri for o in (run.validation if side == "train" else run.train)],
         should_stop=attempt.should_stop,
-        on_progress=lambda done: attempt.phases.progress(side=side, bytes=done, of=sum(o.size for o in objects)),
+        on_progress=lambda done: _downloading(attempt, side, done, of=sum(o.size for o in objects)),
     )
+
+
+def _downloading(attempt: Attempt, side: Side, done: int, *, of: int) -> None:
+    attempt.phases.progress(side=side, bytes=done, of=of)
+    crash_point("download.middle")
+
+
+def _encoding(attempt: Attempt, done: int) -> None:
+    attempt.phases.progress(examples=done)
+    crash_point("encode.middle")
 
 
 def _routed(

@@ -9,6 +9,7 @@ import structlog
 import torch
 from peft import PeftModel
 
+from job.core.crash_points import crash_point
 from job.core.errors import RunConflictError, SickDeviceError
 from job.core.report import Report
 from job.core.verdict import Verdict, judge
@@ -41,6 +42,7 @@ def finish(attempt: Attempt, setting: Setting, run: TrainedRun) -> Report:
     with attempt.phases.phase("publish"):
         chosen = next(c for c in reversed(setting.artifacts.checkpoints()) if c.step == verdict.sweet_spot_step)
         files = _publish_adapter(attempt, setting, folder / "adapter", chosen, verdict, run)
+    crash_point("prove.before")
     with attempt.phases.phase("prove"):
         model = _load_published(attempt, setting, folder / "published", files)
         proven = evaluate(
@@ -61,10 +63,11 @@ def finish(attempt: Attempt, setting: Setting, run: TrainedRun) -> Report:
             setting.tokenizer,
             max_new_tokens=attempt.recipe.evaluate.max_new_tokens,
             seed=attempt.recipe.train.seed,
-            should_stop=attempt.should_stop,
+            should_stop=attempt.moves_on,  # asked after each token
         )
     report = assemble_report(attempt, setting, run, verdict, files=files, proven_loss=proven, tuned=tuned)
     with attempt.phases.phase("report"):
+        crash_point("pictures.before")
         for name, picture in draw(report).items():
             setting.artifacts.publish(name, picture)
         setting.artifacts.publish_report(report.model_dump_json(indent=2).encode() + b"\n")

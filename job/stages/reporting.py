@@ -57,6 +57,7 @@ def assemble_report(
     return Report(
         run_id=setting.artifacts.run_id,
         run_uri=setting.artifacts.uri,
+        fence=setting.artifacts.fence,
         finished=_now(),
         recipe=attempt.recipe.model_dump(mode="json"),
         data=setting.dataset.report,
@@ -74,6 +75,7 @@ def assemble_report(
             reported_loss=run.progress.evaluations[verdict.sweet_spot_step].loss,
         ),
         throughput=_throughput(attempt, setting, run),
+        stop=attempt.limits.figures(),
         resume_exact=run.resume_exact,
         notes=tuple(attempt.notes),
         versions=_versions(),

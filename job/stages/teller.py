@@ -29,6 +29,7 @@ class StepTeller:
             },
             step=record.step,
         )
+        self._attempt.standing.step = record.step
         self._pending.append(record)
         self._waited += record.seconds
         last = record.step == record.of

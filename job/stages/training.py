@@ -3,6 +3,7 @@
 import math
 import shutil
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import get_scheduler
 
+from job.core.crash_points import crash_point
 from job.core.errors import DivergedError, LocalDiskError
 from job.core.plan import Course, MemoryPlan, plan_course, plan_memory
 from job.core.verdict import Evaluation, judge
@@ -90,8 +92,14 @@ class Training:
     def __init__(self, attempt: Attempt, setting: Setting) -> None:
         self._attempt = attempt
         self._setting = setting
-        self._scratch = attempt.workdir / "runs" / setting.artifacts.run_id / "checkpoints"
-        shutil.rmtree(self._scratch, ignore_errors=True)  # an earlier attempt's; what counts is in the store
+        folder = attempt.workdir / "runs" / setting.artifacts.run_id / "checkpoints"
+        self._scratch = folder / f"a{setting.attempt_number:02d}"
+        self._earlier = [path for path in folder.glob("*") if path != self._scratch]
+        """What earlier attempts could not upload: kept until there is something newer in the store."""
+        self._committed_at = self._looked_at = time.monotonic()
+        self._longest_micro_batch = 0.0
+        """Seconds."""
+        self._warned = False
 
     def run(self) -> TrainedRun:
         """Train to the end.
@@ -103,13 +111,20 @@ class Training:
         recipe = attempt.recipe
         with attempt.phases.phase("load_model"):
             model, memory_plan = self._load()
+            crash_point("model.loaded")
         trained, course, accelerator = self._prepare(model, memory_plan)
         run = self._describe(model, trained, course, memory_plan)
         self._resume(trained, run)
         if trained.progress.plan["checkpointing"]:
             model.use_checkpointing()
         tracking = self._begin_tracking(accelerator)
-        publisher = Publisher(setting.artifacts, keep=recipe.checkpoint.keep, on_committed=self._on_committed)
+        publisher = Publisher(
+            setting.artifacts,
+            keep=recipe.checkpoint.keep,
+            on_committed=self._on_committed,
+            should_stop=attempt.should_stop,
+            on_beat=attempt.phases.on_beat,
+        )
         try:
             self._ask_base(model, trained.progress, run)
             with attempt.phases.phase("train"):
@@ -258,8 +273,10 @@ class Training:
                 return
             checkpoints.load(trained, self._scratch / newest.name)
             shutil.rmtree(self._scratch / newest.name)
+        crash_point("resume.after")
         run.resumed_from = newest
-        self._attempt.standing.from_step = self._attempt.standing.last_committed_step = newest.step
+        standing = self._attempt.standing
+        standing.step = standing.from_step = standing.last_committed_step = newest.step
         if trained.progress.plan["device"] != planned["device"]:
             run.resume_exact = False
             before = trained.progress.plan["device"]
@@ -284,7 +301,7 @@ class Training:
             self._setting.tokenizer,
             max_new_tokens=recipe.evaluate.max_new_tokens,
             seed=recipe.train.seed,
-            should_stop=self._attempt.should_stop,
+            should_stop=self._attempt.moves_on,  # asked after each token
         )
 
     def _hooks(
@@ -294,6 +311,7 @@ class Training:
 
         def on_step(record: StepRecord) -> None:
             run.step_seconds.append(record.seconds)
+            self._attempt.limits.cost.add_step(record.seconds)
             teller.step(record)
 
         def on_out_of_memory(plan: dict[str, Any]) -> None:
@@ -304,9 +322,40 @@ class Training:
         def commit() -> None:
             checkpoint = Checkpoint(step=trained.progress.step, attempt=self._setting.attempt_number)
             folder = self._scratch / checkpoint.name
+            began = time.monotonic()
             _save(trained, folder)
+            crash_point("save.after")
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            self._attempt.limits.cost.add_save(time.monotonic() - began, size)
             judged = trained.progress.evaluations
             publisher.submit(folder, checkpoint, candidates=judge(judged).candidate_steps if judged else ())
+            self._committed_at = self._looked_at = time.monotonic()
+            self._attempt.phases.on_beat()
+
+        def is_commit_due(steps_since: int) -> bool:
+            return self._attempt.limits.checkpoint_due(
+                steps_since=steps_since,
+                seconds_since=time.monotonic() - self._committed_at,
+                every_steps=self._attempt.recipe.checkpoint.every_steps,
+                uploads_under_way=publisher.under_way,
+            )
+
+        def must_cut_step() -> bool:
+            if not self._attempt.should_stop():
+                return False
+            return self._attempt.limits.must_cut_step(
+                time.monotonic(),
+                self._attempt.standing.asked_at,
+                uploads_under_way=publisher.under_way,
+                next_look_seconds=self._longest_micro_batch,
+            )
+
+        def on_micro_batch() -> None:
+            self._attempt.phases.on_beat()
+            before, self._looked_at = self._looked_at, time.monotonic()
+            # The first kernels compile; on the GPU the host runs ahead, and only the largest gap is a micro-batch.
+            if self._attempt.limits.cost.steps:
+                self._longest_micro_batch = max(self._longest_micro_batch, self._looked_at - before)
 
         return Hooks(
             should_stop=self._attempt.should_stop,
@@ -314,11 +363,19 @@ class Training:
             on_step=on_step,
             on_evaluation=teller.evaluation,
             on_checkpoint=commit,
+            is_commit_due=is_commit_due,
+            on_micro_batch=on_micro_batch,
+            must_cut_step=must_cut_step,
             on_out_of_memory=on_out_of_memory,
         )
 
     def _evaluate(self, model: PackedModel, step: int, micro_batch_tokens: int) -> Evaluation:
         validation = self._setting.dataset.validation
+
+        def on_progress(done: int) -> None:
+            self._attempt.phases.progress(evaluated=done, of=len(validation))
+            crash_point("evaluate.middle")
+
         with self._attempt.phases.phase("evaluate"):
             result = evaluate(
                 model,
@@ -326,7 +383,7 @@ class Training:
                 step=step,
                 micro_batch_tokens=micro_batch_tokens,
                 should_stop=self._attempt.should_stop,
-                on_progress=lambda done: self._attempt.phases.progress(evaluated=done, of=len(validation)),
+                on_progress=on_progress,
             )
         if not math.isfinite(result.loss):
             # Nothing can be chosen by it, and no later step would heal it.
@@ -338,9 +395,19 @@ class Training:
             )
         return result
 
-    def _on_committed(self, checkpoint: Checkpoint) -> None:
-        self._attempt.standing.last_committed_step = checkpoint.step
-        log.info("checkpoint", step=checkpoint.step, name=checkpoint.name)
+    def _on_committed(self, checkpoint: Checkpoint, seconds: float) -> None:
+        attempt = self._attempt
+        attempt.standing.last_committed_step = checkpoint.step
+        attempt.phases.on_beat()
+        log.info("checkpoint", step=checkpoint.step, name=checkpoint.name, upload_seconds=round(seconds, 3))
+        attempt.limits.cost.add_upload(seconds)
+        while self._earlier:
+            shutil.rmtree(self._earlier.pop(), ignore_errors=True)
+        warning = attempt.limits.warning()
+        if warning is not None and not self._warned:
+            self._warned = True
+            log.warning("stop_does_not_fit", reason=warning)
+            attempt.notes.append(warning)
 
 
 def _save(trained: Trained, folder: Path) -> None:

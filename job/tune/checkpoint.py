@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from job.core.crash_points import crash_point
 from job.core.verdict import Evaluation
 from job.tune.device import cuda_in_use
 
@@ -62,8 +63,10 @@ def save(trained: Trained, folder: Path) -> None:
     # save_embedding_layers: with an adapter on lm_head PEFT would write the whole fp32 head, 524 MB for Llama-2-7B.
     trained.model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+    _order_targets(folder / ADAPTER_FILES[1])
     tensors, plain = _flatten(trained.optimizer.state_dict())
     save_file(tensors, folder / _OPTIMIZER)
+    crash_point("save.middle")
     save_file(_random_state(), folder / _RANDOM)
     save_file(_evaluation_tensors(trained.progress.evaluations), folder / _EVALUATIONS)
     state = {
@@ -77,6 +80,14 @@ def save(trained: Trained, folder: Path) -> None:
         "numpy_random": _plain_numpy_state(),
     }
     (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def _order_targets(config: Path) -> None:
+    """PEFT keeps the targets in a set, whose order differs from process to process: the same adapter, another hash."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if isinstance(content["target_modules"], list):
+        content["target_modules"].sort()
+    config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load(trained: Trained, folder: Path) -> None:

@@ -121,6 +121,22 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
     return model
 
 
+def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Put a weight into 4 bits as the base's layers are: rows [M, K] -> `rows @ weight.T` [M, N].
+
+    Args:
+        weight: [N, K] in the compute dtype, on the device that computes; K in whole blocks of 64.
+    """
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+
+    @torch.no_grad()
+    def product(rows: Tensor) -> Tensor:
+        result: Tensor = bnb.matmul_4bit(rows, packed, quant_state=state)
+        return result
+
+    return product
+
+
 def attach_lora(base: Any, lora: LoraSection, *, source: str, revision: str | None, seed: int) -> PeftModel:
     """A fresh adapter in fp32 on the base, its first values set by the seed.
 

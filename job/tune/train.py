@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from job.core.crash_points import crash_point
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
 from job.core.plan import Course, pack
 from job.core.recipe import CheckpointSection, EvaluateSection, TrainSection
@@ -45,8 +46,18 @@ class Hooks:
     on_evaluation: Callable[[Evaluation], None]
     on_checkpoint: Callable[[], None]
     """Commits the state as it stands, between two steps."""
+    is_commit_due: Callable[[int], bool]
+    """Steps since the last commit -> whether the clock asks for one before the recipe does."""
+    on_micro_batch: Callable[[], None]
+    """Told that training moves."""
+    must_cut_step: Callable[[], bool]
+    """Whether the step under way must be dropped: a stop was asked for, and saving needs what time is left."""
     on_out_of_memory: Callable[[dict[str, Any]], None]
     """Told the smaller plan that the batch is tried with again."""
+
+
+class _StepCutError(Exception):
+    """The step under way is dropped; the weights are those before it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,7 +121,7 @@ class Trainer:
             if due and progress.step not in progress.evaluations:
                 self._read()
                 self._evaluate()
-            elif due or progress.step % checkpoint.every_steps == 0:
+            elif due or progress.step % checkpoint.every_steps == 0 or self._is_clock_due():
                 self._commit()
             if last or is_exhausted(progress.evaluations, patience=evaluation.patience):
                 return
@@ -135,6 +146,9 @@ class Trainer:
             self._committed = self._state()
         self._mark = None  # the time since the last step was not training
 
+    def _is_clock_due(self) -> bool:
+        return self._hooks.is_commit_due(self._trained.progress.step - self._committed[0])
+
     def _stop(self) -> NoReturn:
         self._commit()
         if self._committed == (0, 0):
@@ -152,7 +166,9 @@ class Trainer:
         self._read()
         rate = self._trained.scheduler.get_last_lr()[0]
         numbers = torch.stack([loss, grad_norm])
+        crash_point("step.before_update")
         self._update(torch.isfinite(numbers).all())
+        crash_point("step.after_update")
         # Copied, not read: reading waits for all that was asked of the device, this copy only for what came before it.
         numbers = numbers.to("cpu", non_blocking=True)
         self._mark = _mark(self._accelerator.device)
@@ -185,6 +201,10 @@ class Trainer:
         while True:
             try:
                 return self._accumulate(batch, plan["micro_batch_tokens"])
+            except _StepCutError:
+                self._trained.optimizer.zero_grad(set_to_none=True)
+                _restore(random_state)
+                self._stop()
             except torch.OutOfMemoryError as error:
                 # Its frames hold the activations that did not fit.
                 failure = error.with_traceback(None)
@@ -201,6 +221,10 @@ class Trainer:
             loss = self._model(part).sum() / targets
             self._accelerator.backward(loss)
             total += loss.detach()
+            crash_point("step.middle")
+            self._hooks.on_micro_batch()
+            if self._hooks.must_cut_step():
+                raise _StepCutError
         return total
 
     def _micro_batch(self, members: Sequence[int]) -> MicroBatch:

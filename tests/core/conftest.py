@@ -2,6 +2,7 @@
 
 import pytest
 
+from job.core.limits import Limits
 from job.core.report import (
     AdapterFile,
     AdapterReport,
@@ -47,6 +48,7 @@ def report():
     return Report(
         run_id="notes-1f2e",
         run_uri="s3://models/notes/runs/notes-1f2e",
+        fence=1,
         finished="2025-01-31T04:05:06+00:00",
         recipe={"train": {"steps": 100}},
         data=DataReport(
@@ -108,6 +110,7 @@ def report():
             peak_memory_bytes=3 * 2**30,
             phase_seconds={"download": 1.0, "train": 16.0},
         ),
+        stop=Limits(grace_seconds=30.0).figures(),
         resume_exact=True,
         notes=("the store has no conditional writes",),
         versions={"torch": "2.13.0"},

@@ -38,7 +38,9 @@ def test_progress_says_phase_step_loss_and_time_left(tmp_path):
 def test_the_end_says_code_reason_what_is_safe_and_what_to_do(tmp_path):
     outcome = Outcome(tmp_path / "o.json")
     outcome.progress(phase="train", step=7, of=10)
-    outcome.end(code=75, reason="SIGTERM", last_committed_step=5, run_uri="s3://b/runs/r", action="start it again")
+    outcome.end(
+        again="no", code=75, reason="SIGTERM", last_committed_step=5, run_uri="s3://b/runs/r", action="start it again"
+    )
     outcome.progress(phase="late")
 
     said = read(tmp_path / "o.json")
@@ -76,7 +78,7 @@ def test_a_loss_that_is_not_finite_leaves_valid_json(tmp_path):
 
 @pytest.mark.parametrize("text", ["x" * 9000, "🦙" * 3000, '\n"\\' * 3000, "\x00" * 3000, "file \udcff" * 900])
 def test_a_long_reason_is_cut_to_the_limit_between_characters(tmp_path, text):
-    Outcome(tmp_path / "o.json").end(code=70, reason=text, run_uri="s3://b/r", action="report it")
+    Outcome(tmp_path / "o.json").end(again="no", code=70, reason=text, run_uri="s3://b/r", action="report it")
 
     said = read(tmp_path / "o.json")
     assert (said["code"], said["run_uri"], said["action"]) == (70, "s3://b/r", "report it")
@@ -86,13 +88,13 @@ def test_a_long_reason_is_cut_to_the_limit_between_characters(tmp_path, text):
 
 
 def test_all_texts_too_long_at_once_still_fit(tmp_path):
-    Outcome(tmp_path / "o.json").end(code=70, reason="r" * 5000, action="a" * 5000, run_uri="u" * 5000)
+    Outcome(tmp_path / "o.json").end(again="no", code=70, reason="r" * 5000, action="a" * 5000, run_uri="u" * 5000)
 
     assert read(tmp_path / "o.json")["code"] == 70
 
 
 def test_secrets_in_the_reason_are_hidden(tmp_path):
-    Outcome(tmp_path / "o.json").end(code=69, reason="GET https://s3/x?X-Amz-Signature=abcdef0123 failed")
+    Outcome(tmp_path / "o.json").end(again="no", code=69, reason="GET https://s3/x?X-Amz-Signature=abcdef0123 failed")
 
     assert "abcdef0123" not in (tmp_path / "o.json").read_text()
 
@@ -118,7 +120,7 @@ def test_where_nothing_can_be_made_beside_it_the_file_is_rewritten_in_place(tmp_
     outcome.progress(phase="a long name " * 20)
     outcome.progress(phase="b")
     said = read(path)
-    outcome.end(code=0, reason="done")
+    outcome.end(again="no", code=0, reason="done")
 
     assert said["phase"] == "b"
     assert (read(path)["code"], path.stat().st_ino) == (0, number)
@@ -130,7 +132,7 @@ from pathlib import Path
 from job.edge.outcome import Outcome
 outcome = Outcome(Path(sys.argv[1]))
 outcome.progress(phase="train", step=1)
-outcome.end(code=75, reason="SIGTERM")
+outcome.end(again="no", code=75, reason="SIGTERM")
 """
 
 
@@ -171,7 +173,7 @@ def test_a_place_that_cannot_be_written_costs_one_warning_and_never_the_job(tmp_
     with structlog.testing.capture_logs() as events:
         outcome.progress(phase="a")
         outcome.progress(phase="b")
-        outcome.end(code=0, reason="done")
+        outcome.end(again="no", code=0, reason="done")
 
     assert [event["event"] for event in events] == ["outcome_not_written"]
     assert names(tmp_path) == ["file", "folder", "pipe"]
@@ -180,7 +182,7 @@ def test_a_place_that_cannot_be_written_costs_one_warning_and_never_the_job(tmp_
 def test_a_link_is_followed_and_stays_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "target.json")
 
-    Outcome(tmp_path / "link").end(code=0, reason="done")
+    Outcome(tmp_path / "link").end(again="no", code=0, reason="done")
 
     assert (tmp_path / "link").is_symlink()
     assert read(tmp_path / "target.json")["code"] == 0
@@ -188,7 +190,7 @@ def test_a_link_is_followed_and_stays_a_link(tmp_path):
 
 def test_missing_folders_are_made_and_the_file_can_be_read_by_others(tmp_path):
     before = os.umask(0o022)
-    Outcome(tmp_path / "a" / "b" / "o.json").end(code=0, reason="done")
+    Outcome(tmp_path / "a" / "b" / "o.json").end(again="no", code=0, reason="done")
     os.umask(before)
 
     assert stat.S_IMODE((tmp_path / "a" / "b" / "o.json").stat().st_mode) == 0o644
@@ -199,6 +201,6 @@ def test_without_a_path_nothing_is_written_and_nothing_is_said():
 
     with structlog.testing.capture_logs() as events:
         outcome.progress(phase="a")
-        outcome.end(code=0, reason="done")
+        outcome.end(again="no", code=0, reason="done")
 
     assert not events

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from job.core.limits import Limits
 from job.core.report import (
     AdapterReport,
     AttemptReport,
@@ -72,6 +73,8 @@ def report(*, losses, evaluations, chosen, overfitting=None, lengths=(8, 9, 9, 1
     return Report(
         run_id="r1",
         run_uri="file:///store/runs/r1",
+        fence=1,
+        stop=Limits(grace_seconds=30.0).figures(),
         finished="now",
         recipe={},
         data=data,

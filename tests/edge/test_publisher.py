@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from job.core.errors import UnavailableError
+from job.core.errors import DeniedError, JobError, UnavailableError
 from job.edge.artifacts import Artifacts, Checkpoint
 from job.edge.publisher import Publisher
 from job.edge.storage import StoreSettings, open_store
@@ -21,11 +21,17 @@ class SlowArtifacts(Artifacts):
         self.leave = threading.Semaphore(0)
         self.began = threading.Semaphore(0)
         self.fails_at: int | None = None
+        self.away = 0
+        """How often the store is still away."""
 
     def publish_checkpoint(self, folder, checkpoint):
         self.began.release()
         assert self.leave.acquire(timeout=PATIENCE_SECONDS)
         if checkpoint.step == self.fails_at:
+            raise DeniedError("not allowed any more")
+        if self.away:
+            self.away -= 1
+            self.leave.release()  # for the next try
             raise UnavailableError("the store is away")
         super().publish_checkpoint(folder, checkpoint)
 
@@ -41,12 +47,23 @@ def committed():
 
 
 @pytest.fixture
-def publisher(artifacts, committed):
-    publisher = Publisher(artifacts, keep=2, on_committed=committed.append)
+def asked():
+    return threading.Event()
+
+
+@pytest.fixture
+def publisher(artifacts, committed, asked):
+    publisher = Publisher(
+        artifacts,
+        keep=2,
+        on_committed=lambda checkpoint, _seconds: committed.append(checkpoint),
+        should_stop=asked.is_set,
+        pause_seconds=0.01,
+    )
     yield publisher
     for _ in range(20):
         artifacts.leave.release()
-    with contextlib.suppress(UnavailableError):
+    with contextlib.suppress(JobError):
         publisher.close()
 
 
@@ -93,9 +110,9 @@ def test_a_failure_comes_out_at_the_next_submit_and_again_at_close(artifacts, pu
     submit(publisher, tmp_path, 1)
     artifacts.leave.release()
     later = (submit(publisher, tmp_path, step) for step in range(2, 1000))
-    with pytest.raises(UnavailableError, match="the store is away"):
+    with pytest.raises(DeniedError, match="not allowed any more"):
         list(later)  # at the next, or at the one after
-    with pytest.raises(UnavailableError, match="the store is away"):
+    with pytest.raises(DeniedError, match="not allowed any more"):
         publisher.close()
     assert committed == []
 
@@ -106,7 +123,7 @@ def test_a_failure_of_the_last_upload_comes_out_at_close(artifacts, publisher, c
         artifacts.leave.release()
     submit(publisher, tmp_path, 1)
     submit(publisher, tmp_path, 2)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(DeniedError):
         publisher.close()
     assert [c.step for c in committed] == [1]
 
@@ -118,7 +135,7 @@ def test_after_a_failure_nothing_more_is_committed(artifacts, publisher, committ
     assert artifacts.began.acquire(timeout=PATIENCE_SECONDS)
     submit(publisher, tmp_path, 2)
     artifacts.leave.release()
-    with pytest.raises(UnavailableError):
+    with pytest.raises(DeniedError):
         publisher.close()
     assert committed == []
     assert artifacts.checkpoints() == []
@@ -128,3 +145,40 @@ def test_closing_twice_is_harmless(publisher):
     publisher.close()
     publisher.close()
     assert not [t for t in threading.enumerate() if t.name == "publisher"]
+
+
+def test_a_store_that_is_away_is_waited_for(artifacts, publisher, committed, tmp_path):
+    artifacts.away = 3
+    artifacts.leave.release()
+    submit(publisher, tmp_path, 1)
+    for _ in range(4):
+        assert artifacts.began.acquire(timeout=PATIENCE_SECONDS)
+    artifacts.leave.release()
+    submit(publisher, tmp_path, 2)
+    publisher.close()
+    assert [c.step for c in committed] == [1, 2]
+
+
+def test_once_a_stop_is_asked_for_it_is_not_waited_for_and_the_checkpoint_stays_on_the_disk(
+    artifacts, publisher, asked, tmp_path
+):
+    artifacts.away = 1000
+    asked.set()
+    artifacts.leave.release()
+    submit(publisher, tmp_path, 1)
+    place = tmp_path / "local/1"
+    with pytest.raises(UnavailableError, match=f"step 1 is kept in {place}"):
+        publisher.close()
+    assert (place / "state.json").exists()
+
+
+def test_a_failed_clearing_of_old_checkpoints_is_no_failure_of_the_run(artifacts, publisher, committed, tmp_path):
+    def away(*_args, **_kwargs):
+        raise UnavailableError("the store is away")
+
+    artifacts.retain = away
+    for step in (1, 2):
+        artifacts.leave.release()
+        submit(publisher, tmp_path, step)
+    publisher.close()
+    assert [c.step for c in committed] == [1, 2]

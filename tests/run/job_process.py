@@ -22,6 +22,8 @@ from job.edge.interrupt import Interrupt
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 240
 """Longest that anything here may take; the tests never depend on how fast it is."""
+LEASE_SECONDS = "2"
+"""A killed attempt holds the run no longer; here nobody works beside another one unless a test says so."""
 COLOURS = ("red", "blue", "green", "black", "white", "brown")
 
 
@@ -163,7 +165,8 @@ class Running:
 def environment_without_job(extra: Mapping[str, str]) -> dict[str, str]:
     """Ours, without what would steer the job; one thread, as the machine is shared."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JOB_", "PYTEST"))}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(extra)
+    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JOB_LEASE_SECONDS": LEASE_SECONDS}
+    return kept | ours | dict(extra)
 
 
 def call(*arguments: str, interrupt: Callable[[], bool] | None = None, outcome_file: Path | None = None) -> Ended:

@@ -8,7 +8,6 @@ import resource
 import shutil
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import zstandard
@@ -20,8 +19,11 @@ from job.core.errors import ending
 GOOD = b'{"question": "12 red hats", "answer": "red 12"}\n'
 
 
-def refused(job, ended, code, *words):
-    """One message, with these words; no traceback; the same in the outcome file; nothing in the store."""
+def refused(job, ended, code, *words, counted=False):
+    """One message, with these words; no traceback; the same in the outcome file; nothing in the store.
+
+    `counted`: it may be tried again, so the store keeps that it was there.
+    """
     assert ended.code == code, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stdout + ended.stderr
     assert ended.stderr == ""
@@ -35,7 +37,11 @@ def refused(job, ended, code, *words):
     assert ended.outcome["code"] == code
     assert ended.outcome["reason"] == event["reason"]
     if job.store.is_dir():
-        assert objects(job.store) == []
+        left = objects(job.store)
+        assert [key.partition("/")[2].partition("/")[2] for key in left] == (COUNTED if counted else [])
+
+
+COUNTED = ["attempts/01-end.json", "attempts/01.json", "lock.json"]
 
 
 WRONG_LINES = {
@@ -308,7 +314,7 @@ def test_a_disk_that_is_full_while_encoding_ends_74(job):
         file.writelines(json.dumps(record) + "\n" for record in records(5000))
     with largest_file(60_000):
         ended = job.call("run")
-    refused(job, ended, 74, "--workdir")
+    refused(job, ended, 74, "--workdir", counted=True)
     assert ended.phases()[-1] == "encode"
 
 
@@ -399,7 +405,7 @@ def test_an_answer_to_a_bug_is_70_with_its_traceback_in_one_event(job, tmp_path)
     (event,) = ended.named("ended")
     assert event["reason"] == "odd"
     assert "datasets.py" in event["traceback"]
-    assert objects(Path(job.store)) == []
+    assert [path.name for path in sorted(job.only_run().rglob("*.json"))] == ["01-end.json", "01.json", "lock.json"]
 
 
 def test_wrong_lines_of_both_sides_are_told_at_once(job):

@@ -1,71 +1,84 @@
-"""The contract on a real Ceph object store: it checks signatures, refuses checksum trailers, and is nobody's mock."""
+"""The contract on a real Ceph and a real Swift: they check signatures and checksums, and are nobody's mocks."""
 
-import shutil
-import subprocess
 import uuid
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from servers import S3Server, free_port, new_bucket
-from store_contract import QUICK, SETTINGS, StoreContract, never
+from store_contract import QUICK, SETTINGS, PlainStoreContract, StoreContract, never, sha
 
-from job.core.errors import DeniedError, NotFoundError
+from job.core.errors import DeniedError, NotFoundError, UsageError
 from job.edge.storage import StoreSettings, open_store, probe
 
 pytestmark = pytest.mark.stores
 
-HERE = Path(__file__).parent
-ACCESS, SECRET = "AKIATEST", "test-secret"
+MIB = 1024 * 1024
+REFUSED = {
+    "Ceph": {"secret": "SignatureDoesNotMatch", "access": "InvalidAccessKeyId"},
+    "Swift": {"secret": "SignatureDoesNotMatch", "access": "SignatureDoesNotMatch"},  # one answer for both
+}
 
 
-@pytest.fixture(scope="session")
-def ceph(tmp_path_factory, certificates):
-    """Its address over http and over https."""
-    if shutil.which("radosgw") is None:
-        pytest.fail(f"there is no Ceph on this machine; run {HERE / 'install.sh'} as root")
-    folder = tmp_path_factory.mktemp("ceph")
-    http, https, monitor = free_port(), free_port(), free_port()
-    arguments = [folder, http, https, monitor, certificates.certificate, certificates.key, ACCESS, SECRET]
-    try:
-        subprocess.run([HERE / "ceph_up.sh", *map(str, arguments)], check=True, timeout=240)
-        yield {
-            "http": S3Server(endpoint=f"http://127.0.0.1:{http}", access=ACCESS, secret=SECRET),
-            "https": S3Server(
-                endpoint=f"https://127.0.0.1:{https}", access=ACCESS, secret=SECRET, authority=certificates.authority
-            ),
-        }
-    finally:
-        subprocess.run([HERE / "ceph_down.sh", str(folder)], check=True, timeout=60)
+class EveryRealStore:
+    """What mocks do not do."""
+
+    def test_a_store_without_checksums_keeps_working(self, place, tmp_path):
+        (tmp_path / "out").write_bytes(b"x" * (6 * MIB))
+        store = open_store(place.root, StoreSettings(checksums=False), patience=QUICK, part_bytes=place.part_bytes)
+        sent = store.upload(tmp_path / "out", "large", should_stop=never)
+        store.download("large", tmp_path / "in", sha256=sent.sha256, should_stop=never)
+        assert sent.sha256 == sha(b"x" * (6 * MIB))
+        assert probe(store).deletes
+
+    @pytest.mark.parametrize("name", ["secret", "access"])
+    def test_wrong_credentials_are_denied_with_the_reason(self, place, s3_environment, name):
+        s3_environment(replace(place.server, **{name: "WRONG"}))
+        store = open_store(place.root, SETTINGS, patience=QUICK)
+        for call in (lambda: store.stat("k"), lambda: store.write("k", b""), lambda: list(store.list())):
+            with pytest.raises(DeniedError, match=self.refused[name]):
+                call()
+
+    def test_a_missing_bucket_is_not_found(self, place):
+        with pytest.raises(NotFoundError):
+            open_store(f"s3://no-{uuid.uuid4().hex}/x", SETTINGS, patience=QUICK).write("k", b"")
+
+    def test_parts_that_a_killed_upload_left_are_cleared_and_no_others(self, place):
+        client, store = place.server.client(), open_store(place.root, SETTINGS, patience=QUICK)
+        for key in ("some where/runs/runs/r1/adapter/a", "some where/runs/runs/r1/b", "some where/runs/runs/r2/c"):
+            upload = client.create_multipart_upload(Bucket=place.bucket, Key=key)["UploadId"]
+            client.upload_part(Bucket=place.bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 100)
+        assert store.clear_unfinished("runs/r1/") == 2
+        (left,) = client.list_multipart_uploads(Bucket=place.bucket)["Uploads"]
+        assert left["Key"] == "some where/runs/runs/r2/c"
 
 
-@pytest.fixture(params=["http", "https"])
-def place(request, ceph, s3_environment):
-    s3_environment(ceph[request.param])
-    return new_bucket(ceph[request.param])
-
-
-class TestCeph(StoreContract):
+class TestCeph(EveryRealStore, StoreContract):
     """Checksums on, as by default: over https they must not go as trailers, which this gateway answers with 411."""
 
+    refused = REFUSED["Ceph"]
 
-def test_a_store_without_checksums_keeps_working(place, tmp_path):
-    (tmp_path / "out").write_bytes(b"x" * (6 * 1024 * 1024))
-    store = open_store(place.root, StoreSettings(checksums=False), patience=QUICK, part_bytes=place.part_bytes)
-    store.upload(tmp_path / "out", "large", should_stop=never)
-    assert store.stat("large").size == 6 * 1024 * 1024
-    assert probe(store).conditional
+    @pytest.fixture
+    def place(self, ceph_place):
+        return ceph_place
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("secret", "SignatureDoesNotMatch"), ("access", "InvalidAccessKeyId")])
-def test_wrong_credentials_are_denied_with_the_reason(place, s3_environment, name, wrong):
-    s3_environment(replace(place.server, **{name: "WRONG"}))
-    store = open_store(place.root, SETTINGS, patience=QUICK)
-    for call in (lambda: store.stat("k"), lambda: store.write("k", b""), lambda: list(store.list())):
-        with pytest.raises(DeniedError, match=wrong):
-            call()
+class TestSwift(EveryRealStore, PlainStoreContract):
+    refused = REFUSED["Swift"]
 
+    @pytest.fixture
+    def place(self, swift_place):
+        return swift_place
 
-def test_a_missing_bucket_is_not_found(place):
-    with pytest.raises(NotFoundError):
-        open_store(f"s3://no-{uuid.uuid4().hex}/x", SETTINGS, patience=QUICK).write("k", b"")
+    def test_a_swap_is_refused_and_not_done_blindly(self, store):
+        etag = store.write("channel", b"1")
+        for condition in (etag, "0" * len(etag)):
+            with pytest.raises(UsageError, match="501 NotImplemented"):
+                store.write("channel", b"2", if_match=condition)
+        assert store.read("channel")[0] == b"1"
+
+    def test_the_probe_finds_what_is_missing_and_leaves_nothing(self, store):
+        found = probe(store)
+
+        assert not found.conditional
+        assert found.deletes
+        assert "If-Match" in found.reason
+        assert list(store.list()) == []

@@ -75,6 +75,40 @@ def test_stopping_and_going_on_equals_not_stopping_to_the_bit(architecture, opti
     assert [record.step for record in second.told] == list(range(STOP + 1, STEPS + 1))
 
 
+def test_a_step_that_is_dropped_in_its_middle_leaves_no_trace(bases, documents, tmp_path):
+    """Asked to stop with too little time for the rest of the step: the state is that before it, dropout's draws too."""
+
+    def made():
+        run = prepare(bases, documents, tmp_path, "llama", "adamw_8bit", steps=STEPS)
+        run.progress.plan["micro_batch_tokens"] = 1  # as small as can be, so that a step has a middle
+        return run
+
+    whole = made().run(evaluate_every=4)
+    stop = next(step for step in range(2, STEPS) if whole.micro_batches.count(step) > 1)
+    first = made()
+    first.cut_after, first.save_to = stop, tmp_path / "saved"
+    with pytest.raises(StopRequestedError, match=f"step {stop} of {STEPS} is committed"):
+        first.run(evaluate_every=4)
+    torch.manual_seed(999)
+    second = made()
+    checkpoints.load(second.trained, tmp_path / "saved" / f"step-{stop}")
+    second.run(evaluate_every=4)
+
+    assert numbers(second) == numbers(whole)
+    assert sha256(second, tmp_path / "second") == sha256(whole, tmp_path / "whole")
+
+
+def test_the_adapter_s_description_is_the_same_in_every_process(bases, documents, tmp_path):
+    """PEFT holds the targets in a set, whose order a process draws anew."""
+    made = prepare(bases, documents, tmp_path, "llama", "adamw_8bit", steps=STEPS)
+    contents = []
+    for order in (["v_proj", "q_proj", "lm_head"], ["lm_head", "q_proj", "v_proj"]):
+        made.trained.model.peft_config["default"].target_modules = order
+        checkpoints.save(made.trained, tmp_path / order[0])
+        contents.append((tmp_path / order[0] / "adapter_config.json").read_bytes())
+    assert contents[0] == contents[1]
+
+
 OPTIMIZERS = {
     "adamw_torch": torch.float32,
     "adamw_torch_fused": torch.float32,

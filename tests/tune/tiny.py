@@ -202,6 +202,10 @@ class Attempt:
     shrunk: list[dict[str, Any]] = field(default_factory=list)
     when_shrunk: Callable[[], None] | None = None
     save_to: Path | None = None
+    micro_batches: list[int] = field(default_factory=list)
+    """For each that was done, the last whole step."""
+    cut_after: int | None = None
+    """In the first micro-batch after this step a stop is asked for that leaves no time for the rest of the next."""
 
     @property
     def progress(self) -> Progress:
@@ -221,6 +225,9 @@ class Attempt:
                 on_step=self.told.append,
                 on_evaluation=lambda _evaluation: None,
                 on_checkpoint=self._commit,
+                is_commit_due=lambda _steps: False,
+                on_micro_batch=self._count_micro_batch,
+                must_cut_step=lambda: self.cut_after == self.progress.step,
                 on_out_of_memory=self._shrink,
             ),
         )
@@ -243,6 +250,9 @@ class Attempt:
         self.shrunk.append(plan)
         if self.when_shrunk is not None:
             self.when_shrunk()
+
+    def _count_micro_batch(self) -> None:
+        self.micro_batches.append(self.progress.step)
 
     def _commit(self) -> None:
         self.committed.append(self.progress.step)

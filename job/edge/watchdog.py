@@ -1,0 +1,150 @@
+"""A thread that ends a process in which nothing moves, or which does not hear that it shall stop."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+
+from job.core.errors import StalledError, StopRequestedError
+from job.core.stall import Deaf, Stalled, Vigil
+
+TELL_SECONDS = 5.0
+"""How long telling may take: the log, the outcome file, a word in the store, which may be what hangs."""
+_PAUSE_SECONDS = 0.2
+_LEAST_TELL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopping:
+    """What the watchdog knows of requests to stop."""
+
+    asked: Callable[[], bool]
+    """Looked at five times a second."""
+    grace_seconds: float
+    """From the request to the kill; the process ends by itself just before. Infinite: nobody said when it comes."""
+    deaf_phases: frozenset[str]
+    """Phases that cannot look at the request: ended soon after it."""
+    on_deaf: Callable[[str], int | None]
+    """Told the phase, before the process ends; the exit code it gives, or 75."""
+
+
+class Watchdog:
+    """Watches beats and phases from a thread of its own.
+
+    It sees what Python can see: a C call that never gives the interpreter back stops this thread as well.
+    """
+
+    def __init__(
+        self,
+        *,
+        allowed_seconds: Callable[[str], float],
+        on_stalled: Callable[[str, float, str], int | None],
+        stopping: Stopping | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        end_process: Callable[[int], None] = os._exit,
+        pause_seconds: float = _PAUSE_SECONDS,
+        tell_seconds: float = TELL_SECONDS,
+    ) -> None:
+        """Make one that is not started yet.
+
+        Args:
+            allowed_seconds: phase -> how long it may be silent; asked at each look.
+            on_stalled: told phase, seconds of silence and the stacks of all threads, before the process ends with the
+                exit code that it gives, or 83.
+            stopping: None: nobody asks to stop.
+            clock: seconds that never go back.
+            end_process: ends it at once, without cleaning up: whatever hangs would hang that too.
+            pause_seconds: between two looks.
+            tell_seconds: after which the process ends although telling has not.
+        """
+        self._allowed_seconds = allowed_seconds
+        self._on_stalled = on_stalled
+        self._stopping = stopping
+        self._clock = clock
+        self._end_process = end_process
+        self._pause_seconds = pause_seconds
+        self._tell_seconds = tell_seconds
+        self._phase = "start"
+        self._moved = False
+        self._code: int | None = None
+        """What whoever was told wants the process to end with."""
+        self._stopped = threading.Event()
+        # A daemon: the interpreter must not wait for it.
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no longer: after it nothing fires. While something is being told already, the process ends in here."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def beat(self) -> None:
+        """Something moved. Costs nothing: call it for each step, micro-batch, file and part."""
+        self._moved = True
+
+    def phase(self, name: str) -> str:
+        """Enter a phase, which is a beat too; returns the one before, to go back to."""
+        before, self._phase = self._phase, name
+        self._moved = True
+        return before
+
+    def _watch(self) -> None:
+        stopping = self._stopping
+        vigil = Vigil(
+            self._clock(),
+            pause_seconds=self._pause_seconds,
+            allowed_seconds=self._allowed_seconds,
+            grace_seconds=stopping.grace_seconds if stopping else 0.0,
+            deaf_phases=stopping.deaf_phases if stopping else (),
+        )
+        while not self._stopped.wait(self._pause_seconds):
+            moved, self._moved = self._moved, False
+            asked = stopping is not None and stopping.asked()
+            found = vigil.look(self._clock(), phase=self._phase, moved=moved, asked=asked)
+            if found is not None and not self._stopped.is_set():
+                self._end(found)
+                return
+
+    def _end(self, found: Stalled | Deaf) -> None:
+        """Tell, for a bounded time, and end the process."""
+        seconds = self._tell_seconds
+        if isinstance(found, Deaf):
+            # Beyond the grace the kill comes, and 137 tells nobody to start the job again.
+            seconds = max(_LEAST_TELL_SECONDS, min(seconds, 0.8 * found.left_seconds))
+        teller = threading.Thread(target=self._tell, args=(found,), name="watchdog-tells", daemon=True)
+        teller.start()
+        teller.join(seconds)
+        usual = StalledError.code if isinstance(found, Stalled) else StopRequestedError.code
+        self._end_process(usual if self._code is None else self._code)
+
+    def _tell(self, found: Stalled | Deaf) -> None:
+        if isinstance(found, Stalled):
+            # In this thread, for it reads source files, and the disk may be what hangs.
+            self._code = self._on_stalled(
+                found.phase, found.seconds, stacks(leave_out=(self._thread, threading.current_thread()))
+            )
+        elif self._stopping is not None:
+            self._code = self._stopping.on_deaf(found.phase)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed: there is nobody to tell
+                stream.flush()
+
+
+def stacks(*, leave_out: Collection[threading.Thread] = ()) -> str:
+    """Where each thread stands in this moment, with its name; a thread in C shows the line that called it."""
+    threads = {thread.ident: thread for thread in threading.enumerate()}
+    told = []
+    for ident, frame in sys._current_frames().items():  # noqa: SLF001 - the documented way, despite its name
+        thread = threads.get(ident)
+        if thread is None or thread not in leave_out:
+            name = thread.name if thread else "not Python's own"
+            told.append(f"Thread {name!r}:\n{''.join(traceback.format_stack(frame))}")
+    return "\n".join(told)

@@ -1,0 +1,98 @@
+"""The section of bench/RESULTS.md that the chaos writes: what was done, how often, and what came of it."""
+
+import platform
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from chaos_runs import processors
+from chaos_table import POINT_KILL, RANDOM_KILL, STOP, Ledger
+
+from job import __version__
+
+BEGIN, END = "<!-- begin chaos -->", "<!-- end chaos -->"
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "boto3", "ministack")
+_CASES = {
+    "started at once": (
+        "**Started twice.** {} times two or eight processes began the same run at once, on S3 and in a folder: one "
+        "worked, the others ended with 84 and named it."
+    ),
+    "frozen": (
+        "**Frozen.** {} times the owner was stopped by SIGSTOP, right before its manifest, latest.json, adapter and "
+        "report and at random moments; another one took the run over and the first one woke: it ended with 84 (with 0 "
+        "when its report stood already). latest.json, adapter and report are the other's, and the numbers are the same."
+    ),
+    "damaged": (
+        "**Damaged.** {} times something in the store was changed: one byte of each file of the newest checkpoint, its "
+        "manifest cut short, gone, or naming keys with `..`, absolute and foreign ones or sizes that cannot be, "
+        "latest.json wrong or gone. The run went on from the newest checkpoint that verifies, log and report say which "
+        "were passed over, and the numbers are the same."
+    ),
+}
+
+
+class Results:
+    """Paragraphs, in the order in which they come."""
+
+    def __init__(self, seed: str) -> None:
+        self._seed = seed
+        self._began = time.monotonic()
+        self._paragraphs: list[str] = []
+        self._cases: Counter[str] = Counter()
+
+    def add(self, paragraph: str) -> None:
+        self._paragraphs.append(paragraph)
+
+    def kills(self, ledger: Ledger, phases: Sequence[str], server) -> None:
+        """The table, and what stands beside it."""
+        points, stops = ledger.count(deed=POINT_KILL), ledger.count(deed=STOP)
+        random, cold = ledger.count(deed=RANDOM_KILL), ledger.count(deed=RANDOM_KILL, cold=True)
+        codes = ", ".join(f"{code}: {count}" for code, count in sorted(ledger.attempts.items()))
+        self.add(
+            f"**Killed at any moment.** {ledger.runs} runs of 12 steps on S3 with {sum(ledger.attempts.values())} "
+            f"attempts: {random} killed at moments drawn from the seed ({cold} of them started by the real command, "
+            f"the others forked from a process that had loaded the libraries), {points} killed at crash points, "
+            f"{stops} asked to stop. Meanwhile the server was killed {server.deaths} "
+            f"times and came back with its data, after {server.longest_away_seconds:.1f} s at most. Every run reached "
+            "its end; the adapter's sha256 and every number of curve, evaluations, answers and proof are those of the "
+            "undisturbed run. No attempt went on from anything but the newest committed checkpoint, and no report was "
+            "written twice."
+        )
+        self.add("\n".join(ledger.markdown(phases)))
+        self.add(f"How the attempts ended (exit code: attempts; -9 is SIGKILL): {codes}.")
+
+    def case(self, kind: str) -> None:
+        """One more of a kind in `_CASES` went well."""
+        self._cases[kind] += 1
+
+    def text(self) -> str:
+        libraries = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
+        head = (
+            f"Seed {self._seed}, {time.monotonic() - self._began:.0f} s on {processors()} processors; qlora-job "
+            f"{__version__}, Python {platform.python_version()}, {libraries}."
+        )
+        told = [text.format(self._cases[kind]) for kind, text in _CASES.items() if self._cases[kind]]
+        return "\n\n".join(
+            ["## Killed, stopped, starved, started twice", "    make chaos", head, *self._paragraphs, *told]
+        )
+
+
+def say(text: str) -> None:
+    """Show how far it is."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def write_block(path: Path, text: str) -> None:
+    """Replace the marked block of a file, or put one at its end."""
+    content = path.read_text(encoding="utf-8")
+    block = f"{BEGIN}\n\n{text.strip()}\n\n{END}"
+    if BEGIN in content:
+        content = re.sub(f"{BEGIN}.*{END}", lambda _: block, content, flags=re.DOTALL)
+    else:
+        content = f"{content.rstrip()}\n\n{block}\n"
+    path.write_text(content, encoding="utf-8")

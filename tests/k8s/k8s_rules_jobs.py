@@ -1,0 +1,147 @@
+"""What must hold for the fields of Jobs and CronJobs: exit codes go the way of the table, nothing lasts for ever."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from k8s_manifests import Document
+from k8s_parts import containers, environment, of_kind
+
+from job.core.errors import ENDINGS, Again
+
+FATES = {
+    Again.NEVER: "FailJob",
+    Again.ALWAYS: "Ignore",
+    Again.COUNTED: "Count",
+    Again.ELSEWHERE: "Count",  # a Job cannot say "on another node"
+}
+SHORTEST_NOTICE_SECONDS = 15
+"""The least that a cloud gives (spot nodes of GKE). A stop of Llama-2-7B with r 32 fits: a step of 0.5 s, 490 MB at
+100 MB/s, 2 s for the end."""
+OURS = {row.code for row in ENDINGS}
+QUEUE, QUEUE_SECONDS = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/max-exec-time-seconds"
+
+
+def fate(spec: dict[str, Any], code: int, *, disrupted: bool = False) -> str:
+    """What the Job controller does with a pod that ended so: the first rule that matches, else it counts."""
+    for rule in spec["podFailurePolicy"]["rules"]:
+        if codes := rule.get("onExitCodes"):
+            if (code in codes["values"]) == (codes["operator"] == "In"):
+                return rule["action"]
+        elif disrupted and any(
+            (each["type"], each.get("status")) == ("DisruptionTarget", "True") for each in rule["onPodConditions"]
+        ):
+            return rule["action"]
+    return "Count"
+
+
+def exit_codes_go_the_way_of_the_table(job: Document) -> Iterator[str]:
+    for row in ENDINGS:
+        if row.again is Again.DONE:
+            continue
+        if (found := fate(job["spec"], row.code)) != FATES[row.again]:
+            yield f"exit code {row.code}: {found}, but the table says {row.again.value!r}: {FATES[row.again]}"
+        if fate(job["spec"], row.code, disrupted=True) != "Ignore":
+            yield f"a pod that is evicted and ends {row.code} is not ignored"
+    for code in (1, 137, 143):
+        if fate(job["spec"], code) != "Count":
+            yield f"exit code {code}, which is none of ours, does not count"
+
+
+def the_failure_policy_is_one_that_the_server_takes(job: Document) -> Iterator[str]:
+    pod, rules = job["spec"]["template"]["spec"], job["spec"]["podFailurePolicy"]["rules"]
+    if not 1 <= len(rules) <= 20:
+        yield "podFailurePolicy: between 1 and 20 rules"
+    if pod.get("restartPolicy") != "Never":
+        yield "podFailurePolicy needs restartPolicy Never"
+    if job["spec"].get("podReplacementPolicy") != "Failed":
+        yield "podReplacementPolicy is not Failed: two pods could work at once"
+    for rule in rules:
+        if ("onExitCodes" in rule) == ("onPodConditions" in rule):
+            yield "a rule has either onExitCodes or onPodConditions"
+        if any("status" not in each for each in rule.get("onPodConditions", [])):
+            yield "onPodConditions: without status"
+        if "onExitCodes" in rule:
+            yield from _wrong_codes(rule["onExitCodes"], {container["name"] for container in containers(pod)})
+
+
+def _wrong_codes(codes: dict[str, Any], names: set[str]) -> Iterator[str]:
+    values = codes["values"]
+    if values != sorted(set(values)) or not 1 <= len(values) <= 255:
+        yield f"onExitCodes.values {values}: sorted, each once, at most 255"
+    if codes["operator"] == "In" and 0 in values:
+        yield "onExitCodes.values: no 0 with In"
+    if codes.get("containerName") not in names:
+        yield f"onExitCodes.containerName {codes.get('containerName')}: no such container"
+    if not set(values) <= OURS:
+        yield f"onExitCodes.values {values}: not all of them are codes of ours"
+
+
+def the_job_knows_its_grace_period(job: Document) -> Iterator[str]:
+    pod = job["spec"]["template"]["spec"]
+    grace, told = pod.get("terminationGracePeriodSeconds", 30), environment(pod).get("JOB_GRACE_SECONDS")
+    if told != str(grace):
+        yield f"JOB_GRACE_SECONDS is {told}, terminationGracePeriodSeconds is {grace}"
+    if grace < SHORTEST_NOTICE_SECONDS:
+        yield f"terminationGracePeriodSeconds {grace}: less than the job needs to save"
+
+
+def every_job_has_a_last_bound(job: Document) -> Iterator[str]:
+    spec, labels = job["spec"], job.get("metadata", {}).get("labels", {})
+    if spec.get("backoffLimit") is None:
+        yield "no backoffLimit"
+    if QUEUE not in labels and not spec.get("activeDeadlineSeconds"):
+        yield "no activeDeadlineSeconds"
+    if QUEUE in labels and "activeDeadlineSeconds" in spec:
+        yield "activeDeadlineSeconds begins anew with every admission by Kueue"
+    if QUEUE in labels and not labels.get(QUEUE_SECONDS, "").isdigit():
+        yield f"a Job of Kueue has no {QUEUE_SECONDS}"
+
+
+def a_job_is_one_run_that_starts_when_it_is_applied(job: Document) -> Iterator[str]:
+    if (job["spec"].get("completions", 1), job["spec"].get("parallelism", 1)) != (1, 1):
+        yield "completions and parallelism are 1: one run"
+    if "suspend" in job["spec"]:
+        yield "suspend is set: without Kueue the Job waits for ever"
+
+
+def a_single_job_is_tidied_up_by_its_ttl(documents: list[Document]) -> Iterator[str]:
+    for document in of_kind(documents, "Job"):
+        if not document["spec"].get("ttlSecondsAfterFinished"):
+            yield "no ttlSecondsAfterFinished"
+
+
+def a_cronjob_never_overlaps_or_piles_up(documents: list[Document]) -> Iterator[str]:
+    for document in of_kind(documents, "CronJob"):
+        spec, name = document["spec"], document["metadata"]["name"]
+        if len(name) > 52:
+            yield f"CronJob {name}: longer than 52 characters"
+        if spec.get("concurrencyPolicy") != "Forbid":
+            yield "concurrencyPolicy is not Forbid"
+        if not spec.get("timeZone"):
+            yield "no timeZone: the schedule is in the controller's"
+        limits = ("successfulJobsHistoryLimit", "failedJobsHistoryLimit")
+        yield from (f"no {limit}" for limit in limits if not spec.get(limit))
+        if "ttlSecondsAfterFinished" in spec["jobTemplate"]["spec"]:
+            yield "ttlSecondsAfterFinished empties the CronJob's history"
+        interval = shortest_interval_seconds(spec["schedule"])
+        if not 10 <= spec.get("startingDeadlineSeconds", 0) < interval:
+            yield f"startingDeadlineSeconds: at least 10 and less than the schedule's {interval} s"
+
+
+def shortest_interval_seconds(schedule: str) -> int:
+    """Between two starts of a schedule by minute, hour and weekday."""
+    minute, hour, day, month, weekday = schedule.split()
+    assert (day, month) == ("*", "*"), "days of a month are not needed here"
+    minutes, hours, days = _times(minute, 60), _times(hour, 24), _times(weekday, 7)
+    starts = sorted(d * 86400 + h * 3600 + m * 60 for d in days for h in hours for m in minutes)
+    return min(later - earlier for earlier, later in zip(starts, [*starts[1:], starts[0] + 7 * 86400], strict=True))
+
+
+def _times(field: str, size: int) -> list[int]:
+    if field == "*":
+        return list(range(size))
+    if field.startswith("*/"):
+        return list(range(0, size, int(field[2:])))
+    times = [int(each) for each in field.split(",")]
+    assert all(0 <= each < size for each in times), field
+    return times

@@ -1,0 +1,136 @@
+"""What k8s/README.md says is what the manifests and the table do."""
+
+import json
+import re
+import subprocess
+
+import pytest
+import yaml
+from k8s_manifests import COMPONENTS, K8S, KUBECTL, OVERLAYS, documents, standalone
+from k8s_parts import environment, job_specs, of_kind, pod_specs
+from k8s_schemas import VERSIONS, invalid
+
+from job.core.errors import ENDINGS, Again
+
+README = (K8S / "README.md").read_text(encoding="utf-8")
+SAID = {
+    Again.DONE: "Complete",
+    Again.NEVER: "Failed at once",
+    Again.COUNTED: "a new pod, counted",
+    Again.ELSEWHERE: "a new pod, counted; see below",
+    Again.ALWAYS: "a new pod, not counted",
+}
+needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="NO KUBECTL: the README's commands are not tried here")
+
+
+def blocks(language=""):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_table_says_of_every_exit_code_what_the_job_does():
+    rows = [f"| {row.code} | {row.meaning} | {SAID[row.again]} |" for row in ENDINGS]
+
+    assert re.findall(r"^\| \d.*$", README, re.MULTILINE) == rows
+
+
+def test_every_component_and_overlay_is_named():
+    tree = blocks()[0]
+
+    assert set(re.findall(r"[a-z-]+", tree.split("can be added:")[1].split("overlays/")[0])) == set(COMPONENTS)
+    assert set(tree.split("together:")[1].split()) == set(OVERLAYS)
+
+
+def test_the_numbers_that_are_named_are_those_of_the_manifests():
+    (spec,), (pod,) = job_specs(standalone()), pod_specs(standalone())
+
+    assert f"`backoffLimit: {spec['backoffLimit']}`" in README
+    assert spec["backoffLimit"] == 3  # "Failed with the fourth"
+    assert "16 GiB is what we expect" in README
+    assert pod["containers"][0]["resources"]["limits"]["memory"] == "16Gi"
+    assert pod["serviceAccountName"] == "qlora-job"
+
+
+def test_the_secrets_that_are_made_are_those_that_the_components_read():
+    made = set(re.findall(r"create secret generic (\S+)", README))
+    read = {
+        name
+        for path in K8S.rglob("kustomization.yaml")
+        for name in re.findall(r"qlora-job-(?:s3|hub)", path.read_text())
+    }
+
+    assert made == read == {"qlora-job-s3", "qlora-job-hub"}
+
+
+def test_the_variable_of_a_gated_model_is_in_job_yaml_to_be_switched_on():
+    text = re.sub(r"# (- name: HF_TOKEN|  valueFrom: \{secretKeyRef)", r"\1", (K8S / "job.yaml").read_text())
+    (pod,) = pod_specs(documents(text))
+
+    assert "HF_TOKEN" in environment(pod)
+    assert [wrong for v in VERSIONS for each in documents(text) if (wrong := invalid(each, v))] == []
+
+
+def test_manifests_that_are_shown_are_valid():
+    shown = [document for block in blocks("yaml") for document in documents(block) if "apiVersion" in document]
+
+    assert [document["kind"] for document in shown] == ["NetworkPolicy"]
+    assert [wrong for v in VERSIONS for document in shown if (wrong := invalid(document, v))] == []
+    (job,) = of_kind(standalone(), "Job")
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert shown[0]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+@needs_kubectl
+def test_the_five_lines_of_your_own_render(tmp_path):
+    (text,) = [block for block in blocks("yaml") if "resources:" in block]
+    (tmp_path / "qlora-job").mkdir()
+    (tmp_path / "qlora-job" / "k8s").symlink_to(K8S)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "kustomization.yaml").write_text(text, encoding="utf-8")
+    (own / "recipe.yaml").write_text((K8S / "base" / "recipe.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    done = subprocess.run([KUBECTL, "kustomize", str(own)], capture_output=True, text=True, check=False)
+
+    assert len(text.splitlines()) == 5
+    assert done.returncode == 0, done.stderr
+    (job,) = of_kind(documents(done.stdout), "Job")
+    assert job["metadata"]["namespace"] == "ml"
+    assert job["spec"]["template"]["spec"]["containers"][0]["image"] == "registry.example.com/ml/qlora-job:0.1.0"
+
+
+@needs_kubectl
+def test_the_command_that_shows_how_it_ended_shows_it(tmp_path):
+    """Its template, without a server: on a list of pods in a file."""
+    (template,) = re.findall(r"jsonpath='(\{range.*?\{end\})'", README)
+    message = json.dumps({"state": "ended", "code": 75})
+    state = {"terminated": {"exitCode": 75, "message": message}}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "qlora-job-x"},
+        "status": {"containerStatuses": [{"name": "trainer", "state": state}]},
+    }
+    one = re.sub(r"\{range \.items\[\*\]\}|\{end\}", "", template)
+    (tmp_path / "pod.yaml").write_text(yaml.safe_dump(pod), encoding="utf-8")
+    command = [KUBECTL, "annotate", "--local", "-f", str(tmp_path / "pod.yaml"), "a=b", "-o", f"jsonpath={one}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.stdout == f"qlora-job-x\t{message}\n", done.stderr
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kind", ["Job", "CronJob"])
+def test_the_patches_that_are_shown_suspend(tmp_path, kind):
+    (text,) = set(re.findall(rf"kubectl patch {kind.lower()} \S+ --type=merge -p '(.*?)'", README))
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        yaml.safe_dump({"apiVersion": "batch/v1", "kind": kind, "metadata": {"name": "x"}}), encoding="utf-8"
+    )
+    command = [KUBECTL, "patch", "--local", "-f", str(path), "--type=merge", "-p", text, "-o", "yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert yaml.safe_load(done.stdout)["spec"]["suspend"] is True, done.stderr
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?://)([^)#\s]+)", README))
+def test_every_link_leads_somewhere(target):
+    assert (K8S / target).exists()

@@ -1,0 +1,261 @@
+"""One planted error of each kind is seen: by the schemas, or by our own rules."""
+
+import copy
+import re
+from functools import reduce
+
+import pytest
+import yaml
+from k8s_manifests import documents, overlay, standalone
+from k8s_parts import of_kind
+from k8s_rules import RULES, complaints, heard
+from k8s_schemas import VERSIONS, invalid
+
+POD = "spec.template.spec"
+TRAINER = f"{POD}.containers.0"
+POLICY = "spec.podFailurePolicy.rules"
+CODES = f"{POLICY}.1.onExitCodes.values"
+GONE = object()
+
+
+def planted(base, kind, path, value):
+    """The documents with one value replaced, added or gone; a function makes the new value of the old."""
+    spoilt = copy.deepcopy(base)
+    *way, last = steps(path)
+    there = reduce(lambda node, part: node[part], way, of_kind(spoilt, kind)[0])
+    if value is GONE:
+        del there[last]
+    elif callable(value):
+        there[last] = value(there[last])
+    else:
+        there[last] = value
+    return spoilt
+
+
+def steps(path):
+    """`a.0.b\\.c` as the keys and places that it leads through; a backslash stands before a point in a key."""
+    parts = [part.replace("\\.", ".") for part in re.split(r"(?<!\\)\.", path)]
+    return [int(part) if part.isdigit() else part for part in parts]
+
+
+def without(name):
+    return lambda variables: [each for each in variables if each["name"] != name]
+
+
+def variable(name, value):
+    return lambda variables: [*without(name)(variables), {"name": name, "value": value}]
+
+
+def plus(*more):
+    return lambda items: [*items, *more]
+
+
+def shown(each):
+    """A name for a case that is the same in each process: functions and GONE have none of their own."""
+    if each is GONE:
+        return "gone"
+    return "changed" if callable(each) else str(each)[:40]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("spec.restartPolicy", "Never", "restartPolicy"),  # misplaced
+        (f"{POD}.gracePeriodSeconds", 300, "gracePeriodSeconds"),  # no such field
+        ("spec.backoffLimit", "3", "'3'"),  # a text for a number
+        (f"{TRAINER}.env.0.value", 1, "1 is not of type"),  # a number for a text
+        (f"{TRAINER}.args", "run", "args"),
+        (f"{POD}.containers", GONE, "containers"),
+        (f"{POLICY}.0.onPodConditions.0.type", GONE, "type"),
+        ("apiVersion", "batch/v2", "Couldn't find schema"),
+    ],
+)
+@pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-1]])
+def test_what_no_schema_has_is_seen(path, value, told, version):
+    job = of_kind(planted(standalone(), "Job", path, value), "Job")[0]
+
+    assert told in invalid(job, version)
+
+
+def test_a_field_that_is_newer_than_the_floor_is_seen():
+    rules = [{"action": "Restart", "exitCodes": {"operator": "In", "values": [83]}}]
+    job = of_kind(planted(standalone(), "Job", f"{TRAINER}.restartPolicyRules", rules), "Job")[0]
+
+    assert "restartPolicyRules" in invalid(job, VERSIONS[0])
+    assert invalid(job, VERSIONS[-1]) is None
+
+
+JOB_ERRORS = [
+    # exit codes
+    (CODES, [64, 65, 66, 77, 78, 80, 81], "exit code 84: Count"),
+    (CODES, [64, 65, 66, 75, 77, 78, 80, 81, 84], "exit code 75: FailJob"),
+    (CODES, [64, 65, 66, 69, 77, 78, 80, 81, 84], "exit code 69: FailJob"),
+    (f"{POLICY}.2.onExitCodes.values", [75, 82], "exit code 82: Ignore"),
+    (POLICY, lambda rules: rules[:2], "exit code 75: Count"),
+    (POLICY, lambda rules: rules[1:], "a pod that is evicted and ends 65 is not ignored"),
+    (f"{POLICY}.0.onPodConditions.0.type", "PodScheduled", "evicted"),
+    (f"{POLICY}.1.onExitCodes.operator", "NotIn", "exit code 137"),
+    (f"{POLICY}.3.onExitCodes.values", [69, 70, 74, 82, 83, 137], "not all of them are codes of ours"),
+    # what the server refuses
+    (f"{POD}.restartPolicy", "OnFailure", "restartPolicy Never"),
+    (POLICY, [], "between 1 and 20 rules"),
+    (CODES, [65, 64, 66, 77, 78, 80, 81, 84], "sorted"),
+    (CODES, [64, 64, 65, 66, 77, 78, 80, 81, 84], "each once"),
+    (CODES, [0, 64, 65, 66, 77, 78, 80, 81, 84], "no 0 with In"),
+    (f"{POLICY}.1.onExitCodes.containerName", "main", "no such container"),
+    (f"{POLICY}.1.onPodConditions", [], "either onExitCodes or onPodConditions"),
+    (f"{POLICY}.0.onPodConditions.0.status", GONE, "without status"),
+    ("spec.podReplacementPolicy", "TerminatingOrFailed", "two pods could work at once"),
+    # time
+    (f"{POD}.terminationGracePeriodSeconds", 60, "JOB_GRACE_SECONDS is 300"),
+    (f"{POD}.terminationGracePeriodSeconds", GONE, "terminationGracePeriodSeconds is 30"),
+    (f"{POD}.terminationGracePeriodSeconds", 0, "less than the job needs to save"),
+    (f"{TRAINER}.env", without("JOB_GRACE_SECONDS"), "JOB_GRACE_SECONDS is None"),
+    ("spec.activeDeadlineSeconds", GONE, "no activeDeadlineSeconds"),
+    ("spec.backoffLimit", GONE, "no backoffLimit"),
+    ("spec.completions", 2, "one run"),
+    ("spec.suspend", True, "waits for ever"),
+    ("spec.ttlSecondsAfterFinished", GONE, "no ttlSecondsAfterFinished"),
+    # the command line
+    (f"{TRAINER}.args", ["train", "/recipe/recipe.yaml"], "no command train"),
+    (f"{TRAINER}.args", ["run", "/recipe/recipe.yaml", "--lr", "1"], "--lr"),
+    (f"{TRAINER}.args", ["run", "/recipe/other.yaml"], "no ConfigMap puts a recipe there"),
+    (f"{TRAINER}.command", ["python"], "entrypoint"),
+    (f"{TRAINER}.env", variable("JOB_GRACE", "300"), "JOB_GRACE: no option"),
+    (f"{TRAINER}.env", variable("JOB_DEVICE", "gpu"), "JOB_DEVICE=gpu"),
+    (f"{TRAINER}.env", variable("JOB_RUN_ID", "notes"), "JOB_RUN_ID is set"),
+    (f"{TRAINER}.env", variable("JOB_OUTCOME_FILE", "/work/o.json"), "is not terminationMessagePath"),
+    (f"{TRAINER}.terminationMessagePolicy", GONE, "terminationMessagePolicy"),
+    (f"{TRAINER}.env", variable("HF_TOKEN", "hf_x"), "a secret in the open"),
+    # what is named
+    (f"{POD}.serviceAccountName", "default", "ServiceAccount default: none is made"),
+    (f"{POD}.volumes.0.configMap.name", "recipe", "ConfigMap recipe: none is made"),
+    (f"{TRAINER}.volumeMounts", lambda mounts: mounts[:-1], "volume shm"),
+    (f"{TRAINER}.volumeMounts", plus({"name": "cache", "mountPath": "/cache"}), "volume cache"),
+    (f"{TRAINER}.volumeMounts", plus({"name": "shm", "mountPath": "/work"}), "two volumes at one path"),
+    (f"{POD}.volumes", plus({"name": "m", "persistentVolumeClaim": {"claimName": "m"}}), "PersistentVolumeClaim m"),
+    (f"{TRAINER}.volumeMounts.1.mountPath", "/data", "/work: no volume that can be written"),
+    (f"{TRAINER}.volumeMounts.1.readOnly", True, "/work: no volume that can be written"),
+    (f"{TRAINER}.env", variable("JOB_WORKDIR", "/scratch"), "/scratch: no volume that can be written"),
+    (f"{POD}.volumes.2.emptyDir", {}, "/dev/shm"),
+    # resources
+    (f"{TRAINER}.resources.requests.memory", "32Gi", "the request is above the limit"),
+    (f"{TRAINER}.resources.requests.memory", "8Gi", "memory: the request is not the limit"),
+    (f"{TRAINER}.resources.limits.nvidia\\.com/gpu", "0.5", "whole numbers"),
+    (f"{TRAINER}.resources.limits.nvidia\\.com/gpu", GONE, "whole numbers"),
+    (f"{TRAINER}.resources.requests.nvidia\\.com/gpu", 2, "above the limit"),
+    (f"{TRAINER}.resources.requests.cpu", GONE, "cpu: no request"),
+    (f"{TRAINER}.resources.limits.ephemeral-storage", GONE, "ephemeral-storage: the request is not the limit"),
+    (f"{POD}.volumes.1.emptyDir", {}, "less than the emptyDir volumes may hold"),
+    (f"{POD}.volumes.2.emptyDir.sizeLimit", "64Gi", "memory: less than the emptyDir"),
+    # the restricted profile
+    (f"{TRAINER}.securityContext", GONE, "allowPrivilegeEscalation"),
+    (f"{TRAINER}.securityContext.allowPrivilegeEscalation", True, "allowPrivilegeEscalation"),
+    (f"{TRAINER}.securityContext.privileged", True, "privileged"),
+    (f"{TRAINER}.securityContext.capabilities", {"drop": ["NET_RAW"]}, "capabilities"),
+    (f"{TRAINER}.securityContext.capabilities.add", ["SYS_ADMIN"], "capabilities"),
+    (f"{TRAINER}.securityContext.procMount", "Unmasked", "procMount"),
+    (f"{TRAINER}.securityContext.runAsNonRoot", False, "may run as root"),
+    (f"{POD}.securityContext.runAsNonRoot", GONE, "may run as root"),
+    (f"{POD}.securityContext.runAsUser", 0, "may run as root"),
+    (f"{POD}.securityContext.seccompProfile.type", "Unconfined", "seccompProfile"),
+    (f"{POD}.securityContext.sysctls", [], "sysctls"),
+    (f"{POD}.hostNetwork", True, "hostNetwork"),
+    (f"{TRAINER}.ports", [{"containerPort": 1, "hostPort": 1}], "hostPort"),
+    (f"{POD}.volumes", plus({"name": "host", "hostPath": {"path": "/"}}), "hostPath"),
+    (f"{POD}.initContainers", [{"name": "i", "image": "i:1"}], "allowPrivilegeEscalation"),
+    # beyond it
+    (f"{TRAINER}.securityContext.readOnlyRootFilesystem", GONE, "readOnlyRootFilesystem"),
+    (f"{POD}.automountServiceAccountToken", GONE, "token for the Kubernetes API"),
+    (f"{POD}.enableServiceLinks", GONE, "enableServiceLinks"),
+    (f"{POD}.securityContext.runAsUser", 1000, "not the image's 10001"),
+    (f"{POD}.securityContext.fsGroup", GONE, "not the image's 10001"),
+    # names and labels
+    ("metadata.name", "My_Job", "name 'My_Job'"),
+    ("metadata.namespace", "ml", "namespace"),
+    ("spec.template.metadata.labels", {}, "pod-template: without the label"),
+    ("metadata.labels.team", "a team", "label value 'a team'"),
+    ("spec.template.metadata.annotations.x", True, "annotation value True"),
+    (f"{TRAINER}.image", "registry.example.com/qlora-job", "neither a tag that stays"),
+    (f"{TRAINER}.image", "registry.example.com/qlora-job:latest", "neither a tag that stays"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "told"), JOB_ERRORS, ids=shown)
+def test_an_error_in_the_job_is_seen(path, value, told):
+    wrong = complaints(planted(standalone(), "Job", path, value))
+
+    assert [each for each in wrong if told in each], wrong
+
+
+OTHER_ERRORS = [
+    ("ConfigMap", "data", {"recipe.yaml": "output: 5\n"}, "model"),
+    ("ConfigMap", "data", {"other.yaml": ""}, "no ConfigMap puts a recipe there"),
+    ("ConfigMap", "metadata.name", "other", "none is made"),
+    ("ServiceAccount", "automountServiceAccountToken", GONE, "gives its token away"),
+    ("ServiceAccount", "metadata.name", "other", "ServiceAccount qlora-job: none is made"),
+]
+
+
+@pytest.mark.parametrize(("kind", "path", "value", "told"), OTHER_ERRORS, ids=shown)
+def test_an_error_beside_the_job_is_seen(kind, path, value, told):
+    wrong = complaints(planted(standalone(), kind, path, value))
+
+    assert [each for each in wrong if told in each], wrong
+
+
+NIGHTLY_ERRORS = [
+    ("spec.concurrencyPolicy", "Allow", "concurrencyPolicy"),
+    ("spec.startingDeadlineSeconds", GONE, "startingDeadlineSeconds"),
+    ("spec.startingDeadlineSeconds", 5, "at least 10"),
+    ("spec.schedule", "*/30 * * * *", "less than the schedule's 1800 s"),
+    ("spec.timeZone", GONE, "timeZone"),
+    ("spec.successfulJobsHistoryLimit", GONE, "successfulJobsHistoryLimit"),
+    ("spec.failedJobsHistoryLimit", 0, "failedJobsHistoryLimit"),
+    ("spec.jobTemplate.spec.ttlSecondsAfterFinished", 60, "ttlSecondsAfterFinished"),
+    ("metadata.name", "n" * 53, "longer than 52"),
+    (f"spec.jobTemplate.{POD}.restartPolicy", "OnFailure", "restartPolicy Never"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "told"), NIGHTLY_ERRORS, ids=shown)
+def test_an_error_in_the_cronjob_is_seen(path, value, told):
+    wrong = complaints(planted(overlay("nightly"), "CronJob", path, value))
+
+    assert [each for each in wrong if told in each], wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("spec.activeDeadlineSeconds", 60, "begins anew"),
+        ("metadata.labels.kueue\\.x-k8s\\.io/max-exec-time-seconds", GONE, "max-exec-time-seconds"),
+    ],
+)
+def test_an_error_in_a_job_of_kueue_is_seen(path, value, told):
+    wrong = complaints(planted(overlay("kueue"), "Job", path, value))
+
+    assert [each for each in wrong if told in each], wrong
+
+
+def test_a_secret_in_the_manifests_is_seen():
+    secret = {"kind": "Secret", "metadata": {"name": "s3", "labels": {"app.kubernetes.io/name": "qlora-job"}}}
+
+    assert complaints([*standalone(), secret]) == ["Secret s3: is made by hand"]
+
+
+def test_every_rule_has_seen_an_error():
+    """A rule that nothing can break would hold for ever."""
+    spoilt = [planted(standalone(), "Job", path, value) for path, value, _ in JOB_ERRORS]
+    spoilt += [planted(standalone(), kind, path, value) for kind, path, value, _ in OTHER_ERRORS]
+    spoilt += [planted(overlay("nightly"), "CronJob", path, value) for path, value, _ in NIGHTLY_ERRORS]
+
+    assert [rule.__name__ for rule in RULES if not any(heard(rule, each) for each in spoilt)] == []
+
+
+def test_the_helper_spoils_a_copy():
+    before = yaml.safe_dump_all(standalone())
+    base = standalone()
+    planted(base, "Job", "spec.backoffLimit", 0)
+
+    assert documents(yaml.safe_dump_all(base)) == documents(before)

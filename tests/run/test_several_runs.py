@@ -1,0 +1,152 @@
+"""report of several runs, of a recipe's run, and of runs that are not finished."""
+
+import json
+import shutil
+
+import pytest
+from job_process import call
+
+
+@pytest.fixture
+def two(finished, tmp_path):
+    """A store with two finished runs that differ in one key and in how well they did."""
+    job, _ended = finished
+    runs = tmp_path / "store" / "runs"
+    for name, rank, loss in (("aa-1", 4, 3.5), ("bb-2", 8, 1.5)):
+        run = shutil.copytree(job.only_run(), runs / name)
+        for file in ("run.json", "report.json"):
+            content = json.loads((run / file).read_text())
+            content["run_id"] = name
+            content["recipe"]["lora"]["r"] = rank
+            if file == "report.json":
+                content["sweet_spot"]["loss"] = loss
+                content["run_uri"] = f"file://{run}"
+            (run / file).write_text(json.dumps(content))
+    return runs
+
+
+def named(line):
+    return line.split("  ")[0]
+
+
+def unfinished(runs):
+    """The second run, as it stands before its end."""
+    for name in ("report.json", "adapter"):
+        shutil.rmtree(runs / "bb-2" / name) if name == "adapter" else (runs / "bb-2" / name).unlink()
+
+
+def test_several_runs_are_a_table_with_what_differs_and_the_best(two):
+    ended = call("report", f"file://{two}/aa-1", f"file://{two}/bb-2/report.json")
+
+    assert ended.code == 0, ended.stdout
+    lines = ended.stdout.splitlines()
+    assert [named(line) for line in lines[1:3]] == ["aa-1", "bb-2"]
+    assert "lora.r=4" in lines[1]
+    assert "3.5000" in lines[1]
+    assert "lora.r=8" in lines[2]
+    assert lines[2].endswith("<- best")
+    assert "best: bb-2 (lora.r=8)" in lines[-1]
+
+
+@pytest.mark.parametrize("tail", ["", "/", "/*"])
+def test_all_runs_of_an_output_are_named_by_their_folder(two, tail):
+    ended = call("report", f"file://{two}{tail}")
+
+    assert ended.code == 0
+    assert [named(line) for line in ended.stdout.splitlines()[1:3]] == ["aa-1", "bb-2"]
+
+
+def test_a_pattern_chooses_among_them(two):
+    lines = call("report", f"file://{two}/b*").stdout.splitlines()
+
+    assert named(lines[1]) == "bb-2"
+    assert not any(line.startswith("aa-1") for line in lines)
+
+
+def test_a_file_holds_one_run_a_line(two, tmp_path):
+    file = tmp_path / "runs.txt"
+    file.write_text(f"# a sweep\nfile://{two}/bb-2\n\nfile://{two}/aa-1\n")
+    ended = call("report", str(file))
+
+    assert ended.code == 0
+    assert [named(line) for line in ended.stdout.splitlines()[1:3]] == ["bb-2", "aa-1"]
+
+
+def test_a_run_that_is_not_finished_is_told_in_the_table_and_by_the_exit_code(two):
+    unfinished(two)
+    ended = call("report", f"file://{two}")
+
+    assert ended.code == 66
+    lines = ended.stdout.splitlines()
+    assert lines[1].endswith("<- best")
+    assert "not finished: step 30 is committed, attempt 1: exit 0" in lines[2]
+
+
+def test_a_run_that_is_not_there_is_told_as_well(two):
+    ended = call("report", f"file://{two}/aa-1", f"file://{two}/zz-9")
+
+    assert ended.code == 66
+    assert "not there" in ended.stdout
+
+
+@pytest.mark.parametrize("name", ["file:///nowhere/runs", "file:///nowhere/runs/a*"])
+def test_a_name_that_means_no_run_ends_66(name):
+    ended = call("report", name)
+
+    assert ended.code == 66
+    assert name in ended.named("ended")[0]["reason"]
+
+
+def test_an_empty_file_ends_66(tmp_path):
+    (tmp_path / "runs.txt").write_text("# none yet\n")
+
+    assert call("report", str(tmp_path / "runs.txt")).code == 66
+
+
+def test_a_table_leaves_nothing_in_the_store(two):
+    before = sorted((p, p.stat().st_mtime_ns) for p in two.rglob("*"))
+    call("report", f"file://{two}")
+
+    assert sorted((p, p.stat().st_mtime_ns) for p in two.rglob("*")) == before
+
+
+# --- by its recipe ---------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_names_the_run_that_it_would_make_now(finished):
+    job, _ended = finished
+    ended = call("report", str(job.recipe_path))
+
+    assert ended.code == 0, ended.stdout
+    assert f"run {job.only_run().name}" in ended.stdout
+
+
+def test_with_other_data_or_another_override_that_run_is_not_there(finished, tmp_path):
+    """So exit 0 means: nothing changed, `run` would do nothing."""
+    job, _ended = finished
+    assert call("report", str(job.recipe_path), "--set", "lora.r=2").code == 66
+
+    more = job.data / "train-more.jsonl"
+    more.write_text('{"question": "12 red hats", "answer": "red 12"}\n')
+    try:
+        ended = call("report", str(job.recipe_path))
+    finally:
+        more.unlink()
+    assert ended.code == 66
+    assert "the run is not there" in ended.named("ended")[0]["reason"]
+    assert len(job.runs()) == 1
+
+
+def test_an_unfinished_run_of_the_recipe_is_told_as_such(job):
+    job.call("run", stop_in="ask_base")
+    ended = call("report", str(job.recipe_path))
+
+    assert ended.code == 66
+    assert "not finished yet" in ended.named("ended")[0]["reason"]
+
+
+def test_a_wrong_recipe_ends_64(job):
+    job.recipe["lora"]["rank"] = 4
+    ended = call("report", str(job.write()))
+
+    assert ended.code == 64

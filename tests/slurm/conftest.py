@@ -1,0 +1,56 @@
+"""A real Slurm for these tests: two of them run wherever Slurm and root are, the rest with -m slurm."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# The job as a process, and what its runs are made of.
+sys.path.append(str(Path(__file__).parents[1] / "run"))
+
+from cluster import slow_recipe, slurm, why_not
+from job_process import Job
+from run_material import make_base
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slurm" in config.option.markexpr:
+        return
+    chosen = [item for item in items if item.get_closest_marker("slurm") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with slurm() as running:
+        yield running
+
+
+@pytest.fixture
+def real_slurm(cluster):
+    """The cluster, without a job of an earlier test."""
+    yield cluster
+    cluster.clear()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+@pytest.fixture
+def job(tmp_path, tiny_base):
+    return slow_recipe(Job(tmp_path, tiny_base))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, tiny_base):
+    """The report of a run that nothing happened to, without Slurm."""
+    job = slow_recipe(Job(tmp_path_factory.mktemp("undisturbed"), tiny_base))
+    ended = job.start("run")
+    assert ended.code == 0, ended.stdout + ended.stderr
+    return job.report()
