@@ -132,6 +132,10 @@ class Artifacts:
         """Which owner of the run's lock we are; 0 without one."""
         return self._lock.fence if self._lock is not None else 0
 
+    @property
+    def _conditional(self) -> bool:
+        return self._lock is not None and self._lock.conditional
+
     def _sweep(self) -> list[str]:
         """Delete checkpoints that were never committed and are old."""
         begun, committed = self._begun_and_committed()
@@ -151,7 +155,7 @@ class Artifacts:
         for _ in range(_ROUNDS):
             self._confirm()
             try:
-                if self._lock is None or not self._lock.conditional:
+                if not self._conditional:
                     self._latest = self._store.write(key, data)
                 elif self._latest is None:
                     self._latest = self._store.write(key, data, create_only=True)
@@ -208,7 +212,7 @@ class Artifacts:
             self._confirm()
             data, etag = self._store.read(key)
             if json.loads(data).get("fence", 0) < self.fence:
-                self._store.write(key, report, if_match=etag)
+                self._store.write(key, report, if_match=etag if self._conditional else None)
         crash_point("report.after")
 
     def publish(self, name: str, content: bytes) -> None:
@@ -420,8 +424,7 @@ class Artifacts:
         return files
 
     def _publish_file(self, path: Path, key: str) -> Uploaded:
-        conditional = self._lock is not None and self._lock.conditional
-        for _ in range(_ROUNDS if conditional else 0):
+        for _ in range(_ROUNDS if self._conditional else 0):
             etag = self._etag(key)
             self._confirm()  # after it: whatever changes from here on fails the condition
             try:

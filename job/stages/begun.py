@@ -37,6 +37,7 @@ class Begun:
         self._lock = lock
         self._earlier: list[dict[str, Any]] = []
         self._ended = False
+        self._refused = False
         self.number: int | None = None
         """Of the attempt; None before `begin`."""
         if lock.taken_from is not None:
@@ -52,7 +53,7 @@ class Begun:
         end = repeated_failure(self._earlier)
         if end is None or self._attempt.force:
             return
-        self._attempt.standing.final = True
+        self._attempt.standing.final = self._refused = True
         kind = {LocalDiskError.code: LocalDiskError, StalledError.code: StalledError}.get(end["exit_code"], JobError)
         raise kind(
             f"{self._found.artifacts.uri}: the last two attempts failed in the same way at step {end.get('step')}: "
@@ -110,8 +111,8 @@ class Begun:
             return
         if self.number is None:
             # Bad input and a node without a GPU leave nothing in the store. A stop and a failure that may come again
-            # are counted, so they leave word.
-            if code not in {StopRequestedError.code, *FINAL_WHEN_REPEATED}:
+            # are counted, so they leave word; being refused for what was counted before is neither.
+            if self._refused or code not in {StopRequestedError.code, *FINAL_WHEN_REPEATED}:
                 return
             self._take_number()
         assert self.number is not None

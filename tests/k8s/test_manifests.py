@@ -4,6 +4,8 @@ import pytest
 import yaml
 from k8s_manifests import (
     COMPONENTS,
+    IN_BASE,
+    JOB,
     K8S,
     KUBECTL,
     OVERLAYS,
@@ -160,6 +162,10 @@ def test_kueue_decides_when_and_counts_the_time_over_all_admissions():
 
 
 # --- components ------------------------------------------------------------------------------------------------------
+
+
+def test_the_base_has_job_yaml_as_it_is():
+    assert IN_BASE.read_bytes() == JOB.read_bytes(), "run `make templates`"
 
 
 @needs_kubectl
