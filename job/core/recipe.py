@@ -1,7 +1,7 @@
 """YAML text -> Recipe: frozen sections, every mistake at once with its line, and a JSON Schema for editors."""
 
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from job.core.errors import UsageError
+from job.core.mistakes import reason, shown
 
 Count = Annotated[int, Field(strict=True, gt=0)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -131,7 +132,7 @@ class DataSection(Section):
     """`.jsonl`, `.jsonl.gz` or `.jsonl.zst`: one URI, a list, a glob (`*`, `?`, `**`) or a prefix ending in `/`."""
     validation: Annotated[
         Annotated[Uris, Tag("<files>")] | Annotated[Fraction, Tag("<fraction>")],
-        Discriminator(lambda value: "<fraction>" if isinstance(value, (Mapping, Fraction)) else "<files>"),
+        Discriminator(lambda value: "<files>" if isinstance(value, (str, list, tuple)) else "<fraction>"),
     ] = Fraction(fraction=0.05)
     """Held-out examples: own files, or `{fraction: 0.05}` of the training files."""
     text: Template | None = None
@@ -383,13 +384,9 @@ def _parse(text: str, source: str) -> tuple[yaml.Node | None, dict[str, Any]]:
         msg = f"{source}: not valid YAML: {error}"
         raise UsageError(msg) from error
     if not isinstance(raw, dict):
-        msg = f"{source}: a recipe is a mapping with model, data, train and output; this is {_kind(raw)}"
+        msg = f"{source}: a recipe has the sections model, data and train, and an output; this is {shown(raw)}"
         raise UsageError(msg)
     return node, raw
-
-
-def _kind(value: object) -> str:
-    return "empty" if value is None else f"a {type(value).__name__}"
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -402,7 +399,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         inner = place.setdefault(key, {})
         if not isinstance(inner, dict):
-            msg = f"--set {override}: {key} is {_kind(inner)} in the recipe, not a section"
+            msg = f"--set {override}: {key} is {shown(inner)} in the recipe, not a section"
             raise UsageError(msg)
         place = inner
     try:
@@ -417,13 +414,7 @@ def _mistake(detail: ErrorDetails, *, node: yaml.Node | None, source: str, overr
     path = ".".join(str(key) for key in keys)
     set_here = any(_sets(override.partition("=")[0].strip(), path, detail["type"]) for override in overrides)
     where = f"--set {path}" if set_here else f"{source}:{_line(node, keys)}"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        message = "unknown key"
-    elif detail["type"] == "missing":
-        message = "missing"
-    elif detail["type"] != "value_error" and not isinstance(detail["input"], (dict, list, tuple)):
-        message = f"{message[0].lower()}{message[1:]} (it is {detail['input']!r})"
+    message = reason(detail)
     return f"{where}: {path}: {message}" if path else f"{where}: {message}"
 
 

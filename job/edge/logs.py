@@ -235,7 +235,7 @@ def _first_things_first(_logger: object, _method: str, event: MutableMapping[str
 
 
 class _Console:
-    """One line for people: the time, the event, its values; steps as a table that the eye can follow."""
+    """A line for people: the time, the event, its values; steps as a table, and below it what has lines of its own."""
 
     _LEVELS: ClassVar[Mapping[str, str]] = {"warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31;1m"}
     # The same on each line of one terminal.
@@ -249,6 +249,8 @@ class _Console:
         name, trace = str(event.pop("event", "")), event.pop("exception", None)
         for key in self._CONSTANT:
             event.pop(key, None)
+        long = [key for key, value in event.items() if isinstance(value, str) and "\n" in value]
+        blocks = [_block(key, event.pop(key)) for key in long]
         parts = _step_parts(event) if name == "step" and "step" in event else [self._paint(name, "\x1b[1m")]
         if level in self._LEVELS:
             parts.insert(0, self._paint(level.upper(), self._LEVELS[level]))
@@ -256,7 +258,7 @@ class _Console:
         line = "  ".join(
             [self._paint(clock, "\x1b[2m"), *parts, *([self._paint(values, "\x1b[36m")] if values else [])]
         )
-        return line if trace is None else f"{line}\n{trace}"
+        return "\n".join([line, *blocks, *([] if trace is None else [trace])])
 
     def _paint(self, text: str, colour: str) -> str:
         return f"{colour}{text}\x1b[0m" if self._colours and text else text
@@ -275,6 +277,12 @@ def _step_parts(event: MutableMapping[str, Any]) -> list[str]:
         del event["eta_seconds"]
         parts.append(f"eta {int(eta) // 3600:02d}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d}")
     return parts
+
+
+def _block(key: str, text: str) -> str:
+    """A text of several lines, such as all mistakes of a recipe, below its event."""
+    lines = [each if each.isprintable() else repr(each)[1:-1] for each in text.splitlines()]
+    return "\n".join([f"  {key}:", *(f"    {each}" for each in lines)])
 
 
 def _shown(value: object) -> str:

@@ -100,7 +100,7 @@ def test_a_missing_key_is_named_where_its_section_begins():
 def test_a_wrong_entry_of_a_list_is_named_by_its_line():
     told = refusal(SMALL.replace("s3://notes/train.jsonl", "\n    - a.jsonl\n    - 5"))
 
-    assert "recipe.yaml:5: data.train.1: input should be a valid string (it is 5)" in told
+    assert "recipe.yaml:5: data.train.1: input should be text (it is 5)" in told
 
 
 def test_a_key_that_stands_twice_is_refused():
@@ -114,7 +114,7 @@ def test_a_key_that_stands_twice_is_refused():
         ("", "this is empty"),
         ("# only a comment\n", "this is empty"),
         ("- a\n- b\n", "this is a list"),
-        ("hello", "this is a str"),
+        ("hello", "this is 'hello'"),
         ("a: [1, 2", "recipe.yaml:1: not valid YAML"),
         ("a: 1\n\tb: 2\n", "recipe.yaml:2: not valid YAML"),
         ("a: \0", "not valid YAML"),
@@ -124,12 +124,31 @@ def test_a_key_that_stands_twice_is_refused():
         ("a: " + "[" * 3000, "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "recipe.yaml:1: not valid YAML"),
         ("a: *b", "recipe.yaml:1: not valid YAML"),
-        ("on: 1\n" + SMALL, "keys should be strings (it is True)"),
+        ("on: 1\n" + SMALL, "keys should be strings (it is true)"),
     ],
     ids=lambda value: repr(value)[:40],
 )
 def test_what_is_no_recipe_at_all_is_refused_with_a_reason(text, reason):
     assert reason in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.validation=0.2", "data.validation: input should be a section of keys and values (it is 0.2)"),
+        ("data.train=5", "data.train: input should be a list (it is 5)"),
+        ("data.train=[]", "data.train: the list is empty"),
+        ("data.text={text}", "input should be text (it is a section of keys and values; put quotes around text"),
+        ("train=[]", "train: input should be a section of keys and values (it is a list)"),
+        ("train.steps=1.5", "train.steps: input should be a whole number (it is 1.5)"),
+        ("train.steps=true", "train.steps: input should be a whole number (it is true)"),
+        ("train.learning_rate=fast", "train.learning_rate: input should be a number (it is 'fast')"),
+        ("store.checksums=0", "store.checksums: input should be true or false (it is 0)"),
+        ("output=", "output: input should be text (it is empty)"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_in_yamls_words(override, told):
+    assert told in refusal(SMALL, override)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +285,7 @@ def test_a_value_that_is_set_may_hold_an_equals_sign():
         ("lora.rank=5", "--set lora.rank: lora.rank: unknown key"),
         ("nope.r=5", "--set nope: nope: unknown key"),
         ("lora={rank: 5}", "--set lora.rank: lora.rank: unknown key"),
-        ("output.x=5", "output is a str in the recipe, not a section"),
+        ("output.x=5", "output is 's3://models/notes' in the recipe, not a section"),
         ("lora.targets=[a", "--set lora.targets=[a: the value is not valid YAML; quote it"),
         ("track.project=2024-13-45", "the value is not valid YAML; quote it"),
         ("lora.targets=" + "[" * 3000, "the value is not valid YAML; quote it"),

@@ -182,6 +182,17 @@ def test_without_a_terminal_lines_for_people_have_no_colours():
     assert "step 1  loss nan" in output
 
 
+def test_a_text_of_several_lines_keeps_them_for_people():
+    output = run(
+        "configure(secrets=[], json=False)\n"
+        'log.error("ended", exit_code=64, reason="two mistakes\\n  a.yaml:1: \'x\'\\n  \\x1b[2J", again="no")'
+    )
+
+    first, *rest = output.splitlines()
+    assert first.endswith("ERROR  ended  exit_code=64 again=no")
+    assert rest == ["  reason:", "    two mistakes", "      a.yaml:1: 'x'", "      \\x1b[2J"]
+
+
 def test_a_libraries_warning_is_one_event_however_often_it_is_given():
     said = events("""
 configure(secrets=[])
