@@ -163,8 +163,14 @@ def _record(raw: bytes) -> dict[str, Any] | str:
     except RecursionError:
         return "nested too deeply"
     except ValueError as error:
-        return f"not JSON ({error})"
+        return _not_json(error)
     return record if isinstance(record, dict) else f"not a JSON object but {_json_kind(record)}"
+
+
+def _not_json(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg}, column {error.colno})"
+    return "holds a number with too many digits"
 
 
 def _field_reason(record: dict[str, object], name: str) -> str | None:

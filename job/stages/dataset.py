@@ -16,6 +16,7 @@ from job.core.recipe import Fraction
 from job.core.records import Example, Tally, checked_lines, is_held_out, judge_lines
 from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
+from job.edge.storage import StoredObject
 from job.edge.whole_files import whole_file
 from job.stages.attempt import Attempt
 from job.stages.identity import Run
@@ -53,6 +54,11 @@ def prepare_dataset(
     folder = (workdir or attempt.workdir) / "runs" / run.artifacts.run_id
     encoded, audit = _encoded(attempt, run, tokenizer, folder)
     data, evaluation = attempt.recipe.data, attempt.recipe.evaluate
+    if not len(encoded["train"]):
+        raise DataError(
+            f"data.train: no example is left to train on in {_listed(run.train)} ({len(encoded['validation'])} were "
+            "read as held-out ones); give more examples, or hold out a smaller share with data.validation"
+        )
     limit = choose_max_length(encoded["train"].lengths, wanted=data.max_length, positions=positions)
     train = select_documents(encoded["train"], max_length=limit.tokens, too_long=data.too_long)
     validation = select_documents(
@@ -118,6 +124,11 @@ def _encoded(attempt: Attempt, run: Run, tokenizer: Any, folder: Path) -> tuple[
         file.write(json.dumps(audit).encode())
     shutil.rmtree(folder / "data", ignore_errors=True)
     return encoded, audit
+
+
+def _listed(objects: Sequence[StoredObject], most: int = 3) -> str:
+    names = [o.uri for o in objects[:most]]
+    return ", ".join(names) + (f" and {len(objects) - most} more" if len(objects) > most else "")
 
 
 def _fetch(attempt: Attempt, run: Run, folder: Path, side: Side) -> list[DataFile]:

@@ -249,6 +249,8 @@ nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_
                          bnb_4bit_compute_dtype=torch.bfloat16)
 base = AutoModelForCausalLM.from_pretrained("{loaded}", dtype=torch.bfloat16, quantization_config=nf4{revision})
 model = PeftModel.from_pretrained(base, "path/to/this/adapter")
+# On some CPUs bitsandbytes refuses sizes that it can compute with; without this they end in an assertion:
+# for module in base.modules(): module.support_avx512bf16_for_cpu = False
 ```
 """
 

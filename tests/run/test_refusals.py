@@ -99,7 +99,7 @@ def truncated_zstd(job):
 
 def empty_file(job):
     (job.data / "train.jsonl").write_bytes(b"")
-    return 65, ["no example is left"]
+    return 65, ["data.train: no example is left", "train.jsonl", "give more examples"]
 
 
 def too_many_skipped(job):
