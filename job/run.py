@@ -11,6 +11,7 @@ from job.core.crash_points import crash_point
 from job.core.errors import Again, StopRequestedError, ending, exit_code
 from job.core.report import Report
 from job.edge import base_model
+from job.edge.base_model import BaseModel
 from job.edge.logs import bind, quiet_libraries
 from job.edge.machine import look_at_machine
 from job.stages.attempt import Attempt
@@ -100,18 +101,15 @@ def _carry_out(attempt: Attempt, found: Run, begun: Begun) -> Report:
     _poll(attempt)
     crash_point("fetch_base.before")
     with attempt.phases.phase("fetch_base"):
-        base = base_model.fetch(
-            found.base,
-            models_folder=attempt.models_folder,
-            settings=attempt.settings,
-            should_stop=attempt.should_stop,
-            on_progress=lambda done, of: attempt.phases.progress(bytes=done, of=of),
-        )
-    config, tokenizer = read_config(base.folder), load_tokenizer(base.folder)
+        small = _fetch_base(attempt, found, weights=False)
+    config, tokenizer = read_config(small.folder), load_tokenizer(small.folder)
     refuse_targets(config, attempt.recipe.lora)
     refuse_trackers(attempt.recipe.track)
     dataset = prepare_dataset(attempt, found, tokenizer, positions=shape_of(config).positions)
     _poll(attempt)
+    # After the data, which is small beside them: a wrong line is told before gigabytes move.
+    with attempt.phases.phase("fetch_weights"):
+        base = _fetch_base(attempt, found, weights=True)
     number = begun.begin()
     setting = Setting(
         base=base,
@@ -124,6 +122,17 @@ def _carry_out(attempt: Attempt, found: Run, begun: Begun) -> Report:
     with hardware_errors(device):
         trained = Training(attempt, setting).run()
         return finish(attempt, setting, trained)
+
+
+def _fetch_base(attempt: Attempt, found: Run, *, weights: bool) -> BaseModel:
+    return base_model.fetch(
+        found.base,
+        models_folder=attempt.models_folder,
+        settings=attempt.settings,
+        should_stop=attempt.should_stop,
+        on_progress=lambda done, of: attempt.phases.progress(bytes=done, of=of),
+        weights=weights,
+    )
 
 
 def _look_at_output(attempt: Attempt) -> bool:

@@ -34,6 +34,7 @@ ALLOWED_SECONDS = MappingProxyType(
         "report": 600.0,
         # As those, and then the files are hashed: ten gigabytes at the 30 MB/s of a bad disk.
         "fetch_base": 900.0,
+        "fetch_weights": 900.0,
         "resume": 900.0,
         # A GPU that does not answer within this is broken.
         "preflight": 600.0,

@@ -13,7 +13,7 @@ from chaos_runs import FILES, STEPS, Run
 
 COLD_PHASES = ("start", "load_libraries")
 """Only the real command spends time there; a warm image has the libraries loaded."""
-EMPTY_DISK_PHASES = ("fetch_base", "download", "encode")
+EMPTY_DISK_PHASES = ("fetch_base", "download", "encode", "fetch_weights")
 """What is on the disk already is used again."""
 SAVE, UPLOAD = "save", "upload"
 """Told by no event: a checkpoint lies half written on the disk, or a part of it in the store."""

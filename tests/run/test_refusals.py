@@ -70,6 +70,14 @@ def test_a_wrong_line_is_named_with_its_file_and_number(job, kind):
     refused(job, job.call("run"), 65, *words, "on_bad_record: skip")
 
 
+def test_wrong_data_is_refused_before_the_weights_are_fetched(job):
+    (job.data / "train.jsonl").write_bytes(b"oops\n")
+    ended = job.call("run")
+    refused(job, ended, 65, "train.jsonl:1: not JSON")
+    assert "fetch_base" in ended.phases()
+    assert "fetch_weights" not in ended.phases()
+
+
 def test_a_wrong_line_is_told_from_one_in_a_file_of_the_same_name(job):
     """train/part.jsonl and validation/part.jsonl: the short name alone would send a person to the wrong file."""
     for side in ("train", "validation"):

@@ -37,6 +37,7 @@ def test_each_step_and_each_phase_is_one_event(finished):
         "fetch_base",
         "download",
         "encode",
+        "fetch_weights",
         "load_model",
         "resume",
     ]
