@@ -72,7 +72,10 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        msg = f"{folder}: no usable tokenizer ({error}); a base model folder holds tokenizer.json or tokenizer.model"
+        msg = (
+            f"{folder}: no usable tokenizer ({str(error).strip()}); a base model needs its tokenizer.json: load the "
+            "tokenizer once where its own library (sentencepiece, tiktoken) is installed, and save_pretrained it there"
+        )
         raise UsageError(msg) from error
 
 
