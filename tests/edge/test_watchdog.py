@@ -264,12 +264,13 @@ def on_stalled(phase, seconds, stacks):
     print("stalled", seconds, flush=True)
 
 stopping = Stopping(asked=look, grace_seconds=30, deaf_phases=frozenset(), on_deaf=print)
-# A clock a hundred times as fast: a second of the test is a hundred of the dog's.
+# A second of the test is a day and more of the dog's, and a look counts for no more than one: it would take the dog
+# three quarters of an hour to use up, awake, what it sleeps through in a second.
 dog = Watchdog(
-    allowed_seconds=lambda phase: 50.0,
+    allowed_seconds=lambda phase: 50_000.0,
     on_stalled=on_stalled,
     stopping=stopping,
-    clock=lambda: 100 * time.monotonic(),
+    clock=lambda: 100_000 * time.monotonic(),
     pause_seconds=0.05,
 )
 dog.start()
