@@ -20,7 +20,7 @@ from job.edge.storage import StoredObject
 from job.edge.whole_files import whole_file
 from job.stages.attempt import Attempt
 from job.stages.identity import Run
-from job.tune.encode import Documents, EncodedSet, Side, encode, open_encoded, select_documents, token_rules
+from job.tune.encode import FORMAT, Documents, EncodedSet, Side, encode, open_encoded, select_documents, token_rules
 
 log = structlog.get_logger(__name__)
 
@@ -95,8 +95,8 @@ def _encoded(attempt: Attempt, run: Run, tokenizer: Any, folder: Path) -> tuple[
     place = folder / "encoded"
     if (place / _AUDIT).is_file():
         audit = json.loads((place / _AUDIT).read_text(encoding="utf-8"))
-        # A run id that was given may have stood for other data or templates before.
-        if audit["run"] == run.record:
+        # A run id that was given may have stood for other data or templates before, and the image may be newer.
+        if audit["run"] == run.record and audit.get("format") == FORMAT:
             return open_encoded(place), audit
     crash_point("download.before")
     with attempt.phases.phase("download"):
@@ -115,6 +115,7 @@ def _encoded(attempt: Attempt, run: Run, tokenizer: Any, folder: Path) -> tuple[
     crash_point("encode.after")
     audit = {
         "run": run.record,
+        "format": FORMAT,
         "train": [_object(file) for file in train],
         "validation": [_object(file) for file in validation],
         "bad": tally.bad,

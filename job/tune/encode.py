@@ -24,7 +24,15 @@ Side = Literal["train", "validation"]
 _SIDES: tuple[Side, ...] = ("train", "validation")
 _BATCH = 1000
 """Examples handed to the tokenizer at once."""
-_FEATURES = {"input_ids": "int32", "target_from": "int32", "digest": "binary", "where": "string"}
+_FEATURES = {
+    "input_ids": "int32",
+    "target_from": "int32",
+    "answer_from": "int32",
+    "digest": "binary",
+    "where": "string",
+}
+FORMAT = 2
+"""Of the files that `encode` writes: those of another one are not read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +89,19 @@ def encode_prompt(text: str, tokenizer: Any, rules: TokenRules) -> list[int]:
     return _framed_start(encode_texts([text], tokenizer, rules)[0], rules)
 
 
-def encode_examples(batch: Sequence[Example], tokenizer: Any, rules: TokenRules) -> list[tuple[list[int], int]]:
-    """Each example's token ids, framed, and the position from which they are targets.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Framed:
+    """One example as token ids, with BOS and EOS."""
+
+    ids: list[int]
+    target_from: int
+    """Position of the first target."""
+    answer_from: int
+    """Position where the prompt ends: the first target, unless the loss is over the prompt too."""
+
+
+def encode_examples(batch: Sequence[Example], tokenizer: Any, rules: TokenRules) -> list[Framed]:
+    """Each example's token ids, framed.
 
     A prompt keeps the ids it has when it stands alone, as it will at inference. Where prompt and completion share no
     token they are encoded as one text; where the tokenizer would merge across the border, each is encoded by itself.
@@ -100,13 +119,14 @@ def _framed_start(ids: list[int], rules: TokenRules) -> list[int]:
     return ids if rules.bos is None or ids[:1] == [rules.bos] else [rules.bos, *ids]
 
 
-def _frame(ids: list[int], prompt_tokens: int, rules: TokenRules) -> tuple[list[int], int]:
+def _frame(ids: list[int], prompt_tokens: int, rules: TokenRules) -> Framed:
     framed = _framed_start(ids, rules)
     prompt_end = prompt_tokens + len(framed) - len(ids)
     if framed[-1:] != [rules.eos] or len(framed) == prompt_end:
         framed = [*framed, rules.eos]
     # The first token follows nothing, so it is never a target.
-    return framed, 1 if rules.loss_on_prompt or not prompt_tokens else max(prompt_end, 1)
+    answer_from = max(prompt_end, 1) if prompt_tokens else 1
+    return Framed(ids=framed, target_from=1 if rules.loss_on_prompt else answer_from, answer_from=answer_from)
 
 
 class EncodedSet:
@@ -116,6 +136,7 @@ class EncodedSet:
         self._table = datasets.Dataset.from_file(str(path)).data
         self.lengths: Lengths = _numpy(pc.list_value_length(self._table.column("input_ids"))).astype(np.int32)
         self.target_from: NDArray[np.int32] = _numpy(self._table.column("target_from"))
+        self.answer_from: NDArray[np.int32] = _numpy(self._table.column("answer_from"))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -176,8 +197,14 @@ def encode(
             msg = "asked to stop while encoding"
             raise StopRequestedError(msg)
         rows = encode_examples([example for _, example in batch], tokenizer, rules)
-        for (side, example), (ids, target_from) in zip(batch, rows, strict=True):
-            row = {"input_ids": ids, "target_from": target_from, "digest": example.digest, "where": example.where}
+        for (side, example), framed in zip(batch, rows, strict=True):
+            row = {
+                "input_ids": framed.ids,
+                "target_from": framed.target_from,
+                "answer_from": framed.answer_from,
+                "digest": example.digest,
+                "where": example.where,
+            }
             writers[side].write(row)
         done += len(batch)
         on_progress(done)
@@ -235,6 +262,14 @@ class Documents:
     def target_from(self, document: int) -> int:
         """Position of the first target of one document."""
         return int(self.encoded.target_from[self.rows[document]])
+
+    def answer_from(self, document: int) -> int:
+        """Position where the prompt of one document ends."""
+        return int(self.encoded.answer_from[self.rows[document]])
+
+    def is_whole(self, document: int) -> bool:
+        """Whether one document was not cut."""
+        return bool(self.encoded.lengths[self.rows[document]] <= self.max_length)
 
     def where(self, document: int) -> str:
         """`file:line` of one document."""

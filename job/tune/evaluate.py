@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,10 @@ def questions_of_prompts(prompts: Sequence[str], tokenizer: Any, rules: TokenRul
 
 
 def questions_of_documents(documents: Documents, tokenizer: Any, *, most: int) -> list[Question]:
-    """The first held-out documents: what stands before the target is the prompt, the target is expected."""
+    """The first held-out documents that were not cut: an answer that is, no right one is equal to."""
     questions = []
-    for document in range(min(most, len(documents))):
-        ids, start = documents.token_ids(document).tolist(), documents.target_from(document)
+    for document in islice(filter(documents.is_whole, range(len(documents))), most):
+        ids, start = documents.token_ids(document).tolist(), documents.answer_from(document)
         questions.append(
             Question(
                 ids=tuple(ids[:start]),

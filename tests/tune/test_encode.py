@@ -25,7 +25,7 @@ def encoded(tokenizer, section, prompt, completion):
         tokenizer,
         token_rules(tokenizer, section),
     )
-    return row
+    return row.ids, row.target_from
 
 
 TEXT = data(text="{text}")

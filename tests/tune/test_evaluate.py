@@ -152,5 +152,16 @@ def test_questions_come_from_prompts_and_from_held_out_documents(tokenizer, tmp_
     found = questions_of_documents(documents, tokenizer, most=2)
     assert [q.ids for q in found] == [(1, 5, 6), (1, 35)]
     assert [(q.prompt, q.expected) for q in found] == [("cd", "ef"), ("ab", "gh")]
+    cut = documents_of(tmp_path, tokenizer, [("ab", "cdefghijkl"), *pairs], max_length=8)
+    assert cut.truncated == 1
+    assert questions_of_documents(cut, tokenizer, most=2) == found
     [asked] = questions_of_prompts(["cd"], tokenizer, token_rules(tokenizer, PAIR))
     assert (asked.ids, asked.prompt, asked.expected) == ((1, 5, 6), "cd", None)
+
+
+def test_a_question_ends_with_the_prompt_also_where_the_loss_is_over_the_prompt_too(tokenizer, tmp_path):
+    over_all = PAIR.model_copy(update={"loss_on": "all"})
+    documents = documents_of(tmp_path, tokenizer, [("cd", " ef")], data=over_all)
+    assert documents.target_from(0) == 1
+    [asked] = questions_of_documents(documents, tokenizer, most=1)
+    assert (asked.ids, asked.prompt, asked.expected) == ((1, 5, 6), "cd", "ef")
