@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -87,6 +88,15 @@ def test_where_nothing_can_be_written_down_slurm_s_own_count_is_the_bound(desk):
 
     assert desk.start(restarts=2).code == 74
     assert desk.start(restarts=2).requeued == ["7"]
+    assert desk.start(restarts=3).requeued == []
+
+
+def test_a_count_that_was_removed_begins_with_slurm_s_own(desk):
+    """Else a job whose folder is tidied away fails for ever."""
+    desk.behave("exit 69")
+
+    assert desk.start(restarts=2).requeued == ["7"]
+    shutil.rmtree(desk.folder / "qlora-job-7")
     assert desk.start(restarts=3).requeued == []
 
 
@@ -332,6 +342,21 @@ def test_a_job_that_is_started_again_keeps_the_recipe_that_it_began_with(desk):
     assert str(kept) in (desk.folder / "arguments").read_text().splitlines()
     desk.start()  # another cluster, another job with the same number
     assert kept.read_text() == recipe.read_text()
+    recipe.unlink()
+    assert desk.start(restarts=1).requeued == ["7"]
+
+
+def test_a_container_sees_what_stands_beside_the_recipe(desk, tmp_path_factory):
+    """Model and data of `fetch` do; the job itself reads a copy of the recipe."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (desk.folder / "recipe.yaml").rename(elsewhere / "recipe.yaml")
+    (desk.folder / "recipe.yaml").symlink_to(elsewhere / "recipe.yaml")
+    done = desk.start(QLORA_RUNTIME="apptainer", QLORA_IMAGE="x")
+
+    assert done.code == 0
+    words = (desk.folder / "arguments").read_text().splitlines()
+    assert words[words.index("--bind") + 1] == f"{desk.folder}:{desk.folder},{elsewhere}:{elsewhere}"
+    assert words[-1] == str(desk.folder / "qlora-job-7" / "recipe.yaml")
 
 
 def test_a_task_of_an_array_is_queued_again_by_its_own_name(desk):
