@@ -90,6 +90,25 @@ def test_the_code_is_the_last_that_is_copied():
     assert [rest for word, rest in FINAL if word == "COPY" and not rest.startswith("--from=")] == []
 
 
+def test_every_variable_of_a_build_is_explained_with_its_default():
+    page = (ROOT / "docs" / "image.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*?) \|", page, re.MULTILINE))
+    arguments = {rest.split("=")[0] for word, rest in instructions(DOCKERFILE) if word == "ARG"}
+
+    assert told.keys() == arguments - {"VERSION", "CREATED"} | {"IMAGE", "BUILDER", "BUILD_FLAGS"}
+    assert [told[name] for name in ("BASE_IMAGE", "LOCK")] == [f"`{DEFAULTS[name]}`" for name in ("BASE_IMAGE", "LOCK")]
+
+
+def test_the_way_to_older_drivers_names_a_base_and_a_lock_of_one_cuda():
+    page = (ROOT / "docs" / "image.md").read_text(encoding="utf-8")
+    ((lock, base),) = re.findall(
+        r"LOCK=locks/cu(\d+)\.txt BASE_IMAGE=nvidia/cuda:(\d+\.\d+)\.\d+-base-ubuntu24\.04", page
+    )
+
+    assert lock == base.replace(".", "")
+    assert f"make locks/cu{lock}.txt" in page
+
+
 # --- what it is ------------------------------------------------------------------------------------------------------
 
 
