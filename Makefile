@@ -47,9 +47,10 @@ image:
 sbom: $(VENV)/installed
 	@image/sbom.sh
 
-# Builds the image from the CPU lock and runs it, with docker, or with podman and buildah. Without BASE_IMAGE it makes a
-# Debian to build on (root, debootstrap).
+# Builds the image from the CPU lock and runs it, with docker, or with podman and buildah, which tests/image/ installs
+# (root, Debian or Ubuntu). Without BASE_IMAGE it makes a Debian to build on.
 test-image: $(VENV)/installed
+	tests/image/install.sh
 	$(BIN)/python -m pytest -m image tests/image
 
 lint: $(VENV)/installed
