@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,6 +92,15 @@ class Engine:
     def layers(self, image: str) -> list[str]:
         """Digests of the layers, from the base up."""
         return self.inspect(image)["RootFS"]["Layers"]
+
+    def wait_for(self, container: "Container", seen: Callable[[str], bool]) -> None:
+        """Until the container's processes (/proc/*/stat) satisfy a condition."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        look = ("exec", container.name, "sh", "-c", "cat /proc/[0-9]*/stat")
+        while not seen(shown := self.call(*look, check=False).stdout):
+            assert time.monotonic() < end, shown
+            assert container.child.poll() is None, container.end()
+            time.sleep(0.2)
 
     def start(
         self,

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -382,13 +381,16 @@ def test_without_a_work_folder_it_says_what_is_missing(engine, image, inside, tm
 def test_stopped_in_the_middle_it_ends_with_75_and_the_next_one_ends_as_if_nothing_had_been(engine, image, inside):
     """The signal goes to process 1, the init, which hands it on and returns the job's own code."""
     second = command("/work", store="stopped")
-    with engine.begun(image, *second, work=inside.work, JOB_DEVICE="cpu") as container:
-        container.until(lambda event: event["event"] == "step" and event["step"] >= 60)
+    # It stops itself in the middle and waits for us, on any machine.
+    frozen = {"JOB_DEVICE": "cpu", "JOB_CRASH_AT": "step.after_update:60=freeze"}
+    with engine.begun(image, *second, work=inside.work, **frozen) as container:
+        container.until(lambda event: event["event"] == "step" and event["step"] >= 50)
+        engine.wait_for(container, lambda processes: ") T " in processes)
         first = engine.call("exec", container.name, "cat", "/proc/1/comm").stdout.strip()
         engine.call("exec", container.name, "sh", "-c", "sleep 0.1 &")
-        while "sleep" in engine.call("exec", container.name, "sh", "-c", "cat /proc/[0-9]*/comm", check=False).stdout:
-            time.sleep(0.2)
+        engine.wait_for(container, lambda processes: "(sleep)" not in processes)
         engine.call("kill", "--signal", "TERM", container.name)
+        engine.call("kill", "--signal", "CONT", container.name)
         stopped = container.end()
     (run,) = (inside.work / "stopped" / "runs").iterdir()
 
