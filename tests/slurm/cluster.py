@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ TRAIN = ROOT / "slurm" / "train.sbatch"
 PATIENCE_SECONDS = 900
 """Longest that anything here may take; no test depends on how fast it is."""
 POLL_SECONDS = 0.1
+STEPS, FROZEN_STEP = 60, 25
 
 
 def why_not() -> str | None:
@@ -74,7 +74,10 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        # Numbers of jobs are those of other clusters on this machine as well: in /tmp they would share folders.
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "QLORA_SCRATCH": str(scratch)}
 
     def call(self, *command: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
         """A command of Slurm's or of ours, as a user types it; the job gets its environment from it."""
@@ -170,9 +173,13 @@ class Submitted:
     def until_log(self, text: str) -> None:
         until(lambda: text in self.log(), lambda: f"{text!r} in {self.log()}")
 
-    def until_step(self, step: int) -> None:
-        """The job itself trains: it has done this step."""
-        until(lambda: any(e["step"] >= step for e in self.named("step")), self.log)
+    def until_frozen(self) -> int:
+        """The job has stopped itself (see `frozen_once`): its process."""
+        return until(self._frozen, self.log)
+
+    def _frozen(self) -> int | None:
+        found = (pid for pid, command in _stopped() if "entrypoint.py" in command and str(self.cwd) in command)
+        return next(found, None)
 
     def until_ended(self) -> dict[str, str]:
         """The final state: no longer waiting, running or ending."""
@@ -186,32 +193,52 @@ class Submitted:
     def restarts(self) -> int:
         return int(self.about()["Restarts"])
 
-    def freeze(self) -> int:
-        """Stop the job's process where it is, so that what is done to it comes in time on any machine."""
-        (pid,) = [pid for pid in _processes() if "entrypoint.py" in pid[1] and str(self.cwd) in pid[1]]
-        os.kill(pid[0], signal.SIGSTOP)
-        return pid[0]
-
     def set_limit(self, minutes: int) -> None:
         self.slurm.asked("scontrol", "update", f"JobId={self.number}", f"TimeLimit={minutes}")
 
+    def minutes(self) -> int:
+        """How long it runs by now."""
+        hours, minutes, _seconds = self.about()["RunTime"].split(":")
+        return int(hours) * 60 + int(minutes)
 
-def _processes() -> Iterator[tuple[int, str]]:
+
+def _stopped() -> Iterator[tuple[int, str]]:
+    """Processes that SIGSTOP has stopped, and their commands."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
+                state = (entry / "stat").read_text().rpartition(") ")[2][0]
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:
                 continue
-            if "python" in command.split(" ")[0]:
+            if state == "T":
                 yield int(entry.name), command
 
 
-def slow_recipe(job: Job) -> Job:
-    """Enough steps to be caught in the middle of them, in few seconds."""
-    job.recipe["train"]["steps"] = 300
-    job.recipe["checkpoint"] = {"every_steps": 50, "keep": 2}
-    job.recipe["evaluate"]["every_steps"] = 100
+def python_that_runs(folder: Path, script: str) -> str:
+    """A virtual environment whose Python is a script: for QLORA_VENV."""
+    path = folder / "venv" / "bin" / "python"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+    return str(folder / "venv")
+
+
+def frozen_once(folder: Path) -> dict[str, str]:
+    """Lets a job (of an array the first task) stop itself in the middle of its first start, as long as nobody wakes it.
+
+    So what is done to it comes in time, on any machine.
+    """
+    first = "[[ -z ${SLURM_RESTART_COUNT:-} && ${SLURM_ARRAY_TASK_ID:-1} == 1 ]]"
+    point = f"export JOB_CRASH_AT=step.after_update:{FROZEN_STEP}=freeze"
+    return {"QLORA_VENV": python_that_runs(folder, f'{first} && {point}\nexec {sys.executable} "$@"')}
+
+
+def staged_recipe(job: Job) -> Job:
+    """Checkpoints and evaluations before and after the step at which it is frozen."""
+    job.recipe["train"]["steps"] = STEPS
+    job.recipe["checkpoint"] = {"every_steps": 10, "keep": 2}
+    job.recipe["evaluate"]["every_steps"] = 20
     job.write()
     return job
 

@@ -8,7 +8,7 @@ import pytest
 # The job as a process, and what its runs are made of.
 sys.path.append(str(Path(__file__).parents[1] / "run"))
 
-from cluster import slow_recipe, slurm, why_not
+from cluster import slurm, staged_recipe, why_not
 from job_process import Job
 from run_material import make_base
 
@@ -44,13 +44,13 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture
 def job(tmp_path, tiny_base):
-    return slow_recipe(Job(tmp_path, tiny_base))
+    return staged_recipe(Job(tmp_path, tiny_base))
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, tiny_base):
     """The report of a run that nothing happened to, without Slurm."""
-    job = slow_recipe(Job(tmp_path_factory.mktemp("undisturbed"), tiny_base))
+    job = staged_recipe(Job(tmp_path_factory.mktemp("undisturbed"), tiny_base))
     ended = job.start("run")
     assert ended.code == 0, ended.stdout + ended.stderr
     return job.report()

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, TRAIN, result, until
+from cluster import ROOT, STEPS, TRAIN, frozen_once, python_that_runs, result, until
 from job_process import write_lines
 
 pytestmark = pytest.mark.slurm
@@ -53,31 +53,22 @@ def test_from_submission_to_the_report_of_the_demo(real_slurm, tmp_path):
 
 def test_what_is_saved_only_after_the_limit_is_queued_again_as_well(real_slurm, job):
     """At the limit Slurm ends script and job, and leaves them KillWait."""
-    stand_in(job.folder, "trap '' USR2; trap 'exit 75' TERM; while true; do sleep 0.1 & wait; done")
-    run = real_slurm.submit(job.folder, "--time=1", TRAIN, "recipe.yaml", QLORA_VENV=str(job.folder / "venv"))
-    run.until_log("asked to stop (USR2)")
-    stand_in(job.folder, "exit 0")
+    # What the real one does only on a slow day.
+    late = "[[ ! -e saved ]] || exit 0; trap '' USR2; trap 'touch saved; exit 75' TERM; while true; do sleep 0.1; done"
+    python = python_that_runs(job.folder, late)
+    run = real_slurm.submit(job.folder, "--time=1", TRAIN, "recipe.yaml", QLORA_VENV=python)
 
     assert run.until_ended()["JobState"] == "COMPLETED", run.log()
     assert "DUE TO TIME LIMIT" in run.log()
     assert run.restarts() == 1
 
 
-def stand_in(folder, script):
-    """A job that does what the real one does only on a slow day."""
-    path = folder / "venv" / "bin" / "python"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(f"#!/bin/bash\n{script}\n")
-    new.chmod(0o755)
-    new.rename(path)
-
-
 def test_preemption_with_grace_takes_as_long_as_the_save_and_the_run_goes_on(real_slurm, job, undisturbed):
     """With GraceTime only the job is told, and Slurm takes its end for a failure: the script queues it again."""
-    run = real_slurm.submit(job.folder, "--partition=grace", "--nodelist=n1", TRAIN, "recipe.yaml")
-    run.until_step(5)
-    run.freeze()
+    run = real_slurm.submit(
+        job.folder, "--partition=grace", "--nodelist=n1", TRAIN, "recipe.yaml", **frozen_once(job.folder)
+    )
+    run.until_frozen()
     important = real_slurm.occupy("n1")
 
     assert run.until_ended()["JobState"] == "COMPLETED", run.log()
@@ -89,9 +80,10 @@ def test_preemption_with_grace_takes_as_long_as_the_save_and_the_run_goes_on(rea
 
 def test_a_job_that_is_preempted_by_cancelling_queues_itself_again(real_slurm, job, undisturbed):
     """PreemptMode=CANCEL makes --requeue mean nothing; scontrol requeue works all the same."""
-    run = real_slurm.submit(job.folder, "--partition=cancel", "--nodelist=n1", TRAIN, "recipe.yaml")
-    run.until_step(5)
-    run.freeze()
+    run = real_slurm.submit(
+        job.folder, "--partition=cancel", "--nodelist=n1", TRAIN, "recipe.yaml", **frozen_once(job.folder)
+    )
+    run.until_frozen()
     real_slurm.occupy("n1")
 
     assert run.until_ended()["JobState"] == "COMPLETED", run.log()
@@ -102,9 +94,8 @@ def test_a_job_that_is_preempted_by_cancelling_queues_itself_again(real_slurm, j
 def test_what_cancelling_did_end_the_next_night_goes_on_with(real_slurm, job, undisturbed):
     """The site allows no requeue at all."""
     night = ("--partition=cancel", "--nodelist=n1", "--no-requeue", "--cpus-per-task=1", "--mem=2000", "recipe.yaml")
-    first = tick(real_slurm, job, *night)
-    first.until_step(5)
-    first.freeze()
+    first = tick(real_slurm, job, *night, **frozen_once(job.folder))
+    first.until_frozen()
     important = real_slurm.occupy("n1")
     assert first.until_ended()["JobState"] == "PREEMPTED", first.log()
     until(lambda: important.about()["JobState"] == "COMPLETED", first.log)
@@ -123,9 +114,9 @@ def test_what_cancelling_did_end_the_next_night_goes_on_with(real_slurm, job, un
     assert len(job.runs()) == 2
 
 
-def tick(slurm, job, *words):
+def tick(slurm, job, *words, **environment):
     """A night on which a job is submitted."""
-    done = slurm.call(NIGHTLY, *words, cwd=job.folder)
+    done = slurm.call(NIGHTLY, *words, cwd=job.folder, **environment)
     assert done.returncode == 0, done.stderr
     number = re.search(r"submitted as job (\d+)", done.stderr)
     assert number, done.stderr
@@ -150,9 +141,8 @@ def test_two_nightly_ticks_at_once_make_one_run(real_slurm, job):
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(real_slurm, job):
-    run = real_slurm.submit(job.folder, TRAIN, "recipe.yaml")
-    run.until_step(5)
-    run.freeze()
+    run = real_slurm.submit(job.folder, TRAIN, "recipe.yaml", **frozen_once(job.folder))
+    run.until_frozen()
     real_slurm.asked("scancel", run.number)
 
     assert run.until_ended()["JobState"] == "CANCELLED", run.log()
@@ -163,9 +153,8 @@ def test_a_cancelled_job_saves_and_stays_cancelled(real_slurm, job):
 
 
 def test_a_node_that_goes_down_takes_the_job_to_another(real_slurm, job, undisturbed):
-    run = real_slurm.submit(job.folder, TRAIN, "recipe.yaml")
-    run.until_step(5)
-    frozen = run.freeze()
+    run = real_slurm.submit(job.folder, TRAIN, "recipe.yaml", **frozen_once(job.folder))
+    frozen = run.until_frozen()
     node = run.about()["NodeList"]
     real_slurm.asked("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     run.until_log("DUE TO NODE FAILURE")
@@ -231,15 +220,19 @@ def test_a_sweep_of_four_with_one_that_fails_ends_with_a_table_of_the_others(rea
     assert done.returncode == 0, done.stderr
     (folder,) = job.folder.glob("sweep-*")
     array, table = re.search(r"4 tasks are job (\d+), the table is job (\d+)", done.stderr).groups()
-    at_once = 0
-    while real_slurm.queued():
-        running = real_slurm.asked("squeue", "--noheader", "--array", "--states=R", f"--jobs={array},{table}")
-        at_once = max(at_once, len(running.splitlines()))
+    running = set()
+
+    def is_over():
+        words = ("squeue", "--noheader", "--array", "--states=R", f"--jobs={array},{table}")
+        running.add(len(real_slurm.asked(*words).splitlines()))
+        return not real_slurm.queued()
+
+    until(is_over, lambda: real_slurm.asked("squeue"))
 
     tasks = [real_slurm.job(f"{array}_{n}", job.folder) for n in range(1, 5)]
     states = [(task.about()["JobState"], task.exit_code()) for task in tasks]
     assert states == [("COMPLETED", 0), ("COMPLETED", 0), ("FAILED", 64), ("COMPLETED", 0)]
-    assert at_once <= 2
+    assert max(running) <= 2
     assert len(job.runs()) == 3
     text = (folder / "table.txt").read_text()
     assert len(re.findall(r"<- best$", text, re.MULTILINE)) == 1
@@ -249,12 +242,11 @@ def test_a_sweep_of_four_with_one_that_fails_ends_with_a_table_of_the_others(rea
 
 
 def test_a_task_of_an_array_that_is_stopped_goes_on_alone(real_slurm, job, undisturbed):
-    (job.folder / "sweep.txt").write_text("--set train.steps=300\n--set train.steps=301\n")
+    (job.folder / "sweep.txt").write_text(f"--set train.steps={STEPS}\n--set train.steps={STEPS + 1}\n")
     words = ("--array=1-2%1", ROOT / "slurm" / "sweep.sbatch", "recipe.yaml", "sweep.txt")
-    array = real_slurm.submit(job.folder, *words, QLORA_HOME=str(ROOT))
+    array = real_slurm.submit(job.folder, *words, QLORA_HOME=str(ROOT), **frozen_once(job.folder))
     first = real_slurm.job(f"{array.number}_1", job.folder)
-    first.until_step(5)
-    frozen = first.freeze()
+    frozen = first.until_frozen()
     real_slurm.asked("scancel", "--batch", "--signal=USR2", first.number)  # give the node back; go on later
     first.until_log("asked to stop (USR2)")
     os.kill(frozen, signal.SIGCONT)
