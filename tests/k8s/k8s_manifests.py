@@ -38,7 +38,7 @@ def documents(text: str) -> list[Document]:
 
 def kustomized(folder: Path) -> str:
     """What `kubectl apply -k FOLDER` sends."""
-    done = subprocess.run([KUBECTL, "kustomize", str(folder)], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([KUBECTL, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
     return done.stdout

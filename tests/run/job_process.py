@@ -20,7 +20,7 @@ from job.cli import main
 from job.edge.interrupt import Interrupt
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 900
 """Longest that anything here may take; the tests never depend on how fast it is."""
 LEASE_SECONDS = "2"
 """A killed attempt holds the run no longer; here nobody works beside another one unless a test says so."""

@@ -4,13 +4,13 @@
 folder=$1
 [ -f "$folder/pids" ] || exit 0
 export SLURM_CONF=$folder/slurm.conf
-queue() { timeout 10 squeue --noheader "$@" 2> /dev/null; }
-if [ -f "$SLURM_CONF" ] && timeout 10 scontrol ping > /dev/null 2>&1; then
+queue() { timeout 60 squeue --noheader "$@" 2> /dev/null; }
+if [ -f "$SLURM_CONF" ] && timeout 60 scontrol ping > /dev/null 2>&1; then
   # A job that is ended may put itself back into the queue: cancelled until none is left.
   for _ in $(seq 60); do
     [ -n "$(queue)" ] || break
-    queue --format=%i | xargs -r timeout 10 scancel --full --signal=KILL 2> /dev/null
-    queue --format=%i | xargs -r timeout 10 scancel 2> /dev/null
+    queue --format=%i | xargs -r timeout 60 scancel --full --signal=KILL 2> /dev/null
+    queue --format=%i | xargs -r timeout 60 scancel 2> /dev/null
     sleep 0.5
   done
 fi

@@ -2,7 +2,7 @@
 # usage: slurm_up.sh FOLDER PORT
 # A real Slurm on the loopback, as root and without systemd, with its state in FOLDER: a controller at PORT and two
 # nodes, n1 and n2, at the ports after it, each with two GPUs that are character devices. Its partitions:
-#   low     preempted by high: queued again, no grace          grace   the same, with a minute of grace
+#   low     preempted by high: queued again, no grace          grace   the same, with five minutes of grace
 #   cancel  preempted by high: cancelled                       high    preempts the others
 # slurm.conf stands in FOLDER: export SLURM_CONF.
 set -euo pipefail
@@ -18,8 +18,8 @@ start() { # NAME COMMAND...: runs it in the background and remembers its id
   setsid "$@" < /dev/null > "$folder/log/$name.out" 2>&1 &
   echo $! >> "$folder/pids"
 }
-until_true() { # COMMAND...: waits a minute for it
-  for _ in $(seq 200); do "$@" > /dev/null 2>&1 && return 0; sleep 0.3; done
+until_true() { # COMMAND...: waits ten minutes for it
+  for _ in $(seq 2000); do "$@" > /dev/null 2>&1 && return 0; sleep 0.3; done
   echo "gave up waiting for: $*" >&2
   tail -n 5 "$folder"/log/*.out >&2
   return 1
@@ -39,7 +39,8 @@ until_true munge_answers
 # A count of GPUs alone, or regular files, drain the nodes: these are copies of /dev/null.
 for n in 0 1; do mknod -m 666 "$folder/gpu/nvidia$n" c 1 3; done
 echo "NodeName=n[1-2] Name=gpu File=$folder/gpu/nvidia[0-1]" > "$folder/gres.conf"
-# KillWait is long, so that no test depends on how fast a save is. cred_expire is what a queued job waits for.
+# KillWait and GraceTime are long, so that no test depends on how fast a save is; so are the timeouts. cred_expire is how
+# long a start may take, and what a job that is queued again waits for.
 cat > "$conf" <<C
 ClusterName=tests
 SlurmctldHost=$host(127.0.0.1)
@@ -47,7 +48,7 @@ SlurmctldPort=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$socket,cred_expire=5
+AuthInfo=socket=$socket,cred_expire=15
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation=$folder/controller
 SlurmdSpoolDir=$folder/spool/%n
@@ -69,17 +70,19 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
 GresTypes=gpu
-KillWait=60
+KillWait=300
 MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MessageTimeout=60
+TCPTimeout=30
+BatchStartTimeout=300
 SlurmdTimeout=300
 InactiveLimit=0
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=4 RealMemory=16000 Gres=gpu:2 State=UNKNOWN
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=4 RealMemory=16000 Gres=gpu:2 State=UNKNOWN
 PartitionName=low    Nodes=ALL State=UP PriorityTier=1  PreemptMode=REQUEUE Default=YES
-PartitionName=grace  Nodes=ALL State=UP PriorityTier=1  PreemptMode=REQUEUE GraceTime=60
+PartitionName=grace  Nodes=ALL State=UP PriorityTier=1  PreemptMode=REQUEUE GraceTime=300
 PartitionName=cancel Nodes=ALL State=UP PriorityTier=1  PreemptMode=CANCEL
 PartitionName=high   Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 C

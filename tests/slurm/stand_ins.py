@@ -2,8 +2,10 @@
 what they were asked; so is the job.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "slurm" / "train.sbatch"
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 900
+"""Longest that anything here may take; no test depends on how fast it is."""
 
 SRUN = """#!/bin/bash
 echo "srun $*" >> "$DESK/calls"
@@ -92,6 +95,7 @@ class Desk:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._begun: list[subprocess.Popen] = []
         (folder / "bin").mkdir()
         (folder / "venv" / "bin").mkdir(parents=True)
         (folder / "scratch").mkdir()
@@ -149,15 +153,17 @@ class Desk:
         (self.folder / "calls").write_text("")
         environment = self.environment(job=job, restarts=0, excluded="(null)", extra=extra)
         command = ["bash", TRAIN, "recipe.yaml", *words]
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        child = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **quiet)
+        self._begun.append(child)
+        return child
+
+    def clear(self) -> None:
+        """End what was begun and all that it has started."""
+        for child in self._begun:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
     def submitter(self, script: str, *words: str, **extra: str) -> Done:
         """Run nightly.sh or sweep.sh as a person or cron does; the calls are those to sbatch, word by word."""

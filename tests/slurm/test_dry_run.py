@@ -6,7 +6,7 @@ import shlex
 import subprocess
 
 import pytest
-from stand_ins import ROOT, TRAIN
+from stand_ins import PATIENCE_SECONDS, ROOT, TRAIN
 
 SRUN = ["srun", "--nodes=1", "--ntasks=1", "--cpus-per-task=8", "--input=none", "--kill-on-bad-exit=1", "--export=ALL"]
 SECRETS = {
@@ -38,7 +38,7 @@ def dry(tmp_path):
             env=environment | {"QLORA_RUNTIME": runtime} | extra,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")
@@ -102,7 +102,7 @@ def test_apptainer_gets_the_job_s_variables_by_its_own_prefix(tmp_path):
         env={"PATH": os.environ["PATH"], "HOME": "/home/me", "HF_HOME": "/gpfs/hf", "HF_TOKEN": "hf_abc"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         check=True,
     )
     passed = dict(line.split("=", 1) for line in done.stdout.splitlines() if line.startswith("APPTAINERENV_"))
@@ -125,7 +125,7 @@ def test_a_dry_run_can_be_asked_for_by_variable_and_leaves_nothing(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         check=True,
     )
 

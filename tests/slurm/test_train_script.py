@@ -11,6 +11,7 @@ from stand_ins import (
     CANCELLED,
     CANCELLED_IN_GRACE,
     NOBODY_ANSWERS,
+    PATIENCE_SECONDS,
     PREEMPTED,
     QUEUED_AGAIN,
     RUNNING,
@@ -26,11 +27,13 @@ WORDS = {Again.ALWAYS: "always", Again.COUNTED: "counted", Again.ELSEWHERE: "els
 
 @pytest.fixture
 def desk(tmp_path):
-    return Desk(tmp_path)
+    desk = Desk(tmp_path)
+    yield desk
+    desk.clear()
 
 
 def wait_for(path):
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE_SECONDS
     while not path.exists():
         assert time.monotonic() < end, f"{path} does not come"
         time.sleep(0.02)
@@ -155,7 +158,7 @@ def test_when_slurm_does_not_answer_a_stopped_job_is_left_alone(desk):
     wait_for(desk.folder / "up")
     running.send_signal(signal.SIGTERM)
 
-    assert running.wait(60) == 75
+    assert running.wait(PATIENCE_SECONDS) == 75
     assert desk.calls() == []
 
 
@@ -173,7 +176,7 @@ def test_a_request_to_stop_reaches_the_job_and_the_script_waits_for_its_end(desk
     wait_for(desk.folder / "up")
     running.send_signal(number)
 
-    assert running.wait(60) == 75
+    assert running.wait(PATIENCE_SECONDS) == 75
     assert desk.calls() == ["scontrol requeue 7"]
 
 
@@ -185,7 +188,7 @@ def test_a_request_to_stop_before_the_start_is_kept(desk):
     running.send_signal(signal.SIGUSR2)
     (desk.folder / "slow").unlink()
 
-    assert running.wait(60) == 75
+    assert running.wait(PATIENCE_SECONDS) == 75
     assert desk.calls() == ["scontrol requeue 7"]
     assert not (desk.folder / "arguments").exists()
 
@@ -201,7 +204,7 @@ def test_a_burst_of_signals_does_not_lose_the_job_s_exit_code(desk):
                 os.kill(running.pid, number)
         time.sleep(0.005)
 
-    assert running.wait(60) == 75
+    assert running.wait(PATIENCE_SECONDS) == 75
 
 
 def test_a_job_that_did_not_listen_yet_lost_nothing(desk):
@@ -211,7 +214,7 @@ def test_a_job_that_did_not_listen_yet_lost_nothing(desk):
     wait_for(desk.folder / "up")
     running.send_signal(signal.SIGUSR2)
 
-    assert running.wait(60) == 75
+    assert running.wait(PATIENCE_SECONDS) == 75
     assert desk.calls() == ["scontrol requeue 7"]
 
 
