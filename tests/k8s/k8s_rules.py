@@ -17,6 +17,7 @@ JOB_RULES: tuple[Rule, ...] = (
     of_jobs.the_job_knows_its_grace_period,
     of_jobs.every_job_has_a_last_bound,
     of_jobs.a_job_is_one_run_that_starts_when_it_is_applied,
+    of_jobs.selectors_select_what_is_meant,
 )
 POD_RULES: tuple[Rule, ...] = (
     of_pods.the_command_line_is_known,
@@ -28,6 +29,7 @@ POD_RULES: tuple[Rule, ...] = (
     of_pods.volumes_fit_into_the_limits,
     of_safety.pods_keep_to_the_restricted_profile,
     of_safety.no_pod_has_a_token_or_can_change_its_image,
+    of_safety.a_node_can_have_what_is_asked_of_it,
     of_safety.the_user_is_the_image_s,
     of_safety.the_image_is_always_the_same,
 )

@@ -104,6 +104,18 @@ def a_job_is_one_run_that_starts_when_it_is_applied(job: Document) -> Iterator[s
         yield "suspend is set: without Kueue the Job waits for ever"
 
 
+def selectors_select_what_is_meant(job: Document) -> Iterator[str]:
+    if job["spec"].keys() & {"selector", "manualSelector"}:
+        yield "selector is set: the server makes one, which no other Job's pods match"
+    labels = job.get("metadata", {}).get("labels", {})
+    if not labels.items() <= job["spec"]["template"]["metadata"].get("labels", {}).items() | _of_queues(labels).items():
+        yield "labels: the pods do not have those of their Job, so what selects by them misses the pods"
+
+
+def _of_queues(labels: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in labels.items() if name.startswith("kueue.x-k8s.io/")}
+
+
 def a_single_job_is_tidied_up_by_its_ttl(documents: list[Document]) -> Iterator[str]:
     for document in of_kind(documents, "Job"):
         if not document["spec"].get("ttlSecondsAfterFinished"):

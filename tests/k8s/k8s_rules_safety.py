@@ -12,6 +12,7 @@ POD_VOLUMES |= {"persistentVolumeClaim", "projected", "secret"}
 """All that the restricted profile lets a pod mount."""
 LABEL = r"([A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?)?"
 NAME = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+KEY = rf"({NAME}(\.{NAME})*/)?[A-Za-z0-9]([\w.-]{{0,61}}[A-Za-z0-9])?"
 IMAGE = r"[a-z0-9.:/-]+(:(?!latest$)\w[\w.-]*|@sha256:[0-9a-f]{64})"
 
 
@@ -51,6 +52,17 @@ def no_pod_has_a_token_or_can_change_its_image(pod: dict[str, Any]) -> Iterator[
         yield "enableServiceLinks is not false"
     if trainer(pod).get("securityContext", {}).get("readOnlyRootFilesystem") is not True:
         yield "readOnlyRootFilesystem is not true"
+
+
+def a_node_can_have_what_is_asked_of_it(pod: dict[str, Any]) -> Iterator[str]:
+    for key, value in pod.get("nodeSelector", {}).items():
+        if not re.fullmatch(KEY, key) or not re.fullmatch(LABEL, value):
+            yield f"nodeSelector {key}: {value}: no node can have that label"
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    terms = pod.get("affinity", {}).get("nodeAffinity", {}).get(required, {}).get("nodeSelectorTerms", [])
+    for each in (each for term in terms for each in term.get("matchExpressions", [])):
+        if (each["operator"] in {"In", "NotIn"}) != bool(each.get("values")):
+            yield f"nodeAffinity {each['key']}: {each['operator']} and its values do not agree"
 
 
 def the_user_is_the_image_s(pod: dict[str, Any]) -> Iterator[str]:

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 import yaml
-from k8s_manifests import COMPONENTS, K8S, KUBECTL, OVERLAYS, documents, standalone
-from k8s_parts import environment, job_specs, of_kind, pod_specs
+from k8s_manifests import COMPONENTS, K8S, KUBECTL, OVERLAYS, documents, overlay, standalone
+from k8s_parts import environment, job_labels, job_specs, of_kind, pod_specs
 from k8s_schemas import VERSIONS, invalid
 
 from job.core.errors import ENDINGS, Again
@@ -67,6 +67,13 @@ def test_the_variable_of_a_gated_model_is_in_job_yaml_to_be_switched_on():
 
     assert "HF_TOKEN" in environment(pod)
     assert [wrong for v in VERSIONS for each in documents(text) if (wrong := invalid(each, v))] == []
+
+
+def test_the_labels_that_are_selected_by_are_those_of_the_jobs():
+    selected = set(re.findall(r" -l ([\w./-]+)=([\w.-]+)", README)) - {("batch.kubernetes.io/job-name", "qlora-job")}
+
+    assert selected
+    assert [labels for labels in job_labels(overlay("nightly")) if not selected <= labels.items()] == []
 
 
 def test_manifests_that_are_shown_are_valid():

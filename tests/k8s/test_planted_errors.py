@@ -50,6 +50,11 @@ def plus(*more):
     return lambda items: [*items, *more]
 
 
+def affinity(operator, *values):
+    terms = [{"matchExpressions": [{"key": "nvidia.com/gpu.product", "operator": operator, "values": list(values)}]}]
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}
+
+
 def shown(each):
     """A name for a case that is the same in each process: functions and GONE have none of their own."""
     if each is GONE:
@@ -115,6 +120,11 @@ JOB_ERRORS = [
     ("spec.backoffLimit", GONE, "no backoffLimit"),
     ("spec.completions", 2, "one run"),
     ("spec.suspend", True, "waits for ever"),
+    # selectors
+    ("spec.selector", {"matchLabels": {"app": "x"}}, "selector is set"),
+    ("metadata.labels.app\\.kubernetes\\.io/component", "evaluation", "the pods do not have those of their Job"),
+    (f"{POD}.nodeSelector.kubernetes\\.io/arch", "amd 64", "no node can have that label"),
+    (f"{POD}.affinity", affinity("In"), "In and its values do not agree"),
     ("spec.ttlSecondsAfterFinished", GONE, "no ttlSecondsAfterFinished"),
     # the command line
     (f"{TRAINER}.args", ["train", "/recipe/recipe.yaml"], "no command train"),
