@@ -263,7 +263,7 @@ def test_every_rule_has_seen_an_error():
     assert [rule.__name__ for rule in RULES if not any(heard(rule, each) for each in spoilt)] == []
 
 
-def test_the_helper_spoils_a_copy():
+def test_planting_spoils_a_copy():
     before = yaml.safe_dump_all(standalone())
     base = standalone()
     planted(base, "Job", "spec.backoffLimit", 0)
