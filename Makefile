@@ -57,7 +57,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/shellcheck -x slurm/*.sh slurm/*.sbatch image/*.sh tests/*/*.sh .ci/run
+	$(BIN)/shellcheck slurm/*.sh slurm/*.sbatch image/*.sh tests/*/*.sh .ci/run
 
 types: $(VENV)/installed
 	$(BIN)/mypy
