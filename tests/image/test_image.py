@@ -11,6 +11,7 @@ import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import click
 import pytest
@@ -165,12 +166,13 @@ def _only_for_the_build(entry):
 def test_the_bill_of_materials_names_every_package(engine, image, tmp_path):
     bill = tmp_path / "sbom.cdx.json"
     subprocess.run(["make", "--directory", str(ROOT), "sbom", f"IMAGE={image}", f"SBOM={bill}"], check=True)
-    named = {part["purl"].split("?")[0] for part in json.loads(bill.read_text())["components"] if "purl" in part}
+    parts = json.loads(bill.read_text())["components"]
+    named = {unquote(part["purl"].split("?")[0]) for part in parts if "purl" in part}  # g%2B%2B is g++
     installed = python(
         engine,
         image,
         "import importlib.metadata as m; print(*(d.name.lower().replace('_', '-').replace('.', '-')"
-        " + ' ' + d.version.replace('+', '%2B') for d in m.distributions(path=[p for p in __import__('sys').path"
+        " + ' ' + d.version for d in m.distributions(path=[p for p in __import__('sys').path"
         " if p.startswith('/opt/venv')])), sep='\\n')",
     ).splitlines()
     debian = engine.start(image, "-W", "-f", "${Package} ${Version}\n", entrypoint="/usr/bin/dpkg-query").stdout
