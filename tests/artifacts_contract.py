@@ -65,6 +65,17 @@ def flip(content):
     return bytes([content[0] ^ 1]) + content[1:]
 
 
+def without(name):
+    """A manifest that does not name a file."""
+
+    def shortened(content):
+        manifest = json.loads(content)
+        del manifest["files"][name]
+        return json.dumps(manifest).encode()
+
+    return shortened
+
+
 DAMAGE = {
     "a flipped bit": ("state.json", flip, "sha256"),
     "a missing file": ("state.json", None, "state.json"),
@@ -73,6 +84,15 @@ DAMAGE = {
     "no manifest": ("MANIFEST.json", None, "no MANIFEST.json"),
     "half a manifest": ("MANIFEST.json", lambda _: b'{"files": {"sta', "damaged"),
     "a manifest of another kind": ("MANIFEST.json", lambda _: b'{"files": [1]}', "damaged"),
+    "a manifest of another step": ("MANIFEST.json", lambda m: m.replace(b'"step": 10', b'"step": 11'), "damaged"),
+    "a manifest of another attempt": (
+        "MANIFEST.json",
+        lambda m: m.replace(b'"attempt": 1', b'"attempt": 3'),
+        "damaged",
+    ),
+    "a manifest with another word": ("MANIFEST.json", lambda m: m.replace(b'"fence"', b'"fenge"'), "damaged"),
+    "a manifest without end": ("MANIFEST.json", lambda _: b'{"files":' + b"[" * 100_000, "damaged"),
+    "a manifest that names too few": ("MANIFEST.json", without("state.json"), "does not name state.json"),
     "a manifest that reaches out": (
         "MANIFEST.json",
         lambda _: b'{"files": {"../../x": {"size": 1, "sha256": "0"}}}',
@@ -165,7 +185,7 @@ class PlainArtifactsContract:
         file, how, word = DAMAGE[kind]
         publish(artifacts, tmp_path, at(5), at(10))
         damage(opened(), at(10), file, how)
-        newest, passed_over = artifacts.fetch_newest(tmp_path / "back", should_stop=never)
+        newest, passed_over = artifacts.fetch_newest(tmp_path / "back", should_stop=never, only=FILES)
         assert newest == at(5)
         ((name, reason),) = [(each["checkpoint"], each["reason"]) for each in passed_over]
         assert name == at(10).name

@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class Artifacts:
         self._inherited = frozenset(self.checkpoints())
         with contextlib.suppress(NotFoundError):
             data, self._latest = self._store.read(self._root + "latest.json")
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 content = json.loads(data)
                 self._write_latest(content if isinstance(content, dict) else {})
         cleared = self._store.clear_unfinished(self._root)
@@ -279,9 +279,9 @@ class Artifacts:
         for path in sorted(folder.iterdir()):
             crash_point("checkpoint.before_file")
             sent = self._store.upload(path, place + path.name, should_stop=_never)
-            files[path.name] = {"size": sent.size, "sha256": sent.sha256}
+            files[path.name] = FileEntry(size=sent.size, sha256=sent.sha256)
             crash_point("checkpoint.after_file")
-        manifest = {"step": checkpoint.step, "attempt": checkpoint.attempt, "fence": self.fence, "files": files}
+        manifest = _manifest_of(checkpoint, fence=self.fence, files=files)
         crash_point("checkpoint.before_manifest")
         self._confirm()
         try:
@@ -319,14 +319,17 @@ class Artifacts:
         should_stop: Callable[[], bool],
         only: Collection[str] | None = None,
     ) -> dict[str, FileEntry]:
-        """Bring a checkpoint's files into the folder, each verified against the manifest.
+        """Bring a checkpoint's files, or `only` some, into the folder, each verified against the manifest.
 
         Raises:
-            DataError: a file is not what the manifest says.
+            DataError: a file is not what the manifest says, or the manifest does not name it.
             NotFoundError: a file or the manifest is gone.
         """
         place = f"{self._root}checkpoints/{checkpoint.name}/"
-        wanted = {n: e for n, e in self._manifest(place).items() if only is None or n in only}
+        named = self._manifest(checkpoint)
+        if only is not None and (missing := sorted({*only} - named.keys())):
+            raise DataError(f"{self.uri}: {place}{_MANIFEST} does not name {', '.join(missing)}")
+        wanted = {name: entry for name, entry in named.items() if only is None or name in only}
         folder.mkdir(parents=True, exist_ok=True)
         self._refuse_sizes(place, wanted, folder)
         for name, entry in wanted.items():
@@ -335,9 +338,14 @@ class Artifacts:
         return wanted
 
     def fetch_newest(
-        self, folder: Path, *, should_stop: Callable[[], bool]
+        self, folder: Path, *, should_stop: Callable[[], bool], only: Collection[str] | None = None
     ) -> tuple[Checkpoint | None, list[dict[str, str]]]:
         """Bring the newest checkpoint that verifies into the folder.
+
+        Args:
+            folder: gets a folder by the checkpoint's name.
+            should_stop: polled while files arrive.
+            only: the files that make a checkpoint; one whose manifest names fewer is passed over.
 
         Returns:
             Which one it is (None: there is none), and those passed over, each with the reason.
@@ -349,7 +357,8 @@ class Artifacts:
             reason = f"no {_MANIFEST}: its upload was not finished, or it is being deleted"
             if checkpoint in committed:
                 try:
-                    self.fetch_checkpoint(checkpoint, folder / checkpoint.name, should_stop=should_stop)
+                    place = folder / checkpoint.name
+                    self.fetch_checkpoint(checkpoint, place, should_stop=should_stop, only=only)
                 except (DataError, NotFoundError) as error:
                     shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
                     reason = str(error)
@@ -395,13 +404,18 @@ class Artifacts:
         known = self._inherited
         return known is not None and checkpoint not in known and checkpoint.attempt != self._attempt
 
-    def _manifest(self, place: str) -> dict[str, FileEntry]:
+    def _manifest(self, checkpoint: Checkpoint) -> dict[str, FileEntry]:
+        key = f"{self._root}checkpoints/{checkpoint.name}/{_MANIFEST}"
         try:
-            files = json.loads(self._store.read(place + _MANIFEST)[0])["files"]
-            return {_plain_name(name): _file_entry(facts) for name, facts in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            msg = f"{self.uri}: {place}{_MANIFEST} is damaged ({error})"
+            content = json.loads(self._store.read(key)[0])
+            files = {_plain_name(name): _file_entry(facts) for name, facts in content["files"].items()}
+            expected = _manifest_of(checkpoint, fence=content["fence"], files=files)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            msg = f"{self.uri}: {key} is damaged ({error})"
             raise DataError(msg) from error
+        if content != expected:
+            raise DataError(f"{self.uri}: {key} is damaged (it is not what is written for {checkpoint.name})")
+        return files
 
     # --- the adapter -------------------------------------------------------------------------------------------------
 
@@ -446,7 +460,7 @@ class Artifacts:
             content = json.loads(self._store.read(self._root + name)[0])
         except NotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             msg = f"{self.uri}/{name}: not JSON ({error}); it was not written by this job, or is damaged"
             raise DataError(msg) from error
         if not isinstance(content, dict):
@@ -461,6 +475,15 @@ def runs_of(store: ObjectStore, prefix: str) -> Iterator[Artifacts]:
     ids = {entry.key.split("/")[1] for entry in store.list(start) if entry.key.count("/") > 1}
     for run_id in sorted(ids):
         yield Artifacts(store, run_id)
+
+
+def _manifest_of(checkpoint: Checkpoint, *, fence: int, files: Mapping[str, FileEntry]) -> dict[str, Any]:
+    return {
+        "step": checkpoint.step,
+        "attempt": checkpoint.attempt,
+        "fence": fence,
+        "files": {name: asdict(entry) for name, entry in files.items()},
+    }
 
 
 def _by_attempt(checkpoint: Checkpoint) -> tuple[int, int]:

@@ -228,7 +228,7 @@ class Lock:
             return None
         try:
             content = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = {}
         return (content if isinstance(content, dict) else {}), etag
 

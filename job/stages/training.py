@@ -266,7 +266,7 @@ class Training:
         planned = dict(trained.progress.plan)
         with self._attempt.phases.phase("resume"):
             newest, passed_over = self._setting.artifacts.fetch_newest(
-                self._scratch, should_stop=self._attempt.should_stop
+                self._scratch, should_stop=self._attempt.should_stop, only=checkpoints.FILES
             )
             run.passed_over = [each | {"reason": self._attempt.hide(each["reason"])} for each in passed_over]
             if newest is None:

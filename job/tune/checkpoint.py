@@ -25,6 +25,8 @@ _OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE = (
     "evaluations.safetensors",
     "state.json",
 )
+FILES = (*ADAPTER_FILES, _OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE)
+"""What a checkpoint is made of."""
 
 
 @dataclass(slots=True, kw_only=True)
