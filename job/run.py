@@ -34,7 +34,6 @@ def run(attempt: Attempt) -> Report:
         bind(run_id=found.artifacts.run_id)
         if found.done:
             return _already_done(attempt, found)
-        refuse_short_time(attempt)
         # First of all that costs nothing: what cannot be written to is refused before the store hears of us.
         log.info("machine", **asdict(look_at_machine(attempt.workdir)))
         return _locked(attempt, found, guard)
@@ -62,6 +61,7 @@ def _locked(attempt: Attempt, found: Run, guard: Guard) -> Report:
         else:
             artifacts.take_over()
             begun.refuse_repeated_failure()
+            refuse_short_time(attempt)  # only now: who never has enough of it is stopped in vain, which is counted
             report = _carry_out(attempt, found, begun)
     except BaseException as error:
         ended = begun.understood(error)

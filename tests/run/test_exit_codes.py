@@ -5,6 +5,7 @@ import json
 import signal
 import socket
 import threading
+import time
 
 import pytest
 from job_process import Job
@@ -234,6 +235,23 @@ def test_the_third_stop_in_a_row_without_a_new_step_ends_83(job):
     assert third.outcome["again"] == "yes, counted"
     assert [end["exit_code"] for end in ends(job)] == [75, 75, 83]
     assert job.call("run").code == 0
+
+
+def test_too_little_time_each_time_is_a_stop_in_vain(job):
+    """A deadline within the time that a stop may need: there is no use in beginning."""
+    ended = [job.call("run", "--deadline", str(time.time() + 20), "--grace-seconds", "30") for _ in range(3)]
+    assert [each.code for each in ended] == [75, 75, 83]
+    assert all("too little to begin with" in each.outcome["reason"] for each in ended)
+    assert all("fetch_base" not in each.phases() for each in ended)
+    assert job.call("run").code == 0
+
+
+def test_a_deadline_ends_training_with_75_and_all_of_it_committed(job):
+    job.recipe["train"]["steps"] = 100_000
+    ended = job.call("run", "--deadline", str(time.time() + 15), "--grace-seconds", "1")
+    assert ended.code == 75, ended.stdout
+    if told := ended.named("step"):  # a machine that is slow enough is stopped before
+        assert ended.outcome["last_committed_step"] == told[-1]["step"]
 
 
 def test_a_committed_step_makes_the_count_of_stops_begin_anew(job):
