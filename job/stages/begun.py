@@ -9,6 +9,7 @@ import structlog
 
 from job import __version__
 from job.core.errors import (
+    DivergedError,
     JobError,
     LocalDiskError,
     LockedError,
@@ -76,8 +77,14 @@ class Begun:
             return LockedError(
                 f"{self._found.artifacts.uri}: another attempt took the run over while this one was silent; let it work"
             )
+        standing = self._attempt.standing
+        if isinstance(error, DivergedError):
+            good = standing.last_committed_step
+            where = (
+                "there is no good checkpoint" if good is None else f"the last good checkpoint is that of step {good}"
+            )
+            return DivergedError(f"{error}; {where}")
         if isinstance(error, StopRequestedError):
-            standing = self._attempt.standing
             new_step = gained(standing.from_step, {"last_committed_step": standing.last_committed_step})
             if not new_step and stopped_in_vain(self._earlier):
                 return StalledError(

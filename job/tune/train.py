@@ -20,6 +20,9 @@ from job.tune.device import cuda_in_use
 from job.tune.encode import Documents, MicroBatch, micro_batch
 from job.tune.model import PackedModel, trainable
 
+_NAMED_EXAMPLES = 64
+"""Of a step that went wrong: more would make a message that nobody reads."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
@@ -257,10 +260,12 @@ class Trainer:
         progress = self._trained.progress
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             progress.step = unread.step - 1
-            where = ", ".join(self._documents.where(d) for d in self._course.batch(unread.step)[:8])
+            batch = self._course.batch(unread.step)
+            where = ", ".join(self._documents.where(d) for d in batch[:_NAMED_EXAMPLES])
             msg = (
                 f"step {unread.step}: the loss is {loss} and the gradient norm {grad_norm}; the update was not "
-                f"applied. Lower train.learning_rate, or look at the examples of this step: {where}"
+                f"applied. Lower train.learning_rate, or look at the examples of this step ({len(batch)} in all): "
+                f"{where}"
             )
             raise DivergedError(msg)
         seconds = _seconds(unread.began, unread.ended)

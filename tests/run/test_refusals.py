@@ -347,7 +347,9 @@ def test_a_loss_that_is_not_finite_ends_80_with_the_step_and_its_examples(job):
     (event,) = ended.named("ended")
     assert "step 2" in event["reason"]
     assert "lower" in event["reason"].lower()
-    assert ".jsonl:" in event["reason"]
+    assert event["reason"].count("train.jsonl:") == job.recipe["train"]["batch_size"]
+    assert "the last good checkpoint is that of step 0" in event["reason"]
+    assert event["last_committed_step"] == 0
     assert ended.outcome["code"] == 80
     assert not (job.only_run() / "report.json").exists()
     assert job.call("run").code == 80  # it diverges again, from its checkpoint
