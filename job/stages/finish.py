@@ -2,7 +2,7 @@
 
 import gc
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from job.core.crash_points import crash_point
-from job.core.errors import RunConflictError, SickDeviceError
+from job.core.errors import DataError, NotFoundError, RunConflictError, SickDeviceError
 from job.core.report import Report
 from job.core.verdict import Verdict, judge
 from job.edge.artifacts import Checkpoint, FileEntry
@@ -37,11 +37,11 @@ def finish(attempt: Attempt, setting: Setting, run: TrainedRun) -> Report:
         SickDeviceError: the adapter in the store does not give the loss that was measured in training.
         RunConflictError: no checkpoint that could be chosen is left in the store.
     """
-    verdict = _choose(attempt, setting, run)
     folder = attempt.workdir / "runs" / setting.artifacts.run_id
     with attempt.phases.phase("publish"):
-        chosen = next(c for c in reversed(setting.artifacts.checkpoints()) if c.step == verdict.sweet_spot_step)
-        files = _publish_adapter(attempt, setting, folder / "adapter", chosen, verdict, run)
+        chosen, verdict = _fetch_chosen(attempt, setting, folder / "adapter", run)
+        (folder / "adapter" / "README.md").write_text(adapter_card(attempt, setting, verdict, run), encoding="utf-8")
+        files = setting.artifacts.publish_adapter(folder / "adapter")
     crash_point("prove.before")
     with attempt.phases.phase("prove"):
         model = _load_published(attempt, setting, folder / "published", files)
@@ -75,17 +75,27 @@ def finish(attempt: Attempt, setting: Setting, run: TrainedRun) -> Report:
     return report
 
 
-def _choose(attempt: Attempt, setting: Setting, run: TrainedRun) -> Verdict:
+def _fetch_chosen(attempt: Attempt, setting: Setting, folder: Path, run: TrainedRun) -> tuple[Checkpoint, Verdict]:
+    """The verdict, and its adapter in the folder; a checkpoint that is damaged is passed over like one that is gone."""
+    whole = setting.artifacts.checkpoints()
+    verdict = _choose(attempt, setting, run, whole)
+    while True:
+        chosen = next(c for c in reversed(whole) if c.step == verdict.sweet_spot_step)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            setting.artifacts.fetch_checkpoint(chosen, folder, should_stop=attempt.should_stop, only=ADAPTER_FILES)
+        except (DataError, NotFoundError) as error:
+            log.warning("checkpoint_passed_over", checkpoint=chosen.name, reason=str(error))
+            attempt.notes.append(f"{chosen.name} would have been chosen, but is damaged: {attempt.hide(str(error))}")
+            whole.remove(chosen)
+            verdict = _choose_among(setting, run, whole)
+        else:
+            return chosen, verdict
+
+
+def _choose(attempt: Attempt, setting: Setting, run: TrainedRun, stored: Sequence[Checkpoint]) -> Verdict:
     """The verdict over the checkpoints that still stand in the store."""
-    kept = {checkpoint.step for checkpoint in setting.artifacts.checkpoints()}
-    wanted = judge(run.progress.evaluations)
-    try:
-        verdict = judge(run.progress.evaluations, kept=kept)
-    except ValueError as error:
-        raise RunConflictError(
-            f"{setting.artifacts.uri}: none of the checkpoints worth keeping ({list(wanted.candidate_steps)}) is left "
-            "in the store; were they deleted by hand? Start again with another --run-id"
-        ) from error
+    wanted, verdict = judge(run.progress.evaluations), _choose_among(setting, run, stored)
     if verdict.sweet_spot_step != wanted.sweet_spot_step:
         attempt.notes.append(
             f"step {wanted.sweet_spot_step} would have been chosen, but was significantly worse than the best of its "
@@ -94,13 +104,15 @@ def _choose(attempt: Attempt, setting: Setting, run: TrainedRun) -> Verdict:
     return verdict
 
 
-def _publish_adapter(
-    attempt: Attempt, setting: Setting, folder: Path, chosen: Checkpoint, verdict: Verdict, run: TrainedRun
-) -> dict[str, FileEntry]:
-    shutil.rmtree(folder, ignore_errors=True)
-    setting.artifacts.fetch_checkpoint(chosen, folder, should_stop=attempt.should_stop, only=ADAPTER_FILES)
-    (folder / "README.md").write_text(adapter_card(attempt, setting, verdict, run), encoding="utf-8")
-    return setting.artifacts.publish_adapter(folder)
+def _choose_among(setting: Setting, run: TrainedRun, stored: Sequence[Checkpoint]) -> Verdict:
+    try:
+        return judge(run.progress.evaluations, kept={checkpoint.step for checkpoint in stored})
+    except ValueError as error:
+        candidates = judge(run.progress.evaluations).candidate_steps
+        raise RunConflictError(
+            f"{setting.artifacts.uri}: none of the checkpoints worth keeping ({list(candidates)}) is whole in the "
+            "store; were they deleted or changed by hand? Start again with another --run-id"
+        ) from error
 
 
 def _load_published(attempt: Attempt, setting: Setting, folder: Path, files: Mapping[str, FileEntry]) -> PackedModel:

@@ -5,6 +5,8 @@ import signal
 import pytest
 from run_material import long_recipe
 
+from job.edge.crash_points import disarm
+
 
 def same_numbers(report, undisturbed):
     names = ("curve", "evaluations", "sweet_spot", "answers", "exact_match")
@@ -112,3 +114,26 @@ def test_a_stop_outside_of_training_is_resumed_too(job, phase):
         assert ended.outcome["last_committed_step"] == 2
     assert job.call("run").code == 0
     assert [a["exit_code"] for a in job.report()["attempts"]] == [75, 0]
+
+
+def test_a_damaged_checkpoint_is_not_chosen_and_the_report_says_so(job):
+    """All but the newest are damaged once training is over; without that the first would have been chosen."""
+    job.recipe["train"]["learning_rate"] = 1e-6  # so no evaluation is better than another, and the first one counts
+    try:
+        assert job.call("run", "--crash-at", "adapter.before_file=error").code == 70
+    finally:
+        disarm()
+    *older, newest = sorted(job.only_run().glob("checkpoints/*"))
+    for place in older:
+        file = place / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+
+    ended = job.call("run")
+
+    assert ended.code == 0, ended.stdout
+    passed_over = [event["checkpoint"] for event in ended.named("checkpoint_passed_over")]
+    assert passed_over
+    assert newest.name not in passed_over
+    report = job.report()
+    assert report["sweet_spot"]["step"] == 6
+    assert [note for note in report["notes"] if note.startswith(f"{passed_over[0]} would have been chosen")]
