@@ -15,7 +15,15 @@ from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
 from job.core.errors import DeniedError, StopRequestedError, UnavailableError, UsageError
 from job.edge.objects import PARALLEL, StoreSettings
 from job.edge.patience import Patience
-from job.edge.s3_errors import S3_FAILURES, is_about_credentials, is_passing, status_and_code, summary, understood
+from job.edge.s3_errors import (
+    S3_FAILURES,
+    is_about_credentials,
+    is_expired,
+    is_passing,
+    status_and_code,
+    summary,
+    understood,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -36,7 +44,10 @@ class Bucket:
 
     def __init__(self, name: str, settings: StoreSettings, patience: Patience) -> None:
         self.name = name
+        self._settings = settings
+        self._renewing = threading.Lock()
         self.client = _client(settings)
+        """Look at it for each request: it is another one once the credentials had to be renewed."""
         self.endpoint: str = self.client.meta.endpoint_url
         mode = self.client.meta.config.request_checksum_calculation  # type: ignore[attr-defined] # missing in the stubs
         self.checksums: bool = mode == "when_supported"
@@ -53,13 +64,16 @@ class Bucket:
         """The result of a request, sent again while its failure may pass; every failure comes out as one of ours."""
         began, cancelled = time.monotonic(), cancelled or threading.Event()
         for attempt in itertools.count(1):
+            client = self.client
             try:
                 return call()
             except S3_FAILURES as error:
+                expired = is_expired(error)
                 pause = self._patience.pause_seconds(attempt)
                 seconds = time.monotonic() - began
                 given_up = attempt == self._patience.attempts or seconds + pause > self._patience.budget_seconds
-                if not is_passing(error) or (given_up and is_about_credentials(error)):
+                passing = expired or is_passing(error)
+                if not passing or (given_up and (expired or is_about_credentials(error))):
                     raise understood(error, uri=self.uri(key), endpoint=self.endpoint) from error
                 if given_up:
                     raise UnavailableError(
@@ -69,7 +83,15 @@ class Bucket:
                     ) from error
                 if cancelled.wait(pause):
                     raise StopRequestedError(f"{self.uri(key)}: the transfer was cancelled") from error
+                if expired:
+                    self._renew_credentials(client)
         raise AssertionError("unreachable: the loop has no end")
+
+    def _renew_credentials(self, old: "S3Client") -> None:
+        """Go through the chain anew: boto3 renews a role's credentials by itself, but reads a file only once."""
+        with self._renewing:
+            if self.client is old:
+                self.client = _client(self._settings)
 
     def head(self, key: str) -> "HeadObjectOutputTypeDef":
         """Size and ETag of an object."""

@@ -72,6 +72,7 @@ _BUSY_CODES = {
     "ConditionalRequestConflict",
     "OperationAborted",
 }
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 _DENIED_HINTS = {
     "ExpiredToken": "the session token has expired: renew the credentials",
     "ExpiredTokenException": "the session token has expired: renew the credentials",
@@ -99,6 +100,11 @@ def is_passing(error: Exception) -> bool:
 def is_about_credentials(error: Exception) -> bool:
     """Whether no usable credentials were found, so that no request was sent."""
     return isinstance(error, _NO_CREDENTIALS)
+
+
+def is_expired(error: Exception) -> bool:
+    """Whether the store calls the credentials expired; whoever hands them out may have newer ones."""
+    return isinstance(error, ClientError) and status_and_code(error)[1] in _EXPIRED_CODES
 
 
 def understood(error: Exception, *, uri: str, endpoint: str) -> JobError | PreconditionError:

@@ -22,11 +22,13 @@ _READ_SECONDS = 25.0
 _OLDEST = 30
 """Keys that were handed out since; then one is no longer known to the store."""
 
+EXPIRED = Fault(status=400, code="ExpiredToken")
 ANY = {
     "500": Fault(status=500, code="InternalError"),
     "503 SlowDown": Fault(status=503, code="SlowDown"),
     "408": Fault(status=408, code="RequestTimeout"),
     "lost answer": Fault(lose_answer=True),
+    "expired": EXPIRED,
 }
 WRITES = ANY | {"409": Fault(status=409, code="ConditionalRequestConflict")}
 READS = ANY | {
@@ -37,7 +39,6 @@ READS = ANY | {
     "trickle": Fault(trickle_seconds=0.02),
 }
 TIMEOUT = Fault(trickle_seconds=_READ_SECONDS)
-EXPIRED = Fault(status=400, code="ExpiredToken")
 KINDS = {**WRITES, **READS}
 
 

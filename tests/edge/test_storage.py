@@ -173,6 +173,30 @@ def test_the_reason_of_a_refusal_is_told_even_where_head_has_no_body(faulty_plac
             call()
 
 
+def test_credentials_that_expire_are_taken_anew_from_where_they_came(faulty_place, proxy, tmp_path, monkeypatch):
+    """As from a mounted secret: whoever renews it writes the file again, and boto3 alone would not look."""
+    file = tmp_path / "credentials"
+
+    def hand_out(name):
+        file.write_text(f"[default]\naws_access_key_id = {name}\naws_secret_access_key = s\naws_session_token = t\n")
+
+    def rule(request):
+        if "Credential=old/" not in request.headers["authorization"]:
+            return NO_FAULT
+        hand_out("new")
+        return Fault(status=400, code="ExpiredToken")
+
+    hand_out("old")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    store = opened(faulty_place)
+    proxy.rule = rule
+    store.write("k", b"x" * 100)
+    assert store.read("k")[0] == b"x" * 100
+    assert proxy.times("PUT") == 2
+
+
 def test_without_credentials_it_says_what_to_set(moto_place, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
