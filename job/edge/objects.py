@@ -51,6 +51,8 @@ class StoredObject:
     """Changes whenever the content does; without quotes. For a file it is the sha256 of the content."""
     version: str | None
     """The version's id, where the bucket keeps versions."""
+    md5: str | None = None
+    """Of the content, where the store tells it; not part of its identity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from job.edge.objects import (
 from job.edge.patience import Patience
 from job.edge.s3_bucket import Bucket, bare, quoted
 from job.edge.s3_errors import key_refused
+from job.edge.s3_etags import content_md5
 from job.edge.s3_transfer import Download, Upload, changed
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class S3Store:
             size=found["ContentLength"],
             etag=bare(found["ETag"]),
             version=None if version == "null" else version,
+            md5=content_md5(found),
         )
 
     def read(self, key: str, *, max_bytes: int = CONTROL_BYTES) -> tuple[bytes, str]:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
+from botocore.exceptions import BotoCoreError, ChecksumError, ClientError, HTTPClientError, IncompleteReadError
 
-from job.core.errors import DeniedError, StopRequestedError, UnavailableError, UsageError
+from job.core.errors import DataError, DeniedError, StopRequestedError, UnavailableError, UsageError
 from job.edge.objects import PARALLEL, StoreSettings
 from job.edge.patience import Patience
 from job.edge.s3_errors import (
     S3_FAILURES,
+    is_about_content,
     is_about_credentials,
     is_expired,
     is_passing,
@@ -24,6 +25,7 @@ from job.edge.s3_errors import (
     summary,
     understood,
 )
+from job.edge.s3_etags import Etags, content_md5, new_md5
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -54,6 +56,7 @@ class Bucket:
         self.encryption: dict[str, Any] = {}
         if settings.sse_kms_key is not None:
             self.encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": settings.sse_kms_key}
+        self.etags = Etags()
         self._patience = patience
 
     def uri(self, key: str) -> str:
@@ -75,6 +78,8 @@ class Bucket:
                 passing = expired or is_passing(error)
                 if not passing or (given_up and (expired or is_about_credentials(error))):
                     raise understood(error, uri=self.uri(key), endpoint=self.endpoint) from error
+                if given_up and is_about_content(error):
+                    raise DataError(f"{self.uri(key)}: came damaged each time ({summary(error)})") from error
                 if given_up:
                     raise UnavailableError(
                         f"{self.uri(key)}: {self.endpoint} failed {attempt} times in {seconds:.0f} s, at last with "
@@ -98,14 +103,17 @@ class Bucket:
         try:
             return self.client.head_object(Bucket=self.name, Key=key)
         except ClientError as error:
-            if status_and_code(error)[0] not in {400, 403}:
+            status = status_and_code(error)[0]
+            if status not in {400, 403}:
                 raise
             # An answer to HEAD has no body: only a GET says whether it is the token, the clock, the key or a policy.
             try:
                 self.client.get_object(Bucket=self.name, Key=key, Range="bytes=0-0")["Body"].close()
             except ClientError as reason:
-                if status_and_code(reason)[0] in {400, 401, 403}:
+                if status_and_code(reason)[0] not in {404, 416}:
                     raise reason from error
+            if status == 400:  # noqa: PLR2004 - HTTP's own number
+                raise HTTPClientError(error=error) from error  # it has passed: with a GET all is well
             raise
 
     def get(
@@ -132,7 +140,16 @@ class Bucket:
                 body.close()  # the connection still carries the rest: it cannot be used again
         if len(data) < least and not (cancelled is not None and cancelled.is_set()):
             raise IncompleteReadError(actual_bytes=len(data), expected_bytes=least)
+        if len(data) == answer["ContentLength"] and "Range" not in conditions:
+            self._refuse_wrong(data, content_md5(answer))
         return data, bare(answer["ETag"])
+
+    def _refuse_wrong(self, data: bytearray, expected: str | None) -> None:
+        if expected is not None:
+            md5 = new_md5()
+            md5.update(data)
+            if self.etags.is_wrong(expected=expected, found=md5.hexdigest()):
+                raise ChecksumError(checksum_type="MD5", expected_checksum=expected, actual_checksum=md5.hexdigest())
 
     def put(self, key: str, data: bytes, **conditions: str) -> str:
         """Write an object in one attempt and return its ETag; `conditions` are PutObject's own."""

@@ -102,6 +102,11 @@ def is_about_credentials(error: Exception) -> bool:
     return isinstance(error, _NO_CREDENTIALS)
 
 
+def is_about_content(error: Exception) -> bool:
+    """Whether the bytes that came are not those that the store has a checksum of."""
+    return isinstance(error, ChecksumError | FlexibleChecksumError)
+
+
 def is_expired(error: Exception) -> bool:
     """Whether the store calls the credentials expired; whoever hands them out may have newer ones."""
     return isinstance(error, ClientError) and status_and_code(error)[1] in _EXPIRED_CODES

@@ -14,6 +14,7 @@ from job.core.errors import DataError, JobError, NotFoundError
 from job.edge.lanes import Lanes
 from job.edge.objects import Downloaded, PreconditionError, StoredObject, Uploaded
 from job.edge.s3_bucket import Bucket, quoted
+from job.edge.s3_etags import new_md5
 from job.edge.whole_files import local_trouble, whole_file
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ _MOST_PARTS = 10_000
 """S3's own limit; larger files get larger parts."""
 _LARGEST_PUT_BYTES = 5 * 1024**3
 """S3's own limit for one request."""
+_COPIES = 3
+"""So often a copy may differ from what was promised before the object itself is blamed."""
 _SILENCE_SECONDS = 300.0
 """A download that trickles this slowly ends as unavailable instead of holding a GPU for ever."""
 _SETTLE_SECONDS = 5.0
@@ -32,7 +35,7 @@ _SETTLE_SECONDS = 5.0
 
 
 class _MismatchError(Exception):
-    """The first copy has another sha256 than expected: fetch it again."""
+    """This copy is not what it should be: fetch it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,26 +51,38 @@ class Download:
     on_progress: Callable[[int, int], None] | None
 
     def to(self, path: Path, *, sha256: str | None) -> Downloaded:
-        """Fetch it to `path`; a wrong sha256 is fetched once more before it counts."""
-        for again in (True, False):
+        """Fetch it to `path`; a copy with a wrong hash is fetched again before it counts."""
+        for copies_left in reversed(range(_COPIES)):
             with (
                 contextlib.suppress(_MismatchError),
                 whole_file(path) as file,
                 contextlib.closing(self._parts()) as parts,
             ):
+                md5 = new_md5()
                 for part in parts:
                     file.write(part)
+                    if sha256 is None:  # with one there is nothing more to find out
+                        md5.update(part)
                     if self.on_progress is not None:
                         self.on_progress(file.size, self.found.size)
-                if sha256 is not None and file.sha256 != sha256:
-                    if again:
-                        raise _MismatchError
+                wrong = self._wrong(file.sha256, sha256, md5.hexdigest())
+                if wrong and copies_left:
+                    raise _MismatchError
+                if wrong:
                     raise DataError(
-                        f"{self.found.uri}: sha256 is {file.sha256}, expected {sha256}, twice: the object was changed "
-                        "or is damaged; start a new run with it, or put the old one back"
+                        f"{self.found.uri}: {wrong}, {_COPIES} times: the object was changed or is damaged; start a "
+                        "new run with it, or put the old one back"
                     )
                 return Downloaded(size=file.size, sha256=file.sha256, etag=self.found.etag)
-        raise AssertionError("unreachable: the second round returns or raises")
+        raise AssertionError("unreachable: the last round returns or raises")
+
+    def _wrong(self, sha256: str, expected: str | None, md5: str) -> str | None:
+        """What is wrong with a copy."""
+        if expected is not None:
+            return None if sha256 == expected else f"sha256 is {sha256}, expected {expected}"
+        if self.found.md5 is None or not self.bucket.etags.is_wrong(expected=self.found.md5, found=md5):
+            return None
+        return f"MD5 is {md5}, expected {self.found.md5}"
 
     def _parts(self) -> Generator[bytearray, None, None]:
         what = f"reading {self.found.uri}"

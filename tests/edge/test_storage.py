@@ -26,6 +26,7 @@ from job.core.errors import (
 )
 from job.edge.directory import store_trouble
 from job.edge.lanes import Lanes
+from job.edge.s3_etags import Etags, content_md5
 from job.edge.storage import Patience, PreconditionError, StoreSettings, expand, open_store, probe, store_and_key
 
 MIB = 1024 * 1024
@@ -195,6 +196,16 @@ def test_credentials_that_expire_are_taken_anew_from_where_they_came(faulty_plac
     store.write("k", b"x" * 100)
     assert store.read("k")[0] == b"x" * 100
     assert proxy.times("PUT") == 2
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_head_that_is_refused_once_is_sent_again(faulty_place, proxy, status):
+    """It has no body that says why, and the GET that asks for the reason may find none, or another failure."""
+    put_behind(faulty_place, "k", b"x" * 100)
+    asked = {"HEAD": [Fault(status=400, code="ExpiredToken")], "GET": [Fault(status=status)] if status > 400 else []}
+    proxy.rule = lambda request: asked[request.method].pop() if asked[request.method] else NO_FAULT
+    assert opened(faulty_place).stat("k").size == 100
+    assert proxy.times("HEAD", "runs/k") == 2
 
 
 def test_without_credentials_it_says_what_to_set(moto_place, monkeypatch):
@@ -384,9 +395,50 @@ def test_bytes_damaged_on_the_way_are_fetched_once_more(faulty_place, proxy, tmp
     assert (tmp_path / "in").read_bytes() == data
 
     proxy.rule = lambda request: Fault(flip_byte=True)
-    with pytest.raises(DataError, match="twice"):
+    with pytest.raises(DataError, match="3 times"):
         opened(faulty_place, part_bytes=MIB).download("data", tmp_path / "in", sha256=sha(data), should_stop=never)
     assert (tmp_path / "in").read_bytes() == data
+
+
+@pytest.mark.parametrize("part_bytes", [MIB, 5 * MIB])
+def test_damaged_bytes_show_by_the_etag_where_nothing_else_is_known(faulty_place, proxy, tmp_path, part_bytes):
+    """In one request or in parts; put by a client that sends no checksum, as data often is."""
+    data = os.urandom(2 * MIB)
+    put_behind(faulty_place, "data", data)
+    proxy.rule = first([Fault(flip_byte=True)] * 2, method="GET")
+    store = opened(faulty_place, part_bytes=part_bytes)
+    store.download("data", tmp_path / "in", should_stop=never)
+    assert (tmp_path / "in").read_bytes() == data
+
+    proxy.rule = lambda request: Fault(flip_byte=True)
+    with pytest.raises(DataError, match="MD5"):
+        store.download("data", tmp_path / "in", should_stop=never)
+    proxy.rule = first([Fault(flip_byte=True)], method="GET")
+    put_behind(faulty_place, "small", b"[1, 2]")
+    assert store.read("small")[0] == b"[1, 2]"
+
+
+def test_an_etag_that_only_looks_like_an_md5_is_no_obstacle():
+    etags = Etags()
+    assert [etags.is_wrong(expected="a", found="b") for _ in range(3)] == [True, True, False]
+    assert not etags.is_wrong(expected="c", found="d")
+    trusted = Etags()
+    assert not trusted.is_wrong(expected="a", found="a")
+    assert [trusted.is_wrong(expected="a", found="b") for _ in range(9)] == [True] * 9
+
+
+@pytest.mark.parametrize(
+    ("answer", "md5"),
+    [
+        ({"ETag": f'"{"a1" * 16}"'}, "a1" * 16),
+        ({"ETag": f'"{"a1" * 16}"', "ServerSideEncryption": "AES256"}, "a1" * 16),
+        ({"ETag": f'"{"a1" * 16}-3"'}, None),
+        ({"ETag": f'"{"a1" * 16}"', "ServerSideEncryption": "aws:kms:dsse"}, None),
+        ({"ETag": f'"{"a1" * 16}"', "SSECustomerAlgorithm": "AES256"}, None),
+    ],
+)
+def test_an_etag_is_the_md5_unless_parts_or_a_key_made_it(answer, md5):
+    assert content_md5(answer) == md5
 
 
 def test_a_stop_ends_a_trickling_download(faulty_place, proxy, tmp_path):
