@@ -77,7 +77,7 @@ def assemble_report(
         throughput=_throughput(attempt, setting, run),
         stop=attempt.limits.figures(),
         resume_exact=run.resume_exact,
-        notes=tuple(attempt.notes),
+        notes=(*attempt.notes, *run.progress.changes),
         versions=_versions(),
         device=device_name(setting.device),
         attempts=_attempts(setting, run),

@@ -78,7 +78,11 @@ class TrainedRun:
     step_seconds: list[float] = field(default_factory=list)
     """Of this attempt's steps."""
     out_of_memory: int = 0
-    resume_exact: bool = True
+
+    @property
+    def resume_exact(self) -> bool:
+        """Whether the numbers are to the bit those of an undisturbed run."""
+        return not self.progress.changes
 
     @property
     def step_seconds_median(self) -> float:
@@ -278,10 +282,9 @@ class Training:
         standing = self._attempt.standing
         standing.step = standing.from_step = standing.last_committed_step = newest.step
         if trained.progress.plan["device"] != planned["device"]:
-            run.resume_exact = False
             before = trained.progress.plan["device"]
             trained.progress.plan = planned
-            self._attempt.notes.append(
+            trained.progress.changes.append(
                 f"resumed at step {newest.step} on {planned['device']} after {before}: equal within rounding, not to "
                 "the bit" + (" (and dropout draws other masks)" if self._attempt.recipe.lora.dropout else "")
             )
@@ -316,7 +319,10 @@ class Training:
 
         def on_out_of_memory(plan: dict[str, Any]) -> None:
             run.out_of_memory += 1
-            run.resume_exact = run.resume_exact and not self._attempt.recipe.lora.dropout
+            if self._attempt.recipe.lora.dropout:
+                trained.progress.changes.append(
+                    f"memory ran out after step {trained.progress.step}: smaller micro-batches draw other dropout masks"
+                )
             log.warning("out_of_memory", then=plan)
 
         def commit() -> None:

@@ -47,6 +47,8 @@ class Progress:
     """What the base answered before training; None until it was asked."""
     plan: dict[str, Any] = field(default_factory=dict)
     """Micro-batch tokens and checkpointing, and the device they were planned for."""
+    changes: list[str] = field(default_factory=list)
+    """What made this run differ from an undisturbed one, over all attempts, in sentences; empty: to the bit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from job_process import Job
 from run_material import long_recipe
 
 from job.edge.crash_points import disarm
@@ -137,3 +138,25 @@ def test_a_damaged_checkpoint_is_not_chosen_and_the_report_says_so(job):
     report = job.report()
     assert report["sweet_spot"]["step"] == 6
     assert [note for note in report["notes"] if note.startswith(f"{passed_over[0]} would have been chosen")]
+
+
+def test_a_resume_on_another_device_goes_on_within_rounding_and_every_later_report_says_so(job, tmp_path, base):
+    """Another number of threads is another device. The third attempt changes nothing, and knows what the second did."""
+    undisturbed = Job(tmp_path / "undisturbed", base)
+    for each in (job, undisturbed):
+        each.recipe["lora"]["dropout"], each.recipe["train"]["steps"] = 0.0, 12
+    assert undisturbed.start("run").code == 0
+    for threads, step in (("1", 2), ("2", 4)):
+        with job.begun("run", OMP_NUM_THREADS=threads) as running:
+            running.until(lambda e, step=step: e["event"] == "checkpoint" and e["step"] >= step)
+            running.child.kill()
+    ended = job.start("run", OMP_NUM_THREADS="2")
+
+    assert ended.code == 0, ended.stdout
+    report, expected = job.report(), undisturbed.report()
+    assert report["resume_exact"] is False
+    (note,) = [note for note in report["notes"] if "resumed at step" in note]
+    assert "on CPU, 2 threads after CPU, 1 threads: equal within rounding" in note
+    assert report["curve"]["loss"] == pytest.approx(expected["curve"]["loss"], rel=1e-3)
+    assert report["curve"]["learning_rate"] == expected["curve"]["learning_rate"]
+    assert expected["resume_exact"] is True
