@@ -18,6 +18,7 @@ import trustme
 from botocore.config import Config
 
 ACCESS, SECRET = "testing", "testing-secret"
+ATOMIC_MOTO = Path(__file__).with_name("atomic_moto.py")
 _START_SECONDS = 60
 KINDS = ("moto-http", "moto-https", "ministack-http", "ministack-https")
 
@@ -110,7 +111,7 @@ def serve(
     port, secure = free_port(), scheme == "https"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | (extra or {})
     if name == "moto":
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        command = [sys.executable, str(ATOMIC_MOTO), "-H", "127.0.0.1", "-p", str(port)]
         command += ["-s", "-c", str(certificates.certificate), "-k", str(certificates.key)] if secure else []
     else:
         command = [sys.executable, "-m", "ministack"]
