@@ -150,6 +150,10 @@ _LOST = (
     ("device lost", "the GPU is lost"),
 )
 """Without a code of CUDA's: what the driver's management library says, and others quote."""
+_XID = re.compile(r"\bxid(?: \(pci:[0-9a-f:.]+\))?:? *(\d+)", re.IGNORECASE)
+_HARDWARE_XIDS = {48, 62, 63, 64, 74, 79, 92, 94, 95, 119, 120, 140}
+"""The driver's own numbers: memory errors (48, 63, 64, 92, 94, 95, 140), links and bus (74, 79), the GPU's own
+processors (62, 119, 120). Others (13, 31, 43, 45, 69) are mostly a program's doing."""
 
 
 def hardware_failure(error: BaseException) -> str | None:
@@ -173,6 +177,8 @@ def _by_code(error: BaseException) -> str | None:
 
 def _by_text(error: BaseException) -> str | None:
     text = str(error).lower()
+    if (xid := _XID.search(text)) and int(xid[1]) in _HARDWARE_XIDS:
+        return f"the driver reports a hardware error (Xid {xid[1]})"
     return next((said for words, said in (*_HARDWARE.values(), *_LOST) if words in text), None)
 
 

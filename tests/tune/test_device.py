@@ -102,6 +102,8 @@ def test_an_error_that_a_wrong_kernel_causes_is_not(code, text):
         "NVRM: GPU at PCI:0000:1b:00: GPU has fallen off the bus.",
         "NVML: GPU requires reset",
         "Vulkan: VK_ERROR: device lost",
+        "NVRM: Xid (PCI:0000:65:00): 48, pid=17, Double Bit ECC Error",
+        "the driver's log says Xid 95",
     ],
 )
 def test_a_gpu_that_is_gone_is_named_by_its_text(text):
@@ -117,6 +119,7 @@ def test_a_gpu_that_is_gone_is_named_by_its_text(text):
         torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139 GiB"
         ),
+        RuntimeError("NVRM: Xid (PCI:0000:65:00): 31, pid=17, MMU Fault"),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
         KeyboardInterrupt(),
     ],
