@@ -18,6 +18,8 @@ log = structlog.get_logger(__name__)
 
 _PATIENCE_SECONDS = 1800.0
 """How long one checkpoint waits for a store that is away, beside the patience of each request."""
+_HELD_UP_SECONDS = 300.0
+"""The same once training waits as well: a GPU that idles is dearer than a new start."""
 _PAUSE_SECONDS = 5.0
 _WAITING = 1
 """Checkpoints that wait while one is sent; the next one makes the training wait."""
@@ -60,6 +62,8 @@ class Publisher:
         self._on_beat = on_beat
         self._pause_seconds = pause_seconds
         self._under_way = 0
+        self._held_up_since: float | None = None
+        """Since when training waits for room in the queue."""
         self._parcels: queue.Queue[_Parcel | None] = queue.Queue(maxsize=_WAITING)
         self._failure: BaseException | None = None
         self._closing = False
@@ -81,7 +85,9 @@ class Publisher:
         """
         self._raise_failure()
         self._under_way += 1
+        self._held_up_since = time.monotonic()
         self._parcels.put(_Parcel(folder=folder, checkpoint=checkpoint, candidates=candidates))
+        self._held_up_since = None
 
     @property
     def under_way(self) -> int:
@@ -133,11 +139,15 @@ class Publisher:
             try:
                 self._artifacts.publish_checkpoint(parcel.folder, parcel.checkpoint)
             except UnavailableError as error:
-                waited = time.monotonic() - began
-                if self._should_stop() or self._closing or waited > _PATIENCE_SECONDS:
+                if self._should_stop() or self._closing or self._has_waited_enough(began):
                     raise
                 self._on_beat()
                 log.warning("checkpoint_waits", step=parcel.checkpoint.step, reason=str(error))
                 time.sleep(self._pause_seconds)
             else:
                 return
+
+    def _has_waited_enough(self, began: float) -> bool:
+        now, held_up_since = time.monotonic(), self._held_up_since
+        held_up = held_up_since is not None and now - held_up_since > _HELD_UP_SECONDS
+        return held_up or now - began > _PATIENCE_SECONDS

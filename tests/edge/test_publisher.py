@@ -159,6 +159,17 @@ def test_a_store_that_is_away_is_waited_for(artifacts, publisher, committed, tmp
     assert [c.step for c in committed] == [1, 2]
 
 
+def test_a_store_that_stays_away_ends_it_once_training_waits_as_well(artifacts, publisher, tmp_path, monkeypatch):
+    monkeypatch.setattr("job.edge.publisher._HELD_UP_SECONDS", 0.05)
+    artifacts.away = 10**9
+    artifacts.leave.release()
+    for step in (1, 2, 3):  # one under way, one in the queue; the third waits for room
+        submit(publisher, tmp_path, step)
+    with pytest.raises(UnavailableError, match="step 1 is kept in"):
+        publisher.close()
+    assert [path.name for path in sorted((tmp_path / "local").iterdir())] == ["1", "2", "3"]
+
+
 def test_once_a_stop_is_asked_for_it_is_not_waited_for_and_the_checkpoint_stays_on_the_disk(
     artifacts, publisher, asked, tmp_path
 ):
