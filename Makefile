@@ -30,7 +30,8 @@ chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CHAOS_RESULTS=bench/RESULTS.md \
 		$(BIN)/python -m pytest -s -m "chaos or not chaos" tests/chaos
 
-# Against a real Ceph RGW, which tests/stores/ installs and starts here (root, Debian or Ubuntu) and takes down again.
+# Against a real Ceph RGW and a real Swift, which tests/stores/ installs and starts here (root, Debian or Ubuntu) and
+# takes down again.
 test-stores: $(VENV)/installed
 	tests/stores/install.sh
 	$(BIN)/python -m pytest -m stores tests/stores

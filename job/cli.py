@@ -162,7 +162,7 @@ def cli(context: click.Context, log_format: str) -> None:
     is_flag=True,
     help="Work on the run although its last two attempts failed in the same way.",
 )
-@click.option("--crash-at", envvar="JOB_CRASH_AT", metavar="POINT", hidden=True, help="For tests; see docs.")
+@click.option("--crash-at", envvar="JOB_CRASH_AT", metavar="POINT", hidden=True, help="For tests: ends there.")
 @click.pass_context
 def run(context: click.Context, /, recipe: Path, **options: Any) -> None:
     """Carry the recipe's run to its committed report; a finished run is left as it is, an unfinished one resumed."""
