@@ -30,10 +30,12 @@ class Guard:
         """What an end means once the earlier attempts are looked at."""
         self.end_records: Tell = lambda _: None
         """Leaves word in the store; nothing before there is a run to leave it with."""
+        self._ended: BaseException | None = None
         grace = attempt.grace_seconds
         self._watchdog = Watchdog(
             allowed_seconds=self._allowed,
             on_stalled=self._stalled,
+            on_told=self._leave_word,
             stopping=Stopping(
                 asked=self._asked,
                 # Nobody said when the kill comes: then what is under way may take its time.
@@ -81,10 +83,13 @@ class Guard:
         return self._end(StopRequestedError(f"asked to stop in phase {phase}, which had to be broken off; {what}"))
 
     def _end(self, error: StalledError | StopRequestedError) -> int:
-        ended = self.understood(error)
-        code = self._attempt.tell_end(ended)  # before the records: the store may be what hangs
-        self.end_records(ended)
-        return code
+        self._ended = self.understood(error)
+        return self._attempt.tell_end(self._ended)
+
+    def _leave_word(self) -> None:
+        """In the store, and so last: it may be what hangs."""
+        if self._ended is not None:
+            self.end_records(self._ended)
 
 
 def refuse_short_time(attempt: Attempt) -> None:

@@ -167,6 +167,18 @@ def test_telling_of_a_stop_takes_no_longer_than_the_grace():
     assert watched.codes == [75]
 
 
+def test_what_hangs_after_the_telling_does_not_change_the_exit_code():
+    watched = Watched(on_deaf=lambda _phase: 83)
+    known = []
+    watched.dog._on_told = lambda: known.append(watched.dog._code)
+    watched.dog.phase("load_model")
+    watched.asked = True
+
+    watched.run()
+
+    assert (known, watched.codes) == ([83], [83])
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failure_while_telling_ends_the_process_all_the_same():
     def fails(*_said):
