@@ -208,6 +208,15 @@ def test_a_head_that_is_refused_once_is_sent_again(faulty_place, proxy, status):
     assert proxy.times("HEAD", "runs/k") == 2
 
 
+def test_a_write_that_another_one_overtook_tells_of_what_stands_there(faulty_place, proxy):
+    """Swift answers so: with success, and without an ETag."""
+    put_behind(faulty_place, "k", b"theirs")
+    proxy.rule = first([Fault(status=200, body="<Done/>")], method="PUT")
+    store = opened(faulty_place)
+    assert store.write("k", b"ours") == store.read("k")[1]
+    assert store.read("k")[0] == b"theirs"
+
+
 def test_without_credentials_it_says_what_to_set(moto_place, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
