@@ -216,6 +216,10 @@ class PlainLockContract:
         new.publish_adapter(adapter(tmp_path, "the new one"))
 
         with pytest.raises(LockedError):
+            old.begin_run({"recipe": "r"})
+        with pytest.raises(LockedError):
+            old.begin_attempt({"host": "frozen"})
+        with pytest.raises(LockedError):
             checkpoint(tmp_path, old, 30, 1)
         with pytest.raises(LockedError):
             old.publish_adapter(adapter(tmp_path, "the old one"))
@@ -231,6 +235,7 @@ class PlainLockContract:
         assert json.loads(owners.read("report.json")) == {"fence": 2}
         assert owners.read("adapter/adapter_model.safetensors") == b"the new one"
         assert [c.step for c in new.checkpoints()] == [10, 20]
+        assert (new.run_record(), new.attempt_numbers()) == (None, [1, 2])
 
     def test_what_it_still_wrote_in_that_moment_is_replaced_by_its_successor(self, owners, tmp_path, monkeypatch):
         old_lock = owners.run_lock("frozen")

@@ -186,6 +186,7 @@ class Artifacts:
             RunConflictError: another process began it in this moment, and as something else.
         """
         crash_point("run.before_record")
+        self._confirm()
         try:
             self._store.write(self._root + "run.json", _json(record), create_only=True)
         except PreconditionError as error:
@@ -231,6 +232,7 @@ class Artifacts:
     def begin_attempt(self, facts: Mapping[str, Any]) -> int:
         """Take the next attempt number; two processes never get the same one."""
         crash_point("run.after_record")
+        self._confirm()
         number = 1 + max(self.attempt_numbers(), default=0)
         while True:
             try:
