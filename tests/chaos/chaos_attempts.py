@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 900
 """Longest that anything here may take; nothing depends on how fast it is."""
 _LOOK_SECONDS = 0.001
 WARM_PROGRAM = Path(__file__).with_name("warm.py")

@@ -1,5 +1,7 @@
 """Runs under attack: one output, any number of attempts, and what must hold between any two of them."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +18,8 @@ STEPS = 12
 FILES = {"adapter_config.json", "adapter_model.safetensors", "evaluations.safetensors", "optimizer.safetensors"}
 FILES |= {"random.safetensors", "state.json"}
 """What a checkpoint is made of."""
+SETTINGS = {"JOB_LEASE_SECONDS": "1", "JOB_GRACE_SECONDS": "600", "OMP_WAIT_POLICY": "PASSIVE"}
+"""A dead owner is soon replaced, and no stop is cut short because the machine is slow."""
 _COMPARED = ("curve", "evaluations", "sweet_spot", "exact_match", "answers", "plan")
 
 
@@ -29,6 +33,16 @@ class Place:
 
     def below(self, name: str) -> "Place":
         return Place(uri=f"{self.uri}/{name}", folder=self.folder / name, environment=self.environment)
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a writer is in the midst of a conditional write to the folder: frozen there, it shuts all out."""
+        with contextlib.suppress(FileNotFoundError), (self.folder / ".store-lock").open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
 
 def chaos_recipe(recipe: Mapping) -> dict:
@@ -65,8 +79,7 @@ class Run:
             self.workdir = self.folder / f"work-{self._attempts:03d}"
         arguments = ["run", str(self._recipe), "--workdir", str(self.workdir), "--device", "cpu"]
         arguments += ["--outcome-file", str(folder / "outcome.json"), *options]
-        surroundings = environment_without_job({"JOB_LEASE_SECONDS": "1", **self.place.environment, **environment})
-        surroundings |= {"OMP_WAIT_POLICY": "PASSIVE"}
+        surroundings = environment_without_job({**SETTINGS, **self.place.environment, **environment})
         if cold:
             command = [sys.executable, str(ROOT / "entrypoint.py"), *arguments]
             return begin_command(command, environment=surroundings, folder=folder)

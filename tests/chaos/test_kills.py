@@ -5,7 +5,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,9 +116,27 @@ class Besieged:
         return self.attempt(strike, cold=phase in COLD_PHASES, fresh=phase in EMPTY_DISK_PHASES)
 
     def kill_at_point(self, spec: str) -> bool:
-        """False: the attempt never came there, and the run is done."""
+        """False: it never came there, and the run is done."""
         fresh = spec.startswith(("fetch_base", "download", "encode"))
-        return self.attempt(lambda _attempt: POINT_KILL, "--crash-at", spec, fresh=fresh) == KILLED
+        while not self.done:
+            if self.attempt(lambda _attempt: POINT_KILL, "--crash-at", spec, fresh=fresh) == KILLED:
+                return True
+        return False
+
+    def stop_at_point(self, spec: str) -> bool:
+        """Ask it to stop while it stands still there; False as above."""
+
+        def strike(attempt: Attempt) -> str | None:
+            if not attempt.until_frozen():
+                return None
+            attempt.send(signal.SIGTERM)
+            attempt.send(signal.SIGCONT)
+            return STOP
+
+        while not self.done:
+            if self.attempt(strike, "--crash-at", f"{spec}=freeze") == StopRequestedError.code:
+                return True
+        return False
 
     def finish(self) -> None:
         """Let it reach its end, and look at it there."""
@@ -161,9 +179,9 @@ def least_hit(ledger: Ledger, phases, draw: random.Random, *, deed: str) -> str 
     return None if kind < 0.6 else draw.choice(phases)
 
 
-def in_threads(work: Callable[[int], None], *, count: int) -> None:
-    with ThreadPoolExecutor(count) as pool:
-        for future in [pool.submit(work, number) for number in range(count)]:
+def in_threads(works: Sequence[Callable[[], None]]) -> None:
+    with ThreadPoolExecutor(len(works)) as pool:
+        for future in [pool.submit(work) for work in works]:
             future.result()
 
 
@@ -179,7 +197,7 @@ def random_kills(siege: Siege, *, kills: int, least: int, at_once: int, in_one_r
             ledger.count(phase=phase, deed=RANDOM_KILL) >= least for phase in NEEDED
         )
 
-    def work(_: int) -> None:
+    def work() -> None:
         while not enough():
             with choosing:
                 number = next(numbers)
@@ -191,7 +209,7 @@ def random_kills(siege: Siege, *, kills: int, least: int, at_once: int, in_one_r
                 besieged.kill_at_random(least_hit(siege.ledger, phases, besieged.draw, deed=RANDOM_KILL))
             besieged.finish()
 
-    in_threads(work, count=at_once)
+    in_threads([work] * at_once)
 
 
 def stops_at_random(siege: Siege, *, at_once: int) -> None:
@@ -202,7 +220,7 @@ def stops_at_random(siege: Siege, *, at_once: int) -> None:
     choosing = threading.Lock()
     ended: dict[str, set[int]] = {}
 
-    def work(_: int) -> None:
+    def work() -> None:
         while True:
             with choosing:
                 number, phases = next(numbers), [left.pop() for _ in range(min(2, len(left)))]
@@ -218,7 +236,7 @@ def stops_at_random(siege: Siege, *, at_once: int) -> None:
                     left.insert(0, phase)
             besieged.finish()
 
-    in_threads(work, count=at_once)
+    in_threads([work] * at_once)
 
 
 def kills_at_points(siege: Siege, specs, *, name: str) -> list[str]:
@@ -247,14 +265,25 @@ def siege(tmp_path_factory, s3_place, s3_recipe, image, undisturbed, seed):
 
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(siege, server):
     """A short part of the chaos; `make chaos` does it in every phase and at every point."""
-    with dying_at_random(server, random.Random(f"{siege.seed}/server"), between_seconds=(3.0, 8.0)):
-        besieged = siege.run("short")
-        reached = [besieged.kill_at_point(spec) for spec in ("checkpoint.before_manifest:2", "retain.after_manifest")]
-        besieged.kill_at_random("train")
-        besieged.stop_at_random("train")
-        reached += [besieged.kill_at_point(spec) for spec in ("adapter.after_file:2", "report.before")]
+
+    def killed_at_random() -> None:
+        besieged = siege.run("short-random")
+        for phase in ("train", "upload"):
+            if not besieged.done:
+                besieged.kill_at_random(phase)
         besieged.finish()
-    assert all(reached), reached
+
+    def killed_at_points() -> None:
+        besieged = siege.run("short-points")
+        for spec in ("checkpoint.before_manifest:2", "retain.after_manifest"):
+            assert besieged.kill_at_point(spec), spec
+        assert besieged.stop_at_point("step.middle")
+        for spec in ("adapter.after_file:2", "report.before"):
+            assert besieged.kill_at_point(spec), spec
+        besieged.finish()
+
+    with dying_at_random(server, random.Random(f"{siege.seed}/server"), between_seconds=(3.0, 8.0)):
+        in_threads((killed_at_random, killed_at_points))
 
 
 @pytest.mark.chaos
@@ -283,9 +312,11 @@ class TestAll:
     def test_a_kill_at_every_crash_point_and_at_its_second_passage(self, siege):
         specs = [*POINTS, *(f"{name}:2" for name in TWICE)]
         random.Random(f"{siege.seed}/points").shuffle(specs)
-        halves = [specs[::2], specs[1::2]]
+        shares = [specs[n::AT_ONCE] for n in range(AT_ONCE)]
         missed: list[str] = []
-        in_threads(lambda n: missed.extend(kills_at_points(siege, halves[n], name=f"points-{n}")), count=2)
+        in_threads(
+            [lambda n=n: missed.extend(kills_at_points(siege, shares[n], name=f"points-{n}")) for n in range(AT_ONCE)]
+        )
         assert not missed
 
     def test_a_request_to_stop_in_every_phase(self, siege):
