@@ -8,8 +8,10 @@ import hashlib
 import os
 import stat as modes
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from job.core.errors import (
     DataError,
@@ -26,6 +28,9 @@ from job.edge.whole_files import TEMPORARY, WholeFile, local_trouble, remove_dea
 
 _LOCK = ".store-lock"
 """Held (flock) by every writer of control objects: of two processes that compare and swap, one wins."""
+_PATIENCE_SECONDS = 60.0
+"""Longest that a writer may hold that lock: it takes milliseconds, unless its process is frozen."""
+_PAUSE_SECONDS = 0.005
 _CHUNK_BYTES = 1024 * 1024
 """Read and written at once: a stop request is seen between two chunks."""
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
@@ -210,11 +215,27 @@ class DirectoryStore:
         except OSError as error:
             raise store_trouble(error, path) from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError as error:
-                raise store_trouble(error, path) from error
+            _hold(lock, path)
             yield
+
+
+def _hold(lock: BinaryIO, path: Path) -> None:
+    # Not by one call that waits: behind a frozen process it would wait for ever.
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"file://{path}: another process has held it for {_PATIENCE_SECONDS:g} s; is it frozen? End it "
+                    f"(`fuser {path}` names it), then start the same job again"
+                ) from error
+            time.sleep(_PAUSE_SECONDS)
+        except OSError as error:
+            raise store_trouble(error, path) from error
+        else:
+            return
 
 
 def _create(temporary: Path, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -586,6 +587,17 @@ def test_two_processes_swap_a_file_and_one_wins(tmp_path):
         racer.stdin.write("go\n")
         racer.stdin.flush()
     assert sorted(racer.communicate()[0].strip() for racer in racers) == ["lost", "lost", "won"]
+
+
+def test_a_writer_that_is_frozen_does_not_hold_up_the_others_for_ever(tmp_path, monkeypatch):
+    store = open_store(f"file://{tmp_path}", StoreSettings())
+    monkeypatch.setattr("job.edge.directory._PATIENCE_SECONDS", 0.05)
+    with (tmp_path / ".store-lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UnavailableError, match="is it frozen"):
+            store.write("a", b"1")
+    store.write("a", b"2")
+    assert store.read("a")[0] == b"2"
 
 
 def test_deleting_takes_empty_folders_and_dead_writers_files_with_it(tmp_path):
