@@ -1,4 +1,4 @@
-"""When a process is struck: in a phase, at a moment drawn from the seed; and where it stood when it ended."""
+"""When a process is struck: in a phase, at a moment drawn from the seed; and in which phase it stood."""
 
 import contextlib
 import json
@@ -75,8 +75,8 @@ class _Parcels:
         return len(self._seen) >= self._count
 
 
-def phase_at_end(run: Run, attempt: Attempt) -> str:
-    """Where a killed attempt stood: by what it left half done, else by its last word."""
+def where(run: Run, attempt: Attempt) -> str:
+    """The phase in which an attempt stands, or stood when it ended: by what is half done, else by its last word."""
     begun, committed = run.begun(), run.committed()
     for parcel in run.parcels(attempt):
         if not _is_whole(parcel):

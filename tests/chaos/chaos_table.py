@@ -16,6 +16,7 @@ class Row:
     """One attempt that was struck."""
 
     phase: str
+    """In which it was struck."""
     deed: str
     code: int
     """What the process ended with: -9, or the table's codes after a request to stop."""

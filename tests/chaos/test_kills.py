@@ -14,14 +14,7 @@ from chaos_attempts import Attempt
 from chaos_results import say
 from chaos_runs import Run
 from chaos_server import dying_at_random
-from chaos_strikes import (
-    COLD_PHASES,
-    EMPTY_DISK_PHASES,
-    NEEDED,
-    Durations,
-    phase_at_end,
-    reach,
-)
+from chaos_strikes import COLD_PHASES, EMPTY_DISK_PHASES, NEEDED, Durations, reach, where
 from chaos_table import AGAIN, ANEW, DONE, POINT_KILL, RANDOM_KILL, RESUMED, STOP, Ledger, Row
 
 from job.core.crash_points import POINTS
@@ -69,18 +62,40 @@ class Besieged:
         self._struck: Callable[[str], None] = lambda _outcome: None
         """Writes the last strike into the ledger, once its outcome is known."""
 
-    def attempt(self, strike: Callable[[Attempt], str | None], *options: str, cold: bool = False, **how) -> int:
-        """One attempt, to its end; `strike` does something to it and says what, or None when it came too late."""
+    def attempt(
+        self,
+        *options: str,
+        deed: str | None = None,
+        aim: Callable[[Attempt], bool] = lambda _attempt: True,
+        strike: Callable[[Attempt], object] = lambda _attempt: None,
+        cold: bool = False,
+        fresh: bool = True,
+    ) -> int:
+        """One attempt, to its end.
+
+        Args:
+            options: of the command.
+            deed: what is done to it, as the ledger calls it.
+            aim: waits for the moment; False: it has ended before.
+            strike: does it.
+            cold: by the real command.
+            fresh: on an empty disk.
+        """
         before = self.run.committed()
-        attempt = self.run.begin(*options, cold=cold, **how)
-        deed = strike(attempt)
+        attempt = self.run.begin(*options, cold=cold, fresh=fresh)
+        if not aim(attempt):
+            deed = None
+        phase = where(self.run, attempt)
+        if deed is not None:
+            strike(attempt)
         code = attempt.wait()
         self.run.look(attempt, before)
         self._struck(_outcome(attempt))
         self._struck = lambda _outcome: None
         self.siege.ledger.ended(code)
         self.done = code == 0
-        phase = phase_at_end(self.run, attempt)
+        if deed != STOP:
+            phase = where(self.run, attempt)
         say(f"{attempt.folder.parent.name}/{attempt.folder.name}: {deed or 'none'}, {phase}, {code}")
         if deed is not None and (code == KILLED or deed == STOP):
             self._struck = lambda outcome: self.siege.ledger.add(
@@ -96,52 +111,48 @@ class Besieged:
 
     def kill_at_random(self, phase: str | None) -> None:
         """At a moment of a phase; None: of the whole attempt."""
-        cold = phase in COLD_PHASES or self.draw.random() < COLD_SHARE
-        fresh = phase in EMPTY_DISK_PHASES or self.draw.random() < 0.5
-
-        def strike(attempt: Attempt) -> str:
-            self._wait_for(attempt, phase)
-            attempt.kill()
-            return RANDOM_KILL
-
-        self.attempt(strike, cold=cold, fresh=fresh)
+        self.attempt(
+            deed=RANDOM_KILL,
+            aim=lambda attempt: self._wait_for(attempt, phase),
+            strike=Attempt.kill,
+            cold=phase in COLD_PHASES or self.draw.random() < COLD_SHARE,
+            fresh=phase in EMPTY_DISK_PHASES or self.draw.random() < 0.5,
+        )
 
     def stop_at_random(self, phase: str) -> int:
-        def strike(attempt: Attempt) -> str | None:
-            if not self._wait_for(attempt, phase):
-                return None
-            attempt.send(signal.SIGTERM)
-            return STOP
-
-        return self.attempt(strike, cold=phase in COLD_PHASES, fresh=phase in EMPTY_DISK_PHASES)
+        return self.attempt(
+            deed=STOP,
+            aim=lambda attempt: self._wait_for(attempt, phase),
+            strike=lambda attempt: attempt.send(signal.SIGTERM),
+            cold=phase in COLD_PHASES,
+            fresh=phase in EMPTY_DISK_PHASES,
+        )
 
     def kill_at_point(self, spec: str) -> bool:
         """False: it never came there, and the run is done."""
         fresh = spec.startswith(("fetch_base", "download", "encode"))
         while not self.done:
-            if self.attempt(lambda _attempt: POINT_KILL, "--crash-at", spec, fresh=fresh) == KILLED:
+            if self.attempt("--crash-at", spec, deed=POINT_KILL, fresh=fresh) == KILLED:
                 return True
         return False
 
     def stop_at_point(self, spec: str) -> bool:
         """Ask it to stop while it stands still there; False as above."""
 
-        def strike(attempt: Attempt) -> str | None:
-            if not attempt.until_frozen():
-                return None
+        def strike(attempt: Attempt) -> None:
             attempt.send(signal.SIGTERM)
             attempt.send(signal.SIGCONT)
-            return STOP
 
         while not self.done:
-            if self.attempt(strike, "--crash-at", f"{spec}=freeze") == StopRequestedError.code:
+            code = self.attempt("--crash-at", f"{spec}=freeze", deed=STOP, aim=Attempt.until_frozen, strike=strike)
+            if code == StopRequestedError.code:
                 return True
         return False
 
     def finish(self) -> None:
         """Let it reach its end, and look at it there."""
         while not self.done:
-            self.attempt(lambda _attempt: None)
+            self.attempt()
         stood = self.run.content()
         attempt = self.run.begin()
         assert attempt.wait() == 0, attempt.told()
