@@ -21,6 +21,7 @@ FLOORS = (
     ("job.run", "job.check", "job.ask", "job.fetch", "job.show"),
     ("job.stages", "job.stages.*"),
     ("job.tune", "job.tune.*", "job.edge", "job.edge.*"),
+    ("job.engine", "job.engine.*"),
     ("job.core", "job.core.*"),
     ("job",),
 )
@@ -40,6 +41,7 @@ OWNERS = {
     "huggingface_hub": ("job.edge.*",),
     "matplotlib": ("job.edge.plots",),
     "pynvml": ("job.edge.gpu",),
+    "triton": ("job.engine.kernels",),
 }
 """Who alone may name a library or one of its parts."""
 CORE_LIBRARIES = {"job", "numpy", "pydantic", "pydantic_core", "yaml"}

@@ -1,4 +1,4 @@
-"""What is decided before the device is touched: lengths -> max_length; steps; batch order; packing; memory."""
+"""What is decided before the device is touched: lengths -> max_length; steps; batch order; packing."""
 
 import math
 from bisect import bisect_left, insort
@@ -19,6 +19,7 @@ Lengths = NDArray[np.int32]
 PERCENTILES = (50, 90, 95, 99, 100)
 _OUTLIER = 2.0
 """An example longer than this many times the 99th percentile is an outlier: it alone would set the memory needed."""
+_STEPS_LOOKED_AT = 1000
 _ROUND_TO = 32
 """`auto` rounds up to a multiple of this many tokens."""
 
@@ -116,6 +117,11 @@ class Course:
         places = (divmod(at, self.examples) for at in range(first, min(first + self.batch_size, self.total)))
         return [int(epoch_order(self.examples, self.seed, epoch)[place]) for epoch, place in places]
 
+    def largest_step(self, lengths: Lengths) -> int:
+        """Tokens of the largest step, of as many as are looked at: in a long run the rest differ little."""
+        looked_at = range(1, min(self.steps, _STEPS_LOOKED_AT) + 1)
+        return max(int(lengths[self.batch(step)].sum()) for step in looked_at)
+
     @property
     def epochs(self) -> float:
         """Passes over the training examples."""
@@ -185,67 +191,21 @@ def pack(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
     return [sorted(members) for members in packs]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceMemory:
-    """What the planner needs to know of the device."""
+def pack_evenly(lengths: Sequence[int], *, most: int) -> list[list[int]]:
+    """A step's documents into as few micro-batches of at most `most` tokens as hold them, about equally full.
 
-    kind: Literal["cuda", "cpu"]
-    free_bytes: int
-    """Free before the base model is loaded."""
+    Four of 13,000 tokens are faster than three of 16,000 and a rest of 4,000: a small one does not fill the device.
 
+    Args:
+        lengths: tokens of each document; none is longer than `most`.
+        most: tokens of a micro-batch.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """Sizes of a decoder, from its config."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    positions: int
-    parameters: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """How a batch is cut for this device."""
-
-    micro_batch_tokens: int
-    checkpointing: bool
-    """Whether activations are computed again in the backward pass to save memory."""
-    reason: str
-
-
-_CPU_MICRO_BATCH_TOKENS = 4096
-_MOST_MICRO_BATCH_TOKENS = 16384
-"""Beyond this the device is busy anyway: 19.3 k tokens per second at 4,096, 20.6 k at 16,384 on an H200 (7B)."""
-_STEADY_TOKENS = 1024
-"""Micro-batches are a multiple of this: what is free differs a little from start to start, the plan should not."""
-_HEADROOM = 0.85
-"""Share of the free memory that is planned with; the allocator needs the rest."""
-
-
-def plan_memory(shape: ModelShape, *, device: DeviceMemory, max_length: int, trainable: int) -> MemoryPlan:
-    """Tokens of a micro-batch and whether to checkpoint activations, from the free memory.
-
-    An estimate: the training loop halves the micro-batch when memory runs out all the same, without changing the sum.
-    Activations per token and layer, bf16, LoRA inputs kept in fp32: about 34 hidden + 14 intermediate bytes.
+    Returns:
+        As `pack`.
     """
-    if device.kind == "cpu":
-        return MemoryPlan(
-            micro_batch_tokens=max(_CPU_MICRO_BATCH_TOKENS, max_length), checkpointing=False, reason="on the CPU"
-        )
-    # 4 bits and the scales of double quantisation; embedding and head in bf16; adapter, gradient and 8-bit moments.
-    fixed = int(0.52 * shape.parameters + 4 * shape.vocabulary * shape.hidden + 10 * trainable)
-    free = int(_HEADROOM * device.free_bytes) - fixed
-    layer = 34 * shape.hidden + 14 * shape.intermediate
-    full, lean = layer * shape.layers, 2 * shape.hidden * shape.layers + layer
-    for per_token, checkpointing in ((full, False), (lean, True)):
-        tokens = min(free // per_token, _MOST_MICRO_BATCH_TOKENS)
-        tokens = max(tokens - tokens % _STEADY_TOKENS, min(tokens, max_length))
-        if tokens >= max_length:
-            why = f"{free / 2**30:.1f} GiB for activations of about {per_token / 2**20:.2f} MiB a token"
-            return MemoryPlan(micro_batch_tokens=tokens, checkpointing=checkpointing, reason=why)
-    return MemoryPlan(
-        micro_batch_tokens=max_length, checkpointing=True, reason="one example at a time: memory is short by estimate"
-    )
+    packs = pack(lengths, budget=most)
+    even = max(-(-sum(lengths) // max(1, len(packs))), max(lengths, default=0))
+    for budget in (even, even + even // 32):  # full to the last token rarely works out, with a little room it does
+        if budget < most and len(evenly := pack(lengths, budget=budget)) == len(packs):
+            return evenly
+    return packs

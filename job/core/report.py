@@ -92,8 +92,17 @@ class ModelReport(Section):
 class PlanReport(Section):
     """How batches were cut for the device."""
 
+    engine: str = "generic"
+    """Which path computed the gradients: fast, or generic."""
+    engine_reason: str = ""
     micro_batch_tokens: int
     checkpointing: bool
+    kept_layers: int = 0
+    """Layers that kept their decoded weights."""
+    recomputed_layers: int = 0
+    """Layers that computed their activations again in the backward pass."""
+    predicted_peak_bytes: int | None = None
+    """Of the GPU's memory, in a step; None on the CPU."""
     reason: str
     steps: int
     epochs: float

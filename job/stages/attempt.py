@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
@@ -86,6 +87,8 @@ class Attempt:
     workdir: Path
     device: str
     """`auto`, `cuda` or `cpu`."""
+    engine: Literal["auto", "fast", "generic"]
+    """Which path trains."""
     run_id: str | None
     """As asked for; None: the run's identity gives it."""
     should_stop: Callable[[], bool]

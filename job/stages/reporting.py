@@ -97,9 +97,15 @@ def _model(setting: Setting, run: TrainedRun) -> ModelReport:
 
 
 def _plan(run: TrainedRun) -> PlanReport:
+    plan = run.progress.plan
     return PlanReport(
-        micro_batch_tokens=run.progress.plan["micro_batch_tokens"],
-        checkpointing=run.progress.plan["checkpointing"],
+        engine=plan["engine"],
+        engine_reason=run.engine_reason,
+        micro_batch_tokens=plan["micro_batch_tokens"],
+        checkpointing=plan["checkpointing"],
+        kept_layers=plan["kept_layers"],
+        recomputed_layers=plan["recomputed_layers"],
+        predicted_peak_bytes=run.memory_plan.predicted_peak_bytes,
         reason=run.memory_plan.reason,
         steps=run.course.steps,
         epochs=run.course.epochs,

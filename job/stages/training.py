@@ -4,7 +4,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from transformers import get_scheduler
 
 from job.core.crash_points import crash_point
 from job.core.errors import DivergedError, LocalDiskError
-from job.core.plan import Course, MemoryPlan, plan_course, plan_memory
+from job.core.memory import MemoryPlan
+from job.core.plan import Course
 from job.core.verdict import Evaluation, judge
 from job.edge.artifacts import Artifacts, Checkpoint
 from job.edge.base_model import BaseModel
 from job.edge.publisher import Publisher
 from job.stages.attempt import Attempt
 from job.stages.dataset import Dataset
+from job.stages.planning import Planned, plan_training
 from job.stages.teller import StepTeller
 from job.tune import checkpoint as checkpoints
 from job.tune.checkpoint import Progress, Trained
@@ -36,8 +38,6 @@ from job.tune.model import (
     load_base,
     make_optimizer,
     parameter_counts,
-    read_config,
-    shape_of,
     trainable,
 )
 from job.tune.selftest import check_model
@@ -69,6 +69,8 @@ class TrainedRun:
     progress: Progress
     course: Course
     memory_plan: MemoryPlan
+    engine_reason: str
+    """Why this path computes the gradients."""
     questions: list[Question]
     architecture: str
     trainable_parameters: int
@@ -114,13 +116,27 @@ class Training:
         attempt, setting = self._attempt, self._setting
         recipe = attempt.recipe
         with attempt.phases.phase("load_model"):
-            model, memory_plan = self._load()
+            memory = device_memory(setting.device)
+            model = self._load()
+            # Its folder is not in the run's own, which goes when the run is done.
+            on_cpu = setting.device.type == "cpu"
+            accelerator = make_accelerator(recipe.track, on_cpu=on_cpu, folder=self._trackers_folder)
+            planned = plan_training(
+                attempt,
+                model,
+                setting.dataset.train,
+                accelerator,
+                base=setting.base.folder,
+                device=setting.device,
+                memory=memory,
+            )
             crash_point("model.loaded")
-        trained, course, accelerator = self._prepare(model, memory_plan)
-        run = self._describe(model, trained, course, memory_plan)
+        trained = self._prepare(model, planned)
+        run = self._describe(model, trained, planned)
         self._resume(trained, run)
-        if trained.progress.plan["checkpointing"]:
-            model.use_checkpointing()
+        path = planned.choice.path
+        path.adopt(trained.progress.plan)
+        path.refresh()
         tracking = self._begin_tracking(accelerator)
         publisher = Publisher(
             setting.artifacts,
@@ -135,9 +151,10 @@ class Training:
                 hooks = self._hooks(model, trained, run, publisher, tracking)
                 trainer = Trainer(
                     model=model,
+                    path=path,
                     trained=trained,
                     documents=setting.dataset.train,
-                    course=course,
+                    course=planned.course,
                     accelerator=accelerator,
                     train=recipe.train,
                     hooks=hooks,
@@ -174,9 +191,8 @@ class Training:
             self._setting.artifacts.publish_events(events, attempt=self._setting.attempt_number)
             shutil.rmtree(self._trackers_folder, ignore_errors=True)
 
-    def _load(self) -> tuple[PackedModel, MemoryPlan]:
+    def _load(self) -> PackedModel:
         setting, recipe = self._setting, self._attempt.recipe
-        memory = device_memory(setting.device)
         base = load_base(setting.base.folder, device=setting.device)
         identity = setting.base.identity
         model = PackedModel(
@@ -194,58 +210,31 @@ class Training:
             total_parameters=counts[1],
             adapter_dtype=str(trainable(model)[0].dtype),
         )
-        plan = plan_memory(
-            shape_of(read_config(setting.base.folder)),
-            device=memory,
-            max_length=setting.dataset.train.max_length,
-            trainable=counts[0],
-        )
-        return model, plan
+        return model
 
-    def _prepare(self, model: PackedModel, plan: MemoryPlan) -> tuple[Trained, Course, Accelerator]:
-        setting, train = self._setting, self._attempt.recipe.train
-        course = plan_course(
-            examples=len(setting.dataset.train),
-            batch_size=train.batch_size,
-            steps=train.steps,
-            epochs=train.epochs,
-            seed=train.seed,
-        )
+    def _prepare(self, model: PackedModel, planned: Planned) -> Trained:
+        train, plan = self._attempt.recipe.train, planned.memory
         optimizer = make_optimizer(model, train)
         scheduler = get_scheduler(
             train.schedule,
             optimizer,
             num_warmup_steps=train.warmup_steps,
-            num_training_steps=course.steps,
+            num_training_steps=planned.course.steps,
             scheduler_specific_kwargs=_SCHEDULE_ENDS.get(train.schedule),
         )
         progress = Progress(
             plan={
+                "engine": plan.path,
                 "micro_batch_tokens": plan.micro_batch_tokens,
                 "checkpointing": plan.checkpointing,
-                "device": device_name(setting.device),
+                "kept_layers": plan.kept_layers,
+                "recomputed_layers": plan.recomputed_layers,
+                "device": device_name(self._setting.device),
             }
         )
-        trained = Trained(model=model.model, optimizer=optimizer, scheduler=scheduler, progress=progress)
-        log.info(
-            "plan",
-            steps=course.steps,
-            epochs=round(course.epochs, 3),
-            batch_size=train.batch_size,
-            micro_batch_tokens=plan.micro_batch_tokens,
-            checkpointing=plan.checkpointing,
-            reason=plan.reason,
-            device=device_name(setting.device),
-        )
-        # Not in the run's own folder, which goes when the run is done.
-        on_cpu = setting.device.type == "cpu"
-        return (
-            trained,
-            course,
-            make_accelerator(self._attempt.recipe.track, on_cpu=on_cpu, folder=self._trackers_folder),
-        )
+        return Trained(model=model.model, optimizer=optimizer, scheduler=scheduler, progress=progress)
 
-    def _describe(self, model: PackedModel, trained: Trained, course: Course, plan: MemoryPlan) -> TrainedRun:
+    def _describe(self, model: PackedModel, trained: Trained, planned: Planned) -> TrainedRun:
         setting, evaluation = self._setting, self._attempt.recipe.evaluate
         rules = token_rules(setting.tokenizer, self._attempt.recipe.data)
         questions = questions_of_prompts(evaluation.prompts, setting.tokenizer, rules) + questions_of_documents(
@@ -254,8 +243,9 @@ class Training:
         counts = parameter_counts(model)
         return TrainedRun(
             progress=trained.progress,
-            course=course,
-            memory_plan=plan,
+            course=planned.course,
+            memory_plan=planned.memory,
+            engine_reason=planned.choice.reason,
             questions=questions,
             architecture=type(model.model.get_base_model()).__name__,
             trainable_parameters=counts[0],
@@ -281,11 +271,11 @@ class Training:
         run.resumed_from = newest
         standing = self._attempt.standing
         standing.step = standing.from_step = standing.last_committed_step = newest.step
-        if trained.progress.plan["device"] != planned["device"]:
-            before = trained.progress.plan["device"]
+        before = _where(trained.progress.plan)
+        if before != _where(planned):
             trained.progress.plan = planned
             trained.progress.changes.append(
-                f"resumed at step {newest.step} on {planned['device']} after {before}: equal within rounding, not to "
+                f"resumed at step {newest.step} on {_where(planned)} after {before}: equal within rounding, not to "
                 "the bit" + (" (and dropout draws other masks)" if self._attempt.recipe.lora.dropout else "")
             )
         log.info("resumed", checkpoint=newest.name, step=newest.step, of=run.course.steps)
@@ -414,6 +404,11 @@ class Training:
             self._warned = True
             log.warning("stop_does_not_fit", reason=warning)
             attempt.notes.append(warning)
+
+
+def _where(plan: Mapping[str, Any]) -> str:
+    """What makes numbers equal to the bit: the device, and the path that computes the gradients."""
+    return f"{plan['device']} ({plan.get('engine', 'generic')} path)"
 
 
 def _save(trained: Trained, folder: Path) -> None:

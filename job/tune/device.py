@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from job.core.errors import CannotFitError, SickDeviceError
-from job.core.plan import DeviceMemory
+from job.core.memory import DeviceMemory
 
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 _LONGEST_REASON = 200

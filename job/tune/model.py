@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from job.core.errors import DataError, UsageError
-from job.core.plan import ModelShape
+from job.core.memory import ModelShape
 from job.core.recipe import LoraSection, TrainSection
 from job.tune.attention import PER_DOCUMENT, register
 from job.tune.encode import MicroBatch
@@ -39,7 +39,7 @@ def read_config(folder: Path) -> Any:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """Sizes of a decoder from its config; `parameters` counts the linear layers of a gated MLP and the embeddings.
+    """Sizes of a decoder from its config.
 
     Raises:
         UsageError: the config lacks a size, as those of decoders unlike Llama do.
@@ -52,14 +52,16 @@ def shape_of(config: Any) -> ModelShape:
         raise UsageError(msg) from error
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or hidden // heads
-    attention = 2 * hidden * heads * width + 2 * hidden * key_heads * width
     return ModelShape(
         layers=layers,
         hidden=hidden,
         intermediate=intermediate,
         vocabulary=config.vocab_size,
         positions=positions,
-        parameters=layers * (attention + 3 * hidden * intermediate) + 2 * config.vocab_size * hidden,
+        heads=heads,
+        key_heads=key_heads,
+        head_width=width,
+        tied=config.tie_word_embeddings,
     )
 
 

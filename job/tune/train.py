@@ -12,13 +12,14 @@ from torch import Tensor
 
 from job.core.crash_points import crash_point
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
-from job.core.plan import Course, pack
+from job.core.plan import Course, pack_evenly
 from job.core.recipe import CheckpointSection, EvaluateSection, TrainSection
 from job.core.verdict import Evaluation, is_exhausted
 from job.tune.checkpoint import Trained
 from job.tune.device import cuda_in_use
 from job.tune.encode import Documents, MicroBatch, micro_batch
 from job.tune.model import PackedModel, trainable
+from job.tune.paths import Path
 
 _NAMED_EXAMPLES = 64
 """Of a step that went wrong: more would make a message that nobody reads."""
@@ -83,6 +84,7 @@ class Trainer:
         self,
         *,
         model: PackedModel,
+        path: Path,
         trained: Trained,
         documents: Documents,
         course: Course,
@@ -91,6 +93,7 @@ class Trainer:
         hooks: Hooks,
     ) -> None:
         self._model = model
+        self._path = path
         self._trained = trained
         self._documents = documents
         self._course = course
@@ -192,6 +195,7 @@ class Trainer:
         for parameter, old in zip(self._parameters, before, strict=True):
             parameter.data = torch.where(finite, parameter.data, old)
         self._trained.optimizer.zero_grad(set_to_none=True)
+        self._path.refresh()
         self._trained.scheduler.step()
 
     def _backward(self, batch: Sequence[int]) -> Tensor:
@@ -219,11 +223,9 @@ class Trainer:
         targets = int(self._targets[batch].sum())
         total = torch.zeros((), device=self._accelerator.device)
         lengths = self._lengths[batch].tolist()
-        for members in pack(lengths, budget=max(budget, *lengths)):
+        for members in pack_evenly(lengths, most=max(budget, *lengths)):
             part = self._micro_batch([batch[i] for i in members])
-            loss = self._model(part).sum() / targets
-            self._accelerator.backward(loss)
-            total += loss.detach()
+            total += self._path.accumulate(part, targets=targets).sum() / targets
             crash_point("step.middle")
             self._hooks.on_micro_batch()
             if self._hooks.must_cut_step():
@@ -234,14 +236,13 @@ class Trainer:
         return micro_batch(self._documents, members).to(self._accelerator.device)
 
     def _shrink(self, plan: dict[str, Any], batch: Sequence[int], error: torch.OutOfMemoryError) -> None:
-        """Halve the micro-batch; when it holds one example, compute activations again; when that is done, give up."""
+        """Halve the micro-batch; when it holds one example, let the path save memory; when it has, give up."""
         torch.cuda.empty_cache()
         longest, budget = int(self._lengths[batch].max()), plan["micro_batch_tokens"]
         if budget > longest:
             plan["micro_batch_tokens"] = max(longest, budget // 2)
-        elif not plan["checkpointing"]:
-            plan["checkpointing"] = True
-            self._model.use_checkpointing()
+        elif (saved := self._path.save_memory()) is not None:
+            plan |= saved
         else:
             msg = (
                 f"one example of {longest} tokens does not fit this GPU, even with activations computed again; "

@@ -1,4 +1,4 @@
-"""What is decided before the device is touched: lengths, order, packing, memory."""
+"""What is decided before the device is touched: lengths, order, packing."""
 
 import hashlib
 from itertools import pairwise
@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 from job.core.errors import DataError, UsageError
 from job.core.plan import (
     Course,
-    DeviceMemory,
-    ModelShape,
     choose_max_length,
     length_statistics,
     pack,
+    pack_evenly,
     plan_course,
-    plan_memory,
 )
 
 steady = settings(deadline=None, derandomize=True, database=None)
@@ -281,69 +279,26 @@ def test_nothing_packs_into_nothing():
     assert pack([], budget=100) == []
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-LLAMA_2_7B = ModelShape(
-    layers=32, hidden=4096, intermediate=11008, vocabulary=32000, positions=4096, parameters=6_738_415_616
-)
-GIB = 2**30
-
-
-def planned(free_bytes, *, max_length=512, trainable=80_000_000, kind="cuda", shape=LLAMA_2_7B):
-    return plan_memory(
-        shape, device=DeviceMemory(kind=kind, free_bytes=free_bytes), max_length=max_length, trainable=trainable
-    )
-
-
-memories = st.integers(0, 200 * GIB)
-
-
 @steady
-@given(memories, memories)
-def test_more_memory_never_means_recomputing_more_or_smaller_micro_batches(one, other):
-    less, more = (planned(free) for free in sorted((one, other)))
+@given(documents.filter(bool), st.integers(100, 3000))
+def test_packing_evenly_takes_no_more_micro_batches_and_keeps_to_the_most(tokens, most):
+    packs, plain = pack_evenly(tokens, most=most), pack(tokens, budget=most)
 
-    assert less.checkpointing >= more.checkpointing
-    if less.checkpointing == more.checkpointing:
-        assert less.micro_batch_tokens <= more.micro_batch_tokens
-
-
-@steady
-@given(memories, st.integers(8, 4096), st.integers(0, 2 * 10**9), st.integers(0, 2 * 10**9))
-def test_a_larger_adapter_never_means_larger_micro_batches(free, max_length, one, other):
-    small, large = (planned(free, max_length=max_length, trainable=t) for t in sorted((one, other)))
-
-    assert small.checkpointing <= large.checkpointing
-    if small.checkpointing == large.checkpointing:
-        assert small.micro_batch_tokens >= large.micro_batch_tokens
+    assert sorted(i for members in packs for i in members) == list(range(len(tokens)))
+    assert len(packs) == len(plain)
+    assert max(sum(tokens[i] for i in members) for members in packs) <= most
 
 
-@steady
-@given(memories, st.integers(8, 4096), st.sampled_from(["cuda", "cpu"]))
-def test_a_micro_batch_always_holds_the_longest_example(free, max_length, kind):
-    assert planned(free, max_length=max_length, kind=kind).micro_batch_tokens >= max_length
+def test_packing_evenly_leaves_no_small_rest():
+    tokens = [20] * 110  # 2,200 tokens: two micro-batches of 1,000 and a rest of 200, or three of 720 to 740
+    sizes = [sum(tokens[i] for i in members) for members in pack_evenly(tokens, most=1000)]
+
+    assert len(sizes) == 3
+    assert min(sizes) >= 700
 
 
-def test_a_large_gpu_needs_no_recomputing():
-    plan = planned(139 * GIB)
+def test_the_largest_step_is_found():
+    course = plan_course(examples=4, batch_size=2, steps=3, epochs=None, seed=0)
+    tokens = lengths(1, 10, 100, 1000)
 
-    assert not plan.checkpointing
-    assert plan.micro_batch_tokens >= 8192
-
-
-def test_a_small_gpu_trains_7b_with_recomputing():
-    plan = planned(10 * GIB)
-
-    assert plan.checkpointing
-    assert plan.micro_batch_tokens >= 512
-
-
-def test_when_memory_is_short_by_estimate_one_example_is_tried():
-    plan = planned(4 * GIB)
-
-    assert (plan.micro_batch_tokens, plan.checkpointing) == (512, True)
-    assert "memory is short" in plan.reason
-
-
-def test_on_the_cpu_the_memory_is_not_asked():
-    assert planned(0, kind="cpu") == planned(100 * GIB, kind="cpu")
+    assert course.largest_step(tokens) == max(sum(int(tokens[i]) for i in course.batch(s)) for s in (1, 2, 3))

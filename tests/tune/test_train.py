@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from tiny import backward, documents_of, one_by_one, random_text
+from tiny import backward, documents_of, one_by_one, plan_of, random_text
 
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
 from job.core.plan import plan_course
@@ -165,8 +165,8 @@ def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(start):
     planned = start(lora=lora, batch_size=8, steps=3, micro_batch_tokens=75).run(evaluate_every=100)
 
     assert made.shrunk == [
-        {"micro_batch_tokens": 150, "checkpointing": False, "device": "CPU"},
-        {"micro_batch_tokens": 75, "checkpointing": False, "device": "CPU"},
+        plan_of(150),
+        plan_of(75),
     ]
     assert made.progress.plan["micro_batch_tokens"] == 75
     assert len(ceiling.failed) == 2  # the smaller plan is kept for the steps after
@@ -191,7 +191,7 @@ def test_one_example_that_does_not_fit_is_tried_with_its_activations_computed_ag
     longest = int(documents.lengths.max())
     Ceiling(made, longest - 1, lean=longest)
     made.run(evaluate_every=100)
-    assert made.shrunk[-1] == {"micro_batch_tokens": longest, "checkpointing": True, "device": "CPU"}
+    assert made.shrunk[-1] == plan_of(longest, checkpointing=True)
     plain = start(batch_size=8, steps=2, micro_batch_tokens=64).run(evaluate_every=100)
     assert made.progress.losses == pytest.approx(plain.progress.losses, rel=1e-5)
 

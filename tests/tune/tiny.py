@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
     get_scheduler,
 )
@@ -30,11 +31,16 @@ from job.tune.checkpoint import Progress, Trained
 from job.tune.encode import Documents, MicroBatch, encode, micro_batch, select_documents, token_rules
 from job.tune.evaluate import evaluate
 from job.tune.model import PackedModel, attach_lora, load_base, make_optimizer, trainable
+from job.tune.paths import AutogradPath
+from job.tune.paths import Path as TrainingPath
 from job.tune.track import make_accelerator
 from job.tune.train import Hooks, StepRecord, Trainer
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma2", "gpt_neox")
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+"""What the fast path knows."""
+EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 WINDOW = 7
 """Tokens that a sliding window sees: fewer than any document here has."""
 VOCABULARY = 300
@@ -80,6 +86,8 @@ def config_of(architecture: str, *, tied: bool = False) -> Any:
             return LlamaConfig(**_SIZES, **_GROUPED, tie_word_embeddings=tied)
         case "mistral":
             return MistralConfig(**_SIZES, **_GROUPED, tie_word_embeddings=tied, sliding_window=WINDOW)
+        case "qwen2":
+            return Qwen2Config(**_SIZES, num_key_value_heads=2, tie_word_embeddings=tied)
         case "qwen3":
             return Qwen3Config(**_SIZES, **_GROUPED, tie_word_embeddings=tied)
         case "gemma2":
@@ -196,6 +204,8 @@ class Attempt:
     course: Course
     accelerator: Accelerator
     train: TrainSection
+    path: TrainingPath | None = None
+    """None: autograd's."""
     stop_after: int | None = None
     told: list[StepRecord] = field(default_factory=list)
     committed: list[int] = field(default_factory=list)
@@ -214,6 +224,7 @@ class Attempt:
     def trainer(self) -> Trainer:
         return Trainer(
             model=self.model,
+            path=self.path or AutogradPath(self.model, self.accelerator.backward),
             trained=self.trained,
             documents=self.documents,
             course=self.course,
@@ -263,6 +274,18 @@ class Attempt:
         return [parameter.detach().clone() for parameter in trainable(self.model)]
 
 
+def plan_of(micro_batch_tokens: int, **other: Any) -> dict[str, Any]:
+    """As the stages write it."""
+    return {
+        "engine": "generic",
+        "micro_batch_tokens": micro_batch_tokens,
+        "checkpointing": False,
+        "kept_layers": 0,
+        "recomputed_layers": 0,
+        "device": "CPU",
+    } | other
+
+
 def attempt(
     base: Path,
     documents: Documents,
@@ -285,7 +308,7 @@ def attempt(
     course = plan_course(examples=len(documents), batch_size=batch_size, steps=steps, epochs=None, seed=train.seed)
     made = make_optimizer(model, train)
     scheduler = get_scheduler(schedule, made, num_warmup_steps=1, num_training_steps=steps)
-    progress = Progress(plan={"micro_batch_tokens": micro_batch_tokens, "checkpointing": False, "device": "CPU"})
+    progress = Progress(plan=plan_of(micro_batch_tokens))
     torch.manual_seed(train.seed)
     return Attempt(
         model=model,

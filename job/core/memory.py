@@ -1,0 +1,296 @@
+"""What training needs of a GPU's memory, part by part, and how a batch is cut for what is free."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+PathName = Literal["fast", "generic"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """What the planner needs to know of the device."""
+
+    kind: Literal["cuda", "cpu"]
+    free_bytes: int
+    """Free before the base model is loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Sizes of a decoder with a gated MLP, from its config."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    positions: int
+    heads: int
+    key_heads: int
+    head_width: int
+    tied: bool = False
+    """Whether the head is the embedding."""
+
+    @property
+    def linear_parameters(self) -> int:
+        """Of the layers' linear modules, which are in 4 bits."""
+        attention = 2 * self.hidden * self.head_width * (self.heads + self.key_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of embedding and head, which stay in bf16."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All, but for the norms."""
+        return self.linear_parameters + self.embedding_parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterShape:
+    """Sizes of a LoRA adapter and of what trains it."""
+
+    parameters: int
+    rank: int
+    optimizer: str
+
+
+_BF16, _FP32 = 2, 4
+_NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in 4 bits: itself, its share of an 8-bit scale for 64, and of an fp32 scale for 256 of those.
+
+QLoRA, arXiv 2305.14314, section 3.
+"""
+_ALIGNED = 64
+"""Ranks that stand beside an input are rounded up to a multiple of this."""
+_LOGITS_BYTES = {"fast": 2**28, "generic": 3 * 4 * 1024}
+"""Of the logits that exist at once; on the generic path a chunk of them, times the vocabulary."""
+_OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_32bit": 8, "lion_8bit": 1, "sgd": 0}
+_EIGHT_BIT_ADAM_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryParts:
+    """Bytes of each part. The peak is during a step: everything at once."""
+
+    weights: int
+    """The base in 4 bits."""
+    embeddings: int
+    """Embedding and head, bf16."""
+    adapter: int
+    """fp32."""
+    gradients: int
+    """fp32."""
+    optimizer: int
+    update: int
+    """A copy of the adapter, kept until an update has proved finite."""
+    workspace: int
+    """Decoded weights of one layer, the head beside its adapter, logits."""
+    decoded_layer: int
+    """A layer that keeps its decoded weights; 0 where the path cannot."""
+    token: int
+    """A token, outside the layers."""
+    token_layer: int
+    """A token's activations in a layer."""
+    token_recomputed: int
+    """The same in a layer that goes forward again on the way back."""
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the micro-batch."""
+        return (
+            self.weights
+            + self.embeddings
+            + self.adapter
+            + self.gradients
+            + self.optimizer
+            + self.update
+            + self.workspace
+        )
+
+    def peak(self, *, layers: int, tokens: int, kept_layers: int, recomputed_layers: int) -> int:
+        """Bytes at the peak of a step."""
+        again = self.token_layer - self.token_recomputed if recomputed_layers else 0  # one at a time is whole
+        activations = (
+            self.token
+            + (layers - recomputed_layers) * self.token_layer
+            + recomputed_layers * self.token_recomputed
+            + again
+        )
+        return self.fixed + kept_layers * self.decoded_layer + tokens * activations
+
+
+def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName) -> MemoryParts:
+    """Bytes of each part.
+
+    The fast path: what `job/engine/llama.py` keeps, tensor by tensor. The generic path: about 34 hidden + 14
+    intermediate bytes a token and layer, as measured on an H200 with Llama-2-7B.
+    """
+    query, keys = shape.heads * shape.head_width, shape.key_heads * shape.head_width
+    wide, rank = _padded(3 * adapter.rank), _padded(adapter.rank)
+    twice = _padded(2 * adapter.rank)
+    logits = _LOGITS_BYTES[path] * (1 if path == "fast" else shape.vocabulary)
+    if path == "generic":
+        token_layer = 34 * shape.hidden + 14 * shape.intermediate
+        workspace, decoded, token = logits + 3 * shape.hidden * shape.intermediate * _BF16, 0, 8 * shape.hidden
+    else:
+        kept = (shape.hidden + wide) + (query + 2 * keys) + query + rank + (shape.hidden + twice)
+        kept += 2 * shape.intermediate + rank
+        token_layer = _BF16 * kept + _FP32 * (2 + shape.heads)
+        decoded = _BF16 * (
+            (query + 2 * keys + 3 * adapter.rank) * (shape.hidden + wide)
+            + (shape.hidden + adapter.rank) * (query + rank)
+            + (2 * shape.intermediate + 2 * adapter.rank) * (shape.hidden + twice)
+            + (shape.hidden + adapter.rank) * (shape.intermediate + rank)
+        )
+        head = _BF16 * (shape.vocabulary + adapter.rank) * (shape.hidden + rank)
+        workspace = decoded + head + logits
+        # The stream and its gradient, and the widest moment of the way back: gate, up, both gradients, the product.
+        token = _BF16 * (2 * shape.hidden + rank + 4 * shape.intermediate + twice + shape.hidden)
+    return MemoryParts(
+        weights=math.ceil(_NF4_BYTES * shape.linear_parameters),
+        embeddings=_BF16 * shape.embedding_parameters,
+        adapter=_FP32 * adapter.parameters,
+        gradients=_FP32 * adapter.parameters,
+        optimizer=_OPTIMIZER_BYTES.get(adapter.optimizer, _EIGHT_BIT_ADAM_BYTES) * adapter.parameters,
+        update=_FP32 * adapter.parameters,
+        workspace=workspace,
+        decoded_layer=decoded,
+        token=token,
+        token_layer=token_layer,
+        token_recomputed=_BF16 * shape.hidden,
+    )
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // _ALIGNED) * _ALIGNED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """How a batch is cut for this device."""
+
+    path: PathName
+    micro_batch_tokens: int
+    """At most."""
+    kept_layers: int
+    """So many layers keep their decoded weights."""
+    recomputed_layers: int
+    """So many layers compute their activations again in the backward pass, to save memory."""
+    reason: str
+    predicted_peak_bytes: int | None
+    """Of a step; None on the CPU."""
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether any layer computes its activations again."""
+        return self.recomputed_layers > 0
+
+
+_CPU_MICRO_BATCH_TOKENS = 4096
+_MOST_MICRO_BATCH_TOKENS = 24576
+"""Beyond this the device is no faster: 20.9 k tokens per second at 24,576, 20.8 k at 32,768 (H200, 7B)."""
+_STEADY_TOKENS = 1024
+"""Micro-batches are a multiple of this: what is free differs a little from start to start, the plan should not."""
+_HEADROOM = {"fast": 0.93, "generic": 0.85}
+"""Share of the free memory that is planned with; the allocator needs the rest."""
+_GIB = 2**30
+
+
+def plan_memory(
+    shape: ModelShape,
+    adapter: AdapterShape,
+    *,
+    path: PathName,
+    device: DeviceMemory,
+    max_length: int,
+    step_tokens: int,
+) -> MemoryPlan:
+    """The fastest cut that fits.
+
+    An estimate: the training loop needs less memory by itself when it runs out all the same, without changing the sum.
+
+    Args:
+        shape: of the base.
+        adapter: of the adapter.
+        path: that computes the gradients.
+        device: what is free.
+        max_length: tokens of the longest example, which is never cut.
+        step_tokens: tokens of an average step.
+    """
+    if device.kind == "cpu":
+        tokens = max(_CPU_MICRO_BATCH_TOKENS, max_length)
+        return MemoryPlan(
+            path=path,
+            micro_batch_tokens=tokens,
+            kept_layers=0,
+            recomputed_layers=0,
+            reason="on the CPU",
+            predicted_peak_bytes=None,
+        )
+    parts = memory_parts(shape, adapter, path)
+    free = int(_HEADROOM[path] * device.free_bytes)
+    cuts = list(_cuts(shape, parts, free, max_length=max_length, path=path))
+    if not cuts:
+        return MemoryPlan(
+            path=path,
+            micro_batch_tokens=max_length,
+            kept_layers=0,
+            recomputed_layers=shape.layers,
+            reason="one example at a time: memory is short by estimate",
+            predicted_peak_bytes=parts.peak(
+                layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers
+            ),
+        )
+    tokens, kept, again = min(cuts, key=lambda cut: (_cost(shape, cut, max(step_tokens, max_length)), cut))
+    peak = parts.peak(layers=shape.layers, tokens=tokens, kept_layers=kept, recomputed_layers=again)
+    return MemoryPlan(
+        path=path,
+        micro_batch_tokens=tokens,
+        kept_layers=kept,
+        recomputed_layers=again,
+        reason=f"{peak / _GIB:.1f} GiB at the peak by estimate, {device.free_bytes / _GIB:.1f} GiB free",
+        predicted_peak_bytes=peak,
+    )
+
+
+Cut = tuple[int, int, int]
+"""Tokens of a micro-batch, layers that keep their decoded weights, layers that compute their activations again."""
+
+
+def _cuts(shape: ModelShape, parts: MemoryParts, free: int, *, max_length: int, path: PathName) -> Iterator[Cut]:
+    """For each size of a micro-batch, the cut that fits and computes the least twice."""
+    sizes = [*range(_STEADY_TOKENS, _MOST_MICRO_BATCH_TOKENS + 1, _STEADY_TOKENS), max_length]
+    for tokens in sorted(size for size in sizes if size >= max_length):
+
+        def fits(kept: int, again: int, tokens: int = tokens) -> bool:
+            return parts.peak(layers=shape.layers, tokens=tokens, kept_layers=kept, recomputed_layers=again) <= free
+
+        # The generic path computes all layers again, or none.
+        some = range(shape.layers + 1) if path == "fast" else (0, shape.layers)
+        again = next((number for number in some if fits(0, number)), None)
+        if again is not None:
+            most_kept = shape.layers if parts.decoded_layer else 0
+            kept = next(number for number in range(most_kept, -1, -1) if number == 0 or fits(number, again))
+            yield tokens, kept, again
+
+
+_BUSY_TOKENS, _DECODE_TOKENS, _AGAIN = 145, 277, 0.34
+"""A micro-batch costs as much as so many more tokens; decoding the weights as so many; going forward again, a share.
+
+Fitted to what an H200 did with Llama-2-7B at 2k to 24k tokens, weights kept or not.
+"""
+
+
+def _cost(shape: ModelShape, cut: Cut, step_tokens: int) -> float:
+    """Time of a token, in those of an endless micro-batch."""
+    tokens, kept, again = cut
+    even = step_tokens / math.ceil(step_tokens / tokens)
+    return (
+        1
+        + _AGAIN * again / shape.layers
+        + (_BUSY_TOKENS + _DECODE_TOKENS * (1 - kept / shape.layers) * (1 + again / shape.layers / 2)) / even
+    )

@@ -1,0 +1,1 @@
+"""The fast path: a hand-written step for decoders of the Llama family. Stages and measurements: README.md."""

@@ -1,0 +1,135 @@
+"""The elementwise parts of the step in plain torch: what runs where Triton does not, and what its kernels are held to.
+
+Each writes into memory that the caller gives. Sums are in fp32; results are rounded to the type of where they land.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from job.engine.weights import Quantised
+
+_BLOCK = 64
+_OUTER_BLOCK = 256
+
+
+def decode(weight: Quantised, out: Tensor) -> None:
+    """NF4 -> values: [N, K]."""
+    outer = weight.outer_scales.repeat_interleave(_OUTER_BLOCK)[: weight.scales.numel()]
+    scales = weight.scales_code[weight.scales.long()] * outer + weight.offset
+    packed = weight.packed.reshape(-1)
+    values = weight.code[torch.stack([packed >> 4, packed & 15], dim=1).long()]
+    out.copy_((values.reshape(-1, _BLOCK) * scales[:, None]).reshape(weight.height, weight.width))
+
+
+def rms_forward(x: Tensor, weight: Tensor, out: Tensor, inverse: Tensor, epsilon: float) -> None:
+    """Root mean square norm, as transformers does it: x [T, K] -> out [T, K], inverse [T] fp32.
+
+    Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4.
+    """
+    exact = x.float()
+    torch.rsqrt(exact.pow(2).mean(dim=-1) + epsilon, out=inverse)
+    out.copy_((exact * inverse[:, None]).to(out.dtype) * weight)
+
+
+def rms_backward_add(grad: Tensor, y: Tensor, weight: Tensor, inverse: Tensor, into: Tensor) -> None:
+    """Adds the gradient of the norm's input: x is not needed, for x * inverse = y / weight.
+
+    With n = x * inverse and g = grad * weight: inverse * (g - n * mean(g * n)).
+    """
+    normed = y.float() / weight.float()
+    scaled = grad.float() * weight.float()
+    change = inverse[:, None] * (scaled - normed * (scaled * normed).mean(dim=-1, keepdim=True))
+    into.copy_(into.float() + change)
+
+
+def rotate_forward(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, inverse: Tensor | None, epsilon: float
+) -> None:
+    """Rotary position embedding in place, after a norm of each head where there is one (Qwen 3).
+
+    Su et al. 2021, arXiv 2104.09864, eq. 34, halves instead of pairs.
+
+    Args:
+        x: [T, heads, width].
+        cos: [T, width / 2] fp32.
+        sin: [T, width / 2] fp32.
+        weight: [width], of the norm.
+        inverse: [T, heads] fp32, where the norm's inverse root mean squares go.
+        epsilon: of the norm.
+    """
+    exact = x.float()
+    if weight is not None and inverse is not None:
+        inverse.copy_(torch.rsqrt(exact.pow(2).mean(dim=-1) + epsilon))
+        exact = (exact * inverse[:, :, None]).to(x.dtype).float() * weight.float()
+    first, second = exact.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    x.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
+
+
+def rotate_backward(
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, inverse: Tensor | None, out: Tensor
+) -> None:
+    """Gradient of what `rotate_forward` was given, from that of its result; x is the result.
+
+    Args:
+        grad: [T, heads, width].
+        x: [T, heads, width].
+        cos: [T, width / 2] fp32.
+        sin: [T, width / 2] fp32.
+        weight: [width], of the norm.
+        inverse: [T, heads] fp32, from the way forward.
+        out: [T, heads, width].
+    """
+    cos, sin = cos[:, None], sin[:, None]
+
+    def turned_back(rotated: Tensor) -> Tensor:
+        first, second = rotated.float().chunk(2, dim=-1)
+        return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+
+    result = turned_back(grad)
+    if weight is not None and inverse is not None:
+        normed, result = turned_back(x) / weight.float(), result * weight.float()
+        result = inverse[:, :, None] * (result - normed * (result * normed).mean(dim=-1, keepdim=True))
+    out.copy_(result)
+
+
+def swiglu_forward(gate_up: Tensor, out: Tensor) -> None:
+    """silu(gate) * up: [T, 2 I] -> [T, I]. Shazeer 2020, arXiv 2002.05202, eq. 6."""
+    gate, up = gate_up[:, : 2 * out.shape[1]].float().chunk(2, dim=-1)
+    out.copy_(gate * torch.sigmoid(gate) * up)
+
+
+def swiglu_backward(gate_up: Tensor, grad: Tensor, d_gate_up: Tensor, out: Tensor) -> None:
+    """Gradient of gate and up, [T, 2 I], and the result once more, [T, I], which was not kept."""
+    width = out.shape[1]
+    gate, up = gate_up[:, : 2 * width].float().chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    out.copy_(silu * up)
+    d_gate_up[:, :width].copy_(grad.float() * up * (sigmoid + silu * (1 - sigmoid)))
+    d_gate_up[:, width : 2 * width].copy_(grad.float() * silu)
+
+
+def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, share: float) -> None:
+    """Loss of each row into `losses` [N] fp32; the logits [N, V] become the gradient of share * (sum of the losses)."""
+    exact = logits.float()
+    losses.copy_(cross_entropy(exact, targets, reduction="none"))
+    chances = exact.softmax(dim=-1)
+    chances[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+    logits.copy_(chances * share)
+
+
+def _kept(x: Tensor, seed: int, rate: float) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.rand(x.shape, generator=generator, device=x.device) >= rate
+
+
+def dropout(x: Tensor, out: Tensor, seed: int, rate: float) -> None:
+    """Into out: x / (1 - rate) where it is kept, else 0; what is kept depends on the seed and the shape alone."""
+    out.copy_(torch.where(_kept(x, seed, rate), x.float() / (1 - rate), 0.0))
+
+
+def dropout_backward_add(grad: Tensor, into: Tensor, seed: int, rate: float) -> None:
+    """Adds the gradient of `dropout`'s input, from that of its result."""
+    into.copy_(into.float() + torch.where(_kept(grad, seed, rate), grad.float() / (1 - rate), 0.0))

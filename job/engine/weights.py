@@ -1,0 +1,128 @@
+"""Linear layers as the step uses them: what reads the same input is one matrix, and LoRA rides along in it.
+
+For layers with weights W (N rows in all, K columns) and adapters A, B of R ranks in all, the matrix is
+
+    M = [ W  sB ]      forward    y  = [x  h] [W sB]^T    with h  = x A^T
+        [ A   0 ]      backward   dx = [dy g] [W ; A]     with g  = dy sB
+
+so each direction is one large product, and two thin ones for h and g. LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNED = 64
+"""Rows of a matrix start at multiples of this many elements, where tensor cores read fastest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Quantised:
+    """A weight [N, K] in NF4 with double quantisation, as bitsandbytes lays it out.
+
+    Dettmers et al. 2023, arXiv 2305.14314, section 3: blocks of 64 elements share a scale, which is itself an entry of
+    an 8-bit code times an outer scale of 256 of them, plus an offset.
+    """
+
+    packed: Tensor
+    """[N K / 2] uint8: two elements a byte, the first in the upper half."""
+    scales: Tensor
+    """[N K / 64] uint8: places in `scales_code`."""
+    scales_code: Tensor
+    """[256] fp32."""
+    outer_scales: Tensor
+    """[N K / 64 / 256, rounded up] fp32."""
+    offset: Tensor
+    """[1] fp32, added to each scale."""
+    code: Tensor
+    """[16] fp32: the values of NF4."""
+    height: int
+    """N."""
+    width: int
+    """K."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Adapter:
+    """LoRA on one layer: y += scaling * B A dropout(x)."""
+
+    a: nn.Parameter
+    """[r, K] fp32."""
+    b: nn.Parameter
+    """[N, r] fp32."""
+    scaling: float
+    dropout: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Linear:
+    """One layer: frozen weight, perhaps a bias, perhaps an adapter."""
+
+    weight: Quantised | Tensor
+    """[N, K]; a tensor where the base keeps it unquantised."""
+    bias: Tensor | None
+    adapter: Adapter | None
+
+    @property
+    def height(self) -> int:
+        """N."""
+        return self.weight.height if isinstance(self.weight, Quantised) else self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return self.weight.width if isinstance(self.weight, Quantised) else self.weight.shape[1]
+
+
+Decode = Callable[[Quantised, Tensor], None]
+"""Writes a weight's values into rows of a matrix [N, K], whose rows may lie apart."""
+
+
+class Group:
+    """Layers that read the same input, as one matrix."""
+
+    def __init__(self, layers: Sequence[Linear], decode: Decode) -> None:
+        self._decode = decode
+        self.layers = tuple(layers)
+        self.width = layers[0].width
+        self.rows: list[slice] = []
+        """Of each layer, in W."""
+        self.ranks: list[slice | None] = []
+        """Of each layer's adapter, in A; None without one."""
+        self.height = self.rank = 0
+        for layer in layers:
+            self.rows.append(slice(self.height, self.height + layer.height))
+            self.height += layer.height
+            rank = 0 if layer.adapter is None else layer.adapter.a.shape[0]
+            self.ranks.append(slice(self.rank, self.rank + rank) if rank else None)
+            self.rank += rank
+        self.padded_rank = -(-self.rank // _ALIGNED) * _ALIGNED
+        """Ranks with what keeps the next row aligned."""
+        self.dropout = max((layer.adapter.dropout for layer in layers if layer.adapter is not None), default=0.0)
+        biases = [layer.bias for layer in layers]
+        self.bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
+
+    def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An empty M: [N + R, K + R, padded]."""
+        return torch.zeros(self.height + self.rank, self.width + self.padded_rank, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def fill_weights(self, matrix: Tensor) -> None:
+        """Put W into M."""
+        for layer, rows in zip(self.layers, self.rows, strict=True):
+            part = matrix[rows, : self.width]
+            if isinstance(layer.weight, Quantised):
+                self._decode(layer.weight, part)
+            else:
+                part.copy_(layer.weight)
+
+    @torch.no_grad()
+    def fill_adapters(self, matrix: Tensor) -> None:
+        """Put the adapters as they are now into M."""
+        for layer, rows, ranks in zip(self.layers, self.rows, self.ranks, strict=True):
+            if layer.adapter is not None and ranks is not None:
+                corner = matrix[rows, self.width + ranks.start : self.width + ranks.stop]
+                corner.copy_(layer.adapter.b * layer.adapter.scaling)
+                matrix[self.height + ranks.start : self.height + ranks.stop, : self.width].copy_(layer.adapter.a)

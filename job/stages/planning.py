@@ -1,0 +1,75 @@
+"""What is decided once base and data are there: the path that trains, the course, how a batch is cut."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+from accelerate import Accelerator
+
+from job.core.memory import AdapterShape, DeviceMemory, MemoryPlan, plan_memory
+from job.core.plan import Course, plan_course
+from job.stages.attempt import Attempt
+from job.tune.choice import Choice, choose_path
+from job.tune.device import device_name
+from job.tune.encode import Documents
+from job.tune.model import PackedModel, parameter_counts, read_config, shape_of
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """How this attempt trains."""
+
+    choice: Choice
+    course: Course
+    memory: MemoryPlan
+
+
+def plan_training(
+    attempt: Attempt,
+    model: PackedModel,
+    documents: Documents,
+    accelerator: Accelerator,
+    *,
+    base: Path,
+    device: torch.device,
+    memory: DeviceMemory,
+) -> Planned:
+    """Choose the path by trying it, and the cut by what was free before the model was loaded.
+
+    Raises:
+        UsageError: the path that is asked for does not fit this model or device.
+    """
+    recipe = attempt.recipe
+    choice = choose_path(model, attempt.engine, backward=accelerator.backward)
+    course = plan_course(
+        examples=len(documents),
+        batch_size=recipe.train.batch_size,
+        steps=recipe.train.steps,
+        epochs=recipe.train.epochs,
+        seed=recipe.train.seed,
+    )
+    cut = plan_memory(
+        shape_of(read_config(base)),
+        AdapterShape(parameters=parameter_counts(model)[0], rank=recipe.lora.r, optimizer=recipe.train.optimizer),
+        path=choice.name,
+        device=memory,
+        max_length=documents.max_length,
+        step_tokens=course.largest_step(documents.lengths),
+    )
+    log.info(
+        "plan",
+        steps=course.steps,
+        epochs=round(course.epochs, 3),
+        batch_size=recipe.train.batch_size,
+        engine=choice.name,
+        engine_reason=choice.reason,
+        micro_batch_tokens=cut.micro_batch_tokens,
+        kept_layers=cut.kept_layers,
+        recomputed_layers=cut.recomputed_layers,
+        reason=cut.reason,
+        device=device_name(device),
+    )
+    return Planned(choice=choice, course=course, memory=cut)

@@ -1,0 +1,80 @@
+"""Which path trains this model on this device, and why."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from job.core.errors import UsageError
+from job.engine import reference
+from job.engine.llama import Thrift
+from job.engine.ops import Ops
+from job.tune.fast import reason_against
+from job.tune.model import COMPUTE_DTYPE, PackedModel
+from job.tune.paths import AutogradPath, FastPath, Path
+from job.tune.selftest import difference
+
+Wanted = Literal["auto", "fast", "generic"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A path, and why it is this one."""
+
+    path: Path
+    name: Literal["fast", "generic"]
+    reason: str
+
+
+def choose_path(
+    model: PackedModel, wanted: Wanted, *, backward: Callable[[Tensor], Any], dtype: torch.dtype = COMPUTE_DTYPE
+) -> Choice:
+    """The fast path where it is asked for, the model fits it, and it gives on this device what the generic one gives.
+
+    Args:
+        model: base and adapter, on the device.
+        wanted: `auto`, or one of the two.
+        backward: autograd's, or accelerate's.
+        dtype: what is computed in.
+
+    Raises:
+        UsageError: `fast` is asked for, and does not fit.
+    """
+    generic = AutogradPath(model, backward)
+    if wanted == "generic":
+        return Choice(path=generic, name="generic", reason="asked for")
+    if wanted == "auto":
+        return Choice(path=generic, name="generic", reason="the default; --engine fast asks for the other")
+    device = next(model.parameters()).device
+    against = reason_against(model.model) or _reason_of_device(device)
+    if against is None:
+        try:
+            path = FastPath(model, _ops(device), dtype=dtype, thrift=Thrift(kept_layers=0, recomputed_layers=0))
+            against = difference(model, path, generic)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
+            against = f"{type(error).__name__}: {error}"[:300]
+        else:
+            if against is None:
+                return Choice(
+                    path=path, name="fast", reason="a decoder of the Llama family; agrees with the generic path"
+                )
+    raise UsageError(f"--engine fast: {against}; leave the option out, and the generic path trains this model")
+
+
+def _reason_of_device(device: torch.device) -> str | None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def _ops(device: torch.device) -> Ops:
+    if device.type != "cuda":
+        return reference
+    from job.engine import kernels
+
+    return kernels

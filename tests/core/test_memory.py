@@ -1,0 +1,116 @@
+"""What training needs of a GPU's memory, and the cut that fits."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.core.memory import AdapterShape, DeviceMemory, ModelShape, memory_parts, plan_memory
+
+steady = settings(deadline=None, derandomize=True, database=None)
+GIB = 2**30
+LLAMA_2_7B = ModelShape(
+    layers=32,
+    hidden=4096,
+    intermediate=11008,
+    vocabulary=32000,
+    positions=4096,
+    heads=32,
+    key_heads=32,
+    head_width=128,
+)
+TUTORIAL = AdapterShape(parameters=81_108_992, rank=32, optimizer="adamw_torch_fused")
+paths = st.sampled_from(["fast", "generic"])
+memories = st.integers(0, 200 * GIB)
+
+
+def planned(free_bytes, *, path="fast", max_length=512, step_tokens=50_000, adapter=TUTORIAL, kind="cuda"):
+    device = DeviceMemory(kind=kind, free_bytes=free_bytes)
+    return plan_memory(LLAMA_2_7B, adapter, path=path, device=device, max_length=max_length, step_tokens=step_tokens)
+
+
+def test_a_shape_counts_its_parameters():
+    assert LLAMA_2_7B.parameters == pytest.approx(6_738_415_616, rel=1e-4)  # without the norms
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept", "measured"),
+    [
+        *((4096, 0, 17.4), (8192, 0, 29.2), (16384, 0, 52.9), (24576, 0, 76.6), (32768, 0, 100.3)),
+        *((2048, 32, 23.4), (4096, 32, 29.3), (16384, 32, 64.9), (32768, 32, 112.3)),
+    ],
+)
+def test_the_peak_is_the_one_that_was_measured(tokens, kept, measured):
+    """On an H200, by a prototype of the step that kept no copy of the adapter; GiB."""
+    parts = memory_parts(LLAMA_2_7B, TUTORIAL, "fast")
+    peak = parts.peak(layers=32, tokens=tokens, kept_layers=kept, recomputed_layers=0) - parts.update
+
+    assert peak / GIB == pytest.approx(measured, rel=0.03)
+
+
+def test_each_part_is_counted():
+    parts = memory_parts(LLAMA_2_7B, TUTORIAL, "fast")
+
+    assert parts.weights / GIB == pytest.approx(3.11, abs=0.02)
+    assert parts.embeddings == 2 * 2 * 32000 * 4096
+    assert parts.adapter == parts.gradients == parts.update == 4 * TUTORIAL.parameters
+    assert parts.optimizer == 8 * TUTORIAL.parameters
+    assert parts.decoded_layer >= 2 * LLAMA_2_7B.linear_parameters // 32
+
+
+@steady
+@given(paths, memories, st.integers(8, 4096), st.integers(1, 10**6))
+def test_what_is_planned_fits_or_is_the_least_there_is(path, free, max_length, step_tokens):
+    plan = planned(free, path=path, max_length=max_length, step_tokens=step_tokens)
+
+    assert plan.micro_batch_tokens >= max_length
+    assert plan.predicted_peak_bytes < free or (plan.micro_batch_tokens, plan.recomputed_layers) == (max_length, 32)
+    if path == "generic":
+        assert plan.kept_layers == 0
+        assert plan.recomputed_layers in {0, 32}
+
+
+@steady
+@given(paths, memories, memories)
+def test_more_memory_never_means_computing_more_twice_for_the_same_micro_batch(path, one, other):
+    less, more = (planned(free, path=path) for free in sorted((one, other)))
+
+    if less.micro_batch_tokens == more.micro_batch_tokens:
+        assert less.recomputed_layers >= more.recomputed_layers
+        assert less.kept_layers <= more.kept_layers
+
+
+def test_a_large_gpu_computes_nothing_twice():
+    plan = planned(139 * GIB)
+
+    assert (plan.kept_layers, plan.recomputed_layers) == (32, 0)
+    assert plan.micro_batch_tokens >= 16384
+
+
+def test_forty_gibibytes_are_enough_for_nearly_the_same():
+    plan = planned(40 * GIB)
+
+    assert plan.recomputed_layers == 0
+    assert plan.micro_batch_tokens >= 4096
+
+
+@pytest.mark.parametrize("path", ["fast", "generic"])
+def test_a_small_gpu_trains_7b_with_recomputing(path):
+    plan = planned(8 * GIB, path=path)
+
+    assert plan.checkpointing
+    assert plan.micro_batch_tokens >= 1024
+
+
+def test_a_small_step_is_one_micro_batch():
+    assert planned(139 * GIB, step_tokens=1000).micro_batch_tokens >= 1000
+
+
+def test_when_memory_is_short_by_estimate_one_example_is_tried():
+    plan = planned(4 * GIB)
+
+    assert (plan.micro_batch_tokens, plan.checkpointing) == (512, True)
+    assert "memory is short" in plan.reason
+
+
+def test_on_the_cpu_the_memory_is_not_asked():
+    assert planned(0, kind="cpu") == planned(100 * GIB, kind="cpu")
