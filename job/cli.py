@@ -219,6 +219,52 @@ def check(context: click.Context, /, recipe: Path, **options: Any) -> None:
     context.obj["failure"] = look(attempt, show)
 
 
+@cli.command(name="plan")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_shared_options
+@_engine
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    type=_Lines(),
+    envvar="JOB_GPU",
+    metavar="NAME",
+    help="Kind of GPU: h200, h100, a100, a100-40, a10g, l4, ...; may be repeated. Without it, all that are known.",
+)
+@click.option(
+    "--gpu-memory",
+    envvar="JOB_GPU_MEMORY",
+    type=click.FloatRange(min=1),
+    metavar="GIB",
+    help="Memory of another GPU, or of the part of one that the job gets.",
+)
+@click.option(
+    "--usd-per-hour",
+    envvar="JOB_USD_PER_HOUR",
+    type=click.FloatRange(min=0),
+    help="What the GPU costs; adds the cost of the run.",
+)
+@click.pass_context
+def plan_run(context: click.Context, /, recipe: Path, **options: Any) -> None:
+    """Tell what the run needs and takes: lengths, memory by part, time on each kind of GPU. Needs no GPU."""
+    attempt = _attempt(context, recipe, options)
+    from job.core.gpus import GPUS, Gpu, gpu_named
+    from job.edge.logs import only_warnings
+
+    only_warnings()
+    memory = options["gpu_memory"]
+    gpus = [gpu_named(name.strip(), memory_gib=memory) for name in options["gpus"]]
+    if not gpus:
+        gpus = [*GPUS] if memory is None else [Gpu(name="your GPU", memory_gib=memory, dense_tflops=None)]
+    from job.core.plan_text import plan_lines
+    from job.plan import plan
+
+    found = plan(attempt, gpus)
+    lines = plan_lines(found.data, found.candidates, found.work, found.forecasts, usd_per_hour=options["usd_per_hour"])
+    click.echo(context.obj["hide"]("\n".join(lines)))
+
+
 @cli.command(name="try")
 @click.argument("run_uri")
 @click.option(

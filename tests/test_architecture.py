@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("entrypoint",),
     ("job.cli",),
-    ("job.run", "job.check", "job.ask", "job.fetch", "job.show"),
+    ("job.run", "job.check", "job.ask", "job.fetch", "job.plan", "job.show"),
     ("job.stages", "job.stages.*"),
     ("job.tune", "job.tune.*", "job.edge", "job.edge.*"),
     ("job.engine", "job.engine.*"),

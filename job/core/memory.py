@@ -245,7 +245,7 @@ def plan_memory(
                 layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers
             ),
         )
-    tokens, kept, again = min(cuts, key=lambda cut: (_cost(shape, cut, max(step_tokens, max_length)), cut))
+    tokens, kept, again = min(cuts, key=lambda cut: (_cost(shape.layers, cut, max(step_tokens, max_length)), cut))
     peak = parts.peak(layers=shape.layers, tokens=tokens, kept_layers=kept, recomputed_layers=again)
     return MemoryPlan(
         path=path,
@@ -285,12 +285,13 @@ Fitted to what an H200 did with Llama-2-7B at 2k to 24k tokens, weights kept or 
 """
 
 
-def _cost(shape: ModelShape, cut: Cut, step_tokens: int) -> float:
-    """Time of a token, in those of an endless micro-batch."""
+def cost_of(shape: ModelShape, plan: MemoryPlan, *, step_tokens: int) -> float:
+    """Time of a token of an average step, in those of an endless micro-batch."""
+    return _cost(shape.layers, (plan.micro_batch_tokens, plan.kept_layers, plan.recomputed_layers), step_tokens)
+
+
+def _cost(layers: int, cut: Cut, step_tokens: int) -> float:
     tokens, kept, again = cut
     even = step_tokens / math.ceil(step_tokens / tokens)
-    return (
-        1
-        + _AGAIN * again / shape.layers
-        + (_BUSY_TOKENS + _DECODE_TOKENS * (1 - kept / shape.layers) * (1 + again / shape.layers / 2)) / even
-    )
+    decoding = _DECODE_TOKENS * (1 - kept / layers) * (1 + again / layers / 2)
+    return 1 + _AGAIN * again / layers + (_BUSY_TOKENS + decoding) / even

@@ -184,8 +184,11 @@ def parameter_counts(model: "PackedModel") -> tuple[int, int]:
     return counts
 
 
-def refuse_targets(config: Any, lora: LoraSection) -> None:
+def refuse_targets(config: Any, lora: LoraSection) -> int:
     """Look at the recipe's targets by the base's config alone: no weight is read.
+
+    Returns:
+        Parameters of the adapter.
 
     Raises:
         UsageError: it is no causal language model; a target is no linear module of it, or is a tied head.
@@ -195,7 +198,14 @@ def refuse_targets(config: Any, lora: LoraSection) -> None:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise UsageError(f"model.base: {config.model_type} is no causal language model; choose another base") from error
-    _check_targets(model, lora)
+    targets, head = _check_targets(model, lora), model.get_output_embeddings()
+    adapted = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (module is not head if isinstance(targets, str) else name.rpartition(".")[2] in targets)
+    ]
+    return sum(lora.r * (module.in_features + module.out_features) for module in adapted)
 
 
 def _check_targets(base: Any, lora: LoraSection) -> str | list[str]:

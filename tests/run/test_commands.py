@@ -49,6 +49,41 @@ def test_check_names_the_wrong_lines(job):
     assert "train.jsonl:25: not JSON" in ended.stdout
 
 
+def test_plan_tells_lengths_memory_and_time_and_leaves_nothing(job, tmp_path):
+    base = shutil.copytree(job.recipe["model"]["base"], tmp_path / "base")
+    job.recipe["model"]["base"] = str(base)
+    for path in base.glob("*.safetensors"):
+        path.write_bytes(b"")  # no weight is read
+    ended = job.call("plan", "--usd-per-hour", "4")
+    assert ended.code == 0
+    assert ended.stderr == ""
+    for told in ("max_length", "<- chosen", "6 steps", "base in 4 bits", "at the peak of a step", "tokens/s", " $"):
+        assert told in ended.stdout
+    for gpu in ("h200", "h100", "a100", "l4"):
+        assert f"\n{gpu} " in ended.stdout
+    assert "memory: " in ended.stdout
+    assert "--mem=" in ended.stdout
+    assert objects(job.store) == []
+    assert objects(job.workdir) == []
+
+
+def test_plan_for_one_gpu_or_a_part_of_it(job):
+    one = job.call("plan", "--gpu", "h200", "--gpu-memory", "10", "--engine", "fast")
+    assert one.code == 0
+    assert "fast path" in one.stdout
+    assert "of 10.0" in one.stdout
+    unknown = job.call("plan", "--gpu-memory", "24")
+    assert "\nyour GPU " in unknown.stdout
+    assert "calibrated" not in unknown.stdout
+
+
+@pytest.mark.parametrize(("gpu", "code", "told"), [("v100", 81, "has no bf16"), ("h900", 64, "not known; one of")])
+def test_plan_refuses_a_gpu_that_cannot(job, gpu, code, told):
+    ended = job.call("plan", "--gpu", gpu)
+    assert ended.code == code
+    assert told in ended.outcome["reason"]
+
+
 def test_report_shows_a_run_and_leaves_both_pictures(finished, tmp_path):
     job, _ended = finished
     run = shutil.copytree(job.only_run(), tmp_path / "runs" / "copy")

@@ -1,0 +1,176 @@
+"""What a run will need and take on a kind of GPU, before one is at hand."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from job.core.gpus import Gpu
+from job.core.memory import (
+    AdapterShape,
+    DeviceMemory,
+    MemoryParts,
+    MemoryPlan,
+    ModelShape,
+    PathName,
+    cost_of,
+    memory_parts,
+    plan_memory,
+)
+from job.core.plan import Course, Lengths
+
+_GIB = 2**30
+_CONTEXT_GIB = 0.7
+"""Of a GPU's memory, that CUDA and its libraries take before a model is loaded."""
+_SHARE = {"fast": 0.839, "generic": 0.40}
+"""Of what large products alone would keep up, in endless micro-batches; measured on an H200 with Llama-2-7B."""
+_FORWARD_SHARE = 1 / 3
+"""Of a step's time, that evaluating as many tokens takes: no way back."""
+_START_SECONDS = 90.0
+"""Libraries, base and first step, with the base on the local disk."""
+_HOST_GIB = 8.0
+"""Python, torch, CUDA's host side, the encoded data's pages."""
+_LARGEST_SHARD_GIB = 9.4
+"""transformers writes shards of at most this; one at a time is in the host's memory."""
+_SPARE_DISK_GIB = 5.0
+_ROUND_GIB = 4
+_GPU_HEADROOM = 0.85
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is to be done, whatever does it."""
+
+    shape: ModelShape
+    adapter: AdapterShape
+    path: PathName
+    course: Course
+    lengths: Lengths
+    """Of the training examples, as they are trained on."""
+    targets: int
+    """Tokens the loss is over, in all training examples."""
+    validation_tokens: int
+    evaluations: int
+    max_length: int
+    kept_checkpoints: int
+    """That may wait for their upload at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """One kind of GPU."""
+
+    gpu: Gpu
+    parts: MemoryParts
+    cut: MemoryPlan
+    fits: bool
+    """By estimate; the job tries one example at a time before it gives up."""
+    tokens_per_second: float | None
+    """Real ones, in training."""
+    seconds: float | None
+    """From start to report."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What to ask a scheduler for, in GiB."""
+
+    gpu_memory_gib: int
+    """The least: one example at a time, all activations computed again."""
+    host_memory_gib: int
+    disk_gib: int
+
+
+def forecast(work: Workload, gpu: Gpu) -> Forecast:
+    """How a batch would be cut, and how long the run would take."""
+    free = int((gpu.memory_gib - _CONTEXT_GIB) * _GIB)
+    step_tokens = work.course.largest_step(work.lengths)
+    cut = plan_memory(
+        work.shape,
+        work.adapter,
+        path=work.path,
+        device=DeviceMemory(kind="cuda", free_bytes=free),
+        max_length=work.max_length,
+        step_tokens=step_tokens,
+    )
+    speed = None
+    if gpu.sustained_flops is not None:
+        mean_step = float(work.lengths.mean()) * work.course.total / work.course.steps
+        slower = cost_of(work.shape, cut, step_tokens=max(1, round(mean_step)))
+        speed = _SHARE[work.path] * gpu.sustained_flops / flops_per_token(work) / slower
+    return Forecast(
+        gpu=gpu,
+        parts=memory_parts(work.shape, work.adapter, work.path),
+        cut=cut,
+        fits=cut.predicted_peak_bytes is not None and cut.predicted_peak_bytes < free,
+        tokens_per_second=speed,
+        seconds=None if speed is None else _START_SECONDS + _busy_tokens(work) / speed,
+    )
+
+
+def trained_tokens(work: Workload) -> int:
+    """Real tokens of all steps."""
+    return round(float(work.lengths.mean()) * work.course.total)
+
+
+def _busy_tokens(work: Workload) -> float:
+    """Tokens of all steps, and those of the evaluations by what they cost."""
+    return trained_tokens(work) + _FORWARD_SHARE * work.validation_tokens * work.evaluations
+
+
+def flops_per_token(work: Workload) -> float:
+    """Floating-point operations of a step, a real token.
+
+    The base: 2 forward and 2 for the gradient of the input, a weight; no gradient of the weight itself. The adapter: 6.
+    Attention: 12 layers width a pair of tokens that see each other (Kaplan et al. 2020, arXiv 2001.08361, section 2.1,
+    and as much again and half for the way back). The head: target tokens only.
+    """
+    shape, lengths = work.shape, work.lengths.astype(np.float64)
+    tokens = float(lengths.sum())
+    head = 4 * shape.vocabulary * shape.hidden * work.targets / tokens
+    pairs = float((lengths * (lengths + 1) / 2).sum()) / tokens
+    attention = 12 * shape.layers * shape.heads * shape.head_width * pairs
+    return 4 * shape.linear_parameters + head + 6 * work.adapter.parameters + attention
+
+
+def ask_for(work: Workload) -> Ask:
+    """Host memory and disk: the base comes to the disk in bf16, and a shard at a time through the host's memory."""
+    base = 2 * work.shape.parameters / _GIB
+    checkpoint = 8 * work.adapter.parameters / _GIB
+    layers, parts = work.shape.layers, memory_parts(work.shape, work.adapter, work.path)
+    least = parts.peak(layers=layers, tokens=work.max_length, kept_layers=0, recomputed_layers=layers)
+    return Ask(
+        gpu_memory_gib=math.ceil(least / _GIB / _GPU_HEADROOM + _CONTEXT_GIB),
+        host_memory_gib=_rounded(_HOST_GIB + min(base, _LARGEST_SHARD_GIB) + 4 * work.adapter.parameters / _GIB),
+        disk_gib=_rounded(_SPARE_DISK_GIB + base + (work.kept_checkpoints + 1) * checkpoint),
+    )
+
+
+def _rounded(gib: float) -> int:
+    return math.ceil(gib / _ROUND_GIB) * _ROUND_GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A max_length and what it cuts."""
+
+    tokens: int
+    examples_over: int
+    share_cut: float
+    """Of all tokens."""
+
+
+def candidates(lengths: Lengths, *, chosen: int, positions: int) -> Sequence[Candidate]:
+    """What each max_length would cut: powers of two up to the longest example, and the chosen one."""
+    longest = int(lengths.max())
+    limits = {2**power for power in range(7, 24) if 2**power < 2 * longest and 2**power <= positions} | {chosen}
+    total = int(lengths.sum())
+    return [
+        Candidate(
+            tokens=limit,
+            examples_over=int((lengths > limit).sum()),
+            share_cut=int(np.maximum(lengths - limit, 0).sum()) / total,
+        )
+        for limit in sorted(limits)
+    ]

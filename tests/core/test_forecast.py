@@ -1,0 +1,104 @@
+"""What is said of a run before there is a GPU."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from job.core.errors import CannotFitError, UsageError
+from job.core.forecast import Workload, ask_for, candidates, flops_per_token, forecast, trained_tokens
+from job.core.gpus import GPUS, gpu_named
+from job.core.memory import AdapterShape, ModelShape
+from job.core.plan import plan_course
+
+LLAMA_2_7B = ModelShape(
+    layers=32,
+    hidden=4096,
+    intermediate=11008,
+    vocabulary=32000,
+    positions=4096,
+    heads=32,
+    key_heads=32,
+    head_width=128,
+)
+LENGTHS = np.random.default_rng(0).integers(104, 304, 7000).astype(np.int32)  # GSM8K: 204 on average
+WORK = Workload(
+    shape=LLAMA_2_7B,
+    adapter=AdapterShape(parameters=81_108_992, rank=32, optimizer="adamw_8bit"),
+    path="fast",
+    course=plan_course(examples=7000, batch_size=256, steps=None, epochs=1.0, seed=0),
+    lengths=LENGTHS,
+    targets=int(LENGTHS.sum()),
+    validation_tokens=100_000,
+    evaluations=3,
+    max_length=512,
+    kept_checkpoints=3,
+)
+
+
+def test_the_work_of_a_token_is_counted_as_when_it_was_measured():
+    """685.7 TFLOP/s were 25.3 thousand tokens a second, of this model on these lengths."""
+    assert 685.7e12 / flops_per_token(WORK) == pytest.approx(25_300, rel=0.01)
+
+
+def test_tokens_without_a_loss_never_reach_the_head():
+    assert flops_per_token(replace(WORK, targets=WORK.targets // 2)) < flops_per_token(WORK)
+
+
+def test_the_speed_on_an_h200_is_the_one_that_was_measured():
+    found = forecast(WORK, gpu_named("h200"))
+
+    assert found.tokens_per_second == pytest.approx(21_000, rel=0.02)  # 16k a micro-batch, weights kept
+    assert found.seconds > trained_tokens(WORK) / found.tokens_per_second
+
+
+def test_less_memory_is_slower_and_still_fits():
+    whole, part = forecast(WORK, gpu_named("h200")), forecast(WORK, gpu_named("h200", memory_gib=10))
+
+    assert part.fits
+    assert part.tokens_per_second < whole.tokens_per_second
+    assert part.cut.predicted_peak_bytes < 10 * 2**30
+
+
+def test_small_steps_are_slower_than_large_ones():
+    small = replace(WORK, course=plan_course(examples=7000, batch_size=2, steps=100, epochs=None, seed=0))
+    h200 = gpu_named("h200")
+
+    assert forecast(small, h200).tokens_per_second < 0.9 * forecast(WORK, h200).tokens_per_second
+
+
+def test_a_gpu_that_is_too_small_is_said_to_be():
+    assert not forecast(WORK, gpu_named("l4", memory_gib=4)).fits
+
+
+def test_every_known_gpu_trains_7b():
+    assert all(forecast(WORK, gpu).fits for gpu in GPUS)
+
+
+@pytest.mark.parametrize("name", ["v100", "t4"])
+def test_a_gpu_without_bf16_is_refused(name):
+    with pytest.raises(CannotFitError, match=f"{name} has no bf16"):
+        gpu_named(name)
+
+
+def test_an_unknown_gpu_is_refused_with_the_known_ones():
+    with pytest.raises(UsageError, match=r"h900: not known; one of h200, .*l4, or --gpu-memory"):
+        gpu_named("h900")
+
+
+def test_each_candidate_says_what_it_cuts():
+    lengths = np.array([100, 200, 300, 400], dtype=np.int32)
+    found = {each.tokens: each for each in candidates(lengths, chosen=320, positions=4096)}
+
+    assert list(found) == [128, 256, 320, 512]
+    assert (found[256].examples_over, found[256].share_cut) == (2, pytest.approx(188 / 1000))
+    assert found[512].share_cut == 0
+    assert 512 not in {each.tokens for each in candidates(lengths, chosen=320, positions=256)}
+
+
+def test_what_to_ask_for_covers_base_and_checkpoints():
+    ask = ask_for(WORK)
+
+    assert ask.host_memory_gib >= 18
+    assert ask.disk_gib >= 12.6 + 4 * 0.6  # the base in bf16, four checkpoints
+    assert 6 <= ask.gpu_memory_gib <= 12
