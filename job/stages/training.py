@@ -32,6 +32,7 @@ from job.tune.checkpoint import Progress, Trained
 from job.tune.device import device_memory, device_name
 from job.tune.encode import token_rules
 from job.tune.evaluate import Question, answer, evaluate, questions_of_documents, questions_of_prompts
+from job.tune.flat import FlatAdapter
 from job.tune.model import (
     PackedModel,
     attach_lora,
@@ -131,7 +132,8 @@ class Training:
                 memory=memory,
             )
             crash_point("model.loaded")
-        trained = self._prepare(model, planned)
+            adapter = FlatAdapter(model)
+        trained = self._prepare(model, adapter, planned)
         run = self._describe(model, trained, planned)
         self._resume(trained, run)
         path = planned.choice.path
@@ -149,9 +151,10 @@ class Training:
             self._ask_base(model, trained.progress, run)
             with attempt.phases.phase("train"):
                 hooks = self._hooks(model, trained, run, publisher, tracking)
+                model.train()
                 trainer = Trainer(
-                    model=model,
                     path=path,
+                    adapter=adapter,
                     trained=trained,
                     documents=setting.dataset.train,
                     course=planned.course,
@@ -212,9 +215,9 @@ class Training:
         )
         return model
 
-    def _prepare(self, model: PackedModel, planned: Planned) -> Trained:
+    def _prepare(self, model: PackedModel, adapter: FlatAdapter, planned: Planned) -> Trained:
         train, plan = self._attempt.recipe.train, planned.memory
-        optimizer = make_optimizer(model, train)
+        optimizer = make_optimizer(adapter.vectors, train)
         scheduler = get_scheduler(
             train.schedule,
             optimizer,

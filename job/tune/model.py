@@ -1,6 +1,6 @@
 """The 4-bit base, its tokenizer, and the LoRA adapter on it. Owner of bitsandbytes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,7 +311,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the adapter."""
+def make_optimizer(parameters: Sequence[nn.Parameter], train: TrainSection) -> torch.optim.Optimizer:
+    """The recipe's optimizer."""
     make = _OPTIMIZERS[train.optimizer]
-    return make(trainable(model), lr=train.learning_rate, weight_decay=train.weight_decay)
+    return make(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)

@@ -18,7 +18,7 @@ from job.core.verdict import Evaluation, is_exhausted
 from job.tune.checkpoint import Trained
 from job.tune.device import cuda_in_use
 from job.tune.encode import Documents, MicroBatch, micro_batch
-from job.tune.model import PackedModel, trainable
+from job.tune.flat import FlatAdapter
 from job.tune.paths import Path
 
 _NAMED_EXAMPLES = 64
@@ -83,8 +83,8 @@ class Trainer:
     def __init__(
         self,
         *,
-        model: PackedModel,
         path: Path,
+        adapter: FlatAdapter,
         trained: Trained,
         documents: Documents,
         course: Course,
@@ -92,13 +92,12 @@ class Trainer:
         train: TrainSection,
         hooks: Hooks,
     ) -> None:
-        self._model = model
         self._path = path
         self._trained = trained
         self._documents = documents
         self._course = course
         self._accelerator = accelerator
-        self._parameters = trainable(model)
+        self._adapter = adapter
         self._max_grad_norm = train.max_grad_norm
         self._hooks = hooks
         self._lengths = documents.lengths
@@ -112,7 +111,7 @@ class Trainer:
         return self._trained.progress.step, len(self._trained.progress.evaluations)
 
     def run(self, checkpoint: CheckpointSection, evaluation: EvaluateSection) -> None:
-        """Carry the run to its last step, or to the end of its patience.
+        """Carry the run to its last step, or to the end of its patience; the model is in training mode.
 
         Raises:
             StopRequestedError: asked to stop; the state is committed.
@@ -120,7 +119,6 @@ class Trainer:
             CannotFitError: one example alone does not fit the device.
         """
         progress, hooks = self._trained.progress, self._hooks
-        self._model.train()
         while True:
             last = progress.step == self._course.steps
             due = last or progress.step % evaluation.every_steps == 0
@@ -167,7 +165,7 @@ class Trainer:
         began = self._mark or _mark(self._accelerator.device)
         batch = self._course.batch(step)
         loss = self._backward(batch)
-        grad_norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        grad_norm = self._accelerator.clip_grad_norm_(self._adapter.vectors, self._max_grad_norm)
         # Before the update: when the step before was not finite, the optimizer's state is spoilt and nothing may move.
         self._read()
         rate = self._trained.scheduler.get_last_lr()[0]
@@ -190,11 +188,11 @@ class Trainer:
 
     def _update(self, finite: Tensor) -> None:
         """Step the optimizer; where a number is not finite the weights stay as they were, decided on the device."""
-        before = [parameter.detach().clone() for parameter in self._parameters]
+        before = [vector.detach().clone() for vector in self._adapter.vectors]
         self._trained.optimizer.step()
-        for parameter, old in zip(self._parameters, before, strict=True):
-            parameter.data = torch.where(finite, parameter.data, old)
-        self._trained.optimizer.zero_grad(set_to_none=True)
+        for vector, old in zip(self._adapter.vectors, before, strict=True):
+            torch.where(finite, vector.data, old, out=vector.data)
+        self._adapter.clear()
         self._path.refresh()
         self._trained.scheduler.step()
 
@@ -209,13 +207,13 @@ class Trainer:
             try:
                 return self._accumulate(batch, plan["micro_batch_tokens"])
             except _StepCutError:
-                self._trained.optimizer.zero_grad(set_to_none=True)
+                self._adapter.clear()
                 _restore(random_state)
                 self._stop()
             except torch.OutOfMemoryError as error:
                 # Its frames hold the activations that did not fit.
                 failure = error.with_traceback(None)
-                self._trained.optimizer.zero_grad(set_to_none=True)
+                self._adapter.clear()
                 _restore(random_state)
                 self._shrink(plan, batch, failure)
 

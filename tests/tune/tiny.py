@@ -30,6 +30,7 @@ from job.tune import checkpoint as checkpoints
 from job.tune.checkpoint import Progress, Trained
 from job.tune.encode import Documents, MicroBatch, encode, micro_batch, select_documents, token_rules
 from job.tune.evaluate import evaluate
+from job.tune.flat import FlatAdapter
 from job.tune.model import PackedModel, attach_lora, load_base, make_optimizer, trainable
 from job.tune.paths import AutogradPath
 from job.tune.paths import Path as TrainingPath
@@ -199,6 +200,7 @@ class Attempt:
     """One attempt at training: fresh objects from the seed, and what the hooks saw."""
 
     model: PackedModel
+    flat: FlatAdapter
     trained: Trained
     documents: Documents
     course: Course
@@ -222,9 +224,10 @@ class Attempt:
         return self.trained.progress
 
     def trainer(self) -> Trainer:
+        self.model.train()
         return Trainer(
-            model=self.model,
             path=self.path or AutogradPath(self.model, self.accelerator.backward),
+            adapter=self.flat,
             trained=self.trained,
             documents=self.documents,
             course=self.course,
@@ -306,12 +309,14 @@ def attempt(
     )
     model = adapted(base, lora, dtype=dtype)
     course = plan_course(examples=len(documents), batch_size=batch_size, steps=steps, epochs=None, seed=train.seed)
-    made = make_optimizer(model, train)
+    flat = FlatAdapter(model)
+    made = make_optimizer(flat.vectors, train)
     scheduler = get_scheduler(schedule, made, num_warmup_steps=1, num_training_steps=steps)
     progress = Progress(plan=plan_of(micro_batch_tokens))
     torch.manual_seed(train.seed)
     return Attempt(
         model=model,
+        flat=flat,
         trained=Trained(model=model.model, optimizer=made, scheduler=scheduler, progress=progress),
         documents=documents,
         course=course,
