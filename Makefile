@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 
-.PHONY: demo test chaos test-stores test-slurm image sbom test-image lint types docs lock templates bench clean
+.PHONY: demo test chaos test-stores test-slurm image sbom test-image lint types docs lock templates clean
 
 # The CPU lock pins every package. Where pip finds a CPU build of torch (an extra index in PIP_EXTRA_INDEX_URL, or a
 # wheel in PIP_FIND_LINKS) it is taken; otherwise the CUDA build comes, which runs on the CPU as well.

@@ -1,6 +1,6 @@
 """The same batches as a run, through a plain transformers + peft loop: do both end at the same validation loss?
 
-    python bench/plain_loop.py REPORT.json BASE_FOLDER TRAIN.jsonl VALIDATION.jsonl
+    python -m bench.plain_loop REPORT.json BASE_FOLDER TRAIN.jsonl VALIDATION.jsonl
 
 Reads what to do from the run's report (prompt and completion templates, steps, rate, batch order), but shares no line
 with the job beyond the order of the examples: padded batches, Hugging Face's own attention and cross-entropy.

@@ -118,10 +118,10 @@ def _ask(ask: Ask) -> list[str]:
         ),
         "",
         "  resources:",
-        f"    requests: {{cpu: 4, memory: {ask.host_memory_gib}Gi, ephemeral-storage: {ask.disk_gib}Gi}}",
+        f"    requests: {{cpu: 2, memory: {ask.host_memory_gib}Gi, ephemeral-storage: {ask.disk_gib}Gi}}",
         f"    limits: {{memory: {ask.host_memory_gib}Gi, ephemeral-storage: {ask.disk_gib}Gi, nvidia.com/gpu: 1}}",
         "",
-        f"  --gres=gpu:1 --cpus-per-task=4 --mem={ask.host_memory_gib}G --tmp={ask.disk_gib}G",
+        f"  --gres=gpu:1 --cpus-per-task=8 --mem={ask.host_memory_gib}G --tmp={ask.disk_gib}G",
     ]
 
 
