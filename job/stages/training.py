@@ -411,7 +411,7 @@ class Training:
 
 def _where(plan: Mapping[str, Any]) -> str:
     """What makes numbers equal to the bit: the device, and the path that computes the gradients."""
-    return f"{plan['device']} ({plan.get('engine', 'generic')} path)"
+    return str(plan["device"]) + (" on the fast path" if plan.get("engine") == "fast" else "")
 
 
 def _save(trained: Trained, folder: Path) -> None:

@@ -119,6 +119,7 @@ class Trainer:
             CannotFitError: one example alone does not fit the device.
         """
         progress, hooks = self._trained.progress, self._hooks
+        self._adapter.clear()  # whatever was tried before
         while True:
             last = progress.step == self._course.steps
             due = last or progress.step % evaluation.every_steps == 0
