@@ -4,23 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from llama_2_7b import LLAMA_2_7B
 
 from job.core.errors import CannotFitError, UsageError
 from job.core.forecast import Workload, ask_for, candidates, flops_per_token, forecast, trained_tokens
 from job.core.gpus import GPUS, gpu_named
-from job.core.memory import AdapterShape, ModelShape
+from job.core.memory import AdapterShape
 from job.core.plan import plan_course
 
-LLAMA_2_7B = ModelShape(
-    layers=32,
-    hidden=4096,
-    intermediate=11008,
-    vocabulary=32000,
-    positions=4096,
-    heads=32,
-    key_heads=32,
-    head_width=128,
-)
 LENGTHS = np.random.default_rng(0).integers(104, 304, 7000).astype(np.int32)  # GSM8K: 204 on average
 WORK = Workload(
     shape=LLAMA_2_7B,

@@ -3,21 +3,12 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_2_7b import LLAMA_2_7B
 
-from job.core.memory import AdapterShape, DeviceMemory, ModelShape, memory_parts, plan_memory
+from job.core.memory import AdapterShape, DeviceMemory, memory_parts, plan_memory
 
 steady = settings(deadline=None, derandomize=True, database=None)
 GIB = 2**30
-LLAMA_2_7B = ModelShape(
-    layers=32,
-    hidden=4096,
-    intermediate=11008,
-    vocabulary=32000,
-    positions=4096,
-    heads=32,
-    key_heads=32,
-    head_width=128,
-)
 TUTORIAL = AdapterShape(parameters=81_108_992, rank=32, optimizer="adamw_torch_fused")
 paths = st.sampled_from(["fast", "generic"])
 memories = st.integers(0, 200 * GIB)
