@@ -113,9 +113,9 @@ class _Trip:
     seed: int | None
     """Of the dropout masks; None: no dropout."""
 
-    def mask_seed(self, site: int, layer: int) -> int | None:
-        """A seed of its own for each adapter."""
-        return None if self.seed is None else (self.seed + 64 * site + layer) % 2**31
+    def mask_seed(self, site: int, number: int) -> int | None:
+        """A seed of its own for each adapter, by its group and its place there."""
+        return None if self.seed is None else (self.seed + 64 * site + number) % 2**31
 
 
 _HEAD_SITE = 2**20
