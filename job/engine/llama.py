@@ -139,14 +139,10 @@ class Step:
             for group, matrix in zip(layer.groups, self._kept_matrices[index], strict=True):
                 group.fill_weights(matrix)
         self._shared: dict[tuple[int, int], Tensor] = {}
-        """By the place in the layer and the height; layers are alike, so each place has one."""
+        """By the place in the layer and the ranks: every layer has the same targets, so each place has one."""
         self._head_matrix = decoder.head.make(dtype, self._device)
         decoder.head.fill_weights(self._head_matrix)
         self.refresh()
-
-    def recompute(self, layers: int) -> None:
-        """From now on so many layers go forward again on the way back."""
-        self._recomputed = layers
 
     def refresh(self) -> None:
         """Bring the adapters' new values into what is kept: after each change of them."""
