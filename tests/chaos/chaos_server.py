@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import random
@@ -19,6 +20,8 @@ from servers import S3Server, free_port
 
 PROGRAM = Path(__file__).with_name("whole_requests.py")
 _START_SECONDS = 120
+_CLOSE_WAIT = "08"
+"""Of a connection whose other end has gone, in /proc/net/tcp."""
 _FACTS = ".meta.json"
 """What ministack keeps beside an object."""
 _ACCOUNT = "000000000000"
@@ -74,6 +77,22 @@ class MortalServer:
         self.start()
         self.deaths += 1
         self.longest_away_seconds = max(self.longest_away_seconds, time.monotonic() - began)
+
+    def settle(self) -> None:
+        """Wait until all that killed processes had sent is done, or is gone with the server."""
+        deadline = time.monotonic() + _START_SECONDS
+        while self._has_orphaned_connections():
+            assert time.monotonic() < deadline, "a connection of a process that was killed stays open"
+            time.sleep(0.002)
+        with contextlib.suppress(OSError, http.client.HTTPException):  # it is answered after what came before it
+            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_START_SECONDS)
+            with contextlib.closing(connection):
+                connection.request("HEAD", "/")
+                connection.getresponse()
+
+    def _has_orphaned_connections(self) -> bool:
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        return any(row[1].endswith(f":{self._port:04X}") and row[3] == _CLOSE_WAIT for row in rows)
 
     def bucket(self, name: str) -> Path:
         """Where the objects of a bucket stand on the server's disk."""

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-RANDOM_KILL, POINT_KILL, STOP = "SIGKILL at random", "SIGKILL at a crash point", "SIGTERM at random"
+RANDOM_KILL, POINT_KILL, STOP = "SIGKILL at random", "SIGKILL at a crash point", "SIGTERM"
 DEEDS = (RANDOM_KILL, POINT_KILL, STOP)
 RESUMED, ANEW, DONE, AGAIN = "went on", "began anew", "was done", "struck again"
 OUTCOMES = (RESUMED, ANEW, DONE, AGAIN)

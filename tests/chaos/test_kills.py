@@ -34,6 +34,8 @@ TWICE = (
     "adapter.after_file",
 )
 """Points that one attempt passes again and again."""
+SHORT = ("evaluate.middle", "save.middle")
+"""Points in phases of milliseconds: a request at a moment drawn from the seed mostly comes after them."""
 LATE = ("adapter.", "prove.", "pictures.", "report.")
 """Points after the last step: an attempt that is killed there has trained to the end."""
 
@@ -41,8 +43,8 @@ LATE = ("adapter.", "prove.", "pictures.", "report.")
 class Siege:
     """Runs that are attacked, and the ledger of it."""
 
-    def __init__(self, folder: Path, place, recipe, image, undisturbed, *, seed: str) -> None:
-        self.folder, self.place, self.recipe, self.image = folder, place, recipe, image
+    def __init__(self, folder: Path, server, place, recipe, image, undisturbed, *, seed: str) -> None:
+        self.folder, self.server, self.place, self.recipe, self.image = folder, server, place, recipe, image
         self.undisturbed, attempt = undisturbed
         self.durations = Durations(attempt)
         self.ledger = Ledger()
@@ -81,6 +83,7 @@ class Besieged:
             cold: by the real command.
             fresh: on an empty disk.
         """
+        self.siege.server.settle()  # the attempt before may have been killed right after it had sent a manifest
         before = self.run.committed()
         attempt = self.run.begin(*options, cold=cold, fresh=fresh)
         if not aim(attempt):
@@ -270,8 +273,8 @@ def kills_at_points(siege: Siege, specs, *, name: str) -> list[str]:
 
 
 @pytest.fixture
-def siege(tmp_path_factory, s3_place, s3_recipe, image, undisturbed, seed):
-    return Siege(tmp_path_factory.mktemp("siege"), s3_place, s3_recipe, image, undisturbed, seed=seed)
+def siege(tmp_path_factory, server, s3_place, s3_recipe, image, undisturbed, seed):
+    return Siege(tmp_path_factory.mktemp("siege"), server, s3_place, s3_recipe, image, undisturbed, seed=seed)
 
 
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(siege, server):
@@ -303,7 +306,7 @@ class TestAll:
 
     @pytest.fixture(scope="class")
     def siege(self, tmp_path_factory, s3_place, s3_recipe, image, undisturbed, seed, results, server):
-        siege = Siege(tmp_path_factory.mktemp("all"), s3_place, s3_recipe, image, undisturbed, seed=seed)
+        siege = Siege(tmp_path_factory.mktemp("all"), server, s3_place, s3_recipe, image, undisturbed, seed=seed)
         say(f"seed {seed}")
         with dying_at_random(server, random.Random(f"{seed}/server"), between_seconds=(5.0, 20.0)):
             yield siege
@@ -332,4 +335,9 @@ class TestAll:
 
     def test_a_request_to_stop_in_every_phase(self, siege):
         stops_at_random(siege, at_once=AT_ONCE)
+        for spec in SHORT:
+            besieged = siege.run(f"stop-{spec}")
+            assert besieged.stop_at_point(spec), spec
+            besieged.finish()
+        assert [phase for phase in NEEDED if not siege.ledger.count(phase=phase, deed=STOP)] == []
         assert siege.ledger.codes(STOP) <= {0, StopRequestedError.code, UnavailableError.code, -signal.SIGTERM}
