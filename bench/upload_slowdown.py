@@ -1,7 +1,8 @@
 """How much uploads in the background slow training: the job's own steps beside the job's own publisher.
 
     python recipes/demo_base.py .demo/base
-    python -m bench.upload_slowdown recipes/demo.yaml [--set KEY=VALUE]... [--device cuda] [--endpoint URL]
+    python -m bench.upload_slowdown recipes/demo.yaml [--set KEY=VALUE]... [--device cuda] [--engine fast]
+        [--endpoint URL]
 
 Rounds of two halves: steps while a checkpoint is on its way to an S3 server (moto as a process of its own that takes
 --link megabytes a second, or --endpoint with AWS credentials in the environment), then as many with nothing on its way.
@@ -34,7 +35,8 @@ from botocore.config import Config
 from transformers import get_scheduler
 
 from job.core.errors import StopRequestedError
-from job.core.plan import choose_max_length, plan_course, plan_memory
+from job.core.memory import AdapterShape, plan_memory
+from job.core.plan import choose_max_length, plan_course
 from job.core.recipe import CheckpointSection, EvaluateSection, TrackSection, load_recipe
 from job.core.records import Tally, checked_lines
 from job.core.verdict import Evaluation
@@ -43,8 +45,10 @@ from job.edge.publisher import Publisher
 from job.edge.storage import StoreSettings, open_store
 from job.tune import checkpoint as checkpoints
 from job.tune import model as models
+from job.tune.choice import choose_path
 from job.tune.device import choose_device, device_memory, device_name
 from job.tune.encode import encode, select_documents, token_rules
+from job.tune.flat import FlatAdapter
 from job.tune.track import make_accelerator
 from job.tune.train import Hooks, Trainer
 
@@ -111,7 +115,7 @@ def documents_of(recipe, tokenizer, positions, folder):
     return select_documents(encoded, max_length=limit.tokens, too_long="truncate")
 
 
-def trainer_of(recipe, device, folder):
+def trainer_of(recipe, engine, device, folder):
     """A trainer without hooks and the state that it moves, as the stages make them."""
     base = Path(recipe.model.base)
     shape, memory = models.shape_of(models.read_config(base)), device_memory(device)
@@ -120,31 +124,42 @@ def trainer_of(recipe, device, folder):
     model = models.PackedModel(
         models.attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=recipe.train.seed)
     )
-    trainable = models.parameter_counts(model)[0]
-    plan = plan_memory(shape, device=memory, max_length=documents.max_length, trainable=trainable)
-    if plan.checkpointing:
-        model.use_checkpointing()
-    optimizer = models.make_optimizer(model, recipe.train)
+    train = recipe.train
+    accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
+    choice = choose_path(model, engine, backward=accelerator.backward)
+    course = plan_course(
+        examples=len(documents), batch_size=train.batch_size, steps=NO_END, epochs=None, seed=train.seed
+    )
+    plan = plan_memory(
+        shape,
+        AdapterShape(parameters=models.parameter_counts(model)[0], rank=recipe.lora.r, optimizer=train.optimizer),
+        path=choice.name,
+        device=memory,
+        max_length=documents.max_length,
+        step_tokens=course.largest_step(documents.lengths),
+    )
     facts = {"micro_batch_tokens": plan.micro_batch_tokens, "checkpointing": plan.checkpointing}
+    facts |= {"kept_layers": plan.kept_layers, "recomputed_layers": plan.recomputed_layers}
+    choice.path.adopt(facts)
+    adapter = FlatAdapter(model)
+    optimizer = models.make_optimizer(adapter.vectors, train)
     trained = checkpoints.Trained(
         model=model.model,
         optimizer=optimizer,
         scheduler=get_scheduler("constant", optimizer),
-        progress=checkpoints.Progress(plan=facts | {"device": device_name(device)}),
+        progress=checkpoints.Progress(plan=facts | {"engine": choice.name, "device": device_name(device)}),
     )
-    course = plan_course(
-        examples=len(documents), batch_size=recipe.train.batch_size, steps=NO_END, epochs=None, seed=recipe.train.seed
-    )
-    accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
 
     def trainer(hooks):
+        model.train()
         return Trainer(
-            model=model,
+            path=choice.path,
+            adapter=adapter,
             trained=trained,
             documents=documents,
             course=course,
             accelerator=accelerator,
-            train=recipe.train,
+            train=train,
             hooks=hooks,
         )
 
@@ -222,6 +237,7 @@ def main():
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--engine", choices=["auto", "fast", "generic"], default="auto")
     parser.add_argument("--endpoint", metavar="URL")
     parser.add_argument("--link", type=float, default=100, metavar="MB/S", help="of the moto server")
     parser.add_argument("--megabytes", type=int, default=490)
@@ -234,7 +250,7 @@ def main():
         torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="upload-slowdown-"))
     try:
-        trainer, trained = trainer_of(recipe, device, folder / "encoded")
+        trainer, trained = trainer_of(recipe, options.engine, device, folder / "encoded")
         with bucket(folder, options.endpoint, options.link) as uri:
             rounds = Rounds(trained, uri, folder, options.megabytes, options.rounds, options.least_steps)
             hooks = Hooks(
