@@ -17,8 +17,6 @@ class Gpu:
     """As CUDA reports it."""
     dense_tflops: float | None
     """bf16, dense, from the vendor's data sheet; None: not known, so no time is told."""
-    measured: bool = False
-    """Whether speeds were measured on it; otherwise they are scaled from what was."""
 
     @property
     def sustained_flops(self) -> float | None:
@@ -27,7 +25,7 @@ class Gpu:
 
 
 GPUS = (
-    Gpu(name="h200", memory_gib=139.8, dense_tflops=989, measured=True),
+    Gpu(name="h200", memory_gib=139.8, dense_tflops=989),
     Gpu(name="b200", memory_gib=178.4, dense_tflops=2250),
     Gpu(name="h100", memory_gib=79.2, dense_tflops=989),
     Gpu(name="h100-pcie", memory_gib=79.2, dense_tflops=756),
@@ -60,4 +58,4 @@ def gpu_named(name: str, *, memory_gib: float | None = None) -> Gpu:
         raise UsageError(f"--gpu {name}: not known; one of {known}, or --gpu-memory GIB for another one")
     if memory_gib is None:
         return found
-    return Gpu(name=name, memory_gib=memory_gib, dense_tflops=found.dense_tflops, measured=found.measured)
+    return Gpu(name=name, memory_gib=memory_gib, dense_tflops=found.dense_tflops)
