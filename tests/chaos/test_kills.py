@@ -246,7 +246,10 @@ def stops_at_random(siege: Siege, *, at_once: int) -> None:
                 code = None if besieged.done else besieged.stop_at_random(phase)
                 ended.setdefault(phase, set()).add(code)
                 # At the very end there is nothing left to stop.
-                if StopRequestedError.code not in ended[phase] and not (phase == "report" and code == 0):
+                stopped = StopRequestedError.code in ended[phase] or (phase == "report" and code == 0)
+                # A short phase may be over when the signal arrives.
+                hit = phase not in NEEDED or siege.ledger.count(phase=phase, deed=STOP)
+                if not (stopped and hit):
                     left.insert(0, phase)
             besieged.finish()
 
