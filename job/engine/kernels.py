@@ -6,20 +6,46 @@ Rows may lie apart (a stride for rows, none inside one), so that results land wh
 # Triton's own language: capitals for what is known when a kernel is compiled, pointers and strides by position.
 # ruff: noqa: N803, PLR0913, PLR0917, ANN001, ANN202
 # ruff: noqa: D103 - said in `reference`
+
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from job.engine.masked import masked_add, masked_gradient, masked_ranks
 from job.engine.weights import Quantised
 
+__all__ = [
+    "cross_entropy_in_place",
+    "decode",
+    "masked_add",
+    "masked_gradient",
+    "masked_ranks",
+    "rms_backward_add",
+    "rms_forward",
+    "rotate_backward",
+    "rotate_forward",
+    "swiglu_backward",
+    "swiglu_forward",
+]
 _NF4_BLOCK = 64
 
 
 @triton.jit
 def _decode(
-    PACKED, SCALES, SCALES_CODE, OUTER_SCALES, OFFSET, CODE, OUT, row_stride, width, blocks, ROWS: tl.constexpr
+    PACKED,
+    SCALES,
+    SCALES_CODE,
+    OUTER_SCALES,
+    OFFSET,
+    CODE,
+    OUT,
+    row_stride,
+    width,
+    blocks,
+    ROWS: tl.constexpr,
+    IN_ONE_ROW: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = block < blocks
@@ -30,11 +56,15 @@ def _decode(
     first = tl.load(CODE + (pairs >> 4)) * scale[:, None]
     second = tl.load(CODE + (pairs & 15)) * scale[:, None]
     values = tl.interleave(first, second).to(OUT.dtype.element_ty)
-    element = block * 64
-    row = element // width
-    column = element - row * width
-    place = OUT + (row * row_stride + column)[:, None] + tl.arange(0, 64)[None, :]
-    tl.store(place, values, mask=there[:, None])
+    if IN_ONE_ROW:
+        row = block * 64 // width
+        column = block * 64 - row * width
+        place = (row * row_stride + column)[:, None] + tl.arange(0, 64)[None, :]
+    else:
+        element = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+        row = element // width
+        place = row * row_stride + element - row * width
+    tl.store(OUT + place, values, mask=there[:, None])
 
 
 def decode(weight: Quantised, out: Tensor) -> None:
@@ -52,6 +82,7 @@ def decode(weight: Quantised, out: Tensor) -> None:
         weight.width,
         blocks,
         ROWS=rows,
+        IN_ONE_ROW=weight.width % _NF4_BLOCK == 0,
         num_warps=4,
     )
 
@@ -274,11 +305,13 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, d_gate_up: Tensor, out: Tenso
 
 
 @triton.jit
-def _cross_entropy(LOGITS, stride, TARGETS, LOSSES, share, width, BLOCK: tl.constexpr):
+def _cross_entropy(LOGITS, stride, TARGETS, LOSSES, SHARE, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
+    there = target >= 0
+    share = tl.where(there, tl.load(SHARE), 0.0)
     logits = LOGITS + row * stride
-    own = tl.load(logits + target).to(tl.float32)  # first: below it is written over
+    own = tl.load(logits + target, mask=there, other=0.0).to(tl.float32)  # first: below it is written over
     highest = -float("inf")
     total = 0.0
     for start in range(0, width, BLOCK):
@@ -288,7 +321,7 @@ def _cross_entropy(LOGITS, stride, TARGETS, LOSSES, share, width, BLOCK: tl.cons
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher))
         highest = higher
     normaliser = highest + tl.log(total)
-    tl.store(LOSSES + row, normaliser - own)
+    tl.store(LOSSES + row, tl.where(there, normaliser - own, 0.0))
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < width, other=-float("inf")).to(tl.float32)
@@ -297,37 +330,7 @@ def _cross_entropy(LOGITS, stride, TARGETS, LOSSES, share, width, BLOCK: tl.cons
         tl.store(logits + column, gradient.to(LOGITS.dtype.element_ty), mask=column < width)
 
 
-def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, share: float) -> None:
+def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, share: Tensor) -> None:
     rows, width = logits.shape
     block = min(4096, triton.next_power_of_2(width))
     _cross_entropy[(rows,)](logits, logits.stride(0), targets, losses, share, width, BLOCK=block, num_warps=8)
-
-
-@triton.jit(do_not_specialize=["seed"])
-def _dropout(X, x_stride, OUT, out_stride, seed, rate, width, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    kept = tl.rand(seed, row * width + column) >= rate
-    x = tl.load(X + row * x_stride + column, mask=there, other=0.0).to(tl.float32)
-    value = tl.where(kept, x / (1.0 - rate), 0.0)
-    place = OUT + row * out_stride + column
-    if ADD:
-        value += tl.load(place, mask=there, other=0.0).to(tl.float32)
-    tl.store(place, value.to(OUT.dtype.element_ty), mask=there)
-
-
-def _drop(x: Tensor, out: Tensor, seed: int, rate: float, *, add: bool) -> None:
-    rows, width = x.shape
-    block = min(2048, triton.next_power_of_2(width))
-    _dropout[(rows, triton.cdiv(width, block))](
-        x, x.stride(0), out, out.stride(0), seed, rate, width, ADD=add, BLOCK=block, num_warps=8
-    )
-
-
-def dropout(x: Tensor, out: Tensor, seed: int, rate: float) -> None:
-    _drop(x, out, seed, rate, add=False)
-
-
-def dropout_backward_add(grad: Tensor, into: Tensor, seed: int, rate: float) -> None:
-    _drop(grad, into, seed, rate, add=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from job.engine.attention import Attention, Documents
-from job.engine.ops import Ops
+from job.engine.ops import Masks, Ops
 from job.engine.weights import Group
 
 _LOGITS_AT_ONCE = 2**27
@@ -72,7 +72,11 @@ class Row:
     places: Tensor
     """[N] int64: places in T whose next token is a target."""
     targets: Tensor
-    """[N] int64: those next tokens."""
+    """[N] int64: those next tokens; below 0: none, and then its place is no other target's, or that of such a one."""
+    share: Tensor
+    """[1] fp32: one over the targets of the whole step."""
+    seed: Tensor | None
+    """[1] int64, below 2**31, of the dropout masks; None: no dropout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +114,12 @@ class _Trip:
     row: Row
     cos: Tensor
     sin: Tensor
-    seed: int | None
-    """Of the dropout masks; None: no dropout."""
 
-    def mask_seed(self, site: int, number: int) -> int | None:
-        """A seed of its own for each adapter, by its group and its place there."""
-        return None if self.seed is None else (self.seed + 64 * site + number) % 2**31
+    def masks(self, group: Group, site: int) -> Masks | None:
+        """Of a group's input; None where nothing is dropped."""
+        if self.row.seed is None or not group.dropout or not group.rank:
+            return None
+        return Masks(seed=self.row.seed, site=site, adapters=group.adapters, rate=group.dropout)
 
 
 _HEAD_SITE = 2**20
@@ -131,18 +135,28 @@ class Step:
         self._ops = ops
         self._dtype = dtype
         self._recomputed = thrift.recomputed_layers
-        self._device = decoder.embeddings.device
+        self.device = decoder.embeddings.device
         self._hidden = decoder.embeddings.shape[1]
         self._kept_matrices: dict[int, tuple[Tensor, ...]] = {}
         for index, layer in enumerate(decoder.layers[: thrift.kept_layers]):
-            self._kept_matrices[index] = tuple(group.make(dtype, self._device) for group in layer.groups)
+            self._kept_matrices[index] = tuple(group.make(dtype, self.device) for group in layer.groups)
             for group, matrix in zip(layer.groups, self._kept_matrices[index], strict=True):
                 group.fill_weights(matrix)
         self._shared: dict[tuple[int, int], Tensor] = {}
         """By the place in the layer and the ranks: every layer has the same targets, so each place has one."""
-        self._head_matrix = decoder.head.make(dtype, self._device)
+        self._head_matrix = decoder.head.make(dtype, self.device)
         decoder.head.fill_weights(self._head_matrix)
         self.refresh()
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the activations that a token leaves for the way back, about."""
+        widths = (
+            group.width + group.height
+            for layer in self._decoder.layers
+            for group in (layer.qkv, layer.gate_up, layer.out)
+        )
+        return sum(widths) * self._dtype.itemsize
 
     def refresh(self) -> None:
         """Bring the adapters' new values into what is kept: after each change of them."""
@@ -152,19 +166,14 @@ class Step:
                 group.fill_adapters(matrix)
 
     @torch.no_grad()
-    def accumulate(self, row: Row, *, share: float, seed: int | None) -> Tensor:
+    def accumulate(self, row: Row) -> Tensor:
         """Add the gradients of share * (sum of the losses) to the adapters.
-
-        Args:
-            row: the micro-batch.
-            share: one over the targets of the whole step.
-            seed: of the dropout masks; None trains without dropout.
 
         Returns:
             Loss of each target, in nats: [N] fp32.
         """
         cos, sin = self._decoder.rotation(row.positions)
-        trip = _Trip(row=row, cos=cos, sin=sin, seed=seed)
+        trip = _Trip(row=row, cos=cos, sin=sin)
         stream = self._decoder.embeddings[row.ids].to(self._dtype)
         kept: list[_Kept | Tensor] = []
         for index in range(len(self._decoder.layers)):
@@ -174,7 +183,7 @@ class Step:
             else:
                 kept.append(self._layer_forward(index, stream, trip))
         room = max(group.padded_rank for layer in self._decoder.layers for group in (layer.out, layer.down))
-        losses, grad = self._head(stream, trip, share, room=room)
+        losses, grad = self._head(stream, trip, room=room)
         del stream
         for index in range(len(self._decoder.layers) - 1, -1, -1):
             state = kept.pop()
@@ -237,16 +246,11 @@ class Step:
         """Input of the ranks: h = dropout(x) A^T, into out [T, ranks]."""
         if not group.rank:
             return
-        x = x[:, : group.width]
-        if trip.seed is None or not group.dropout:
-            torch.mm(x, matrix[group.height :, : group.width].t(), out=out[:, : group.rank])
-            return
-        dropped = self._empty(*x.shape)
-        for number, ranks in enumerate(group.ranks):
-            seed = trip.mask_seed(site, number)
-            if ranks is not None and seed is not None:
-                self._ops.dropout(x, dropped, seed, group.dropout)
-                torch.mm(dropped, _adapters(group, matrix, ranks).t(), out=out[:, ranks])
+        x, a, masks = x[:, : group.width], matrix[group.height :, : group.width], trip.masks(group, site)
+        if masks is None:
+            torch.mm(x, a.t(), out=out[:, : group.rank])
+        else:
+            self._ops.masked_ranks(x, a, out[:, : group.rank], masks)
 
     def _product(self, group: Group, matrix: Tensor, x: Tensor) -> Tensor:
         """[x h] [W sB]^T."""
@@ -284,7 +288,7 @@ class Step:
 
     # --- the head: loss and its gradient, a chunk at a time -----------------------------------------------------------
 
-    def _head(self, stream: Tensor, trip: _Trip, share: float, *, room: int) -> tuple[Tensor, Tensor]:
+    def _head(self, stream: Tensor, trip: _Trip, *, room: int) -> tuple[Tensor, Tensor]:
         """Losses [N], and the gradient of the stream [T, hidden + room]."""
         group, row = self._decoder.head, trip.row
         last = stream[row.places]
@@ -299,13 +303,13 @@ class Step:
             logits = self._empty(part.stop - part.start, group.height + group.padded_rank)
             used = group.width + group.rank
             torch.mm(x[part, :used], self._head_matrix[: group.height, :used].t(), out=logits[:, : group.height])
-            self._ops.cross_entropy_in_place(logits[:, : group.height], row.targets[part], losses[part], share)
+            self._ops.cross_entropy_in_place(logits[:, : group.height], row.targets[part], losses[part], row.share)
             h = x[part, group.width :]
             d_x[part] = self._group_backward(group, self._head_matrix, logits, x[part], h, trip, site=site)
             del logits
         d_last = torch.zeros_like(last)
         self._ops.rms_backward_add(d_x, x[:, : group.width], self._decoder.final_norm, inverse, d_last)
-        grad = torch.zeros(len(stream), self._hidden + room, dtype=self._dtype, device=self._device)
+        grad = torch.zeros(len(stream), self._hidden + room, dtype=self._dtype, device=self.device)
         grad[:, : self._hidden].index_copy_(0, row.places, d_last)
         return losses, grad
 
@@ -380,32 +384,25 @@ class Step:
 
     def _input_gradient(self, group: Group, matrix: Tensor, grad: Tensor, trip: _Trip, *, site: int) -> Tensor:
         """[dy g] [W ; A]; with dropout each adapter's share comes through its own mask."""
-        if trip.seed is None or not group.dropout:
-            used = group.height + group.rank
-            return torch.mm(grad[:, :used], matrix[:used, : group.width])
-        result = torch.mm(grad[:, : group.height], matrix[: group.height, : group.width])
-        for number, ranks in enumerate(group.ranks):
-            seed = trip.mask_seed(site, number)
-            if ranks is not None and seed is not None:
-                thin = grad[:, group.height + ranks.start : group.height + ranks.stop]
-                share = torch.mm(thin, _adapters(group, matrix, ranks))
-                self._ops.dropout_backward_add(share, result, seed, group.dropout)
+        masks = trip.masks(group, site)
+        used = group.height + (group.rank if masks is None else 0)
+        result = torch.mm(grad[:, :used], matrix[:used, : group.width])
+        if masks is not None:
+            thin = grad[:, group.height : group.height + group.rank]
+            self._ops.masked_add(thin, matrix[group.height :, : group.width], result, masks)
         return result
 
     def _adapter_gradients(self, group: Group, grad: Tensor, x: Tensor, h: Tensor, trip: _Trip, *, site: int) -> None:
         """Add g^T dropout(x) to A's gradient, and s dy^T h to B's."""
-        x = x[:, : group.width]
-        masked = trip.seed is not None and group.dropout > 0
-        dropped = self._empty(*x.shape) if masked else x
-        for number, (layer, rows, ranks) in enumerate(zip(group.layers, group.rows, group.ranks, strict=True)):
-            if layer.adapter is None or ranks is None:
-                continue
-            seed = trip.mask_seed(site, number)
-            if masked and seed is not None:
-                self._ops.dropout(x, dropped, seed, group.dropout)
-            thin = grad[:, group.height + ranks.start : group.height + ranks.stop]
-            _add(layer.adapter.a, _exact_product(thin, dropped))
-            _add(layer.adapter.b, _exact_product(grad[:, rows], h[:, ranks]).mul_(layer.adapter.scaling))
+        if not group.rank:
+            return
+        x, thin = x[:, : group.width], grad[:, group.height : group.height + group.rank]
+        masks = trip.masks(group, site)
+        a = _exact_product(thin, x) if masks is None else self._ops.masked_gradient(thin, x, masks)
+        for layer, rows, ranks in zip(group.layers, group.rows, group.ranks, strict=True):
+            if layer.adapter is not None and ranks is not None:
+                _add(layer.adapter.a, a[ranks])
+                _add(layer.adapter.b, _exact_product(grad[:, rows], h[:, ranks]), scale=layer.adapter.scaling)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -417,21 +414,16 @@ class Step:
         group = self._decoder.layers[index].groups[place]
         key = (place, group.rank)
         if key not in self._shared:
-            self._shared[key] = group.make(self._dtype, self._device)
+            self._shared[key] = group.make(self._dtype, self.device)
         group.fill_weights(self._shared[key])
         group.fill_adapters(self._shared[key])
         return self._shared[key]
 
     def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=self._dtype, device=self._device)
+        return torch.empty(*shape, dtype=self._dtype, device=self.device)
 
     def _empty_exact(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=self._device)
-
-
-def _adapters(group: Group, matrix: Tensor, ranks: slice) -> Tensor:
-    """A of one layer, as it stands in M."""
-    return matrix[group.height + ranks.start : group.height + ranks.stop, : group.width]
+        return torch.empty(*shape, dtype=torch.float32, device=self.device)
 
 
 def _exact_product(left: Tensor, right: Tensor) -> Tensor:
@@ -441,8 +433,8 @@ def _exact_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.t(), right).float()
 
 
-def _add(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
+def _add(parameter: torch.nn.Parameter, gradient: Tensor, *, scale: float = 1.0) -> None:
     if parameter.grad is None:
-        parameter.grad = gradient
+        parameter.grad = gradient * scale
     else:
-        parameter.grad.add_(gradient)
+        parameter.grad.add_(gradient, alpha=scale)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from job.engine.ops import Masks
 from job.engine.weights import Quantised
 
 _BLOCK = 64
@@ -111,25 +112,82 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, d_gate_up: Tensor, out: Tenso
     d_gate_up[:, width : 2 * width].copy_(grad.float() * silu)
 
 
-def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, share: float) -> None:
-    """Loss of each row into `losses` [N] fp32; the logits [N, V] become the gradient of share * (sum of the losses)."""
-    exact = logits.float()
-    losses.copy_(cross_entropy(exact, targets, reduction="none"))
+def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, share: Tensor) -> None:
+    """Loss of each row into `losses` [N] fp32; the logits [N, V] become the gradient of share * (sum of the losses).
+
+    A target below 0 is none: its loss and its gradient are 0.
+    """
+    exact, there = logits.float(), targets >= 0
+    losses.copy_(cross_entropy(exact, targets, reduction="none", ignore_index=-1))
     chances = exact.softmax(dim=-1)
-    chances[torch.arange(len(targets), device=targets.device), targets] -= 1.0
-    logits.copy_(chances * share)
+    chances[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
+    logits.copy_(chances * (share * there[:, None]))
 
 
-def _kept(x: Tensor, seed: int, rate: float) -> Tensor:
-    generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.rand(x.shape, generator=generator, device=x.device) >= rate
+_WORD = 2**32 - 1
+MASK_STEPS = 2**16
+"""A mask is drawn from 16 bits an element: the rate is rounded to a multiple of one over this."""
 
 
-def dropout(x: Tensor, out: Tensor, seed: int, rate: float) -> None:
-    """Into out: x / (1 - rate) where it is kept, else 0; what is kept depends on the seed and the shape alone."""
-    out.copy_(torch.where(_kept(x, seed, rate), x.float() / (1 - rate), 0.0))
+def _mixed(word: Tensor) -> Tensor:
+    """A permutation of 32-bit words without pattern: lowbias32, Wellons 2018 (nullprogram.com/blog/2018/07/31)."""
+    word = (word ^ (word >> 16)) * 0x7FEB352D & _WORD
+    word = (word ^ (word >> 15)) * 0x846CA68B & _WORD
+    return word ^ (word >> 16)
 
 
-def dropout_backward_add(grad: Tensor, into: Tensor, seed: int, rate: float) -> None:
-    """Adds the gradient of `dropout`'s input, from that of its result."""
-    into.copy_(into.float() + torch.where(_kept(grad, seed, rate), grad.float() / (1 - rate), 0.0))
+def kept(shape: torch.Size, masks: Masks, adapter: int) -> Tensor:
+    """Which elements of an input [T, K] one adapter sees: by the seed and the element's place alone."""
+    first = _mixed((masks.seed + (8 * masks.site + adapter) * 0x9E3779B9) & _WORD)
+    second = _mixed(first ^ 0x85EBCA6B)
+    place = torch.arange(shape.numel(), device=masks.seed.device).view(shape)
+    word = (place ^ first) * 0x9E3779B1 & _WORD
+    word = (word ^ (word >> 15) ^ second) * 0x846CA68B & _WORD
+    return (word >> 16) >= round(masks.rate * MASK_STEPS)
+
+
+def _dropped(x: Tensor, masks: Masks, adapter: int) -> Tensor:
+    return torch.where(kept(x.shape, masks, adapter), x.float(), 0.0) / (1 - masks.rate)
+
+
+def _rows(matrix: Tensor, masks: Masks, adapter: int) -> Tensor:
+    return matrix.chunk(masks.adapters)[adapter]
+
+
+def masked_ranks(x: Tensor, a: Tensor, out: Tensor, masks: Masks) -> None:
+    """Input of the ranks: dropout(x) A^T of each adapter side by side.
+
+    Args:
+        x: [T, K].
+        a: [R, K], the adapters' A one below the other.
+        out: [T, R].
+        masks: of x.
+    """
+    parts = [_dropped(x, masks, n) @ _rows(a, masks, n).float().t() for n in range(masks.adapters)]
+    out.copy_(torch.cat(parts, dim=1))
+
+
+def masked_gradient(thin: Tensor, x: Tensor, masks: Masks) -> Tensor:
+    """Gradient of A: g^T dropout(x) of each adapter, one below the other: [R, K] fp32.
+
+    Args:
+        thin: [T, R], gradient of the ranks.
+        x: [T, K].
+        masks: of x.
+    """
+    parts = thin.float().chunk(masks.adapters, dim=1)
+    return torch.cat([part.t() @ _dropped(x, masks, n) for n, part in enumerate(parts)])
+
+
+def masked_add(thin: Tensor, a: Tensor, into: Tensor, masks: Masks) -> None:
+    """Adds the gradient of x through each adapter's mask: into [T, K] += dropout(g A).
+
+    Args:
+        thin: [T, R], gradient of the ranks.
+        a: [R, K].
+        into: [T, K].
+        masks: of x.
+    """
+    parts = thin.float().chunk(masks.adapters, dim=1)
+    shares = [_dropped(part @ _rows(a, masks, n).float(), masks, n) for n, part in enumerate(parts)]
+    into.copy_(into.float() + sum(shares))

@@ -100,6 +100,7 @@ class Group:
             self.rank += rank
         self.padded_rank = -(-self.rank // _ALIGNED) * _ALIGNED
         """Ranks with what keeps the next row aligned."""
+        self.adapters = sum(layer.adapter is not None for layer in layers)
         self.dropout = max((layer.adapter.dropout for layer in layers if layer.adapter is not None), default=0.0)
         biases = [layer.bias for layer in layers]
         self.bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])

@@ -46,16 +46,14 @@ def choose_path(
     generic = AutogradPath(model, backward)
     if wanted == "generic":
         return Choice(path=generic, name="generic", reason="asked for")
-    if wanted == "auto":
-        return Choice(path=generic, name="generic", reason="the default; --engine fast asks for the other")
     device = next(model.parameters()).device
+    if wanted == "auto" and device.type == "cpu":
+        return Choice(path=generic, name="generic", reason="on the CPU")
     against = reason_against(model.model) or _reason_of_device(device)
     if against is None:
         try:
             path = FastPath(model, _ops(device), dtype=dtype, thrift=Thrift(kept_layers=0, recomputed_layers=0))
             against = difference(model, path, generic)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
             against = f"{type(error).__name__}: {error}"[:300]
         else:
@@ -63,6 +61,8 @@ def choose_path(
                 return Choice(
                     path=path, name="fast", reason="a decoder of the Llama family; agrees with the generic path"
                 )
+    if wanted == "auto":
+        return Choice(path=generic, name="generic", reason=f"not the fast path: {against}")
     raise UsageError(f"--engine fast: {against}; leave the option out, and the generic path trains this model")
 
 

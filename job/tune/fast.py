@@ -39,9 +39,9 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
             yield f"{path} has a bias"
         state = getattr(getattr(_base_of(module), "weight", None), "quant_state", None)
         if state is not None and (
-            state.blocksize != _NF4_BLOCK or state.state2.blocksize != _SCALES_BLOCK or state.shape[1] % _NF4_BLOCK
+            state.blocksize != _NF4_BLOCK or state.state2.blocksize != _SCALES_BLOCK or state.shape.numel() % _NF4_BLOCK
         ):
-            yield f"{path}: {state.shape[1]} columns are no whole blocks of {_NF4_BLOCK}"
+            yield f"{path}: {state.shape.numel()} elements are no whole blocks of {_NF4_BLOCK}"
     width = _head_width(config)
     if width % 8 or width > _WIDEST_HEAD:
         yield f"its heads are {width} wide"

@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import structlog
 import torch
 from torch import Tensor
 
 from job.engine.attention import Documents
 from job.engine.llama import Row, Step, Thrift
 from job.engine.ops import Ops
+from job.engine.replay import Replay, most_tokens
 from job.tune.encode import MicroBatch
 from job.tune.fast import decoder_of
-from job.tune.model import PackedModel
+from job.tune.model import PackedModel, trainable
+
+log = structlog.get_logger(__name__)
 
 Plan = dict[str, Any]
 """How a batch is cut for this device, as a checkpoint keeps it."""
@@ -85,7 +89,7 @@ class FastPath:
         self._thrift = thrift
         self._dropout = max(group.dropout for layer in self._decoder.layers for group in layer.groups)
         self._make: Callable[[Thrift], Step] = lambda thrift: Step(self._decoder, ops, dtype=dtype, thrift=thrift)
-        self._step: Step | None = self._make(thrift)
+        self._step: Step | Replay | None = self._make(thrift)
 
     def accumulate(self, batch: MicroBatch, *, targets: int) -> Tensor:
         """See `Path`."""
@@ -93,7 +97,7 @@ class FastPath:
         seed = None
         if self._model.training and self._dropout:
             seed = int(torch.randint(2**31, ()))  # on the host, from the generator that a checkpoint holds
-        return self._step.accumulate(_row(batch), share=1 / targets, seed=seed)
+        return self._step.accumulate(_row(batch, targets=targets, seed=seed))
 
     def refresh(self) -> None:
         """See `Path`."""
@@ -102,7 +106,16 @@ class FastPath:
 
     def adopt(self, plan: Plan) -> None:
         """See `Path`."""
-        self._rebuild(Thrift(kept_layers=plan["kept_layers"], recomputed_layers=plan["recomputed_layers"]))
+        self._step = None  # its matrices first, then the new ones
+        self._thrift = Thrift(kept_layers=plan["kept_layers"], recomputed_layers=plan["recomputed_layers"])
+        step = self._step = self._make(self._thrift)
+        if step.device.type == "cuda":
+            self._step = Replay(
+                step,
+                trainable(self._model),
+                most_tokens=most_tokens(step),
+                on_failure=lambda reason: log.warning("no_cuda_graphs", reason=reason, then="small batches are slower"),
+            )
 
     def save_memory(self) -> Plan | None:
         """See `Path`: decoded weights go first, which costs least."""
@@ -118,18 +131,15 @@ class FastPath:
         )
         return change
 
-    def _rebuild(self, thrift: Thrift) -> None:
-        if thrift == self._thrift:
-            return
-        self._step = None  # its matrices first, then the new ones
-        self._thrift, self._step = thrift, self._make(thrift)
 
-
-def _row(batch: MicroBatch) -> Row:
+def _row(batch: MicroBatch, *, targets: int, seed: int | None) -> Row:
+    device = batch.input_ids.device
     return Row(
         ids=batch.input_ids[0],
         positions=batch.position_ids[0],
         documents=Documents(bounds=batch.bounds, lengths=batch.document_lengths),
         places=batch.target_places,
         targets=batch.target_ids,
+        share=torch.full((1,), 1 / targets, device=device),
+        seed=None if seed is None else torch.full((1,), seed, dtype=torch.int64, device=device),
     )

@@ -67,7 +67,7 @@ def difference(model: PackedModel, path: Path, reference: Path) -> str | None:
         The first difference that rounding does not explain; None where there is none.
     """
     device = next(model.parameters()).device
-    with _undisturbed(model, device), _moved_adapter(model, path):
+    with _undisturbed(model, device), _moved_adapter(model, path, reference):
         documents = _documents(model, device)
         batch = _micro_batch(documents)
         theirs, their_gradients = _losses_and_gradients(model, reference, batch)
@@ -87,19 +87,21 @@ def difference(model: PackedModel, path: Path, reference: Path) -> str | None:
 
 
 @contextmanager
-def _moved_adapter(model: PackedModel, path: Path) -> Iterator[None]:
+def _moved_adapter(model: PackedModel, *paths: Path) -> Iterator[None]:
     """With lora_B at random values: while it is zero, as at the start, lora_A has no gradient."""
     before = [parameter.detach().clone() for parameter in trainable(model)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
             parameter.data.normal_(std=0.01)
-    path.refresh()
+    for path in paths:
+        path.refresh()
     try:
         yield
     finally:
         for parameter, old in zip(trainable(model), before, strict=True):
             parameter.data.copy_(old)
-        path.refresh()
+        for path in paths:
+            path.refresh()
 
 
 def _losses_and_gradients(model: PackedModel, path: Path, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:

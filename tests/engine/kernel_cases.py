@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import torch
 
 from job.engine import kernels, reference
+from job.engine.ops import Masks
 from job.engine.weights import Quantised
 
 T, K, HEADS, WIDTH = 7, 96, 3, 16
@@ -31,10 +32,10 @@ def padded(rows, width):
     return torch.zeros(rows, width + 5)[:, :width]
 
 
-def decode(ops):
-    weight = torch.randn(70, 192)
+def decode(ops, *, width=192):
+    weight = torch.randn(64, width)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    out = padded(70, 192)
+    out = padded(64, width)
     ops.decode(
         Quantised(
             packed=packed.reshape(-1),
@@ -43,8 +44,8 @@ def decode(ops):
             outer_scales=state.state2.absmax,
             offset=state.offset.reshape(1),
             code=state.code,
-            height=70,
-            width=192,
+            height=64,
+            width=width,
         ),
         out,
     )
@@ -93,27 +94,39 @@ def swiglu_backward(ops):
 
 def cross_entropy_in_place(ops):
     logits, losses = torch.randn(T, 5000 + 3)[:, :5000], torch.empty(T)  # more than a block
-    ops.cross_entropy_in_place(logits, torch.randint(0, 5000, (T,)), losses, 0.25)
+    targets = torch.randint(0, 5000, (T,))
+    targets[2] = -1
+    ops.cross_entropy_in_place(logits, targets, losses, torch.tensor([0.25]))
     return logits, losses
 
 
-def dropout():
-    """The masks differ from the reference's: held to their share, and to themselves."""
-    x, out, into = torch.ones(64, 96), torch.empty(64, 96), torch.zeros(64, 96)
-    kernels.dropout(x, out, 17, 0.25)
-    kernels.dropout_backward_add(x, into, 17, 0.25)
-    other = torch.empty(64, 96)
-    kernels.dropout(x, other, 18, 0.25)
-    share = abs(float((out > 0).float().mean()) - 0.75)
-    values = {round(value, 5) for value in out.unique().tolist()}
-    assert values == {0.0, round(4 / 3, 5)}, values
-    assert not torch.equal(out, other)
-    return {"dropout_share": 0.0 if share < 0.03 else share, "dropout_mask": off(into, out)}
+ROWS, RANK = 70, 5
+
+
+def masks():
+    return Masks(seed=torch.tensor([2**31 - 5]), site=2**20 + 3, adapters=3, rate=0.25)
+
+
+def masked_ranks(ops):
+    out = padded(ROWS, 3 * RANK)
+    ops.masked_ranks(torch.randn(ROWS, K), torch.randn(3 * RANK, K), out, masks())
+    return (out,)
+
+
+def masked_gradient(ops):
+    return (ops.masked_gradient(torch.randn(ROWS, 3 * RANK), torch.randn(ROWS, K), masks()),)
+
+
+def masked_add(ops):
+    into = padded(ROWS, K)
+    ops.masked_add(torch.randn(ROWS, 3 * RANK), torch.randn(3 * RANK, K), into, masks())
+    return (into,)
 
 
 def main():
     found = {
         "decode": both(decode),
+        "decode_across_rows": both(lambda ops: decode(ops, width=172)),
         "rms_forward": both(rms_forward),
         "rms_backward_add": both(rms_backward_add),
         "rotate": both(rotate),
@@ -123,7 +136,9 @@ def main():
         "swiglu_forward": both(swiglu_forward),
         "swiglu_backward": both(swiglu_backward),
         "cross_entropy_in_place": both(cross_entropy_in_place),
-        **dropout(),
+        "masked_ranks": both(masked_ranks),
+        "masked_gradient": both(masked_gradient),
+        "masked_add": both(masked_add),
     }
     sys.stdout.write(json.dumps(found) + "\n")
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy, rms_norm, silu
 
 from job.engine import reference
+from job.engine.ops import Masks
 from job.engine.weights import Quantised
 
 T, K = 5, 32
@@ -21,7 +22,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(8, 64), (48, 192), (130, 256)])
+@pytest.mark.parametrize("shape", [(8, 64), (48, 192), (130, 256), (64, 172)])
 def test_nf4_is_decoded_as_bitsandbytes_does(shape):
     weight = torch.randn(shape)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
@@ -92,22 +93,59 @@ def test_the_gated_activation_and_its_gradient():
 
 def test_the_loss_and_its_gradient():
     logits, targets = torch.randn(T, K, requires_grad=True), torch.randint(0, K, (T,))
-    expected = cross_entropy(logits, targets, reduction="none")
+    targets[2] = -1  # no target
+    expected = cross_entropy(logits, targets, reduction="none", ignore_index=-1)
     (0.25 * expected.sum()).backward()
     losses, there = torch.empty(T), logits.detach().clone()
-    reference.cross_entropy_in_place(there, targets, losses, 0.25)
+    reference.cross_entropy_in_place(there, targets, losses, torch.tensor([0.25]))
 
     close(losses, expected.detach())
     close(there, logits.grad)
 
 
-def test_dropout_keeps_its_share_and_its_mask():
-    x, out, again, into = torch.ones(200, 50), *(torch.empty(200, 50) for _ in range(2)), torch.ones(200, 50)
-    reference.dropout(x, out, 11, 0.25)
-    reference.dropout(x, again, 12, 0.25)
-    reference.dropout_backward_add(x, into, 11, 0.25)
+def masks_of(seed, *, rate=0.25, adapters=3, site=5):
+    return Masks(seed=torch.tensor([seed]), site=site, adapters=adapters, rate=rate)
 
-    assert out.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert float((out > 0).float().mean()) == pytest.approx(0.75, abs=0.03)
-    assert not torch.equal(out, again)
-    close(into, 1 + out)
+
+SHAPE = torch.Size((400, 300))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.25])
+def test_a_mask_keeps_its_share_everywhere(rate):
+    kept = reference.kept(SHAPE, masks_of(11, rate=rate), 0).float()
+
+    assert float(kept.mean()) == pytest.approx(1 - rate, abs=0.005)
+    for axis in (0, 1):
+        assert float(kept.mean(dim=axis).min()) > 1 - rate - 0.13
+
+
+def test_masks_have_nothing_to_do_with_each_other():
+    """Of seeds, sites, adapters, and of neighbours in one."""
+    first = reference.kept(SHAPE, masks_of(11), 0).float() - 0.75
+    others = [
+        reference.kept(SHAPE, masks_of(12), 0),
+        reference.kept(SHAPE, masks_of(11, site=6), 0),
+        reference.kept(SHAPE, masks_of(11), 1),
+        *(first.roll(shift, dims=axis) + 0.75 for shift in (1, 2, 8, 64, 128) for axis in (0, 1)),
+    ]
+    for other in others:
+        correlation = float((first * (other.float() - 0.75)).mean()) / (0.25 * 0.75)
+        assert abs(correlation) < 0.015
+    assert torch.equal(first, reference.kept(SHAPE, masks_of(11), 0).float() - 0.75)
+
+
+def test_what_goes_through_masks_is_dropout_s_gradient():
+    """One adapter's product and its gradients, against autograd through the same mask."""
+    masks, rank = masks_of(3, adapters=2), 4
+    x, a = torch.randn(T, K, requires_grad=True), torch.randn(2 * rank, K, requires_grad=True)
+    dropped = [torch.where(reference.kept(x.shape, masks, n), x, 0.0) / 0.75 for n in range(2)]
+    expected = torch.cat([part @ rows.t() for part, rows in zip(dropped, a.chunk(2), strict=True)], dim=1)
+    thin = torch.randn(T, 2 * rank)
+    expected.backward(thin)
+    out, into = torch.empty(T, 2 * rank), torch.ones(T, K)
+    reference.masked_ranks(x.detach(), a.detach(), out, masks)
+    reference.masked_add(thin, a.detach(), into, masks)
+
+    close(out, expected.detach())
+    close(into, 1 + x.grad)
+    close(reference.masked_gradient(thin, x.detach(), masks), a.grad)

@@ -22,6 +22,8 @@ from transformers import AutoTokenizer
 from job.core.recipe import LoraSection
 from job.engine import reference
 from job.engine.llama import Thrift
+from job.engine.ops import Masks
+from job.tune.flat import FlatAdapter
 from job.tune.model import PackedModel, trainable
 from job.tune.paths import AutogradPath, FastPath
 from job.tune.selftest import difference
@@ -86,3 +88,67 @@ def test_the_same_step_gives_the_same_bits(tmp_path, documents, thrift):
         results.append([losses, *(parameter.grad for parameter in trainable(model))])
 
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_what_is_played_back_is_the_step(tmp_path, documents, dropout):
+    """To the bit the same each time, and within rounding what the step gives unrecorded."""
+    model = model_of(tmp_path, "qwen3", dropout=dropout)
+    model.train()
+    adapter = FlatAdapter(model)
+    plain, played = fast(model), fast(model)
+    played.adopt({"kept_layers": 1, "recomputed_layers": 1})
+    results = []
+    for path, members in [(plain, (0, 1, 2)), (played, (0, 1, 2)), (played, (1, 2)), (played, (0, 1, 2))]:
+        batch = micro_batch(documents, members).to(CUDA)
+        adapter.clear()
+        torch.manual_seed(3)
+        path.refresh()
+        losses = path.accumulate(batch, targets=batch.targets)
+        results.append([losses, *(vector.grad.clone() for vector in adapter.vectors)])
+
+    assert played._step._most_tokens, "nothing was recorded"
+    assert all(torch.equal(one, other) for one, other in zip(results[1], results[3], strict=True))
+    for one, other in zip(results[0], results[1], strict=True):
+        assert float((one - other).norm() / one.norm()) < 0.02
+
+
+def test_a_changed_adapter_is_played_back_too(tmp_path, documents):
+    model = model_of(tmp_path, "llama")
+    adapter = FlatAdapter(model)
+    path = fast(model)
+    path.adopt({"kept_layers": 2, "recomputed_layers": 0})
+    batch = micro_batch(documents, range(3)).to(CUDA)
+    losses = []
+    for _step in range(3):
+        path.refresh()
+        losses.append(path.accumulate(batch, targets=batch.targets))
+        for vector in adapter.vectors:
+            vector.data.add_(torch.randn_like(vector), alpha=0.05)
+        adapter.clear()
+
+    assert not torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[1], losses[2])
+    unrecorded = fast(model)
+    for vector in adapter.vectors:
+        assert vector.grad is not None
+    path.refresh()
+    unrecorded.refresh()
+    last = path.accumulate(batch, targets=batch.targets)
+    assert float((last - unrecorded.accumulate(batch, targets=batch.targets)).abs().max()) < 0.05
+
+
+def test_dropout_s_kernels_are_the_reference_s(tmp_path):
+    from job.engine import kernels
+
+    masks = Masks(seed=torch.tensor([5], device=CUDA), site=9, adapters=3, rate=0.05)
+    for rows in (300, 3000):
+        x, a = torch.randn(rows, 1056, device=CUDA).bfloat16(), torch.randn(96, 1056, device=CUDA).bfloat16() / 32
+        thin, results = torch.randn(rows, 96, device=CUDA).bfloat16(), []
+        for ops in (kernels, reference):
+            out, into = torch.empty_like(thin), x.clone()
+            ops.masked_ranks(x, a, out, masks)
+            ops.masked_add(thin, a, into, masks)
+            results.append((out, into, ops.masked_gradient(thin, x, masks)))
+        for one, other in zip(*results, strict=True):
+            assert float((one.float() - other.float()).norm() / other.float().norm()) < 3e-3

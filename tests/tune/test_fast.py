@@ -9,8 +9,11 @@ from tiny import EVERY_LINEAR, FAMILY, adapted, config_of, gradients, micro_batc
 
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
-from job.engine import llama, reference
+from job.engine import llama, reference, replay
+from job.engine.attention import Documents
 from job.engine.llama import Thrift
+from job.engine.ops import Masks
+from job.tune import paths
 from job.tune.choice import choose_path
 from job.tune.fast import reason_against
 from job.tune.model import trainable
@@ -118,33 +121,16 @@ def test_a_document_does_not_move_when_its_neighbour_changes(family, documents):
     assert torch.equal(losses[own:], other[own:])
 
 
-class SameMask(torch.autograd.Function):
-    """The engine's dropout, as autograd would have it."""
-
-    @staticmethod
-    def forward(context, x, seed, rate):
-        context.facts = seed, rate
-        out = torch.empty_like(x)
-        reference.dropout(x[0], out[0], seed, rate)
-        return out
-
-    @staticmethod
-    def backward(context, grad):
-        into = torch.zeros_like(grad)
-        reference.dropout_backward_add(grad[0], into[0], *context.facts)
-        return into, None, None
-
-
 class MaskLike(torch.nn.Module):
     """Stands for PEFT's dropout module."""
 
-    def __init__(self, seed, rate):
+    def __init__(self, masks, adapter):
         super().__init__()
-        self.seed, self.p = seed, rate
+        self.masks, self.adapter, self.p = masks, adapter, masks.rate
 
     def forward(self, x):
-        flat = x if x.dim() == 3 else x[None]
-        return SameMask.apply(flat, self.seed, self.p).view(x.shape)
+        kept = reference.kept(x.shape[-2:], self.masks, self.adapter)
+        return torch.where(kept, x, 0.0) / (1 - self.p)
 
 
 def test_dropout_is_peft_s_with_the_same_masks(family, documents):
@@ -156,23 +142,59 @@ def test_dropout_is_peft_s_with_the_same_masks(family, documents):
     torch.manual_seed(5)
     found = done(path, model, batch)
     torch.manual_seed(5)
-    base = int(torch.randint(2**31, ()))
-    trip = llama._Trip(row=None, cos=None, sin=None, seed=base)
+    seed = torch.randint(2**31, (1,))
     causal_lm = model.model.get_base_model()
+
+    def drop(site, *modules):
+        masks = Masks(seed=seed, site=site, adapters=len(modules), rate=rate)
+        for number, module in enumerate(modules):
+            module.lora_dropout["default"] = MaskLike(masks, number)
+
     for index, layer in enumerate(causal_lm.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
-        groups = (
-            (attention.q_proj, attention.k_proj, attention.v_proj),
-            (attention.o_proj,),
-            (mlp.gate_proj, mlp.up_proj),
-        )
-        for place, modules in enumerate((*groups, (mlp.down_proj,))):
-            for number, module in enumerate(modules):
-                module.lora_dropout["default"] = MaskLike(trip.mask_seed(4 * index + place, number), rate)
-    causal_lm.lm_head.lora_dropout["default"] = MaskLike(trip.mask_seed(llama._HEAD_SITE, 0), rate)
+        drop(4 * index, attention.q_proj, attention.k_proj, attention.v_proj)
+        drop(4 * index + 1, attention.o_proj)
+        drop(4 * index + 2, mlp.gate_proj, mlp.up_proj)
+        drop(4 * index + 3, mlp.down_proj)
+    drop(llama._HEAD_SITE, causal_lm.lm_head)
 
     assert_close(found, done(generic(model), model, batch))
-    assert trip.mask_seed(0, 0) != trip.mask_seed(0, 1) != trip.mask_seed(1, 0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_micro_batch_that_is_filled_up_is_the_same(family, documents, dropout):
+    """As it is recorded on a GPU: more tokens, more documents, more places, none of them a target."""
+    model = adapted(family["qwen3"], lora_of(dropout=dropout), moved=True)
+    path, batch = fast(model), micro_batch(documents, range(3))
+    row = paths._row(batch, targets=batch.targets, seed=7 if dropout else None)
+    expected = path._step.accumulate(row), gradients(model)
+    for parameter in trainable(model):
+        parameter.grad = None
+    room = replay.empty_row(replay.rounded(row), row)
+    for _twice in range(2):  # what stood there before is gone
+        replay.fill(room, row)
+    room = replace(room, documents=Documents(bounds=room.documents.bounds, lengths=lengths_in(room.documents.bounds)))
+    losses = path._step.accumulate(room)
+
+    assert len(losses) > len(expected[0])
+    assert not losses[len(expected[0]) :].any()
+    assert_close((losses[: len(expected[0])], gradients(model)), expected)
+
+
+def lengths_in(bounds):
+    """What the GPU's kernel reads off the bounds, where the CPU's attention goes by lengths."""
+    return tuple(int(length) for length in bounds.diff())
+
+
+def test_what_is_filled_up_has_few_sizes(family, documents):
+    row = paths._row(micro_batch(documents, range(3)), targets=1, seed=None)
+    small = replay.rounded(row)
+
+    assert small.tokens % 128 == 0
+    assert small.tokens > len(row.ids)
+    assert small.documents == 4
+    sizes = {replay.rounded(replace(row, ids=torch.empty(tokens))).tokens for tokens in range(1, 4096)}
+    assert len(sizes) == 16
 
 
 def test_evaluation_has_no_dropout(family, documents):
@@ -244,7 +266,7 @@ def with_config(tmp_path, **changes):
         ({"hidden_act": "gelu"}, "its activation is gelu"),
         ({"attention_dropout": 0.1}, "attention dropout"),
         ({"mlp_bias": True}, "has a bias"),
-        ({"intermediate_size": 96}, "no whole blocks of 64"),
+        ({"hidden_size": 40, "intermediate_size": 99}, "no whole blocks of 64"),
     ],
 )
 def test_what_it_cannot_do_is_told(tmp_path, changes, reason):
