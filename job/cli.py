@@ -422,6 +422,7 @@ def _ended(state: Mapping[str, Any], error: BaseException | None, *, shown: bool
 def _attempt(context: click.Context, path: Path, options: Mapping[str, Any]) -> Any:
     """Read the recipe and gather what every stage shares."""
     from job.core.recipe import load_recipe
+    from job.edge.process import age_seconds
     from job.stages.attempt import Attempt, Phases
 
     outcome = context.obj["outcome"]
@@ -453,7 +454,7 @@ def _attempt(context: click.Context, path: Path, options: Mapping[str, Any]) -> 
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         hide=context.obj["hide"],
         outcome=outcome,
-        phases=Phases(outcome),
+        phases=Phases(outcome, began=time.monotonic() - age_seconds()),
         step_events_seconds=0.0 if context.obj["json"] else 1.0,
     )
     context.obj["attempt"] = attempt

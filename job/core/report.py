@@ -197,6 +197,15 @@ class Throughput(Section):
     """This attempt's time by phase."""
 
 
+class StartReport(Section):
+    """This attempt's way to its first step: from the start of its process until that step was done."""
+
+    seconds: float
+    spent: dict[str, float]
+    """Seconds by phase, which add up: `start` is what came before the first phase (the interpreter, the recipe),
+    `first_step` the step itself with what it compiles, `other` what lies between phases."""
+
+
 class AttemptReport(Section):
     """One process that worked on the run."""
 
@@ -236,6 +245,8 @@ class Report(Section):
     answers: tuple[Answer, ...]
     adapter: AdapterReport
     throughput: Throughput
+    start: StartReport | None = None
+    """None: this attempt had no step left to do."""
     stop: StopFigures
     """What a stop costs, measured in the last attempt."""
     resume_exact: bool

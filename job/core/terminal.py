@@ -101,6 +101,7 @@ def _cost(report: Report) -> list[str]:
         ),
         f"time:  {total:.0f} s in this attempt: "
         + ", ".join(f"{name} {seconds:.0f}" for name, seconds in speed.phase_seconds.items()),
+        *_start(report),
         *(
             f"attempt {a.number}: "
             + ("ended without a word" if a.exit_code is None else f"exit {a.exit_code}: {a.reason}")
@@ -108,6 +109,15 @@ def _cost(report: Report) -> list[str]:
             if len(report.attempts) > 1
         ),
     ]
+
+
+def _start(report: Report, least_seconds: float = 0.05) -> list[str]:
+    """What the wait for the first step was spent on, the longest first; what is nothing beside it is left out."""
+    if report.start is None:
+        return []
+    spent = sorted(report.start.spent.items(), key=lambda part: -part[1])
+    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent if seconds >= least_seconds)
+    return [f"start: {report.start.seconds:.1f} s until the first step was done: {told}"]
 
 
 def _answers(report: Report, most: int = 6) -> list[str]:

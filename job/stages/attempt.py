@@ -20,14 +20,21 @@ _PROGRESS_SECONDS = 10.0
 """A long phase says how far it is this often."""
 
 
-class Phases:
-    """Seconds by phase; a phase within another is counted once, as itself."""
+BEFORE, BETWEEN = "start", "other"
+"""What the time before the first phase is counted as, and the time outside of all phases after it."""
 
-    def __init__(self, outcome: Outcome) -> None:
+
+class Phases:
+    """Where the attempt's time goes, from its process's start on: each moment counts for the innermost phase alone."""
+
+    def __init__(self, outcome: Outcome, *, began: float) -> None:
+        """Count from `began`, on the monotonic clock."""
+        self.began = began
         self.seconds: dict[str, float] = {}
+        """By phase; what the phase under way took is added when it changes."""
         self.current: str | None = None
         """The phase under way; after a failure the one that it came in."""
-        self._counted = 0.0
+        self._counted_as, self._counted_from = BEFORE, began
         self._outcome = outcome
         self._told_at = 0.0
         self.on_phase: Callable[[str], str] = lambda name: name
@@ -42,16 +49,26 @@ class Phases:
         self._outcome.progress(phase=name)
         outer, self.current = self.current, name
         watched = self.on_phase(name)
-        began = self._told_at = time.monotonic()
-        counted_before = self._counted
+        counted_as = self._count_as(name)
+        self._told_at = time.monotonic()
         try:
             yield
             self.current = outer
         finally:
             self.on_phase(watched)
-            elapsed, inner = time.monotonic() - began, self._counted - counted_before
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - inner
-            self._counted = counted_before + elapsed
+            self._count_as(BETWEEN if counted_as == BEFORE else counted_as)
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds by phase up to this moment, the phase under way included: together the age of the process."""
+        self._count_as(self._counted_as)
+        return dict(self.seconds)
+
+    def _count_as(self, name: str) -> str:
+        """The time that follows counts as this; returns what it counted as until now."""
+        now, before = time.monotonic(), self._counted_as
+        self.seconds[before] = self.seconds.get(before, 0.0) + now - self._counted_from
+        self._counted_as, self._counted_from = name, now
+        return before
 
     def progress(self, **facts: float | str) -> None:
         """Something moved: say how far the phase is, but not too often."""

@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 
 Tell = Callable[[BaseException], None]
 """Told how the attempt ended."""
-_DEAF_PHASES = frozenset({"load_libraries", "load_model"})
+_DEAF_PHASES = frozenset({"load_libraries", "load_model", "self_test"})
 """One call into a library each, with nothing to save: a request is answered for them."""
 
 

@@ -43,7 +43,8 @@ def plan_training(
         UsageError: the path that is asked for does not fit this model or device.
     """
     recipe = attempt.recipe
-    choice = choose_path(model, attempt.engine, backward=accelerator.backward)
+    with attempt.phases.phase("self_test"):  # of the fast path, which is compiled for it
+        choice = choose_path(model, attempt.engine, backward=accelerator.backward)
     course = plan_course(
         examples=len(documents),
         batch_size=recipe.train.batch_size,

@@ -19,6 +19,7 @@ from job.core.report import (
     ModelReport,
     PlanReport,
     Report,
+    StartReport,
     SweetSpot,
     Throughput,
     TrainingCurve,
@@ -75,6 +76,7 @@ def assemble_report(
             reported_loss=run.progress.evaluations[verdict.sweet_spot_step].loss,
         ),
         throughput=_throughput(attempt, setting, run),
+        start=_start(run),
         stop=attempt.limits.figures(),
         resume_exact=run.resume_exact,
         notes=(*attempt.notes, *run.progress.changes),
@@ -145,6 +147,12 @@ def _throughput(attempt: Attempt, setting: Setting, run: TrainedRun) -> Throughp
         peak_memory_bytes=peak_memory_bytes(setting.device),
         phase_seconds={name: round(seconds, 3) for name, seconds in attempt.phases.seconds.items()},
     )
+
+
+def _start(run: TrainedRun) -> StartReport | None:
+    if run.start_seconds is None:
+        return None
+    return StartReport(seconds=round(sum(run.start_seconds.values()), 3), spent=run.start_seconds)
 
 
 def _sweet_spot(attempt: Attempt, run: TrainedRun, verdict: Verdict) -> SweetSpot:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ class TrainedRun:
     passed_over: list[dict[str, str]]
     step_seconds: list[float] = field(default_factory=list)
     """Of this attempt's steps."""
+    start_seconds: dict[str, float] | None = None
+    """From the process's start to the end of the attempt's first step, by phase; None: it made no step."""
     out_of_memory: int = 0
 
     @property
@@ -203,7 +206,8 @@ class Training:
                 base, recipe.lora, source=identity.source, revision=recipe.model.revision, seed=recipe.train.seed
             )
         )
-        check_model(model)
+        with self._attempt.phases.phase("self_test"):
+            check_model(model)
         counts = parameter_counts(model)
         log.info(
             "model",
@@ -359,6 +363,7 @@ class Training:
         return Hooks(
             should_stop=self._attempt.should_stop,
             evaluate=lambda step, tokens: self._evaluate(model, step, tokens),
+            on_first_step=partial(self._on_first_step, run),
             on_step=on_step,
             on_evaluation=teller.evaluation,
             on_checkpoint=commit,
@@ -367,6 +372,12 @@ class Training:
             must_cut_step=must_cut_step,
             on_out_of_memory=on_out_of_memory,
         )
+
+    def _on_first_step(self, run: TrainedRun) -> None:
+        spent = self._attempt.phases.so_far()
+        spent["first_step"] = spent.pop("train")
+        run.start_seconds = {name: round(seconds, 3) for name, seconds in spent.items()}
+        log.info("start", seconds=round(sum(run.start_seconds.values()), 3), spent=run.start_seconds)
 
     def _evaluate(self, model: PackedModel, step: int, micro_batch_tokens: int) -> Evaluation:
         validation = self._setting.dataset.validation

@@ -46,6 +46,8 @@ class Hooks:
     should_stop: Callable[[], bool]
     evaluate: Callable[[int, int], Evaluation]
     """(step, micro-batch tokens) -> held-out result."""
+    on_first_step: Callable[[], None]
+    """Told once, when the first step of this attempt is done on the device."""
     on_step: Callable[[StepRecord], None]
     on_evaluation: Callable[[Evaluation], None]
     on_checkpoint: Callable[[], None]
@@ -104,6 +106,8 @@ class Trainer:
         self._targets = documents.targets
         self._unread: _Unread | None = None
         self._mark: Mark | None = None
+        self._begun = False
+        """Whether this attempt has made a step."""
         self._committed = self._state()
 
     def _state(self) -> tuple[int, int]:
@@ -133,6 +137,10 @@ class Trainer:
             if hooks.should_stop():
                 self._stop()
             self._step(progress.step + 1)
+            if not self._begun and self._mark is not None:
+                self._begun = True
+                _wait(self._mark)  # this once: it compiled, and is what everybody waited for
+                hooks.on_first_step()
 
     def _evaluate(self) -> None:
         progress = self._trained.progress

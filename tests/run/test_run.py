@@ -39,6 +39,8 @@ def test_each_step_and_each_phase_is_one_event(finished):
         "encode",
         "fetch_weights",
         "load_model",
+        "self_test",
+        "self_test",
         "resume",
     ]
     phases += ["ask_base", "train", "upload", "publish", "prove", "ask_tuned", "report"]
@@ -72,6 +74,19 @@ def test_it_has_learned_and_the_report_says_from_what_to_what(finished):
     assert [e["step"] for e in report["evaluations"]] == [0, 10, 20, 30]
     assert report["answers"][0]["prompt"] == "12 red hats\n"
     assert report["exact_match"]["examples"] == 2
+
+
+def test_the_report_says_how_long_the_first_step_was_waited_for_and_why(finished):
+    job, ended = finished
+    start = job.report()["start"]
+    assert start["seconds"] == pytest.approx(sum(start["spent"].values()))
+    spent_on = {"start", "load_libraries", "encode", "load_model", "self_test", "evaluate", "ask_base"}
+    assert spent_on | {"first_step", "other"} <= start["spent"].keys()
+    assert {"train", "publish", "prove"} & start["spent"].keys() == set()
+    (told,) = ended.named("start")
+    assert {"seconds": told["seconds"], "spent": told["spent"]} == start
+    # Nothing of the attempt is left out: its phases add up to more than the way to its first step.
+    assert sum(job.report()["throughput"]["phase_seconds"].values()) > start["seconds"]
 
 
 def test_nothing_temporary_is_left_in_store_or_work_folder(finished):

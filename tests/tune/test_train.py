@@ -53,6 +53,18 @@ def test_a_run_learns_and_tells_each_step(start):
     assert made.committed == [0, 3, 6, 9, 10, 12, 15, 18, 20]
 
 
+def test_the_first_step_of_an_attempt_is_told_once_and_before_all_else_of_it(start):
+    made = start(steps=4)
+    told = []
+    made.when_first = lambda: told.append((made.progress.step, len(made.told), made.committed[-1]))
+    made.stop_after = 2
+    with pytest.raises(StopRequestedError):
+        made.run(evaluate_every=1)
+    made.stop_after = None
+    made.run(evaluate_every=1)  # another attempt, which goes on
+    assert told == [(1, 0, 0), (3, 2, 2)]
+
+
 def test_a_run_out_of_patience_ends_with_its_last_evaluation(start):
     made = start(steps=20, learning_rate=1e-12)
     made.trainer().run(CheckpointSection(every_steps=50), EvaluateSection(every_steps=2, patience=2))

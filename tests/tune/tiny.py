@@ -210,6 +210,7 @@ class Attempt:
     """None: autograd's."""
     stop_after: int | None = None
     told: list[StepRecord] = field(default_factory=list)
+    when_first: Callable[[], None] = lambda: None
     committed: list[int] = field(default_factory=list)
     shrunk: list[dict[str, Any]] = field(default_factory=list)
     when_shrunk: Callable[[], None] | None = None
@@ -236,6 +237,7 @@ class Attempt:
             hooks=Hooks(
                 should_stop=lambda: self.stop_after is not None and self.progress.step >= self.stop_after,
                 evaluate=self._evaluate,
+                on_first_step=self.when_first,
                 on_step=self.told.append,
                 on_evaluation=lambda _evaluation: None,
                 on_checkpoint=self._commit,
