@@ -256,6 +256,7 @@ def main():
             hooks = Hooks(
                 should_stop=rounds.is_done,
                 evaluate=lambda step, _: Evaluation(step=step, nll=np.ones(1), tokens=np.ones(1), correct=0),
+                on_first_step=lambda: None,
                 on_step=rounds.add,
                 on_evaluation=lambda _result: None,
                 on_checkpoint=rounds.begin,
