@@ -1,5 +1,6 @@
 """The 4-bit base, its tokenizer, and the LoRA adapter on it. Owner of bitsandbytes."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from job.core.errors import DataError, UsageError
 from job.core.memory import ModelShape
@@ -19,7 +27,9 @@ from job.core.recipe import LoraSection, TrainSection
 from job.tune.attention import PER_DOCUMENT, register
 from job.tune.encode import MicroBatch
 from job.tune.loss import Head, head_of, token_losses, token_scores
+from job.tune.weights import sharded, stored_tensors, tensors_bytes
 
+CONFIG = "config.json"
 COMPUTE_DTYPE = torch.bfloat16
 """What the base computes in: fp16 overflows in about one of five 7B runs (QLoRA's own README)."""
 
@@ -84,6 +94,9 @@ def load_tokenizer(folder: Path) -> Any:
 def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUTE_DTYPE) -> Any:
     """The base in 4 bits (NF4, double quantisation), frozen; embeddings, norms and head in `dtype`.
 
+    Tensor by tensor: from the file to the device, and there into 4 bits, so that the host's memory never holds more
+    than one. A folder whose weights are in 4 bits already (see `quantised_files`) gives the same base to the bit.
+
     Frozen by hand: peft's prepare_model_for_kbit_training would make norms, embeddings and head fp32, which is slower
     and larger, and turn on checkpointing.
 
@@ -95,21 +108,19 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
         # The adapter multiplies in fp32: with TF32 a step on an H200 is six times faster. Its inputs come from bf16,
         # which TF32 holds exactly; sums stay in fp32.
         torch.set_float32_matmul_precision("high")
-    quantised = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    config, quantised = AutoConfig.from_pretrained(folder, trust_remote_code=False), _quantisation(dtype)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config = config if isinstance(config, kind.config_class) else config.get_text_config()
+    done = getattr(config, "quantization_config", None) == quantised.to_dict()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            quantization_config=quantised,
+        model = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=stored_tensors(folder, device),
+            quantization_config=None if done else quantised,
             dtype=dtype,
             device_map={"": device},
             attn_implementation="eager",
-            trust_remote_code=False,
-            use_safetensors=True,
             local_files_only=True,
         )
     except SafetensorError as error:
@@ -124,6 +135,40 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
     # `generate` takes what we leave open from here: a base's own sampling rules or repetition penalty.
     model.generation_config = GenerationConfig()
     return model
+
+
+def quantised_files(base: Any, folder: Path, *, dtype: torch.dtype = COMPUTE_DTYPE) -> Iterator[tuple[str, bytes]]:
+    """A base that `load_base` has just loaded, as files that it reads again without quantising: name and content.
+
+    Args:
+        base: with nothing added to it yet.
+        folder: where it was loaded from.
+        dtype: what it was loaded with.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    yield CONFIG, json.dumps(config | {"quantization_config": _quantisation(dtype).to_dict()}, indent=2).encode()
+    yield from sharded(_tensors(base))
+
+
+def quantised_bytes(base: Any) -> int:
+    """What those files hold."""
+    return tensors_bytes(_tensors(base))
+
+
+def _tensors(base: Any) -> dict[str, Tensor]:
+    """Packed weights with what they are unpacked by, and all that is not in 4 bits; a tied head is not there twice."""
+    once = {name for name, _ in base.named_parameters()}
+    twice = {name for name, _ in base.named_parameters(remove_duplicate=False)} - once
+    return {name: tensor for name, tensor in base.state_dict().items() if name not in twice}
+
+
+def _quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -97,14 +97,14 @@ def config_of(architecture: str, *, tied: bool = False) -> Any:
     return GPTNeoXConfig(**_SIZES, tie_word_embeddings=tied)
 
 
-def write_base(folder: Path, config: Any) -> Path:
-    """Random weights, fp32."""
+def write_base(folder: Path, config: Any, *, most_bytes: str = "1GB") -> Path:
+    """Random weights, fp32; `most_bytes` of a file, as transformers writes it."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)  # norms that do something
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=most_bytes)
     return folder
 
 

@@ -1,0 +1,101 @@
+"""A model's tensors in safetensors files: read one at a time when they are asked for, and written a shard at a time."""
+
+import ctypes
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD_BYTES = 256 * 2**20
+"""Of a file that is written, which stands in memory twice: small beside a host's memory, and enough files to be hashed
+and sent several at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a file. It is mapped when it is read, and the mapping goes as soon as the tensor went to its device.
+
+    With one mapping for all of a file, as is usual, each page that was touched counts as this process's memory until
+    the last tensor is loaded: in the end all of the model. Reading in place of mapping takes twice the time.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    """As the format writes it: `BF16`."""
+    on_cpu: bool
+    """It stays on the host: copied out of its mapping, or the model would stand on the file's own pages."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if self.on_cpu:
+            _give_back_freed_memory()
+        with safe_open(self.file, framework="pt") as file:
+            part: Tensor = file.get_slice(self.name)[index]
+        return part.clone() if self.on_cpu else part
+
+    def get_dtype(self) -> str:
+        """The dtype; by the name that safetensors has for it, as transformers asks for it."""
+        return self.dtype
+
+
+def _give_back_freed_memory() -> None:
+    # Where the CPU quantises, what it needs on the way lies between the packed weights, and glibc would keep all of
+    # it once it is freed: three times the packed model.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def stored_tensors(folder: Path, device: torch.device) -> dict[str, StoredTensor]:
+    """Every tensor of the model in a folder, by name; no data is read.
+
+    Args:
+        folder: with `model.safetensors`, or several files and their index.
+        device: where they will go.
+
+    Raises:
+        SafetensorError: a file is damaged.
+        OSError: one is missing.
+    """
+    names = [_SINGLE]
+    if not (folder / _SINGLE).is_file():
+        names = sorted({*json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()})
+    found = {}
+    for path in (folder / name for name in names):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no dict
+                dtype = file.get_slice(name).get_dtype()
+                found[name] = StoredTensor(file=path, name=name, dtype=dtype, on_cpu=device.type == "cpu")
+    return found
+
+
+def tensors_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What the files of `sharded` hold, but for their headers."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def sharded(tensors: Mapping[str, Tensor], *, most_bytes: int = _SHARD_BYTES) -> Iterator[tuple[str, bytes]]:
+    """The files that `stored_tensors` reads these tensors from, one after the other: name and content.
+
+    Args:
+        tensors: on any device; none of them twice.
+        most_bytes: of a file; one that holds a single tensor may be larger.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and tensors_bytes(shards[-1]) + tensor.nbytes > most_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}.safetensors"
+        places |= dict.fromkeys(shard, file)
+        yield file, save({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()})
+    yield _INDEX, json.dumps({"weight_map": places}, indent=2).encode()
