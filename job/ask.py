@@ -36,6 +36,7 @@ def ask(
     """
     from peft import PeftModel
 
+    from job.stages.base import BaseSource
     from job.tune.device import choose_device
     from job.tune.encode import token_rules
     from job.tune.evaluate import answer, questions_of_prompts
@@ -47,13 +48,23 @@ def ask(
     settings = StoreSettings(sse_kms_key=recipe.store.sse_kms_key, checksums=recipe.store.checksums)
     identity = BaseModelIdentity(source=report.model.base, revision=report.model.revision)
     _refuse_changed_base(identity, settings)
-    base = base_model.fetch(identity, models_folder=workdir / "models", settings=settings, should_stop=should_stop)
+    chosen = choose_device(device)
+    source = BaseSource(
+        identity,
+        recipe.model,
+        device=chosen,
+        models_folder=workdir / "models",
+        settings=settings,
+        should_stop=should_stop,
+    )
+    source.fetch_small(_unseen)
+    base = source.fetch(_unseen)
     files = {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in report.adapter.files.items()}
     folder = workdir / "adapters" / report.run_id
     artifacts.fetch_adapter(folder, files, should_stop=should_stop)
     tokenizer = load_tokenizer(base.folder)
     rules = token_rules(tokenizer, recipe.data)
-    model = PackedModel(PeftModel.from_pretrained(load_base(base.folder, device=choose_device(device)), folder)).eval()
+    model = PackedModel(PeftModel.from_pretrained(load_base(base.folder, device=chosen), folder)).eval()
 
     def reply(prompt: str) -> str:
         questions = questions_of_prompts([prompt], tokenizer, rules)
@@ -65,6 +76,10 @@ def ask(
         with model.model.disable_adapter():
             untuned = reply(prompt)
         on_answer(prompt, untuned, reply(prompt))
+
+
+def _unseen(_done: int, _of: int) -> None:
+    """Nobody follows the download."""
 
 
 def _refuse_changed_base(identity: BaseModelIdentity, settings: StoreSettings) -> None:

@@ -10,8 +10,6 @@ import structlog
 from job.core.crash_points import crash_point
 from job.core.errors import Again, StopRequestedError, ending, exit_code
 from job.core.report import Report
-from job.edge import base_model
-from job.edge.base_model import BaseModel
 from job.edge.logs import bind, quiet_libraries
 from job.edge.machine import look_at_machine
 from job.stages.attempt import Attempt
@@ -88,6 +86,7 @@ def _carry_out(attempt: Attempt, found: Run, begun: Begun) -> Report:
         begun.begin()  # an unfinished run: this attempt counts from here
     with attempt.phases.phase("load_libraries"):
         # Here and not above: a finished run, a wrong recipe and --help answer without them.
+        from job.stages.base import BaseSource
         from job.stages.dataset import prepare_dataset
         from job.stages.finish import finish
         from job.stages.preflight import hardware_errors, look_at_hardware
@@ -99,20 +98,29 @@ def _carry_out(attempt: Attempt, found: Run, begun: Begun) -> Report:
     _poll(attempt)
     device = look_at_hardware(attempt)
     _poll(attempt)
+    source = BaseSource(
+        found.base,
+        attempt.recipe.model,
+        device=device,
+        models_folder=attempt.models_folder,
+        settings=attempt.settings,
+        should_stop=attempt.should_stop,
+    )
     crash_point("fetch_base.before")
     with attempt.phases.phase("fetch_base"):
-        small = _fetch_base(attempt, found, weights=False)
-    config, tokenizer = read_config(small.folder), load_tokenizer(small.folder)
+        small = source.fetch_small(attempt.phases.brought)
+    config, tokenizer = read_config(small), load_tokenizer(small)
     refuse_targets(config, attempt.recipe.lora)
     refuse_trackers(attempt.recipe.track)
     dataset = prepare_dataset(attempt, found, tokenizer, positions=shape_of(config).positions)
     _poll(attempt)
     # After the data, which is small beside them: a wrong line is told before gigabytes move.
     with attempt.phases.phase("fetch_weights"):
-        base = _fetch_base(attempt, found, weights=True)
+        base = source.fetch(attempt.phases.brought)
     number = begun.begin()
     setting = Setting(
         base=base,
+        source=source,
         tokenizer=tokenizer,
         dataset=dataset,
         artifacts=found.artifacts,
@@ -122,17 +130,6 @@ def _carry_out(attempt: Attempt, found: Run, begun: Begun) -> Report:
     with hardware_errors(device):
         trained = Training(attempt, setting).run()
         return finish(attempt, setting, trained)
-
-
-def _fetch_base(attempt: Attempt, found: Run, *, weights: bool) -> BaseModel:
-    return base_model.fetch(
-        found.base,
-        models_folder=attempt.models_folder,
-        settings=attempt.settings,
-        should_stop=attempt.should_stop,
-        on_progress=lambda done, of: attempt.phases.progress(bytes=done, of=of),
-        weights=weights,
-    )
 
 
 def _look_at_output(attempt: Attempt) -> bool:

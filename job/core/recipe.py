@@ -103,6 +103,9 @@ class ModelSection(Section):
     """Hub id (`owner/name`), local folder, or `s3://` prefix of a Llama-like causal language model in safetensors."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Full commit of a hub id (40 hex digits): what is trained on must be reproducible. Only hub ids have one."""
+    quantised_copies: Uri | None = None
+    """`s3://bucket/prefix` or `file:///folder` where the base in 4 bits is kept for other machines too, so that their
+    first start neither downloads nor quantises the weights. Without it the copy stays in the work folder."""
 
     @model_validator(mode="after")
     def _hub_ids_name_their_commit(self) -> Self:
@@ -321,7 +324,9 @@ def is_hub_id(base: str) -> bool:
 
 def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that can change the weights or their evaluation, as JSON values."""
-    return recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
+    part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
+    del part["model"]["quantised_copies"]
+    return part
 
 
 def load_recipe(text: str, *, source: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -85,6 +85,8 @@ class ModelReport(Section):
     licence: str | None
     architecture: str
     quantisation: str
+    loaded_from: Literal["weights", "copy in 4 bits"] = "weights"
+    """In this attempt: a copy that an earlier start had kept makes neither download nor quantisation needed."""
     trainable_parameters: int
     total_parameters: int
 

@@ -45,6 +45,8 @@ ALLOWED_SECONDS = MappingProxyType(
         # No progress in between: 140 GB at 50 MB/s take 2800 s. To prove the adapter, the base is loaded again.
         "load_model": 3600.0,
         "prove": 3600.0,
+        # File by file, and each is sent to the store as well.
+        "keep_copy": 900.0,
         # The first kernels compile.
         "self_test": FIRST_STEP_SECONDS,
         # Batch by batch, and the first one compiles.

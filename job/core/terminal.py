@@ -117,7 +117,8 @@ def _start(report: Report, least_seconds: float = 0.05) -> list[str]:
         return []
     spent = sorted(report.start.spent.items(), key=lambda part: -part[1])
     told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent if seconds >= least_seconds)
-    return [f"start: {report.start.seconds:.1f} s until the first step was done: {told}"]
+    base = f" (base from {report.model.loaded_from})"
+    return [f"start: {report.start.seconds:.1f} s until the first step was done{base}: {told}"]
 
 
 def _answers(report: Report, most: int = 6) -> list[str]:

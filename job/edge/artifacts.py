@@ -410,7 +410,7 @@ class Artifacts:
         key = f"{self._root}checkpoints/{checkpoint.name}/{_MANIFEST}"
         try:
             content = json.loads(self._store.read(key)[0])
-            files = {_plain_name(name): _file_entry(facts) for name, facts in content["files"].items()}
+            files = {_plain_name(name): file_entry(facts) for name, facts in content["files"].items()}
             expected = _manifest_of(checkpoint, fence=content["fence"], files=files)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             msg = f"{self.uri}: {key} is damaged ({error})"
@@ -500,7 +500,12 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _file_entry(facts: Mapping[str, Any]) -> FileEntry:
+def file_entry(facts: Mapping[str, Any]) -> FileEntry:
+    """One file's entry, as it is read from a manifest.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
     size, sha256 = facts["size"], facts["sha256"]
     if type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{64}", sha256):
         msg = f"{facts!r:.200} is no size and sha256"

@@ -42,6 +42,8 @@ class BaseModel:
     """From the model's card, or the name of its licence file; None when neither says."""
     bytes: int
     """Of the files that are loaded, weights included."""
+    quantised: bool = False
+    """It is a copy in 4 bits, which a run made earlier."""
 
 
 def _never() -> bool:

@@ -165,13 +165,18 @@ def content_hash(folder: Path, *, source: str, should_stop: Callable[[], bool]) 
         model_files.refuse_unusable(names, source=source)
         wanted = model_files.identifying_files(names)
         with ThreadPoolExecutor(_WORKERS) as pool:
-            hashes = list(pool.map(lambda name: _file_hash(folder / name, should_stop), wanted))
+            hashes = list(pool.map(lambda name: file_hash(folder / name, should_stop), wanted))
     except PermissionError as error:
         raise DeniedError(f"{source}: {error.filename} cannot be read; correct its permissions") from error
     return _hash_of(f"{name} {digest}" for name, digest in zip(wanted, hashes, strict=True))
 
 
-def _file_hash(path: Path, should_stop: Callable[[], bool]) -> str:
+def file_hash(path: Path, should_stop: Callable[[], bool]) -> str:
+    """The sha256 of a file; polled while it is read.
+
+    Raises:
+        StopRequestedError: someone asked us to stop.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

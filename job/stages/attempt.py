@@ -78,6 +78,10 @@ class Phases:
             self._told_at = now
             log.info("progress", **facts)
 
+    def brought(self, done: int, of: int) -> None:
+        """Bytes moved: `progress` in the form that downloads tell it."""
+        self.progress(bytes=done, of=of)
+
 
 @dataclass(slots=True, kw_only=True)
 class Standing:

@@ -27,6 +27,7 @@ from job.core.report import (
 from job.core.verdict import Verdict, is_exhausted
 from job.edge.artifacts import FileEntry
 from job.stages.attempt import Attempt
+from job.stages.base import loaded_from
 from job.stages.training import Setting, TrainedRun
 from job.tune.device import device_name, peak_memory_bytes
 
@@ -93,6 +94,7 @@ def _model(setting: Setting, run: TrainedRun) -> ModelReport:
         licence=setting.base.licence,
         architecture=run.architecture,
         quantisation="NF4, double quantisation, bf16 compute",
+        loaded_from=loaded_from(setting.base),
         trainable_parameters=run.trainable_parameters,
         total_parameters=run.total_parameters,
     )

@@ -25,6 +25,7 @@ from job.edge.artifacts import Artifacts, Checkpoint
 from job.edge.base_model import BaseModel
 from job.edge.publisher import Publisher
 from job.stages.attempt import Attempt
+from job.stages.base import BaseSource, loaded_from
 from job.stages.dataset import Dataset
 from job.stages.planning import Planned, plan_training
 from job.stages.teller import StepTeller
@@ -57,6 +58,8 @@ class Setting:
     """What training starts from."""
 
     base: BaseModel
+    source: BaseSource
+    """Where the base came from."""
     tokenizer: Any
     dataset: Dataset
     artifacts: Artifacts
@@ -200,6 +203,9 @@ class Training:
     def _load(self) -> PackedModel:
         setting, recipe = self._setting, self._attempt.recipe
         base = load_base(setting.base.folder, device=setting.device)
+        if not setting.base.quantised:
+            with self._attempt.phases.phase("keep_copy"):
+                setting.source.keep(base, setting.base, self._attempt.phases.on_beat)
         identity = setting.base.identity
         model = PackedModel(
             attach_lora(
@@ -377,7 +383,12 @@ class Training:
         spent = self._attempt.phases.so_far()
         spent["first_step"] = spent.pop("train")
         run.start_seconds = {name: round(seconds, 3) for name, seconds in spent.items()}
-        log.info("start", seconds=round(sum(run.start_seconds.values()), 3), spent=run.start_seconds)
+        log.info(
+            "start",
+            seconds=round(sum(run.start_seconds.values()), 3),
+            base_from=loaded_from(self._setting.base),
+            spent=run.start_seconds,
+        )
 
     def _evaluate(self, model: PackedModel, step: int, micro_batch_tokens: int) -> Evaluation:
         validation = self._setting.dataset.validation

@@ -1,5 +1,6 @@
 """The 4-bit base, its tokenizer, and the LoRA adapter on it. Owner of bitsandbytes."""
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from job.core.errors import DataError, UsageError
 from job.core.memory import ModelShape
 from job.core.recipe import LoraSection, TrainSection
 from job.tune.attention import PER_DOCUMENT, register
+from job.tune.device import device_name
 from job.tune.encode import MicroBatch
 from job.tune.loss import Head, head_of, token_losses, token_scores
 from job.tune.weights import sharded, stored_tensors, tensors_bytes
@@ -32,6 +34,8 @@ from job.tune.weights import sharded, stored_tensors, tensors_bytes
 CONFIG = "config.json"
 COMPUTE_DTYPE = torch.bfloat16
 """What the base computes in: fp16 overflows in about one of five 7B runs (QLoRA's own README)."""
+_BLOCK = 64
+"""Weights that share a scale: bitsandbytes' own choice for a layer, which transformers has no word for."""
 
 
 def read_config(folder: Path) -> Any:
@@ -155,6 +159,26 @@ def quantised_bytes(base: Any) -> int:
     return tensors_bytes(_tensors(base))
 
 
+def quantised_form(device: torch.device) -> dict[str, str]:
+    """All that decides what a base becomes in 4 bits, to the bit: how it is packed, on what, and by which libraries.
+
+    The scales of double quantisation are taken from a mean, which each kind of device sums in its own order.
+    """
+    versions = {name: importlib.metadata.version(name) for name in ("bitsandbytes", "torch", "transformers")}
+    return {
+        **{name: str(value) for name, value in _quantisation(COMPUTE_DTYPE).to_dict().items()},
+        "block_size": str(_BLOCK),
+        "device": device_name(device),
+        "vectors": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "",
+        **{name: ".".join(version.split(".")[:2]) for name, version in versions.items()},
+    }
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether the weights in a folder are in fewer bits already, as its config says."""
+    return getattr(read_config(folder), "quantization_config", None) is not None
+
+
 def _tensors(base: Any) -> dict[str, Tensor]:
     """Packed weights with what they are unpacked by, and all that is not in 4 bits; a tied head is not there twice."""
     once = {name for name, _ in base.named_parameters()}
@@ -177,7 +201,7 @@ def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:
     Args:
         weight: [N, K] in the compute dtype, on the device that computes; K in whole blocks of 64.
     """
-    packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
 
     @torch.no_grad()
     def product(rows: Tensor) -> Tensor:

@@ -307,6 +307,7 @@ def test_a_recipe_is_frozen():
 
 def test_the_identity_is_what_can_change_weights_or_their_evaluation():
     same = ("checkpoint.every_steps=7", "store.checksums=false", "track.project=x", "output=s3://elsewhere/x")
+    same += ("model.quantised_copies=s3://elsewhere/copies",)
     other = ("train.seed=1", "lora.r=8", "data.text='{x}'", "evaluate.max_examples=5", "model.base=./other")
 
     for override in same:

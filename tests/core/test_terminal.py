@@ -46,7 +46,7 @@ def test_attempts_are_told_when_there_was_more_than_one(report):
 
 
 def test_the_wait_for_the_first_step_is_told_the_longest_part_first(report):
-    line = "start: 21.5 s until the first step was done: load_model 15.0, first_step 6.0, start 0.5"
+    line = "start: 21.5 s until the first step was done (base from weights): load_model 15.0, first_step 6.0, start 0.5"
 
     assert line in report_lines(report)
     assert "until the first step" not in shown(report, start=None)

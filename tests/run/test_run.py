@@ -39,6 +39,7 @@ def test_each_step_and_each_phase_is_one_event(finished):
         "encode",
         "fetch_weights",
         "load_model",
+        "keep_copy",
         "self_test",
         "self_test",
         "resume",
@@ -85,6 +86,7 @@ def test_the_report_says_how_long_the_first_step_was_waited_for_and_why(finished
     assert {"train", "publish", "prove"} & start["spent"].keys() == set()
     (told,) = ended.named("start")
     assert {"seconds": told["seconds"], "spent": told["spent"]} == start
+    assert told["base_from"] == job.report()["model"]["loaded_from"] == "weights"
     # Nothing of the attempt is left out: its phases add up to more than the way to its first step.
     assert sum(job.report()["throughput"]["phase_seconds"].values()) > start["seconds"]
 
@@ -99,7 +101,9 @@ def test_nothing_temporary_is_left_in_store_or_work_folder(finished):
     fixed += ["report.json", "run.json"]
     assert [key for key in objects(run) if not key.startswith("checkpoints/")] == fixed
     assert all((run / "checkpoints" / step / "MANIFEST.json").exists() for step in steps)
-    assert [p for p in job.workdir.rglob("*") if p.is_file()] == []
+    copies = job.workdir / "models/quantised"
+    assert [p for p in job.workdir.rglob("*") if p.is_file() and not p.is_relative_to(copies)] == []
+    assert [p.name for p in copies.rglob(".*")] == []
 
 
 def test_the_adapter_in_the_store_has_the_reported_hashes_and_no_base_weights(finished):
