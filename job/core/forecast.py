@@ -135,15 +135,16 @@ def flops_per_token(work: Workload) -> float:
 
 
 def ask_for(work: Workload) -> Ask:
-    """Host memory and disk: the base comes to the disk in bf16, and a shard at a time through the host's memory."""
+    """Host memory and disk: the base is on the disk in bf16 and once more in 4 bits, and passes the host's memory."""
     base = 2 * work.shape.parameters / _GIB
     checkpoint = 8 * work.adapter.parameters / _GIB
     layers, parts = work.shape.layers, memory_parts(work.shape, work.adapter, work.path)
+    packed = (parts.weights + parts.embeddings) / _GIB
     least = parts.peak(layers=layers, tokens=work.max_length, kept_layers=0, recomputed_layers=layers)
     return Ask(
         gpu_memory_gib=math.ceil(least / _GIB / _GPU_HEADROOM + _CONTEXT_GIB),
         host_memory_gib=_rounded(_HOST_GIB + min(base, _LARGEST_SHARD_GIB) + 4 * work.adapter.parameters / _GIB),
-        disk_gib=_rounded(_SPARE_DISK_GIB + base + (work.kept_checkpoints + 1) * checkpoint),
+        disk_gib=_rounded(_SPARE_DISK_GIB + base + packed + (work.kept_checkpoints + 1) * checkpoint),
     )
 
 

@@ -104,8 +104,7 @@ class ModelSection(Section):
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Full commit of a hub id (40 hex digits): what is trained on must be reproducible. Only hub ids have one."""
     quantised_copies: Uri | None = None
-    """`s3://bucket/prefix` or `file:///folder` where the base in 4 bits is kept for other machines too, so that their
-    first start neither downloads nor quantises the weights. Without it the copy stays in the work folder."""
+    """`s3://` prefix or folder that keeps the base in 4 bits for other machines as well as the work folder does."""
 
     @model_validator(mode="after")
     def _hub_ids_name_their_commit(self) -> Self:

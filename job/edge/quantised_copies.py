@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ from job.core.recipe import is_hub_id
 from job.edge import model_files, model_places
 from job.edge.artifacts import FileEntry, file_entry
 from job.edge.base_model import BaseModel, BaseModelIdentity, OnProgress
+from job.edge.lanes import Lanes
 from job.edge.objects import ObjectStore
 from job.edge.whole_files import remove_dead, whole_file
 
 log = structlog.get_logger(__name__)
+
+Files = Iterable[tuple[str, Callable[[], bytes]]]
+"""Name, and what makes the content; called on several threads."""
 
 MANIFEST = "MANIFEST.json"
 _FORMAT = 1
@@ -36,6 +41,8 @@ _KEPT = 3
 """Copies of one base that stay in the work folder, those used last: it has another one on each kind of GPU, and after
 each update of the libraries that quantise."""
 _WORKERS = 8
+_SETTLE_SECONDS = 60.0
+"""How long files that are being written are waited for when another one failed."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """Of a file: a manifest may come from a bucket, and must not reach out of its folder."""
 
@@ -168,20 +175,13 @@ class QuantisedCopy:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def keep(
-        self,
-        files: Iterable[tuple[str, bytes]],
-        *,
-        beside: Path,
-        needed_bytes: int,
-        on_beat: Callable[[], None],
-    ) -> None:
+    def keep(self, files: Files, *, beside: Path, needed_bytes: int, on_beat: Callable[[], None]) -> None:
         """Write the copy, here and into the store.
 
         Two that write the same copy at once write the same files, each of which appears whole.
 
         Args:
-            files: name and content: the weights in 4 bits, their index, and the configuration that says so.
+            files: the weights in 4 bits, their index, and the configuration that says so.
             beside: the base's folder, for its tokenizer and all else that is small.
             needed_bytes: about what the files hold.
             on_beat: told after each file.
@@ -195,28 +195,27 @@ class QuantisedCopy:
         if self._store is not None:
             self._attempt(lambda: self._upload(on_beat))
 
-    def _write(
-        self, files: Iterable[tuple[str, bytes]], beside: Path, needed_bytes: int, on_beat: Callable[[], None]
-    ) -> bool:
+    def _write(self, files: Files, beside: Path, needed_bytes: int, on_beat: Callable[[], None]) -> bool:
         # As much again stays free: checkpoints and data come first.
         _refuse_if_full(self.folder, needed_bytes=2 * needed_bytes)
         remove_dead(self.folder)
-        self._files = {}
-        for name, content in files:
-            self._write_file(name, content, on_beat)
-        for name in model_files.small_files(model_files.present_files(beside)):
-            if name not in self._files:  # the configuration and the index are the copy's own
-                self._write_file(name, (beside / name).read_bytes(), on_beat)
+        small = model_files.small_files(model_files.present_files(beside))
+        # The configuration and the index are among both: the copy's own count.
+        every = {name: (beside / name).read_bytes for name in small} | dict(files)
+        what = "a copy of the base in 4 bits was written"
+        with Lanes(what, self._should_stop, settle_seconds=_SETTLE_SECONDS) as lanes:
+            entries = lanes.in_order(partial(self._write_file, name, make) for name, make in every.items())
+            self._files = {}
+            for name, entry in zip(every, entries, strict=True):
+                self._files[name] = entry
+                on_beat()
         self._write_manifest()
         return True
 
-    def _write_file(self, name: str, content: bytes, on_beat: Callable[[], None]) -> None:
-        if self._should_stop():
-            raise StopRequestedError("stopped while a copy of the base in 4 bits was written; there is none now")
-        with whole_file(self.folder / name) as file:
-            file.write(content)
-        self._files[name] = FileEntry(size=file.size, sha256=file.sha256)
-        on_beat()
+    def _write_file(self, name: str, make: Callable[[], bytes]) -> FileEntry:
+        with whole_file(self.folder / name, durable=False) as file:
+            file.write(make())
+        return FileEntry(size=file.size, sha256=file.sha256)
 
     def _write_manifest(self) -> bool:
         with whole_file(self.folder / MANIFEST) as file:

@@ -54,10 +54,12 @@ def whole_file(
     *,
     trouble: Callable[[OSError, Path], JobError] = local_trouble,
     place: Callable[[Path, Path], None] = os.replace,
+    durable: bool = True,
 ) -> Iterator[WholeFile]:
     """A file that takes its place at the end of the block; after any exception nothing of it is left.
 
-    `trouble` says what an OSError means; `place` moves the finished file, and may raise what is not an OSError.
+    `trouble` says what an OSError means; `place` moves the finished file, and may raise what is not an OSError. What is
+    not `durable` does not wait for the disk, and may be torn by a power failure: for what is verified when it is read.
     """
 
     def fail(error: OSError) -> JobError:
@@ -77,9 +79,11 @@ def whole_file(
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield WholeFile(file, fail)
             try:
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
                 place(temporary, path)
-                sync_folder(path.parent)
+                if durable:
+                    sync_folder(path.parent)
             except OSError as error:
                 raise fail(error) from error
     finally:

@@ -29,7 +29,7 @@ from job.tune.attention import PER_DOCUMENT, register
 from job.tune.device import device_name
 from job.tune.encode import MicroBatch
 from job.tune.loss import Head, head_of, token_losses, token_scores
-from job.tune.weights import sharded, stored_tensors, tensors_bytes
+from job.tune.weights import Files, sharded, stored_tensors, tensors_bytes
 
 CONFIG = "config.json"
 COMPUTE_DTYPE = torch.bfloat16
@@ -141,8 +141,8 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
     return model
 
 
-def quantised_files(base: Any, folder: Path, *, dtype: torch.dtype = COMPUTE_DTYPE) -> Iterator[tuple[str, bytes]]:
-    """A base that `load_base` has just loaded, as files that it reads again without quantising: name and content.
+def quantised_files(base: Any, folder: Path, *, dtype: torch.dtype = COMPUTE_DTYPE) -> Files:
+    """A base that `load_base` has just loaded, as files that it reads again without quantising.
 
     Args:
         base: with nothing added to it yet.
@@ -150,7 +150,7 @@ def quantised_files(base: Any, folder: Path, *, dtype: torch.dtype = COMPUTE_DTY
         dtype: what it was loaded with.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    yield CONFIG, json.dumps(config | {"quantization_config": _quantisation(dtype).to_dict()}, indent=2).encode()
+    yield CONFIG, json.dumps(config | {"quantization_config": _quantisation(dtype).to_dict()}, indent=2).encode
     yield from sharded(_tensors(base))
 
 

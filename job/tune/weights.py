@@ -2,8 +2,9 @@
 
 import ctypes
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD_BYTES = 256 * 2**20
-"""Of a file that is written, which stands in memory twice: small beside a host's memory, and enough files to be hashed
-and sent several at once."""
+_SHARD_BYTES = 64 * 2**20
+"""Of a file that is written. It stands in memory twice, and several are made at once: a gigabyte for eight."""
+
+Files = Iterator[tuple[str, Callable[[], bytes]]]
+"""Name, and what makes the content: on any thread, and several at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +84,8 @@ def tensors_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def sharded(tensors: Mapping[str, Tensor], *, most_bytes: int = _SHARD_BYTES) -> Iterator[tuple[str, bytes]]:
-    """The files that `stored_tensors` reads these tensors from, one after the other: name and content.
+def sharded(tensors: Mapping[str, Tensor], *, most_bytes: int = _SHARD_BYTES) -> Files:
+    """The files that `stored_tensors` reads these tensors from.
 
     Args:
         tensors: on any device; none of them twice.
@@ -97,5 +100,10 @@ def sharded(tensors: Mapping[str, Tensor], *, most_bytes: int = _SHARD_BYTES) ->
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}.safetensors"
         places |= dict.fromkeys(shard, file)
-        yield file, save({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()})
-    yield _INDEX, json.dumps({"weight_map": places}, indent=2).encode()
+        yield file, partial(_content, shard)
+    yield _INDEX, json.dumps({"weight_map": places}, indent=2).encode
+
+
+def _content(shard: Mapping[str, Tensor]) -> bytes:
+    content: bytes = save({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()})
+    return content

@@ -21,7 +21,7 @@ def write_copy(folder, base, *, dtype=torch.bfloat16):
     """The folder that holds what a base becomes in 4 bits."""
     folder.mkdir()
     for name, content in quantised_files(load_base(base, device=CPU, dtype=dtype), base, dtype=dtype):
-        (folder / name).write_bytes(content)
+        (folder / name).write_bytes(content())
     return folder
 
 
@@ -148,7 +148,7 @@ def test_tensors_are_cut_into_files_in_their_order_and_found_again(most_bytes, t
         "c": torch.ones(3, 4, dtype=torch.bfloat16).T,
         "d": torch.tensor(7),
     }
-    files = dict(sharded(tensors, most_bytes=most_bytes))
+    files = {name: content() for name, content in sharded(tensors, most_bytes=most_bytes)}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
 
@@ -165,7 +165,7 @@ def test_tensors_are_cut_into_files_in_their_order_and_found_again(most_bytes, t
 
 def test_a_model_says_how_much_its_files_hold(bases, tied_base):
     base = load_base(bases["llama"], device=CPU)
-    files = [content for name, content in quantised_files(base, bases["llama"]) if name.endswith(".safetensors")]
+    files = [content() for name, content in quantised_files(base, bases["llama"]) if name.endswith(".safetensors")]
 
     assert quantised_bytes(base) <= sum(map(len, files)) < quantised_bytes(base) + 20_000
     # The head of a tied model is its embeddings: 300 rows of 64 in bf16.
