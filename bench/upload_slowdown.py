@@ -29,31 +29,18 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import boto3
-import numpy as np
 import torch
 from botocore.config import Config
-from transformers import get_scheduler
 
+from bench.training import NO_END, hooks_of, load, run
 from job.core.errors import StopRequestedError
-from job.core.memory import AdapterShape, plan_memory
-from job.core.plan import choose_max_length, plan_course
-from job.core.recipe import CheckpointSection, EvaluateSection, TrackSection, load_recipe
-from job.core.records import Tally, checked_lines
-from job.core.verdict import Evaluation
+from job.core.recipe import load_recipe
 from job.edge.artifacts import Artifacts, Checkpoint
 from job.edge.publisher import Publisher
 from job.edge.storage import StoreSettings, open_store
 from job.tune import checkpoint as checkpoints
-from job.tune import model as models
-from job.tune.choice import choose_path
-from job.tune.device import choose_device, device_memory, device_name
-from job.tune.encode import encode, select_documents, token_rules
-from job.tune.flat import FlatAdapter
-from job.tune.track import make_accelerator
-from job.tune.train import Hooks, Trainer
+from job.tune.device import choose_device
 
-NO_END = 1_000_000
-"""Steps: the rounds end it."""
 SLOW_MOTO = """
 import io, sys, threading, time
 from moto import server
@@ -98,72 +85,6 @@ def bucket(folder, endpoint, link):
         if child is not None:
             child.kill()
             child.wait()
-
-
-def documents_of(recipe, tokenizer, positions, folder):
-    """The training examples, as the stages encode and select them."""
-    lines = ((p, n, line) for p in recipe.data.train for n, line in enumerate(Path(p).read_bytes().split(b"\n"), 1))
-    encoded = encode(
-        (("train", example) for example in checked_lines(lines, recipe.data, tally=Tally())),
-        tokenizer,
-        token_rules(tokenizer, recipe.data),
-        folder=folder,
-        should_stop=lambda: False,
-        on_progress=lambda _done: None,
-    )["train"]
-    limit = choose_max_length(encoded.lengths, wanted=recipe.data.max_length, positions=positions)
-    return select_documents(encoded, max_length=limit.tokens, too_long="truncate")
-
-
-def trainer_of(recipe, engine, device, folder):
-    """A trainer without hooks and the state that it moves, as the stages make them."""
-    base = Path(recipe.model.base)
-    shape, memory = models.shape_of(models.read_config(base)), device_memory(device)
-    documents = documents_of(recipe, models.load_tokenizer(base), shape.positions, folder)
-    loaded = models.load_base(base, device=device)
-    model = models.PackedModel(
-        models.attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=recipe.train.seed)
-    )
-    train = recipe.train
-    accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
-    choice = choose_path(model, engine, backward=accelerator.backward)
-    course = plan_course(
-        examples=len(documents), batch_size=train.batch_size, steps=NO_END, epochs=None, seed=train.seed
-    )
-    plan = plan_memory(
-        shape,
-        AdapterShape(parameters=models.parameter_counts(model)[0], rank=recipe.lora.r, optimizer=train.optimizer),
-        path=choice.name,
-        device=memory,
-        max_length=documents.max_length,
-        step_tokens=course.largest_step(documents.lengths),
-    )
-    facts = {"micro_batch_tokens": plan.micro_batch_tokens, "checkpointing": plan.checkpointing}
-    facts |= {"kept_layers": plan.kept_layers, "recomputed_layers": plan.recomputed_layers}
-    choice.path.adopt(facts)
-    adapter = FlatAdapter(model)
-    optimizer = models.make_optimizer(adapter.vectors, train)
-    trained = checkpoints.Trained(
-        model=model.model,
-        optimizer=optimizer,
-        scheduler=get_scheduler("constant", optimizer),
-        progress=checkpoints.Progress(plan=facts | {"engine": choice.name, "device": device_name(device)}),
-    )
-
-    def trainer(hooks):
-        model.train()
-        return Trainer(
-            path=choice.path,
-            adapter=adapter,
-            trained=trained,
-            documents=documents,
-            course=course,
-            accelerator=accelerator,
-            train=train,
-            hooks=hooks,
-        )
-
-    return trainer, trained
 
 
 class Rounds:
@@ -244,29 +165,26 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--least-steps", type=int, default=20, help="in each half of a round")
     options = parser.parse_args()
-    recipe = load_recipe(options.recipe.read_text(), source=str(options.recipe), overrides=options.overrides)
+    endless = ["train.epochs=null", f"train.steps={NO_END}"]
+    overrides = [*options.overrides, *endless]  # the rounds end it
+    recipe = load_recipe(options.recipe.read_text(), source=str(options.recipe), overrides=overrides)
     device = choose_device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="upload-slowdown-"))
     try:
-        trainer, trained = trainer_of(recipe, options.engine, device, folder / "encoded")
+        loaded = load(recipe, options.engine, device, folder / "encoded")
+        trained = loaded.trained(loaded.planned)
         with bucket(folder, options.endpoint, options.link) as uri:
             rounds = Rounds(trained, uri, folder, options.megabytes, options.rounds, options.least_steps)
-            hooks = Hooks(
-                should_stop=rounds.is_done,
-                evaluate=lambda step, _: Evaluation(step=step, nll=np.ones(1), tokens=np.ones(1), correct=0),
-                on_first_step=lambda: None,
+            hooks = hooks_of(
+                before_step=rounds.is_done,
                 on_step=rounds.add,
-                on_evaluation=lambda _result: None,
                 on_checkpoint=rounds.begin,
                 is_commit_due=rounds.is_due,
-                on_micro_batch=lambda: None,
-                must_cut_step=lambda: False,
-                on_out_of_memory=lambda _plan: None,
             )
             with contextlib.suppress(StopRequestedError):
-                trainer(hooks).run(CheckpointSection(every_steps=NO_END), EvaluateSection(every_steps=NO_END))
+                run(loaded.trainer(trained, hooks, loaded.course))
             rounds.publisher.close()
             rounds.tell()
     finally:

@@ -1,0 +1,208 @@
+"""The product's own trainer without a run around it: made as the stages make it, for what a report cannot show."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import get_scheduler
+
+from job.core.memory import AdapterShape, MemoryParts, ModelShape, memory_parts, plan_memory
+from job.core.plan import Course, choose_max_length, plan_course
+from job.core.recipe import CheckpointSection, EvaluateSection, Recipe, TrackSection
+from job.core.records import Tally, checked_lines
+from job.core.verdict import Evaluation
+from job.tune import checkpoint as checkpoints
+from job.tune import model as models
+from job.tune.choice import Choice, choose_path
+from job.tune.device import device_memory, device_name
+from job.tune.encode import Documents, encode, select_documents, token_rules
+from job.tune.flat import FlatAdapter
+from job.tune.track import make_accelerator
+from job.tune.train import Hooks, Trainer
+
+NO_END = 1_000_000
+"""Steps: what measures ends it."""
+GSM8K = "### Question: {question}\n ### Answer: {answer}"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK = 32
+
+
+def recipe_of(base, train, *, text=GSM8K, head=True, dropout=0.0, **training):
+    """What is measured: rank 32 on the seven projections, with the head or without; `training` is the train section."""
+    own = {"steps": NO_END, "batch_size": 256, "learning_rate": 1e-4, "optimizer": "adamw_8bit"}
+    return Recipe(
+        model={"base": str(Path(base).resolve())},
+        data={"train": str(train), "text": text},
+        lora={
+            "r": RANK,
+            "alpha": 2 * RANK,
+            "dropout": dropout,
+            "targets": [*PROJECTIONS, "lm_head"] if head else list(PROJECTIONS),
+        },
+        train=own | training,
+        output="file:///nowhere",
+    )
+
+
+def documents_of(recipe, tokenizer, positions, folder):
+    """The training examples, as the stages encode and select them."""
+    lines = ((p, n, line) for p in recipe.data.train for n, line in enumerate(Path(p).read_bytes().split(b"\n"), 1))
+    encoded = encode(
+        (("train", example) for example in checked_lines(lines, recipe.data, tally=Tally())),
+        tokenizer,
+        token_rules(tokenizer, recipe.data),
+        folder=folder,
+        should_stop=lambda: False,
+        on_progress=lambda _done: None,
+    )["train"]
+    limit = choose_max_length(encoded.lengths, wanted=recipe.data.max_length, positions=positions)
+    return select_documents(encoded, max_length=limit.tokens, too_long="truncate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """Base, adapter and data on the device: what several trainers can be made from."""
+
+    recipe: Recipe
+    device: torch.device
+    shape: ModelShape
+    adapter_shape: AdapterShape
+    documents: Documents
+    course: Course
+    """The recipe's batches, as many steps as it says."""
+    model: models.PackedModel
+    adapter: FlatAdapter
+    accelerator: Any
+    choice: Choice
+    planned: dict[str, Any]
+    """The cut that the memory plan gives this device, as a checkpoint keeps it."""
+
+    @property
+    def parts(self) -> MemoryParts:
+        """What the plan says of memory, part by part."""
+        return memory_parts(self.shape, self.adapter_shape, self.choice.name)
+
+    def cut(self, *, tokens, recomputed=0, kept=0):
+        """A cut of our choice, in the plan's words."""
+        again = {"recomputed_layers": recomputed, "checkpointing": recomputed > 0}
+        return {"micro_batch_tokens": tokens, "kept_layers": kept} | again
+
+    def trained(self, cut):
+        """The state of a run that has made no step; the adapter stays as it is."""
+        train = self.recipe.train
+        optimizer = models.make_optimizer(self.adapter.vectors, train)
+        facts = cut | {"engine": self.choice.name, "device": device_name(self.device)}
+        return checkpoints.Trained(
+            model=self.model.model,
+            optimizer=optimizer,
+            scheduler=get_scheduler(train.schedule, optimizer, train.warmup_steps, train.steps),
+            progress=checkpoints.Progress(plan=facts),
+        )
+
+    def trainer(self, trained, hooks, course):
+        """A trainer that moves this state."""
+        self.choice.path.adopt(trained.progress.plan)
+        self.choice.path.refresh()
+        self.model.train()
+        return Trainer(
+            path=self.choice.path,
+            adapter=self.adapter,
+            trained=trained,
+            documents=self.documents,
+            course=course,
+            accelerator=self.accelerator,
+            train=self.recipe.train,
+            hooks=hooks,
+        )
+
+
+def load(recipe, engine, device, folder):
+    """Load the recipe's base and data, attach its adapter, choose the path and plan the cut."""
+    base = Path(recipe.model.base)
+    shape, memory = models.shape_of(models.read_config(base)), device_memory(device)
+    documents = documents_of(recipe, models.load_tokenizer(base), shape.positions, folder)
+    train = recipe.train
+    course = plan_course(
+        examples=len(documents), batch_size=train.batch_size, steps=train.steps, epochs=train.epochs, seed=train.seed
+    )
+    loaded = models.load_base(base, device=device)
+    model = models.PackedModel(
+        models.attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=train.seed)
+    )
+    accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
+    choice = choose_path(model, engine, backward=accelerator.backward)
+    adapter_shape = AdapterShape(
+        parameters=models.parameter_counts(model)[0], rank=recipe.lora.r, optimizer=train.optimizer
+    )
+    plan = plan_memory(
+        shape,
+        adapter_shape,
+        path=choice.name,
+        device=memory,
+        max_length=documents.max_length,
+        step_tokens=course.largest_step(documents.lengths),
+    )
+    planned = {"micro_batch_tokens": plan.micro_batch_tokens, "checkpointing": plan.checkpointing}
+    planned |= {"kept_layers": plan.kept_layers, "recomputed_layers": plan.recomputed_layers}
+    return Loaded(
+        recipe=recipe,
+        device=device,
+        shape=shape,
+        adapter_shape=adapter_shape,
+        documents=documents,
+        course=course,
+        model=model,
+        adapter=FlatAdapter(model),
+        accelerator=accelerator,
+        choice=choice,
+        planned=planned,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SameBatch:
+    """A course whose every step has the same examples."""
+
+    members: tuple[int, ...]
+    steps: int
+
+    def batch(self, _step: int) -> list[int]:
+        """Places in the documents."""
+        return list(self.members)
+
+
+def filling(documents, tokens):
+    """Examples of `tokens` tokens together, or a few less: a micro-batch that is full."""
+    left, members = tokens, []
+    lengths = documents.lengths.tolist()
+    for index, length in enumerate(lengths):
+        if length <= left:
+            members.append(index)
+            left -= length
+        if left < min(lengths):
+            break
+    return members
+
+
+def hooks_of(*, before_step: Callable[[], bool] = lambda: False, **others):
+    """Hooks of a trainer that nobody follows: no evaluation, no checkpoint; it stops when `before_step` says so."""
+    quiet = {
+        "evaluate": lambda step, _: Evaluation(step=step, nll=np.ones(1), tokens=np.ones(1), correct=0),
+        "on_first_step": lambda: None,
+        "on_step": lambda _record: None,
+        "on_evaluation": lambda _result: None,
+        "on_checkpoint": lambda: None,
+        "is_commit_due": lambda _steps: False,
+        "on_micro_batch": lambda: None,
+        "must_cut_step": lambda: False,
+        "on_out_of_memory": lambda _plan: None,
+    }
+    return Hooks(should_stop=before_step, **(quiet | others))
+
+
+def run(trainer):
+    """Carry a trainer to the end of its course, or to where its hooks stop it; nothing else interrupts it."""
+    trainer.run(CheckpointSection(every_steps=NO_END), EvaluateSection(every_steps=NO_END))
