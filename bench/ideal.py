@@ -1,0 +1,69 @@
+"""The least time that each part of a step could take on a device: operations and bytes that nobody can save.
+
+Bytes count once in and once out, as if every part were one kernel; bf16 unless said otherwise.
+"""
+
+import numpy as np
+
+_BF16 = 2
+_NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight: itself and its shares of two scales. QLoRA, arXiv 2305.14314, section 3."""
+_UPDATE_BYTES = 36
+"""Of an adapter's parameter, fp32 with 8-bit AdamW: weight in and out (8), gradient in for the norm and for the update
+(8), gradient cleared (4), two states in and out (4), a copy kept until the update has proved finite, and the choice
+between both (12).
+"""
+
+
+def ideal_seconds(shape, rates, *, lengths, targets, micro_batches, cut, adapter_parameters, products):
+    """Seconds of each part of a step.
+
+    shape: of the base. rates: from `bench.ceiling`. lengths: tokens of each document. targets: tokens the loss is over.
+    cut: the plan of the step. products: by part, how often each (rows, inner, columns) came.
+    """
+    tokens, copy = int(lengths.sum()), rates["copy_bytes"]
+    return {
+        **{part: sum(n * _product(rates, *sides) for sides, n in found.items()) for part, found in products.items()},
+        "attention": attention_flops(shape, lengths) * (1 + _forward(shape, cut) / 3) / rates["gemm_flops"],
+        "elementwise": elementwise_bytes(shape, tokens, targets, cut) / copy,
+        "decoding": decoding_bytes(shape, micro_batches, cut) / copy,
+        "optimizer": _UPDATE_BYTES * adapter_parameters / copy,
+    }
+
+
+def _product(rates, rows, inner, columns):
+    operations, elements = 2 * rows * inner * columns, rows * inner + inner * columns + rows * columns
+    return max(operations / rates["gemm_flops"], _BF16 * elements / rates["copy_bytes"])
+
+
+def _forward(shape, cut):
+    """Share of the layers that go forward twice."""
+    return cut["recomputed_layers"] / shape.layers
+
+
+def attention_flops(shape, lengths):
+    """Both ways: 12 layers width a pair of tokens that see each other, 4 of them forward.
+
+    Kaplan et al. 2020, arXiv 2001.08361, section 2.1 (4 forward), and twice as much for the way back.
+    """
+    exact = np.asarray(lengths, dtype=np.float64)
+    return 12 * shape.layers * shape.heads * shape.head_width * float((exact * (exact + 1) / 2).sum())
+
+
+def elementwise_bytes(shape, tokens, targets, cut):
+    """Norms, rotation, activation and loss, both ways; what a layer computes again counts again."""
+    hidden, wide = shape.hidden, shape.intermediate
+    turned = (shape.heads + shape.key_heads) * shape.head_width
+    forward = 2 * 2 * hidden + 2 * turned + 3 * wide
+    # Norms read a gradient, their result and the stream's gradient, and write that; the activation reads gate, up and a
+    # gradient, and writes two gradients and itself; rotation reads and writes, the value's gradient is moved.
+    back = 2 * 4 * hidden + 6 * wide + 2 * (turned + shape.key_heads * shape.head_width)
+    layers = shape.layers * (forward * (1 + _forward(shape, cut)) + back)
+    loss = 3 * shape.vocabulary * targets
+    return _BF16 * (tokens * (layers + 6 * hidden) + loss)
+
+
+def decoding_bytes(shape, micro_batches, cut):
+    """NF4 to bf16 once for each use; layers that keep their decoded weights have none."""
+    uses = micro_batches * (2 + _forward(shape, cut)) * (1 - cut["kept_layers"] / shape.layers)
+    return shape.linear_parameters * (_NF4_BYTES + _BF16) * uses
