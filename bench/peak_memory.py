@@ -1,0 +1,122 @@
+"""Predicted beside measured peak of GPU memory, for cuts of our choice.
+
+    python -m bench.peak_memory --base FOLDER [--base FOLDER]... --train TRAIN.jsonl [--tokens 4096,8192,16384,32768]
+        [--recomputed none,half,all] [--engine fast] [--results bench/RESULTS.md]
+
+Each point: the base in 4 bits, three steps of one micro-batch that is full to the last token or nearly, and the most
+that torch had allocated meanwhile. The prediction is that of `job.core.memory` for the tokens that were in it. Each
+base is loaded once, in a process of its own; points that run out of memory say so.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bench.results import RESULTS, device_and_versions, table, write_section
+from bench.training import GSM8K, SameBatch, filling, hooks_of, load, recipe_of, run
+from job.tune.device import choose_device
+
+STEPS = 3
+"""The optimizer's state is made in the first."""
+_GIB = 2**30
+_SHARES = {"none": 0.0, "half": 0.5, "all": 1.0}
+"""Of the layers, that compute their activations again."""
+
+
+def peak_of(loaded, cut, members):
+    """Most bytes that were allocated in the steps; None where nobody counts them; a word when memory ran out."""
+    on_gpu = loaded.device.type == "cuda"
+    ran_out = []
+    hooks = hooks_of(on_out_of_memory=ran_out.append)
+    trained = loaded.trained(cut)
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    run(loaded.trainer(trained, hooks, SameBatch(members=tuple(members), steps=STEPS)))
+    if ran_out:
+        return "out of memory"
+    return torch.cuda.max_memory_allocated() if on_gpu else None
+
+
+def points_of(loaded, budgets, shares):
+    """Predicted and measured, for each budget and share of layers that go forward again."""
+    layers = loaded.shape.layers
+    for share in shares:  # in this order: the generic path does not leave checkpointing
+        again = round(_SHARES[share] * layers)
+        for budget in budgets:
+            members = filling(loaded.documents, budget)
+            tokens = int(loaded.documents.lengths[members].sum())
+            cut = loaded.cut(tokens=budget, recomputed=again)
+            predicted = loaded.parts.peak(layers=layers, tokens=tokens, kept_layers=0, recomputed_layers=again)
+            measured = peak_of(loaded, cut, members)
+            yield {"tokens": tokens, "recomputed": again, "predicted": predicted, "measured": measured}
+
+
+def measure_base(options):
+    """All points of one base, one JSON line each."""
+    recipe = recipe_of(options.base[-1], options.train, text=options.text)
+    with tempfile.TemporaryDirectory(prefix="peak-memory-") as folder:
+        loaded = load(recipe, options.engine, choose_device(options.device), Path(folder))
+        for point in points_of(loaded, options.tokens, options.recomputed):
+            print(json.dumps({"base": options.base[-1].name, "layers": loaded.shape.layers} | point), flush=True)
+
+
+def row_of(point):
+    """A row of the table."""
+    predicted, measured = point["predicted"], point["measured"]
+    known = isinstance(measured, int)
+    return (
+        point["base"],
+        f"{point['tokens']:,}",
+        f"{point['recomputed']} of {point['layers']}",
+        f"{predicted / _GIB:.2f}",
+        f"{measured / _GIB:.2f}" if known else measured or "not counted here",
+        f"{predicted / measured - 1:+.1%}" if known else "",
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, action="append", required=True, metavar="FOLDER")
+    parser.add_argument("--train", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--text", default=GSM8K, help="template over the fields of a record")
+    parser.add_argument("--tokens", type=_whole, default=[4096, 8192, 16384, 32768], metavar="N,...")
+    parser.add_argument("--recomputed", type=lambda said: said.split(","), default=["none", "all"], metavar="SHARE,...")
+    parser.add_argument("--engine", choices=["fast", "generic"], default="fast")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.in_this_process:
+        measure_base(options)
+        return
+    points = [point for base in options.base for point in _in_own_process(base)]
+    header = ("base", "tokens", "layers recomputed", "predicted GiB", "measured GiB", "difference")
+    text = table(header, [row_of(point) for point in points])
+    print(text)
+    command = "    python -m bench.peak_memory --base FOLDER... --train TRAIN.jsonl"
+    heading = f"## Predicted and measured memory, {options.engine} path"
+    name = f"peak-memory-{options.engine}"
+    write_section(options.results, name, f"{heading}\n\n{command}\n\n{device_and_versions()}\n\n{text}")
+
+
+def _in_own_process(base):
+    """Points of one base; what the process says beside them goes to stderr."""
+    command = [sys.executable, "-m", "bench.peak_memory", *sys.argv[1:], "--in-this-process", "--base", str(base)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{base}: ended with {done.returncode}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def _whole(said):
+    return [int(each) for each in said.split(",")]
+
+
+if __name__ == "__main__":
+    main()
