@@ -125,12 +125,12 @@ class Attention:
 @contextmanager
 def _same_order() -> Iterator[None]:
     """Sums of the kernel's gradient in one order always: a run that is resumed is the run that was not stopped."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined] # torch has no types here
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=False)  # with True it would only warn, and take any order
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # as above
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined] # as above

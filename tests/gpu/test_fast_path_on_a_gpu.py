@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from job.core.recipe import LoraSection
 from job.engine import reference
+from job.engine.attention import Attention, Documents
 from job.engine.llama import Thrift
 from job.engine.ops import Masks
 from job.tune.flat import FlatAdapter
@@ -152,3 +153,18 @@ def test_dropout_s_kernels_are_the_reference_s(tmp_path):
             results.append((out, into, ops.masked_gradient(thin, x, masks)))
         for one, other in zip(*results, strict=True):
             assert float((one.float() - other.float()).norm() / other.float().norm()) < 3e-3
+
+
+@pytest.mark.parametrize("length", [200, 700])
+def test_attention_s_gradient_has_the_same_bits_each_time(length):
+    """Documents of several blocks of keys: their shares of a query's gradient are added in one order."""
+    lengths = (length, 33, length + 100, 512)
+    bounds = torch.tensor([0, *lengths], device=CUDA).cumsum(0).to(torch.int32)
+    facts = Documents(bounds=bounds, lengths=lengths)
+    tokens, attention = sum(lengths), Attention(scale=128**-0.5, window=None)
+    query, key, value, grad = (torch.randn(tokens, 32, 128, device=CUDA).bfloat16() for _ in range(4))
+    out, kept = attention.forward(query, key, value, facts)
+    first = attention.backward(grad, query, key, value, out, kept, facts)
+    for _again in range(20):
+        other = attention.backward(grad, query, key, value, out, kept, facts)
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
