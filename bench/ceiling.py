@@ -13,6 +13,8 @@ import time
 
 import torch
 
+from bench.results import device_and_versions
+
 _GPU_PRODUCT, _CPU_PRODUCT = (16384, 4096, 11008), (256, 512, 512)
 _GPU_COPY, _CPU_COPY = 2**32, 2**24
 """Bytes."""
@@ -20,7 +22,7 @@ _GPU_SECONDS, _CPU_SECONDS = 3.0, 0.05
 
 
 def measure():
-    """gemm_flops: floating-point operations a second; copy_bytes: bytes read and written a second."""
+    """gemm_flops: operations a second; copy_bytes: bytes read and written a second; product: sides of what was timed."""
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     rows, inner, columns = _GPU_PRODUCT if on_gpu else _CPU_PRODUCT
@@ -31,7 +33,11 @@ def measure():
     source = torch.ones(_GPU_COPY if on_gpu else _CPU_COPY, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = _median_seconds(lambda: target.copy_(source))
-    return {"gemm_flops": 2 * rows * inner * columns / product, "copy_bytes": 2 * source.nbytes / copy}
+    return {
+        "gemm_flops": 2 * rows * inner * columns / product,
+        "copy_bytes": 2 * source.nbytes / copy,
+        "product": f"{rows} x {inner} x {columns}",
+    }
 
 
 def _median_seconds(act):
@@ -62,4 +68,4 @@ def _host_seconds(act):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    print(json.dumps({"about": device_and_versions()} | measure()))

@@ -3,7 +3,7 @@
 Bytes count once in and once out, as if every part were one kernel; bf16 unless said otherwise.
 """
 
-import numpy as np
+from bench import flops
 
 _BF16 = 2
 _NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -24,7 +24,7 @@ def ideal_seconds(shape, rates, *, lengths, targets, micro_batches, cut, adapter
     tokens, copy = int(lengths.sum()), rates["copy_bytes"]
     return {
         **{part: sum(n * _product(rates, *sides) for sides, n in found.items()) for part, found in products.items()},
-        "attention": attention_flops(shape, lengths) * (1 + _forward(shape, cut) / 3) / rates["gemm_flops"],
+        "attention": flops.attention(shape, lengths) * (1 + _forward(shape, cut) / 3) / rates["gemm_flops"],
         "elementwise": elementwise_bytes(shape, tokens, targets, cut) / copy,
         "decoding": decoding_bytes(shape, micro_batches, cut) / copy,
         "optimizer": _UPDATE_BYTES * adapter_parameters / copy,
@@ -39,15 +39,6 @@ def _product(rates, rows, inner, columns):
 def _forward(shape, cut):
     """Share of the layers that go forward twice."""
     return cut["recomputed_layers"] / shape.layers
-
-
-def attention_flops(shape, lengths):
-    """Both ways: 12 layers width a pair of tokens that see each other, 4 of them forward.
-
-    Kaplan et al. 2020, arXiv 2001.08361, section 2.1 (4 forward), and twice as much for the way back.
-    """
-    exact = np.asarray(lengths, dtype=np.float64)
-    return 12 * shape.layers * shape.heads * shape.head_width * float((exact * (exact + 1) / 2).sum())
 
 
 def elementwise_bytes(shape, tokens, targets, cut):
