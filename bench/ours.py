@@ -1,0 +1,66 @@
+"""Runs the product as a user runs it, and reads its log and its report."""
+
+import json
+import sys
+from pathlib import Path
+
+from bench.measured import Measured
+from bench.processes import NoResultError, run
+from bench.training import recipe_of
+
+ENTRY_POINT = Path(__file__).parent.parent / "entrypoint.py"
+_NEVER = 1_000_000
+"""Steps."""
+
+
+def measure(contestant, *, data, device, limit_seconds, folder):
+    """One run of the entry point in a process of its own.
+
+    Raises:
+        NoResultError: it failed, or took too long.
+    """
+    folder.mkdir()
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps(_recipe(contestant, data, folder)))
+    command = [sys.executable, str(ENTRY_POINT), "--log-format", "json", "run", str(recipe)]
+    command += ["--engine", contestant.engine, "--device", device]
+    command += ["--run-id", contestant.name, "--workdir", str(folder / "work")]
+    said = run(command, limit_seconds=limit_seconds, log=folder / "process")
+    events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    report = json.loads((folder / "store/runs" / contestant.name / "report.json").read_text())
+    return _read(contestant, [event for event in events if event.get("event") == "step"], report)
+
+
+def _recipe(contestant, data, folder):
+    """JSON is YAML. It is judged once, at the end, on a few examples."""
+    training = {"steps": contestant.steps, "batch_size": contestant.batch} | contestant.training
+    recipe = recipe_of(data.base, data.train, text=data.text, dropout=contestant.dropout, **training)
+    content = recipe.model_dump(mode="json")
+    content["data"]["max_length"] = data.max_length
+    content["checkpoint"]["every_steps"] = content["evaluate"]["every_steps"] = _NEVER
+    content["evaluate"]["max_examples"] = 16
+    return content | {"output": (folder / "store").resolve().as_uri()}
+
+
+def _read(contestant, steps, report):
+    rates = [step["tokens_per_second"] for step in steps[contestant.warm_up :]]
+    if not rates:
+        raise NoResultError(f"{len(steps)} steps in its log, {contestant.warm_up} of them to warm up")
+    plan, losses = report["plan"], report["curve"]["loss"]
+    about = (
+        f"{plan['engine']} path, {plan['micro_batch_tokens']:,} tokens a micro-batch, {plan['recomputed_layers']} "
+        f"layers recomputed, {plan['kept_layers']} with decoded weights kept"
+    )
+    if plan["out_of_memory"]:
+        about += f", {plan['out_of_memory']} times out of memory"
+    return Measured(
+        rates=tuple(rates),
+        steps=len(rates),
+        tokens_per_step=report["throughput"]["tokens"] / len(losses),
+        real_share=1.0,  # packed to the token
+        losses=(losses[0], losses[-1]),
+        peak_bytes=report["throughput"]["peak_memory_bytes"],
+        adapter_parameters=report["model"]["trainable_parameters"],
+        about=about,
+        versions=report["versions"],
+    )
