@@ -1,0 +1,99 @@
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import compare, flops
+from bench.comparisons import COMPARISONS, Comparison, Ours, Rival
+from bench.processes import NoResultError, run
+from job.core.memory import ModelShape
+
+SMALL = Comparison(
+    title="A small one",
+    max_length=32,
+    contestants=(
+        Ours(name="ours", about="the product", batch=2, steps=3, warm_up=1),
+        Rival(name="stub", about="a stub", module="stub_rival"),
+        Rival(name="broken", about="a broken stub", module="stub_rival", arguments=("--break",)),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, base, examples):
+    folder = tmp_path_factory.mktemp("compare")
+    options = ["small", "--base", str(base), "--train", str(examples), "--text", "{t}", "--device", "cpu"]
+    options += ["--results", str(folder / "R.md"), "--logs", str(folder / "logs")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        compare.main(options, {"small": SMALL})
+    return (folder / "R.md").read_text()
+
+
+def row(results, name):
+    line = next(line for line in results.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_ours_runs_through_the_entry_point(results):
+    name, rate, ratio, *_, steps, _tokens, real, _peak, losses = row(results, "ours")
+
+    assert (name, ratio, steps, real) == ("ours", "1.00", "2", "100%")
+    assert float(rate.replace(",", "")) > 0
+    assert "to" in losses
+    assert "- ours: the product; generic path, " in results
+
+
+def test_a_rival_counts_by_the_median_of_its_real_tokens(results):
+    cells = row(results, "stub")
+
+    assert cells[1] == "200"
+    assert cells[4:10] == ["100 to 400", "3", "83", "50%", "2.0", "4.000 to 3.500"]
+
+
+def test_a_rival_that_cannot_run_is_a_row_with_its_reason(results):
+    assert row(results, "broken")[1] == "no result"
+    assert "- broken: a broken stub. No result: ended with 1: ValueError: it does not run here" in results
+
+
+def test_what_it_ran_with_is_said(results):
+    assert "stub 1.2" in results
+    assert "torch 2." in results
+
+
+def test_a_command_is_killed_at_its_limit_with_all_that_it_started(tmp_path):
+    child = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], cwd={str(tmp_path)!r})"
+    with pytest.raises(NoResultError, match=r"no result within 1\.5 s"):
+        run([sys.executable, "-c", parent], limit_seconds=1.5, log=tmp_path / "log")
+
+    stat = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    for _ in range(50):
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child's child goes on")
+
+
+def test_names_within_a_comparison_are_different():
+    for comparison in COMPARISONS.values():
+        names = [contestant.name for contestant in comparison.contestants]
+        assert len(set(names)) == len(names)
+
+
+def test_operations_of_a_token_are_those_of_llama_2_7b():
+    shape = ModelShape(
+        layers=32,
+        hidden=4096,
+        intermediate=11008,
+        vocabulary=32000,
+        positions=4096,
+        heads=32,
+        key_heads=32,
+        head_width=128,
+    )
+
+    assert flops.per_token(shape, np.array([1]), 0) == pytest.approx(4 * 6.607e9, rel=1e-3)
+    assert flops.per_token(shape, np.array([201]), 0) - flops.per_token(shape, np.array([1]), 0) == 12 * 32 * 4096 * 100
