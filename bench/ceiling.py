@@ -22,7 +22,7 @@ _GPU_SECONDS, _CPU_SECONDS = 3.0, 0.05
 
 
 def measure():
-    """gemm_flops: operations a second; copy_bytes: bytes read and written a second; product: sides of what was timed."""
+    """gemm_flops: operations a second; copy_bytes: bytes read and written a second; product: the sides of one."""
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     rows, inner, columns = _GPU_PRODUCT if on_gpu else _CPU_PRODUCT

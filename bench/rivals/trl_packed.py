@@ -3,8 +3,8 @@
     pip install trl==1.15.0 liger-kernel==0.8.5
     python -m bench.rivals.trl_packed --base FOLDER --train TRAIN.jsonl --text TEMPLATE [--rows 4] [--row-tokens 4096]
 
-Attention over a flattened batch is ours to bring (`bench.rivals.varlen`); TRL refuses an adapter on the head with
-Liger's loss.
+Attention over a flattened batch is ours to bring (`bench.rivals.varlen`). There is no adapter on the head: TRL's loss
+reads the head's own weight, and would pass it by.
 """
 
 import torch

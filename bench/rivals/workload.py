@@ -62,7 +62,7 @@ def load_base(options, attention="sdpa"):
 
 
 def adapter(*, dropout=0.0, head=False):
-    """peft's config; Liger's loss and TRL's leave no room for an adapter on the head."""
+    """peft's config; with Liger's loss and TRL's an adapter on the head would have no part in it."""
     return LoraConfig(
         r=RANK,
         lora_alpha=2 * RANK,
