@@ -62,8 +62,7 @@ def data_of(comparison, options, folder):
         long_documents.write(options.train, text, tokenizer, train)
         text = LONG
     limit = min(comparison.max_length, shape.positions)
-    recipe = recipe_of(base, train, text=text)
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": limit})})
+    recipe = recipe_of(base, train, text=text, max_length=limit)
     lengths = documents_of(recipe, tokenizer, shape.positions, folder / "lengths").lengths
     return Data(base=base, train=train, text=text, max_length=limit, shape=shape, lengths=lengths)
 

@@ -34,9 +34,8 @@ def measure(contestant, *, data, device, limit_seconds, folder):
 def _recipe(contestant, data, folder):
     """JSON is YAML. It is judged once, at the end, on a few examples."""
     training = {"steps": contestant.steps, "batch_size": contestant.batch} | contestant.training
-    recipe = recipe_of(data.base, data.train, text=data.text, dropout=contestant.dropout, **training)
-    content = recipe.model_dump(mode="json")
-    content["data"]["max_length"] = data.max_length
+    text = {"text": data.text, "max_length": data.max_length}
+    content = recipe_of(data.base, data.train, **text, dropout=contestant.dropout, **training).model_dump(mode="json")
     content["checkpoint"]["every_steps"] = content["evaluate"]["every_steps"] = _NEVER
     content["evaluate"]["max_examples"] = 16
     return content | {"output": (folder / "store").resolve().as_uri()}

@@ -30,12 +30,12 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 RANK = 32
 
 
-def recipe_of(base, train, *, text=GSM8K, head=True, dropout=0.0, **training):
+def recipe_of(base, train, *, text=GSM8K, max_length="auto", head=True, dropout=0.0, **training):
     """What is measured: rank 32 on the seven projections, with the head or without; `training` is the train section."""
     own = {"steps": NO_END, "batch_size": 256, "learning_rate": 1e-4, "optimizer": "adamw_8bit"}
     return Recipe(
         model={"base": str(Path(base).resolve())},
-        data={"train": str(train), "text": text},
+        data={"train": str(train), "text": text, "max_length": max_length},
         lora={
             "r": RANK,
             "alpha": 2 * RANK,
