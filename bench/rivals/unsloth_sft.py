@@ -10,10 +10,12 @@ on the head here, as in its own notebooks.
 
 import os
 import sys
+import tempfile
 
 from bench.rivals.unsloth_varlen import give_varlen
 
 os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # it would ask the hub
+os.environ["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp()
 if "--varlen" in sys.argv:
     give_varlen()
 

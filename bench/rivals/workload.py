@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import tempfile
 from pathlib import Path
 
 import torch
@@ -74,9 +75,9 @@ def adapter(*, dropout=0.0, head=False):
 
 
 def training(options, **own):
-    """Arguments of a Trainer that all rivals share: bf16, no logging, nothing saved, no tracker."""
+    """Arguments of a Trainer that all rivals share: bf16, no logging, nothing saved, no tracker; `own` wins."""
     return {
-        "output_dir": "rival-output",
+        "output_dir": tempfile.mkdtemp(),
         "max_steps": options.steps,
         "learning_rate": 1e-4,
         "bf16": torch.cuda.is_available(),
