@@ -31,6 +31,18 @@ def ideal_seconds(shape, rates, *, lengths, targets, micro_batches, cut, adapter
     }
 
 
+def all_products_seconds(shape, rates, *, lengths, targets, micro_batches, cut, adapter_parameters):
+    """Of all products of a step together, where their shapes are not known; arguments as above.
+
+    Their operations, or the decoded weights once a micro-batch in each direction.
+    """
+    tokens, head = int(lengths.sum()), shape.vocabulary * shape.hidden
+    again = 2 * shape.linear_parameters * tokens * _forward(shape, cut)
+    operations = 4 * (shape.linear_parameters * tokens + head * targets) + 6 * adapter_parameters * tokens + again
+    read = _BF16 * micro_batches * ((2 + _forward(shape, cut)) * shape.linear_parameters + 2 * head)
+    return max(operations / rates["gemm_flops"], read / rates["copy_bytes"])
+
+
 def _product(rates, rows, inner, columns):
     operations, elements = 2 * rows * inner * columns, rows * inner + inner * columns + rows * columns
     return max(operations / rates["gemm_flops"], _BF16 * elements / rates["copy_bytes"])

@@ -5,8 +5,10 @@
 
 `--tokens` is the most of a micro-batch; without it the memory plan decides. The ideal time of a product is its
 operations at the rate that large products sustain here, or its bytes at the rate of a copy, whichever is longer; of
-everything else its bytes alone (`bench.ideal`). Both rates are measured first, in the same process. Kernels of the
-update that torch has no name for (the copy that is kept until an update has proved finite) count as elementwise.
+everything else its bytes alone (`bench.ideal`). Both rates are measured first, in the same process. Every step has the
+same examples, so that what is made once for a size (kernels, CUDA graphs) is made before. Products inside a CUDA graph
+do not tell their shapes and stand in one row. Kernels of the update that torch has no name for (the copy that is kept
+until an update has proved finite) count as elementwise.
 """
 
 import argparse
@@ -21,9 +23,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import ceiling
-from bench.ideal import ideal_seconds
+from bench.ideal import all_products_seconds, ideal_seconds
 from bench.results import RESULTS, device_and_versions, table, write_section
-from bench.training import GSM8K, hooks_of, load, recipe_of, run
+from bench.training import GSM8K, NO_END, SameBatch, hooks_of, load, recipe_of, run
 from job.core.errors import StopRequestedError
 from job.core.plan import pack_evenly
 from job.tune.device import choose_device
@@ -35,6 +37,7 @@ THIN_SIDE = 256
 """A product with a side of at most this is one of an adapter's ranks."""
 _PARTS = {
     "decoding": ("_decode", "dequantize"),
+    "adapters under dropout": ("_masked_",),
     "attention": ("flash", "fmha", "scaled_dot_product"),
     "optimizer": ("adam", "optimizer", "multi_tensor", "lpnorm", "lion"),
     "elementwise": (
@@ -160,7 +163,8 @@ def _times(kernels):
 def profile_step(loaded, cut):
     """One step, profiled after the warm-up."""
     step = OneStep(loaded.device)
-    trainer = loaded.trainer(loaded.trained(cut), hooks_of(before_step=step.before_step), loaded.course)
+    course = SameBatch(members=tuple(loaded.course.batch(1)), steps=NO_END)
+    trainer = loaded.trainer(loaded.trained(cut), hooks_of(before_step=step.before_step), course)
     with contextlib.suppress(StopRequestedError):
         run(trainer)
     return read(step.profile.events(), loaded.device)
@@ -168,19 +172,20 @@ def profile_step(loaded, cut):
 
 def tell(loaded, cut, profiled, rates):
     """The section's text: the numbers of the step, and a row for each part."""
-    batch = loaded.course.batch(WARM_UP + 1)
+    batch = loaded.course.batch(1)
     lengths = loaded.documents.lengths[batch]
     packs = pack_evenly(lengths.tolist(), most=max(cut["micro_batch_tokens"], int(lengths.max())))
-    ideal = ideal_seconds(
-        loaded.shape,
-        rates,
-        lengths=lengths,
-        targets=int(loaded.documents.targets[batch].sum()),
-        micro_batches=len(packs),
-        cut=cut,
-        adapter_parameters=loaded.adapter_shape.parameters,
-        products={part: _of_part(profiled.products, part) for part in (LARGE, THIN)},
-    )
+    work = {
+        "lengths": lengths,
+        "targets": int(loaded.documents.targets[batch].sum()),
+        "micro_batches": len(packs),
+        "cut": cut,
+        "adapter_parameters": loaded.adapter_shape.parameters,
+    }
+    known = {part: _of_part(profiled.products, part) for part in (LARGE, THIN)}
+    ideal = ideal_seconds(loaded.shape, rates, products=known, **work)
+    if not profiled.products:
+        ideal[UNSORTED] = all_products_seconds(loaded.shape, rates, **work)
     about = (
         f"{loaded.choice.name} path: {len(batch)} examples, {int(lengths.sum()):,} real tokens in {len(packs)} "
         f"micro-batches of at most {cut['micro_batch_tokens']:,}; {cut['recomputed_layers']} of {loaded.shape.layers} "
