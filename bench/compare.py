@@ -3,11 +3,10 @@
     python -m bench.random_base llama2-7b BASE --tokenizer FOLDER
     python -m bench.compare COMPARISON --base BASE --train GSM8K.jsonl [--only NAME]... [--results bench/RESULTS.md]
 
-COMPARISON is one of `bench.comparisons`: all, long, batch16, batch2, dropout, mistral, qwen3, generic. Ours runs by
-`entrypoint.py run`, rivals by `bench.rivals`, each in a process of its own that is killed after --limit seconds. The
-rivals need packages that the project does not (--rivals-python names another interpreter that has them):
-
-    pip install liger-kernel==0.8.5 trl==1.15.0 unsloth==2026.10.9 unsloth_zoo==2026.10.9 datasets==4.8.5
+COMPARISON is one of `bench.comparisons`: all, long, batch16, batch2, dropout, memory40, mistral, qwen3, generic. Ours
+runs by `entrypoint.py run`, rivals by `bench.rivals`, each in a process of its own that is killed after --limit
+seconds. The rivals need packages that the project does not: bench/README.md. --rivals-python names another interpreter
+that has them.
 
 The table is printed and written after each contestant. Rates are medians over the steps after the warm-up, and count
 real tokens only; a share of the ceiling is the rate times `bench.flops` a token, by what large products sustain.

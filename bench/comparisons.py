@@ -17,6 +17,10 @@ class Ours:
     batch: int = 256
     """Examples of a step."""
     dropout: float = 0.0
+    head: bool = True
+    """Whether lm_head is adapted too."""
+    free_gib: float | None = None
+    """Of the GPU's memory when it starts, because something else holds the rest; None: all that there is."""
     training: dict[str, Any] = field(default_factory=dict)
     """Other keys of the recipe's train section."""
     steps: int = 10
@@ -92,6 +96,7 @@ COMPARISONS = {
         title="Everyone on Llama-2-7B's shape and GSM8K",
         contestants=(
             _OURS,
+            Ours(name="ours-no-head", about="the same, lm_head not adapted, as with the rivals", head=False),
             _unsloth_packed(),
             _TRL,
             _HF,
@@ -147,6 +152,13 @@ COMPARISONS = {
     "dropout": Comparison(
         title="What dropout costs",
         contestants=(_OURS, Ours(name="ours-dropout", about="the same with dropout 0.05", dropout=0.05)),
+    ),
+    "memory40": Comparison(
+        title="In 40 GiB",
+        contestants=(
+            _OURS,
+            Ours(name="ours-40gib", about="the same beside a process that leaves 40 GiB free", free_gib=40),
+        ),
     ),
     "mistral": Comparison(title="Mistral-7B's shape", contestants=(_OURS, _unsloth_packed())),
     # 36 layers and 152k words: a fourth row would not fit into 80 GB.

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from bench.measured import Measured
+from bench.memory_hog import only_free
 from bench.processes import NoResultError, run
 from bench.training import recipe_of
 
@@ -25,7 +26,8 @@ def measure(contestant, *, data, device, limit_seconds, folder):
     command = [sys.executable, str(ENTRY_POINT), "--log-format", "json", "run", str(recipe)]
     command += ["--engine", contestant.engine, "--device", device]
     command += ["--run-id", contestant.name, "--workdir", str(folder / "work")]
-    said = run(command, limit_seconds=limit_seconds, log=folder / "process")
+    with only_free(contestant.free_gib):
+        said = run(command, limit_seconds=limit_seconds, log=folder / "process")
     events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     report = json.loads((folder / "store/runs" / contestant.name / "report.json").read_text())
     return _read(contestant, [event for event in events if event.get("event") == "step"], report)
@@ -35,7 +37,9 @@ def _recipe(contestant, data, folder):
     """JSON is YAML. It is judged once, at the end, on a few examples."""
     training = {"steps": contestant.steps, "batch_size": contestant.batch} | contestant.training
     text = {"text": data.text, "max_length": data.max_length}
-    content = recipe_of(data.base, data.train, **text, dropout=contestant.dropout, **training).model_dump(mode="json")
+    content = recipe_of(
+        data.base, data.train, **text, dropout=contestant.dropout, head=contestant.head, **training
+    ).model_dump(mode="json")
     content["checkpoint"]["every_steps"] = content["evaluate"]["every_steps"] = _NEVER
     content["evaluate"]["max_examples"] = 16
     return content | {"output": (folder / "store").resolve().as_uri()}
