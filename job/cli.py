@@ -57,8 +57,8 @@ _engine = click.option(
     type=click.Choice(["auto", "fast", "generic"]),
     default="auto",
     show_default=True,
-    help="How gradients are computed. `fast` is a hand-written step for Llama, Mistral and Qwen, tried against the "
-    "generic path first; `auto` is generic for now.",
+    help="How gradients are computed. `auto` takes the hand-written step (`fast`) for Llama, Mistral and Qwen on a "
+    "GPU, where it gives what the generic path gives; `fast` insists on it.",
 )
 
 

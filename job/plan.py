@@ -33,6 +33,7 @@ def plan(attempt: Attempt, gpus: Sequence[Gpu]) -> Plan:
         JobError: as a run would, for what a run would refuse without a GPU.
     """
     from job.stages.dataset import prepare_dataset
+    from job.tune.fast import fits
     from job.tune.model import load_tokenizer, read_config, refuse_targets, shape_of
 
     quiet_libraries()
@@ -61,7 +62,7 @@ def plan(attempt: Attempt, gpus: Sequence[Gpu]) -> Plan:
         epochs=recipe.train.epochs,
         seed=recipe.train.seed,
     )
-    path: PathName = "fast" if attempt.engine == "fast" else "generic"
+    path: PathName = "fast" if attempt.engine != "generic" and fits(config) else "generic"
     work = Workload(
         shape=shape,
         adapter=AdapterShape(parameters=parameters, rank=recipe.lora.r, optimizer=recipe.train.optimizer),

@@ -11,7 +11,7 @@ from job.engine.attention import WIDEST_HEAD, Attention
 from job.engine.llama import Decoder, Layer
 from job.engine.weights import Adapter, Decode, Group, Linear, Quantised
 
-_FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 _NF4_BLOCK, _SCALES_BLOCK = 64, 256
 
 
@@ -20,15 +20,29 @@ def reason_against(model: PeftModel) -> str | None:
     return next(_reasons(model.get_base_model()), None)
 
 
-def _reasons(causal_lm: Any) -> Iterator[str]:
-    name, config = type(causal_lm).__name__, causal_lm.config
-    if name not in _FAMILY:
-        yield f"{name} is not of the Llama family ({', '.join(each.removesuffix('ForCausalLM') for each in _FAMILY)})"
+def fits(config: Any) -> bool:
+    """Whether it fits models with such a config, as far as that can be told without their weights."""
+    return next(_reasons_of_config(config), None) is None
+
+
+def _reasons_of_config(config: Any) -> Iterator[str]:
+    if config.model_type not in _FAMILY:
+        yield f"{config.model_type} is not of the Llama family ({', '.join(_FAMILY)})"
         return
     if config.hidden_act != "silu":
         yield f"its activation is {config.hidden_act}, not silu"
     if config.attention_dropout:
         yield f"it has attention dropout ({config.attention_dropout})"
+    width = _head_width(config)
+    if width % 8 or width > WIDEST_HEAD:
+        yield f"its heads are {width} wide"
+
+
+def _reasons(causal_lm: Any) -> Iterator[str]:
+    against = next(_reasons_of_config(causal_lm.config), None)
+    if against is not None:
+        yield against
+        return
     for path, module in causal_lm.named_modules():
         place = path.rpartition(".")[2]
         if place.endswith("norm") and not bool(module.weight.ne(0).all()):
@@ -40,9 +54,6 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
             state.blocksize != _NF4_BLOCK or state.state2.blocksize != _SCALES_BLOCK or state.shape.numel() % _NF4_BLOCK
         ):
             yield f"{path}: {state.shape.numel()} elements are no whole blocks of {_NF4_BLOCK}"
-    width = _head_width(config)
-    if width % 8 or width > WIDEST_HEAD:
-        yield f"its heads are {width} wide"
 
 
 def decoder_of(model: PeftModel, *, decode: Decode) -> Decoder:
