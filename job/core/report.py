@@ -110,6 +110,8 @@ class PlanReport(Section):
     epochs: float
     out_of_memory: int
     """How often a batch was done again in smaller micro-batches."""
+    allocation_retries: int = 0
+    """How often this attempt's process gave GPU memory back and asked for it anew: many cost time."""
 
 
 class TrainingCurve(Section):

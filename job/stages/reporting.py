@@ -114,6 +114,7 @@ def _plan(run: TrainedRun) -> PlanReport:
         steps=run.course.steps,
         epochs=run.course.epochs,
         out_of_memory=run.out_of_memory,
+        allocation_retries=run.allocation_retries,
     )
 
 

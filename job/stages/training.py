@@ -31,7 +31,7 @@ from job.stages.planning import Planned, plan_training
 from job.stages.teller import StepTeller
 from job.tune import checkpoint as checkpoints
 from job.tune.checkpoint import Progress, Trained
-from job.tune.device import device_memory, device_name
+from job.tune.device import allocation_retries, device_memory, device_name
 from job.tune.encode import token_rules
 from job.tune.evaluate import Question, answer, evaluate, questions_of_documents, questions_of_prompts
 from job.tune.flat import FlatAdapter
@@ -49,6 +49,8 @@ from job.tune.train import Hooks, StepRecord, Trainer
 
 log = structlog.get_logger(__name__)
 
+_SETTLING_STEPS = 5
+"""So many steps, of batches of unlike lengths, find the memory that they need."""
 _SCHEDULE_ENDS = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "polynomial": {"lr_end": 0.0}}
 """Where a schedule ends, for those that ask: a tenth of the peak, and zero."""
 
@@ -87,6 +89,7 @@ class TrainedRun:
     start_seconds: dict[str, float] | None = None
     """From the process's start to the end of the attempt's first step, by phase; None: it made no step."""
     out_of_memory: int = 0
+    allocation_retries: int = 0
 
     @property
     def resume_exact(self) -> bool:
@@ -113,6 +116,7 @@ class Training:
         self._longest_micro_batch = 0.0
         """Seconds."""
         self._warned = False
+        self._told_of_memory = False
 
     def run(self) -> TrainedRun:
         """Train to the end.
@@ -318,6 +322,7 @@ class Training:
         def on_step(record: StepRecord) -> None:
             run.step_seconds.append(record.seconds)
             self._attempt.limits.cost.add_step(record.seconds)
+            self._notice_full_memory(run)
             teller.step(record)
 
         def on_out_of_memory(plan: dict[str, Any]) -> None:
@@ -378,6 +383,18 @@ class Training:
             must_cut_step=must_cut_step,
             on_out_of_memory=on_out_of_memory,
         )
+
+    def _notice_full_memory(self, run: TrainedRun) -> None:
+        """While the first steps find their memory, it is asked for anew as a matter of course."""
+        before, run.allocation_retries = run.allocation_retries, allocation_retries(self._setting.device)
+        if run.allocation_retries > before and len(run.step_seconds) > _SETTLING_STEPS and not self._told_of_memory:
+            self._told_of_memory = True
+            reason = (
+                "the GPU's memory is nearly full and in pieces: steps wait while it is given back and asked for anew. "
+                "Another process may hold part of it; otherwise lower data.max_length"
+            )
+            log.warning("memory_in_pieces", retries=run.allocation_retries, reason=reason)
+            self._attempt.notes.append(reason)
 
     def _on_first_step(self, run: TrainedRun) -> None:
         spent = self._attempt.phases.so_far()

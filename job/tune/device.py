@@ -108,6 +108,16 @@ def device_memory(device: torch.device) -> DeviceMemory:
     return DeviceMemory(kind="cuda", free_bytes=torch.cuda.mem_get_info(device)[0])
 
 
+def allocation_retries(device: torch.device) -> int:
+    """How often this process had to give its free memory back and ask for it anew; 0 on the CPU.
+
+    Each waits for the GPU: memory that is nearly full and in pieces costs time long before it runs out.
+    """
+    if device.type == "cpu":
+        return 0
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Most that was allocated on the GPU, or resident on the CPU, since the process began."""
     if device.type == "cuda":

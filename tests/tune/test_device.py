@@ -7,7 +7,14 @@ import torch
 
 from job.core.errors import CannotFitError, SickDeviceError
 from job.tune import device
-from job.tune.device import choose_device, driver_version, gpu_bus_id, gpu_uuid, hardware_failure
+from job.tune.device import (
+    allocation_retries,
+    choose_device,
+    driver_version,
+    gpu_bus_id,
+    gpu_uuid,
+    hardware_failure,
+)
 
 SUFFIX = (
     "\nSearch for `cudaError' in https://docs.nvidia.com/cuda/ for more information.\n"
@@ -247,3 +254,10 @@ def test_a_gpu_is_named_for_those_who_count_in_another_order(monkeypatch):
     del about.pci_bus_id
     assert gpu_bus_id(gpu) is None
     assert gpu_uuid(torch.device("cpu")) is gpu_bus_id(torch.device("cpu")) is None
+
+
+def test_asking_for_memory_anew_is_counted_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _device: {"num_alloc_retries": 3})
+
+    assert allocation_retries(torch.device("cuda", 0)) == 3
+    assert allocation_retries(torch.device("cpu")) == 0
