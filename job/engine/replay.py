@@ -8,6 +8,7 @@ was not stopped.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,16 @@ class Size:
 
     tokens: int
     documents: int
+    masked: bool
+    """Whether there is dropout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Recording:
-    graph: torch.cuda.CUDAGraph
     row: Row
     """Where its numbers are read."""
-    losses: Tensor
+    played: Callable[[], Tensor]
+    """Does the step once, and gives its losses."""
 
 
 class Replay:
@@ -50,63 +53,76 @@ class Replay:
             step: what is recorded.
             parameters: the adapter's, each with its gradient.
             most_tokens: of a micro-batch that is played back.
-            on_failure: told once, why nothing is recorded any more.
+            on_failure: told once, why nothing is recorded any more; small micro-batches are still filled up, so that
+                their numbers stay the same.
         """
         self._step = step
         self._parameters = parameters
         self._most_tokens = most_tokens
         self._on_failure = on_failure
+        self._failed = False
         self._recordings: dict[Size, _Recording] = {}
-        self._refresh: torch.cuda.CUDAGraph | None = None
-        self._pool = torch.cuda.graph_pool_handle()
+        self._refresh: Callable[[], None] | None = None
+        self._pool: Any = None
 
     def accumulate(self, row: Row) -> Tensor:
         """See `Step.accumulate`."""
         size = rounded(row)
         if size.tokens > self._most_tokens:
             return self._step.accumulate(row)
-        recording = self._recordings.get(size)
-        if recording is None:
-            recording = self._record(size, row)
-            if recording is None:
-                return self._step.accumulate(row)
-            self._recordings[size] = recording
+        if size not in self._recordings:
+            self._recordings[size] = self._record(size, row)
+        recording = self._recordings[size]
         fill(recording.row, row)
-        recording.graph.replay()
-        return recording.losses[: len(row.places)].clone()
+        return recording.played()[: len(row.places)].clone()
 
     def refresh(self) -> None:
         """See `Step.refresh`."""
-        if self._refresh is None and self._most_tokens:
-            self._step.refresh()
-            self._refresh = self._recorded(self._step.refresh)
         if self._refresh is None:
-            self._step.refresh()
-        else:
-            self._refresh.replay()
+            self._step.refresh()  # allocates and compiles, outside of a recording
+            graph = self._recorded(self._step.refresh)
+            self._refresh = self._step.refresh if graph is None else graph.replay
+        self._refresh()
 
-    def _record(self, size: Size, like: Row) -> _Recording | None:
-        row = empty_row(size, like)
+    def _record(self, size: Size, like: Row) -> _Recording:
+        row, results = empty_row(size, like), []
         fill(row, like)
+
+        def work() -> None:
+            results.append(self._step.accumulate(row))
+
+        graph = self._recorded_beside_gradients(work)
+        if graph is None:
+            return _Recording(row=row, played=lambda: self._step.accumulate(row))
+
+        def played() -> Tensor:
+            graph.replay()
+            return results[-1]  # what the recording gives, always in the same place
+
+        return _Recording(row=row, played=played)
+
+    def _recorded_beside_gradients(self, work: Callable[[], None]) -> Any:
+        """Recorded after a first run, which compiles kernels and sets libraries up, and leaves the gradients alone."""
+        if self._failed:
+            return None
         before = [_gradient(parameter).clone() for parameter in self._parameters]
-        self._step.accumulate(row)  # kernels are compiled and libraries set up outside of a recording
+        work()
         for parameter, old in zip(self._parameters, before, strict=True):
             _gradient(parameter).copy_(old)
-        del before
-        results: list[Tensor] = []
-        graph = self._recorded(lambda: results.append(self._step.accumulate(row)))
-        return None if graph is None else _Recording(graph=graph, row=row, losses=results[0])
+        return self._recorded(work)
 
-    def _recorded(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
+    def _recorded(self, work: Callable[[], None]) -> Any:
+        """A CUDA graph of the work; None where the driver, a library or the memory does not allow it."""
+        if self._failed or not self._most_tokens:
+            return None
         try:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
             # Other threads copy to the host meanwhile: only this one's forbidden calls matter.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # what a driver or a library refuses to have recorded
-            self._most_tokens = 0
+        except RuntimeError as error:  # running out of memory is one, and a step that is not recorded needs less
+            self._failed = True
             self._on_failure(f"{type(error).__name__}: {error}"[:300])
             return None
         return graph
@@ -116,7 +132,11 @@ def rounded(row: Row) -> Size:
     """The size that a micro-batch is filled up to: at least one token, and one document, more than it has."""
     tokens, documents = len(row.ids) + 1, len(row.documents.lengths) + 1
     unit = max(128, (1 << (tokens - 1).bit_length()) // 8)  # an eighth at most is filling
-    return Size(tokens=-(-tokens // unit) * unit, documents=max(4, 1 << (documents - 1).bit_length()))
+    return Size(
+        tokens=-(-tokens // unit) * unit,
+        documents=max(4, 1 << (documents - 1).bit_length()),
+        masked=row.seed is not None,
+    )
 
 
 def most_tokens(step: Step) -> int:
