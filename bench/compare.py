@@ -14,6 +14,7 @@ real tokens only; a share of the ceiling is the rate times `bench.flops` a token
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 import tempfile
@@ -158,10 +159,14 @@ def main(arguments_given=None, comparisons=COMPARISONS):
         write_section(options.results, f"compare-{options.comparison}", text)
         print(text, flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="compare-") as temporary:
-        folder = options.logs or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    if options.logs is not None:
+        options.logs.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{options.comparison}-", dir=options.logs)).resolve()
+    try:
         compare(comparison, options, folder, tell=tell)
+    finally:
+        if options.logs is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

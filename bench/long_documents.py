@@ -1,7 +1,7 @@
 """Documents of many lengths, as in a mixed corpus: tokens log-normal with a mean of about 600, at most 4096."""
 
 import json
-from itertools import islice
+from itertools import chain, cycle, islice
 
 import numpy as np
 
@@ -21,12 +21,7 @@ def lengths_of(count):
 def write(train, text, tokenizer, path, count=COUNT):
     """One record `{"text": ...}` a line, cut from the texts of `train` one after another, again and again."""
     texts = [text.format(**json.loads(line)) for line in train.read_text(encoding="utf-8").split("\n") if line.strip()]
-    stream = _again_and_again(tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"])
+    stream = cycle(chain.from_iterable(tokenizer(texts, add_special_tokens=False)["input_ids"]))
     with path.open("w", encoding="utf-8") as file:
         for length in lengths_of(count):
             file.write(json.dumps({"text": tokenizer.decode(list(islice(stream, length)))}) + "\n")
-
-
-def _again_and_again(ids):
-    while True:
-        yield from ids
