@@ -175,7 +175,10 @@ def main(arguments=None):
         f"{options.batch} examples, AdamW at {options.learning_rate:g}, the product by `--engine {options.engine}`."
     )
     heading = f"## The loss, step by step, beside the plain loop's: {options.base.name}, `{options.engine}`"
-    command = f"    python -m bench.loss_curve --base FOLDER --train TRAIN.jsonl --engine {options.engine}"
+    command = (
+        f"    python -m bench.loss_curve --base FOLDER --train TRAIN.jsonl --engine {options.engine} "
+        f"--batch {options.batch} --steps {options.steps} --learning-rate {options.learning_rate:g}"
+    )
     text = f"{device_and_versions()}\n\n{about}\n\n{tell(curves)}\n\n![losses]({plot.name})"
     print(text)
     write_section(options.results, name, f"{heading}\n\n{command}\n\n{text}")
