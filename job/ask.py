@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from job.core.errors import NotFoundError
 from job.core.recipe import Recipe, is_hub_id
+from job.core.report import Report
 from job.edge import base_model
-from job.edge.artifacts import FileEntry
+from job.edge.artifacts import Artifacts, FileEntry
 from job.edge.base_model import BaseModelIdentity
 from job.edge.logs import quiet_libraries
 from job.edge.storage import StoreSettings
@@ -34,17 +36,45 @@ def ask(
         should_stop: polled at each token.
         on_answer: told prompt, base's answer and tuned answer.
     """
-    from peft import PeftModel
-
-    from job.stages.base import BaseSource
-    from job.tune.device import choose_device
     from job.tune.encode import token_rules
     from job.tune.evaluate import answer, questions_of_prompts
-    from job.tune.model import PackedModel, load_base, load_tokenizer
+    from job.tune.model import load_tokenizer
 
     quiet_libraries()
     artifacts, report = open_run(run_uri)
     recipe = Recipe.model_validate(report.recipe)
+    folder, model = _load(artifacts, report, recipe, workdir=workdir, device=device, should_stop=should_stop)
+    tokenizer = load_tokenizer(folder)
+    rules = token_rules(tokenizer, recipe.data)
+
+    def reply(prompt: str) -> str:
+        questions = questions_of_prompts([prompt], tokenizer, rules)
+        longest = max_new_tokens or recipe.evaluate.max_new_tokens
+        seed = recipe.train.seed
+        return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
+
+    for prompt in prompts:
+        with model.model.disable_adapter():
+            untuned = reply(prompt)
+        on_answer(prompt, untuned, reply(prompt))
+
+
+def _load(
+    artifacts: Artifacts,
+    report: Report,
+    recipe: Recipe,
+    *,
+    workdir: Path,
+    device: str,
+    should_stop: Callable[[], bool],
+) -> tuple[Path, Any]:
+    """The base's folder, and the base with the run's adapter on it."""
+    from peft import PeftModel
+
+    from job.stages.base import BaseSource
+    from job.tune.device import choose_device
+    from job.tune.model import PackedModel, load_base
+
     settings = StoreSettings(sse_kms_key=recipe.store.sse_kms_key, checksums=recipe.store.checksums)
     identity = BaseModelIdentity(source=report.model.base, revision=report.model.revision)
     _refuse_changed_base(identity, settings)
@@ -62,20 +92,8 @@ def ask(
     files = {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in report.adapter.files.items()}
     folder = workdir / "adapters" / report.run_id
     artifacts.fetch_adapter(folder, files, should_stop=should_stop)
-    tokenizer = load_tokenizer(base.folder)
-    rules = token_rules(tokenizer, recipe.data)
-    model = PackedModel(PeftModel.from_pretrained(load_base(base.folder, device=chosen), folder)).eval()
-
-    def reply(prompt: str) -> str:
-        questions = questions_of_prompts([prompt], tokenizer, rules)
-        longest = max_new_tokens or recipe.evaluate.max_new_tokens
-        seed = recipe.train.seed
-        return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
-
-    for prompt in prompts:
-        with model.model.disable_adapter():
-            untuned = reply(prompt)
-        on_answer(prompt, untuned, reply(prompt))
+    loaded = PeftModel.from_pretrained(load_base(base.folder, device=chosen), folder)
+    return base.folder, PackedModel(loaded).eval()
 
 
 def _unseen(_done: int, _of: int) -> None:

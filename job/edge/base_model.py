@@ -119,38 +119,6 @@ def fetch(
     )
 
 
-def left_bytes(
-    identity: BaseModelIdentity,
-    *,
-    models_folder: Path,
-    settings: StoreSettings,
-    should_stop: Callable[[], bool],
-    patience: Patience | None = None,
-) -> int:
-    """Bytes of weights that `fetch` would have to bring, with the small files brought already: they name the weights.
-
-    A complete copy and a local folder are 0; for a copy nobody is asked.
-
-    Args:
-        identity: from `identify`.
-        models_folder: as for `fetch`.
-        settings: of the store, for an s3:// prefix.
-        should_stop: polled between files.
-        patience: with a hub or store that fails; None: the one made for it.
-
-    Raises:
-        JobError: as `fetch` does before the weights move.
-    """
-    if _ready_copy(identity, models_folder) is not None:
-        return 0
-    _make_folder(models_folder)
-    place = _place(identity, models_folder, settings, should_stop, patience)
-    files = place.files()
-    folder = _bring_small_files(place, files, source=identity.source)
-    wanted = _weights(folder, files, source=identity.source)
-    return sum(wanted.values()) - _here_bytes(folder, wanted)
-
-
 def _bring(place: Place, *, source: str, weights: bool, on_progress: OnProgress | None) -> Path:
     files = place.files()
     folder = _bring_small_files(place, files, source=source)

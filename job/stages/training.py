@@ -333,35 +333,12 @@ class Training:
                 )
             log.warning("out_of_memory", then=plan)
 
-        def commit() -> None:
-            checkpoint = Checkpoint(step=trained.progress.step, attempt=self._setting.attempt_number)
-            folder = self._scratch / checkpoint.name
-            began = time.monotonic()
-            _save(trained, folder)
-            crash_point("save.after")
-            size = sum(path.stat().st_size for path in folder.iterdir())
-            self._attempt.limits.cost.add_save(time.monotonic() - began, size)
-            judged = trained.progress.evaluations
-            publisher.submit(folder, checkpoint, candidates=judge(judged).candidate_steps if judged else ())
-            self._committed_at = self._looked_at = time.monotonic()
-            self._attempt.phases.on_beat()
-
         def is_commit_due(steps_since: int) -> bool:
             return self._attempt.limits.checkpoint_due(
                 steps_since=steps_since,
                 seconds_since=time.monotonic() - self._committed_at,
                 every_steps=self._attempt.recipe.checkpoint.every_steps,
                 uploads_under_way=publisher.under_way,
-            )
-
-        def must_cut_step() -> bool:
-            if not self._attempt.should_stop():
-                return False
-            return self._attempt.limits.must_cut_step(
-                time.monotonic(),
-                self._attempt.standing.asked_at,
-                uploads_under_way=publisher.under_way,
-                next_look_seconds=self._longest_micro_batch,
             )
 
         def on_micro_batch() -> None:
@@ -377,11 +354,34 @@ class Training:
             on_first_step=partial(self._on_first_step, run),
             on_step=on_step,
             on_evaluation=teller.evaluation,
-            on_checkpoint=commit,
+            on_checkpoint=partial(self._commit, trained, publisher),
             is_commit_due=is_commit_due,
             on_micro_batch=on_micro_batch,
-            must_cut_step=must_cut_step,
+            must_cut_step=partial(self._must_cut_step, publisher),
             on_out_of_memory=on_out_of_memory,
+        )
+
+    def _commit(self, trained: Trained, publisher: Publisher) -> None:
+        """Save the state as it stands, and send it off."""
+        checkpoint = Checkpoint(step=trained.progress.step, attempt=self._setting.attempt_number)
+        folder = self._scratch / checkpoint.name
+        began = time.monotonic()
+        _save(trained, folder)
+        crash_point("save.after")
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        self._attempt.limits.cost.add_save(time.monotonic() - began, size)
+        judged = trained.progress.evaluations
+        publisher.submit(folder, checkpoint, candidates=judge(judged).candidate_steps if judged else ())
+        self._committed_at = self._looked_at = time.monotonic()
+        self._attempt.phases.on_beat()
+
+    def _must_cut_step(self, publisher: Publisher) -> bool:
+        """Whether a stop was asked for, and saving needs what time is left."""
+        return self._attempt.should_stop() and self._attempt.limits.must_cut_step(
+            time.monotonic(),
+            self._attempt.standing.asked_at,
+            uploads_under_way=publisher.under_way,
+            next_look_seconds=self._longest_micro_batch,
         )
 
     def _notice_full_memory(self, run: TrainedRun) -> None:

@@ -1,6 +1,5 @@
 """The base model's ways in: a hub that answers, refuses or fails, a local folder, a store."""
 
-import functools
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from job.core.errors import DataError, NotFoundError, StopRequestedError, UsageError
-from job.edge.base_model import BaseModel, fetch, identify, left_bytes
+from job.edge.base_model import BaseModel, fetch, identify
 from job.edge.objects import StoreSettings
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +140,7 @@ FETCH = """
 import json, os, resource, sys
 from pathlib import Path
 from job.core.errors import JobError
-from job.edge.base_model import fetch, identify, left_bytes
+from job.edge.base_model import fetch, identify
 from job.edge.patience import Patience
 from job.edge.logs import configure
 from job.edge.objects import StoreSettings
@@ -152,17 +151,6 @@ if "LARGEST_FILE_BYTES" in os.environ:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE_BYTES"]),) * 2)
 configure(secrets=[])
 try:
-    if sys.argv[6:] == ["left"]:
-        identity = identify(sys.argv[4], sys.argv[5], settings=StoreSettings())
-        left = left_bytes(
-            identity,
-            models_folder=folder,
-            settings=StoreSettings(),
-            should_stop=lambda: False,
-            patience=Patience(attempts=100, budget_seconds=budget, first_pause_seconds=0.05),
-        )
-        print(json.dumps({"code": 0, "left": left}))
-        sys.exit()
     model = fetch(
         identify(sys.argv[4], sys.argv[5], settings=StoreSettings()),
         models_folder=folder,
@@ -260,30 +248,10 @@ def test_the_small_files_alone_come_without_the_weights(hub, fetcher):
     assert fetcher()["bytes"] == sum(map(len, MODEL.values()))
 
 
-def test_what_is_left_to_bring_is_known_before_any_weights_move(hub, fetcher):
-    """Shards count as the index names them; other formats of the same weights beside them do not."""
-    shards = {"a.safetensors": safetensors(7_000), "b.safetensors": safetensors(6_000)}
-    hub.files = {**SMALL, **NOISE, **shards, "model.safetensors.index.json": index(*shards)}
-    whole = sum(map(len, shards.values()))
-
-    assert fetcher("left")["left"] == whole
-    assert not list(fetcher.models.rglob("a.safetensors"))
-
-    hub.refuse = lambda path: (503, {}) if "/b.safetensors" in path else None
-    assert fetcher(budget=0.5)["code"] == 69
-    hub.refuse = lambda _path: None
-    assert fetcher("left")["left"] == len(shards["b.safetensors"])
-
-    assert fetcher()["code"] == 0
-    asked = hub.asked.total()
-    assert fetcher("left")["left"] == fetcher("left", env={"HF_HUB_OFFLINE": "1"})["left"] == 0
-    assert hub.asked.total() == asked
-
-
-def test_what_is_left_of_a_model_that_cannot_be_trained_is_its_refusal(hub, fetcher):
+def test_a_model_that_cannot_be_trained_is_refused_by_its_small_files(hub, fetcher):
     hub.files = {**SMALL, "pytorch_model.bin": b"x"}
 
-    result = fetcher("left")
+    result = fetcher("small")
 
     assert result["code"] == 64
     assert "pickle" in result["message"]
@@ -577,18 +545,6 @@ def test_a_model_in_a_store_is_copied_once_and_then_needs_no_store(bucket, tmp_p
     assert {name: (first.folder / name).read_bytes() for name in MODEL} == MODEL
     assert not [name for name in NOISE if name != "consolidated.safetensors" and (first.folder / name).exists()]
     assert (first.licence, first.bytes) == ("apache-2.0", sum(map(len, MODEL.values())))
-
-
-def test_what_is_left_to_bring_from_a_store_or_a_local_folder(bucket, tmp_path):
-    source = put(bucket, {**MODEL, **NOISE})
-    identity = identify(source, None, settings=StoreSettings())
-    left = functools.partial(left_bytes, models_folder=tmp_path / "models", settings=StoreSettings(), should_stop=never)
-
-    assert left(identity) == len(MODEL["model.safetensors"])
-    folder = fetch(identity, models_folder=tmp_path / "models", settings=StoreSettings(), should_stop=never).folder
-    bucket.objects.delete()
-    assert left(identity) == 0  # and nobody is asked
-    assert left(identify(str(folder), None, settings=StoreSettings())) == 0
 
 
 def test_a_store_copy_stopped_between_files_is_not_complete_and_goes_on(bucket, tmp_path):

@@ -1,9 +1,7 @@
 """Copies of a base in 4 bits: whole or not there, verified, never in the job's way."""
 
-import contextlib
 import json
 import os
-import resource
 import shutil
 import threading
 from functools import partial
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from disks import largest_file
 
 from job.core.errors import StopRequestedError, UnavailableError
 from job.edge.base_model import BaseModelIdentity
@@ -249,17 +248,6 @@ def test_a_store_that_is_away_costs_a_warning(copies, tmp_path, told):
     copies.keep(store=away)
     assert warnings(told) == ["quantised_copy_failed"] * 2
     assert copies.found(store=away) is not None  # the one here
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """As a full disk: every file of this process ends at so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_gets_full_costs_a_warning_and_gets_its_room_back(copies, told):

@@ -4,13 +4,12 @@ import gzip
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import sys
-from contextlib import contextmanager
 
 import pytest
 import zstandard
+from disks import largest_file
 from job_process import ROOT, call, objects, process, records, write_lines
 from run_material import SECRETS, make_base
 
@@ -304,17 +303,6 @@ def test_no_credentials_at_all_ends_77_and_says_where_they_come_from(job, moto_h
         monkeypatch.delenv(name)
     job.recipe["output"] = "s3://some-bucket/prefix"
     refused(job, job.call("run"), 77, "no usable credentials", "AWS_PROFILE")
-
-
-@contextmanager
-def largest_file(size):
-    """As a full disk: every file of this process ends at so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_is_full_while_encoding_ends_74(job):
