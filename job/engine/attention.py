@@ -25,6 +25,14 @@ def has_kernel(query: Tensor) -> bool:
     return query.is_cuda and not exact and width <= WIDEST_HEAD and width % _WIDTH_STEP == 0
 
 
+def visible(tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """Which key each query of a document sees: [tokens, tokens] bool."""
+    at = torch.arange(tokens, device=device)
+    distance = at[:, None] - at[None, :]
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Documents:
     """Where the documents of a row begin and end."""
@@ -131,7 +139,7 @@ class Attention:
         dQ = scale dS K, dK = scale dS^T Q.
         """
         scores = self.scale * torch.einsum("qhw,kw->hqk", query, key)
-        weights = scores.masked_fill(~self._visible(len(query), query.device), float("-inf")).softmax(dim=-1)
+        weights = scores.masked_fill(~visible(len(query), self.window, query.device), float("-inf")).softmax(dim=-1)
         d_weights = torch.einsum("qhw,kw->hqk", grad, value)
         d_scores = self.scale * weights * (d_weights - (weights * d_weights).sum(dim=-1, keepdim=True))
         return (
@@ -140,18 +148,11 @@ class Attention:
             torch.einsum("hqk,qhw->kw", weights, grad),
         )
 
-    def _visible(self, tokens: int, device: torch.device) -> Tensor:
-        """Which key each query sees: [tokens, tokens] bool."""
-        at = torch.arange(tokens, device=device)
-        distance = at[:, None] - at[None, :]
-        visible = distance >= 0
-        return visible if self.window is None else visible & (distance < self.window)
-
     def _one(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens = query.shape[2]
         mask = None
         if self.window is not None and self.window < tokens:
-            mask = self._visible(tokens, query.device)
+            mask = visible(tokens, self.window, query.device)
         result = scaled_dot_product_attention(
             query,
             key,

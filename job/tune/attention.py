@@ -11,6 +11,7 @@ from torch.nn.functional import dropout as random_dropout
 from transformers import AttentionInterface
 
 from job.core.errors import UsageError
+from job.engine.attention import visible
 from job.engine.attention_op import document_attention
 
 PER_DOCUMENT = "per_document"
@@ -71,14 +72,6 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _visible(tokens: int, window: int | None, device: torch.device) -> Tensor:
-    """Which key each query sees: [T, T] bool."""
-    at = torch.arange(tokens, device=device)
-    distance = at[:, None] - at[None, :]
-    visible = distance >= 0
-    return visible if window is None else visible & (distance < window)
-
-
 def _weighed(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None, softcap: float | None, rate: float
 ) -> Tensor:
@@ -88,6 +81,6 @@ def _weighed(
     scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~_visible(query.shape[2], window, query.device), torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~visible(query.shape[2], window, query.device), torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return random_dropout(weights, p=rate) @ value
