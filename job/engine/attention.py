@@ -1,6 +1,6 @@
 """Causal attention inside each document of a row, by torch's own variable-length kernels.
 
-The boundaries are computed once for a micro-batch. On the CPU: SDPA, document by document.
+The boundaries are computed once for a micro-batch. Where the kernels do not run: SDPA, document by document.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+WIDEST_HEAD, _WIDTH_STEP = 256, 8
+"""Of the kernels: numbers a head, and what they are a multiple of."""
+
+
+def has_kernel(query: Tensor) -> bool:
+    """Whether the kernels take these heads: [..., width]."""
+    width = query.shape[-1]
+    exact = query.dtype not in {torch.bfloat16, torch.float16}
+    return query.is_cuda and not exact and width <= WIDEST_HEAD and width % _WIDTH_STEP == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,7 +50,7 @@ class Attention:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> tuple[Tensor, Any]:
         """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what the way back needs."""
-        if not query.is_cuda:
+        if not has_kernel(query):
             return self._plain(query, key, value, documents), None
         longest = documents.longest
         out, log_sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -63,12 +73,8 @@ class Attention:
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, kept: Any, documents: Documents
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value, from that of the result."""
-        if not query.is_cuda:
-            with torch.enable_grad():
-                leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-                again = self._plain(leaves[0], leaves[1], leaves[2], documents)
-            first, second, third = torch.autograd.grad(again, leaves, grad)
-            return first, second, third
+        if not has_kernel(query):
+            return self._plain_backward(grad, query, key, value, documents)
         longest = documents.longest
         log_sums, state, unused = kept
         with _same_order():
@@ -103,13 +109,49 @@ class Attention:
         parts = zip(*(torch.split(tensor, lengths) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._one(*(part.transpose(0, 1)[None] for part in each)) for each in parts])
 
+    def _plain_backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, documents: Documents
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The formula, a document and a key head at a time: of all weights, at most those exist."""
+        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        groups, start = query.shape[1] // key.shape[1], 0
+        for length in documents.lengths:
+            rows = slice(start, start := start + length)
+            for head in range(key.shape[1]):
+                heads = slice(head * groups, (head + 1) * groups)
+                parts = (grad[rows, heads], query[rows, heads], key[rows, head], value[rows, head])
+                d_query, d_key, d_value = self._one_backward(*(part.float() for part in parts))
+                grads[0][rows, heads], grads[1][rows, head], grads[2][rows, head] = d_query, d_key, d_value
+        return grads
+
+    def _one_backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of [t, heads, width] twice and [t, width] twice, fp32.
+
+        With weights P = softmax(scale Q K^T) and result P V: dV = P^T dO, dS = P * (dO V^T - rowsum(P * dO V^T)),
+        dQ = scale dS K, dK = scale dS^T Q.
+        """
+        scores = self.scale * torch.einsum("qhw,kw->hqk", query, key)
+        weights = scores.masked_fill(~self._visible(len(query), query.device), float("-inf")).softmax(dim=-1)
+        d_weights = torch.einsum("qhw,kw->hqk", grad, value)
+        d_scores = self.scale * weights * (d_weights - (weights * d_weights).sum(dim=-1, keepdim=True))
+        return (
+            torch.einsum("hqk,kw->qhw", d_scores, key),
+            torch.einsum("hqk,qhw->kw", d_scores, query),
+            torch.einsum("hqk,qhw->kw", weights, grad),
+        )
+
+    def _visible(self, tokens: int, device: torch.device) -> Tensor:
+        """Which key each query sees: [tokens, tokens] bool."""
+        at = torch.arange(tokens, device=device)
+        distance = at[:, None] - at[None, :]
+        visible = distance >= 0
+        return visible if self.window is None else visible & (distance < self.window)
+
     def _one(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens = query.shape[2]
         mask = None
         if self.window is not None and self.window < tokens:
-            at = torch.arange(tokens, device=query.device)
-            distance = at[:, None] - at[None, :]
-            mask = (distance >= 0) & (distance < self.window)
+            mask = self._visible(tokens, query.device)
         result = scaled_dot_product_attention(
             query,
             key,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as random_dropout
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from job.core.errors import UsageError
+from job.engine.attention_op import document_attention
 
 PER_DOCUMENT = "per_document"
 """The name under which transformers finds this attention."""
@@ -29,7 +29,8 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    document_lengths: tuple[int, ...],
+    document_bounds: Tensor,
+    document_lengths: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -37,15 +38,16 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
     s_aux: Tensor | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document.
+    """Causal attention inside each document: one op for all, where scores are neither capped nor dropped.
 
     Args:
         module: the attention layer, which says by its mode whether dropout applies.
         query: [1, heads, T, width].
         key: [1, key heads, T, width].
         value: [1, key heads, T, width].
-        attention_mask: None; the document lengths say it all.
-        document_lengths: tokens of each document; their sum is T.
+        attention_mask: None; the documents say it all.
+        document_bounds: [D + 1] int32 on the device: 0, then where each document ends; the last is T.
+        document_lengths: [D] int64 on the host: tokens of each document.
         scaling: of the scores; 1 / sqrt(width) when None.
         dropout: of the attention weights.
         sliding_window: how many tokens back a token sees, itself included.
@@ -59,30 +61,13 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
         msg = f"{type(module).__name__} uses an attention mask or attention sinks, which packing does not support"
         raise UsageError(msg)
     rate = dropout if module.training else 0.0
-    lengths = list(document_lengths)
-    outputs = []
-    for q, k, v in zip(
-        torch.split(query, lengths, dim=2),
-        torch.split(key, lengths, dim=2),
-        torch.split(value, lengths, dim=2),
-        strict=True,
-    ):
-        window = sliding_window if sliding_window is not None and sliding_window < q.shape[2] else None
-        if softcap is not None:
-            output = _capped(q, k, v, scaling=scaling, window=window, softcap=softcap, rate=rate)
-        else:
-            mask = None if window is None else _visible(q.shape[2], window, q.device)
-            output = scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=rate,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=k.shape[1] != q.shape[1],
-            )
-        outputs.append(output)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if softcap is None and not rate:
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+        return document_attention(q, k, v, document_bounds, document_lengths, scale, sliding_window)[0][None], None
+    lengths = document_lengths.tolist()
+    parts = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
+    outputs = [_weighed(*each, scale=scale, window=sliding_window, softcap=softcap, rate=rate) for each in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -94,14 +79,15 @@ def _visible(tokens: int, window: int | None, device: torch.device) -> Tensor:
     return visible if window is None else visible & (distance < window)
 
 
-def _capped(
-    query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None, softcap: float, rate: float
+def _weighed(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None, softcap: float | None, rate: float
 ) -> Tensor:
-    """Attention with tanh-capped scores, which SDPA cannot do. Gemma 2, arXiv 2408.00118, section 2."""
+    """Attention of one document with its weights written out: capped by tanh (Gemma 2, arXiv 2408.00118, section 2)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = torch.tanh(scores / softcap) * softcap
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~_visible(query.shape[2], window, query.device), torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return random_dropout(weights, p=rate) @ value

@@ -7,14 +7,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from job.engine.attention import Attention
+from job.engine.attention import WIDEST_HEAD, Attention
 from job.engine.llama import Decoder, Layer
 from job.engine.weights import Adapter, Decode, Group, Linear, Quantised
 
 _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _NF4_BLOCK, _SCALES_BLOCK = 64, 256
-_WIDEST_HEAD = 256
-"""Of torch's variable-length attention."""
 
 
 def reason_against(model: PeftModel) -> str | None:
@@ -43,7 +41,7 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
         ):
             yield f"{path}: {state.shape[1]} columns are no whole blocks of {_NF4_BLOCK}"
     width = _head_width(config)
-    if width % 8 or width > _WIDEST_HEAD:
+    if width % 8 or width > WIDEST_HEAD:
         yield f"its heads are {width} wide"
 
 

@@ -261,7 +261,8 @@ class PackedModel(nn.Module):
         states: Tensor = decoder(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            document_lengths=batch.document_lengths,
+            document_bounds=batch.bounds,
+            document_lengths=torch.tensor(batch.document_lengths),
             use_cache=False,
         ).last_hidden_state
         return states[0].index_select(0, batch.target_places)

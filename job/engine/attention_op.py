@@ -1,0 +1,105 @@
+"""Attention per document as one op: autograd has its way back from here, and compilers do not look inside."""
+
+# ruff: noqa: PLR0913, PLR0917 - an op takes tensors and numbers by position
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from job.engine.attention import Attention, Documents, has_kernel
+
+Kept = tuple[Tensor, Tensor, Tensor]
+"""What the kernel's way back needs beside its result; empty where there is no kernel."""
+
+
+@torch.library.custom_op(
+    "qlora_job::document_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor bounds, Tensor lengths, float scale, int? window)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def document_attention(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, lengths: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Causal attention inside each document.
+
+    Args:
+        query: [T, heads, width].
+        key: [T, key heads, width].
+        value: [T, key heads, width].
+        bounds: [D + 1] int32 on the device: 0, then where each document ends.
+        lengths: [D] int64 on the host: tokens of each document. A tensor, for a number would be part of compiled code.
+        scale: of the scores.
+        window: how many tokens back a token sees, itself included; None: all.
+
+    Returns:
+        [T, heads, width], and `Kept`.
+    """
+    out, kept = Attention(scale=scale, window=window).forward(
+        query.contiguous(), key.contiguous(), value.contiguous(), _documents(bounds, lengths)
+    )
+    return out, *(kept or (query.new_empty(0), query.new_empty(0), query.new_empty(0)))
+
+
+@document_attention.register_fake
+def _shapes(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = query.new_empty(query.shape)
+    if not has_kernel(query):
+        return out, query.new_empty(0), query.new_empty(0), query.new_empty(0)
+    log_sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+    return out, log_sums, query.new_empty(2, dtype=torch.uint64), query.new_empty((), dtype=torch.uint64)
+
+
+@torch.library.custom_op(
+    "qlora_job::document_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums, Tensor state,"
+    " Tensor unused, Tensor bounds, Tensor lengths, float scale, int? window) -> (Tensor, Tensor, Tensor)",
+)
+def _backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    state: Tensor,
+    unused: Tensor,
+    bounds: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+) -> Kept:
+    """Gradients of query, key and value."""
+    return Attention(scale=scale, window=window).backward(
+        grad.contiguous(),
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        out,
+        (log_sums, state, unused),
+        _documents(bounds, lengths),
+    )
+
+
+@_backward_op.register_fake
+def _backward_shapes(_grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Kept:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _documents(bounds: Tensor, lengths: Tensor) -> Documents:
+    return Documents(bounds=bounds, lengths=tuple(lengths.tolist()))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, bounds, lengths, scale, window = inputs
+    ctx.save_for_backward(query, key, value, *output, bounds, lengths)
+    ctx.limits = scale, window
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return *_backward_op(grad, *ctx.saved_tensors, *ctx.limits), None, None, None, None
+
+
+document_attention.register_autograd(_backward, setup_context=_keep)
