@@ -13,7 +13,7 @@ from torch import Tensor
 
 from job.engine.attention import Attention, Documents
 from job.engine.ops import Ops
-from job.engine.weights import Group
+from job.engine.weights import Group, exact_product
 
 _LOGITS_AT_ONCE = 2**27
 """Logits that exist at once: 256 MiB in bf16."""
@@ -404,8 +404,8 @@ class Step:
             if masked and seed is not None:
                 self._ops.dropout(x, dropped, seed, group.dropout)
             thin = grad[:, group.height + ranks.start : group.height + ranks.stop]
-            _add(layer.adapter.a, _exact_product(thin, dropped))
-            _add(layer.adapter.b, _exact_product(grad[:, rows], h[:, ranks]).mul_(layer.adapter.scaling))
+            _add(layer.adapter.a, exact_product(thin, dropped))
+            _add(layer.adapter.b, exact_product(grad[:, rows], h[:, ranks]).mul_(layer.adapter.scaling))
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -434,14 +434,7 @@ def _adapters(group: Group, matrix: Tensor, ranks: slice) -> Tensor:
     return matrix[group.height + ranks.start : group.height + ranks.stop, : group.width]
 
 
-def _exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, summed and given in fp32."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return torch.mm(left.t(), right).float()
-
-
-def _add(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
+def _add(parameter: Tensor, gradient: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = gradient
     else:

@@ -2,10 +2,14 @@
 
 # ruff: noqa: D102 - said in `reference`
 
+import importlib.util
+from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from job.engine import reference
 from job.engine.weights import Quantised
 
 
@@ -33,3 +37,22 @@ class Ops(Protocol):
     def cross_entropy_in_place(self, logits: Tensor, targets: Tensor, losses: Tensor, share: float) -> None: ...
     def dropout(self, x: Tensor, out: Tensor, seed: int, rate: float) -> None: ...
     def dropout_backward_add(self, grad: Tensor, into: Tensor, seed: int, rate: float) -> None: ...
+
+
+def ops_of(device: torch.device) -> Ops:
+    """The kernels on a GPU where Triton is installed, else the reference."""
+    return _kernels_or_reference(device.type)
+
+
+@cache
+def _kernels_or_reference(kind: str) -> Ops:
+    if kind != "cuda" or not has_triton():
+        return reference
+    from job.engine import kernels
+
+    return kernels
+
+
+def has_triton() -> bool:
+    """Whether it is installed."""
+    return importlib.util.find_spec("triton") is not None

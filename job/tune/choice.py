@@ -1,6 +1,5 @@
 """Which path trains this model on this device, and why."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,9 +8,8 @@ import torch
 from torch import Tensor
 
 from job.core.errors import UsageError
-from job.engine import reference
 from job.engine.llama import Thrift
-from job.engine.ops import Ops
+from job.engine.ops import has_triton, ops_of
 from job.tune.fast import reason_against
 from job.tune.model import COMPUTE_DTYPE, PackedModel
 from job.tune.paths import AutogradPath, FastPath, Path
@@ -52,7 +50,7 @@ def choose_path(
     against = reason_against(model.model) or _reason_of_device(device)
     if against is None:
         try:
-            path = FastPath(model, _ops(device), dtype=dtype, thrift=Thrift(kept_layers=0, recomputed_layers=0))
+            path = FastPath(model, ops_of(device), dtype=dtype, thrift=Thrift(kept_layers=0, recomputed_layers=0))
             against = difference(model, path, generic)
         except torch.OutOfMemoryError:
             raise
@@ -67,14 +65,6 @@ def choose_path(
 
 
 def _reason_of_device(device: torch.device) -> str | None:
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    if device.type == "cuda" and not has_triton():
         return "Triton is not installed"
     return None
-
-
-def _ops(device: torch.device) -> Ops:
-    if device.type != "cuda":
-        return reference
-    from job.engine import kernels
-
-    return kernels

@@ -55,9 +55,9 @@ class AutogradPath:
 
     def accumulate(self, batch: MicroBatch, *, targets: int) -> Tensor:
         """See `Path`."""
-        losses: Tensor = self._model(batch)
-        self._backward(losses.sum() / targets)
-        return losses.detach()
+        total, losses = self._model.summed_loss(batch, share=1 / targets)
+        self._backward(total)
+        return losses
 
     def refresh(self) -> None:
         """Nothing is kept of the adapter."""
@@ -66,7 +66,7 @@ class AutogradPath:
         """See `Path`."""
         if plan["checkpointing"] and not self._checkpointing:
             self._checkpointing = True
-            self._model.use_checkpointing()
+            self._model.layers.recomputing = True
 
     def save_memory(self) -> Plan | None:
         """See `Path`."""
