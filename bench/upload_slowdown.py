@@ -126,7 +126,7 @@ def trainer_of(recipe, engine, device, folder):
     )
     train = recipe.train
     accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
-    choice = choose_path(model, engine, backward=accelerator.backward)
+    choice = choose_path(model, engine, backward=accelerator.backward, on_stopped=print)
     course = plan_course(
         examples=len(documents), batch_size=train.batch_size, steps=NO_END, epochs=None, seed=train.seed
     )

@@ -10,9 +10,10 @@ from torch import Tensor
 from job.core.errors import UsageError
 from job.engine.llama import Thrift
 from job.engine.ops import has_triton, ops_of
+from job.tune.attention import reason_against_one_op
 from job.tune.fast import reason_against
 from job.tune.model import COMPUTE_DTYPE, PackedModel
-from job.tune.paths import AutogradPath, FastPath, Path
+from job.tune.paths import AutogradPath, Compiling, FastPath, Path
 from job.tune.selftest import difference
 
 Wanted = Literal["auto", "fast", "generic"]
@@ -28,7 +29,12 @@ class Choice:
 
 
 def choose_path(
-    model: PackedModel, wanted: Wanted, *, backward: Callable[[Tensor], Any], dtype: torch.dtype = COMPUTE_DTYPE
+    model: PackedModel,
+    wanted: Wanted,
+    *,
+    backward: Callable[[Tensor], Any],
+    on_stopped: Callable[[str], None],
+    dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Choice:
     """The fast path where it is asked for, the model fits it, and it gives on this device what the generic one gives.
 
@@ -36,17 +42,20 @@ def choose_path(
         model: base and adapter, on the device.
         wanted: `auto`, or one of the two.
         backward: autograd's, or accelerate's.
+        on_stopped: told why layers that were compiled no longer are.
         dtype: what is computed in.
 
     Raises:
         UsageError: `fast` is asked for, and does not fit.
     """
-    generic = AutogradPath(model, backward)
-    if wanted == "generic":
-        return Choice(path=generic, name="generic", reason="asked for")
-    if wanted == "auto":
-        return Choice(path=generic, name="generic", reason="the default; --engine fast asks for the other")
     device = next(model.parameters()).device
+    as_they_are = _reason_against_compiling(model, device)
+    compiling = Compiling(backend="inductor", on_stopped=on_stopped) if as_they_are is None else None
+    generic = AutogradPath(model, backward, compiling=compiling)
+    if wanted != "fast":
+        why = "asked for" if wanted == "generic" else "the default; --engine fast asks for the other"
+        how = "layers compiled" if as_they_are is None else f"layers not compiled: {as_they_are}"
+        return Choice(path=generic, name="generic", reason=f"{why}; {how}")
     against = reason_against(model.model) or _reason_of_device(device)
     if against is None:
         try:
@@ -68,3 +77,11 @@ def _reason_of_device(device: torch.device) -> str | None:
     if device.type == "cuda" and not has_triton():
         return "Triton is not installed"
     return None
+
+
+def _reason_against_compiling(model: PackedModel, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "not on a GPU"
+    if not model.layers:
+        return "they are of no kind that transformers computes again"
+    return _reason_of_device(device) or reason_against_one_op(model.model.get_base_model().config)

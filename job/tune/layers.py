@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch._dynamo import config as compiler
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,8 +26,8 @@ class Layers:
         for layer in self._layers:
             layer.forward = partial(self._forward, layer)
 
-    def __len__(self) -> int:
-        return len(self._layers)
+    def __bool__(self) -> bool:
+        return bool(self._layers)
 
     def _forward(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -36,9 +37,16 @@ class Layers:
         return self._run(layer, *args, **kwargs)
 
     def compile(self, backend: str) -> None:
-        """From now on; all layers of one kind share their code."""
+        """From now on; all layers of one kind share their code.
+
+        Compiled at the first call: that raises where the compiler refuses, or at one variant too many.
+        """
         compiler.recompile_limit = _MOST_VARIANTS
-        self._run = torch.compile(_as_it_is, backend=backend, dynamic=False, fullgraph=True)
+        options: Any = None
+        if backend == "inductor" and hasattr(inductor, "deterministic"):
+            # By rule, not by the clock: another start must choose the same kernels, whose sums have the same order.
+            options = {"deterministic": True}
+        self._run = torch.compile(_as_it_is, backend=backend, dynamic=False, fullgraph=True, options=options)
         self.compiled = True
 
     def stop_compiling(self) -> None:

@@ -262,7 +262,7 @@ def test_a_norm_with_a_zero_is_left_to_autograd(family):
 def test_asked_for_it_is_taken_once_it_agrees(family):
     model = adapted(family["llama"], lora_of())
     before = [parameter.clone() for parameter in trainable(model)]
-    choice = choose_path(model, "fast", backward=torch.Tensor.backward, dtype=torch.float32)
+    choice = choose_path(model, "fast", backward=torch.Tensor.backward, on_stopped=print, dtype=torch.float32)
 
     assert (choice.name, type(choice.path)) == ("fast", FastPath)
     assert all(torch.equal(parameter, old) for parameter, old in zip(trainable(model), before, strict=True))
@@ -272,12 +272,12 @@ def test_asked_for_it_is_taken_once_it_agrees(family):
 def test_where_it_does_not_fit_asking_for_it_is_refused(bases):
     model = adapted(bases["gemma2"], LoraSection(r=4, targets="all-linear"))
     with pytest.raises(UsageError, match=r"--engine fast: .* not of the Llama family"):
-        choose_path(model, "fast", backward=torch.Tensor.backward, dtype=torch.float32)
+        choose_path(model, "fast", backward=torch.Tensor.backward, on_stopped=print, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "generic"])
 def test_otherwise_autograd_trains(family, wanted):
-    choice = choose_path(adapted(family["llama"], lora_of()), wanted, backward=torch.Tensor.backward)
+    choice = choose_path(adapted(family["llama"], lora_of()), wanted, backward=torch.Tensor.backward, on_stopped=print)
 
     assert (choice.name, type(choice.path)) == ("generic", AutogradPath)
 

@@ -9,6 +9,7 @@ from tiny import backward, documents_of, one_by_one, plan_of, random_text
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
 from job.core.plan import plan_course
 from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection
+from job.tune.paths import AutogradPath
 
 
 def micro_batches(made, told):
@@ -172,7 +173,10 @@ def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(start):
     lora = LoraSection(r=8, alpha=16, targets=("v_proj", "lm_head"), dropout=0.1)
     made = start(lora=lora, batch_size=8, steps=3, micro_batch_tokens=300)
     ceiling = Ceiling(made, 80)
+    made.path, adopted = AutogradPath(made.model, made.accelerator.backward), []
+    made.path.adopt = lambda plan: adopted.append(plan["micro_batch_tokens"])
     made.run(evaluate_every=100)
+    assert adopted == [150, 75]
     planned = start(lora=lora, batch_size=8, steps=3, micro_batch_tokens=75).run(evaluate_every=100)
 
     assert made.shrunk == [
