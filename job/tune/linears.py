@@ -24,11 +24,11 @@ class OneOpLinears:
     """
 
     def __init__(self, model: PeftModel) -> None:
-        self._modules = dict(_fitting(model))
+        self._modules = {module: MethodType(its_forward, module) for module, its_forward in _fitting(model)}
         for module, its_forward in self._modules.items():
             module.one_op = linear_of(module)
             module.mask_seed = None
-            module.forward = MethodType(its_forward, module)
+            module.forward = its_forward
 
     def draw_masks(self) -> None:
         """Other dropout masks for the next micro-batch, from torch's generator on the host."""
@@ -47,7 +47,7 @@ class OneOpLinears:
             yield
         finally:
             for module, its_forward in self._modules.items():
-                module.forward = MethodType(its_forward, module)
+                module.forward = its_forward  # the same object again: compiled code may look at which it is
 
 
 def _fitting(model: PeftModel) -> Iterator[tuple[Any, Any]]:
