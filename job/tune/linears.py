@@ -24,15 +24,21 @@ class OneOpLinears:
     """
 
     def __init__(self, model: PeftModel) -> None:
-        self._modules = {module: MethodType(its_forward, module) for module, its_forward in _fitting(model)}
-        for module, its_forward in self._modules.items():
-            module.one_op = linear_of(module)
+        self._modules = {
+            module: (MethodType(its_forward, module), linear_of(module)) for module, its_forward in _fitting(model)
+        }
+        for module in self._modules:
             module.mask_seed = None
-            module.forward = its_forward
+        self._swap_in()
+
+    def _swap_in(self) -> None:
+        for module, (its_forward, layer) in self._modules.items():
+            # The same objects each time: compiled code may look at which they are.
+            module.forward, module.one_op = its_forward, layer
 
     def draw_masks(self) -> None:
         """Other dropout masks for the next micro-batch, from torch's generator on the host."""
-        dropping = [module for module in self._modules if module.training and _rate(module.one_op)]
+        dropping = [module for module, (_, layer) in self._modules.items() if module.training and _rate(layer)]
         if dropping:
             seeds = torch.randint(_MOST_SEEDS, (len(dropping), 1))
             for module, seed in zip(dropping, seeds, strict=True):
@@ -42,12 +48,11 @@ class OneOpLinears:
     def as_peft_has_them(self) -> Iterator[None]:
         """With PEFT's own forward: it writes an answer word by word without decoding a weight for each."""
         for module in self._modules:
-            del module.forward
+            del module.forward, module.one_op
         try:
             yield
         finally:
-            for module, its_forward in self._modules.items():
-                module.forward = its_forward  # the same object again: compiled code may look at which it is
+            self._swap_in()
 
 
 def _fitting(model: PeftModel) -> Iterator[tuple[Any, Any]]:
