@@ -133,7 +133,7 @@ def load(recipe, engine, device, folder):
         models.attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=train.seed)
     )
     accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
-    choice = choose_path(model, engine, backward=accelerator.backward)
+    choice = choose_path(model, engine, backward=accelerator.backward, on_stopped=print)
     adapter_shape = AdapterShape(
         parameters=models.parameter_counts(model)[0], rank=recipe.lora.r, optimizer=train.optimizer
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from job.engine.attention import Attention, Documents
 from job.engine.ops import Masks, Ops
-from job.engine.weights import Group
+from job.engine.weights import Group, exact_product
 
 _LOGITS_AT_ONCE = 2**27
 """Logits that exist at once: 256 MiB in bf16."""
@@ -398,11 +398,11 @@ class Step:
             return
         x, thin = x[:, : group.width], grad[:, group.height : group.height + group.rank]
         masks = trip.masks(group, site)
-        a = _exact_product(thin, x) if masks is None else self._ops.masked_gradient(thin, x, masks)
+        a = exact_product(thin, x) if masks is None else self._ops.masked_gradient(thin, x, masks)
         for layer, rows, ranks in zip(group.layers, group.rows, group.ranks, strict=True):
             if layer.adapter is not None and ranks is not None:
                 _add(layer.adapter.a, a[ranks])
-                _add(layer.adapter.b, _exact_product(grad[:, rows], h[:, ranks]), scale=layer.adapter.scaling)
+                _add(layer.adapter.b, exact_product(grad[:, rows], h[:, ranks]), scale=layer.adapter.scaling)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -424,13 +424,6 @@ class Step:
 
     def _empty_exact(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
-
-
-def _exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, summed and given in fp32."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return torch.mm(left.t(), right).float()
 
 
 def _add(parameter: torch.nn.Parameter, gradient: Tensor, *, scale: float = 1.0) -> None:

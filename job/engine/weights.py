@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _ALIGNED = 64
 """Rows of a matrix start at multiples of this many elements, where tensor cores read fastest."""
@@ -48,9 +48,9 @@ class Quantised:
 class Adapter:
     """LoRA on one layer: y += scaling * B A dropout(x)."""
 
-    a: nn.Parameter
+    a: Tensor
     """[r, K] fp32."""
-    b: nn.Parameter
+    b: Tensor
     """[N, r] fp32."""
     scaling: float
     dropout: float
@@ -127,3 +127,10 @@ class Group:
                 corner = matrix[rows, self.width + ranks.start : self.width + ranks.stop]
                 corner.copy_(layer.adapter.b * layer.adapter.scaling)
                 matrix[self.height + ranks.start : self.height + ranks.stop, : self.width].copy_(layer.adapter.a)
+
+
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, summed and given in fp32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return torch.mm(left.t().float(), right.float())

@@ -43,8 +43,13 @@ def plan_training(
         UsageError: the path that is asked for does not fit this model or device.
     """
     recipe = attempt.recipe
+
+    def on_stopped(reason: str) -> None:
+        log.warning("layers_no_longer_compiled", reason=reason)
+        attempt.notes.append(f"layers ran as they are, for compiling them failed: {attempt.hide(reason)}")
+
     with attempt.phases.phase("self_test"):  # of the fast path, which is compiled for it
-        choice = choose_path(model, attempt.engine, backward=accelerator.backward)
+        choice = choose_path(model, attempt.engine, backward=accelerator.backward, on_stopped=on_stopped)
     course = plan_course(
         examples=len(documents),
         batch_size=recipe.train.batch_size,

@@ -23,6 +23,15 @@ def register() -> None:
     AttentionInterface.register(PER_DOCUMENT, per_document_attention)
 
 
+def reason_against_one_op(config: Any) -> str | None:
+    """Why a model's attention goes document by document; None: it is one op."""
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its attention scores are capped"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"it has attention dropout ({config.attention_dropout})"
+    return None
+
+
 def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
     module: nn.Module,
     query: Tensor,

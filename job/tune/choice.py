@@ -1,6 +1,5 @@
 """Which path trains this model on this device, and why."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,12 +8,12 @@ import torch
 from torch import Tensor
 
 from job.core.errors import UsageError
-from job.engine import reference
 from job.engine.llama import Thrift
-from job.engine.ops import Ops
+from job.engine.parts import has_triton, ops_of
+from job.tune.attention import reason_against_one_op
 from job.tune.fast import reason_against
 from job.tune.model import COMPUTE_DTYPE, PackedModel
-from job.tune.paths import AutogradPath, FastPath, Path
+from job.tune.paths import AutogradPath, Compiling, FastPath, Path
 from job.tune.selftest import difference
 
 Wanted = Literal["auto", "fast", "generic"]
@@ -30,7 +29,12 @@ class Choice:
 
 
 def choose_path(
-    model: PackedModel, wanted: Wanted, *, backward: Callable[[Tensor], Any], dtype: torch.dtype = COMPUTE_DTYPE
+    model: PackedModel,
+    wanted: Wanted,
+    *,
+    backward: Callable[[Tensor], Any],
+    on_stopped: Callable[[str], None],
+    dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Choice:
     """The fast path where it is asked for, the model fits it, and it gives on this device what the generic one gives.
 
@@ -38,21 +42,25 @@ def choose_path(
         model: base and adapter, on the device.
         wanted: `auto`, or one of the two.
         backward: autograd's, or accelerate's.
+        on_stopped: told why layers that were compiled no longer are.
         dtype: what is computed in.
 
     Raises:
         UsageError: `fast` is asked for, and does not fit.
     """
-    generic = AutogradPath(model, backward)
-    if wanted == "generic":
-        return Choice(path=generic, name="generic", reason="asked for")
     device = next(model.parameters()).device
+    as_they_are = _reason_against_compiling(model, device)
+    compiling = Compiling(backend="inductor", on_stopped=on_stopped) if as_they_are is None else None
+    generic = AutogradPath(model, backward, compiling=compiling)
+    how = "layers compiled" if as_they_are is None else f"layers not compiled: {as_they_are}"
+    if wanted == "generic":
+        return Choice(path=generic, name="generic", reason=f"asked for; {how}")
     if wanted == "auto" and device.type == "cpu":
         return Choice(path=generic, name="generic", reason="on the CPU")
     against = reason_against(model.model) or _reason_of_device(device)
     if against is None:
         try:
-            path = FastPath(model, _ops(device), dtype=dtype, thrift=Thrift(kept_layers=0, recomputed_layers=0))
+            path = FastPath(model, ops_of(device), dtype=dtype, thrift=Thrift(kept_layers=0, recomputed_layers=0))
             against = difference(model, path, generic)
         except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
             against = f"{type(error).__name__}: {error}"[:300]
@@ -62,19 +70,19 @@ def choose_path(
                     path=path, name="fast", reason="a decoder of the Llama family; agrees with the generic path"
                 )
     if wanted == "auto":
-        return Choice(path=generic, name="generic", reason=f"not the fast path: {against}")
+        return Choice(path=generic, name="generic", reason=f"not the fast path: {against}; {how}")
     raise UsageError(f"--engine fast: {against}; leave the option out, and the generic path trains this model")
 
 
 def _reason_of_device(device: torch.device) -> str | None:
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    if device.type == "cuda" and not has_triton():
         return "Triton is not installed"
     return None
 
 
-def _ops(device: torch.device) -> Ops:
+def _reason_against_compiling(model: PackedModel, device: torch.device) -> str | None:
     if device.type != "cuda":
-        return reference
-    from job.engine import kernels
-
-    return kernels
+        return "not on a GPU"
+    if not model.layers:
+        return "they are of no kind that transformers computes again"
+    return _reason_of_device(device) or reason_against_one_op(model.model.get_base_model().config)

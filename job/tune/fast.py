@@ -49,11 +49,8 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
             yield f"{path} has a weight of zero, and its gradient is computed by dividing by it"
         if place in {"o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"} and _base_of(module).bias is not None:
             yield f"{path} has a bias"
-        state = getattr(getattr(_base_of(module), "weight", None), "quant_state", None)
-        if state is not None and (
-            state.blocksize != _NF4_BLOCK or state.state2.blocksize != _SCALES_BLOCK or state.shape.numel() % _NF4_BLOCK
-        ):
-            yield f"{path}: {state.shape.numel()} elements are no whole blocks of {_NF4_BLOCK}"
+        if not is_in_whole_blocks(_base_of(module)):
+            yield f"{path}: {_base_of(module).weight.quant_state.shape.numel()} elements are no whole blocks of {_NF4_BLOCK}"
 
 
 def decoder_of(model: PeftModel, *, decode: Decode) -> Decoder:
@@ -62,7 +59,7 @@ def decoder_of(model: PeftModel, *, decode: Decode) -> Decoder:
     config, trunk = causal_lm.config, causal_lm.model
 
     def group(*modules: nn.Module) -> Group:
-        return Group([_linear(module) for module in modules], decode)
+        return Group([linear_of(module) for module in modules], decode)
 
     def layer(each: Any) -> Layer:
         attention, mlp = each.self_attn, each.mlp
@@ -108,11 +105,21 @@ def _window(attention: Any, config: Any) -> int | None:
     return getattr(attention, "sliding_window", None)
 
 
+def is_in_whole_blocks(module: Any) -> bool:
+    """Whether the engine can decode a layer's weight: its rows are whole blocks, or it is not quantised."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if state is None:
+        return True
+    blocks: tuple[int, int] = state.blocksize, state.state2.blocksize
+    return blocks == (_NF4_BLOCK, _SCALES_BLOCK) and state.shape.numel() % _NF4_BLOCK == 0
+
+
 def _base_of(module: nn.Module) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def _linear(module: Any) -> Linear:
+def linear_of(module: Any) -> Linear:
+    """A linear layer as the engine sees it, with its adapter where it has one."""
     base = _base_of(module)
     adapter = None
     if hasattr(module, "lora_A"):

@@ -1,4 +1,8 @@
-"""Memory-lean cross-entropy that honours LoRA on lm_head: the head is called as a module, a chunk at a time."""
+"""Memory-lean cross-entropy that honours LoRA on lm_head, a chunk of targets at a time.
+
+Where the head is a plain layer, logits are made once and their gradient is written over them. Where a model bounds or
+scales its logits, and where there is no way back, the head is called as a module.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+
+from job.engine.head import head_loss
+from job.engine.weights import Linear
 
 CHUNK_TARGETS = 1024
 """Targets whose logits exist at once: 131 MB in fp32 for a vocabulary of 32,000."""
@@ -23,23 +30,75 @@ class Head:
     """Bound of the logits (Gemma 2)."""
     scale: float
     """Factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling)."""
+    layer: Linear | None = None
+    """The same as the engine sees it; None where it does not know it."""
+    mask_seed: Tensor | None = None
+    """[1] int64 on the device, of its adapter's dropout; None: there is none."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocabulary] fp32."""
-        logits = self.module(hidden).float() * self.scale
+        logits = self.module(hidden).float()
+        if self.scale != 1:
+            logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def head_of(causal_lm: Any) -> Head:
     """The head of a causal language model from transformers."""
-    config = causal_lm.config
+    config, module = causal_lm.config, causal_lm.get_output_embeddings()
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return Head(
-        module=causal_lm.get_output_embeddings(),
+        module=module,
         softcap=getattr(config, "final_logit_softcapping", None),
         scale=scale / divisor,
+        layer=getattr(module, "one_op", None),
+        mask_seed=module.mask_seed if module.training and hasattr(module, "mask_seed") else None,
     )
+
+
+def summed_loss(hidden: Tensor, target_ids: Tensor, head: Head, *, share: float) -> tuple[Tensor, Tensor]:
+    """The sum of all losses times a share, for its gradients; and each target's loss in nats, [N] fp32, without any.
+
+    Args:
+        hidden: [N, hidden], only the places whose next token is a target.
+        target_ids: [N] int64.
+        head: from `head_of`.
+        share: of a target in the loss of its step.
+    """
+    if head.layer is None or head.softcap is not None or head.scale != 1:
+        losses = token_losses(hidden, target_ids, head)
+        return losses.sum() * share, losses.detach()
+    adapter = head.layer.adapter
+    learning = (None, None) if adapter is None else (adapter.a, adapter.b)
+    apply: Callable[..., tuple[Tensor, Tensor]] = _SummedLoss.apply
+    total, losses = apply(hidden, *learning, target_ids, head.layer, share, head.mask_seed)
+    return total, losses
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Its gradients are computed on the way there, while the logits exist."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        a: Tensor | None,  # noqa: ARG004 - autograd sees by it who learns; its values are the layer's
+        b: Tensor | None,  # noqa: ARG004 - as above
+        target_ids: Tensor,
+        layer: Linear,
+        share: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        found = head_loss(hidden, target_ids, layer, share=share, seed=seed)
+        ctx.save_for_backward(found.hidden, found.a, found.b)
+        ctx.mark_non_differentiable(found.losses)
+        return found.losses.sum() * share, found.losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if each is None else each * grads[0].to(each.dtype) for each in ctx.saved_tensors)
+        return *scaled, None, None, None, None
 
 
 def token_losses(hidden: Tensor, target_ids: Tensor, head: Head) -> Tensor:

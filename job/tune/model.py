@@ -28,7 +28,10 @@ from job.core.recipe import LoraSection, TrainSection
 from job.tune.attention import PER_DOCUMENT, register
 from job.tune.device import device_name
 from job.tune.encode import MicroBatch
-from job.tune.loss import Head, head_of, token_losses, token_scores
+from job.tune.layers import Layers
+from job.tune.linears import OneOpLinears
+from job.tune.loss import Head, head_of, summed_loss, token_losses, token_scores
+from job.tune.padding import decoder_inputs
 from job.tune.weights import Files, sharded, stored_tensors, tensors_bytes
 
 CONFIG = "config.json"
@@ -314,6 +317,8 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         self._causal_lm().set_attn_implementation(PER_DOCUMENT)
+        self.linears = OneOpLinears(model)
+        self.layers = Layers(self._causal_lm())
 
     def _causal_lm(self) -> Any:
         return self.model.get_base_model()
@@ -323,22 +328,21 @@ class PackedModel(nn.Module):
         """Hidden states -> logits."""
         return head_of(self._causal_lm())
 
-    def hidden(self, batch: MicroBatch) -> Tensor:
+    def hidden(self, batch: MicroBatch, *, padded_to: int | None = None) -> Tensor:
         """Last hidden states at the places whose next token is a target: [N, hidden]."""
         causal_lm = self._causal_lm()
+        self.linears.draw_masks()
         decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-        states: Tensor = decoder(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            document_bounds=batch.bounds,
-            document_lengths=torch.tensor(batch.document_lengths),
-            use_cache=False,
-        ).last_hidden_state
+        states: Tensor = decoder(**decoder_inputs(batch, tokens=padded_to), use_cache=False).last_hidden_state
         return states[0].index_select(0, batch.target_places)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Loss of each target, in nats: [N] fp32."""
         return token_losses(self.hidden(batch), batch.target_ids, self.head)
+
+    def summed_loss(self, batch: MicroBatch, *, share: float, padded_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of all losses times a share, for its gradients; and the loss of each target in nats, [N] fp32."""
+        return summed_loss(self.hidden(batch, padded_to=padded_to), batch.target_ids, self.head, share=share)
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> DocumentScores:
@@ -347,14 +351,9 @@ class PackedModel(nn.Module):
         nll = [float(part.double().sum()) for part in torch.split(losses.cpu(), list(batch.target_counts))]
         return DocumentScores(nll=nll, correct=int(hits.sum()))
 
-    def use_checkpointing(self) -> None:
-        """Compute activations again in the backward pass: a third more work for a fraction of the memory."""
-        causal_lm = self._causal_lm()
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
     @contextmanager
     def generating(self) -> Iterator[Any]:
-        """The model with transformers' own attention and a cache, for `generate`."""
+        """The model with transformers' own attention, PEFT's own layers and a cache, for `generate`."""
         causal_lm = self._causal_lm()
         capped = getattr(causal_lm.config, "attn_logit_softcapping", None) is not None
         was_training = self.training
@@ -362,7 +361,8 @@ class PackedModel(nn.Module):
         causal_lm.config.use_cache = True
         self.eval()
         try:
-            yield self.model
+            with self.linears.as_peft_has_them():
+                yield self.model
         finally:
             causal_lm.config.use_cache = False
             causal_lm.set_attn_implementation(PER_DOCUMENT)

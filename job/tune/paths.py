@@ -1,11 +1,12 @@
 """How the gradients of a micro-batch come about: by autograd for any decoder, by the engine's step where it fits."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from job.engine.attention import Documents
 from job.engine.llama import Row, Step, Thrift
@@ -13,12 +14,16 @@ from job.engine.ops import Ops
 from job.engine.replay import Replay, most_tokens
 from job.tune.encode import MicroBatch
 from job.tune.fast import decoder_of
+from job.tune.layers import variants_compiled
 from job.tune.model import PackedModel, trainable
+from job.tune.padding import grain_of, padded_size
 
 log = structlog.get_logger(__name__)
 
 Plan = dict[str, Any]
 """How a batch is cut for this device, as a checkpoint keeps it."""
+
+_LONGEST_REASON = 300
 
 
 class Path(Protocol):
@@ -41,7 +46,7 @@ class Path(Protocol):
         ...
 
     def adopt(self, plan: Plan) -> None:
-        """Compute again what this plan computes again."""
+        """Cut micro-batches, and compute again, as this plan does."""
         ...
 
     def save_memory(self) -> Plan | None:
@@ -49,35 +54,89 @@ class Path(Protocol):
         ...
 
 
-class AutogradPath:
-    """transformers' and PEFT's own modules."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiling:
+    """How layers are compiled, and who is told when they no longer are."""
 
-    def __init__(self, model: PackedModel, backward: Callable[[Tensor], Any]) -> None:
+    backend: str
+    on_stopped: Callable[[str], None]
+
+
+class AutogradPath:
+    """transformers' own modules under autograd, with the engine's ops in them; compiled from the first plan on."""
+
+    def __init__(
+        self, model: PackedModel, backward: Callable[[Tensor], Any], *, compiling: Compiling | None = None
+    ) -> None:
         self._model = model
         self._backward = backward
-        self._checkpointing = False
+        self._compiling = compiling
+        self._grain = 1
 
     def accumulate(self, batch: MicroBatch, *, targets: int) -> Tensor:
         """See `Path`."""
-        losses: Tensor = self._model(batch)
-        self._backward(losses.sum() / targets)
-        return losses.detach()
+        losses = self._by_compiled_code(batch, targets) if self._model.layers.compiled else None
+        if losses is None:
+            total, losses = self._model.summed_loss(batch, share=1 / targets)
+            self._backward(total)
+        return losses
+
+    def _by_compiled_code(self, batch: MicroBatch, targets: int) -> Tensor | None:
+        """None where compiling failed: from now on layers run as they are, and nothing was added."""
+        random_state, variants = torch.get_rng_state(), variants_compiled()
+        before: _Gradients | None = []
+        try:
+            size = padded_size(batch.tokens, self._grain)
+            total, losses = self._model.summed_loss(batch, share=1 / targets, padded_to=size)
+            # What was compiled just now compiles its way back on the way back, where a failure leaves half a gradient.
+            before = _gradients(self._model) if variants_compiled() > variants else None
+            self._backward(total)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if before is None or self._compiling is None:
+                raise
+            torch.set_rng_state(random_state)
+            _restore(before)
+            self._model.layers.stop_compiling()
+            self._compiling.on_stopped(f"{type(error).__name__}: {error}"[:_LONGEST_REASON])
+            self._compiling = None
+            return None
+        return losses
 
     def refresh(self) -> None:
         """Nothing is kept of the adapter."""
 
     def adopt(self, plan: Plan) -> None:
         """See `Path`."""
-        if plan["checkpointing"] and not self._checkpointing:
-            self._checkpointing = True
-            self._model.use_checkpointing()
+        self._model.layers.recomputing = plan["checkpointing"]
+        self._grain = grain_of(plan["micro_batch_tokens"])
+        if self._compiling is not None and not self._model.layers.compiled:
+            self._model.layers.compile(self._compiling.backend)
 
     def save_memory(self) -> Plan | None:
         """See `Path`."""
-        if self._checkpointing:
+        if self._model.layers.recomputing:
             return None
-        self.adopt({"checkpointing": True})
+        self._model.layers.recomputing = True
         return {"checkpointing": True}
+
+
+_Gradients = list[tuple[nn.Parameter, Tensor | None]]
+
+
+def _gradients(model: PackedModel) -> _Gradients:
+    """A copy."""
+    return [(each, None if each.grad is None else each.grad.clone()) for each in trainable(model)]
+
+
+def _restore(gradients: _Gradients) -> None:
+    """In place: they may be views."""
+    for parameter, gradient in gradients:
+        if gradient is None or parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad.copy_(gradient)
 
 
 class FastPath:

@@ -256,6 +256,7 @@ class Trainer:
                 "lower data.max_length, or use a GPU with more memory"
             )
             raise CannotFitError(msg) from error
+        self._path.adopt(plan)
         self._hooks.on_out_of_memory(dict(plan))
 
     def _read(self) -> None:

@@ -38,6 +38,15 @@ def test_the_peak_is_the_one_that_was_measured(tokens, kept, measured):
     assert peak / GIB == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.parametrize(("tokens", "measured"), [(8192, 37.7), (16384, 70.1)])
+def test_the_generic_path_s_peak_is_the_one_that_was_measured(tokens, measured):
+    """On an H200, compiled, by a prototype that kept no copy of the adapter; GiB."""
+    parts = memory_parts(LLAMA_2_7B, TUTORIAL, "generic")
+    peak = parts.peak(layers=32, tokens=tokens, kept_layers=0, recomputed_layers=0) - parts.update
+
+    assert peak / GIB == pytest.approx(measured, rel=0.03)
+
+
 def test_each_part_is_counted():
     parts = memory_parts(LLAMA_2_7B, TUTORIAL, "fast")
 

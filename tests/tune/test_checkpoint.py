@@ -202,7 +202,7 @@ def test_plain_peft_reads_the_adapter(saved, bases, documents):
     plain = PeftModel.from_pretrained(base, str(folder)).eval()
     batch = micro_batch(documents, [5])
     made.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), made.model.linears.as_peft_has_them():
         logits = plain(input_ids=batch.input_ids, use_cache=False).logits
         expected = own_losses(made.model, batch.input_ids[0])
     found = torch.nn.functional.cross_entropy(logits[0, :-1].float(), batch.input_ids[0, 1:], reduction="none")

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from tiny import backward, micro_batch
+from tiny import adapted, backward, gradients, micro_batch
 from torch.nn.functional import cross_entropy
 
+from job.core.recipe import LoraSection
+from job.engine import head
 from job.tune import loss as loss_module
 from job.tune.loss import Head, token_losses, token_scores
 
@@ -24,14 +26,14 @@ def test_chunks_change_neither_losses_nor_gradients(softcap, chunk, monkeypatch)
     weights = torch.rand(11)
     expected = torch.autograd.grad((plain * weights).sum(), [hidden, linear.weight, linear.bias])
 
-    head = Head(module=linear, softcap=softcap, scale=3.0)
-    ours = token_losses(hidden, ids, head)
+    scaled = Head(module=linear, softcap=softcap, scale=3.0)
+    ours = token_losses(hidden, ids, scaled)
     found = torch.autograd.grad((ours * weights).sum(), [hidden, linear.weight, linear.bias])
     torch.testing.assert_close(ours, plain)
     for gradient, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, wanted)
-    torch.testing.assert_close(token_scores(hidden, ids, head)[0], plain)
-    assert torch.equal(token_scores(hidden, ids, head)[1], plain_logits.argmax(-1) == ids)
+    torch.testing.assert_close(token_scores(hidden, ids, scaled)[0], plain)
+    assert torch.equal(token_scores(hidden, ids, scaled)[1], plain_logits.argmax(-1) == ids)
 
 
 def test_chunks_change_no_gradient_of_a_whole_model(any_model, documents, monkeypatch):
@@ -48,10 +50,54 @@ def test_chunks_change_no_gradient_of_a_whole_model(any_model, documents, monkey
 def test_at_most_a_chunk_of_logits_exists_at_once(llama, documents, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_TARGETS", 9)
     rows = []
-    head = llama.model.get_base_model().get_output_embeddings()
-    hook = head.register_forward_hook(lambda _module, _inputs, output: rows.append(output.shape[0]))
+    hook = (
+        llama.model.get_base_model()
+        .get_output_embeddings()
+        .register_forward_hook(lambda _module, _inputs, output: rows.append(output.shape[0]))
+    )
     batch = micro_batch(documents, range(len(documents)))
     backward(llama, [batch])
     hook.remove()
     assert max(rows) == 9
     assert sum(rows) == 2 * batch.targets  # forward, and again in the backward pass; no other token is projected
+
+
+def both_ways(model, batch):
+    """Gradients of the mean loss: logits made once, and by autograd through the head."""
+    total, losses = model.summed_loss(batch, share=1 / batch.targets)
+    total.backward()
+    once = losses, gradients(model)
+    plain = model(batch)
+    plain.mean().backward()
+    return once, (plain, gradients(model))
+
+
+@pytest.mark.parametrize("at_once", [2**27, 7 * 300])
+def test_logits_made_once_give_autograd_s_losses_and_gradients(any_model, documents, monkeypatch, at_once):
+    """With an adapter on the head, with bounds on the logits (Gemma 2), in one chunk and in many."""
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", at_once)
+    any_model.eval()
+    once, plain = both_ways(any_model, micro_batch(documents, range(len(documents))))
+
+    torch.testing.assert_close(*(losses for losses, _ in (once, plain)), rtol=1e-5, atol=1e-5)
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(once[1][name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_a_tied_head_without_an_adapter_needs_none(tied_base, documents):
+    model = adapted(tied_base, LoraSection(r=4, targets=("q_proj",)), moved=True)
+    once, plain = both_ways(model, micro_batch(documents, range(3)))
+
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(once[1][name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_chunks_drop_by_masks_of_their_own(bases, documents, monkeypatch):
+    model = adapted(bases["llama"], LoraSection(r=4, dropout=0.5, targets=("lm_head",)), moved=True)
+    batch = micro_batch(documents, [1, 1])
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 300 * batch.target_counts[0])
+    model.train()
+    with torch.no_grad():
+        first, second = model.summed_loss(batch, share=1.0)[1].chunk(2)
+
+    assert not torch.equal(first, second)

@@ -142,7 +142,7 @@ def test_checkpointing_activations_changes_no_gradient(bases, documents):
     for _ in range(2):
         torch.manual_seed(5)
         runs.append(backward(model, [batch]))
-        model.use_checkpointing()
+        model.layers.recomputing = True
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
     for name, gradient in runs[0][1].items():
         torch.testing.assert_close(runs[1][1][name], gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()))
@@ -155,7 +155,7 @@ def test_checkpointing_recomputes_the_layers_in_the_backward_pass(bases, documen
     model.train()
     backward(model, [micro_batch(documents, [0])])
     assert len(calls) == 1
-    model.use_checkpointing()
+    model.layers.recomputing = True
     backward(model, [micro_batch(documents, [0])])
     assert len(calls) == 3
 

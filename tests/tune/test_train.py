@@ -9,6 +9,18 @@ from tiny import backward, documents_of, one_by_one, plan_of, random_text
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
 from job.core.plan import plan_course
 from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection
+from job.tune.paths import AutogradPath
+
+
+def micro_batches(made, told):
+    """Tell of each micro-batch that is trained on."""
+    losses = made.model.summed_loss
+
+    def telling(batch, **options):
+        told(batch)
+        return losses(batch, **options)
+
+    made.model.summed_loss = telling
 
 
 def test_how_a_batch_is_cut_changes_neither_losses_nor_weights(start, tmp_path, tokenizer):
@@ -19,7 +31,7 @@ def test_how_a_batch_is_cut_changes_neither_losses_nor_weights(start, tmp_path, 
     for together in (8, 2, 1):
         made = start(documents=documents, batch_size=8, steps=4, micro_batch_tokens=16 * together)
         cuts = []
-        made.model.register_forward_pre_hook(lambda _model, inputs, cuts=cuts: cuts.append(len(inputs[0].documents)))
+        micro_batches(made, lambda batch, cuts=cuts: cuts.append(len(batch.documents)))
         runs[together] = made.run(evaluate_every=100)
         assert set(cuts) == {together}
         assert len(cuts) == 4 * 8 / together
@@ -102,18 +114,18 @@ def test_a_stop_during_an_evaluation_commits_the_steps_before_it(start):
 
 def poison(made, step, how):
     """Spoils one step and no other: the loss itself, or only its gradient."""
-    forward = made.model.forward
+    losses = made.model.summed_loss
 
-    def spoilt(batch):
-        losses = forward(batch)
+    def spoilt(batch, **options):
+        total, each = losses(batch, **options)
         if made.progress.step + 1 == step:
             if how == "gradient":
-                losses.register_hook(lambda gradient: gradient * float("nan"))
+                total.register_hook(lambda gradient: gradient * float("nan"))
             else:
-                losses = losses * float(how)
-        return losses
+                total, each = total * float(how), each * float(how)
+        return total, each
 
-    made.model.forward = spoilt
+    made.model.summed_loss = spoilt
 
 
 @pytest.mark.parametrize("how", ["inf", "nan", "gradient"])
@@ -151,17 +163,17 @@ class Ceiling:
     def __init__(self, made, most, *, lean=0):
         self.failed = []
         """A weak reference to the activations of each micro-batch that did not fit."""
-        made.model.register_forward_pre_hook(self._begin)
+        micro_batches(made, self._begin)
         made.model.model.get_base_model().model.layers[1].register_forward_pre_hook(self._half_way)
-        self._most, self._lean = most, lean
+        self._most, self._lean, self._layers = most, lean, made.model.layers
 
-    def _begin(self, _model, inputs):
-        self._tokens = inputs[0].tokens
+    def _begin(self, batch):
+        self._tokens = batch.tokens
 
     def _half_way(self, layer, inputs):
         if not layer.training:
             return
-        most = max(self._most, self._lean) if layer.gradient_checkpointing else self._most
+        most = max(self._most, self._lean) if self._layers.recomputing else self._most
         if self._tokens > most:
             self.failed.append(weakref.ref(inputs[0]))
             torch.rand(3)  # random numbers were drawn before memory ran out
@@ -173,7 +185,10 @@ def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(start):
     lora = LoraSection(r=8, alpha=16, targets=("v_proj", "lm_head"), dropout=0.1)
     made = start(lora=lora, batch_size=8, steps=3, micro_batch_tokens=300)
     ceiling = Ceiling(made, 80)
+    made.path, adopted = AutogradPath(made.model, made.accelerator.backward), []
+    made.path.adopt = lambda plan: adopted.append(plan["micro_batch_tokens"])
     made.run(evaluate_every=100)
+    assert adopted == [150, 75]
     planned = start(lora=lora, batch_size=8, steps=3, micro_batch_tokens=75).run(evaluate_every=100)
 
     assert made.shrunk == [

@@ -1,0 +1,89 @@
+"""One linear layer with its adapter, there and back: y = x W^T + bias + s dropout(x) A^T B^T.
+
+W is decoded from NF4 where it is used and never kept; an adapter in fp32 is rounded there to what is computed in.
+LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.
+"""
+
+import torch
+from torch import Tensor
+
+from job.engine.ops import Masks
+from job.engine.parts import ops_of
+from job.engine.weights import Adapter, Linear, Quantised, exact_product
+
+
+def forward(x: Tensor, layer: Linear, masks: Masks | None) -> tuple[Tensor, Tensor]:
+    """The layer's result and the input of its ranks.
+
+    Args:
+        x: [T, K].
+        layer: whose weight is [N, K].
+        masks: of x, for the adapter's dropout; None: there is none.
+
+    Returns:
+        [T, N], and h = dropout(x) A^T [T, r]; r is 0 without an adapter.
+    """
+    across = _values(layer, x).t()
+    y = torch.mm(x, across) if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, across)
+    if layer.adapter is None:
+        return y, x.new_empty(len(x), 0)
+    a, b = _rounded(layer.adapter, x)
+    h = _ranks(x, a, masks)
+    return y.addmm_(h, b.t(), alpha=layer.adapter.scaling), h
+
+
+def backward(
+    grad: Tensor, x: Tensor, h: Tensor, layer: Linear, masks: Masks | None, *, wants_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x [T, K], A [r, K] and B [N, r] from that of y [T, N]; the adapter's are summed in fp32.
+
+    With g = s dy B: dx = dy W + dropout(g A), dA = g^T dropout(x), dB = s dy^T h. Without an adapter there are no dA
+    and dB, and dx is left out where nobody wants it.
+    """
+    adapter = layer.adapter
+    d_x = torch.mm(grad, _values(layer, x)) if wants_x else None
+    if adapter is None:
+        return d_x, None, None
+    a, b = _rounded(adapter, x)
+    thin = torch.mm(grad, b).mul_(adapter.scaling)
+    if d_x is not None and masks is None:
+        d_x.addmm_(thin, a)
+    elif d_x is not None and masks is not None:
+        ops_of(x.device).masked_add(thin, a, d_x, masks)
+    d_a = exact_product(thin, x) if masks is None else ops_of(x.device).masked_gradient(thin, x, masks)
+    return d_x, d_a, exact_product(grad, h).mul_(adapter.scaling)
+
+
+def masks_of(adapter: Adapter | None, seed: Tensor | None, *, site: int = 0) -> Masks | None:
+    """Masks of an adapter's input; None where nothing is dropped.
+
+    Args:
+        adapter: one layer's.
+        seed: [1] int64 on the device, of the layer in this micro-batch; None: not training.
+        site: which of its inputs this is.
+    """
+    if seed is None or adapter is None or not adapter.dropout:
+        return None
+    return Masks(seed=seed, site=site, adapters=1, rate=adapter.dropout)
+
+
+def _values(layer: Linear, x: Tensor) -> Tensor:
+    """W [N, K] in x's type."""
+    if not isinstance(layer.weight, Quantised):
+        return layer.weight.to(x.dtype)
+    values = x.new_empty(layer.height, layer.width)
+    ops_of(x.device).decode(layer.weight, values)
+    return values
+
+
+def _rounded(adapter: Adapter, x: Tensor) -> tuple[Tensor, Tensor]:
+    return adapter.a.detach().to(x.dtype), adapter.b.detach().to(x.dtype)
+
+
+def _ranks(x: Tensor, a: Tensor, masks: Masks | None) -> Tensor:
+    """dropout(x) A^T: [T, r]."""
+    if masks is None:
+        return torch.mm(x, a.t())
+    out = x.new_empty(len(x), len(a))
+    ops_of(x.device).masked_ranks(x, a, out, masks)
+    return out

@@ -1,0 +1,49 @@
+"""A micro-batch as the decoder takes it: as long as it is, or filled up to one of few sizes that compiled code fits."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from job.tune.encode import MicroBatch
+
+_SIZES, _MULTIPLE = 32, 64
+"""Sizes up to a full micro-batch: at most a thirty-second of it is padding. Each is a multiple of so many tokens."""
+
+
+def grain_of(micro_batch_tokens: int) -> int:
+    """Tokens that padded sizes are a multiple of: by the plan alone, so that a resumed run has the same."""
+    return -(-micro_batch_tokens // (_SIZES * _MULTIPLE)) * _MULTIPLE
+
+
+def padded_size(tokens: int, grain: int) -> int:
+    """The least size that holds so many tokens."""
+    return -(-tokens // grain) * grain
+
+
+def decoder_inputs(batch: MicroBatch, *, tokens: int | None = None) -> dict[str, Tensor]:
+    """What the decoder and our attention are given by name.
+
+    Args:
+        batch: a micro-batch, on the device.
+        tokens: filled up to so many, with a last document of token 0 that nobody learns from and that may be empty;
+            None: as it is.
+    """
+    if tokens is None:
+        return {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "document_bounds": batch.bounds,
+            "document_lengths": torch.tensor(batch.document_lengths),
+        }
+    rest = tokens - batch.tokens
+    after = torch.arange(rest, device=batch.position_ids.device)[None]
+    bounds = pad(batch.bounds, (0, 1), value=tokens)
+    lengths = torch.tensor([*batch.document_lengths, rest])
+    for each in (bounds, lengths):
+        torch._dynamo.mark_dynamic(each, 0)  # noqa: SLF001 - its public name: how many documents there are differs
+    return {
+        "input_ids": pad(batch.input_ids, (0, rest)),
+        "position_ids": torch.cat([batch.position_ids, after], dim=1),
+        "document_bounds": bounds,
+        "document_lengths": lengths,
+    }

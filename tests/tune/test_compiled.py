@@ -1,0 +1,135 @@
+"""Compiled layers give what they give as they are, once for any documents, and give way where they cannot."""
+
+import pytest
+import torch
+from tiny import adapted, gradients, micro_batch, plan_of
+
+from job.core.recipe import LoraSection
+from job.tune import layers
+from job.tune.layers import variants_compiled
+from job.tune.model import trainable
+from job.tune.padding import decoder_inputs, grain_of, padded_size
+from job.tune.paths import AutogradPath, Compiling
+
+BACKEND = "aot_eager"  # all of the compiler but its kernels
+OF_A_FEW = [[0, 3], [5], [1, 2, 6]]
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def model_of(bases, architecture, *, dropout=0.0):
+    lora = LoraSection(r=4, alpha=8, dropout=dropout, targets=("q_proj", "down_proj", "lm_head"))
+    model = adapted(bases[architecture], lora, moved=True)
+    model.train()
+    return model
+
+
+def compiled(model, told=None, backend=BACKEND):
+    stopped = [] if told is None else told
+    path = AutogradPath(model, torch.Tensor.backward, compiling=Compiling(backend=backend, on_stopped=stopped.append))
+    path.adopt(plan_of(4096))
+    return path
+
+
+def done(path, model, batch):
+    torch.manual_seed(3)
+    return path.accumulate(batch, targets=batch.targets), gradients(model)
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-6)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_sizes_are_few_and_waste_little():
+    for budget in (300, 1024, 15360, 24576):
+        grain = grain_of(budget)
+        sizes = {padded_size(tokens, grain) for tokens in range(1, budget + 1)}
+        assert len(sizes) <= 32
+        assert all(0 <= padded_size(tokens, grain) - tokens < max(64, budget / 16) for tokens in range(1, budget + 1))
+
+
+def test_padding_is_a_document_of_its_own_and_changes_no_bit(any_model, documents):
+    batch = micro_batch(documents, range(3))
+    filled = decoder_inputs(batch, tokens=192)
+    assert filled["document_bounds"].tolist() == [*batch.bounds.tolist(), 192]
+    assert filled["document_lengths"].tolist() == [*batch.document_lengths, 192 - batch.tokens]
+    any_model.eval()
+    with torch.no_grad():
+        plain = any_model.summed_loss(batch, share=1.0)[1]
+        for tokens in (batch.tokens, 192):
+            assert torch.equal(any_model.summed_loss(batch, share=1.0, padded_to=tokens)[1], plain)
+
+
+def test_one_variant_for_the_first_layer_and_one_for_the_others_computed_again_or_not(bases, documents):
+    model = model_of(bases, "qwen3", dropout=0.3)
+    batches = [micro_batch(documents, members) for members in OF_A_FEW]
+    expected = [done(AutogradPath(model, torch.Tensor.backward), model, batch) for batch in batches]
+    before = variants_compiled()
+    path = compiled(model)
+    found = [done(path, model, batch) for batch in batches]
+    path.adopt(plan_of(4096, checkpointing=True))
+    again = [done(path, model, batch) for batch in batches]
+
+    assert variants_compiled() - before == 2
+    for one, two, other in zip(found, again, expected, strict=True):
+        assert_same(one, other)
+        assert_same(two, other)
+
+
+def test_where_there_is_no_way_back_nothing_is_compiled(bases, documents):
+    model = model_of(bases, "llama")
+    before = variants_compiled()
+    compiled(model)
+    model.score(micro_batch(documents, range(3)))
+
+    assert variants_compiled() == before
+
+
+def fails_forward(_graph, _inputs):
+    msg = "no compiler here"
+    raise RuntimeError(msg)
+
+
+def fails_on_the_way_back(graph, inputs):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(fw_compiler=lambda made, _: make_boxed_func(made.forward), bw_compiler=fails_forward)(
+        graph, inputs
+    )
+
+
+@pytest.mark.parametrize("backend", [fails_forward, fails_on_the_way_back])
+def test_where_the_compiler_fails_layers_run_as_they_are_and_gradients_are_whole(bases, documents, backend):
+    model, told = model_of(bases, "llama", dropout=0.3), []
+    batch, other = micro_batch(documents, range(3)), micro_batch(documents, range(3, 6))
+    plain = AutogradPath(model, torch.Tensor.backward)
+    for parameter in trainable(model):
+        parameter.grad = torch.ones_like(parameter)
+    expected = done(plain, model, batch), done(plain, model, other)
+    for parameter in trainable(model):
+        parameter.grad = torch.ones_like(parameter)
+    path = compiled(model, told, backend)
+    found = done(path, model, batch), done(path, model, other)
+
+    assert len(told) == 1
+    assert "no compiler here" in told[0]
+    for one, wanted in zip(found, expected, strict=True):
+        assert_same(one, wanted)
+
+
+def test_a_model_that_needs_too_many_variants_is_not_compiled_all_the_time(bases, documents, monkeypatch):
+    monkeypatch.setattr(layers, "_MOST_VARIANTS", 1)
+    model, told = model_of(bases, "llama"), []
+    done(compiled(model, told), model, micro_batch(documents, [0]))  # two kinds of layer
+
+    assert "LimitHit" in told[0]
+    assert not model.layers.compiled
