@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from job.engine import layer
-from job.engine.ops import Masks
 from job.engine.parts import ops_of
 from job.engine.weights import Linear
 

@@ -426,7 +426,7 @@ class Step:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
 
 
-def _add(parameter: torch.nn.Parameter, gradient: Tensor, *, scale: float = 1.0) -> None:
+def _add(parameter: Tensor, gradient: Tensor, *, scale: float = 1.0) -> None:
     if parameter.grad is None:
         parameter.grad = gradient * scale
     else:

@@ -49,8 +49,9 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
             yield f"{path} has a weight of zero, and its gradient is computed by dividing by it"
         if place in {"o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"} and _base_of(module).bias is not None:
             yield f"{path} has a bias"
-        if not is_in_whole_blocks(_base_of(module)):
-            yield f"{path}: {_base_of(module).weight.quant_state.shape.numel()} elements are no whole blocks of {_NF4_BLOCK}"
+        base = _base_of(module)
+        if not is_in_whole_blocks(base):
+            yield f"{path}: {base.weight.quant_state.shape.numel()} elements are no whole blocks of {_NF4_BLOCK}"
 
 
 def decoder_of(model: PeftModel, *, decode: Decode) -> Decoder:
