@@ -32,7 +32,8 @@ ROUNDING = 2.0**-8
 
 def off(found, expected):
     """As a share of its size."""
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+    found, expected = found.detach().float(), expected.detach().float()
+    return float((found - expected).norm() / expected.norm())
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -79,8 +80,8 @@ def test_attention_is_that_of_each_document_alone_and_the_same_bits_each_time(ke
 # --- linear layers ---------------------------------------------------------------------------------------------------
 
 
-def model_of(base, *, dropout=0.0):
-    lora = LoraSection(r=32, alpha=64, dropout=dropout, targets=EVERY_LINEAR)
+def model_of(base, *, dropout=0.0, targets=EVERY_LINEAR):
+    lora = LoraSection(r=32, alpha=64, dropout=dropout, targets=targets)
     model = PackedModel(attach_lora(load_base(base, device=CUDA), lora, source="tiny", revision=None, seed=0))
     torch.manual_seed(1)
     for parameter in trainable(model):
@@ -94,12 +95,13 @@ def test_a_layer_agrees_with_itself_in_fp32(tmp_path, seed):
     model = model_of(write_base(tmp_path / "base", config_of("llama")), dropout=0.1)
     for module in (model.model.get_base_model().model.layers[0].mlp.down_proj, model.model.get_base_model().lm_head):
         of = linear_of(module)
+        masks = layer.masks_of(of.adapter, None if seed is None else torch.tensor([seed], device=CUDA))
         x = torch.randn(200, of.width, device=CUDA)
         grad = torch.randn(200, of.height, device=CUDA)
         results = []
         for dtype in (torch.bfloat16, torch.float32):
-            y, h = layer.forward(x.to(dtype), of, seed)
-            results.append([y, *layer.backward(grad.to(dtype), x.to(dtype), h, of, seed, wants_x=True)])
+            y, h = layer.forward(x.to(dtype), of, masks)
+            results.append([y, *layer.backward(grad.to(dtype), x.to(dtype), h, of, masks, wants_x=True)])
         for found, expected in zip(*results, strict=True):
             assert off(found, expected) < 4 * ROUNDING
 
@@ -147,11 +149,7 @@ def compiled(model, told):
 def test_compiled_layers_agree_with_themselves_and_are_compiled_once(tmp_path, architecture, checkpointing):
     torch._dynamo.reset()
     base = write_base(tmp_path / "base", config_of(architecture))
-    if architecture == "gpt_neox":
-        lora = LoraSection(r=8, targets="all-linear", dropout=0.05)
-        model = PackedModel(attach_lora(load_base(base, device=CUDA), lora, source="x", revision=None, seed=0)).train()
-    else:
-        model = model_of(base, dropout=0.05)
+    model = model_of(base, dropout=0.05, targets="all-linear" if architecture == "gpt_neox" else EVERY_LINEAR)
     batches = [documents_of(1000 + 3 * seed, seed=seed, vocabulary=300) for seed in range(6)]
     plain = AutogradPath(model, torch.Tensor.backward)
     plain.adopt(plan_of(2048, checkpointing=checkpointing))
