@@ -25,7 +25,7 @@ test: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Attempts killed, stopped, frozen, started twice, on a store that dies and lies: half an hour on two cores. What was
-# done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments.
+# done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments; CHAOS_ENGINE=fast trains by the engine's step.
 chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CHAOS_RESULTS=bench/RESULTS.md \
 		$(BIN)/python -m pytest -s -m "chaos or not chaos" tests/chaos

@@ -14,7 +14,6 @@ from chaos_table import POINT_KILL, RANDOM_KILL, STOP, Ledger
 
 from job import __version__
 
-BEGIN, END = "<!-- begin chaos -->", "<!-- end chaos -->"
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "boto3", "ministack")
 _CASES = {
     "started at once": (
@@ -38,8 +37,9 @@ _CASES = {
 class Results:
     """Paragraphs, in the order in which they come."""
 
-    def __init__(self, seed: str) -> None:
+    def __init__(self, seed: str, engine: str) -> None:
         self._seed = seed
+        self._engine = engine
         self._began = time.monotonic()
         self._paragraphs: list[str] = []
         self._cases: Counter[str] = Counter()
@@ -76,9 +76,10 @@ class Results:
             f"{__version__}, Python {platform.python_version()}, {libraries}."
         )
         told = [text.format(self._cases[kind]) for kind, text in _CASES.items() if self._cases[kind]]
-        return "\n\n".join(
-            ["## Killed, stopped, starved, started twice", "    make chaos", head, *self._paragraphs, *told]
-        )
+        title, command = "## Killed, stopped, starved, started twice", "    make chaos"
+        if self._engine != "auto":
+            title, command = f"{title}: `--engine {self._engine}`", f"    CHAOS_ENGINE={self._engine} make chaos"
+        return "\n\n".join([title, command, head, *self._paragraphs, *told])
 
 
 def say(text: str) -> None:
@@ -87,12 +88,12 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_block(path: Path, text: str) -> None:
-    """Replace the marked block of a file, or put one at its end."""
-    content = path.read_text(encoding="utf-8")
-    block = f"{BEGIN}\n\n{text.strip()}\n\n{END}"
-    if BEGIN in content:
-        content = re.sub(f"{BEGIN}.*{END}", lambda _: block, content, flags=re.DOTALL)
+def write_block(path: Path, name: str, text: str) -> None:
+    """Replace the block of this name in a file, or put one at its end."""
+    content, begin, end = path.read_text(encoding="utf-8"), f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    block = f"{begin}\n\n{text.strip()}\n\n{end}"
+    if begin in content:
+        content = re.sub(f"{begin}.*{end}", lambda _: block, content, flags=re.DOTALL)
     else:
         content = f"{content.rstrip()}\n\n{block}\n"
     path.write_text(content, encoding="utf-8")

@@ -18,7 +18,9 @@ STEPS = 12
 FILES = {"adapter_config.json", "adapter_model.safetensors", "evaluations.safetensors", "optimizer.safetensors"}
 FILES |= {"random.safetensors", "state.json"}
 """What a checkpoint is made of."""
-SETTINGS = {"JOB_LEASE_SECONDS": "1", "JOB_GRACE_SECONDS": "600", "OMP_WAIT_POLICY": "PASSIVE"}
+ENGINE = os.environ.get("CHAOS_ENGINE", "auto")
+"""Which path trains: `auto` is the generic one on the CPU."""
+SETTINGS = {"JOB_LEASE_SECONDS": "1", "JOB_GRACE_SECONDS": "600", "JOB_ENGINE": ENGINE, "OMP_WAIT_POLICY": "PASSIVE"}
 """A dead owner is soon replaced, and no stop is cut short because the machine is slow."""
 _COMPARED = ("curve", "evaluations", "sweet_spot", "exact_match", "answers", "plan")
 

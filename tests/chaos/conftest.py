@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parents[1] / "run"))
 
 from chaos_attempts import warm_image
 from chaos_results import Results, write_block
-from chaos_runs import Place, Run, chaos_recipe
+from chaos_runs import ENGINE, Place, Run, chaos_recipe
 from chaos_server import mortal_server
 from job_process import Job, environment_without_job
 from run_material import make_base
@@ -34,10 +34,10 @@ def seed():
 @pytest.fixture(scope="session")
 def results(request, seed):
     """Collects what was done; at the end it goes into the file that CHAOS_RESULTS names, if all went well."""
-    collected = Results(seed)
+    collected = Results(seed, ENGINE)
     yield collected
     if (path := os.environ.get("CHAOS_RESULTS")) and not request.session.testsfailed:
-        write_block(Path(path), collected.text())
+        write_block(Path(path), "chaos" if ENGINE == "auto" else f"chaos-{ENGINE}", collected.text())
 
 
 @pytest.fixture(scope="session")
