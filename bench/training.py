@@ -88,7 +88,7 @@ class Loaded:
     def cut(self, *, tokens, recomputed=0, kept=0):
         """A cut of our choice, in the plan's words."""
         again = {"recomputed_layers": recomputed, "checkpointing": recomputed > 0}
-        return {"micro_batch_tokens": tokens, "kept_layers": kept} | again
+        return {"micro_batch_tokens": tokens, "evaluation_tokens": tokens, "kept_layers": kept} | again
 
     def trained(self, cut):
         """The state of a run that has made no step; the adapter stays as it is."""
@@ -145,8 +145,6 @@ def load(recipe, engine, device, folder):
         max_length=documents.max_length,
         step_tokens=course.largest_step(documents.lengths),
     )
-    planned = {"micro_batch_tokens": plan.micro_batch_tokens, "checkpointing": plan.checkpointing}
-    planned |= {"kept_layers": plan.kept_layers, "recomputed_layers": plan.recomputed_layers}
     return Loaded(
         recipe=recipe,
         device=device,
@@ -158,7 +156,7 @@ def load(recipe, engine, device, folder):
         adapter=FlatAdapter(model),
         accelerator=accelerator,
         choice=choice,
-        planned=planned,
+        planned=plan.cut,
     )
 
 

@@ -198,10 +198,30 @@ class MemoryPlan:
         """Whether any layer computes its activations again."""
         return self.recomputed_layers > 0
 
+    @property
+    def evaluation_tokens(self) -> int:
+        """Of a pass without a way back, at most: it keeps no layer's activations, and a small one leaves a GPU idle."""
+        if self.predicted_peak_bytes is None:
+            return self.micro_batch_tokens
+        return max(self.micro_batch_tokens, min(_FORWARD_ONLY * self.micro_batch_tokens, _MOST_EVALUATION_TOKENS))
+
+    @property
+    def cut(self) -> dict[str, int | bool]:
+        """How a batch is cut, as a checkpoint keeps it."""
+        return {
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "evaluation_tokens": self.evaluation_tokens,
+            "checkpointing": self.checkpointing,
+            "kept_layers": self.kept_layers,
+            "recomputed_layers": self.recomputed_layers,
+        }
+
 
 _CPU_MICRO_BATCH_TOKENS = 4096
 _MOST_MICRO_BATCH_TOKENS = 24576
 """Beyond this the device is no faster: 20.9 k tokens per second at 24,576, 20.8 k at 32,768 (H200, 7B)."""
+_FORWARD_ONLY, _MOST_EVALUATION_TOKENS = 4, 16384
+"""So many times a step's tokens fit without a way back, even where that goes forward again; more are no faster."""
 _STEADY_TOKENS = 1024
 """Micro-batches are a multiple of this: what is free differs a little from start to start, the plan should not."""
 _HEADROOM = {"fast": 0.93, "generic": 0.85}

@@ -49,7 +49,7 @@ def finish(attempt: Attempt, setting: Setting, run: TrainedRun) -> Report:
             model,
             setting.dataset.validation,
             step=chosen.step,
-            micro_batch_tokens=run.progress.plan["micro_batch_tokens"],
+            tokens_at_once=run.progress.plan["evaluation_tokens"],
             should_stop=attempt.should_stop,
             on_progress=lambda done: attempt.phases.progress(evaluated=done),
         ).loss
@@ -127,9 +127,9 @@ def _load_published(attempt: Attempt, setting: Setting, folder: Path, files: Map
 
 
 def _explain_difference(attempt: Attempt, run: TrainedRun, proven: float, reported: float) -> None:
-    shrunk = run.progress.plan["micro_batch_tokens"] != run.memory_plan.micro_batch_tokens
+    shrunk = run.progress.plan["evaluation_tokens"] != run.memory_plan.evaluation_tokens
     if (shrunk or not run.resume_exact) and abs(proven - reported) <= _NEAR_LOSS * abs(reported):
-        where = "with smaller micro-batches" if shrunk else "on this device"
+        where = "with smaller passes" if shrunk else "on this device"
         attempt.notes.append(f"the adapter gives a validation loss of {proven:.6f} {where}, {reported:.6f} in training")
         return
     raise SickDeviceError(

@@ -239,16 +239,7 @@ class Training:
             num_training_steps=planned.course.steps,
             scheduler_specific_kwargs=_SCHEDULE_ENDS.get(train.schedule),
         )
-        progress = Progress(
-            plan={
-                "engine": plan.path,
-                "micro_batch_tokens": plan.micro_batch_tokens,
-                "checkpointing": plan.checkpointing,
-                "kept_layers": plan.kept_layers,
-                "recomputed_layers": plan.recomputed_layers,
-                "device": device_name(self._setting.device),
-            }
-        )
+        progress = Progress(plan={"engine": plan.path, **plan.cut, "device": device_name(self._setting.device)})
         return Trained(model=model.model, optimizer=optimizer, scheduler=scheduler, progress=progress)
 
     def _describe(self, model: PackedModel, trained: Trained, planned: Planned) -> TrainedRun:
@@ -325,9 +316,13 @@ class Training:
             self._notice_full_memory(run)
             teller.step(record)
 
+        step_cut = trained.progress.plan["micro_batch_tokens"]
+
         def on_out_of_memory(plan: dict[str, Any]) -> None:
+            nonlocal step_cut
             run.out_of_memory += 1
-            if self._attempt.recipe.lora.dropout:
+            was, step_cut = step_cut, plan["micro_batch_tokens"]
+            if self._attempt.recipe.lora.dropout and step_cut != was:
                 trained.progress.changes.append(
                     f"memory ran out after step {trained.progress.step}: smaller micro-batches draw other dropout masks"
                 )
@@ -407,7 +402,7 @@ class Training:
             spent=run.start_seconds,
         )
 
-    def _evaluate(self, model: PackedModel, step: int, micro_batch_tokens: int) -> Evaluation:
+    def _evaluate(self, model: PackedModel, step: int, tokens_at_once: int) -> Evaluation:
         validation = self._setting.dataset.validation
 
         def on_progress(done: int) -> None:
@@ -419,7 +414,7 @@ class Training:
                 model,
                 validation,
                 step=step,
-                micro_batch_tokens=micro_batch_tokens,
+                tokens_at_once=tokens_at_once,
                 should_stop=self._attempt.should_stop,
                 on_progress=on_progress,
             )

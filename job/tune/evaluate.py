@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from job.core.errors import CannotFitError, StopRequestedError
+from job.core.errors import StopRequestedError
 from job.core.plan import pack
 from job.core.verdict import Evaluation
 from job.tune.encode import Documents, TokenRules, encode_prompt, micro_batch
@@ -19,9 +19,6 @@ _PROMPTS_AT_ONCE = 32
 """Prompts answered together: at so few tokens the device waits for its memory, so more cost nothing."""
 _TOKENS_AT_ONCE = 16384
 """Tokens, of prompts and answers together, whose keys and values are kept at once: 8.6 GB for Llama-2-7B."""
-_FORWARD_ONLY, _MOST_TOKENS = 4, 16384
-"""Without a way back no layer's activations are kept: on a GPU so many times a training step's tokens fit, and small
-passes would leave it idle. Beyond so many tokens it is no faster."""
 
 
 def evaluate(
@@ -29,7 +26,7 @@ def evaluate(
     documents: Documents,
     *,
     step: int,
-    micro_batch_tokens: int,
+    tokens_at_once: int,
     should_stop: Callable[[], bool],
     on_progress: Callable[[int], None],
 ) -> Evaluation:
@@ -39,33 +36,23 @@ def evaluate(
         model: base and adapter.
         documents: held out.
         step: that the adapter is of.
-        micro_batch_tokens: of training's plan.
+        tokens_at_once: of a pass, at most; a longer document has one to itself.
         should_stop: asked before each pass.
         on_progress: told how many documents are done.
 
     Raises:
         StopRequestedError: asked to stop; the result so far is of no use and is dropped.
-        CannotFitError: one document alone does not fit the device.
     """
     device = next(model.parameters()).device
-    budget = max(micro_batch_tokens, documents.max_length)
-    if device.type == "cuda":
-        budget = max(budget, min(_FORWARD_ONLY * budget, _MOST_TOKENS))
-    waiting = pack(documents.lengths.tolist(), budget=budget)[::-1]
     nll, correct, done = np.zeros(len(documents)), 0, 0
     was_training = model.training
     model.eval()
     try:
-        while waiting:
-            members = waiting.pop()
+        for members in pack(documents.lengths.tolist(), budget=max(tokens_at_once, documents.max_length)):
             if should_stop():
                 msg = f"asked to stop while evaluating at step {step}"
                 raise StopRequestedError(msg)
-            try:
-                scores = model.score(micro_batch(documents, members).to(device))
-            except torch.OutOfMemoryError as error:
-                waiting += _halves(documents, members, error.with_traceback(None))  # its frames hold what did not fit
-                continue
+            scores = model.score(micro_batch(documents, members).to(device))
             nll[members] = scores.nll
             correct += scores.correct
             done += len(members)
@@ -73,19 +60,6 @@ def evaluate(
     finally:
         model.train(was_training)
     return Evaluation(step=step, nll=nll, tokens=documents.targets, correct=correct)
-
-
-def _halves(documents: Documents, members: list[int], error: torch.OutOfMemoryError) -> list[list[int]]:
-    """What is scored in place of a pass that did not fit."""
-    torch.cuda.empty_cache()
-    if len(members) == 1:
-        msg = (
-            f"one held-out example of {int(documents.lengths[members[0]])} tokens does not fit this GPU; lower "
-            "data.max_length, or use a GPU with more memory"
-        )
-        raise CannotFitError(msg) from error
-    middle = len(members) // 2
-    return [members[middle:], members[:middle]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,7 @@ class Hooks:
 
     should_stop: Callable[[], bool]
     evaluate: Callable[[int, int], Evaluation]
-    """(step, micro-batch tokens) -> held-out result."""
+    """(step, tokens of a pass) -> held-out result."""
     on_first_step: Callable[[], None]
     """Told once, when the first step of this attempt is done on the device."""
     on_step: Callable[[StepRecord], None]
@@ -143,11 +143,15 @@ class Trainer:
                 hooks.on_first_step()
 
     def _evaluate(self) -> None:
-        progress = self._trained.progress
-        try:
-            result = self._hooks.evaluate(progress.step, progress.plan["micro_batch_tokens"])
-        except StopRequestedError:
-            self._stop()
+        progress, result = self._trained.progress, None
+        while result is None:
+            try:
+                result = self._hooks.evaluate(progress.step, progress.plan["evaluation_tokens"])
+            except StopRequestedError:
+                self._stop()
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # as in a step
+                self._shrink(progress.plan, "evaluation_tokens", self._documents.max_length, failure)
         progress.evaluations[progress.step] = result
         self._hooks.on_evaluation(result)
         self._commit()
@@ -224,7 +228,7 @@ class Trainer:
                 failure = error.with_traceback(None)
                 self._adapter.clear()
                 _restore(random_state)
-                self._shrink(plan, batch, failure)
+                self._shrink(plan, "micro_batch_tokens", int(self._lengths[batch].max()), failure)
 
     def _accumulate(self, batch: Sequence[int], budget: int) -> Tensor:
         targets = int(self._targets[batch].sum())
@@ -242,12 +246,11 @@ class Trainer:
     def _micro_batch(self, members: Sequence[int]) -> MicroBatch:
         return micro_batch(self._documents, members).to(self._accelerator.device)
 
-    def _shrink(self, plan: dict[str, Any], batch: Sequence[int], error: torch.OutOfMemoryError) -> None:
-        """Halve the micro-batch; when it holds one example, let the path save memory; when it has, give up."""
+    def _shrink(self, plan: dict[str, Any], of: str, longest: int, error: torch.OutOfMemoryError) -> None:
+        """Halve what is done at once; when it is one example, let the path save memory; when it has, give up."""
         torch.cuda.empty_cache()
-        longest, budget = int(self._lengths[batch].max()), plan["micro_batch_tokens"]
-        if budget > longest:
-            plan["micro_batch_tokens"] = max(longest, budget // 2)
+        if plan[of] > longest:
+            plan[of] = max(longest, plan[of] // 2)
         elif (saved := self._path.save_memory()) is not None:
             plan |= saved
         else:

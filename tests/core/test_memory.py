@@ -112,5 +112,14 @@ def test_when_memory_is_short_by_estimate_one_example_is_tried():
     assert "memory is short" in plan.reason
 
 
+@steady
+@given(paths, memories, st.integers(8, 4096))
+def test_an_evaluation_s_pass_is_a_few_steps_wide_at_most(path, free, max_length):
+    plan = planned(free, path=path, max_length=max_length)
+
+    assert plan.micro_batch_tokens <= plan.evaluation_tokens <= max(plan.micro_batch_tokens, 16384)
+    assert plan.evaluation_tokens <= 4 * plan.micro_batch_tokens
+
+
 def test_on_the_cpu_the_memory_is_not_asked():
     assert planned(0, kind="cpu") == planned(100 * GIB, kind="cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import PAIR, adapted, documents_of, one_by_one, own_losses
 
-from job.core.errors import CannotFitError, StopRequestedError
+from job.core.errors import StopRequestedError
 from job.core.recipe import LoraSection
 from job.tune import evaluate as evaluate_module
 from job.tune.encode import token_rules
@@ -15,9 +15,7 @@ from job.tune.evaluate import Question, answer, evaluate, questions_of_documents
 
 
 def judged(model, documents, tokens, *, should_stop=lambda: False, on_progress=lambda _done: None):
-    return evaluate(
-        model, documents, step=3, micro_batch_tokens=tokens, should_stop=should_stop, on_progress=on_progress
-    )
+    return evaluate(model, documents, step=3, tokens_at_once=tokens, should_stop=should_stop, on_progress=on_progress)
 
 
 def replies(model, questions, tokenizer, *, most=12, should_stop=lambda: False):
@@ -39,36 +37,6 @@ def test_an_evaluation_does_not_depend_on_the_micro_batches(any_model, documents
     assert narrow.loss == pytest.approx(wide.loss, rel=1e-6)
     assert narrow.correct == wide.correct
     assert np.array_equal(narrow.tokens, documents.targets)
-
-
-def out_of_memory_beyond(monkeypatch, model, most):
-    """As on a device where a pass over more documents does not fit."""
-    score = model.score
-
-    def scarce(batch):
-        if len(batch.documents) > most:
-            raise torch.OutOfMemoryError
-        return score(batch)
-
-    monkeypatch.setattr(model, "score", scarce)
-
-
-def test_what_does_not_fit_is_scored_in_halves(llama, documents, monkeypatch):
-    expected = judged(llama, documents, 4096)
-    out_of_memory_beyond(monkeypatch, llama, 2)
-    done = []
-    found = judged(llama, documents, 4096, on_progress=done.append)
-
-    np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
-    assert found.correct == expected.correct
-    assert len(done) >= len(documents) / 2
-    assert done[-1] == len(documents)
-
-
-def test_one_document_that_does_not_fit_says_what_to_do(llama, documents, monkeypatch):
-    out_of_memory_beyond(monkeypatch, llama, 0)
-    with pytest.raises(CannotFitError, match=r"one held-out example of \d+ tokens does not fit .*max_length"):
-        judged(llama, documents, 4096)
 
 
 def test_an_evaluation_sums_the_models_own_losses_over_the_targets(llama, documents):

@@ -204,6 +204,42 @@ def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(start):
         assert torch.equal(mine, theirs)
 
 
+def scarce_evaluation(made, most):
+    """As on a device where a pass without a way back holds so many tokens."""
+    score, tried = made.model.score, []
+
+    def scored(batch):
+        tried.append(batch.tokens)
+        if batch.tokens > most:
+            raise torch.OutOfMemoryError
+        return score(batch)
+
+    made.model.score = scored
+    return tried
+
+
+def test_an_evaluation_that_does_not_fit_is_done_again_in_smaller_passes(start):
+    expected = start(batch_size=8, steps=2).run(evaluate_every=100)
+    made = start(batch_size=8, steps=2)
+    made.progress.plan["evaluation_tokens"] = 512
+    tried = scarce_evaluation(made, 150)
+    made.run(evaluate_every=100)
+
+    assert max(tried) > 150
+    assert made.progress.plan == plan_of(64, evaluation_tokens=128)
+    assert [each["evaluation_tokens"] for each in made.shrunk] == [256, 128]
+    assert made.progress.losses == expected.progress.losses
+    for step, evaluation in expected.progress.evaluations.items():
+        assert made.progress.evaluations[step].nll == pytest.approx(evaluation.nll, rel=1e-5)
+
+
+def test_a_held_out_example_that_never_fits_ends_the_run(start):
+    made = start(batch_size=8, steps=1)
+    scarce_evaluation(made, 4)
+    with pytest.raises(CannotFitError, match=r"one example of \d+ tokens.*data.max_length"):
+        made.run()
+
+
 def test_memory_of_a_failed_micro_batch_is_free_when_it_is_tried_again(start):
     made = start(batch_size=8, steps=1, micro_batch_tokens=300)
     ceiling = Ceiling(made, 80)

@@ -252,12 +252,12 @@ class Attempt:
         self.trainer().run(CheckpointSection(every_steps=checkpoint_every), EvaluateSection(every_steps=evaluate_every))
         return self
 
-    def _evaluate(self, step: int, micro_batch_tokens: int) -> Evaluation:
+    def _evaluate(self, step: int, tokens_at_once: int) -> Evaluation:
         return evaluate(
             self.model,
             self.documents,
             step=step,
-            micro_batch_tokens=micro_batch_tokens,
+            tokens_at_once=tokens_at_once,
             should_stop=lambda: False,
             on_progress=lambda _done: None,
         )
@@ -284,6 +284,7 @@ def plan_of(micro_batch_tokens: int, **other: Any) -> dict[str, Any]:
     return {
         "engine": "generic",
         "micro_batch_tokens": micro_batch_tokens,
+        "evaluation_tokens": 64,
         "checkpointing": False,
         "kept_layers": 0,
         "recomputed_layers": 0,
