@@ -202,6 +202,8 @@ def masked_ranks(x: Tensor, a: Tensor, out: Tensor, masks: Masks) -> None:
 def masked_gradient(thin: Tensor, x: Tensor, masks: Masks) -> Tensor:
     rows, width = x.shape
     ranks, columns = thin.shape[1], triton.cdiv(width, 128)
+    if not rows:
+        return torch.zeros(ranks, width, dtype=torch.float32, device=x.device)
     share = -(-triton.cdiv(rows, max(1, _PROGRAMS // columns)) // 64) * 64
     parts = triton.cdiv(rows, share)
     out = torch.empty(parts, ranks, width, dtype=torch.float32, device=x.device)

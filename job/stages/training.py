@@ -279,6 +279,7 @@ class Training:
         run.resumed_from = newest
         standing = self._attempt.standing
         standing.step = standing.from_step = standing.last_committed_step = newest.step
+        trained.progress.plan = planned | trained.progress.plan  # an older image's plan may lack what is new in it
         before = _where(trained.progress.plan)
         if before != _where(planned):
             trained.progress.plan = planned

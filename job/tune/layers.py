@@ -10,7 +10,7 @@ from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-_MOST_VARIANTS = 64
+_MOST_VARIANTS = 192
 """Of a layer's code, by size and by kind of layer; a model that needs more would be compiled all the time."""
 
 

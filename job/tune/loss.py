@@ -1,7 +1,7 @@
 """Memory-lean cross-entropy that honours LoRA on lm_head, a chunk of targets at a time.
 
 Where the head is a plain layer, logits are made once and their gradient is written over them. Where a model bounds or
-scales its logits, and where there is no way back, the head is called as a module.
+scales its logits, they are made again on the way back.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from job.engine.head import head_loss
+from job.engine.layer_op import linear
 from job.engine.weights import Linear
 
 CHUNK_TARGETS = 1024
@@ -35,9 +36,9 @@ class Head:
     mask_seed: Tensor | None = None
     """[1] int64 on the device, of its adapter's dropout; None: there is none."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N, vocabulary] fp32."""
-        logits = self.module(hidden).float()
+    def logits(self, hidden: Tensor, mask_seed: Tensor | None = None) -> Tensor:
+        """[N, hidden] -> [N, vocabulary] fp32; in PEFT's hands it draws its own masks."""
+        logits = (self.module(hidden) if self.layer is None else linear(hidden, self.layer, mask_seed)).float()
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
@@ -52,7 +53,7 @@ def head_of(causal_lm: Any) -> Head:
         module=module,
         softcap=getattr(config, "final_logit_softcapping", None),
         scale=scale / divisor,
-        layer=getattr(module, "one_op", None),
+        layer=None if getattr(module, "disable_adapters", False) else getattr(module, "one_op", None),
         mask_seed=module.mask_seed if module.training and hasattr(module, "mask_seed") else None,
     )
 
@@ -113,13 +114,14 @@ def token_losses(hidden: Tensor, target_ids: Tensor, head: Head) -> Tensor:
         [N] fp32. Logits are computed again in the backward pass, so at most a chunk of them exists.
     """
 
-    def losses(part: Tensor, ids: Tensor) -> Tensor:
-        return cross_entropy(head.logits(part), ids, reduction="none")
+    def losses(part: Tensor, ids: Tensor, number: int) -> Tensor:
+        seed = None if head.mask_seed is None else head.mask_seed + number  # each chunk has masks of its own
+        return cross_entropy(head.logits(part, seed), ids, reduction="none")
 
     chunks = zip(torch.split(hidden, CHUNK_TARGETS), torch.split(target_ids, CHUNK_TARGETS), strict=True)
     if not torch.is_grad_enabled():
-        return torch.cat([losses(part, ids) for part, ids in chunks])
-    return torch.cat([checkpoint(losses, part, ids, use_reentrant=False) for part, ids in chunks])
+        return torch.cat([losses(*chunk, number) for number, chunk in enumerate(chunks)])
+    return torch.cat([checkpoint(losses, *chunk, number, use_reentrant=False) for number, chunk in enumerate(chunks)])
 
 
 @torch.no_grad()

@@ -72,6 +72,8 @@ class AutogradPath:
         self._backward = backward
         self._compiling = compiling
         self._grain = 1
+        self._proved = 0
+        """Variants of compiled code, whose way back was compiled as well."""
 
     def accumulate(self, batch: MicroBatch, *, targets: int) -> Tensor:
         """See `Path`."""
@@ -83,14 +85,15 @@ class AutogradPath:
 
     def _by_compiled_code(self, batch: MicroBatch, targets: int) -> Tensor | None:
         """None where compiling failed: from now on layers run as they are, and nothing was added."""
-        random_state, variants = torch.get_rng_state(), variants_compiled()
+        random_state = torch.get_rng_state()
         before: _Gradients | None = []
         try:
             size = padded_size(batch.tokens, self._grain)
             total, losses = self._model.summed_loss(batch, share=1 / targets, padded_to=size)
             # What was compiled just now compiles its way back on the way back, where a failure leaves half a gradient.
-            before = _gradients(self._model) if variants_compiled() > variants else None
+            before = _gradients(self._model) if variants_compiled() > self._proved else None
             self._backward(total)
+            self._proved = variants_compiled()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -126,6 +126,28 @@ def test_where_the_compiler_fails_layers_run_as_they_are_and_gradients_are_whole
         assert_same(one, wanted)
 
 
+def test_memory_that_runs_out_before_the_first_way_back_leaves_it_a_way_out(bases, documents):
+    model, told, tried = model_of(bases, "llama", dropout=0.3), [], []
+    batch = micro_batch(documents, range(3))
+    expected = done(AutogradPath(model, torch.Tensor.backward), model, batch)
+
+    def scarce(total):
+        tried.append(total)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError
+        total.backward()
+
+    path = AutogradPath(model, scarce, compiling=Compiling(backend=fails_on_the_way_back, on_stopped=told.append))
+    path.adopt(plan_of(4096))
+    with pytest.raises(torch.OutOfMemoryError):
+        done(path, model, batch)
+    for parameter in trainable(model):
+        parameter.grad = None
+
+    assert_same(done(path, model, batch), expected)
+    assert "no compiler here" in told[0]
+
+
 def test_a_model_that_needs_too_many_variants_is_not_compiled_all_the_time(bases, documents, monkeypatch):
     monkeypatch.setattr(layers, "_MOST_VARIANTS", 1)
     model, told = model_of(bases, "llama"), []

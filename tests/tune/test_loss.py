@@ -49,15 +49,15 @@ def test_chunks_change_no_gradient_of_a_whole_model(any_model, documents, monkey
 
 def test_at_most_a_chunk_of_logits_exists_at_once(llama, documents, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_TARGETS", 9)
-    rows = []
-    hook = (
-        llama.model.get_base_model()
-        .get_output_embeddings()
-        .register_forward_hook(lambda _module, _inputs, output: rows.append(output.shape[0]))
-    )
+    rows, linear = [], loss_module.linear
+
+    def counted(hidden, *others):
+        rows.append(len(hidden))
+        return linear(hidden, *others)
+
+    monkeypatch.setattr(loss_module, "linear", counted)
     batch = micro_batch(documents, range(len(documents)))
     backward(llama, [batch])
-    hook.remove()
     assert max(rows) == 9
     assert sum(rows) == 2 * batch.targets  # forward, and again in the backward pass; no other token is projected
 
@@ -92,10 +92,13 @@ def test_a_tied_head_without_an_adapter_needs_none(tied_base, documents):
         torch.testing.assert_close(once[1][name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_chunks_drop_by_masks_of_their_own(bases, documents, monkeypatch):
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_chunks_drop_by_masks_of_their_own(bases, documents, monkeypatch, scale):
     model = adapted(bases["llama"], LoraSection(r=4, dropout=0.5, targets=("lm_head",)), moved=True)
+    model.model.get_base_model().config.logit_scale = scale
     batch = micro_batch(documents, [1, 1])
     monkeypatch.setattr(head, "LOGITS_AT_ONCE", 300 * batch.target_counts[0])
+    monkeypatch.setattr(loss_module, "CHUNK_TARGETS", batch.target_counts[0])
     model.train()
     with torch.no_grad():
         first, second = model.summed_loss(batch, share=1.0)[1].chunk(2)
