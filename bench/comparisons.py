@@ -107,7 +107,11 @@ COMPARISONS = {
     "long": Comparison(
         title="Long documents",
         contestants=(
-            Ours(name="ours", about="`entrypoint.py run`: batch of 256 documents, lm_head adapted too", steps=8),
+            Ours(
+                name="ours",
+                about="`entrypoint.py run`: batch of 128 documents, dropout 0, lm_head adapted too",
+                batch=128,
+            ),
             _unsloth_packed(),
         ),
         long_documents=True,
