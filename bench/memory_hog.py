@@ -1,27 +1,70 @@
 """Holds a GPU's memory but for some GiB, as another job on it does, until its input is closed.
 
-    python -m bench.memory_hog GIB
+    python -m bench.memory_hog GIB [--below GIB]
 
-The product plans with what is free when it starts: this is how it is given less, and nothing in it knows of the bench.
+It begins when it is given a line; with `--below` in the moment in which less than so much is free. The product plans
+with what is free when it starts: this is how it is given less, and nothing in it knows of the bench.
 """
 
+import argparse
 import contextlib
 import subprocess
 import sys
+import time
 
 import torch
 
 from bench.processes import NoResultError
 
 _PIECE_BYTES = 2**28
+_LOOK_SECONDS = 0.005
 
 
 def hold_all_but(gib):
     """Take memory in pieces while more than this would be left free; returns what holds it."""
     held = []
     while torch.cuda.mem_get_info()[0] - _PIECE_BYTES >= gib * 2**30:
-        held.append(torch.empty(_PIECE_BYTES, dtype=torch.uint8, device="cuda"))
+        try:
+            held.append(torch.empty(_PIECE_BYTES, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:  # somebody else took it first
+            break
     return held
+
+
+class Hog:
+    """One that waits to be told."""
+
+    def __init__(self, process):
+        self._process = process
+
+    def hold(self):
+        """From now on, until the end."""
+        self._process.stdin.write("now\n")
+        self._process.stdin.flush()
+
+    def wait(self):
+        """Until it holds what it should.
+
+        Raises:
+            NoResultError: it cannot.
+        """
+        if not self._process.stdout.readline():
+            raise NoResultError("the GPU's memory cannot be held")
+
+
+@contextlib.contextmanager
+def waiting_hog(gib, *, below=None):
+    """A hog that is there, with the memory that any process on the GPU takes, and holds no more until it is told."""
+    command = [sys.executable, "-m", "bench.memory_hog", str(gib)]
+    command += [] if below is None else ["--below", str(below)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        hog = Hog(process)
+        try:
+            hog.wait()
+            yield hog
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
 
 
 @contextlib.contextmanager
@@ -34,17 +77,27 @@ def only_free(gib):
     if gib is None:
         yield
         return
-    command = [sys.executable, "-m", "bench.memory_hog", str(gib)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hog:
-        if not hog.stdout.readline():
-            raise NoResultError("the GPU's memory cannot be held")
-        try:
-            yield
-        finally:
-            hog.stdin.close()
+    with waiting_hog(gib) as hog:
+        hog.hold()
+        hog.wait()
+        yield
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("gib", type=float)
+    parser.add_argument("--below", type=float, metavar="GIB")
+    options = parser.parse_args()
+    torch.zeros(1, device="cuda")
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        return
+    while options.below is not None and torch.cuda.mem_get_info()[0] >= options.below * 2**30:
+        time.sleep(_LOOK_SECONDS)
+    pieces = hold_all_but(options.gib)
+    print(f"{len(pieces) * _PIECE_BYTES / 2**30:.1f} GiB held", flush=True)
+    sys.stdin.read()
 
 
 if __name__ == "__main__":
-    pieces = hold_all_but(float(sys.argv[1]))
-    print(f"{len(pieces) * _PIECE_BYTES / 2**30:.1f} GiB held", flush=True)
-    sys.stdin.read()
+    main()

@@ -22,10 +22,11 @@ def measure(contestant, *, data, device, limit_seconds, folder):
     """
     folder.mkdir()
     recipe = folder / "recipe.yaml"
-    recipe.write_text(json.dumps(_recipe(contestant, data, folder)))
-    command = [sys.executable, str(ENTRY_POINT), "--log-format", "json", "run", str(recipe)]
-    command += ["--engine", contestant.engine, "--device", device]
-    command += ["--run-id", contestant.name, "--workdir", str(folder / "work")]
+    content = recipe_content(
+        contestant, base=data.base, train=data.train, text=data.text, max_length=data.max_length, folder=folder
+    )
+    recipe.write_text(json.dumps(content))  # JSON is YAML
+    command = command_of(contestant, recipe, device, folder)
     with only_free(contestant.free_gib):
         said = run(command, limit_seconds=limit_seconds, log=folder / "process")
     events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
@@ -33,16 +34,23 @@ def measure(contestant, *, data, device, limit_seconds, folder):
     return _read(contestant, [event for event in events if event.get("event") == "step"], report)
 
 
-def _recipe(contestant, data, folder):
-    """JSON is YAML. It is judged once, at the end, on a few examples."""
+def recipe_content(contestant, *, base, train, text, max_length, folder):
+    """What its run is told. It is judged before the first step and at the end, on a few examples."""
     training = {"steps": contestant.steps, "batch_size": contestant.batch} | contestant.training
-    text = {"text": data.text, "max_length": data.max_length}
-    content = recipe_of(
-        data.base, data.train, **text, dropout=contestant.dropout, head=contestant.head, **training
-    ).model_dump(mode="json")
+    data = {"text": text, "max_length": max_length}
+    content = recipe_of(base, train, **data, dropout=contestant.dropout, head=contestant.head, **training).model_dump(
+        mode="json"
+    )
     content["checkpoint"]["every_steps"] = content["evaluate"]["every_steps"] = _NEVER
     content["evaluate"]["max_examples"] = 16
     return content | {"output": (folder / "store").resolve().as_uri()}
+
+
+def command_of(contestant, recipe, device, folder):
+    """The command line of its run."""
+    command = [sys.executable, str(ENTRY_POINT), "--log-format", "json", "run", str(recipe)]
+    command += ["--engine", contestant.engine, "--device", device]
+    return [*command, "--run-id", contestant.name, "--workdir", str(folder / "work")]
 
 
 def _read(contestant, steps, report):

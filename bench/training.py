@@ -90,10 +90,10 @@ class Loaded:
         again = {"recomputed_layers": recomputed, "checkpointing": recomputed > 0}
         return {"micro_batch_tokens": tokens, "evaluation_tokens": tokens, "kept_layers": kept} | again
 
-    def trained(self, cut):
-        """The state of a run that has made no step; the adapter stays as it is."""
+    def trained(self, cut, optimizer=None):
+        """The state of a run that has made no step; the adapter stays as it is. Without an optimizer: a run's own."""
         train = self.recipe.train
-        optimizer = models.make_optimizer(self.adapter.vectors, train)
+        optimizer = optimizer or models.make_optimizer(self.adapter.vectors, train)
         facts = cut | {"engine": self.choice.name, "device": device_name(self.device)}
         return checkpoints.Trained(
             model=self.model.model,

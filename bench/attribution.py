@@ -1,0 +1,277 @@
+"""What each part of a path is worth: the product's trainer with one part after another switched off.
+
+    python -m bench.attribution --base FOLDER --train TRAIN.jsonl [--engine fast] [--batch 128] [--tokens 4096]
+        [--steps 8] [--warm-up 3] [--results bench/RESULTS.md]
+
+`--tokens` is the most of a micro-batch; without it the memory plan decides. Every step has the same examples. A part
+that is off is done as it would be without us: by torch's own operations, by bitsandbytes, by PEFT, or not at all. What
+then no longer fits is computed again, as in a run, and the row says so.
+"""
+
+import argparse
+import contextlib
+import gc
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+
+from bench.results import RESULTS, device_and_versions, table, write_section
+from bench.training import GSM8K, SameBatch, hooks_of, load, recipe_of, run
+from job.engine import reference
+from job.engine.attention import Attention
+from job.engine.llama import Thrift
+from job.engine.ops import Ops
+from job.engine.parts import ops_of
+from job.tune import model as models
+from job.tune.device import choose_device
+from job.tune.paths import FastPath
+
+_GIB = 2**30
+_NF4_BLOCK, _SCALES_BLOCK = 64, 256
+_OPS = [name for name in vars(Ops) if not name.startswith("_")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variation:
+    """A path with one part otherwise."""
+
+    name: str
+    cut: dict[str, Any] = field(default_factory=dict)
+    """What differs from the plan."""
+    path: Callable[[Any], Any] | None = None
+    """Makes the path from what is loaded; None: the one that was chosen."""
+    meanwhile: Callable[[Any], AbstractContextManager[Any]] = lambda _loaded: nullcontext()
+    """Around the steps."""
+    optimizer: Callable[[Any], Any] | None = None
+    """Makes the optimizer; None: over the flat adapter, as in a run."""
+    on_micro_batch: Callable[[], None] = lambda: None
+
+
+class ByDocument(Attention):
+    """Each document through scaled_dot_product_attention, there and back by autograd."""
+
+    def forward(self, query, key, value, documents):
+        """See `Attention`."""
+        with torch.enable_grad():
+            inputs = [each.detach().requires_grad_() for each in (query, key, value)]
+            out = self._plain(*inputs, documents)
+        return out.detach(), (inputs, out)
+
+    def backward(self, grad, _query, _key, _value, _out, kept, _documents):
+        """See `Attention`."""
+        inputs, out = kept
+        return torch.autograd.grad(out, inputs, grad)
+
+
+def decode_by_bitsandbytes(weight, out):
+    """See `reference.decode`: through a matrix of its own, as bitsandbytes gives it."""
+    state = QuantState(
+        absmax=weight.scales,
+        shape=torch.Size((weight.height, weight.width)),
+        code=weight.code,
+        blocksize=_NF4_BLOCK,
+        quant_type="nf4",
+        dtype=torch.bfloat16,
+        offset=weight.offset,
+        state2=QuantState(
+            absmax=weight.outer_scales, code=weight.scales_code, blocksize=_SCALES_BLOCK, dtype=torch.float32
+        ),
+    )
+    out.copy_(dequantize_4bit(weight.packed[:, None], state))
+
+
+def _with(**ops):
+    """A fast path with these parts instead of its own."""
+
+    def make(loaded):
+        own = ops_of(loaded.device)
+        parts = SimpleNamespace(**{name: getattr(own, name) for name in _OPS} | ops)
+        thrift = Thrift(kept_layers=0, recomputed_layers=0)
+        return FastPath(loaded.model, parts, dtype=models.COMPUTE_DTYPE, thrift=thrift)
+
+    return make
+
+
+def _by_torch(*names):
+    return _with(**{name: getattr(reference, name) for name in names})
+
+
+def _attention_by_document(loaded):
+    with patch("job.tune.fast.Attention", ByDocument):
+        return _with()(loaded)
+
+
+def _without_graphs(_loaded):
+    return patch("job.tune.paths.Replay", lambda step, *_, **__: step)
+
+
+def _tensor_by_tensor(loaded):
+    return models.make_optimizer(models.trainable(loaded.model), loaded.recipe.train)
+
+
+def _wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _not_compiled(loaded):
+    loaded.model.layers.stop_compiling()
+    return patch.object(type(loaded.model.layers), "compile", lambda *_: None)
+
+
+@contextlib.contextmanager
+def _peft(loaded):
+    with _not_compiled(loaded), loaded.model.linears.as_peft_has_them():
+        yield
+
+
+def variations_of(engine, layers):
+    """The path as it is, then one part after another otherwise."""
+    as_it_is = Variation(name="as it is")
+    if engine == "generic":
+        return (
+            as_it_is,
+            Variation(name="layers not compiled", meanwhile=_not_compiled),
+            Variation(name="nor one op a linear layer: PEFT's and bitsandbytes' own", meanwhile=_peft),
+        )
+    return (
+        as_it_is,
+        Variation(name="no decoded weights kept", cut={"kept_layers": 0}),
+        Variation(
+            name="every layer goes forward again",
+            cut={"kept_layers": 0, "recomputed_layers": layers, "checkpointing": True},
+        ),
+        Variation(name="micro-batches of 2,048 tokens", cut={"micro_batch_tokens": 2048}),
+        Variation(name="attention by SDPA, document by document", path=_attention_by_document),
+        Variation(
+            name="weights decoded by bitsandbytes at each use",
+            path=_with(decode=decode_by_bitsandbytes),
+            cut={"kept_layers": 0},
+        ),
+        Variation(name="norms by torch's operations", path=_by_torch("rms_forward", "rms_backward_add")),
+        Variation(name="rotation by torch's operations", path=_by_torch("rotate_forward", "rotate_backward")),
+        Variation(name="SwiGLU by torch's operations", path=_by_torch("swiglu_forward", "swiglu_backward")),
+        Variation(name="cross-entropy by torch's operations", path=_by_torch("cross_entropy_in_place")),
+        Variation(name="no CUDA graphs", meanwhile=_without_graphs),
+        Variation(name="optimizer tensor by tensor", optimizer=_tensor_by_tensor),
+        Variation(name="the host waits for each micro-batch", on_micro_batch=_wait),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Steps of one variation."""
+
+    rate: float
+    """Real tokens a second, median."""
+    peak_bytes: int | None
+    ran_out: dict[str, Any]
+    """What changed in the plan when memory ran out."""
+    loss: float
+    """Of the last step, in nats a target: a part that is done otherwise does the same."""
+
+
+def measure(loaded, variation, *, members, steps, warm_up):
+    """Some steps of the trainer with this variation."""
+    records, ran_out = [], {}
+    loaded.choice.path.adopt(loaded.cut(tokens=loaded.planned["micro_batch_tokens"]))  # it keeps nothing meanwhile
+    if variation.path is not None:
+        loaded = replace(loaded, choice=replace(loaded.choice, path=variation.path(loaded)))
+    trained = loaded.trained(loaded.planned | variation.cut, variation.optimizer and variation.optimizer(loaded))
+    hooks = hooks_of(
+        on_step=records.append,
+        on_out_of_memory=ran_out.update,
+        on_micro_batch=variation.on_micro_batch,
+    )
+    gc.collect()
+    if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with variation.meanwhile(loaded):
+        run(loaded.trainer(trained, hooks, SameBatch(members=tuple(members), steps=steps)))
+    peak = torch.cuda.max_memory_allocated() if loaded.device.type == "cuda" else None
+    rate = median(record.tokens / record.seconds for record in records[warm_up:])
+    return Result(rate=rate, peak_bytes=peak, ran_out=ran_out, loss=records[-1].loss)
+
+
+def section(results):
+    """The table, one row a variation; `results` is in the order of measuring."""
+    best = next(iter(results.values())).rate
+    rows = [
+        (
+            name if not result.ran_out else f"{name} (memory ran out, then {_said(result.ran_out)})",
+            f"{result.rate:,.0f}",
+            f"{result.rate / best - 1:+.1%}",
+            "not counted here" if result.peak_bytes is None else f"{result.peak_bytes / _GIB:.1f}",
+            f"{result.loss:.4f}",
+        )
+        for name, result in results.items()
+    ]
+    return table(("", "real tok/s", "against the path as it is", "peak GiB", "loss of the last step"), rows)
+
+
+def _said(change):
+    return ", ".join(f"{key} {value}" for key, value in change.items())
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--train", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--text", default=GSM8K, help="template over the fields of a record")
+    parser.add_argument("--batch", type=int, default=128, help="examples of a step")
+    parser.add_argument("--tokens", type=int, help="the most of a micro-batch; the plan's without it")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warm-up", type=int, default=3, help="steps that do not count")
+    parser.add_argument("--engine", choices=["fast", "generic"], default="fast")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    recipe = recipe_of(options.base, options.train, text=options.text, batch_size=options.batch)
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="attribution-") as folder:
+        loaded = load(recipe, options.engine, choose_device(options.device), Path(folder))
+        if options.tokens is not None:
+            loaded = replace(loaded, planned=loaded.planned | {"micro_batch_tokens": options.tokens})
+        members = loaded.course.batch(1)
+        first = [parameter.detach().clone() for parameter in models.trainable(loaded.model)]
+        for variation in variations_of(options.engine, loaded.shape.layers):
+            for parameter, value in zip(models.trainable(loaded.model), first, strict=True):
+                parameter.data.copy_(value)
+            results[variation.name] = measure(
+                loaded, variation, members=members, steps=options.steps, warm_up=options.warm_up
+            )
+            _write(options, loaded, members, results)
+    print(section(results))
+
+
+def _write(options, loaded, members, results):
+    """After each row: what is measured by then is kept when the rest is not."""
+    command = (
+        f"    python -m bench.attribution --base FOLDER --train TRAIN.jsonl --engine {options.engine} "
+        f"--batch {options.batch} --steps {options.steps} --warm-up {options.warm_up}"
+    )
+    command += "" if options.tokens is None else f" --tokens {options.tokens}"
+    cut = loaded.planned
+    about = (
+        f"{options.base.name}: {len(members)} examples a step, {int(loaded.documents.lengths[members].sum()):,} real "
+        f"tokens, at most {cut['micro_batch_tokens']:,} in a micro-batch; {cut['recomputed_layers']} of "
+        f"{loaded.shape.layers} layers recomputed, {cut['kept_layers']} with decoded weights kept."
+    )
+    heading = f"## What each part is worth: {options.engine} path, {options.batch} examples"
+    name = f"attribution-{options.engine}-{options.batch}"
+    text = f"{heading}\n\n{command}\n\n{device_and_versions()}\n\n{about}\n\n{section(results)}"
+    write_section(options.results, name, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from bench.attribution import decode_by_bitsandbytes, main
+from job.engine import reference
+from job.engine.weights import Quantised
+from job.tune.fast import linear_of
+
+
+@pytest.mark.parametrize(("engine", "variations"), [("fast", 13), ("generic", 3)])
+def test_each_part_is_done_otherwise_and_the_loss_stays(tmp_path, base, examples, engine, variations):
+    results = tmp_path / "RESULTS.md"
+    options = ["--base", base, "--train", examples, "--text", "{t}", "--results", results, "--engine", engine]
+    main([*map(str, options), "--device", "cpu", "--batch", "4", "--steps", "3", "--warm-up", "1"])
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    losses = [float(row[4]) for row in rows]
+
+    assert len({row[0] for row in rows}) == variations
+    assert losses == pytest.approx([losses[0]] * variations, rel=2e-3)
+
+
+def test_bitsandbytes_decodes_what_the_reference_decodes(base):
+    from job.tune.model import load_base
+
+    module = load_base(base, device=torch.device("cpu")).model.layers[0].mlp.down_proj
+    weight = linear_of(module).weight
+    assert isinstance(weight, Quantised)
+    found, expected = (torch.empty(weight.height, weight.width, dtype=torch.bfloat16) for _ in range(2))
+    decode_by_bitsandbytes(weight, found)
+    reference.decode(weight, expected)
+
+    assert torch.equal(found, expected)
