@@ -5,7 +5,7 @@ import torch
 from tiny import adapted, gradients, micro_batch, plan_of
 
 from job.core.recipe import LoraSection
-from job.tune import layers
+from job.tune import device, layers
 from job.tune.layers import variants_compiled
 from job.tune.model import trainable
 from job.tune.padding import decoder_inputs, grain_of, padded_size
@@ -124,6 +124,22 @@ def test_where_the_compiler_fails_layers_run_as_they_are_and_gradients_are_whole
     assert "no compiler here" in told[0]
     for one, wanted in zip(found, expected, strict=True):
         assert_same(one, wanted)
+
+
+def test_where_the_compiler_fails_the_gpu_s_generator_is_put_back_too(bases, documents, monkeypatch):
+    state = torch.tensor([7])
+    monkeypatch.setattr(device, "cuda_in_use", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: state.clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda saved, *_: state.copy_(saved))
+
+    def draws_and_fails(graph, inputs):
+        state.add_(1)
+        fails_forward(graph, inputs)
+
+    model = model_of(bases, "llama")
+    done(compiled(model, backend=draws_and_fails), model, micro_batch(documents, [0]))
+
+    assert int(state) == 7
 
 
 def test_memory_that_runs_out_before_the_first_way_back_leaves_it_a_way_out(bases, documents):
