@@ -189,6 +189,8 @@ class MemoryPlan:
     """So many layers keep their decoded weights."""
     recomputed_layers: int
     """So many layers compute their activations again in the backward pass, to save memory."""
+    compiled: bool
+    """Whether the layers are compiled."""
     reason: str
     predicted_peak_bytes: int | None
     """Of a step; None on the CPU."""
@@ -214,6 +216,7 @@ class MemoryPlan:
             "checkpointing": self.checkpointing,
             "kept_layers": self.kept_layers,
             "recomputed_layers": self.recomputed_layers,
+            "compiled": self.compiled,
         }
 
 
@@ -234,6 +237,7 @@ def plan_memory(
     adapter: AdapterShape,
     *,
     path: PathName,
+    compiled: bool = True,
     device: DeviceMemory,
     max_length: int,
     step_tokens: int,
@@ -246,10 +250,12 @@ def plan_memory(
         shape: of the base.
         adapter: of the adapter.
         path: that computes the gradients.
+        compiled: whether the generic path's layers are; the fast path has none that could be.
         device: what is free.
         max_length: tokens of the longest example, which is never cut.
         step_tokens: tokens of an average step.
     """
+    compiled = compiled and path == "generic"
     if device.kind == "cpu":
         tokens = max(_CPU_MICRO_BATCH_TOKENS, max_length)
         return MemoryPlan(
@@ -257,6 +263,7 @@ def plan_memory(
             micro_batch_tokens=tokens,
             kept_layers=0,
             recomputed_layers=0,
+            compiled=compiled,
             reason="on the CPU",
             predicted_peak_bytes=None,
         )
@@ -269,6 +276,7 @@ def plan_memory(
             micro_batch_tokens=max_length,
             kept_layers=0,
             recomputed_layers=shape.layers,
+            compiled=compiled,
             reason="one example at a time: memory is short by estimate",
             predicted_peak_bytes=parts.peak(
                 layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers
@@ -281,6 +289,7 @@ def plan_memory(
         micro_batch_tokens=tokens,
         kept_layers=kept,
         recomputed_layers=again,
+        compiled=compiled,
         reason=f"{peak / _GIB:.1f} GiB at the peak by estimate, {device.free_bytes / _GIB:.1f} GiB free",
         predicted_peak_bytes=peak,
     )

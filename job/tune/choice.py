@@ -26,6 +26,8 @@ class Choice:
     path: Path
     name: Literal["fast", "generic"]
     reason: str
+    compiled: bool
+    """Whether it compiles the decoder's layers."""
 
 
 def choose_path(
@@ -53,10 +55,11 @@ def choose_path(
     compiling = Compiling(backend="inductor", on_stopped=on_stopped) if as_they_are is None else None
     generic = AutogradPath(model, backward, compiling=compiling)
     how = "layers compiled" if as_they_are is None else f"layers not compiled: {as_they_are}"
+    compiled = compiling is not None
     if wanted == "generic":
-        return Choice(path=generic, name="generic", reason=f"asked for; {how}")
+        return Choice(path=generic, name="generic", reason=f"asked for; {how}", compiled=compiled)
     if wanted == "auto" and device.type == "cpu":
-        return Choice(path=generic, name="generic", reason="on the CPU")
+        return Choice(path=generic, name="generic", reason="on the CPU", compiled=compiled)
     against = reason_against(model.model) or _reason_of_device(device)
     if against is None:
         try:
@@ -66,11 +69,10 @@ def choose_path(
             against = f"{type(error).__name__}: {error}"[:300]
         else:
             if against is None:
-                return Choice(
-                    path=path, name="fast", reason="a decoder of the Llama family; agrees with the generic path"
-                )
+                reason = "a decoder of the Llama family; agrees with the generic path"
+                return Choice(path=path, name="fast", reason=reason, compiled=False)
     if wanted == "auto":
-        return Choice(path=generic, name="generic", reason=f"not the fast path: {against}; {how}")
+        return Choice(path=generic, name="generic", reason=f"not the fast path: {against}; {how}", compiled=compiled)
     raise UsageError(f"--engine fast: {against}; leave the option out, and the generic path trains this model")
 
 

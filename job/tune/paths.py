@@ -47,7 +47,7 @@ class Path(Protocol):
         ...
 
     def adopt(self, plan: Plan) -> None:
-        """Cut micro-batches, and compute again, as this plan does."""
+        """Cut micro-batches, compute again, and compile, as this plan does; one of an older image does not say all."""
         ...
 
     def save_memory(self) -> Plan | None:
@@ -115,7 +115,7 @@ class AutogradPath:
         """See `Path`."""
         self._model.layers.recomputing = plan["checkpointing"]
         self._grain = grain_of(plan["micro_batch_tokens"])
-        if self._compiling is not None and not self._model.layers.compiled:
+        if self._compiling is not None and plan.get("compiled", True) and not self._model.layers.compiled:
             self._model.layers.compile(self._compiling.backend)
 
     def save_memory(self) -> Plan | None:

@@ -93,6 +93,17 @@ def test_where_there_is_no_way_back_nothing_is_compiled(bases, documents):
     assert variants_compiled() == before
 
 
+@pytest.mark.parametrize("said", [{"compiled": True}, {"compiled": False}, {}])
+def test_layers_are_compiled_where_the_plan_says_so_or_is_an_older_image_s(bases, documents, said):
+    model = model_of(bases, "llama")
+    path = AutogradPath(model, torch.Tensor.backward, compiling=Compiling(backend=BACKEND, on_stopped=print))
+    before = variants_compiled()
+    path.adopt(plan_of(4096, **said))
+    done(path, model, micro_batch(documents, [0]))
+
+    assert (variants_compiled() > before) is said.get("compiled", True)
+
+
 def fails_forward(_graph, _inputs):
     msg = "no compiler here"
     raise RuntimeError(msg)
