@@ -55,7 +55,7 @@ def plan_training(
         UsageError: the path that is asked for does not fit this model or device.
     """
     recipe = attempt.recipe
-    with attempt.phases.phase("self_test"):  # of the fast path, which is compiled for it
+    with attempt.phases.phase("self_test"):  # of the engine's parts, whose kernels are compiled for it
         choice = choose_path(model, attempt.engine, backward=accelerator.backward, on_stopped=on_stopped)
     course = plan_course(
         examples=len(documents),
