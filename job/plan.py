@@ -33,6 +33,7 @@ def plan(attempt: Attempt, gpus: Sequence[Gpu]) -> Plan:
         JobError: as a run would, for what a run would refuse without a GPU.
     """
     from job.stages.dataset import prepare_dataset
+    from job.tune.attention import reason_against_one_op
     from job.tune.fast import fits
     from job.tune.model import load_tokenizer, read_config, refuse_targets, shape_of
 
@@ -67,6 +68,7 @@ def plan(attempt: Attempt, gpus: Sequence[Gpu]) -> Plan:
         shape=shape,
         adapter=AdapterShape(parameters=parameters, rank=recipe.lora.r, optimizer=recipe.train.optimizer),
         path=path,
+        compiled=path == "generic" and reason_against_one_op(config) is None,
         course=course,
         lengths=trained,
         targets=dataset.report.train.targets,

@@ -46,6 +46,8 @@ class Workload:
     shape: ModelShape
     adapter: AdapterShape
     path: PathName
+    compiled: bool
+    """Whether the generic path's layers will be, as far as the base's config tells."""
     course: Course
     lengths: Lengths
     """Of the training examples, as they are trained on."""
@@ -91,6 +93,7 @@ def forecast(work: Workload, gpu: Gpu) -> Forecast:
         work.shape,
         work.adapter,
         path=work.path,
+        compiled=work.compiled,
         device=DeviceMemory(kind="cuda", free_bytes=free),
         max_length=work.max_length,
         step_tokens=step_tokens,
@@ -102,12 +105,16 @@ def forecast(work: Workload, gpu: Gpu) -> Forecast:
         speed = _SHARE[work.path] * gpu.sustained_flops / flops_per_token(work) / slower
     return Forecast(
         gpu=gpu,
-        parts=memory_parts(work.shape, work.adapter, work.path),
+        parts=_parts(work),
         cut=cut,
         fits=cut.predicted_peak_bytes is not None and cut.predicted_peak_bytes < free,
         tokens_per_second=speed,
         seconds=None if speed is None else _START_SECONDS + _busy_tokens(work) / speed,
     )
+
+
+def _parts(work: Workload) -> MemoryParts:
+    return memory_parts(work.shape, work.adapter, work.path, compiled=work.compiled)
 
 
 def trained_tokens(work: Workload) -> int:
@@ -139,7 +146,7 @@ def ask_for(work: Workload) -> Ask:
     """Host memory and disk: the base is on the disk in bf16 and once more in 4 bits, and passes the host's memory."""
     base = 2 * work.shape.parameters / _GIB
     checkpoint = 8 * work.adapter.parameters / _GIB
-    layers, parts = work.shape.layers, memory_parts(work.shape, work.adapter, work.path)
+    layers, parts = work.shape.layers, _parts(work)
     packed = (parts.weights + parts.embeddings) / _GIB
     least = parts.peak(layers=layers, tokens=work.max_length, kept_layers=0, recomputed_layers=layers)
     return Ask(

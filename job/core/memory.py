@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 PathName = Literal["fast", "generic"]
+LogitsKind = Literal["plain", "scaled", "capped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,8 @@ class ModelShape:
     head_width: int
     tied: bool = False
     """Whether the head is the embedding."""
+    logits: LogitsKind = "plain"
+    """What the model does to its logits."""
 
     @property
     def linear_parameters(self) -> int:
@@ -68,8 +71,14 @@ _ALIGNED = 64
 """Ranks that stand beside an input are rounded up to a multiple of this."""
 _ADAPTED = 7
 """Linear modules of a layer, each with an adapter where all are targets."""
-_LOGITS_BYTES = {"fast": 2**28, "generic": 3 * 4 * 1024}
-"""Of the logits that exist at once; on the generic path a chunk of them, times the vocabulary."""
+_LOGITS_BYTES = 2**28
+"""Of the logits that exist at once, in bf16: their gradient is written over them."""
+_LOGITS_BY_AUTOGRAD = {"scaled": 3 * _FP32, "capped": 4 * _FP32}
+"""Bytes of a logit that autograd goes back through: what softmax kept, and two gradients; of a bounded one, itself."""
+_LOGITS_CHUNK = 1024
+"""Targets whose logits autograd holds at once."""
+_NOT_COMPILED = 1.5
+"""Times as much of a token is kept in a layer that is not compiled."""
 _OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_32bit": 8, "lion_8bit": 1, "sgd": 0}
 _EIGHT_BIT_ADAM_BYTES = 2
 
@@ -125,22 +134,23 @@ class MemoryParts:
         return self.fixed + kept_layers * self.decoded_layer + tokens * activations
 
 
-def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName) -> MemoryParts:
-    """Bytes of each part.
+def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, compiled: bool = True) -> MemoryParts:
+    """Bytes of each part; the fast path has no layers that could be compiled.
 
     The fast path: what `job/engine/llama.py` keeps, tensor by tensor. The generic path, its layers compiled, keeps in
     bf16: a layer's input, the stream between its halves and both normed (4 hidden); query, key, value and the
     attention's result; gate, up and their product; the input of each adapter's ranks. With Llama-2-7B on an H200 that
-    is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384. Layers that are not compiled
-    keep about half as much again; the training loop then needs less by itself when memory runs out.
+    is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384.
     """
     query, keys = shape.heads * shape.head_width, shape.key_heads * shape.head_width
     wide, rank = _padded(3 * adapter.rank), _padded(adapter.rank)
     twice = _padded(2 * adapter.rank)
-    logits = _LOGITS_BYTES[path] * (1 if path == "fast" else shape.vocabulary)
+    logits = _LOGITS_BYTES
+    if shape.logits != "plain":
+        logits = _LOGITS_BY_AUTOGRAD[shape.logits] * _LOGITS_CHUNK * shape.vocabulary
     if path == "generic":
         kept = 4 * shape.hidden + 2 * (query + keys) + 3 * shape.intermediate + _ADAPTED * adapter.rank
-        token_layer = _BF16 * kept + _FP32 * shape.heads
+        token_layer = math.ceil((1.0 if compiled else _NOT_COMPILED) * (_BF16 * kept + _FP32 * shape.heads))
         # One weight at a time, as it is and as a gradient's other factor.
         workspace, decoded = logits + 2 * shape.hidden * shape.intermediate * _BF16, 0
         # The stream, its gradient, and what a product adds to each; the gradients of gate, up and their product.
@@ -189,6 +199,8 @@ class MemoryPlan:
     """So many layers keep their decoded weights."""
     recomputed_layers: int
     """So many layers compute their activations again in the backward pass, to save memory."""
+    compiled: bool
+    """Whether the layers are compiled."""
     reason: str
     predicted_peak_bytes: int | None
     """Of a step; None on the CPU."""
@@ -214,6 +226,7 @@ class MemoryPlan:
             "checkpointing": self.checkpointing,
             "kept_layers": self.kept_layers,
             "recomputed_layers": self.recomputed_layers,
+            "compiled": self.compiled,
         }
 
 
@@ -234,6 +247,7 @@ def plan_memory(
     adapter: AdapterShape,
     *,
     path: PathName,
+    compiled: bool = True,
     device: DeviceMemory,
     max_length: int,
     step_tokens: int,
@@ -246,10 +260,12 @@ def plan_memory(
         shape: of the base.
         adapter: of the adapter.
         path: that computes the gradients.
+        compiled: whether the generic path's layers are; the fast path has none that could be.
         device: what is free.
         max_length: tokens of the longest example, which is never cut.
         step_tokens: tokens of an average step.
     """
+    compiled = compiled and path == "generic"
     if device.kind == "cpu":
         tokens = max(_CPU_MICRO_BATCH_TOKENS, max_length)
         return MemoryPlan(
@@ -257,10 +273,11 @@ def plan_memory(
             micro_batch_tokens=tokens,
             kept_layers=0,
             recomputed_layers=0,
+            compiled=compiled,
             reason="on the CPU",
             predicted_peak_bytes=None,
         )
-    parts = memory_parts(shape, adapter, path)
+    parts = memory_parts(shape, adapter, path, compiled=compiled)
     free = int(_HEADROOM[path] * device.free_bytes)
     cuts = list(_cuts(shape, parts, free, max_length=max_length, path=path))
     if not cuts:
@@ -269,6 +286,7 @@ def plan_memory(
             micro_batch_tokens=max_length,
             kept_layers=0,
             recomputed_layers=shape.layers,
+            compiled=compiled,
             reason="one example at a time: memory is short by estimate",
             predicted_peak_bytes=parts.peak(
                 layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers
@@ -281,6 +299,7 @@ def plan_memory(
         micro_batch_tokens=tokens,
         kept_layers=kept,
         recomputed_layers=again,
+        compiled=compiled,
         reason=f"{peak / _GIB:.1f} GiB at the peak by estimate, {device.free_bytes / _GIB:.1f} GiB free",
         predicted_peak_bytes=peak,
     )

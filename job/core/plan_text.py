@@ -48,7 +48,9 @@ def _lengths(data: DataReport, candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _work(work: Workload) -> list[str]:
-    course = work.course
+    course, path = work.course, f"{work.path} path"
+    if work.path == "generic":
+        path += ", layers compiled" if work.compiled else ", layers not compiled"
     return [
         (
             f"{course.steps} steps ({course.epochs:.3g} epochs) of {course.batch_size} examples, "
@@ -56,7 +58,7 @@ def _work(work: Workload) -> list[str]:
         ),
         (
             f"{work.shape.parameters:,} parameters in the base, {work.adapter.parameters:,} trained "
-            f"(r {work.adapter.rank}, {work.adapter.optimizer}); {work.path} path"
+            f"(r {work.adapter.rank}, {work.adapter.optimizer}); {path}"
         ),
     ]
 

@@ -103,6 +103,8 @@ class PlanReport(Section):
     """Layers that kept their decoded weights."""
     recomputed_layers: int = 0
     """Layers that computed their activations again in the backward pass."""
+    compiled: bool = False
+    """Whether the generic path's layers were compiled, up to the last step."""
     predicted_peak_bytes: int | None = None
     """Of the GPU's memory, in a step; None on the CPU."""
     reason: str

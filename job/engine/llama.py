@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from job.engine.attention import Attention, Documents
+from job.engine.head import LOGITS_AT_ONCE
 from job.engine.ops import Masks, Ops
 from job.engine.weights import Group, exact_product
-
-_LOGITS_AT_ONCE = 2**27
-"""Logits that exist at once: 256 MiB in bf16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -295,7 +293,7 @@ class Step:
         x, inverse = self._normed(last, self._decoder.final_norm, group)
         losses = self._empty_exact(len(last))
         d_x = self._empty(len(last), self._hidden)
-        size = max(1, _LOGITS_AT_ONCE // group.height)
+        size = max(1, LOGITS_AT_ONCE // group.height)
         for number, start in enumerate(range(0, len(last), size)):
             part = slice(start, min(start + size, len(last)))
             site = _HEAD_SITE + number

@@ -1,5 +1,6 @@
 """What is decided once base and data are there: the path that trains, the course, how a batch is cut."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,22 +34,28 @@ def plan_training(
     documents: Documents,
     accelerator: Accelerator,
     *,
+    on_stopped: Callable[[str], None],
     base: Path,
     device: torch.device,
     memory: DeviceMemory,
 ) -> Planned:
     """Choose the path by trying it, and the cut by what was free before the model was loaded.
 
+    Args:
+        attempt: this process.
+        model: base and adapter, on the device.
+        documents: to train on.
+        accelerator: whose way back autograd's is.
+        on_stopped: told why layers that were compiled no longer are.
+        base: the base's folder.
+        device: what we compute on.
+        memory: what was free.
+
     Raises:
         UsageError: the path that is asked for does not fit this model or device.
     """
     recipe = attempt.recipe
-
-    def on_stopped(reason: str) -> None:
-        log.warning("layers_no_longer_compiled", reason=reason)
-        attempt.notes.append(f"layers ran as they are, for compiling them failed: {attempt.hide(reason)}")
-
-    with attempt.phases.phase("self_test"):  # of the fast path, which is compiled for it
+    with attempt.phases.phase("self_test"):  # of the engine's parts, whose kernels are compiled for it
         choice = choose_path(model, attempt.engine, backward=accelerator.backward, on_stopped=on_stopped)
     course = plan_course(
         examples=len(documents),
@@ -61,6 +68,7 @@ def plan_training(
         shape_of(read_config(base)),
         AdapterShape(parameters=parameter_counts(model)[0], rank=recipe.lora.r, optimizer=recipe.train.optimizer),
         path=choice.name,
+        compiled=choice.compiled,
         device=memory,
         max_length=documents.max_length,
         step_tokens=course.largest_step(documents.lengths),

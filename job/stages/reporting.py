@@ -109,6 +109,7 @@ def _plan(run: TrainedRun) -> PlanReport:
         checkpointing=plan["checkpointing"],
         kept_layers=plan["kept_layers"],
         recomputed_layers=plan["recomputed_layers"],
+        compiled=plan["compiled"],
         predicted_peak_bytes=run.memory_plan.predicted_peak_bytes,
         reason=run.memory_plan.reason,
         steps=run.course.steps,

@@ -128,6 +128,7 @@ class Training:
         recipe = attempt.recipe
         with attempt.phases.phase("load_model"):
             memory = device_memory(setting.device)
+            progress = Progress()
             model = self._load()
             # Its folder is not in the run's own, which goes when the run is done.
             on_cpu = setting.device.type == "cpu"
@@ -137,13 +138,14 @@ class Training:
                 model,
                 setting.dataset.train,
                 accelerator,
+                on_stopped=partial(self._on_no_longer_compiled, progress),
                 base=setting.base.folder,
                 device=setting.device,
                 memory=memory,
             )
             crash_point("model.loaded")
             adapter = FlatAdapter(model)
-        trained = self._prepare(model, adapter, planned)
+        trained = self._prepare(model, adapter, planned, progress)
         run = self._describe(model, trained, planned)
         self._resume(trained, run)
         path = planned.choice.path
@@ -229,7 +231,7 @@ class Training:
         )
         return model
 
-    def _prepare(self, model: PackedModel, adapter: FlatAdapter, planned: Planned) -> Trained:
+    def _prepare(self, model: PackedModel, adapter: FlatAdapter, planned: Planned, progress: Progress) -> Trained:
         train, plan = self._attempt.recipe.train, planned.memory
         optimizer = make_optimizer(adapter.vectors, train)
         scheduler = get_scheduler(
@@ -239,7 +241,7 @@ class Training:
             num_training_steps=planned.course.steps,
             scheduler_specific_kwargs=_SCHEDULE_ENDS.get(train.schedule),
         )
-        progress = Progress(plan={"engine": plan.path, **plan.cut, "device": device_name(self._setting.device)})
+        progress.plan = {"engine": plan.path, **plan.cut, "device": device_name(self._setting.device)}
         return Trained(model=model.model, optimizer=optimizer, scheduler=scheduler, progress=progress)
 
     def _describe(self, model: PackedModel, trained: Trained, planned: Planned) -> TrainedRun:
@@ -280,12 +282,12 @@ class Training:
         standing = self._attempt.standing
         standing.step = standing.from_step = standing.last_committed_step = newest.step
         trained.progress.plan = planned | trained.progress.plan  # an older image's plan may lack what is new in it
-        before = _where(trained.progress.plan)
-        if before != _where(planned):
+        before, now = _where(trained.progress.plan), _where(planned)
+        if before not in {now, _where(planned | {"compiled": False})}:  # what is no longer compiled stays as it is
             trained.progress.plan = planned
             trained.progress.changes.append(
-                f"resumed at step {newest.step} on {_where(planned)} after {before}: equal within rounding, not to "
-                "the bit" + (" (and dropout draws other masks)" if self._attempt.recipe.lora.dropout else "")
+                f"resumed at step {newest.step} on {now} after {before}: equal within rounding, not to the bit"
+                + (" (and dropout draws other masks)" if self._attempt.recipe.lora.dropout else "")
             )
         log.info("resumed", checkpoint=newest.name, step=newest.step, of=run.course.steps)
 
@@ -304,6 +306,14 @@ class Training:
             max_new_tokens=recipe.evaluate.max_new_tokens,
             seed=recipe.train.seed,
             should_stop=self._attempt.moves_on,  # asked after each token
+        )
+
+    def _on_no_longer_compiled(self, progress: Progress, reason: str) -> None:
+        """Kept with the run: an attempt that goes on from here does not compile again, which would round otherwise."""
+        log.warning("layers_no_longer_compiled", reason=reason)
+        progress.plan["compiled"] = False
+        progress.changes.append(
+            f"after step {progress.step} layers ran as they are, no longer compiled: {self._attempt.hide(reason)}"
         )
 
     def _hooks(
@@ -445,8 +455,9 @@ class Training:
 
 
 def _where(plan: Mapping[str, Any]) -> str:
-    """What makes numbers equal to the bit: the device, and the path that computes the gradients."""
-    return str(plan["device"]) + (" on the fast path" if plan.get("engine") == "fast" else "")
+    """What makes numbers equal to the bit: the device, the path that computes the gradients, compiled code or not."""
+    how = " on the fast path" if plan.get("engine") == "fast" else " with compiled layers" if plan["compiled"] else ""
+    return f"{plan['device']}{how}"
 
 
 def _save(trained: Trained, folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from job.core.crash_points import crash_point
 from job.core.verdict import Evaluation
-from job.tune.device import cuda_in_use
+from job.tune.device import random_state, restore_random_state
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 """What PEFT and vLLM read."""
@@ -71,7 +71,7 @@ def save(trained: Trained, folder: Path) -> None:
     tensors, plain = _flatten(trained.optimizer.state_dict())
     save_file(tensors, folder / _OPTIMIZER)
     crash_point("save.middle")
-    save_file(_random_state(), folder / _RANDOM)
+    save_file(random_state(), folder / _RANDOM)
     save_file(_evaluation_tensors(trained.progress.evaluations), folder / _EVALUATIONS)
     state = {
         "progress": {
@@ -162,22 +162,13 @@ def _plain_schedule(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _random_state() -> dict[str, Tensor]:
-    state = {"torch": torch.get_rng_state()}
-    if cuda_in_use():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
 def _plain_numpy_state() -> list[Any]:
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global generator is what libraries draw from
     return [kind, np.asarray(keys).tolist(), *rest]
 
 
 def _restore_random(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and cuda_in_use():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    restore_random_state(tensors)
     version, internal, gauss = state["python_random"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy_random"]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -16,7 +17,10 @@ from job.tune.model import COMPUTE_DTYPE, PackedModel
 from job.tune.paths import AutogradPath, Compiling, FastPath, Path
 from job.tune.selftest import difference
 
+log = structlog.get_logger(__name__)
+
 Wanted = Literal["auto", "fast", "generic"]
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,8 @@ class Choice:
     path: Path
     name: Literal["fast", "generic"]
     reason: str
+    compiled: bool
+    """Whether it compiles the decoder's layers."""
 
 
 def choose_path(
@@ -38,6 +44,8 @@ def choose_path(
 ) -> Choice:
     """The fast path where it is asked for, the model fits it, and it gives on this device what the generic one gives.
 
+    Else the generic one, with the engine's linear layers where those give what PEFT's own give.
+
     Args:
         model: base and adapter, on the device.
         wanted: `auto`, or one of the two.
@@ -49,29 +57,61 @@ def choose_path(
         UsageError: `fast` is asked for, and does not fit.
     """
     device = next(model.parameters()).device
-    as_they_are = _reason_against_compiling(model, device)
-    compiling = Compiling(backend="inductor", on_stopped=on_stopped) if as_they_are is None else None
-    generic = AutogradPath(model, backward, compiling=compiling)
-    how = "layers compiled" if as_they_are is None else f"layers not compiled: {as_they_are}"
+
+    def generic(why: str) -> Choice:
+        return _generic(model, why, backward=backward, on_stopped=on_stopped)
+
     if wanted == "generic":
-        return Choice(path=generic, name="generic", reason=f"asked for; {how}")
+        return generic("asked for")
     if wanted == "auto" and device.type == "cpu":
-        return Choice(path=generic, name="generic", reason="on the CPU")
+        return generic("on the CPU")
     against = reason_against(model.model) or _reason_of_device(device)
     if against is None:
         try:
             path = FastPath(model, ops_of(device), dtype=dtype, thrift=Thrift(kept_layers=0, recomputed_layers=0))
-            against = difference(model, path, generic)
+            against = difference(model, path, AutogradPath(model, backward))
         except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
-            against = f"{type(error).__name__}: {error}"[:300]
+            against = _told(error)
         else:
             if against is None:
-                return Choice(
-                    path=path, name="fast", reason="a decoder of the Llama family; agrees with the generic path"
-                )
+                reason = "a decoder of the Llama family; agrees with the generic path"
+                return Choice(path=path, name="fast", reason=reason, compiled=False)
     if wanted == "auto":
-        return Choice(path=generic, name="generic", reason=f"not the fast path: {against}; {how}")
+        return generic(f"not the fast path: {against}")
     raise UsageError(f"--engine fast: {against}; leave the option out, and the generic path trains this model")
+
+
+def _generic(
+    model: PackedModel, why: str, *, backward: Callable[[Tensor], Any], on_stopped: Callable[[str], None]
+) -> Choice:
+    """The generic path with the engine's linear layers where they give what PEFT's own give, else with PEFT's own."""
+    against = _reason_against_ops(model, AutogradPath(model, backward))
+    if against is not None:
+        log.warning("linear_layers_left_to_peft", reason=against, then="slower, and more memory is needed")
+        model.linears.leave_to_peft()
+        why = f"{why}; linear layers are PEFT's own: {against}"
+    as_they_are = _reason_against_compiling(model)
+    compiling = Compiling(backend="inductor", on_stopped=on_stopped) if as_they_are is None else None
+    how = "layers compiled" if as_they_are is None else f"layers not compiled: {as_they_are}"
+    return Choice(
+        path=AutogradPath(model, backward, compiling=compiling),
+        name="generic",
+        reason=f"{why}; {how}",
+        compiled=compiling is not None,
+    )
+
+
+def _reason_against_ops(model: PackedModel, path: AutogradPath) -> str | None:
+    if not model.linears:
+        return None
+    try:
+        return difference(model, path, path)
+    except Exception as error:  # noqa: BLE001 - as above
+        return _told(error)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
 
 
 def _reason_of_device(device: torch.device) -> str | None:
@@ -80,9 +120,12 @@ def _reason_of_device(device: torch.device) -> str | None:
     return None
 
 
-def _reason_against_compiling(model: PackedModel, device: torch.device) -> str | None:
+def _reason_against_compiling(model: PackedModel) -> str | None:
+    device = next(model.parameters()).device
     if device.type != "cuda":
         return "not on a GPU"
     if not model.layers:
         return "they are of no kind that transformers computes again"
+    if not model.linears:
+        return "their linear layers are PEFT's own"
     return _reason_of_device(device) or reason_against_one_op(model.model.get_base_model().config)

@@ -3,11 +3,12 @@
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from job.core.errors import CannotFitError, SickDeviceError
 from job.core.memory import DeviceMemory
@@ -79,6 +80,21 @@ def driver_version() -> str | None:
 def cuda_in_use() -> bool:
     """Whether this process computes on a GPU; one that is only visible is left alone."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call] # torch has no types here
+
+
+def random_state() -> dict[str, Tensor]:
+    """Torch's generators as they stand: the host's, and the GPU's where one is in use. Waits for no GPU."""
+    state = {"torch": torch.get_rng_state()}
+    if cuda_in_use():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: Mapping[str, Tensor]) -> None:
+    """Put them back; a GPU's is left out where none is in use."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and cuda_in_use():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def device_name(device: torch.device) -> str:

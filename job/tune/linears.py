@@ -29,12 +29,28 @@ class OneOpLinears:
         }
         for module in self._modules:
             module.mask_seed = None
+        self._swapped = False
         self._swap_in()
+
+    def __bool__(self) -> bool:
+        return bool(self._modules)
 
     def _swap_in(self) -> None:
         for module, (its_forward, layer) in self._modules.items():
             # The same objects each time: compiled code may look at which they are.
             module.forward, module.one_op = its_forward, layer
+        self._swapped = True
+
+    def _swap_out(self) -> None:
+        if self._swapped:
+            for module in self._modules:
+                del module.forward, module.one_op
+        self._swapped = False
+
+    def leave_to_peft(self) -> None:
+        """From now on and for good, with PEFT's own forward; the head's loss then goes through it too."""
+        self._swap_out()
+        self._modules.clear()
 
     def draw_masks(self) -> None:
         """Other dropout masks for the next micro-batch, from torch's generator on the host."""
@@ -48,12 +64,13 @@ class OneOpLinears:
     @contextmanager
     def as_peft_has_them(self) -> Iterator[None]:
         """With PEFT's own forward: it writes an answer word by word without decoding a weight for each."""
-        for module in self._modules:
-            del module.forward, module.one_op
+        was_swapped = self._swapped
+        self._swap_out()
         try:
             yield
         finally:
-            self._swap_in()
+            if was_swapped:
+                self._swap_in()
 
 
 def _fitting(model: PeftModel) -> Iterator[tuple[Any, Any]]:

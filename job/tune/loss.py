@@ -44,15 +44,21 @@ class Head:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
-def head_of(causal_lm: Any) -> Head:
-    """The head of a causal language model from transformers."""
-    config, module = causal_lm.config, causal_lm.get_output_embeddings()
+def softcap_and_scale(config: Any) -> tuple[float | None, float]:
+    """What a model with this config does to its logits: their bound, and before it the factor on them."""
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
+    return getattr(config, "final_logit_softcapping", None), scale / divisor
+
+
+def head_of(causal_lm: Any) -> Head:
+    """The head of a causal language model from transformers."""
+    module = causal_lm.get_output_embeddings()
+    softcap, scale = softcap_and_scale(causal_lm.config)
     return Head(
         module=module,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        scale=scale / divisor,
+        softcap=softcap,
+        scale=scale,
         layer=None if getattr(module, "disable_adapters", False) else getattr(module, "one_op", None),
         mask_seed=module.mask_seed if module.training and hasattr(module, "mask_seed") else None,
     )

@@ -30,7 +30,7 @@ from job.tune.device import device_name
 from job.tune.encode import MicroBatch
 from job.tune.layers import Layers
 from job.tune.linears import OneOpLinears
-from job.tune.loss import Head, head_of, summed_loss, token_losses, token_scores
+from job.tune.loss import Head, head_of, softcap_and_scale, summed_loss, token_losses, token_scores
 from job.tune.padding import decoder_inputs
 from job.tune.weights import Files, sharded, stored_tensors, tensors_bytes
 
@@ -69,6 +69,7 @@ def shape_of(config: Any) -> ModelShape:
         raise UsageError(msg) from error
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or hidden // heads
+    softcap, scale = softcap_and_scale(config)
     return ModelShape(
         layers=layers,
         hidden=hidden,
@@ -79,6 +80,7 @@ def shape_of(config: Any) -> ModelShape:
         key_heads=key_heads,
         head_width=width,
         tied=config.tie_word_embeddings,
+        logits="capped" if softcap is not None else "plain" if scale == 1 else "scaled",
     )
 
 

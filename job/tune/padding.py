@@ -7,7 +7,8 @@ from torch.nn.functional import pad
 from job.tune.encode import MicroBatch
 
 _SIZES, _MULTIPLE = 32, 64
-"""Sizes up to a full micro-batch: at most a thirty-second of it is padding. Each is a multiple of so many tokens."""
+"""Sizes up to a full micro-batch, at most, and what each is a multiple of: 64 tokens and a thirty-second of a full
+micro-batch are always more than the padding."""
 
 
 def grain_of(micro_batch_tokens: int) -> int:

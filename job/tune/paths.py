@@ -12,6 +12,7 @@ from job.engine.attention import Documents
 from job.engine.llama import Row, Step, Thrift
 from job.engine.ops import Ops
 from job.engine.replay import Replay, most_tokens
+from job.tune.device import random_state, restore_random_state
 from job.tune.encode import MicroBatch
 from job.tune.fast import decoder_of
 from job.tune.layers import variants_compiled
@@ -46,7 +47,7 @@ class Path(Protocol):
         ...
 
     def adopt(self, plan: Plan) -> None:
-        """Cut micro-batches, and compute again, as this plan does."""
+        """Cut micro-batches, compute again, and compile, as this plan does; one of an older image does not say all."""
         ...
 
     def save_memory(self) -> Plan | None:
@@ -85,7 +86,7 @@ class AutogradPath:
 
     def _by_compiled_code(self, batch: MicroBatch, targets: int) -> Tensor | None:
         """None where compiling failed: from now on layers run as they are, and nothing was added."""
-        random_state = torch.get_rng_state()
+        generators = random_state()
         before: _Gradients | None = []
         try:
             size = padded_size(batch.tokens, self._grain)
@@ -99,7 +100,7 @@ class AutogradPath:
         except Exception as error:
             if before is None or self._compiling is None:
                 raise
-            torch.set_rng_state(random_state)
+            restore_random_state(generators)
             _restore(before)
             self._model.layers.stop_compiling()
             self._compiling.on_stopped(f"{type(error).__name__}: {error}"[:_LONGEST_REASON])
@@ -114,7 +115,7 @@ class AutogradPath:
         """See `Path`."""
         self._model.layers.recomputing = plan["checkpointing"]
         self._grain = grain_of(plan["micro_batch_tokens"])
-        if self._compiling is not None and not self._model.layers.compiled:
+        if self._compiling is not None and plan.get("compiled", True) and not self._model.layers.compiled:
             self._model.layers.compile(self._compiling.backend)
 
     def save_memory(self) -> Plan | None:

@@ -1,7 +1,7 @@
 """Before the first step: is the loss the model's own, is a pack isolated, does every adapter learn?
 
-Each of these has failed silently in a known tool; here each ends the job before it costs anything. The fast path is
-held to the generic one in the same way, and left out where it differs.
+Each of these has failed silently in a known tool; here each ends the job before it costs anything. The engine's parts
+are held to PEFT's own layers in the same way, by the path that is to train, and left out where they differ.
 """
 
 from collections.abc import Iterator
@@ -59,7 +59,9 @@ def _undisturbed(model: PackedModel, device: torch.device) -> Iterator[None]:
 
 
 def difference(model: PackedModel, path: Path, reference: Path) -> str | None:
-    """What a path does otherwise than another one, on made-up documents and an adapter that does something.
+    """What a path does otherwise than another one in PEFT's own layers, on made-up documents and a moved adapter.
+
+    A path may be its own reference: then it is the engine's ops in it that are looked at.
 
     Random generators, the adapter and its gradients are left as they were.
 

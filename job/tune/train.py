@@ -16,7 +16,7 @@ from job.core.plan import Course, pack_evenly
 from job.core.recipe import CheckpointSection, EvaluateSection, TrainSection
 from job.core.verdict import Evaluation, is_exhausted
 from job.tune.checkpoint import Trained
-from job.tune.device import cuda_in_use
+from job.tune.device import random_state, restore_random_state
 from job.tune.encode import Documents, MicroBatch, micro_batch
 from job.tune.flat import FlatAdapter
 from job.tune.paths import Path
@@ -215,19 +215,19 @@ class Trainer:
         When memory runs out the batch is done again in smaller micro-batches, which changes no sum.
         """
         plan = self._trained.progress.plan
-        random_state = _random_state()
+        before = random_state()
         while True:
             try:
                 return self._accumulate(batch, plan["micro_batch_tokens"])
             except _StepCutError:
                 self._adapter.clear()
-                _restore(random_state)
+                restore_random_state(before)
                 self._stop()
             except torch.OutOfMemoryError as error:
                 # Its frames hold the activations that did not fit.
                 failure = error.with_traceback(None)
                 self._adapter.clear()
-                _restore(random_state)
+                restore_random_state(before)
                 self._shrink(plan, "micro_batch_tokens", int(self._lengths[batch].max()), failure)
 
     def _accumulate(self, batch: Sequence[int], budget: int) -> Tensor:
@@ -320,13 +320,3 @@ def _seconds(began: Mark, ended: Mark) -> float:
     if isinstance(began, float) or isinstance(ended, float):
         return float(ended) - float(began)  # type: ignore[arg-type] # both are of one kind
     return float(began.elapsed_time(ended)) / 1000
-
-
-def _random_state() -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda_in_use() else None
-
-
-def _restore(state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])

@@ -17,6 +17,7 @@ WORK = Workload(
     shape=LLAMA_2_7B,
     adapter=AdapterShape(parameters=81_108_992, rank=32, optimizer="adamw_8bit"),
     path="fast",
+    compiled=False,
     course=plan_course(examples=7000, batch_size=256, steps=None, epochs=1.0, seed=0),
     lengths=LENGTHS,
     targets=int(LENGTHS.sum()),
@@ -56,6 +57,16 @@ def test_small_steps_are_slower_than_large_ones():
     h200 = gpu_named("h200")
 
     assert forecast(small, h200).tokens_per_second < 0.9 * forecast(WORK, h200).tokens_per_second
+
+
+def test_layers_that_are_not_compiled_need_more_memory():
+    compiled, plain = (replace(WORK, path="generic", compiled=compiled) for compiled in (True, False))
+    small = gpu_named("h100", memory_gib=40)
+
+    assert forecast(plain, small).parts.token_layer == pytest.approx(1.5 * forecast(compiled, small).parts.token_layer)
+    assert forecast(plain, small).cut.predicted_peak_bytes < 40 * 2**30
+    assert (forecast(plain, small).cut.compiled, forecast(compiled, small).cut.compiled) == (False, True)
+    assert ask_for(plain).gpu_memory_gib >= ask_for(compiled).gpu_memory_gib
 
 
 def test_a_gpu_that_is_too_small_is_said_to_be():

@@ -1,6 +1,7 @@
 """check, report, try and fetch: what a person sees and what is left behind."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -75,6 +76,16 @@ def test_plan_for_one_gpu_or_a_part_of_it(job):
     unknown = job.call("plan", "--gpu-memory", "24")
     assert "\nyour GPU " in unknown.stdout
     assert "calibrated" not in unknown.stdout
+
+
+def test_plan_knows_which_layers_are_compiled(job, tmp_path):
+    compiled = job.call("plan", "--gpu", "h100", "--engine", "generic")
+    assert "generic path, layers compiled\n" in compiled.stdout
+    base = shutil.copytree(job.recipe["model"]["base"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    job.recipe["model"]["base"] = str(base)
+    assert "generic path, layers not compiled\n" in job.call("plan", "--gpu", "h100").stdout
 
 
 @pytest.mark.parametrize(("gpu", "code", "told"), [("v100", 81, "has no bf16"), ("h900", 64, "not known; one of")])

@@ -5,7 +5,7 @@ import torch
 from tiny import adapted, gradients, micro_batch, plan_of
 
 from job.core.recipe import LoraSection
-from job.tune import layers
+from job.tune import device, layers
 from job.tune.layers import variants_compiled
 from job.tune.model import trainable
 from job.tune.padding import decoder_inputs, grain_of, padded_size
@@ -49,11 +49,11 @@ def assert_same(found, expected):
 
 
 def test_sizes_are_few_and_waste_little():
-    for budget in (300, 1024, 15360, 24576):
+    for budget in (300, 1024, 2049, 15360, 24576):
         grain = grain_of(budget)
         sizes = {padded_size(tokens, grain) for tokens in range(1, budget + 1)}
         assert len(sizes) <= 32
-        assert all(0 <= padded_size(tokens, grain) - tokens < max(64, budget / 16) for tokens in range(1, budget + 1))
+        assert all(0 <= padded_size(tokens, grain) - tokens < 64 + budget / 32 for tokens in range(1, budget + 1))
 
 
 def test_padding_is_a_document_of_its_own_and_changes_no_bit(any_model, documents):
@@ -93,6 +93,17 @@ def test_where_there_is_no_way_back_nothing_is_compiled(bases, documents):
     assert variants_compiled() == before
 
 
+@pytest.mark.parametrize("said", [{"compiled": True}, {"compiled": False}, {}])
+def test_layers_are_compiled_where_the_plan_says_so_or_is_an_older_image_s(bases, documents, said):
+    model = model_of(bases, "llama")
+    path = AutogradPath(model, torch.Tensor.backward, compiling=Compiling(backend=BACKEND, on_stopped=print))
+    before = variants_compiled()
+    path.adopt(plan_of(4096, **said))
+    done(path, model, micro_batch(documents, [0]))
+
+    assert (variants_compiled() > before) is said.get("compiled", True)
+
+
 def fails_forward(_graph, _inputs):
     msg = "no compiler here"
     raise RuntimeError(msg)
@@ -124,6 +135,22 @@ def test_where_the_compiler_fails_layers_run_as_they_are_and_gradients_are_whole
     assert "no compiler here" in told[0]
     for one, wanted in zip(found, expected, strict=True):
         assert_same(one, wanted)
+
+
+def test_where_the_compiler_fails_the_gpu_s_generator_is_put_back_too(bases, documents, monkeypatch):
+    state = torch.tensor([7])
+    monkeypatch.setattr(device, "cuda_in_use", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: state.clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda saved, *_: state.copy_(saved))
+
+    def draws_and_fails(graph, inputs):
+        state.add_(1)
+        fails_forward(graph, inputs)
+
+    model = model_of(bases, "llama")
+    done(compiled(model, backend=draws_and_fails), model, micro_batch(documents, [0]))
+
+    assert int(state) == 7
 
 
 def test_memory_that_runs_out_before_the_first_way_back_leaves_it_a_way_out(bases, documents):

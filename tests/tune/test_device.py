@@ -14,6 +14,8 @@ from job.tune.device import (
     gpu_bus_id,
     gpu_uuid,
     hardware_failure,
+    random_state,
+    restore_random_state,
 )
 
 SUFFIX = (
@@ -261,3 +263,20 @@ def test_asking_for_memory_anew_is_counted_on_a_gpu(monkeypatch):
 
     assert allocation_retries(torch.device("cuda", 0)) == 3
     assert allocation_retries(torch.device("cpu")) == 0
+
+
+def test_the_generators_of_host_and_gpu_are_put_back_together(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_to.append)
+    assert random_state().keys() == {"torch"}  # a GPU that is only visible is left alone
+    monkeypatch.setattr(device, "cuda_in_use", lambda: True)
+    before = random_state()
+    drawn = torch.rand(3)
+    restore_random_state(before)
+
+    assert torch.equal(torch.rand(3), drawn)
+    assert [int(state) for state in set_to] == [7]
+    monkeypatch.setattr(device, "cuda_in_use", lambda: False)
+    restore_random_state(before)  # a checkpoint of a GPU, gone on with on the CPU
+    assert len(set_to) == 1

@@ -103,7 +103,7 @@ def test_the_logits_of_a_large_vocabulary_come_in_chunks(family, documents, monk
     model = adapted(family["llama"], lora_of(), moved=True)
     batch = micro_batch(documents, range(8))
     expected = done(fast(model), model, batch)
-    monkeypatch.setattr(llama, "_LOGITS_AT_ONCE", 300 * 5)  # five targets
+    monkeypatch.setattr(llama, "LOGITS_AT_ONCE", 300 * 5)  # five targets
 
     assert_close(done(fast(model), model, batch), expected)
 

@@ -1,14 +1,19 @@
 """The chunked cross-entropy is the plain one, in value and gradient, adapter on the head included."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from tiny import adapted, backward, gradients, micro_batch
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 
+from job.core import memory
 from job.core.recipe import LoraSection
 from job.engine import head
+from job.engine.weights import Linear
 from job.tune import loss as loss_module
-from job.tune.loss import Head, token_losses, token_scores
+from job.tune.loss import Head, summed_loss, token_losses, token_scores
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -90,6 +95,37 @@ def test_a_tied_head_without_an_adapter_needs_none(tied_base, documents):
 
     for name, gradient in plain[1].items():
         torch.testing.assert_close(once[1][name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+def held(run):
+    """Most bytes that were there at once beyond those before."""
+    run()  # once before, for what is kept for good
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+    return max(accumulate(each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())))
+
+
+@pytest.mark.parametrize(
+    ("kind", "softcap", "scale"), [("capped", 30.0, 1.0), ("capped", 30.0, 0.5), ("scaled", None, 0.5)]
+)
+def test_the_memory_plan_knows_what_autograd_holds_of_logits(kind, softcap, scale):
+    vocabulary, width, targets = 8000, 16, 2 * loss_module.CHUNK_TARGETS
+    weight = torch.randn(vocabulary, width).bfloat16()
+    layer = Linear(weight=weight, bias=None, adapter=None)
+    bounded = Head(module=None, softcap=softcap, scale=scale, layer=layer)
+    hidden = torch.randn(targets, width).bfloat16().requires_grad_()
+    ids = torch.randint(0, vocabulary, (targets,))
+    planned = memory._LOGITS_BY_AUTOGRAD[kind] * memory._LOGITS_CHUNK * vocabulary
+
+    def run():
+        summed_loss(hidden, ids, bounded, share=1.0)[0].backward()
+
+    assert held(run) == pytest.approx(planned, rel=0.02)
+
+
+def test_the_memory_plan_knows_what_a_plain_head_holds():
+    assert torch.bfloat16.itemsize * head.LOGITS_AT_ONCE == memory._LOGITS_BYTES
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

@@ -126,6 +126,16 @@ def test_every_architecture_says_its_sizes(bases):
         shape = shape_of(read_config(folder))
         assert (shape.layers, shape.hidden, shape.intermediate, shape.vocabulary) == (2, 64, 128, 300), name
         assert shape.positions == 256
+        assert shape.logits == ("capped" if name == "gemma2" else "plain"), name
+
+
+@pytest.mark.parametrize(("name", "value"), [("logit_scale", 0.0625), ("logits_scaling", 8.0)])
+def test_a_factor_on_the_logits_is_part_of_the_shape(bases, name, value):
+    """Cohere's, and Granite's."""
+    config = read_config(bases["llama"])
+    setattr(config, name, value)
+
+    assert shape_of(config).logits == "scaled"
 
 
 def test_a_decoder_unlike_llama_is_refused_by_its_config():

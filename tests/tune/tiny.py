@@ -280,7 +280,7 @@ class Attempt:
 
 
 def plan_of(micro_batch_tokens: int, **other: Any) -> dict[str, Any]:
-    """As the stages write it."""
+    """As the stages write it; whether layers are compiled is left to the path."""
     return {
         "engine": "generic",
         "micro_batch_tokens": micro_batch_tokens,
