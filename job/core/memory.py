@@ -85,7 +85,7 @@ _EIGHT_BIT_ADAM_BYTES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryParts:
-    """Bytes of each part. The peak is during a step: everything at once."""
+    """Bytes of each part. The peak is during a step."""
 
     weights: int
     """The base in 4 bits."""
@@ -99,11 +99,15 @@ class MemoryParts:
     update: int
     """A copy of the adapter, kept until an update has proved finite."""
     workspace: int
-    """Decoded weights of one layer, the head beside its adapter, logits."""
+    """Decoded weights of one layer, the head beside its adapter."""
+    logits: int
+    """At once, while the loss is computed."""
     decoded_layer: int
-    """A layer that keeps its decoded weights; 0 where the path cannot."""
+    """A layer that keeps its decoded weights, where the path can: when all do, none is in the workspace."""
+    token_head: int
+    """A token, outside the layers, while the loss is computed."""
     token: int
-    """A token, outside the layers."""
+    """A token, outside the layers, on the way back through one."""
     token_layer: int
     """A token's activations in a layer."""
     token_recomputed: int
@@ -123,15 +127,17 @@ class MemoryParts:
         )
 
     def peak(self, *, layers: int, tokens: int, kept_layers: int, recomputed_layers: int) -> int:
-        """Bytes at the peak of a step."""
-        again = self.token_layer - self.token_recomputed if recomputed_layers else 0  # one at a time is whole
-        activations = (
-            self.token
-            + (layers - recomputed_layers) * self.token_layer
-            + recomputed_layers * self.token_recomputed
-            + again
-        )
-        return self.fixed + kept_layers * self.decoded_layer + tokens * activations
+        """Bytes at the peak of a step: with the logits, or right after them on the way back through the last layer.
+
+        Layers that go forward again are the first ones, so the others have given theirs back by then.
+        """
+        whole = layers - recomputed_layers
+        kept = whole * self.token_layer + recomputed_layers * self.token_recomputed
+        at_the_head = self.logits + tokens * (self.token_head + kept)
+        again = self.token_layer - self.token_recomputed if not whole else 0
+        on_the_way_back = tokens * (self.token + kept + again)
+        decoded = kept_layers * self.decoded_layer - (self.decoded_layer if kept_layers == layers else 0)
+        return self.fixed + decoded + max(at_the_head, on_the_way_back)
 
 
 def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, compiled: bool = True) -> MemoryParts:
@@ -152,7 +158,7 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, co
         kept = 4 * shape.hidden + 2 * (query + keys) + 3 * shape.intermediate + _ADAPTED * adapter.rank
         token_layer = math.ceil((1.0 if compiled else _NOT_COMPILED) * (_BF16 * kept + _FP32 * shape.heads))
         # One weight at a time, as it is and as a gradient's other factor.
-        workspace, decoded = logits + 2 * shape.hidden * shape.intermediate * _BF16, 0
+        workspace, decoded = 2 * shape.hidden * shape.intermediate * _BF16, 0
         # The stream, its gradient, and what a product adds to each; the gradients of gate, up and their product.
         token = _BF16 * (4 * shape.hidden + 3 * shape.intermediate)
     else:
@@ -166,9 +172,9 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, co
             + (shape.hidden + adapter.rank) * (shape.intermediate + rank)
         )
         head = _BF16 * (shape.vocabulary + adapter.rank) * (shape.hidden + rank)
-        workspace = decoded + head + logits
-        # The stream and its gradient, and the widest moment of the way back: gate, up, both gradients, the product.
-        token = _BF16 * (2 * shape.hidden + rank + 4 * shape.intermediate + twice + shape.hidden)
+        workspace = decoded + head
+        # The stream's gradient, and at the widest: the product and its gradient, the gradients of gate and up.
+        token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
     return MemoryParts(
         weights=math.ceil(_NF4_BYTES * shape.linear_parameters),
         embeddings=_BF16 * shape.embedding_parameters,
@@ -177,7 +183,10 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, co
         optimizer=_OPTIMIZER_BYTES.get(adapter.optimizer, _EIGHT_BIT_ADAM_BYTES) * adapter.parameters,
         update=_FP32 * adapter.parameters,
         workspace=workspace,
+        logits=logits,
         decoded_layer=decoded,
+        # The stream, its last place of each target, that one normed, and the gradient of it.
+        token_head=_BF16 * (4 * shape.hidden + rank),
         token=token,
         token_layer=token_layer,
         token_recomputed=_BF16 * shape.hidden,

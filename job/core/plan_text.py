@@ -73,12 +73,12 @@ def _memory(work: Workload, shown: Forecast) -> list[str]:
         "its gradients": parts.gradients,
         "optimizer": parts.optimizer,
         "copy until an update is known to be finite": parts.update,
-        "workspace and logits": parts.workspace,
+        "workspace": parts.workspace - (parts.decoded_layer if cut.kept_layers == layers else 0),
     }
     if cut.kept_layers:
         rows[f"decoded weights of {cut.kept_layers} of {layers} layers"] = cut.kept_layers * parts.decoded_layer
     peak = cut.predicted_peak_bytes or 0
-    rows[f"activations of {cut.micro_batch_tokens:,} tokens"] = peak - sum(rows.values())
+    rows[f"activations and logits of {cut.micro_batch_tokens:,} tokens"] = peak - sum(rows.values())
     again = (
         "no activations computed again"
         if not cut.recomputed_layers

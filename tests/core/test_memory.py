@@ -12,6 +12,8 @@ from job.core.memory import AdapterShape, DeviceMemory, memory_parts, plan_memor
 steady = settings(deadline=None, derandomize=True, database=None)
 GIB = 2**30
 TUTORIAL = AdapterShape(parameters=81_108_992, rank=32, optimizer="adamw_torch_fused")
+EIGHT_BIT = replace(TUTORIAL, optimizer="adamw_8bit")
+MISTRAL_7B = replace(LLAMA_2_7B, vocabulary=32768, intermediate=14336, key_heads=8)
 paths = st.sampled_from(["fast", "generic"])
 memories = st.integers(0, 200 * GIB)
 
@@ -53,10 +55,50 @@ def test_the_generic_path_s_peak_is_the_one_that_was_measured(tokens, measured):
 
 def test_the_generic_path_s_peak_is_the_one_that_the_job_took():
     """On an H100, compiled: 58.9 GiB."""
-    parts = memory_parts(LLAMA_2_7B, replace(TUTORIAL, optimizer="adamw_8bit"), "generic")
+    parts = memory_parts(LLAMA_2_7B, EIGHT_BIT, "generic")
     peak = parts.peak(layers=32, tokens=13_312, kept_layers=0, recomputed_layers=0)
 
     assert peak / GIB == pytest.approx(58.9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "recomputed", "measured"),
+    [
+        *((4079, 0, 17.12), (8147, 0, 28.66), (16345, 0, 52.40)),
+        *((4079, 16, 11.89), (8147, 16, 18.24), (16345, 16, 31.49), (32762, 16, 57.94)),
+        *((4079, 32, 6.95), (8147, 32, 8.48), (16345, 32, 11.88), (32762, 32, 18.68)),
+    ],
+)
+def test_the_fast_path_s_peak_is_the_one_that_the_job_took(tokens, recomputed, measured):
+    """On an H100, Llama-2-7B; GiB."""
+    parts = memory_parts(LLAMA_2_7B, EIGHT_BIT, "fast")
+    peak = parts.peak(layers=32, tokens=tokens, kept_layers=0, recomputed_layers=recomputed)
+
+    assert peak / GIB == pytest.approx(measured, rel=0.025)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "recomputed", "measured"),
+    [(4079, 0, 17.67), (16345, 0, 53.59), (8147, 16, 18.90), (32762, 16, 59.57), (8147, 32, 9.00), (32762, 32, 19.84)],
+)
+def test_another_shape_s_peak_too(tokens, recomputed, measured):
+    """On an H100, Mistral-7B, whose keys have a quarter of the heads; GiB."""
+    of_layers = 32 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    adapter = replace(EIGHT_BIT, parameters=of_layers + 32 * (4096 + 32768))
+    parts = memory_parts(MISTRAL_7B, adapter, "fast")
+    peak = parts.peak(layers=32, tokens=tokens, kept_layers=0, recomputed_layers=recomputed)
+
+    assert peak / GIB == pytest.approx(measured, rel=0.025)
+
+
+def test_no_layer_decodes_into_the_workspace_when_all_keep_their_weights():
+    parts = memory_parts(LLAMA_2_7B, EIGHT_BIT, "fast")
+    some, every = (
+        parts.peak(layers=32, tokens=4096, kept_layers=kept, recomputed_layers=0) - kept * parts.decoded_layer
+        for kept in (31, 32)
+    )
+
+    assert some - every == parts.decoded_layer
 
 
 def test_layers_that_are_not_compiled_keep_half_as_much_again():
@@ -71,7 +113,7 @@ def test_a_large_vocabulary_needs_more_only_where_autograd_goes_through_the_logi
 
     def logits(kind, vocabulary):
         shape = replace(LLAMA_2_7B, vocabulary=vocabulary, logits=kind)
-        return memory_parts(shape, TUTORIAL, "generic").workspace - 2 * 2 * shape.hidden * shape.intermediate
+        return memory_parts(shape, TUTORIAL, "generic").logits
 
     assert logits("plain", 256_000) == logits("plain", 32_000) == 2**28
     assert logits("capped", 256_000) == 4 * 4 * 1024 * 256_000
