@@ -16,7 +16,8 @@ from job.tune.model import trainable
 
 def model_of(bases, architecture="llama", *, dtype=torch.float32, dropout=0.0):
     targets = EVERY_LINEAR if architecture == "llama" else "all-linear"
-    return adapted(bases[architecture], LoraSection(r=4, alpha=8, dropout=dropout, targets=targets), dtype=dtype)
+    lora = LoraSection(r=4, alpha=8, dropout=dropout, targets=targets)
+    return adapted(bases[architecture], lora, dtype=dtype, moved=True)
 
 
 def chosen(model, wanted="generic"):
