@@ -83,11 +83,11 @@ class Loaded:
     @property
     def parts(self) -> MemoryParts:
         """What the plan says of memory, part by part."""
-        return memory_parts(self.shape, self.adapter_shape, self.choice.name)
+        return memory_parts(self.shape, self.adapter_shape, self.choice.name, compiled=self.choice.compiled)
 
     def cut(self, *, tokens, recomputed=0, kept=0):
         """A cut of our choice, in the plan's words."""
-        again = {"recomputed_layers": recomputed, "checkpointing": recomputed > 0}
+        again = {"recomputed_layers": recomputed, "checkpointing": recomputed > 0, "compiled": self.choice.compiled}
         return {"micro_batch_tokens": tokens, "evaluation_tokens": tokens, "kept_layers": kept} | again
 
     def trained(self, cut, optimizer=None):
@@ -141,6 +141,7 @@ def load(recipe, engine, device, folder):
         shape,
         adapter_shape,
         path=choice.name,
+        compiled=choice.compiled,
         device=memory,
         max_length=documents.max_length,
         step_tokens=course.largest_step(documents.lengths),

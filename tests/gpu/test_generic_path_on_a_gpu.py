@@ -80,9 +80,10 @@ def test_attention_is_that_of_each_document_alone_and_the_same_bits_each_time(ke
 # --- linear layers ---------------------------------------------------------------------------------------------------
 
 
-def model_of(base, *, dropout=0.0, targets=EVERY_LINEAR):
+def model_of(base, *, dropout=0.0, targets=EVERY_LINEAR, dtype=torch.bfloat16):
     lora = LoraSection(r=32, alpha=64, dropout=dropout, targets=targets)
-    model = PackedModel(attach_lora(load_base(base, device=CUDA), lora, source="tiny", revision=None, seed=0))
+    loaded = load_base(base, device=CUDA, dtype=dtype)
+    model = PackedModel(attach_lora(loaded, lora, source="tiny", revision=None, seed=0))
     torch.manual_seed(1)
     for parameter in trainable(model):
         parameter.data.normal_(std=0.02)
@@ -146,14 +147,17 @@ def compiled(model, told):
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gpt_neox"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_agree_with_themselves_and_are_compiled_once(tmp_path, architecture, checkpointing):
+def test_compiled_layers_are_as_near_to_fp32_as_they_are_and_compiled_once(tmp_path, architecture, checkpointing):
     torch._dynamo.reset()
     base = write_base(tmp_path / "base", config_of(architecture))
-    model = model_of(base, dropout=0.05, targets="all-linear" if architecture == "gpt_neox" else EVERY_LINEAR)
+    adapter = {"dropout": 0.05, "targets": "all-linear" if architecture == "gpt_neox" else EVERY_LINEAR}
+    model, exact_model = (model_of(base, dtype=dtype, **adapter) for dtype in (torch.bfloat16, torch.float32))
     batches = [documents_of(1000 + 3 * seed, seed=seed, vocabulary=300) for seed in range(6)]
-    plain = AutogradPath(model, torch.Tensor.backward)
-    plain.adopt(plan_of(2048, checkpointing=checkpointing))
-    expected = [done(plain, model, batch) for batch in batches]
+    as_they_are = []
+    for each in (model, exact_model):
+        plain = AutogradPath(each, torch.Tensor.backward)
+        plain.adopt(plan_of(2048, checkpointing=checkpointing))
+        as_they_are.append([done(plain, each, batch) for batch in batches])
     told, before = [], variants_compiled()
     path = compiled(model, told)
     path.adopt(plan_of(2048, checkpointing=checkpointing))
@@ -161,10 +165,11 @@ def test_compiled_layers_agree_with_themselves_and_are_compiled_once(tmp_path, a
 
     assert told == []
     assert variants_compiled() - before == 2  # the first layer's input has no gradient
-    for (losses, gradients), (other_losses, other_gradients) in zip(found, expected, strict=True):
-        assert off(losses, other_losses) < 8 * ROUNDING
-        for name, gradient in other_gradients.items():
-            assert off(gradients[name], gradient) < 0.35, name
+    for (losses, gradients), plain, exact in zip(found, *as_they_are, strict=True):
+        assert off(losses, plain[0]) < 8 * ROUNDING
+        for name, gradient in exact[1].items():  # rounded elsewhere, but no farther from fp32
+            rounded = off(plain[1][name], gradient)
+            assert off(gradients[name], gradient) < 1.5 * rounded + 8 * ROUNDING, name
     again = done(path, model, batches[0])
     assert torch.equal(again[0], found[0][0])
     assert all(torch.equal(gradient, found[0][1][name]) for name, gradient in again[1].items())

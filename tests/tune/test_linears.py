@@ -1,11 +1,17 @@
 """Linear layers as one op each: the losses and gradients of PEFT's own, the masks of its dropout, and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import ARCHITECTURES, EVERY_LINEAR, adapted, backward, gradients, micro_batch, targets_of
+from peft import LoraConfig, get_peft_model
+from tiny import ARCHITECTURES, EVERY_LINEAR, adapted, backward, load_base, micro_batch, targets_of
 
 from job.core.recipe import LoraSection
-from job.tune.model import trainable
+from job.engine import reference
+from job.engine.layer_op import linear
+from job.tune.fast import linear_of
+from job.tune.model import PackedModel, trainable
 
 SEVERAL = {"llama": EVERY_LINEAR, "mistral": EVERY_LINEAR, "qwen3": EVERY_LINEAR, "gemma2": EVERY_LINEAR}
 
@@ -56,19 +62,40 @@ def test_a_mask_comes_from_the_seed_and_each_micro_batch_has_its_own(bases, docu
     assert backward(model, [batch])[0] == backward(model, [batch])[0]
 
 
-def test_dropout_keeps_the_mean_of_what_peft_s_has(bases, documents):
-    """Over many masks the loss comes near to PEFT's own mean: the rate is the same, and only adapters' inputs drop."""
-    model, batch = model_of(bases, dropout=0.3), micro_batch(documents, [3])
-    model.train()
+@pytest.mark.parametrize("rate", [0.05, 0.3])
+def test_under_dropout_it_is_the_formula_with_the_mask_that_was_drawn(bases, rate):
+    """y = x W^T + s (m * x / (1 - p)) A^T B^T and its gradients, by autograd in fp64 with that mask m."""
+    model = model_of(bases, dropout=rate)
+    of = linear_of(model.model.get_base_model().model.layers[0].mlp.down_proj)
+    seed = torch.tensor([7])
+    x = torch.randn(400, of.width, requires_grad=True)
+    found = linear(x, of, seed)
+    grad = torch.randn_like(found)
+    found_gradients = torch.autograd.grad(found, [x, of.adapter.a, of.adapter.b], grad)
 
-    def mean():
-        torch.manual_seed(0)
-        with torch.no_grad():
-            return torch.stack([model(batch).mean() for _ in range(25)]).mean()
+    mask = mask_of(of, x, seed)
+    kept = float(mask.mean())
+    assert kept == pytest.approx(1 - rate, abs=4 * (rate * (1 - rate) / mask.numel()) ** 0.5)
+    weight = torch.empty(of.height, of.width)
+    reference.decode(of.weight, weight)
+    inputs = [each.detach().double().requires_grad_() for each in (x, of.adapter.a, of.adapter.b)]
+    exact, a, b = inputs
+    expected = exact @ weight.double().t() + of.adapter.scaling * (mask * exact / (1 - rate)) @ a.t() @ b.t()
+    expected_gradients = torch.autograd.grad(expected, inputs, grad.double())
+    for one, other in zip((found, *found_gradients), (expected, *expected_gradients), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4 * float(other.detach().abs().max()))
 
-    ours = mean()
-    with model.linears.as_peft_has_them():
-        assert float(ours) == pytest.approx(float(mean()), rel=0.1)
+
+def mask_of(of, x, seed):
+    """Which elements of x the op's adapter sees: [T, K] of 0 and 1, asked of the op an input column at a time."""
+    seen = []
+    for column in range(of.width):
+        one = torch.zeros_like(x)
+        one[:, column] = 1.0
+        adapter = replace(of.adapter, a=torch.ones_like(of.adapter.a), b=torch.ones_like(of.adapter.b))
+        thin = linear(one, replace(of, adapter=adapter), seed) - linear(one, replace(of, adapter=None), seed)
+        seen.append(thin[:, 0].abs() > 1e-6)
+    return torch.stack(seen, dim=1).double()
 
 
 def test_without_the_adapter_it_is_the_base(bases, documents):
@@ -83,23 +110,30 @@ def test_without_the_adapter_it_is_the_base(bases, documents):
 
 def test_what_is_saved_is_what_peft_saves(bases, tmp_path):
     model = model_of(bases)
-    names = set(model.model.state_dict())
+    model.model.save_pretrained(tmp_path / "ours", save_embedding_layers=False)
     with model.linears.as_peft_has_them():
-        assert set(model.model.state_dict()) == names
-    model.model.save_pretrained(tmp_path, save_embedding_layers=False)
+        model.model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    ours, theirs = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("ours", "peft"))
 
-    assert {file.name for file in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert "adapter_model.safetensors" in ours
+    assert ours == theirs
 
 
-def test_an_adapter_of_an_unusual_kind_is_left_to_peft(bases, documents):
-    model = model_of(bases)
-    expected = backward(model, [micro_batch(documents, [0])])[0]
-    module = model.model.get_base_model().model.layers[0].self_attn.q_proj
-    module.lora_bias["default"] = True
-    from job.tune.linears import OneOpLinears
-
+@pytest.mark.parametrize("kind", [{"lora_bias": True}, {"use_dora": True}, {"use_rslora": True}])
+def test_an_adapter_of_another_kind_is_right_and_left_to_peft_where_it_must_be(bases, documents, kind):
+    """A bias in B and DoRA are no part of the op; another scaling is."""
+    base = load_base(bases["llama"], device=torch.device("cpu"), dtype=torch.float32)
+    own = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], **kind))
+    torch.manual_seed(1)
+    for parameter in trainable(own):
+        parameter.data = torch.randn_like(parameter, dtype=torch.float32) * 0.1
+    module = own.get_base_model().model.layers[0].self_attn.q_proj
+    model = PackedModel(own)
+    found = backward(model, [micro_batch(documents, [0])])
     with model.linears.as_peft_has_them():
-        linears = OneOpLinears(model.model)
-        assert module not in linears._modules
-    assert backward(model, [micro_batch(documents, [0])])[0] == pytest.approx(expected, rel=1e-5)
-    gradients(model)
+        expected = backward(model, [micro_batch(documents, [0])])
+
+    assert hasattr(module, "one_op") == ("use_rslora" in kind)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
