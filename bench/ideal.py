@@ -24,7 +24,10 @@ def ideal_seconds(shape, rates, *, lengths, targets, micro_batches, cut, adapter
     tokens, copy = int(lengths.sum()), rates["copy_bytes"]
     return {
         **{part: sum(n * _product(rates, *sides) for sides, n in found.items()) for part, found in products.items()},
-        "attention": flops.attention(shape, lengths) * (1 + _forward(shape, cut) / 3) / rates["gemm_flops"],
+        "attention": max(
+            flops.attention(shape, lengths) * (1 + _forward(shape, cut) / 3) / rates["gemm_flops"],
+            attention_bytes(shape, tokens, cut) / copy,
+        ),
         "elementwise": elementwise_bytes(shape, tokens, targets, cut) / copy,
         "decoding": decoding_bytes(shape, micro_batches, cut) / copy,
         "optimizer": _UPDATE_BYTES * adapter_parameters / copy,
@@ -64,6 +67,12 @@ def elementwise_bytes(shape, tokens, targets, cut):
     layers = shape.layers * (forward * (1 + _forward(shape, cut)) + back)
     loss = 3 * shape.vocabulary * targets
     return _BF16 * (tokens * (layers + 6 * hidden) + loss)
+
+
+def attention_bytes(shape, tokens, cut):
+    """Query, key, value and result in or out; on the way back these, their gradients and nothing else."""
+    width = (shape.heads + shape.key_heads) * shape.head_width
+    return _BF16 * tokens * shape.layers * width * (2 * (1 + _forward(shape, cut)) + 4)
 
 
 def decoding_bytes(shape, micro_batches, cut):

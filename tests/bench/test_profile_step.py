@@ -60,6 +60,14 @@ def test_a_large_product_could_take_its_operations_and_a_thin_one_its_bytes():
     assert ideal[THIN] == pytest.approx(2 * (4096 * 4096 + 4096 * 2 + 4096 * 2) / 1e11)
 
 
+def test_attention_among_short_documents_could_take_its_bytes():
+    work = {"targets": 1, "micro_batches": 1, "cut": CUT, "adapter_parameters": 10, "products": {}}
+    short, long = (ideal_seconds(SHAPE, RATES, lengths=np.array(n), **work)["attention"] for n in ([16] * 64, [1024]))
+
+    assert short == pytest.approx(6 * 2 * 1024 * SHAPE.layers * (4 + 2) * 16 / 1e11)
+    assert long > short
+
+
 def test_a_small_step_could_take_what_reading_its_weights_takes():
     work = {"targets": 1, "micro_batches": 1, "cut": CUT, "adapter_parameters": 10}
     weights = SHAPE.linear_parameters + SHAPE.vocabulary * SHAPE.hidden
