@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 		--device cpu --outcome-file $(DEMO)/outcome.json
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Attempts killed, stopped, frozen, started twice, on a store that dies and lies: half an hour on two cores. What was
 # done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments; CHAOS_ENGINE=fast trains by the engine's step.

@@ -4,6 +4,13 @@ import pytest
 from faults import faulty_proxy
 from servers import KINDS, S3Server, make_certificates, new_bucket, serve
 
+_LONG = ("slurm", "chaos", "run")
+"""Rooms with files of a minute and more: they begin first, so that no worker waits for another one at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name not in _LONG)
+
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
