@@ -82,7 +82,7 @@ def draw(curves, path):
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1), layout="constrained")
     styles = {PRODUCT: ("-", 3.0), PLAIN: ("--", 1.5), OTHER_SEED: (":", 1.5)}
     steps = np.arange(len(smooth(curves[PLAIN]))) + len(curves[PLAIN]) - len(smooth(curves[PLAIN])) + 1
     for name, (line, width) in styles.items():
@@ -94,7 +94,6 @@ def draw(curves, path):
     below.set_xlabel(f"step (mean of the {WINDOW} up to it)")
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
