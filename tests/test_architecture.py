@@ -41,7 +41,7 @@ OWNERS = {
     "huggingface_hub": ("job.edge.*",),
     "matplotlib": ("job.edge.plots",),
     "pynvml": ("job.edge.gpu",),
-    "triton": ("job.engine.kernels", "job.engine.masked"),
+    "triton": ("job.engine.attention_kernels", "job.engine.kernels", "job.engine.masked"),
 }
 """Who alone may name a library or one of its parts."""
 CORE_LIBRARIES = {"job", "numpy", "pydantic", "pydantic_core", "yaml"}

@@ -1,6 +1,6 @@
-"""Causal attention inside each document of a row, by torch's own variable-length kernels.
+"""Causal attention inside each document of a row, by torch's variable-length kernels, or by ours where those win.
 
-The boundaries are computed once for a micro-batch. Where the kernels do not run: SDPA, document by document.
+The boundaries are computed once for a micro-batch. Where no kernels run: SDPA, document by document.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,21 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 WIDEST_HEAD, _WIDTH_STEP = 256, 8
-"""Of the kernels: numbers a head, and what they are a multiple of."""
+"""Of torch's kernels: numbers a head, and what they are a multiple of."""
+OWN_WIDTHS = (16, 32, 64, 128)
+"""Of a head, that our kernels take."""
 
 
 def has_kernel(query: Tensor) -> bool:
-    """Whether the kernels take these heads: [..., width]."""
+    """Whether torch's kernels take these heads: [..., width]."""
     width = query.shape[-1]
     exact = query.dtype not in {torch.bfloat16, torch.float16}
     return query.is_cuda and not exact and width <= WIDEST_HEAD and width % _WIDTH_STEP == 0
+
+
+def has_own_kernel(query: Tensor, blocks: Tensor | None) -> bool:
+    """Whether our kernels are wanted and take these heads: [..., width]."""
+    return blocks is not None and query.shape[-1] in OWN_WIDTHS
 
 
 def visible(tokens: int, window: int | None, device: torch.device) -> Tensor:
@@ -41,6 +48,8 @@ class Documents:
     """[D + 1] int32 on the device: 0, then where each document ends."""
     lengths: tuple[int, ...]
     """The same on the host."""
+    blocks: Tensor | None = None
+    """From `blocks_of`, where attention is by our own kernels; None: by torch's."""
 
     @property
     def longest(self) -> int:
@@ -58,6 +67,10 @@ class Attention:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> tuple[Tensor, Any]:
         """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what the way back needs."""
+        if documents.blocks is not None and has_own_kernel(query, documents.blocks):
+            from job.engine import attention_kernels
+
+            return attention_kernels.forward(query, key, value, documents.blocks, self.scale, self.window)
         if not has_kernel(query):
             return self._plain(query, key, value, documents), None
         longest = documents.longest
@@ -78,9 +91,29 @@ class Attention:
         return out, (log_sums, state, unused)
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, kept: Any, documents: Documents
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        kept: Any,
+        documents: Documents,
+        *,
+        room: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, from that of the result."""
+        """Gradients of query, key and value, from that of the result.
+
+        In the room for them where the kernel writes into given places (three tensors, whose tokens may lie apart).
+        """
+        if documents.blocks is not None and has_own_kernel(query, documents.blocks):
+            from job.engine import attention_kernels
+
+            room = room or (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+            attention_kernels.backward(
+                grad, query, key, value, out, kept, documents.blocks, self.scale, self.window, room
+            )
+            return room
         if not has_kernel(query):
             return self._plain_backward(grad, query, key, value, documents)
         longest = documents.longest

@@ -5,13 +5,14 @@ layers add to. README.md has the stages and what each costs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from job.engine.attention import Attention, Documents
+from job.engine.blocks import blocks_of
 from job.engine.head import LOGITS_AT_ONCE
 from job.engine.ops import Masks, Ops
 from job.engine.weights import Group, exact_product
@@ -110,6 +111,7 @@ class _Trip:
     """What one micro-batch carries along."""
 
     row: Row
+    documents: Documents
     cos: Tensor
     sin: Tensor
 
@@ -127,12 +129,15 @@ _HEAD_SITE = 2**20
 class Step:
     """Adds the gradients of a micro-batch to the adapters."""
 
-    def __init__(self, decoder: Decoder, ops: Ops, *, dtype: torch.dtype, thrift: Thrift) -> None:
+    def __init__(
+        self, decoder: Decoder, ops: Ops, *, dtype: torch.dtype, thrift: Thrift, own_attention: bool = False
+    ) -> None:
         """Decoded weights are made here, so that running out of memory shows before the first step."""
         self._decoder = decoder
         self._ops = ops
         self._dtype = dtype
         self._recomputed = thrift.recomputed_layers
+        self._own_attention = own_attention
         self.device = decoder.embeddings.device
         self._hidden = decoder.embeddings.shape[1]
         self._kept_matrices: dict[int, tuple[Tensor, ...]] = {}
@@ -171,7 +176,10 @@ class Step:
             Loss of each target, in nats: [N] fp32.
         """
         cos, sin = self._decoder.rotation(row.positions)
-        trip = _Trip(row=row, cos=cos, sin=sin)
+        documents = row.documents
+        if self._own_attention:
+            documents = replace(documents, blocks=blocks_of(documents.bounds, len(row.ids)))
+        trip = _Trip(row=row, documents=documents, cos=cos, sin=sin)
         stream = self._decoder.embeddings[row.ids].to(self._dtype)
         kept: list[_Kept | Tensor] = []
         for index in range(len(self._decoder.layers)):
@@ -202,7 +210,7 @@ class Step:
         qkv = self._product(layer.qkv, matrix, x_attention)
         inverse_query, inverse_key = self._rotate(layer, qkv, trip)
         query, key, value = self._heads_of(qkv)
-        attended, attention = layer.attention.forward(query, key, value, trip.row.documents)
+        attended, attention = layer.attention.forward(query, key, value, trip.documents)
         attended = attended.reshape(tokens, -1)
         matrix = self._matrix(index, 1)
         h_out = self._empty(tokens, layer.out.padded_rank)
@@ -335,7 +343,10 @@ class Step:
         layer, tokens, site = self._decoder.layers[index], len(grad), 4 * index
         matrix = self._matrix(index, 1)
         d_attended = self._group_backward(layer.out, matrix, grad, kept.attended, kept.h_out, trip, site=site + 1)
+        group = layer.qkv
         query, key, value = self._heads_of(kept.qkv)
+        d_qkv = self._empty(tokens, group.height + group.padded_rank)
+        into_query, into_key, into_value = room = self._heads_of(d_qkv)
         d_query, d_key, d_value = layer.attention.backward(
             d_attended.view(query.shape),
             query,
@@ -343,18 +354,16 @@ class Step:
             value,
             kept.attended.view(query.shape),
             kept.attention,
-            trip.row.documents,
+            trip.documents,
+            room=room,
         )
         del d_attended
-        group = layer.qkv
-        d_qkv = self._empty(tokens, group.height + group.padded_rank)
-        into_query, into_key, into_value = self._heads_of(d_qkv)
         for d_part, part, weight, inverse, into in (
             (d_query, query, layer.query_norm, kept.inverse_query, into_query),
             (d_key, key, layer.key_norm, kept.inverse_key, into_key),
         ):
             self._ops.rotate_backward(d_part, part, trip.cos, trip.sin, weight, inverse, into)
-        into_value.copy_(d_value)
+        into_value.copy_(d_value)  # nothing to do where it is the same tensor
         del d_query, d_key, d_value
         x = kept.x_attention
         if index == 0:  # nothing below it is trained

@@ -41,6 +41,7 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
     *,
     document_bounds: Tensor,
     document_lengths: Tensor,
+    document_blocks: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -58,6 +59,7 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
         attention_mask: None; the documents say it all.
         document_bounds: [D + 1] int32 on the device: 0, then where each document ends; the last is T.
         document_lengths: [D] int64 on the host: tokens of each document.
+        document_blocks: from `blocks_of`, for the engine's own kernels; None: torch's.
         scaling: of the scores; 1 / sqrt(width) when None.
         dropout: of the attention weights.
         sliding_window: how many tokens back a token sees, itself included.
@@ -74,7 +76,10 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if softcap is None and not rate:
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-        return document_attention(q, k, v, document_bounds, document_lengths, scale, sliding_window)[0][None], None
+        attended, *_ = document_attention(
+            q, k, v, document_bounds, document_lengths, document_blocks, scale, sliding_window
+        )
+        return attended[None], None
     lengths = document_lengths.tolist()
     parts = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
     outputs = [_weighed(*each, scale=scale, window=sliding_window, softcap=softcap, rate=rate) for each in parts]

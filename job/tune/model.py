@@ -321,6 +321,8 @@ class PackedModel(nn.Module):
         self._causal_lm().set_attn_implementation(PER_DOCUMENT)
         self.linears = OneOpLinears(model)
         self.layers = Layers(self._causal_lm())
+        self.own_attention = False
+        """Whether attention is by the engine's own kernels; else by torch's."""
 
     def _causal_lm(self) -> Any:
         return self.model.get_base_model()
@@ -335,7 +337,8 @@ class PackedModel(nn.Module):
         causal_lm = self._causal_lm()
         self.linears.draw_masks()
         decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-        states: Tensor = decoder(**decoder_inputs(batch, tokens=padded_to), use_cache=False).last_hidden_state
+        inputs = decoder_inputs(batch, tokens=padded_to, in_blocks=self.own_attention)
+        states: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
         return states[0].index_select(0, batch.target_places)
 
     def forward(self, batch: MicroBatch) -> Tensor:

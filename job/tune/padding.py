@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from job.engine.blocks import blocks_of
 from job.tune.encode import MicroBatch
 
 _SIZES, _MULTIPLE = 32, 64
@@ -21,16 +22,18 @@ def padded_size(tokens: int, grain: int) -> int:
     return -(-tokens // grain) * grain
 
 
-def decoder_inputs(batch: MicroBatch, *, tokens: int | None = None) -> dict[str, Tensor]:
+def decoder_inputs(batch: MicroBatch, *, tokens: int | None = None, in_blocks: bool = False) -> dict[str, Tensor]:
     """What the decoder and our attention are given by name.
 
     Args:
         batch: a micro-batch, on the device.
         tokens: filled up to so many, with a last document of token 0 that nobody learns from and that may be empty;
             None: as it is.
+        in_blocks: whether attention is by the engine's own kernels.
     """
     if tokens is None:
         return {
+            **({"document_blocks": blocks_of(batch.bounds, batch.tokens)} if in_blocks else {}),
             "input_ids": batch.input_ids,
             "position_ids": batch.position_ids,
             "document_bounds": batch.bounds,
@@ -40,9 +43,11 @@ def decoder_inputs(batch: MicroBatch, *, tokens: int | None = None) -> dict[str,
     after = torch.arange(rest, device=batch.position_ids.device)[None]
     bounds = pad(batch.bounds, (0, 1), value=tokens)
     lengths = torch.tensor([*batch.document_lengths, rest])
-    for each in (bounds, lengths):
+    blocks = {"document_blocks": blocks_of(bounds, tokens)} if in_blocks else {}
+    for each in (bounds, lengths, *blocks.values()):
         torch._dynamo.mark_dynamic(each, 0)  # noqa: SLF001 - its public name: how many documents there are differs
     return {
+        **blocks,
         "input_ids": pad(batch.input_ids, (0, rest)),
         "position_ids": torch.cat([batch.position_ids, after], dim=1),
         "document_bounds": bounds,

@@ -2,11 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import torch
 
 from job.engine import kernels, reference
+from job.engine.attention import Attention, Documents
+from job.engine.blocks import blocks_of
 from job.engine.ops import Masks
 from job.engine.weights import Quantised
 
@@ -15,7 +18,8 @@ EPSILON = 1e-5
 
 
 def off(one, other):
-    return float((one.float() - other.float()).abs().max() / other.float().abs().max())
+    difference = (one.float() - other.float()).abs().nan_to_num(nan=float("inf"))  # `max` may pass over a NaN
+    return float(difference.max() / other.float().abs().max())
 
 
 def both(run):
@@ -123,8 +127,38 @@ def masked_add(ops):
     return (into,)
 
 
+LENGTHS = (1, 64, 0, 130, 63, 65)
+
+
+def attention(*, heads, key_heads, width, window):
+    """Both ways, in the rows of a wider tensor, beside the formula."""
+    tokens, counts = sum(LENGTHS), (heads, key_heads, key_heads)
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    plain = Documents(bounds=bounds, lengths=LENGTHS)
+    own = replace(plain, blocks=blocks_of(bounds, tokens))
+    of = Attention(scale=0.3, window=window)
+    torch.manual_seed(0)
+
+    def parts(wide):
+        columns = torch.split(wide[:, : sum(counts) * width], [n * width for n in counts], dim=1)
+        return tuple(part.unflatten(1, (-1, width)) for part in columns)
+
+    query, key, value = parts(torch.randn(tokens, sum(counts) * width + 5))
+    room = parts(torch.full((tokens, sum(counts) * width + 5), torch.nan))
+    grad, results = torch.randn(tokens, heads, width), []
+    for documents in (own, plain):
+        out, kept = of.forward(query, key, value, documents)
+        results.append((out, *of.backward(grad, query, key, value, out, kept, documents, room=room)))
+    assert all(one is other for one, other in zip(results[0][1:], room, strict=True))
+    return max(off(a, b) for a, b in zip(*results, strict=True))
+
+
 def main():
     found = {
+        "attention": attention(heads=3, key_heads=3, width=16, window=None),
+        "attention_grouped": attention(heads=4, key_heads=2, width=32, window=None),
+        "attention_windowed": attention(heads=2, key_heads=1, width=16, window=50),
+        "attention_barely_windowed": attention(heads=2, key_heads=2, width=16, window=2),
         "decode": both(decode),
         "decode_across_rows": both(lambda ops: decode(ops, width=172)),
         "rms_forward": both(rms_forward),

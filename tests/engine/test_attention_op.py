@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from job.engine.attention_op import document_attention
+from job.engine.blocks import BLOCK, blocks_of
 
 LENGTHS, HEADS, WIDTH = (5, 1, 9), 4, 8
 SCALE = 0.3
@@ -35,7 +36,7 @@ def test_each_document_has_the_attention_that_it_has_alone(key_heads, window):
     parts, bounds, lengths = inputs(key_heads)
     alone = zip(*(torch.split(part, LENGTHS) for part in parts), strict=True)
     expected = torch.cat([by_the_formula(*each, window) for each in alone])
-    found = document_attention(*parts, bounds, lengths, SCALE, window)[0]
+    found = document_attention(*parts, bounds, lengths, None, SCALE, window)[0]
     grad = torch.randn_like(expected)
 
     torch.testing.assert_close(found, expected)
@@ -47,4 +48,18 @@ def test_each_document_has_the_attention_that_it_has_alone(key_heads, window):
 def test_compilers_are_told_the_truth_about_it():
     parts, bounds, lengths = inputs(2)
 
-    opcheck(document_attention, (*parts, bounds, lengths, SCALE, 3))
+    opcheck(document_attention, (*parts, bounds, lengths, None, SCALE, 3))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_are_of_one_document_each_and_hold_every_token_once(seed):
+    """As many as any documents could need: of one token each, of none, or of whole blocks and one token."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.tensor([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 1])
+    lengths = kinds[torch.randint(0, len(kinds), (40,), generator=generator)]
+    bounds = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32)
+    blocks = blocks_of(bounds, int(bounds[-1])).tolist()
+
+    starts, ends = bounds[:-1].tolist(), bounds[1:].tolist()
+    expected = [[s, first, e] for s, e in zip(starts, ends, strict=True) for first in range(s, e, BLOCK)]
+    assert [block for block in blocks if block[1] < block[2]] == expected

@@ -30,6 +30,10 @@ def differences():
 @pytest.mark.parametrize(
     "case",
     [
+        "attention",
+        "attention_grouped",
+        "attention_windowed",
+        "attention_barely_windowed",
         "decode",
         "decode_across_rows",
         "rms_forward",

@@ -21,13 +21,15 @@ from transformers import AutoTokenizer
 
 from job.core.recipe import LoraSection
 from job.engine import reference
-from job.engine.attention import Attention, Documents
+from job.engine.attention import OWN_WIDTHS, Attention, Documents
+from job.engine.blocks import blocks_of
 from job.engine.llama import Thrift
 from job.engine.ops import Masks
+from job.tune.choice import choose_path
 from job.tune.flat import FlatAdapter
 from job.tune.model import PackedModel, trainable
 from job.tune.paths import AutogradPath, FastPath
-from job.tune.selftest import difference
+from job.tune.selftest import attention_difference, difference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA")
 
@@ -55,17 +57,20 @@ def model_of(tmp_path, architecture, *, dropout=0.0):
     return model
 
 
-def fast(model, thrift=PLAIN, ops=None):
+def fast(model, thrift=PLAIN, ops=None, *, own_attention=True):
     from job.engine import kernels
 
+    model.own_attention = own_attention
     return FastPath(model, ops or kernels, dtype=torch.bfloat16, thrift=thrift)
 
 
+@pytest.mark.parametrize("own_attention", [False, True])
 @pytest.mark.parametrize("architecture", FAMILY)
-def test_the_step_agrees_with_autograd(tmp_path, architecture):
+def test_the_step_agrees_with_autograd(tmp_path, architecture, own_attention):
     model = model_of(tmp_path, architecture)
+    path = fast(model, own_attention=own_attention)
 
-    assert difference(model, fast(model), AutogradPath(model, torch.Tensor.backward)) is None
+    assert difference(model, path, AutogradPath(model, torch.Tensor.backward)) is None
 
 
 @pytest.mark.parametrize("architecture", FAMILY)
@@ -155,16 +160,33 @@ def test_dropout_s_kernels_are_the_reference_s(tmp_path):
             assert float((one.float() - other.float()).norm() / other.float().norm()) < 3e-3
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("length", [200, 700])
-def test_attention_s_gradient_has_the_same_bits_each_time(length):
+def test_attention_s_gradient_has_the_same_bits_each_time(length, own):
     """Documents of several blocks of keys: their shares of a query's gradient are added in one order."""
     lengths = (length, 33, length + 100, 512)
     bounds = torch.tensor([0, *lengths], device=CUDA).cumsum(0).to(torch.int32)
-    facts = Documents(bounds=bounds, lengths=lengths)
     tokens, attention = sum(lengths), Attention(scale=128**-0.5, window=None)
+    facts = Documents(bounds=bounds, lengths=lengths, blocks=blocks_of(bounds, tokens) if own else None)
     query, key, value, grad = (torch.randn(tokens, 32, 128, device=CUDA).bfloat16() for _ in range(4))
     out, kept = attention.forward(query, key, value, facts)
     first = attention.backward(grad, query, key, value, out, kept, facts)
     for _again in range(20):
         other = attention.backward(grad, query, key, value, out, kept, facts)
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("width", OWN_WIDTHS)
+@pytest.mark.parametrize("key_heads", [1, 4, 8])
+def test_our_attention_passes_its_own_test(width, key_heads):
+    assert attention_difference(CUDA, heads=8, key_heads=key_heads, width=width) is None
+
+
+@pytest.mark.parametrize(("wanted", "name"), [("auto", "fast"), ("generic", "generic")])
+def test_our_attention_is_chosen_on_hopper_alone(tmp_path, wanted, name):
+    model = model_of(tmp_path, "llama")
+    made = choose_path(model, wanted, backward=torch.Tensor.backward, on_stopped=print)
+
+    assert made.name == name
+    assert model.own_attention is (torch.cuda.get_device_capability()[0] == 9)
+    assert ("attention by torch's kernels" in made.reason) is not model.own_attention

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from job.core.recipe import LoraSection
 from job.engine import layer, reference
 from job.engine.attention_op import document_attention
+from job.engine.blocks import blocks_of
 from job.tune.fast import linear_of
 from job.tune.flat import FlatAdapter
 from job.tune.layers import variants_compiled
@@ -60,15 +61,18 @@ def one_by_one(parts, window):
 
 
 @pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize(("key_heads", "width"), [(8, 128), (2, 64), (4, 256)])
-def test_attention_is_that_of_each_document_alone_and_the_same_bits_each_time(key_heads, width, window):
+def test_attention_is_that_of_each_document_alone_and_the_same_bits_each_time(key_heads, width, own, window):
+    """Heads that are too wide for our kernels are torch's also where ours are wanted."""
     parts, bounds, lengths = attention_inputs(key_heads, width)
+    blocks = blocks_of(bounds, sum(LENGTHS)) if own else None
     expected = one_by_one(parts, window)
     grad = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, parts, grad)
     runs = []
     for _ in range(3):
-        found = document_attention(*parts, bounds, lengths, width**-0.5, window)[0]
+        found = document_attention(*parts, bounds, lengths, blocks, width**-0.5, window)[0]
         runs.append([found.detach(), *torch.autograd.grad(found, parts, grad.bfloat16())])
 
     for found, other in zip(runs[0], [expected, *wanted], strict=True):
@@ -88,6 +92,7 @@ def model_of(base, *, dropout=0.0, targets=EVERY_LINEAR, dtype=torch.bfloat16):
     for parameter in trainable(model):
         parameter.data.normal_(std=0.02)
     model.train()
+    model.own_attention = dtype == torch.bfloat16
     return model
 
 

@@ -1,6 +1,9 @@
 """Fixtures of the tune room: tiny bases of five architectures, a readable tokenizer, made once a session."""
 
+import sys
+
 import pytest
+import torch
 from tiny import (
     ARCHITECTURES,
     adapted,
@@ -13,7 +16,10 @@ from tiny import (
     write_tokenizer,
 )
 
+import job.engine
 from job.core.recipe import LoraSection
+from job.engine.attention import Attention, Documents
+from job.engine.blocks import BLOCK
 from job.tune.model import load_tokenizer
 
 
@@ -47,6 +53,42 @@ def documents(tmp_path_factory, tokenizer):
     sizes = [(9, 2), (3, 30), (20, 3), (2, 12), (14, 14), (4, 33), (30, 1), (6, 20)]
     pairs = [(random_text(p, seed=i), random_text(c, seed=100 + i)) for i, (p, c) in enumerate(sizes)]
     return documents_of(tmp_path_factory.mktemp("documents"), tokenizer, pairs)
+
+
+class OwnKernels:
+    """For the engine's own attention kernels, which need a GPU: the formula, for the documents that blocks are of."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def forward(self, query, key, value, blocks, scale, window):
+        self.calls += 1
+        out, _ = Attention(scale=scale, window=window).forward(query, key, value, _documents_in(blocks))
+        return out, torch.zeros(query.shape[1], len(query))
+
+    def backward(self, grad, *given):
+        query, key, value, out, _log_sums, blocks, scale, window, room = given
+        of = Attention(scale=scale, window=window)
+        grads = of.backward(grad, query, key, value, out, None, _documents_in(blocks))
+        for place, gradient in zip(room, grads, strict=True):
+            place.copy_(gradient)
+
+
+def _documents_in(blocks):
+    there = [(start, first, end) for start, first, end in blocks.tolist() if first < end]
+    spans = sorted({(start, end) for start, _first, end in there})
+    assert there == [(start, first, end) for start, end in spans for first in range(start, end, BLOCK)]
+    lengths = tuple(end - start for start, end in spans)
+    return Documents(bounds=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), lengths=lengths)
+
+
+@pytest.fixture
+def own_kernels(monkeypatch):
+    """They are asked wherever a model's attention is the engine's own."""
+    kernels = OwnKernels()
+    monkeypatch.setattr(job.engine, "attention_kernels", kernels, raising=False)
+    monkeypatch.setitem(sys.modules, "job.engine.attention_kernels", kernels)
+    return kernels
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)

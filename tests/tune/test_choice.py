@@ -120,3 +120,82 @@ def test_peft_s_own_layers_are_not_compiled():
     model = SimpleNamespace(parameters=lambda: iter([gpu]), layers=True, linears=False)
 
     assert choice._reason_against_compiling(model) == "their linear layers are PEFT's own"
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def on_a_gpu(**config):
+    """What is asked of a model before its attention is chosen."""
+    found = SimpleNamespace(**{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, **config})
+    return SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]),
+        model=SimpleNamespace(get_base_model=lambda: SimpleNamespace(config=found)),
+        own_attention=None,
+    )
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(choice, "has_triton", lambda: True)
+    asked = []
+    monkeypatch.setattr(choice, "attention_difference", lambda _device, **heads: asked.append(heads))
+    return asked
+
+
+def test_attention_is_the_engine_s_own_where_it_is_known_to_win(hopper):
+    model = on_a_gpu()
+
+    assert choice._choose_attention(model) == ""
+    assert model.own_attention is True
+    assert hopper == [{"heads": 4, "key_heads": 2, "width": 64}]
+
+
+def test_heads_that_a_config_does_not_tell_of_are_worked_out(hopper):
+    choice._choose_attention(on_a_gpu(head_dim=None, num_key_value_heads=None, hidden_size=128))
+
+    assert hopper == [{"heads": 4, "key_heads": 4, "width": 32}]
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"head_dim": 96}, "heads are 96 wide, and the engine's take 16, 32, 64, 128"),
+        ({"attn_logit_softcapping": 50.0}, "its attention scores are capped"),
+    ],
+)
+def test_attention_that_the_engine_s_kernels_do_not_take_is_torch_s(hopper, config, told):
+    model = on_a_gpu(**config)
+
+    assert choice._choose_attention(model) == f"; attention by torch's kernels: {told}"
+    assert model.own_attention is False
+    assert hopper == []
+
+
+def test_attention_is_torch_s_where_the_engine_s_was_not_measured(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 9))
+    model = on_a_gpu()
+
+    assert choice._choose_attention(model).endswith("measured on compute capability 9.x, and this is 8.9")
+    assert model.own_attention is False
+
+
+@pytest.mark.parametrize("failing", [lambda *_, **__: "the result differs by 9.0%", no_kernel])
+def test_attention_that_differs_or_does_not_compile_is_torch_s_and_said(hopper, monkeypatch, failing):
+    monkeypatch.setattr(choice, "attention_difference", failing)
+    model = on_a_gpu()
+    with capture_logs() as logs:
+        said = choice._choose_attention(model)
+
+    (warning,) = logs
+    assert warning["event"] == "attention_left_to_torch"
+    assert said == f"; attention by torch's kernels: {warning['reason']}"
+    assert model.own_attention is False
+
+
+def test_on_the_cpu_nothing_is_said_of_attention(bases):
+    model = model_of(bases)
+
+    assert choice._choose_attention(model) == ""
+    assert model.own_attention is False

@@ -65,6 +65,20 @@ def test_losses_and_gradients_are_autograd_s(family, documents, architecture, ta
     assert_close(done(fast(model), model, batch), done(generic(model), model, batch))
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
+def test_the_engine_s_own_attention_changes_nothing(family, documents, own_kernels, architecture):
+    """Their gradients land where the next product reads them, and are rotated there."""
+    model = adapted(family[architecture], lora_of(), moved=True)
+    batch = micro_batch(documents, range(len(documents)))
+    expected = done(fast(model), model, batch)
+    assert own_kernels.calls == 0
+    model.own_attention = True
+    for path in (fast(model), fast(model, Thrift(kept_layers=0, recomputed_layers=2)), generic(model)):
+        before = own_kernels.calls
+        assert_close(done(path, model, batch), expected)
+        assert own_kernels.calls > before
+
+
 def test_a_tied_head_is_projected_with_the_embedding(tied_base, documents):
     model = adapted(tied_base, lora_of("linear"), moved=True)
     batch = micro_batch(documents, range(4))
@@ -162,10 +176,12 @@ def test_dropout_is_peft_s_with_the_same_masks(family, documents):
         assert_close(found, done(generic(model), model, batch))
 
 
+@pytest.mark.parametrize("own_attention", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_micro_batch_that_is_filled_up_is_the_same(family, documents, dropout):
+def test_a_micro_batch_that_is_filled_up_is_the_same(family, documents, own_kernels, dropout, own_attention):
     """As it is recorded on a GPU: more tokens, more documents, more places, none of them a target."""
     model = adapted(family["qwen3"], lora_of(dropout=dropout), moved=True)
+    model.own_attention = own_attention
     path, batch = fast(model), micro_batch(documents, range(3))
     row = paths._row(batch, targets=batch.targets, seed=7 if dropout else None)
     expected = path._step.accumulate(row), gradients(model)
@@ -177,6 +193,7 @@ def test_a_micro_batch_that_is_filled_up_is_the_same(family, documents, dropout)
     room = replace(room, documents=Documents(bounds=room.documents.bounds, lengths=lengths_in(room.documents.bounds)))
     losses = path._step.accumulate(room)
 
+    assert bool(own_kernels.calls) is own_attention
     assert len(losses) > len(expected[0])
     assert not losses[len(expected[0]) :].any()
     assert_close((losses[: len(expected[0])], gradients(model)), expected)
