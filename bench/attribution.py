@@ -66,7 +66,7 @@ class ByDocument(Attention):
             out = self._plain(*inputs, documents)
         return out.detach(), (inputs, out)
 
-    def backward(self, grad, _query, _key, _value, _out, kept, _documents):
+    def backward(self, grad, _query, _key, _value, _out, kept, _documents, **_room):
         """See `Attention`."""
         inputs, out = kept
         return torch.autograd.grad(out, inputs, grad)
@@ -110,6 +110,15 @@ def _attention_by_document(loaded):
         return _with()(loaded)
 
 
+def _by_torch_s_attention(loaded):
+    with _torch_s_attention(loaded):
+        return _with()(loaded)
+
+
+def _torch_s_attention(loaded):
+    return patch.object(loaded.model, "own_attention", new=False)
+
+
 def _without_graphs(_loaded):
     return patch("job.tune.paths.Replay", lambda step, *_, **__: step)
 
@@ -140,6 +149,7 @@ def variations_of(engine, layers):
     if engine == "generic":
         return (
             as_it_is,
+            Variation(name="attention by torch's variable-length kernels", meanwhile=_torch_s_attention),
             Variation(name="layers not compiled", meanwhile=_not_compiled),
             Variation(name="nor one op a linear layer: PEFT's and bitsandbytes' own", meanwhile=_peft),
         )
@@ -151,6 +161,7 @@ def variations_of(engine, layers):
             cut={"kept_layers": 0, "recomputed_layers": layers, "checkpointing": True},
         ),
         Variation(name="micro-batches of 2,048 tokens", cut={"micro_batch_tokens": 2048}),
+        Variation(name="attention by torch's variable-length kernels", path=_by_torch_s_attention),
         Variation(name="attention by SDPA, document by document", path=_attention_by_document),
         Variation(
             name="weights decoded by bitsandbytes at each use",

@@ -38,7 +38,7 @@ THIN_SIDE = 256
 _PARTS = {
     "decoding": ("_decode", "dequantize"),
     "adapters under dropout": ("_masked_",),
-    "attention": ("flash", "fmha", "scaled_dot_product"),
+    "attention": ("_attention_", "flash", "fmha", "scaled_dot_product"),
     "optimizer": ("adam", "optimizer", "multi_tensor", "lpnorm", "lion"),
     "elementwise": (
         *("_rms_", "_rotate_", "_swiglu_", "_cross_entropy", "_dropout", "triton", "elementwise", "vectorized"),

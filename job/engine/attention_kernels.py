@@ -54,7 +54,7 @@ def _first_key(start, first, window, SIZE: tl.constexpr, WINDOWED: tl.constexpr)
 
 
 @triton.jit
-def _forward(
+def _attention_forward(
     Q,
     K,
     V,
@@ -101,7 +101,7 @@ def _forward(
 
 
 @triton.jit
-def _row_sums(OUT, GRAD, SUMS, grad_stride, tokens, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+def _attention_row_sums(OUT, GRAD, SUMS, grad_stride, tokens, WIDTH: tl.constexpr, SIZE: tl.constexpr):
     """Of result times its gradient, for each head."""
     row, head = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.program_id(1)
     out = _rows(OUT, row, tokens, tl.num_programs(1) * WIDTH, head, WIDTH).to(tl.float32)
@@ -110,7 +110,7 @@ def _row_sums(OUT, GRAD, SUMS, grad_stride, tokens, WIDTH: tl.constexpr, SIZE: t
 
 
 @triton.jit
-def _backward(
+def _attention_backward(
     Q,
     K,
     V,
@@ -208,7 +208,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, scale: float, windo
     tokens, heads, width = q.shape
     out = q.new_empty(tokens, heads, width)
     log_sums = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    _forward[(len(blocks), heads)](
+    _attention_forward[(len(blocks), heads)](
         q,
         k,
         v,
@@ -247,11 +247,11 @@ def backward(
     key_heads = k.shape[1]
     sums = torch.empty_like(log_sums)
     rows = 32
-    _row_sums[(triton.cdiv(tokens, rows), heads)](
+    _attention_row_sums[(triton.cdiv(tokens, rows), heads)](
         out, grad, sums, grad.stride(0), tokens, WIDTH=width, SIZE=rows, num_warps=4
     )
     d_q, d_k, d_v = room
-    _backward[(len(blocks), key_heads)](
+    _attention_backward[(len(blocks), key_heads)](
         q,
         k,
         v,

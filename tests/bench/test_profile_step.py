@@ -24,6 +24,7 @@ CUT = {"recomputed_layers": 0, "kept_layers": 0}
         ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_NNT", UNSORTED),
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", UNSORTED),
         ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...cutlass::bfloat16_t>", "attention"),
+        ("_attention_backward", "attention"),
         ("_decode", "decoding"),
         ("kDequantizeBlockwise", "decoding"),
         ("_rms_backward", "elementwise"),
