@@ -32,6 +32,7 @@ from job.engine.llama import Thrift
 from job.engine.ops import Ops
 from job.engine.parts import ops_of
 from job.tune import model as models
+from job.tune.attention_choice import AttentionChoice
 from job.tune.device import choose_device
 from job.tune.paths import FastPath
 
@@ -116,7 +117,7 @@ def _by_torch_s_attention(loaded):
 
 
 def _torch_s_attention(loaded):
-    return patch.object(loaded.model, "own_attention", new=False)
+    return patch.object(loaded.model, "attention", AttentionChoice(own=False, reason="switched off"))
 
 
 def _without_graphs(_loaded):

@@ -9,21 +9,18 @@ import torch
 from torch import Tensor
 
 from job.core.errors import UsageError
-from job.engine.attention import OWN_WIDTHS
 from job.engine.llama import Thrift
 from job.engine.parts import has_triton, ops_of
 from job.tune.attention import reason_against_one_op
 from job.tune.fast import reason_against
 from job.tune.model import COMPUTE_DTYPE, PackedModel
 from job.tune.paths import AutogradPath, Compiling, FastPath, Path
-from job.tune.selftest import attention_difference, difference
+from job.tune.selftest import difference
 
 log = structlog.get_logger(__name__)
 
 Wanted = Literal["auto", "fast", "generic"]
 _LONGEST_REASON = 300
-_MEASURED_CAPABILITY = 9
-"""Hopper's: where the engine's own attention kernels are known to be faster than torch's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +57,7 @@ def choose_path(
         UsageError: `fast` is asked for, and does not fit.
     """
     device = next(model.parameters()).device
-    attention = _choose_attention(model)
+    attention = f"; attention by torch's kernels: {model.attention.reason}" if model.attention.reason else ""
 
     def generic(why: str) -> Choice:
         return _generic(model, f"{why}{attention}", backward=backward, on_stopped=on_stopped)
@@ -83,39 +80,6 @@ def choose_path(
     if wanted == "auto":
         return generic(f"not the fast path: {against}")
     raise UsageError(f"--engine fast: {against}; leave the option out, and the generic path trains this model")
-
-
-def _choose_attention(model: PackedModel) -> str:
-    """The engine's own kernels where they win and give what the formula gives; what to say of it."""
-    if next(model.parameters()).device.type != "cuda":
-        return ""
-    against = _reason_against_own_attention(model)
-    model.own_attention = against is None
-    return "" if against is None else f"; attention by torch's kernels: {against}"
-
-
-def _reason_against_own_attention(model: PackedModel) -> str | None:
-    device, config = next(model.parameters()).device, model.model.get_base_model().config
-    capability = torch.cuda.get_device_capability(device)
-    if capability[0] != _MEASURED_CAPABILITY:
-        return "the engine's were measured on compute capability {}.x, and this is {}.{}".format(
-            _MEASURED_CAPABILITY, *capability
-        )
-    against = _reason_of_device(device) or reason_against_one_op(config)
-    if against is not None:
-        return against
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if width not in OWN_WIDTHS:
-        return f"heads are {width} wide, and the engine's take {', '.join(map(str, OWN_WIDTHS))}"
-    try:
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        against = attention_difference(device, heads=heads, key_heads=key_heads, width=width)
-    except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
-        against = _told(error)
-    if against is not None:
-        log.warning("attention_left_to_torch", reason=against, then="slower by a few percent")
-    return against
 
 
 def _generic(

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from job.core.errors import DataError, UsageError
 from job.core.memory import ModelShape
 from job.core.recipe import LoraSection, TrainSection
 from job.tune.attention import PER_DOCUMENT, register
+from job.tune.attention_choice import AttentionChoice, choose_attention
 from job.tune.device import device_name
 from job.tune.encode import MicroBatch
 from job.tune.layers import Layers
@@ -321,8 +323,11 @@ class PackedModel(nn.Module):
         self._causal_lm().set_attn_implementation(PER_DOCUMENT)
         self.linears = OneOpLinears(model)
         self.layers = Layers(self._causal_lm())
-        self.own_attention = False
-        """Whether attention is by the engine's own kernels; else by torch's."""
+
+    @cached_property
+    def attention(self) -> AttentionChoice:
+        """Whose kernels attention is by; they are tried when it is first asked for."""
+        return choose_attention(self._causal_lm().config, next(self.parameters()).device)
 
     def _causal_lm(self) -> Any:
         return self.model.get_base_model()
@@ -337,7 +342,7 @@ class PackedModel(nn.Module):
         causal_lm = self._causal_lm()
         self.linears.draw_masks()
         decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-        inputs = decoder_inputs(batch, tokens=padded_to, in_blocks=self.own_attention)
+        inputs = decoder_inputs(batch, tokens=padded_to, in_blocks=self.attention.own)
         states: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
         return states[0].index_select(0, batch.target_places)
 

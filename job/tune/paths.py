@@ -151,7 +151,7 @@ class FastPath:
         self._decoder = decoder_of(model.model, decode=ops.decode)
         self._thrift = thrift
         self._dropout = max(group.dropout for layer in self._decoder.layers for group in layer.groups)
-        own = model.own_attention
+        own = model.attention.own
         self._make: Callable[[Thrift], Step] = lambda thrift: Step(
             self._decoder, ops, dtype=dtype, thrift=thrift, own_attention=own
         )

@@ -6,7 +6,6 @@ are held to PEFT's own layers in the same way, by the path that is to train, and
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from job.core.errors import UsageError
-from job.engine.attention import Attention, Documents
-from job.engine.blocks import blocks_of
 from job.tune.encode import MicroBatch
 from job.tune.model import PackedModel, trainable
 from job.tune.paths import Path
@@ -32,13 +29,6 @@ _GRADIENT_TOLERANCE = 0.35
 """Difference of an adapter's gradient between two paths, as a share of its norm. Two paths in bf16 with random weights
 differ by up to 0.18, each by as much from fp32; in fp32 by 1e-5. A gradient of something else differs by more than 1.
 """
-
-
-_ATTENDED = (1, 63, 64, 65, 200, 3)
-"""Tokens of the documents that attention is tried with: below, at and above a block, and several blocks."""
-_WINDOW = 70
-_ATTENTION_TOLERANCE = 0.03
-"""Difference of attention's result or a gradient from fp32, as a share of its norm; rounding to bf16 gives 0.003."""
 
 
 def check_model(model: PackedModel) -> None:
@@ -143,42 +133,6 @@ def _micro_batch(documents: list[Tensor]) -> MicroBatch:
         target_counts=tuple(length - 1 for length in lengths),
         documents=tuple(range(len(lengths))),
     )
-
-
-@torch.no_grad()
-def attention_difference(device: torch.device, *, heads: int, key_heads: int, width: int) -> str | None:
-    """What the engine's own attention kernels do otherwise than the formula in fp32, on made-up documents in bf16.
-
-    Returns:
-        The first difference that rounding does not explain; None where there is none.
-    """
-    tokens = sum(_ATTENDED)
-    bounds = torch.tensor([0, *_ATTENDED], device=device).cumsum(0).to(torch.int32)
-    plain = Documents(bounds=bounds, lengths=_ATTENDED)
-    own = replace(plain, blocks=blocks_of(bounds, tokens))
-    generator = torch.Generator(device).manual_seed(0)
-    query, key, value, grad = (
-        torch.randn(tokens, count, width, generator=generator, device=device).to(torch.bfloat16)
-        for count in (heads, key_heads, key_heads, heads)
-    )
-    for window in (None, _WINDOW):
-        attention = Attention(scale=width**-0.5, window=window)
-        ours = _attended(attention, grad, query, key, value, own)
-        theirs = _attended(attention, grad.float(), query.float(), key.float(), value.float(), plain)
-        for name, one, other in zip(("result", "query", "key", "value"), ours, theirs, strict=True):
-            off = float((one.float() - other).norm() / other.norm())
-            if not off <= _ATTENTION_TOLERANCE:
-                what = name if name == "result" else f"gradient of the {name}"
-                return f"the {what} differs by {off:.1%}"
-    return None
-
-
-def _attended(
-    attention: Attention, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, documents: Documents
-) -> tuple[Tensor, ...]:
-    """The result, and the gradients of query, key and value."""
-    out, kept = attention.forward(query, key, value, documents)
-    return out, *attention.backward(grad, query, key, value, out, kept, documents)
 
 
 @torch.no_grad()

@@ -25,11 +25,12 @@ from job.engine.attention import OWN_WIDTHS, Attention, Documents
 from job.engine.blocks import blocks_of
 from job.engine.llama import Thrift
 from job.engine.ops import Masks
+from job.tune.attention_choice import AttentionChoice, difference_from_formula
 from job.tune.choice import choose_path
 from job.tune.flat import FlatAdapter
 from job.tune.model import PackedModel, trainable
 from job.tune.paths import AutogradPath, FastPath
-from job.tune.selftest import attention_difference, difference
+from job.tune.selftest import difference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA")
 
@@ -60,7 +61,7 @@ def model_of(tmp_path, architecture, *, dropout=0.0):
 def fast(model, thrift=PLAIN, ops=None, *, own_attention=True):
     from job.engine import kernels
 
-    model.own_attention = own_attention
+    model.attention = AttentionChoice(own=own_attention, reason=None)
     return FastPath(model, ops or kernels, dtype=torch.bfloat16, thrift=thrift)
 
 
@@ -179,7 +180,7 @@ def test_attention_s_gradient_has_the_same_bits_each_time(length, own):
 @pytest.mark.parametrize("width", OWN_WIDTHS)
 @pytest.mark.parametrize("key_heads", [1, 4, 8])
 def test_our_attention_passes_its_own_test(width, key_heads):
-    assert attention_difference(CUDA, heads=8, key_heads=key_heads, width=width) is None
+    assert difference_from_formula(CUDA, heads=8, key_heads=key_heads, width=width) is None
 
 
 @pytest.mark.parametrize(("wanted", "name"), [("auto", "fast"), ("generic", "generic")])
@@ -188,5 +189,5 @@ def test_our_attention_is_chosen_on_hopper_alone(tmp_path, wanted, name):
     made = choose_path(model, wanted, backward=torch.Tensor.backward, on_stopped=print)
 
     assert made.name == name
-    assert model.own_attention is (torch.cuda.get_device_capability()[0] == 9)
-    assert ("attention by torch's kernels" in made.reason) is not model.own_attention
+    assert model.attention.own is (torch.cuda.get_device_capability()[0] == 9)
+    assert ("attention by torch's kernels" in made.reason) is not model.attention.own

@@ -16,6 +16,7 @@ from job.core.recipe import LoraSection
 from job.engine import layer, reference
 from job.engine.attention_op import document_attention
 from job.engine.blocks import blocks_of
+from job.tune.attention_choice import AttentionChoice
 from job.tune.fast import linear_of
 from job.tune.flat import FlatAdapter
 from job.tune.layers import variants_compiled
@@ -92,7 +93,7 @@ def model_of(base, *, dropout=0.0, targets=EVERY_LINEAR, dtype=torch.bfloat16):
     for parameter in trainable(model):
         parameter.data.normal_(std=0.02)
     model.train()
-    model.own_attention = dtype == torch.bfloat16
+    model.attention = AttentionChoice(own=dtype == torch.bfloat16, reason=None)
     return model
 
 

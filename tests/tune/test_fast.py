@@ -14,6 +14,7 @@ from job.engine.attention import Documents
 from job.engine.llama import Thrift
 from job.engine.ops import Masks
 from job.tune import paths
+from job.tune.attention_choice import AttentionChoice
 from job.tune.choice import choose_path
 from job.tune.fast import reason_against
 from job.tune.model import trainable
@@ -72,7 +73,7 @@ def test_the_engine_s_own_attention_changes_nothing(family, documents, own_kerne
     batch = micro_batch(documents, range(len(documents)))
     expected = done(fast(model), model, batch)
     assert own_kernels.calls == 0
-    model.own_attention = True
+    model.attention = AttentionChoice(own=True, reason=None)
     for path in (fast(model), fast(model, Thrift(kept_layers=0, recomputed_layers=2)), generic(model)):
         before = own_kernels.calls
         assert_close(done(path, model, batch), expected)
@@ -181,7 +182,7 @@ def test_dropout_is_peft_s_with_the_same_masks(family, documents):
 def test_a_micro_batch_that_is_filled_up_is_the_same(family, documents, own_kernels, dropout, own_attention):
     """As it is recorded on a GPU: more tokens, more documents, more places, none of them a target."""
     model = adapted(family["qwen3"], lora_of(dropout=dropout), moved=True)
-    model.own_attention = own_attention
+    model.attention = AttentionChoice(own=own_attention, reason=None)
     path, batch = fast(model), micro_batch(documents, range(3))
     row = paths._row(batch, targets=batch.targets, seed=7 if dropout else None)
     expected = path._step.accumulate(row), gradients(model)

@@ -12,7 +12,7 @@ from job.core.recipe import LoraSection
 from job.engine.head import head_loss
 from job.tune import loss
 from job.tune.attention import PER_DOCUMENT, per_document_attention, register
-from job.tune.selftest import attention_difference, check_model
+from job.tune.selftest import check_model
 
 
 @pytest.fixture
@@ -109,50 +109,3 @@ def test_attention_masks_and_sinks_are_refused(llama):
     for extra in ({"attention_mask": torch.zeros(1, 1, 3, 3)}, {"attention_mask": None, "s_aux": torch.zeros(4)}):
         with pytest.raises(UsageError, match="packing does not support"):
             per_document_attention(llama, q, q, q, document_bounds=None, document_lengths=None, **extra)
-
-
-HEADS = {"heads": 4, "key_heads": 2, "width": 16}
-
-
-def test_own_attention_kernels_that_give_what_the_formula_gives_pass(own_kernels):
-    assert attention_difference(torch.device("cpu"), **HEADS) is None
-    assert own_kernels.calls
-
-
-def longer_window(forward):
-    return lambda query, key, value, blocks, scale, window: forward(query, key, value, blocks, scale, window and 400)
-
-
-def other_scale(forward):
-    return lambda query, key, value, blocks, scale, window: forward(query, key, value, blocks, 1.1 * scale, window)
-
-
-def one_document(forward):
-    """Each block sees the documents before its own."""
-
-    def across(query, key, value, blocks, scale, window):
-        whole = torch.tensor([[0, first, len(query)] for first in range(0, len(query), 64)], dtype=blocks.dtype)
-        return forward(query, key, value, whole, scale, window)
-
-    return across
-
-
-@pytest.mark.parametrize("wrong", [longer_window, other_scale, one_document])
-def test_another_attention_is_told(own_kernels, wrong):
-    own_kernels.forward = wrong(own_kernels.forward)
-
-    assert "the result differs by" in attention_difference(torch.device("cpu"), **HEADS)
-
-
-@pytest.mark.parametrize(("place", "name"), [(0, "query"), (1, "key"), (2, "value")])
-@pytest.mark.parametrize("value", [1.1, float("nan")])
-def test_another_gradient_of_attention_is_told(own_kernels, place, name, value):
-    right = own_kernels.backward
-
-    def wrong(*arguments):
-        right(*arguments)
-        arguments[-1][place][-3:].mul_(10 * value)
-
-    own_kernels.backward = wrong
-
-    assert f"the gradient of the {name} differs by" in attention_difference(torch.device("cpu"), **HEADS)
