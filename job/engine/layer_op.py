@@ -102,10 +102,10 @@ def _backward_op(
 @_backward_op.register_fake
 def _backward_shapes(_grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     a, b, wants_x = arguments[3], arguments[4], arguments[-1]
-    empty = x.new_empty(0)
+    d_x = x.new_empty(x.shape if wants_x else 0)
     if a is None:
-        return x.new_empty(x.shape) if wants_x else empty, empty, x.new_empty(0)
-    return x.new_empty(x.shape) if wants_x else empty, torch.empty_like(a), torch.empty_like(b)
+        return d_x, x.new_empty(0), x.new_empty(0)
+    return d_x, torch.empty_like(a), torch.empty_like(b)
 
 
 def _layer(

@@ -1,6 +1,8 @@
 """How the decoder's layers run: as they are or compiled, with activations kept or computed again on the way back."""
 
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from job import engine
 
 _MOST_VARIANTS = 192
 """Of a layer's code, by size and by kind of layer; a model that needs more would be compiled all the time."""
@@ -42,6 +46,8 @@ class Layers:
         Compiled at the first call: that raises where the compiler refuses, or at one variant too many.
         """
         compiler.recompile_limit = _MOST_VARIANTS
+        # A cache on disk is keyed by what the compiler saw, and our ops' ways back are not part of that.
+        torch.compiler.config.cache_key_tag = digest_of(Path(engine.__path__[0]))
         options: Any = None
         if backend == "inductor" and hasattr(inductor, "deterministic"):
             # By rule, not by the clock: another start must choose the same kernels, whose sums have the same order.
@@ -56,6 +62,14 @@ class Layers:
 
 def _as_it_is(layer: Any, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
+
+
+def digest_of(folder: Path) -> str:
+    """Of a package's own sources."""
+    digest = sha256()
+    for source in sorted(folder.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def variants_compiled() -> int:

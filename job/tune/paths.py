@@ -50,8 +50,12 @@ class Path(Protocol):
         """Cut micro-batches, compute again, and compile, as this plan does; one of an older image does not say all."""
         ...
 
-    def save_memory(self) -> Plan | None:
-        """Need less memory from now on; what changes in the plan, or None where nothing more can be saved."""
+    def give_up_weights(self) -> Plan | None:
+        """Keep no decoded weights from now on, which costs little; what changes in the plan, None where none are."""
+        ...
+
+    def compute_again(self) -> Plan | None:
+        """Keep no activations from now on, which costs most; what changes in the plan, None where none are."""
         ...
 
 
@@ -118,7 +122,11 @@ class AutogradPath:
         if self._compiling is not None and plan.get("compiled", True) and not self._model.layers.compiled:
             self._model.layers.compile(self._compiling.backend)
 
-    def save_memory(self) -> Plan | None:
+    def give_up_weights(self) -> Plan | None:
+        """See `Path`: none are kept."""
+        return None
+
+    def compute_again(self) -> Plan | None:
         """See `Path`."""
         if self._model.layers.recomputing:
             return None
@@ -183,17 +191,20 @@ class FastPath:
                 on_failure=lambda reason: log.warning("no_cuda_graphs", reason=reason, then="small batches are slower"),
             )
 
-    def save_memory(self) -> Plan | None:
-        """See `Path`: decoded weights go first, which costs least."""
+    def give_up_weights(self) -> Plan | None:
+        """See `Path`."""
+        return self._adopted({"kept_layers": 0}) if self._thrift.kept_layers else None
+
+    def compute_again(self) -> Plan | None:
+        """See `Path`."""
         layers = len(self._decoder.layers)
-        if self._thrift.kept_layers:
-            change = {"kept_layers": 0}
-        elif self._thrift.recomputed_layers < layers:
-            change = {"recomputed_layers": layers, "checkpointing": True}
-        else:
+        if self._thrift.recomputed_layers == layers:
             return None
+        return self._adopted({"recomputed_layers": layers, "checkpointing": True})
+
+    def _adopted(self, change: Plan) -> Plan:
         self.adopt(
-            {"kept_layers": 0, "recomputed_layers": change.get("recomputed_layers", self._thrift.recomputed_layers)}
+            {"kept_layers": self._thrift.kept_layers, "recomputed_layers": self._thrift.recomputed_layers} | change
         )
         return change
 

@@ -22,6 +22,9 @@ from job.tune.flat import FlatAdapter
 from job.tune.paths import Path
 
 _NAMED_EXAMPLES = 64
+_SMALL = 4096
+"""Tokens of a micro-batch: with fewer, products are too short to be fast, and decoding weights at each use costs less.
+"""
 """Of a step that went wrong: more would make a message that nobody reads."""
 
 
@@ -247,11 +250,15 @@ class Trainer:
         return micro_batch(self._documents, members).to(self._accelerator.device)
 
     def _shrink(self, plan: dict[str, Any], of: str, longest: int, error: torch.OutOfMemoryError) -> None:
-        """Halve what is done at once; when it is one example, let the path save memory; when it has, give up."""
+        """Halve what is done at once, give up decoded weights, halve on, compute activations again, or fail."""
         torch.cuda.empty_cache()
-        if plan[of] > longest:
+        if plan[of] > max(longest, _SMALL):
+            plan[of] = max(longest, _SMALL, plan[of] // 2)
+        elif (saved := self._path.give_up_weights()) is not None:
+            plan |= saved
+        elif plan[of] > longest:
             plan[of] = max(longest, plan[of] // 2)
-        elif (saved := self._path.save_memory()) is not None:
+        elif (saved := self._path.compute_again()) is not None:
             plan |= saved
         else:
             msg = (

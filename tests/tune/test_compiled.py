@@ -1,10 +1,13 @@
 """Compiled layers give what they give as they are, once for any documents, and give way where they cannot."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import adapted, gradients, micro_batch, plan_of
 
 from job.core.recipe import LoraSection
+from job.engine import layer_op
 from job.tune import device, layers
 from job.tune.layers import variants_compiled
 from job.tune.model import trainable
@@ -46,6 +49,17 @@ def assert_same(found, expected):
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_code_compiled_for_other_ops_is_not_taken_from_a_cache(bases, tmp_path):
+    """Caches on disk outlive an image, and do not see that an op's way back has changed."""
+    compiled(model_of(bases, "llama"))
+    (tmp_path / "op.py").write_text("1")
+    before = layers.digest_of(tmp_path)
+    (tmp_path / "op.py").write_text("2")
+
+    assert torch.compiler.config.cache_key_tag == layers.digest_of(Path(layer_op.__file__).parent)
+    assert layers.digest_of(tmp_path) != before
 
 
 def test_sizes_are_few_and_waste_little():

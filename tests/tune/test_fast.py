@@ -247,11 +247,12 @@ def test_out_of_memory_gives_up_decoded_weights_and_then_computes_again(start, f
     )
     plan = plan_of(64, engine="fast", kept_layers=2)
 
-    plan |= made.path.save_memory()
+    plan |= made.path.give_up_weights()
     assert (plan["kept_layers"], plan["recomputed_layers"], plan["checkpointing"]) == (0, 0, False)
-    plan |= made.path.save_memory()
+    assert made.path.give_up_weights() is None
+    plan |= made.path.compute_again()
     assert (plan["kept_layers"], plan["recomputed_layers"], plan["checkpointing"]) == (0, 2, True)
-    assert made.path.save_memory() is None
+    assert made.path.compute_again() is None
     made.path.adopt(plan)
     expected = start(base=family["llama"], lora=lora_of(), steps=1).run(evaluate_every=9)
     assert made.run(evaluate_every=9).progress.losses == pytest.approx(expected.progress.losses, rel=1e-5)

@@ -204,6 +204,40 @@ def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(start):
         assert torch.equal(mine, theirs)
 
 
+class Scarce:
+    """A path on which nothing fits; what it is asked to do about it."""
+
+    def __init__(self):
+        self.kept, self.computes_again, self.asked = True, False, []
+
+    def accumulate(self, batch, *, targets):
+        raise torch.OutOfMemoryError
+
+    def give_up_weights(self):
+        kept, self.kept = self.kept, False
+        return {"kept_layers": 0} if kept else None
+
+    def compute_again(self):
+        before, self.computes_again = self.computes_again, True
+        return None if before else {"checkpointing": True}
+
+    def adopt(self, plan):
+        self.asked.append((plan["micro_batch_tokens"], plan["kept_layers"], plan["checkpointing"]))
+
+
+def test_what_costs_least_is_done_first_when_memory_runs_out(start, documents):
+    longest = int(documents.lengths.max())
+    made = start(batch_size=8, steps=1, micro_batch_tokens=15000)
+    made.progress.plan["kept_layers"] = 2
+    made.path = Scarce()
+    with pytest.raises(CannotFitError, match="one example of"):
+        made.run()
+
+    weights = [(15000, 2, False), (7500, 2, False), (4096, 2, False), (4096, 0, False)]
+    halved = [(size, 0, False) for size in (2048, 1024, 512, 256, 128, 64, longest)]
+    assert made.path.asked[-len(halved) - len(weights) :] == [*weights[1:], *halved, (longest, 0, True)]
+
+
 def scarce_evaluation(made, most):
     """As on a device where a pass without a way back holds so many tokens."""
     score, tried = made.model.score, []
