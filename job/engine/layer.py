@@ -1,6 +1,8 @@
 """One linear layer with its adapter, there and back: y = x W^T + bias + s dropout(x) A^T B^T.
 
-W is decoded from NF4 where it is used and never kept; an adapter in fp32 is rounded there to what is computed in.
+W is decoded from NF4 where it is used and never kept; an adapter in fp32 is rounded there to what is computed in. The
+adapter's product comes first and the large one is added to it, which reads it while it multiplies: the other way round
+a thin product would read and write all of the result once more.
 LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.
 """
 
@@ -24,12 +26,13 @@ def forward(x: Tensor, layer: Linear, masks: Masks | None) -> tuple[Tensor, Tens
         [T, N], and h = dropout(x) A^T [T, r]; r is 0 without an adapter.
     """
     across = _values(layer, x).t()
-    y = torch.mm(x, across) if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, across)
     if layer.adapter is None:
+        y = torch.mm(x, across) if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, across)
         return y, x.new_empty(len(x), 0)
     a, b = _rounded(layer.adapter, x)
     h = _ranks(x, a, masks)
-    return y.addmm_(h, b.t(), alpha=layer.adapter.scaling), h
+    y = torch.mm(h, b.t()) if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), h, b.t())
+    return y.addmm_(x, across), h
 
 
 def backward(
@@ -41,14 +44,15 @@ def backward(
     and dB, and dx is left out where nobody wants it.
     """
     adapter = layer.adapter
-    d_x = torch.mm(grad, _values(layer, x)) if wants_x else None
     if adapter is None:
-        return d_x, None, None
+        return torch.mm(grad, _values(layer, x)) if wants_x else None, None, None
     a, b = _rounded(adapter, x)
-    thin = torch.mm(grad, b).mul_(adapter.scaling)
-    if d_x is not None and masks is None:
-        d_x.addmm_(thin, a)
-    elif d_x is not None and masks is not None:
+    thin = torch.mm(grad, b)
+    d_x = None
+    if wants_x and masks is None:
+        d_x = torch.mm(thin, a).addmm_(grad, _values(layer, x))
+    elif wants_x and masks is not None:
+        d_x = torch.mm(grad, _values(layer, x))
         ops_of(x.device).masked_add(thin, a, d_x, masks)
     d_a = exact_product(thin, x) if masks is None else ops_of(x.device).masked_gradient(thin, x, masks)
     return d_x, d_a, exact_product(grad, h).mul_(adapter.scaling)
@@ -77,7 +81,8 @@ def _values(layer: Linear, x: Tensor) -> Tensor:
 
 
 def _rounded(adapter: Adapter, x: Tensor) -> tuple[Tensor, Tensor]:
-    return adapter.a.detach().to(x.dtype), adapter.b.detach().to(x.dtype)
+    """A, and s B."""
+    return adapter.a.detach().to(x.dtype), (adapter.b.detach() * adapter.scaling).to(x.dtype)
 
 
 def _ranks(x: Tensor, a: Tensor, masks: Masks | None) -> Tensor:
