@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llama_2_7b import LLAMA_2_7B
 
 from bench import compare, flops
 from bench.comparisons import COMPARISONS, Comparison, Ours, Rival
 from bench.processes import NoResultError, run
-from job.core.memory import ModelShape
 
 SMALL = Comparison(
     title="A small one",
@@ -84,16 +84,7 @@ def test_names_within_a_comparison_are_different():
 
 
 def test_operations_of_a_token_are_those_of_llama_2_7b():
-    shape = ModelShape(
-        layers=32,
-        hidden=4096,
-        intermediate=11008,
-        vocabulary=32000,
-        positions=4096,
-        heads=32,
-        key_heads=32,
-        head_width=128,
-    )
+    of_one, of_201 = (flops.per_token(LLAMA_2_7B, np.array([tokens]), 0) for tokens in (1, 201))
 
-    assert flops.per_token(shape, np.array([1]), 0) == pytest.approx(4 * 6.607e9, rel=1e-3)
-    assert flops.per_token(shape, np.array([201]), 0) - flops.per_token(shape, np.array([1]), 0) == 12 * 32 * 4096 * 100
+    assert of_one == pytest.approx(4 * 6.607e9, rel=1e-3)
+    assert of_201 - of_one == 12 * 32 * 4096 * 100

@@ -1,4 +1,4 @@
-"""Llama-2-7B, as the tests of memory and time know it."""
+"""Llama-2-7B, as the tests of memory, time and operations know it."""
 
 from job.core.memory import ModelShape
 
