@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from job.engine import attention_op
 from job.engine.attention_op import document_attention
 from job.engine.blocks import BLOCK, blocks_of
 
@@ -45,10 +46,14 @@ def test_each_document_has_the_attention_that_it_has_alone(key_heads, window):
         torch.testing.assert_close(gradient, other)
 
 
-def test_compilers_are_told_the_truth_about_it():
+def test_compilers_are_told_the_truth_about_it_there_and_back():
     parts, bounds, lengths = inputs(2)
+    limits = (bounds, lengths, None, SCALE, 3)
+    opcheck(document_attention, (*parts, *limits))
 
-    opcheck(document_attention, (*parts, bounds, lengths, None, SCALE, 3))
+    parts = [part.detach() for part in parts]
+    out, *kept = document_attention(*parts, *limits)
+    opcheck(attention_op._backward_op, (out, *parts, out, *kept, *limits))
 
 
 @pytest.mark.parametrize("seed", range(5))

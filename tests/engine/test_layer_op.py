@@ -95,11 +95,20 @@ def test_the_adapter_s_gradients_are_summed_in_fp32_when_its_inputs_are_not():
 
 
 @pytest.mark.parametrize("adapter", [True, False])
-def test_compilers_are_told_the_truth_about_it(adapter):
-    layer, x = layer_of(adapter=adapter), torch.randn(T, K, requires_grad=True)
-    weight = layer.weight
-    scales = [weight.scales, weight.scales_code, weight.outer_scales, weight.offset, weight.code]
+@pytest.mark.parametrize("four_bits", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compilers_are_told_the_truth_about_it_there_and_back(adapter, four_bits, dtype):
+    layer, x = layer_of(adapter=adapter, four_bits=four_bits), torch.randn(T, K, dtype=dtype, requires_grad=True)
+    weight, scales = layer.weight, []
+    if four_bits:
+        scales = [weight.scales, weight.scales_code, weight.outer_scales, weight.offset, weight.code]
+        weight = weight.packed
     a, b = (layer.adapter.a, layer.adapter.b) if adapter else (None, None)
     seed = torch.tensor([7]) if adapter else None
+    facts = (weight, scales, layer.bias, a, b, seed, 0.5, RATE, N)
+    opcheck(layer_op._forward_op, (x, *facts))
 
-    opcheck(layer_op._forward_op, (x, weight.packed, scales, layer.bias, a, b, seed, 0.5, RATE, N))
+    x, *learning = (None if each is None else each.detach() for each in (x, a, b))  # it has no way back of its own
+    y, h = (each.detach() for each in layer_op._forward_op(x, *facts))
+    for wants_x in (True, False) if adapter else (True,):  # without an adapter nothing else is asked for
+        opcheck(layer_op._backward_op, (y, x, h, weight, scales, *learning, seed, 0.5, RATE, N, wants_x))

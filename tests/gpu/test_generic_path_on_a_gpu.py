@@ -9,11 +9,12 @@ import pytest
 import torch
 from test_fast_path_on_a_gpu import CUDA
 from tiny import EVERY_LINEAR, attach_lora, config_of, load_base, plan_of, write_base
+from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from job.core.recipe import LoraSection
-from job.engine import layer, reference
+from job.engine import attention_op, layer, reference
 from job.engine.attention_op import document_attention
 from job.engine.blocks import blocks_of
 from job.tune.attention_choice import AttentionChoice
@@ -80,6 +81,16 @@ def test_attention_is_that_of_each_document_alone_and_the_same_bits_each_time(ke
         assert off(found, other) < 4 * ROUNDING
     for run in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
+
+
+def test_compilers_are_told_the_truth_about_our_attention():
+    parts, bounds, lengths = attention_inputs(2, 64)
+    limits = (bounds, lengths, blocks_of(bounds, sum(LENGTHS)), 0.125, None)
+    opcheck(document_attention, (*parts, *limits))
+
+    parts = [part.detach() for part in parts]
+    out, *kept = document_attention(*parts, *limits)
+    opcheck(attention_op._backward_op, (out, *parts, out, *kept, *limits))
 
 
 # --- linear layers ---------------------------------------------------------------------------------------------------
