@@ -103,7 +103,9 @@ class MemoryParts:
     logits: int
     """At once, while the loss is computed."""
     decoded_layer: int
-    """A layer that keeps its decoded weights, where the path can: when all do, none is in the workspace."""
+    """A layer that keeps its decoded weights, where the path can."""
+    spared_workspace: int
+    """What of the workspace is not needed when all layers keep theirs."""
     token_head: int
     """A token, outside the layers, while the loss is computed."""
     token: int
@@ -136,7 +138,7 @@ class MemoryParts:
         at_the_head = self.logits + tokens * (self.token_head + kept)
         again = self.token_layer - self.token_recomputed if not whole else 0
         on_the_way_back = tokens * (self.token + kept + again)
-        decoded = kept_layers * self.decoded_layer - (self.decoded_layer if kept_layers == layers else 0)
+        decoded = kept_layers * self.decoded_layer - (self.spared_workspace if kept_layers == layers else 0)
         return self.fixed + decoded + max(at_the_head, on_the_way_back)
 
 
@@ -158,7 +160,8 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, co
         kept = 4 * shape.hidden + 2 * (query + keys) + 3 * shape.intermediate + _ADAPTED * adapter.rank
         token_layer = math.ceil((1.0 if compiled else _NOT_COMPILED) * (_BF16 * kept + _FP32 * shape.heads))
         # One weight at a time, as it is and as a gradient's other factor.
-        workspace, decoded = 2 * shape.hidden * shape.intermediate * _BF16, 0
+        workspace = spared = 2 * shape.hidden * shape.intermediate * _BF16
+        decoded = _BF16 * shape.linear_parameters // shape.layers if compiled else 0
         # The stream, its gradient, and what a product adds to each; the gradients of gate, up and their product.
         token = _BF16 * (4 * shape.hidden + 3 * shape.intermediate)
     else:
@@ -172,7 +175,7 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, co
             + (shape.hidden + adapter.rank) * (shape.intermediate + rank)
         )
         head = _BF16 * (shape.vocabulary + adapter.rank) * (shape.hidden + rank)
-        workspace = decoded + head
+        workspace, spared = decoded + head, decoded
         # The stream's gradient, and at the widest: the product and its gradient, the gradients of gate and up.
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
     return MemoryParts(
@@ -185,6 +188,7 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, co
         workspace=workspace,
         logits=logits,
         decoded_layer=decoded,
+        spared_workspace=spared,
         # The stream, its last place of each target, that one normed, and the gradient of it.
         token_head=_BF16 * (4 * shape.hidden + rank),
         token=token,
@@ -326,12 +330,13 @@ def _cuts(shape: ModelShape, parts: MemoryParts, free: int, *, max_length: int, 
         def fits(kept: int, again: int, tokens: int = tokens) -> bool:
             return parts.peak(layers=shape.layers, tokens=tokens, kept_layers=kept, recomputed_layers=again) <= free
 
-        # The generic path computes all layers again, or none.
-        some = range(shape.layers + 1) if path == "fast" else (0, shape.layers)
-        again = next((number for number in some if fits(0, number)), None)
+        # The generic path computes all layers again, or none, and keeps the weights of all, or of none: each kind of
+        # layer would be compiled by itself.
+        steps = 1 if path == "fast" else shape.layers
+        again = next((number for number in range(0, shape.layers + 1, steps) if fits(0, number)), None)
         if again is not None:
             most_kept = shape.layers if parts.decoded_layer else 0
-            kept = next(number for number in range(most_kept, -1, -1) if number == 0 or fits(number, again))
+            kept = next((number for number in range(most_kept, 0, -steps) if fits(number, again)), 0)
             yield tokens, kept, again
 
 

@@ -73,7 +73,7 @@ def _memory(work: Workload, shown: Forecast) -> list[str]:
         "its gradients": parts.gradients,
         "optimizer": parts.optimizer,
         "copy until an update is known to be finite": parts.update,
-        "workspace": parts.workspace - (parts.decoded_layer if cut.kept_layers == layers else 0),
+        "workspace": parts.workspace - (parts.spared_workspace if cut.kept_layers == layers else 0),
     }
     if cut.kept_layers:
         rows[f"decoded weights of {cut.kept_layers} of {layers} layers"] = cut.kept_layers * parts.decoded_layer

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -11,7 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from job.engine.layer_op import linear
-from job.engine.weights import Linear
+from job.engine.parts import ops_of
+from job.engine.weights import Linear, Quantised
 from job.tune.fast import is_in_whole_blocks, linear_of
 
 _MOST_SEEDS = 2**31
@@ -30,6 +32,8 @@ class OneOpLinears:
         for module in self._modules:
             module.mask_seed = None
         self._swapped = False
+        self.keeps_decoded = False
+        """Whether weights are decoded once, not at each use."""
         self._swap_in()
 
     def __bool__(self) -> bool:
@@ -46,6 +50,18 @@ class OneOpLinears:
             for module in self._modules:
                 del module.forward, module.one_op
         self._swapped = False
+
+    def keep_decoded(self, *, wanted: bool) -> None:
+        """Decode each weight once, or at each use; kept, they take what the base has in 16 bits."""
+        if wanted == self.keeps_decoded:
+            return
+        layers = {module: linear_of(module) for module in self._modules}
+        if wanted:
+            layers = {module: _decoded(module, layer) for module, layer in layers.items()}
+        self._modules = {module: (its, layers[module]) for module, (its, _) in self._modules.items()}
+        self.keeps_decoded = wanted
+        if self._swapped:
+            self._swap_in()
 
     def leave_to_peft(self) -> None:
         """From now on and for good, with PEFT's own forward; the head's loss then goes through it too."""
@@ -99,6 +115,15 @@ def _is_plain(module: Any) -> bool:
 
 def _is_in_four_bits(module: Any) -> bool:
     return isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state") and is_in_whole_blocks(module)
+
+
+def _decoded(module: Any, layer: Linear) -> Linear:
+    if not isinstance(layer.weight, Quantised):
+        return layer
+    weight = getattr(module, "base_layer", module).weight
+    values = torch.empty(layer.height, layer.width, dtype=weight.quant_state.dtype, device=weight.device)
+    ops_of(values.device).decode(layer.weight, values)
+    return replace(layer, weight=values)
 
 
 def _rate(layer: Linear) -> float:

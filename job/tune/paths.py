@@ -118,13 +118,17 @@ class AutogradPath:
     def adopt(self, plan: Plan) -> None:
         """See `Path`."""
         self._model.layers.recomputing = plan["checkpointing"]
+        self._model.linears.keep_decoded(wanted=plan["kept_layers"] > 0)
         self._grain = grain_of(plan["micro_batch_tokens"])
         if self._compiling is not None and plan.get("compiled", True) and not self._model.layers.compiled:
             self._model.layers.compile(self._compiling.backend)
 
     def give_up_weights(self) -> Plan | None:
-        """See `Path`: none are kept."""
-        return None
+        """See `Path`."""
+        if not self._model.linears.keeps_decoded:
+            return None
+        self._model.linears.keep_decoded(wanted=False)
+        return {"kept_layers": 0}
 
     def compute_again(self) -> Plan | None:
         """See `Path`."""

@@ -196,3 +196,17 @@ def test_a_model_that_needs_too_many_variants_is_not_compiled_all_the_time(bases
 
     assert "LimitHit" in told[0]
     assert not model.layers.compiled
+
+
+def test_weights_are_kept_or_given_up_by_the_plan(bases, documents):
+    model, batch = model_of(bases, "llama"), micro_batch(documents, range(3))
+    path = compiled(model)
+    plain = done(path, model, batch)
+    assert path.give_up_weights() is None
+    path.adopt(plan_of(4096, kept_layers=2))
+    assert model.linears.keeps_decoded
+    assert_same(done(path, model, batch), plain)
+    assert path.give_up_weights() == {"kept_layers": 0}
+    assert not model.linears.keeps_decoded
+    assert path.give_up_weights() is None
+    assert_same(done(path, model, batch), plain)

@@ -10,6 +10,7 @@ from tiny import ARCHITECTURES, EVERY_LINEAR, adapted, backward, load_base, micr
 from job.core.recipe import LoraSection
 from job.engine import reference
 from job.engine.layer_op import linear
+from job.engine.weights import Quantised
 from job.tune.fast import linear_of
 from job.tune.model import PackedModel, trainable
 
@@ -137,3 +138,24 @@ def test_an_adapter_of_another_kind_is_right_and_left_to_peft_where_it_must_be(b
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_that_are_kept_decoded_change_no_bit(bases, documents, architecture, dtype):
+    model, batch = model_of(bases, architecture, dtype=dtype), micro_batch(documents, range(3))
+    packed = {module.one_op for module in model.modules() if hasattr(module, "one_op")}
+    before = backward(model, [batch])
+    model.linears.keep_decoded(wanted=True)
+    kept = {module.one_op for module in model.modules() if hasattr(module, "one_op")}
+    with model.linears.as_peft_has_them():
+        pass
+    found = backward(model, [batch])
+    model.linears.keep_decoded(wanted=False)
+    after = backward(model, [batch])
+
+    assert any(isinstance(layer.weight, Quantised) for layer in packed)
+    assert {layer.weight.dtype for layer in kept} == {dtype}
+    for other in (found, after):
+        assert other[0] == before[0]
+        assert all(torch.equal(gradient, other[1][name]) for name, gradient in before[1].items())
