@@ -150,6 +150,7 @@ def variations_of(engine, layers):
     if engine == "generic":
         return (
             as_it_is,
+            Variation(name="no decoded weights kept", cut={"kept_layers": 0}),
             Variation(name="attention by torch's variable-length kernels", meanwhile=_torch_s_attention),
             Variation(name="layers not compiled", meanwhile=_not_compiled),
             Variation(name="nor one op a linear layer: PEFT's and bitsandbytes' own", meanwhile=_peft),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from job.engine.attention import Attention, Documents, has_kernel, has_own_kernel
 
-Three = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""Of query, key and value."""
 
 
 @torch.library.custom_op(
@@ -83,7 +84,7 @@ def _backward_op(
     blocks: Tensor | None,
     scale: float,
     window: int | None,
-) -> Three:
+) -> Gradients:
     """Gradients of query, key and value."""
     return Attention(scale=scale, window=window).backward(
         grad.contiguous(),

@@ -1,8 +1,8 @@
 """One linear layer with its adapter, there and back: y = x W^T + bias + s dropout(x) A^T B^T.
 
-W is decoded from NF4 where it is used and never kept; an adapter in fp32 is rounded there to what is computed in. The
-adapter's product comes first and the large one is added to it, which reads it while it multiplies: the other way round
-a thin product would read and write all of the result once more.
+W is decoded from NF4 where it is used, if it does not come decoded; an adapter in fp32 is rounded there to what is
+computed in. The adapter's product comes first and the large one is added to it, which reads it while it multiplies: the
+other way round a thin product would read and write all of the result once more.
 LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.
 """
 

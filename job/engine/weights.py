@@ -61,7 +61,7 @@ class Linear:
     """One layer: frozen weight, perhaps a bias, perhaps an adapter."""
 
     weight: Quantised | Tensor
-    """[N, K]; a tensor where the base keeps it unquantised."""
+    """[N, K]; a tensor where the base has it unquantised, or where it is kept decoded."""
     bias: Tensor | None
     adapter: Adapter | None
 

@@ -7,7 +7,7 @@ from job.engine.weights import Quantised
 from job.tune.fast import linear_of
 
 
-@pytest.mark.parametrize(("engine", "variations"), [("fast", 14), ("generic", 4)])
+@pytest.mark.parametrize(("engine", "variations"), [("fast", 14), ("generic", 5)])
 def test_each_part_is_done_otherwise_and_the_loss_stays(tmp_path, base, examples, engine, variations):
     results = tmp_path / "RESULTS.md"
     options = ["--base", base, "--train", examples, "--text", "{t}", "--results", results, "--engine", engine]
