@@ -1,5 +1,6 @@
 """The generic path is taken with the engine's ops only where they give what PEFT's own layers give."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from job.engine import layer
 from job.tune import choice, loss
 from job.tune.choice import choose_path
 from job.tune.model import trainable
+from job.tune.selftest import check_model
 
 
 def model_of(bases, architecture="llama", *, dtype=torch.float32, dropout=0.0):
@@ -44,6 +46,15 @@ def another_gradient(*arguments, wants_x, _true=layer.backward):
     return d_x, None if d_a is None else 2 * d_a, d_b
 
 
+def another_result(*arguments, _true=layer.forward):
+    y, h = _true(*arguments)
+    return 1.5 * y, h
+
+
+def no_gradient(*arguments, share, seed, _true=loss.head_loss):
+    return replace(_true(*arguments, share=share, seed=seed), a=None)
+
+
 def no_kernel(*_, **__):
     msg = "no kernel here"
     raise RuntimeError(msg)
@@ -57,9 +68,11 @@ def another_head(*arguments, share, seed, _true=loss.head_loss):
 @pytest.mark.parametrize(
     ("module", "part", "wrong", "told"),
     [
+        (layer, "forward", another_result, "a token's loss differs"),
         (layer, "backward", another_gradient, "the gradient of model"),
         (layer, "backward", no_kernel, "RuntimeError: no kernel here"),
         (loss, "head_loss", another_head, "the gradient of model"),
+        (loss, "head_loss", no_gradient, "model.base_model.model.lm_head.lora_A.default.weight gets no gradient"),
     ],
 )
 def test_ops_that_compute_something_else_are_left_for_peft_s_own(
@@ -70,6 +83,7 @@ def test_ops_that_compute_something_else_are_left_for_peft_s_own(
     with model.linears.as_peft_has_them():
         expected = backward(model, [batch])
     monkeypatch.setattr(module, part, wrong)
+    check_model(model)  # of the architecture it has nothing to say
     with capture_logs() as logs:
         made = chosen(model, wanted)
     (warning,) = logs

@@ -9,7 +9,6 @@ from transformers import AttentionInterface
 
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
-from job.engine.head import head_loss
 from job.tune import loss
 from job.tune.attention import PER_DOCUMENT, per_document_attention, register
 from job.tune.selftest import check_model
@@ -94,12 +93,12 @@ def test_an_unknown_factor_on_the_logits_is_found(model):
 
 
 def test_an_adapter_that_learns_nothing_is_found(model, monkeypatch):
-    """As where a fused loss reads the head's weight and so passes by its adapter."""
+    """As where a loss reads the head's weight and so passes by its adapter."""
 
-    def by_the_weight(hidden, targets, head, **options):
-        return head_loss(hidden, targets, replace(head, adapter=None), **options)
+    def by_the_weight(hidden, targets, head, _true=loss.token_losses):
+        return _true(hidden, targets, replace(head, module=head.module.base_layer))
 
-    monkeypatch.setattr(loss, "head_loss", by_the_weight)
+    monkeypatch.setattr(loss, "token_losses", by_the_weight)
     with pytest.raises(UsageError, match=r"no gradient reaches .*lm_head.*lora_B"):
         check_model(model)
 
