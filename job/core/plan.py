@@ -191,7 +191,7 @@ def pack(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
     return [sorted(members) for members in packs]
 
 
-def pack_evenly(lengths: Sequence[int], *, most: int) -> list[list[int]]:
+def pack_evenly(lengths: Sequence[int], *, most: int, grain: int = 1) -> list[list[int]]:
     """A step's documents into as few micro-batches of at most `most` tokens as hold them, about equally full.
 
     Four of 13,000 tokens are faster than three of 16,000 and a rest of 4,000: a small one does not fill the device.
@@ -199,13 +199,15 @@ def pack_evenly(lengths: Sequence[int], *, most: int) -> list[list[int]]:
     Args:
         lengths: tokens of each document; none is longer than `most`.
         most: tokens of a micro-batch.
+        grain: micro-batches that are filled up to a multiple of it are nearly full by themselves, all but the last.
 
     Returns:
         As `pack`.
     """
     packs = pack(lengths, budget=most)
     even = max(-(-sum(lengths) // max(1, len(packs))), max(lengths, default=0))
-    for budget in (even, even + even // 32):  # full to the last token rarely works out, with a little room it does
+    for room in (0, even // 32):  # full to the last token rarely works out, with a little room it does
+        budget = -(-(even + room) // grain) * grain
         if budget < most and len(evenly := pack(lengths, budget=budget)) == len(packs):
             return evenly
     return packs

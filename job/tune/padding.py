@@ -13,7 +13,7 @@ micro-batch are always more than the padding."""
 
 
 def grain_of(micro_batch_tokens: int) -> int:
-    """Tokens that padded sizes are a multiple of: by the plan alone, so that a resumed run has the same."""
+    """Tokens that padded sizes and full micro-batches are a multiple of: by the plan alone, as a resumed run has it."""
     return -(-micro_batch_tokens // (_SIZES * _MULTIPLE)) * _MULTIPLE
 
 

@@ -19,6 +19,7 @@ from job.tune.checkpoint import Trained
 from job.tune.device import random_state, restore_random_state
 from job.tune.encode import Documents, MicroBatch, micro_batch
 from job.tune.flat import FlatAdapter
+from job.tune.padding import grain_of
 from job.tune.paths import Path
 
 _NAMED_EXAMPLES = 64
@@ -237,7 +238,7 @@ class Trainer:
         targets = int(self._targets[batch].sum())
         total = torch.zeros((), device=self._accelerator.device)
         lengths = self._lengths[batch].tolist()
-        for members in pack_evenly(lengths, most=max(budget, *lengths)):
+        for members in pack_evenly(lengths, most=max(budget, *lengths), grain=grain_of(budget)):
             part = self._micro_batch([batch[i] for i in members])
             total += self._path.accumulate(part, targets=targets).sum() / targets
             crash_point("step.middle")

@@ -1,6 +1,7 @@
 """What is decided before the device is touched: lengths, order, packing."""
 
 import hashlib
+import random
 from itertools import pairwise
 
 import numpy as np
@@ -280,9 +281,9 @@ def test_nothing_packs_into_nothing():
 
 
 @steady
-@given(documents.filter(bool), st.integers(100, 3000))
-def test_packing_evenly_takes_no_more_micro_batches_and_keeps_to_the_most(tokens, most):
-    packs, plain = pack_evenly(tokens, most=most), pack(tokens, budget=most)
+@given(documents.filter(bool), st.integers(100, 3000), st.integers(1, 500))
+def test_packing_evenly_takes_no_more_micro_batches_and_keeps_to_the_most(tokens, most, grain):
+    packs, plain = pack_evenly(tokens, most=most, grain=grain), pack(tokens, budget=most)
 
     assert sorted(i for members in packs for i in members) == list(range(len(tokens)))
     assert len(packs) == len(plain)
@@ -295,6 +296,17 @@ def test_packing_evenly_leaves_no_small_rest():
 
     assert len(sizes) == 3
     assert min(sizes) >= 700
+
+
+def test_micro_batches_that_are_filled_up_leave_little_to_fill():
+    """256 documents as long as GSM8K's, by the plan of an H100: filled up, they are one percent longer at most."""
+    draw = random.Random(5)
+    for _step in range(20):
+        tokens = [min(512, max(60, round(draw.gauss(203, 70)))) for _ in range(256)]
+        sizes = [sum(tokens[i] for i in members) for members in pack_evenly(tokens, most=11264, grain=384)]
+        filled = sum(-(-size // 384) * 384 for size in sizes)
+        assert filled / sum(tokens) < 1.01
+        assert min(sizes) > 0.8 * max(sizes)
 
 
 def test_the_largest_step_is_found():
