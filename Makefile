@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Attempts killed, stopped, frozen, started twice, on a store that dies and lies: half an hour on two cores. What was
+# Attempts killed, stopped, frozen, started twice, on a store that dies and lies: forty minutes on two cores. What was
 # done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments; CHAOS_ENGINE=fast trains by the engine's step.
 chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CHAOS_RESULTS=bench/RESULTS.md \

@@ -8,7 +8,6 @@ that is off is done as it would be without us: by torch's own operations, by bit
 then no longer fits is computed again, as in a run, and the row says so.
 """
 
-import argparse
 import contextlib
 import gc
 import tempfile
@@ -24,8 +23,9 @@ from unittest.mock import patch
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 
-from bench.results import RESULTS, device_and_versions, table, write_section
-from bench.training import GSM8K, SameBatch, hooks_of, load, recipe_of, run
+from bench.options import parser_of
+from bench.results import device_and_versions, table, write_section
+from bench.training import SameBatch, hooks_of, load, recipe_of, run
 from job.engine import reference
 from job.engine.attention import Attention
 from job.engine.llama import Thrift
@@ -237,17 +237,12 @@ def _said(change):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--train", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--text", default=GSM8K, help="template over the fields of a record")
+    parser = parser_of(__doc__)
     parser.add_argument("--batch", type=int, default=128, help="examples of a step")
     parser.add_argument("--tokens", type=int, help="the most of a micro-batch; the plan's without it")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warm-up", type=int, default=3, help="steps that do not count")
     parser.add_argument("--engine", choices=["fast", "generic"], default="fast")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     recipe = recipe_of(options.base, options.train, text=options.text, batch_size=options.batch)
     results = {}

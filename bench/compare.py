@@ -12,7 +12,6 @@ The table is printed and written after each contestant. Rates are medians over t
 real tokens only; a share of the ceiling is the rate times `bench.flops` a token, by what large products sustain.
 """
 
-import argparse
 import json
 import shutil
 import signal
@@ -25,10 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from bench import flops, long_documents, ours, rival
-from bench.comparisons import COMPARISONS, GSM8K, LONG, Ours
+from bench.comparisons import COMPARISONS, LONG, Ours
 from bench.measured import Measured
+from bench.options import parser_of
 from bench.processes import NoResultError, run
-from bench.results import RESULTS, table, write_section
+from bench.results import table, write_section
 from bench.training import documents_of, recipe_of
 from job.core.memory import ModelShape
 from job.tune import model as models
@@ -133,17 +133,12 @@ def _about(contestant, result):
 
 def arguments(names):
     """Of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("comparison", choices=names)
-    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--train", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--text", default=GSM8K, help="template over the fields of a record")
     parser.add_argument("--only", action="append", metavar="NAME", help="of the contestants; may be repeated")
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of each contestant")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of ours")
     parser.add_argument("--rivals-python", default=sys.executable, metavar="FILE")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep what each has said and written there")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
 
 

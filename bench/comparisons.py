@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-GSM8K = "### Question: {question}\n ### Answer: {answer}"
 LONG = "{text}"
 
 

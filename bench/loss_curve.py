@@ -10,7 +10,6 @@ smoothed; several seeds, for two of them may happen to lie near each other. Curv
 from there, so that an interrupted run goes on.
 """
 
-import argparse
 import gc
 import itertools
 import json
@@ -23,8 +22,9 @@ import numpy as np
 import torch
 
 from bench import plain
-from bench.results import RESULTS, device_and_versions, table, write_section
-from bench.training import GSM8K, hooks_of, load, recipe_of, run
+from bench.options import parser_of
+from bench.results import device_and_versions, table, write_section
+from bench.training import hooks_of, load, recipe_of, run
 from job.core.plan import plan_course
 from job.tune import model as models
 from job.tune.device import choose_device
@@ -151,20 +151,15 @@ def measure(recipe, engine, device, kept, *, seeds):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--train", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--text", default=GSM8K, help="template over the fields of a record")
+    parser = parser_of(__doc__)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of an example")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16, help="examples of a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=3, help="other seeds of the plain loop")
     parser.add_argument("--engine", choices=["auto", "fast", "generic"], default="auto")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--curves", type=Path, metavar="FILE", help="JSON: what is there is not measured again")
     parser.add_argument("--plot", type=Path, help="PNG; beside the results without it")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     recipe = recipe_of(
         options.base,

@@ -7,7 +7,6 @@ One run undisturbed, then one for each moment of MOMENTS. The other process is t
 plans with the same memory, and takes all but --left GiB of what is free when the moment comes.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -19,9 +18,9 @@ from pathlib import Path
 from bench import ours
 from bench.comparisons import Ours
 from bench.memory_hog import waiting_hog
+from bench.options import parser_of
 from bench.processes import NoResultError, run
-from bench.results import RESULTS, device_and_versions, table, write_section
-from bench.training import GSM8K
+from bench.results import device_and_versions, table, write_section
 
 _LOOK_SECONDS = 0.02
 
@@ -102,16 +101,11 @@ def _apart(report, undisturbed, what):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--train", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--text", default=GSM8K, help="template over the fields of a record")
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=128, help="examples of a step")
     parser.add_argument("--left", type=float, default=2.0, metavar="GIB", help="what is left free")
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of each run")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="memory-taken-") as folder:
         undisturbed = run_beside(None, options, Path(folder) / "undisturbed")

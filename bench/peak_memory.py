@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from bench.results import RESULTS, device_and_versions, table, write_section
-from bench.training import GSM8K, SameBatch, filling, hooks_of, load, recipe_of, run
+from bench.options import parser_of
+from bench.results import device_and_versions, table, write_section
+from bench.training import SameBatch, filling, hooks_of, load, recipe_of, run
 from job.tune.device import choose_device
 
 STEPS = 3
@@ -81,15 +82,10 @@ def row_of(point):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, action="append", required=True, metavar="FOLDER")
-    parser.add_argument("--train", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--text", default=GSM8K, help="template over the fields of a record")
+    parser = parser_of(__doc__, several_bases=True)
     parser.add_argument("--tokens", type=_whole, default=[4096, 8192, 16384, 32768], metavar="N,...")
     parser.add_argument("--recomputed", type=lambda said: said.split(","), default=["none", "all"], metavar="SHARE,...")
     parser.add_argument("--engine", choices=["fast", "generic"], default="fast")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_this_process:

@@ -11,7 +11,6 @@ do not tell their shapes and stand in one row. Kernels of the update that torch 
 until an update has proved finite) count as elementwise.
 """
 
-import argparse
 import contextlib
 import tempfile
 from collections import Counter, defaultdict
@@ -24,8 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import ceiling
 from bench.ideal import all_products_seconds, ideal_seconds
-from bench.results import RESULTS, device_and_versions, table, write_section
-from bench.training import GSM8K, NO_END, SameBatch, hooks_of, load, recipe_of, run
+from bench.options import parser_of
+from bench.results import device_and_versions, table, write_section
+from bench.training import NO_END, SameBatch, hooks_of, load, recipe_of, run
 from job.core.errors import StopRequestedError
 from job.core.plan import pack_evenly
 from job.tune.device import choose_device
@@ -215,16 +215,11 @@ def _rows(profiled, ideal):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--train", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--text", default=GSM8K, help="template over the fields of a record")
+    parser = parser_of(__doc__)
     parser.add_argument("--batch", type=int, default=256, help="examples of a step")
     parser.add_argument("--tokens", type=int, help="the most of a micro-batch; the plan's without it")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--engine", choices=["auto", "fast", "generic"], default="fast")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     device, rates = choose_device(options.device), ceiling.measure()
     torch.cuda.empty_cache()  # the plan counts what is free

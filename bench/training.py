@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import get_scheduler
 
+from bench.options import GSM8K
 from job.core.memory import AdapterShape, MemoryParts, ModelShape, memory_parts, plan_memory
 from job.core.plan import Course, choose_max_length, plan_course
 from job.core.recipe import CheckpointSection, EvaluateSection, Recipe, TrackSection
@@ -25,7 +26,6 @@ from job.tune.train import Hooks, Trainer
 
 NO_END = 1_000_000
 """Steps: what measures ends it."""
-GSM8K = "### Question: {question}\n ### Answer: {answer}"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = 32
 
