@@ -24,6 +24,13 @@ _BACKWARD = {"num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
+def _block(BLOCKS):
+    """Where this program's document begins, its block, and where both end."""
+    at = BLOCKS + tl.program_id(0) * 3
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit
 def _rows(X, row, end, stride, head, WIDTH: tl.constexpr):
     """Tokens of one head: [rows, WIDTH], zero from `end` on."""
     place = X + row[:, None].to(tl.int64) * stride + head * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -72,10 +79,8 @@ def _attention_forward(
     SIZE: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    block, head = tl.program_id(0), tl.program_id(1)
-    start = tl.load(BLOCKS + block * 3)
-    first = tl.load(BLOCKS + block * 3 + 1)
-    end = tl.load(BLOCKS + block * 3 + 2)
+    start, first, end = _block(BLOCKS)
+    head = tl.program_id(1)
     if first >= end:
         return
     own = first + tl.arange(0, SIZE)
@@ -141,10 +146,8 @@ def _attention_backward(
 
     The first part is the longer the earlier the block, the second the later: all programs have the same work.
     """
-    block, key_head = tl.program_id(0), tl.program_id(1)
-    start = tl.load(BLOCKS + block * 3)
-    first = tl.load(BLOCKS + block * 3 + 1)
-    end = tl.load(BLOCKS + block * 3 + 2)
+    start, first, end = _block(BLOCKS)
+    key_head = tl.program_id(1)
     if first >= end:
         return
     own = first + tl.arange(0, SIZE)

@@ -12,6 +12,7 @@ from job.engine.attention import OWN_WIDTHS, Attention, Documents
 from job.engine.blocks import blocks_of
 from job.engine.parts import has_triton
 from job.tune.attention import reason_against_one_op
+from job.tune.device import told
 
 log = structlog.get_logger(__name__)
 
@@ -22,7 +23,6 @@ _ATTENDED = (1, 63, 64, 65, 200, 3)
 _WINDOW = 70
 _ATTENTION_TOLERANCE = 0.03
 """Difference of attention's result or a gradient from fp32, as a share of its norm; rounding to bf16 gives 0.003."""
-_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def _tried(device: torch.device, heads: int, key_heads: int, width: int) -> str 
     try:
         against = difference_from_formula(device, heads=heads, key_heads=key_heads, width=width)
     except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
-        against = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+        against = told(error)
     if against is not None:
         log.warning("attention_left_to_torch", reason=against, then="slower by a few percent")
     return against

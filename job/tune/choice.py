@@ -12,6 +12,7 @@ from job.core.errors import UsageError
 from job.engine.llama import Thrift
 from job.engine.parts import has_triton, ops_of
 from job.tune.attention import reason_against_one_op
+from job.tune.device import told
 from job.tune.fast import reason_against
 from job.tune.model import COMPUTE_DTYPE, PackedModel
 from job.tune.paths import AutogradPath, Compiling, FastPath, Path
@@ -20,7 +21,6 @@ from job.tune.selftest import difference
 log = structlog.get_logger(__name__)
 
 Wanted = Literal["auto", "fast", "generic"]
-_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def choose_path(
             path = FastPath(model, ops_of(device), dtype=dtype, thrift=Thrift(kept_layers=0, recomputed_layers=0))
             against = difference(model, path, AutogradPath(model, backward))
         except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
-            against = _told(error)
+            against = told(error)
         else:
             if against is None:
                 reason = f"a decoder of the Llama family; agrees with the generic path{attention}"
@@ -108,11 +108,7 @@ def _reason_against_ops(model: PackedModel, path: AutogradPath) -> str | None:
     try:
         return difference(model, path, path)
     except Exception as error:  # noqa: BLE001 - as above
-        return _told(error)
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+        return told(error)
 
 
 def _reason_of_device(device: torch.device) -> str | None:

@@ -67,6 +67,11 @@ def reason_of(error: Exception) -> str:
     return first[0][:_LONGEST_REASON].rstrip(".") if first else type(error).__name__
 
 
+def told(error: Exception) -> str:
+    """What any library refused: the error's kind and text, no longer than a line of a log should be."""
+    return f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+
+
 def driver_version() -> str | None:
     """Of the NVIDIA driver that this kernel runs; None where there is none."""
     try:

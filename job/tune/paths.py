@@ -12,7 +12,7 @@ from job.engine.attention import Documents
 from job.engine.llama import Row, Step, Thrift
 from job.engine.ops import Ops
 from job.engine.replay import Replay, most_tokens
-from job.tune.device import random_state, restore_random_state
+from job.tune.device import random_state, restore_random_state, told
 from job.tune.encode import MicroBatch
 from job.tune.fast import decoder_of
 from job.tune.layers import variants_compiled
@@ -23,8 +23,6 @@ log = structlog.get_logger(__name__)
 
 Plan = dict[str, Any]
 """How a batch is cut for this device, as a checkpoint keeps it."""
-
-_LONGEST_REASON = 300
 
 
 class Path(Protocol):
@@ -107,7 +105,7 @@ class AutogradPath:
             restore_random_state(generators)
             _restore(before)
             self._model.layers.stop_compiling()
-            self._compiling.on_stopped(f"{type(error).__name__}: {error}"[:_LONGEST_REASON])
+            self._compiling.on_stopped(told(error))
             self._compiling = None
             return None
         return losses

@@ -23,10 +23,10 @@ from job.tune.padding import grain_of
 from job.tune.paths import Path
 
 _NAMED_EXAMPLES = 64
+"""Of a step that went wrong: more would make a message that nobody reads."""
 _SMALL = 4096
 """Tokens of a micro-batch: with fewer, products are too short to be fast, and decoding weights at each use costs less.
 """
-"""Of a step that went wrong: more would make a message that nobody reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

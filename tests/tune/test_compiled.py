@@ -9,6 +9,7 @@ from tiny import adapted, gradients, micro_batch, plan_of
 from job.core.recipe import LoraSection
 from job.engine import layer_op
 from job.tune import device, layers
+from job.tune.attention_choice import AttentionChoice
 from job.tune.layers import variants_compiled
 from job.tune.model import trainable
 from job.tune.padding import decoder_inputs, grain_of, padded_size
@@ -196,6 +197,24 @@ def test_a_model_that_needs_too_many_variants_is_not_compiled_all_the_time(bases
 
     assert "LimitHit" in told[0]
     assert not model.layers.compiled
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_compiled_layers_may_have_the_engine_s_own_attention(bases, documents, own_kernels, architecture):
+    """Their blocks are those of the documents as they are filled up, as many as there are."""
+    model, told = model_of(bases, architecture), []
+    path = compiled(model, told)
+    for members in OF_A_FEW:
+        batch = micro_batch(documents, members)
+        model.attention = AttentionChoice(own=False, reason=None)
+        plain = done(path, model, batch)
+        assert own_kernels.calls == 0
+        model.attention = AttentionChoice(own=True, reason=None)
+        assert_same(done(path, model, batch), plain)
+        assert own_kernels.calls > 0
+        own_kernels.calls = 0
+
+    assert told == []
 
 
 def test_weights_are_kept_or_given_up_by_the_plan(bases, documents):

@@ -7,7 +7,7 @@ import torch
 from tiny import backward, documents_of, one_by_one, plan_of, random_text
 
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
-from job.core.plan import plan_course
+from job.core.plan import pack_evenly, plan_course
 from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection
 from job.tune.paths import AutogradPath
 
@@ -233,9 +233,21 @@ def test_what_costs_least_is_done_first_when_memory_runs_out(start, documents):
     with pytest.raises(CannotFitError, match="one example of"):
         made.run()
 
-    weights = [(15000, 2, False), (7500, 2, False), (4096, 2, False), (4096, 0, False)]
+    weights = [(7500, 2, False), (4096, 2, False), (4096, 0, False)]
     halved = [(size, 0, False) for size in (2048, 1024, 512, 256, 128, 64, longest)]
-    assert made.path.asked[-len(halved) - len(weights) :] == [*weights[1:], *halved, (longest, 0, True)]
+    assert made.path.asked == [*weights, *halved, (longest, 0, True)]
+
+
+def test_micro_batches_are_full_to_a_multiple_of_what_compiled_code_is_filled_up_to(start, documents):
+    """64 tokens, with plans as small as these; packed without it they would be others."""
+    lengths = documents.lengths.tolist()
+    most = next(n for n in range(64, 128) if pack_evenly(lengths, most=n, grain=64) != pack_evenly(lengths, most=n))
+    made, seen = start(batch_size=8, steps=1, micro_batch_tokens=most), []
+    micro_batches(made, lambda batch: seen.append(sorted(batch.document_lengths)))
+    made.run(evaluate_every=100)
+
+    packs = pack_evenly(lengths, most=most, grain=64)
+    assert sorted(seen) == sorted(sorted(lengths[i] for i in members) for members in packs)
 
 
 def scarce_evaluation(made, most):
