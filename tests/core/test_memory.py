@@ -163,6 +163,14 @@ def test_the_generic_path_keeps_decoded_weights_where_its_layers_are_compiled():
     assert memory_parts(LLAMA_2_7B, TUTORIAL, "generic").decoded_layer == 2 * LLAMA_2_7B.linear_parameters // 32
 
 
+@pytest.mark.parametrize("gib", range(6, 140, 2))
+def test_the_generic_path_has_layers_of_one_kind(gib):
+    plan = planned(gib * GIB, path="generic", step_tokens=52_000)
+
+    assert plan.kept_layers in {0, 32}
+    assert plan.recomputed_layers in {0, 32}
+
+
 def test_a_large_gpu_computes_nothing_twice():
     plan = planned(139 * GIB)
 

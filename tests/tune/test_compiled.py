@@ -201,20 +201,20 @@ def test_a_model_that_needs_too_many_variants_is_not_compiled_all_the_time(bases
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_compiled_layers_may_have_the_engine_s_own_attention(bases, documents, own_kernels, architecture):
-    """Their blocks are those of the documents as they are filled up, as many as there are."""
+    """Their blocks are those of the documents as they are filled up; how many there are is no part of the code."""
     model, told = model_of(bases, architecture), []
-    path = compiled(model, told)
-    for members in OF_A_FEW:
-        batch = micro_batch(documents, members)
-        model.attention = AttentionChoice(own=False, reason=None)
-        plain = done(path, model, batch)
-        assert own_kernels.calls == 0
-        model.attention = AttentionChoice(own=True, reason=None)
-        assert_same(done(path, model, batch), plain)
-        assert own_kernels.calls > 0
-        own_kernels.calls = 0
+    batches = [micro_batch(documents, members) for members in OF_A_FEW]
+    expected = [done(AutogradPath(model, torch.Tensor.backward), model, batch) for batch in batches]
+    assert own_kernels.calls == 0
+    model.attention = AttentionChoice(own=True, reason=None)
+    before, path = variants_compiled(), compiled(model, told)
+    found = [done(path, model, batch) for batch in batches]
 
+    assert own_kernels.calls == 2 * len(batches)  # layers
+    assert variants_compiled() - before == 2
     assert told == []
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
 
 
 def test_weights_are_kept_or_given_up_by_the_plan(bases, documents):
