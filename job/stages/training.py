@@ -43,6 +43,7 @@ from job.tune.model import (
     parameter_counts,
     trainable,
 )
+from job.tune.paths import settle
 from job.tune.selftest import check_model
 from job.tune.track import Tracking, make_accelerator
 from job.tune.train import Hooks, StepRecord, Trainer
@@ -149,7 +150,8 @@ class Training:
         run = self._describe(model, trained, planned)
         self._resume(trained, run)
         path = planned.choice.path
-        path.adopt(trained.progress.plan)
+        if not settle(path, trained.progress.plan):
+            self._tell_out_of_memory(run)
         path.refresh()
         tracking = self._begin_tracking(accelerator)
         publisher = Publisher(
@@ -331,13 +333,12 @@ class Training:
 
         def on_out_of_memory(plan: dict[str, Any]) -> None:
             nonlocal step_cut
-            run.out_of_memory += 1
             was, step_cut = step_cut, plan["micro_batch_tokens"]
             if self._attempt.recipe.lora.dropout and step_cut != was:
                 trained.progress.changes.append(
                     f"memory ran out after step {trained.progress.step}: smaller micro-batches draw other dropout masks"
                 )
-            log.warning("out_of_memory", then=plan)
+            self._tell_out_of_memory(run)
 
         def is_commit_due(steps_since: int) -> bool:
             return self._attempt.limits.checkpoint_due(
@@ -401,6 +402,10 @@ class Training:
             )
             log.warning("memory_in_pieces", retries=run.allocation_retries, reason=reason)
             self._attempt.notes.append(reason)
+
+    def _tell_out_of_memory(self, run: TrainedRun) -> None:
+        run.out_of_memory += 1
+        log.warning("out_of_memory", then=dict(run.progress.plan))
 
     def _on_first_step(self, run: TrainedRun) -> None:
         spent = self._attempt.phases.so_far()

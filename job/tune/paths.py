@@ -57,6 +57,28 @@ class Path(Protocol):
         ...
 
 
+def settle(path: Path, plan: Plan) -> bool:
+    """Let a path adopt a plan; when memory has gone since that was made, without decoded weights.
+
+    Returns:
+        Whether all of it fitted; if not, the plan has changed.
+
+    Raises:
+        torch.OutOfMemoryError: nor does it fit without them.
+    """
+    try:
+        path.adopt(plan)
+    except torch.OutOfMemoryError:
+        if not plan["kept_layers"]:
+            raise
+    else:
+        return True
+    torch.cuda.empty_cache()
+    plan["kept_layers"] = 0
+    path.adopt(plan)
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiling:
     """How layers are compiled, and who is told when they no longer are."""

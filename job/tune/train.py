@@ -20,7 +20,7 @@ from job.tune.device import random_state, restore_random_state
 from job.tune.encode import Documents, MicroBatch, micro_batch
 from job.tune.flat import FlatAdapter
 from job.tune.padding import grain_of
-from job.tune.paths import Path
+from job.tune.paths import Path, settle
 
 _NAMED_EXAMPLES = 64
 """Of a step that went wrong: more would make a message that nobody reads."""
@@ -267,7 +267,7 @@ class Trainer:
                 "lower data.max_length, or use a GPU with more memory"
             )
             raise CannotFitError(msg) from error
-        self._path.adopt(plan)
+        settle(self._path, plan)
         self._hooks.on_out_of_memory(dict(plan))
 
     def _read(self) -> None:

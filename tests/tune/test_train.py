@@ -1,6 +1,7 @@
 """The training loop: the batch is the science, the micro-batch is the hardware's; and what ends a run."""
 
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny import backward, documents_of, one_by_one, plan_of, random_text
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
 from job.core.plan import pack_evenly, plan_course
 from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection
-from job.tune.paths import AutogradPath
+from job.tune.paths import AutogradPath, settle
 
 
 def micro_batches(made, told):
@@ -236,6 +237,43 @@ def test_what_costs_least_is_done_first_when_memory_runs_out(start, documents):
     weights = [(7500, 2, False), (4096, 2, False), (4096, 0, False)]
     halved = [(size, 0, False) for size in (2048, 1024, 512, 256, 128, 64, longest)]
     assert made.path.asked == [*weights, *halved, (longest, 0, True)]
+
+
+class Robbed(Scarce):
+    """One that has no room for decoded weights, which another process has taken."""
+
+    def accumulate(self, batch, *, targets):
+        if self.asked:
+            raise StopRequestedError("far enough")
+        raise torch.OutOfMemoryError
+
+    def adopt(self, plan):
+        super().adopt(plan)
+        if plan["kept_layers"]:
+            raise torch.OutOfMemoryError
+
+
+def test_decoded_weights_that_no_longer_fit_are_not_kept_when_a_smaller_plan_is_adopted(start):
+    made = start(batch_size=8, steps=1, micro_batch_tokens=15000)
+    made.progress.plan["kept_layers"] = 2
+    made.path = Robbed()
+    with pytest.raises(StopRequestedError, match="far enough"):
+        made.run()
+    assert made.path.asked == [(7500, 2, False), (7500, 0, False)]
+    assert made.shrunk == [plan_of(7500)]
+
+
+def test_a_plan_that_fits_no_more_is_settled_without_decoded_weights_or_not_at_all():
+    plan, path = plan_of(7500, kept_layers=2), Robbed()
+    assert not settle(path, plan)
+    assert plan == plan_of(7500)
+    assert settle(path, plan)
+    assert path.asked == [(7500, 2, False), (7500, 0, False), (7500, 0, False)]
+
+    path.adopt = scarce = Mock(side_effect=torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError):
+        settle(path, plan)
+    scarce.assert_called_once()
 
 
 def test_micro_batches_are_full_to_a_multiple_of_what_compiled_code_is_filled_up_to(start, documents):
