@@ -427,7 +427,9 @@ class Step:
         return self._shared[key]
 
     def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=self._dtype, device=self.device)
+        # A CPU's products in bf16 (oneDNN with AMX) read beyond a row's end, into its padding, and multiply by zero.
+        make = torch.zeros if self.device.type == "cpu" else torch.empty
+        return make(*shape, dtype=self._dtype, device=self.device)
 
     def _empty_exact(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)

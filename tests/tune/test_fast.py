@@ -123,6 +123,34 @@ def test_the_logits_of_a_large_vocabulary_come_in_chunks(family, documents, monk
     assert_close(done(fast(model), model, batch), expected)
 
 
+@pytest.fixture
+def unwritten_is_nan(monkeypatch):
+    """Memory that nobody has written into holds no number."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+def test_rows_of_a_product_have_numbers_as_far_as_the_next_row(family, documents, monkeypatch):
+    """Kernels of CPUs with AMX multiply what lies beyond a row's end by zero."""
+    model, product, looked_at = adapted(family["llama"], lora_of(), moved=True), torch.mm, []
+
+    def looking(left, right, **options):
+        for factor in (left, right):
+            rows = factor if factor.stride(1) == 1 else factor.t()
+            apart = rows.stride(0)
+            beyond = rows.as_strided((len(rows) - 1, apart), (apart, 1))
+            looked_at.append(apart > rows.shape[1])
+            assert beyond.isfinite().all()
+        return product(left, right, **options)
+
+    monkeypatch.setattr(torch, "mm", looking)
+    fast(model).accumulate(micro_batch(documents, range(8)), targets=100)
+    assert any(looked_at)
+
+
 def test_a_document_does_not_move_when_its_neighbour_changes(family, documents):
     model = adapted(family["mistral"], lora_of(), moved=True)
     path, batch = fast(model), micro_batch(documents, range(4))
