@@ -30,7 +30,7 @@ def plan(attempt: Attempt, gpus: Sequence[Gpu]) -> Plan:
     """Read the data, and the base's configuration and tokenizer; cut the batches for each GPU.
 
     Raises:
-        JobError: as a run would, for what a run would refuse without a GPU.
+        JobError: as a run would, for what a run would refuse without a GPU; the base may be without weights.
     """
     from job.stages.dataset import prepare_dataset
     from job.tune.attention import reason_against_one_op
@@ -39,13 +39,14 @@ def plan(attempt: Attempt, gpus: Sequence[Gpu]) -> Plan:
 
     quiet_libraries()
     recipe = attempt.recipe
-    run = find_run(attempt)
+    run = find_run(attempt, complete=False)
     base = base_model.fetch(
         run.base,
         models_folder=attempt.models_folder,
         settings=attempt.settings,
         should_stop=attempt.should_stop,
         weights=False,
+        complete=False,
     )
     config = read_config(base.folder)
     parameters, shape = refuse_targets(config, recipe.lora), shape_of(config)

@@ -23,7 +23,7 @@ from job.core.plan import Course, Lengths
 _GIB = 2**30
 _CONTEXT_GIB = 0.7
 """Of a GPU's memory, that CUDA and its libraries take before a model is loaded."""
-_SHARE = {"fast": 0.839, "generic": 0.70}
+_SHARE = {"fast": 0.839, "generic": 0.75}
 """Of what large products alone would keep up, in endless micro-batches; measured with Llama-2-7B, the fast path on an
 H200, the generic one on an H100."""
 _FORWARD_SHARE = 1 / 3

@@ -51,9 +51,21 @@ def _never() -> bool:
 
 
 def identify(
-    source: str, revision: str | None, *, settings: StoreSettings, should_stop: Callable[[], bool] = _never
+    source: str,
+    revision: str | None,
+    *,
+    settings: StoreSettings,
+    complete: bool = True,
+    should_stop: Callable[[], bool] = _never,
 ) -> BaseModelIdentity:
     """Say which model a recipe means, before anything large is downloaded; a local folder is read once.
+
+    Args:
+        source: a hub id, a folder, or a store's prefix.
+        revision: the commit of a hub id, else None.
+        settings: of the store.
+        complete: False where no weights need to be there, since none will be loaded.
+        should_stop: polled while a folder is read.
 
     Raises:
         UsageError: no full commit for a hub id, or one for anything else; weights as pickles only.
@@ -70,9 +82,10 @@ def identify(
         raise UsageError(f"model.revision: only a hub id has one, and {source} is none; remove the key")
     if (folder := model_places.local_folder(source)) is not None:
         return BaseModelIdentity(
-            source=source, revision=model_places.content_hash(folder, source=source, should_stop=should_stop)
+            source=source,
+            revision=model_places.content_hash(folder, source=source, complete=complete, should_stop=should_stop),
         )
-    _store, objects = model_places.look_into_store(source, settings)
+    _store, objects = model_places.look_into_store(source, settings, complete=complete)
     return BaseModelIdentity(source=source, revision=model_places.objects_hash(objects))
 
 
@@ -84,6 +97,7 @@ def fetch(
     should_stop: Callable[[], bool],
     on_progress: OnProgress | None = None,
     weights: bool = True,
+    complete: bool = True,
     patience: Patience | None = None,
 ) -> BaseModel:
     """Bring the model to the local disk; what can be refused is refused before the weights move.
@@ -95,6 +109,7 @@ def fetch(
         should_stop: polled between files and inside large ones.
         on_progress: follows the weights.
         weights: False for the small files only (configuration, tokenizer): enough to check and to plan.
+        complete: as in `identify`.
         patience: with a hub or store that fails; None: the one made for it.
 
     Raises:
@@ -104,8 +119,8 @@ def fetch(
     folder = _ready_copy(identity, models_folder)
     if folder is None:
         _make_folder(models_folder)
-        place = _place(identity, models_folder, settings, should_stop, patience)
-        folder = _bring(place, source=source, weights=weights, on_progress=on_progress)
+        place = _place(identity, models_folder, settings, should_stop, complete=complete, patience=patience)
+        folder = _bring(place, source=source, weights=weights, complete=complete, on_progress=on_progress)
     else:
         model_files.refuse_unknown_architecture(folder, source=source)
     names = model_files.present_files(folder)
@@ -119,9 +134,9 @@ def fetch(
     )
 
 
-def _bring(place: Place, *, source: str, weights: bool, on_progress: OnProgress | None) -> Path:
+def _bring(place: Place, *, source: str, weights: bool, complete: bool, on_progress: OnProgress | None) -> Path:
     files = place.files()
-    folder = _bring_small_files(place, files, source=source)
+    folder = _bring_small_files(place, files, source=source, complete=complete)
     if weights:
         wanted = _weights(folder, files, source=source)
         progress = _Progress(sum(wanted.values()), _here_bytes(folder, wanted), on_progress)
@@ -131,8 +146,8 @@ def _bring(place: Place, *, source: str, weights: bool, on_progress: OnProgress 
     return folder
 
 
-def _bring_small_files(place: Place, files: Mapping[str, int], *, source: str) -> Path:
-    model_files.refuse_unusable(files, source=source)
+def _bring_small_files(place: Place, files: Mapping[str, int], *, source: str, complete: bool) -> Path:
+    model_files.refuse_unusable(files, source=source, complete=complete)
     folder = place.bring(model_files.small_files(files), on_bytes=lambda _count: None)
     model_files.refuse_unknown_architecture(folder, source=source)
     return folder
@@ -151,6 +166,8 @@ def _place(
     models_folder: Path,
     settings: StoreSettings,
     should_stop: Callable[[], bool],
+    *,
+    complete: bool,
     patience: Patience | None,
 ) -> Place:
     if is_hub_id(identity.source):
@@ -163,7 +180,7 @@ def _place(
         return model_places.OnHub(repo=repo, cache=model_places.hub_cache(models_folder))
     if (folder := model_places.local_folder(identity.source)) is not None:
         return model_places.InFolder(folder=folder)
-    store, objects = model_places.look_into_store(identity.source, settings, patience)
+    store, objects = model_places.look_into_store(identity.source, settings, complete=complete, patience=patience)
     if model_places.objects_hash(objects) != identity.revision:
         raise NotFoundError(
             f"{identity.source}: the objects changed since this run began with {identity.revision[:12]}; "

@@ -46,8 +46,13 @@ def identifying_files(names: Collection[str]) -> list[str]:
     return sorted([name for name in small_files(names) if not _matches(name, _DOCUMENTS)] + list(weights))
 
 
-def refuse_unusable(names: Collection[str], *, source: str) -> None:
+def refuse_unusable(names: Collection[str], *, source: str, complete: bool) -> None:
     """Look at the names alone.
+
+    Args:
+        names: of the model's files.
+        source: what the recipe calls it.
+        complete: whether there must be weights.
 
     Raises:
         NotFoundError: no config.json, or no weights at all.
@@ -63,7 +68,8 @@ def refuse_unusable(names: Collection[str], *, source: str) -> None:
             f"{source}: the weights are pickles only ({pickles[0]}), and a pickle can run any code when it is read; "
             "convert them to safetensors (load once in a sandbox, then save_pretrained) or choose another model.base"
         )
-    raise NotFoundError(f"{source}: neither {_SINGLE} nor {_INDEX}; correct model.base")
+    if complete:
+        raise NotFoundError(f"{source}: neither {_SINGLE} nor {_INDEX}; correct model.base")
 
 
 def weight_files(folder: Path, names: Collection[str], *, source: str) -> list[str]:

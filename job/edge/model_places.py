@@ -150,8 +150,14 @@ def local_folder(source: str) -> Path | None:
     return None if "://" in source else Path(source)
 
 
-def content_hash(folder: Path, *, source: str, should_stop: Callable[[], bool]) -> str:
+def content_hash(folder: Path, *, source: str, complete: bool, should_stop: Callable[[], bool]) -> str:
     """The sha256 over the names and contents of all files that can change the model, read on several threads.
+
+    Args:
+        folder: the model's.
+        source: what the recipe calls it.
+        complete: whether there must be weights.
+        should_stop: polled while files are read.
 
     Raises:
         NotFoundError: no such folder, or no model in it.
@@ -162,7 +168,7 @@ def content_hash(folder: Path, *, source: str, should_stop: Callable[[], bool]) 
         raise NotFoundError(f"{source}: no such folder; correct model.base (a hub id is written owner/name)")
     try:
         names = model_files.present_files(folder)
-        model_files.refuse_unusable(names, source=source)
+        model_files.refuse_unusable(names, source=source, complete=complete)
         wanted = model_files.identifying_files(names)
         with ThreadPoolExecutor(_WORKERS) as pool:
             hashes = list(pool.map(lambda name: file_hash(folder / name, should_stop), wanted))
@@ -186,9 +192,9 @@ def file_hash(path: Path, should_stop: Callable[[], bool]) -> str:
 
 
 def look_into_store(
-    source: str, settings: StoreSettings, patience: Patience | None = None
+    source: str, settings: StoreSettings, *, complete: bool, patience: Patience | None = None
 ) -> tuple[ObjectStore, Mapping[str, StoredObject]]:
-    """The store at a prefix, and the objects there that make the model.
+    """The store at a prefix, and the objects there that make the model; `complete`: there must be weights.
 
     Raises:
         NotFoundError: no objects, or no model among them.
@@ -200,7 +206,7 @@ def look_into_store(
     keys = [entry.key for entry in store.list()]
     if not keys:
         raise NotFoundError(f"{source}: no objects under this prefix; correct model.base")
-    model_files.refuse_unusable(keys, source=source)
+    model_files.refuse_unusable(keys, source=source, complete=complete)
     wanted = {*model_files.small_files(keys), *model_files.identifying_files(keys)}
     with ThreadPoolExecutor(_WORKERS) as pool:
         return store, {stored.key: stored for stored in pool.map(store.stat, sorted(wanted))}

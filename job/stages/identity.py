@@ -39,11 +39,15 @@ class Run:
     """Its report is committed: there is nothing left to do."""
 
 
-def find_run(attempt: Attempt) -> Run:
+def find_run(attempt: Attempt, *, complete: bool = True) -> Run:
     """Look the run up; nothing is written.
 
     An unfinished run of the same recipe and base goes on with the objects it was begun with, also when new files have
     come under the glob since: a retry is the same run.
+
+    Args:
+        attempt: whose recipe it is.
+        complete: False where the base needs no weights, since none will be loaded.
 
     Raises:
         RunConflictError: the given run id belongs to another recipe or other data.
@@ -52,7 +56,11 @@ def find_run(attempt: Attempt) -> Run:
     recipe = attempt.recipe
     store = open_store(recipe.output, attempt.settings)
     base = base_model.identify(
-        recipe.model.base, recipe.model.revision, settings=attempt.settings, should_stop=attempt.should_stop
+        recipe.model.base,
+        recipe.model.revision,
+        settings=attempt.settings,
+        complete=complete,
+        should_stop=attempt.should_stop,
     )
     if attempt.run_id is not None:
         return _named(attempt, Artifacts(store, attempt.run_id), base)

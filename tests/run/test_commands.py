@@ -54,7 +54,7 @@ def test_plan_tells_lengths_memory_and_time_and_leaves_nothing(job, tmp_path):
     base = shutil.copytree(job.recipe["model"]["base"], tmp_path / "base")
     job.recipe["model"]["base"] = str(base)
     for path in base.glob("*.safetensors"):
-        path.write_bytes(b"")  # no weight is read
+        path.unlink()  # no weight is needed
     ended = job.call("plan", "--usd-per-hour", "4")
     assert ended.code == 0
     assert ended.stderr == ""
@@ -66,6 +66,7 @@ def test_plan_tells_lengths_memory_and_time_and_leaves_nothing(job, tmp_path):
     assert "--mem=" in ended.stdout
     assert objects(job.store) == []
     assert objects(job.workdir) == []
+    assert job.call("check").code == 66  # a run needs them
 
 
 def test_plan_for_one_gpu_or_a_part_of_it(job):
