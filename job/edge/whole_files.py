@@ -65,18 +65,13 @@ def whole_file(
     def fail(error: OSError) -> JobError:
         return trouble(error, path)
 
-    temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: a buffer that meets a full disk fails once more, untranslated, when the file is closed.
-        file = temporary.open("xb", buffering=0)
+        temporary, file = _begun(path)
     except OSError as error:
         raise fail(error) from error
     try:
         with file:
-            # The lock tells a file that is being written from one whose writer died: see `remove_dead`.
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield WholeFile(file, fail)
             try:
                 if durable:
@@ -91,14 +86,37 @@ def whole_file(
             temporary.unlink()
 
 
+def _begun(path: Path) -> tuple[Path, io.FileIO]:
+    """A new file beside the path, under a lock that tells it from one whose writer died: see `remove_dead`."""
+    while True:
+        temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
+        # Unbuffered: a buffer that meets a full disk fails once more, untranslated, when the file is closed.
+        file = temporary.open("xb", buffering=0)
+        locked = _lock(file)
+        if locked is None or (locked and temporary.exists()):
+            return temporary, file
+        file.close()  # between opening and locking it was taken for dead
+
+
+def _lock(file: io.IOBase) -> bool | None:
+    """Whether we hold the lock of a file; None where its file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 def remove_dead(folder: Path) -> int:
     """Remove the temporary files in a folder whose writers died, and count them."""
     removed = 0
     for temporary in folder.glob(TEMPORARY + "*"):
         with contextlib.suppress(OSError), temporary.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            temporary.unlink()
-            removed += 1
+            if _lock(file):
+                temporary.unlink()
+                removed += 1
     return removed
 
 
