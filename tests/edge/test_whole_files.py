@@ -1,6 +1,7 @@
 """Files appear whole or not at all, whoever clears up beside them."""
 
 import fcntl
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +17,12 @@ def test_a_file_that_is_taken_for_dead_as_it_is_begun_is_begun_again(tmp_path, m
         if not cleared:
             cleared.append(file)
             if holds_the_lock:
-                with open(file.name, "rb") as other:
+                with Path(file.name).open("rb") as other:
                     lock(other, how)
-                    lock(file, how)  # is refused
+                    try:
+                        lock(file, how)  # is refused
+                    finally:
+                        Path(file.name).unlink()
             assert remove_dead(tmp_path) == 1
         lock(file, how)
 
