@@ -200,6 +200,7 @@ def measure(loaded, variation, *, members, steps, warm_up):
     if variation.path is not None:
         loaded = replace(loaded, choice=replace(loaded.choice, path=variation.path(loaded)))
     trained = loaded.trained(loaded.planned | variation.cut, variation.optimizer and variation.optimizer(loaded))
+    planned = dict(trained.progress.plan)
     hooks = hooks_of(
         on_step=records.append,
         on_out_of_memory=ran_out.update,
@@ -213,7 +214,8 @@ def measure(loaded, variation, *, members, steps, warm_up):
         run(loaded.trainer(trained, hooks, SameBatch(members=tuple(members), steps=steps)))
     peak = torch.cuda.max_memory_allocated() if loaded.device.type == "cuda" else None
     rate = median(record.tokens / record.seconds for record in records[warm_up:])
-    return Result(rate=rate, peak_bytes=peak, ran_out=ran_out, loss=records[-1].loss)
+    changed = {key: value for key, value in ran_out.items() if value != planned.get(key)}
+    return Result(rate=rate, peak_bytes=peak, ran_out=changed, loss=records[-1].loss)
 
 
 def section(results):
