@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from packaging.version import Version
 
-pytest.importorskip("triton", reason="NO TRITON: its kernels are not tried here")
+triton = pytest.importorskip("triton", reason="NO TRITON: its kernels are not tried here")
+if Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
+    pytest.skip("Triton's interpreter before 3.7 fails with this numpy (int() of an array)", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 CASES = Path(__file__).parent / "kernel_cases.py"
