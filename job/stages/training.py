@@ -43,6 +43,7 @@ from job.tune.model import (
     parameter_counts,
     trainable,
 )
+from job.tune.paths import Path as GradientPath
 from job.tune.paths import settle
 from job.tune.selftest import check_model
 from job.tune.track import Tracking, make_accelerator
@@ -125,8 +126,7 @@ class Training:
         Raises:
             JobError: as the stages do; what is committed stays committed.
         """
-        attempt, setting = self._attempt, self._setting
-        recipe = attempt.recipe
+        attempt, setting, recipe = self._attempt, self._setting, self._attempt.recipe
         with attempt.phases.phase("load_model"):
             memory = device_memory(setting.device)
             progress = Progress()
@@ -149,10 +149,27 @@ class Training:
         trained = self._prepare(model, adapter, planned, progress)
         run = self._describe(model, trained, planned)
         self._resume(trained, run)
-        path = planned.choice.path
-        if not settle(path, trained.progress.plan):
+        self._adopt(planned.choice.path, run)
+        self._train(model, adapter, trained, planned, run, accelerator)
+        return run
+
+    def _adopt(self, path: GradientPath, run: TrainedRun) -> None:
+        """Cut batches as planned; memory may have gone since."""
+        if not settle(path, run.progress.plan):
             self._tell_out_of_memory(run)
         path.refresh()
+
+    def _train(
+        self,
+        model: PackedModel,
+        adapter: FlatAdapter,
+        trained: Trained,
+        planned: Planned,
+        run: TrainedRun,
+        accelerator: Accelerator,
+    ) -> None:
+        """Ask the base, and carry the run to its end; what is committed is uploaded whatever happens."""
+        attempt, setting, recipe = self._attempt, self._setting, self._attempt.recipe
         tracking = self._begin_tracking(accelerator)
         publisher = Publisher(
             setting.artifacts,
@@ -167,7 +184,7 @@ class Training:
                 hooks = self._hooks(model, trained, run, publisher, tracking)
                 model.train()
                 trainer = Trainer(
-                    path=path,
+                    path=planned.choice.path,
                     adapter=adapter,
                     trained=trained,
                     documents=setting.dataset.train,
@@ -182,7 +199,6 @@ class Training:
             with attempt.phases.phase("upload"):
                 publisher.close()
             self._publish_tensorboard()
-        return run
 
     def _begin_tracking(self, accelerator: Accelerator) -> Tracking:
         attempt = self._attempt

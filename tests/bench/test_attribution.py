@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from bench import attribution
 from bench.attribution import decode_by_bitsandbytes, main
 from job.engine import reference
 from job.engine.weights import Quantised
 from job.tune.fast import linear_of
+from job.tune.paths import FastPath
 
 
 @pytest.mark.parametrize(("engine", "variations"), [("fast", 14), ("generic", 5)])
@@ -17,6 +19,22 @@ def test_each_part_is_done_otherwise_and_the_loss_stays(tmp_path, base, examples
 
     assert len({row[0] for row in rows}) == variations
     assert losses == pytest.approx([losses[0]] * variations, rel=2e-3)
+
+
+def test_what_changed_when_memory_ran_out_is_said(tmp_path, base, examples, monkeypatch):
+    results, accumulate, failed = tmp_path / "RESULTS.md", FastPath.accumulate, []
+
+    def once_too_much(self, batch, *, targets):
+        if self._model.training and not failed:  # not in the self-test
+            failed.append(batch)
+            raise torch.OutOfMemoryError
+        return accumulate(self, batch, targets=targets)
+
+    monkeypatch.setattr(FastPath, "accumulate", once_too_much)
+    monkeypatch.setattr(attribution, "variations_of", lambda *_: (attribution.Variation(name="as it is"),))
+    options = ["--base", base, "--train", examples, "--text", "{t}", "--results", results, "--device", "cpu"]
+    main([*map(str, options), "--batch", "4", "--steps", "2", "--warm-up", "1"])
+    assert "as it is (memory ran out, then micro_batch_tokens 2048)" in results.read_text()
 
 
 def test_bitsandbytes_decodes_what_the_reference_decodes(base):

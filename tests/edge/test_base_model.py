@@ -464,6 +464,20 @@ def test_a_local_folder_that_does_not_exist_or_holds_no_model_is_not_found(tmp_p
         identify(str(tmp_path), None, settings=StoreSettings())
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_is_only_planned_needs_no_weights(bucket, tmp_path, stored):
+    source = put(bucket, SMALL) if stored else str(write(tmp_path / "base", SMALL))
+    with pytest.raises(NotFoundError, match=r"neither model\.safetensors nor"):
+        identify(source, None, settings=StoreSettings())
+
+    identity = identify(source, None, settings=StoreSettings(), complete=False)
+    own = {"models_folder": tmp_path / "models", "settings": StoreSettings(), "should_stop": never, "weights": False}
+    model = fetch(identity, complete=False, **own)
+    assert (model.folder / "config.json").read_bytes() == SMALL["config.json"]
+    with pytest.raises(NotFoundError, match=r"neither model\.safetensors nor"):
+        fetch(identity, **own)
+
+
 def test_a_missing_shard_of_a_local_folder_is_named(tmp_path):
     write(tmp_path, SMALL | {"model.safetensors.index.json": index("a.safetensors", "b.safetensors")})
     write(tmp_path, {"a.safetensors": safetensors(1)})

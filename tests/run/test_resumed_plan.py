@@ -90,6 +90,25 @@ def test_another_way_of_computing_is_told_and_has_a_plan_of_its_own(resumed, own
     assert progress.changes == [f"resumed at step 4 {told}: equal within rounding, not to the bit"]
 
 
+def test_decoded_weights_that_no_longer_fit_when_the_plan_is_adopted_are_told_of():
+    """Another process has taken the memory since the plan was made."""
+    asked = []
+
+    def adopt(plan):
+        asked.append(plan["kept_layers"])
+        if plan["kept_layers"]:
+            raise torch.OutOfMemoryError
+
+    path = SimpleNamespace(adopt=adopt, refresh=lambda: asked.append("refresh"))
+    run = SimpleNamespace(progress=Progress(plan=OWN | {"kept_layers": 32}), out_of_memory=0)
+    stage = Training.__new__(Training)
+    stage._adopt(path, run)
+    assert (asked, run.out_of_memory, run.progress.plan) == ([32, 0, "refresh"], 1, OWN)
+
+    stage._adopt(path, run)
+    assert run.out_of_memory == 1
+
+
 # --- a whole run -----------------------------------------------------------------------------------------------------
 
 
