@@ -94,6 +94,23 @@ def test_the_adapter_s_gradients_are_summed_in_fp32_when_its_inputs_are_not():
     assert not torch.equal(layer.adapter.a.grad, layer.adapter.a.grad.bfloat16().float())
 
 
+def test_what_a_young_adapter_adds_is_not_lost_in_rounding():
+    layer = layer_of(bias=False)
+    with torch.no_grad():
+        layer.adapter.b.copy_(layer.adapter.b.sign() * 1e-3)  # as after the first steps, all of them small
+    x = torch.randn(512, K, dtype=torch.bfloat16)
+    base = x.float() @ values(layer).bfloat16().float().T
+    adds = layer.adapter.scaling * x.float() @ layer.adapter.a.T @ layer.adapter.b.T
+
+    def arrives(y, without):
+        return float(((y.float() - without) * adds).sum() / (adds * adds).sum())
+
+    found, adds = layer_op.linear(x, layer, None).detach(), adds.detach()
+    rounded = base.bfloat16()
+    assert arrives(found, base) == pytest.approx(1, abs=0.1)
+    assert arrives(rounded + adds.bfloat16(), rounded.float()) < 0.7  # added to what is rounded already: PEFT's order
+
+
 @pytest.mark.parametrize("adapter", [True, False])
 @pytest.mark.parametrize("four_bits", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
