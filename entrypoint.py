@@ -2,7 +2,7 @@
 
 import sys
 
-from job.edge.interrupt import Interrupt
+from job.edge.host.interrupt import Interrupt
 
 if __name__ == "__main__":
     # Before the heavy imports: as PID 1 a process without handlers ignores SIGTERM.

@@ -26,15 +26,17 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
 from bench.training import SameBatch, hooks_of, load, recipe_of, run
-from job.engine import reference
-from job.engine.attention import Attention
-from job.engine.llama import Thrift
-from job.engine.ops import Ops
-from job.engine.parts import ops_of
-from job.tune import model as models
-from job.tune.attention_choice import AttentionChoice
-from job.tune.device import choose_device
-from job.tune.paths import FastPath
+from job.kernels import reference
+from job.kernels.attention import Attention
+from job.kernels.llama_step import Thrift
+from job.kernels.ops import Ops
+from job.kernels.which_ops import ops_of
+from job.tune.device.device import choose_device
+from job.tune.engines.attention_choice import AttentionChoice
+from job.tune.engines.handwritten import FastPath
+from job.tune.loop.optimizer import make_optimizer
+from job.tune.model.adapter import trainable
+from job.tune.model.four_bit import COMPUTE_DTYPE
 
 _GIB = 2**30
 _NF4_BLOCK, _SCALES_BLOCK = 64, 256
@@ -97,7 +99,7 @@ def _with(**ops):
         own = ops_of(loaded.device)
         parts = SimpleNamespace(**{name: getattr(own, name) for name in _OPS} | ops)
         thrift = Thrift(kept_layers=0, recomputed_layers=0)
-        return FastPath(loaded.model, parts, dtype=models.COMPUTE_DTYPE, thrift=thrift)
+        return FastPath(loaded.model, parts, dtype=COMPUTE_DTYPE, thrift=thrift)
 
     return make
 
@@ -107,7 +109,7 @@ def _by_torch(*names):
 
 
 def _attention_by_document(loaded):
-    with patch("job.tune.fast.Attention", ByDocument):
+    with patch("job.tune.engines.families.Attention", ByDocument):
         return _with()(loaded)
 
 
@@ -121,11 +123,11 @@ def _torch_s_attention(loaded):
 
 
 def _without_graphs(_loaded):
-    return patch("job.tune.paths.Replay", lambda step, *_, **__: step)
+    return patch("job.tune.engines.autograd.Replay", lambda step, *_, **__: step)
 
 
 def _tensor_by_tensor(loaded):
-    return models.make_optimizer(models.trainable(loaded.model), loaded.recipe.train)
+    return make_optimizer(trainable(loaded.model), loaded.recipe.train)
 
 
 def _wait():
@@ -253,9 +255,9 @@ def main(arguments=None):
         if options.tokens is not None:
             loaded = replace(loaded, planned=loaded.planned | {"micro_batch_tokens": options.tokens})
         members = loaded.course.batch(1)
-        first = [parameter.detach().clone() for parameter in models.trainable(loaded.model)]
+        first = [parameter.detach().clone() for parameter in trainable(loaded.model)]
         for variation in variations_of(options.engine, loaded.shape.layers):
-            for parameter, value in zip(models.trainable(loaded.model), first, strict=True):
+            for parameter, value in zip(trainable(loaded.model), first, strict=True):
                 parameter.data.copy_(value)
             results[variation.name] = measure(
                 loaded, variation, members=members, steps=options.steps, warm_up=options.warm_up

@@ -31,7 +31,7 @@ from bench.processes import NoResultError, run
 from bench.results import table, write_section
 from bench.training import documents_of, recipe_of
 from job.core.memory import ModelShape
-from job.tune import model as models
+from job.tune.model.config import load_tokenizer, read_config, shape_of
 
 _HEADER = (
     *("", "real tok/s", "the first / this", "of the ceiling", "slowest to fastest", "steps"),
@@ -56,7 +56,7 @@ class Data:
 def data_of(comparison, options, folder):
     """The data of a comparison; long documents are made from the texts of the file."""
     base, train, text = options.base.resolve(), options.train.resolve(), options.text
-    tokenizer, shape = models.load_tokenizer(base), models.shape_of(models.read_config(base))
+    tokenizer, shape = load_tokenizer(base), shape_of(read_config(base))
     if comparison.long_documents:
         train = folder / "long.jsonl"
         long_documents.write(options.train, text, tokenizer, train)

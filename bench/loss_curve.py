@@ -25,9 +25,10 @@ from bench import plain
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
 from bench.training import hooks_of, load, recipe_of, run
-from job.core.plan import plan_course
-from job.tune import model as models
-from job.tune.device import choose_device
+from job.core.course import plan_course
+from job.tune.device.device import choose_device
+from job.tune.model.adapter import attach_lora
+from job.tune.model.config import load_tokenizer, read_config
 
 PRODUCT, PLAIN = "the product", "plain loop"
 WINDOW = 20
@@ -54,7 +55,7 @@ def plain_curve(recipe, device, *, seed):
         examples=len(examples), batch_size=train.batch_size, steps=train.steps, epochs=None, seed=train.seed
     )
     model = plain.load_base(base, device)
-    model = models.attach_lora(model, recipe.lora, source=str(base), revision=None, seed=seed)
+    model = attach_lora(model, recipe.lora, source=str(base), revision=None, seed=seed)
     batches = ([examples[i] for i in course.batch(step)] for step in range(1, train.steps + 1))
     settings = {"steps": train.steps, "learning_rate": train.learning_rate, "warmup_steps": train.warmup_steps}
     return list(plain.train(model, batches, max_grad_norm=train.max_grad_norm, **settings))
@@ -62,8 +63,8 @@ def plain_curve(recipe, device, *, seed):
 
 def encode(recipe, base):
     """(token ids, place of the first target) of each example, by nothing but the tokenizer."""
-    tokenizer, data = models.load_tokenizer(base), recipe.data
-    limit = min(data.max_length, models.read_config(base).max_position_embeddings)
+    tokenizer, data = load_tokenizer(base), recipe.data
+    limit = min(data.max_length, read_config(base).max_position_embeddings)
     lines = [line for path in data.train for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     texts = [data.text.format(**json.loads(line)) for line in lines]
     return [([*ids, tokenizer.eos_token_id][:limit], 1) for ids in tokenizer(texts).input_ids]

@@ -20,7 +20,7 @@ import torch
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
 from bench.training import SameBatch, filling, hooks_of, load, recipe_of, run
-from job.tune.device import choose_device
+from job.tune.device.device import choose_device
 
 STEPS = 3
 """The optimizer's state is made in the first."""

@@ -27,8 +27,8 @@ from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
 from bench.training import NO_END, SameBatch, hooks_of, load, recipe_of, run
 from job.core.errors import StopRequestedError
-from job.core.plan import pack_evenly
-from job.tune.device import choose_device
+from job.core.packing import pack_evenly
+from job.tune.device.device import choose_device
 
 WARM_UP = 4
 """Steps."""

@@ -10,19 +10,27 @@ import torch
 from transformers import get_scheduler
 
 from bench.options import GSM8K
-from job.core.memory import AdapterShape, MemoryParts, ModelShape, memory_parts, plan_memory
-from job.core.plan import Course, choose_max_length, plan_course
+from job.core.course import Course, plan_course
+from job.core.cut import plan_memory
+from job.core.lengths import choose_max_length
+from job.core.memory import AdapterShape, MemoryParts, ModelShape, memory_parts
 from job.core.recipe import CheckpointSection, EvaluateSection, Recipe, TrackSection
 from job.core.records import Tally, checked_lines
 from job.core.verdict import Evaluation
-from job.tune import checkpoint as checkpoints
-from job.tune import model as models
-from job.tune.choice import Choice, choose_path
-from job.tune.device import device_memory, device_name
-from job.tune.encode import Documents, encode, select_documents, token_rules
-from job.tune.flat import FlatAdapter
-from job.tune.track import make_accelerator
-from job.tune.train import Hooks, Trainer
+from job.tune.data.documents import Documents, select_documents
+from job.tune.data.encoded import encode
+from job.tune.data.frame import token_rules
+from job.tune.device.device import device_memory, device_name
+from job.tune.engines.choice import Choice, choose_path
+from job.tune.engines.packed_model import PackedModel
+from job.tune.loop import checkpoint as checkpoints
+from job.tune.loop.flat import FlatAdapter
+from job.tune.loop.optimizer import make_optimizer
+from job.tune.loop.step import Hooks, Trainer
+from job.tune.loop.track import make_accelerator
+from job.tune.model.adapter import attach_lora, parameter_counts
+from job.tune.model.base import load_base
+from job.tune.model.config import load_tokenizer, read_config, shape_of
 
 NO_END = 1_000_000
 """Steps: what measures ends it."""
@@ -73,7 +81,7 @@ class Loaded:
     documents: Documents
     course: Course
     """The recipe's batches, as many steps as it says."""
-    model: models.PackedModel
+    model: PackedModel
     adapter: FlatAdapter
     accelerator: Any
     choice: Choice
@@ -93,7 +101,7 @@ class Loaded:
     def trained(self, cut, optimizer=None):
         """The state of a run that has made no step; the adapter stays as it is. Without an optimizer: a run's own."""
         train = self.recipe.train
-        optimizer = optimizer or models.make_optimizer(self.adapter.vectors, train)
+        optimizer = optimizer or make_optimizer(self.adapter.vectors, train)
         facts = cut | {"engine": self.choice.name, "device": device_name(self.device)}
         return checkpoints.Trained(
             model=self.model.model,
@@ -122,21 +130,17 @@ class Loaded:
 def load(recipe, engine, device, folder):
     """Load the recipe's base and data, attach its adapter, choose the path and plan the cut."""
     base = Path(recipe.model.base)
-    shape, memory = models.shape_of(models.read_config(base)), device_memory(device)
-    documents = documents_of(recipe, models.load_tokenizer(base), shape.positions, folder)
+    shape, memory = shape_of(read_config(base)), device_memory(device)
+    documents = documents_of(recipe, load_tokenizer(base), shape.positions, folder)
     train = recipe.train
     course = plan_course(
         examples=len(documents), batch_size=train.batch_size, steps=train.steps, epochs=train.epochs, seed=train.seed
     )
-    loaded = models.load_base(base, device=device)
-    model = models.PackedModel(
-        models.attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=train.seed)
-    )
+    loaded = load_base(base, device=device)
+    model = PackedModel(attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=train.seed))
     accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
     choice = choose_path(model, engine, backward=accelerator.backward, on_stopped=print)
-    adapter_shape = AdapterShape(
-        parameters=models.parameter_counts(model)[0], rank=recipe.lora.r, optimizer=train.optimizer
-    )
+    adapter_shape = AdapterShape(parameters=parameter_counts(model)[0], rank=recipe.lora.r, optimizer=train.optimizer)
     plan = plan_memory(
         shape,
         adapter_shape,

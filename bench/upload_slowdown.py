@@ -34,12 +34,13 @@ from botocore.config import Config
 
 from bench.training import NO_END, hooks_of, load, run
 from job.core.errors import StopRequestedError
-from job.core.recipe import load_recipe
-from job.edge.artifacts import Artifacts, Checkpoint
-from job.edge.publisher import Publisher
-from job.edge.storage import StoreSettings, open_store
-from job.tune import checkpoint as checkpoints
-from job.tune.device import choose_device
+from job.core.recipe_text import load_recipe
+from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.edge.run.publisher import Publisher
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
+from job.tune.device.device import choose_device
+from job.tune.loop import checkpoint as checkpoints
 
 SLOW_MOTO = """
 import io, sys, threading, time

@@ -17,8 +17,8 @@ import click
 
 from job import __version__
 from job.core.errors import JobError, LocalDiskError, StopRequestedError, UsageError, ending, exit_code
-from job.edge.interrupt import Interrupt
-from job.edge.output import LastingOutput
+from job.edge.host.interrupt import Interrupt
+from job.edge.host.output import LastingOutput
 
 DEFAULT_GRACE_SECONDS = 30.0
 """What schedulers give where nobody sets anything else."""
@@ -63,7 +63,7 @@ _engine = click.option(
 
 
 def _open_outcome(context: click.Context, _param: click.Parameter, path: Path | None) -> None:
-    from job.edge.outcome import Outcome
+    from job.edge.host.outcome import Outcome
 
     context.obj["outcome"] = Outcome(path)
 
@@ -128,7 +128,7 @@ def cli(context: click.Context, log_format: str) -> None:
     """
     as_json = {"auto": not sys.stdout.isatty(), "json": True, "console": False}[log_format]
     context.obj["json"] = as_json
-    from job.edge.logs import configure
+    from job.edge.host.logs import configure
 
     context.obj["hide"] = configure(secrets=_secrets(os.environ), json=as_json)
     # Threads that wait by spinning make training eight times slower as soon as anything else wants a core, and eat a
@@ -178,11 +178,11 @@ def run(context: click.Context, /, recipe: Path, **options: Any) -> None:
     """Carry the recipe's run to its committed report; a finished run is left as it is, an unfinished one resumed."""
     attempt = _attempt(context, recipe, options)
     if options["crash_at"]:
-        from job.edge.crash_points import arm
+        from job.edge.host.crashing import arm
 
         arm(options["crash_at"])
-    from job.core.terminal import report_lines
-    from job.run import run as carry_out
+    from job.commands.run import run as carry_out
+    from job.render.report_text import report_lines
 
     report = carry_out(attempt)
     _log().info(
@@ -203,11 +203,11 @@ def run(context: click.Context, /, recipe: Path, **options: Any) -> None:
 def check(context: click.Context, /, recipe: Path, **options: Any) -> None:
     """Refuse now what would fail later: recipe, credentials, inputs, output, base model, data. Needs no GPU."""
     attempt = _attempt(context, recipe, options)
-    from job.edge.logs import only_warnings
+    from job.edge.host.logs import only_warnings
 
     only_warnings()  # the table is what is asked for
-    from job.check import Row
-    from job.check import check as look
+    from job.commands.check import Row
+    from job.commands.check import check as look
 
     def show(row: Row) -> None:
         first, *rest = context.obj["hide"](row.found).splitlines()
@@ -250,15 +250,15 @@ def plan_run(context: click.Context, /, recipe: Path, **options: Any) -> None:
     """Tell what the run needs and takes: lengths, memory by part, time on each kind of GPU. Needs no GPU."""
     attempt = _attempt(context, recipe, options)
     from job.core.gpus import GPUS, Gpu, gpu_named
-    from job.edge.logs import only_warnings
+    from job.edge.host.logs import only_warnings
 
     only_warnings()
     memory = options["gpu_memory"]
     gpus = [gpu_named(name.strip(), memory_gib=memory) for name in options["gpus"]]
     if not gpus:
         gpus = [*GPUS] if memory is None else [Gpu(name="your GPU", memory_gib=memory, dense_tflops=None)]
-    from job.core.plan_text import plan_lines
-    from job.plan import plan
+    from job.commands.plan import plan
+    from job.render.plan_text import plan_lines
 
     found = plan(attempt, gpus)
     lines = plan_lines(found.data, found.candidates, found.work, found.forecasts, usd_per_hour=options["usd_per_hour"])
@@ -293,8 +293,8 @@ def try_run(
     device: str,
 ) -> None:
     """Prompt the adapter of a finished run and its base, side by side."""
-    from job.ask import ask
-    from job.edge.logs import only_warnings
+    from job.commands.try_out import ask
+    from job.edge.host.logs import only_warnings
 
     only_warnings()
 
@@ -323,9 +323,9 @@ def try_run(
 @click.pass_context
 def report(context: click.Context, /, runs: tuple[str, ...], **options: Any) -> None:
     """Show one report, or several runs side by side."""
-    from job.core.comparison import runs_table
-    from job.core.terminal import report_lines
-    from job.show import leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
+    from job.commands.report import leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
+    from job.render.report_text import report_lines
+    from job.render.runs_table import runs_table
 
     if len(runs) == 1 and runs[0].endswith((".yaml", ".yml")):
         artifacts, found = run_of_recipe(_attempt(context, Path(runs[0]), options))
@@ -356,7 +356,7 @@ def report(context: click.Context, /, runs: tuple[str, ...], **options: Any) -> 
 def fetch(context: click.Context, /, recipe: Path, folder: Path, **options: Any) -> None:
     """Bring base model and data to a folder beforehand, for nodes without internet."""
     attempt = _attempt(context, recipe, options)
-    from job.fetch import fetch as bring
+    from job.commands.fetch import fetch as bring
 
     path = bring(attempt, folder)
     click.echo(f"fetched; on the node without internet: python entrypoint.py run {path}")
@@ -372,7 +372,7 @@ def main(interrupt: Interrupt) -> int:
         except click.ClickException as error:
             error.show()
             if state["outcome"] is None and (file := os.environ.get("JOB_OUTCOME_FILE")):
-                from job.edge.outcome import Outcome  # the mistake came before the option was looked at
+                from job.edge.host.outcome import Outcome  # the mistake came before the option was looked at
 
                 state["outcome"] = Outcome(Path(file))
             return _ended(state, UsageError(error.format_message()), shown=True)
@@ -421,8 +421,8 @@ def _ended(state: Mapping[str, Any], error: BaseException | None, *, shown: bool
 
 def _attempt(context: click.Context, path: Path, options: Mapping[str, Any]) -> Any:
     """Read the recipe and gather what every stage shares."""
-    from job.core.recipe import load_recipe
-    from job.edge.process import age_seconds
+    from job.core.recipe_text import load_recipe
+    from job.edge.host.process import age_seconds
     from job.stages.attempt import Attempt, Phases
 
     outcome = context.obj["outcome"]

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from job.core.errors import DataError, NotFoundError, RunConflictError
-from job.edge.artifacts import Artifacts, Checkpoint, runs_of
-from job.edge.storage import PreconditionError, StoreSettings, open_store
+from job.edge.run.artifacts import Artifacts, Checkpoint, runs_of
+from job.edge.store.objects import PreconditionError, StoreSettings
+from job.edge.store.opening import open_store
 
 FILES = {"adapter_model.safetensors": b"weights", "state.json": b"{}"}
 

@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from job.core.errors import LockedError
-from job.edge.artifacts import Artifacts, Checkpoint
-from job.edge.lock import Lock
-from job.edge.storage import StoreSettings, open_store, probe
+from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.edge.run.lock import Lock
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
+from job.edge.store.probing import probe
 
 PATIENCE_SECONDS = 60
 LEASE_SECONDS = 1.0
@@ -123,7 +125,7 @@ class PlainLockContract:
 
     @pytest.fixture
     def owners(self, opened, monkeypatch):
-        monkeypatch.setattr("job.edge.lock._SETTLE_SECONDS", SETTLE_SECONDS)
+        monkeypatch.setattr("job.edge.run.lock._SETTLE_SECONDS", SETTLE_SECONDS)
         owners = Owners(opened, conditional=probe(opened()).conditional)
         yield owners
         owners.end()
@@ -186,7 +188,7 @@ class PlainLockContract:
 
     def test_of_eight_at_once_one_works_and_the_others_are_told_so(self, owners, monkeypatch):
         if not owners.conditional:
-            monkeypatch.setattr("job.edge.lock._SETTLE_SECONDS", LONG_SETTLE_SECONDS)
+            monkeypatch.setattr("job.edge.run.lock._SETTLE_SECONDS", LONG_SETTLE_SECONDS)
         (lock,) = owners.at_once(8, lease_seconds=LIVE_LEASE_SECONDS if owners.conditional else LONG_LEASE_SECONDS)
         lock.confirm()
         lock.release()
@@ -194,7 +196,7 @@ class PlainLockContract:
     def test_of_several_that_watch_a_dead_owner_one_takes_over(self, owners, monkeypatch):
         die(owners.held())
         if not owners.conditional:
-            monkeypatch.setattr("job.edge.lock._SETTLE_SECONDS", LONG_SETTLE_SECONDS)
+            monkeypatch.setattr("job.edge.run.lock._SETTLE_SECONDS", LONG_SETTLE_SECONDS)
         (lock,) = owners.at_once(4, lease_seconds=LIVE_LEASE_SECONDS if owners.conditional else LONG_LEASE_SECONDS)
         assert lock.fence == 2
         lock.release()

@@ -7,7 +7,11 @@ import threading
 import pytest
 
 from job.core.errors import DataError, NotFoundError, StopRequestedError, UsageError
-from job.edge.storage import Patience, PreconditionError, StoreSettings, expand, open_store, probe, store_and_key
+from job.edge.store.listing import expand
+from job.edge.store.objects import PreconditionError, StoreSettings
+from job.edge.store.opening import open_store, store_and_key
+from job.edge.store.patience import Patience
+from job.edge.store.probing import probe
 
 SETTINGS = StoreSettings()
 QUICK = Patience(attempts=4, first_pause_seconds=0.01, longest_pause_seconds=0.05)

@@ -6,19 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from job.core.course import Course
+from job.core.cut import MemoryPlan, cost_of, plan_memory
 from job.core.gpus import Gpu
-from job.core.memory import (
-    AdapterShape,
-    DeviceMemory,
-    MemoryParts,
-    MemoryPlan,
-    ModelShape,
-    PathName,
-    cost_of,
-    memory_parts,
-    plan_memory,
-)
-from job.core.plan import Course, Lengths
+from job.core.lengths import Lengths
+from job.core.memory import AdapterShape, DeviceMemory, MemoryParts, ModelShape, PathName, memory_parts
 
 _GIB = 2**30
 _CONTEXT_GIB = 0.7

@@ -1,11 +1,9 @@
 """YAML text -> Recipe: frozen sections, every mistake at once with its line, and a JSON Schema for editors."""
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -14,22 +12,31 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import ErrorDetails
-
-from job.core.errors import UsageError
-from job.core.mistakes import reason, shown
 
 Count = Annotated[int, Field(strict=True, gt=0)]
+
+
 Whole = Annotated[int, Field(strict=True, ge=0)]
+
+
 Flag = Annotated[bool, Field(strict=True)]
+
+
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+
+
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+
+
 Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+
+
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -47,6 +54,8 @@ def _one_or_many(value: object) -> object:
 
 
 Uri = Annotated[Text, AfterValidator(_no_credentials)]
+
+
 Uris = Annotated[
     tuple[Uri, ...],
     Field(min_length=1),
@@ -199,6 +208,8 @@ Optimizer = Literal[
     "paged_lion_8bit",
     "sgd",
 ]
+
+
 Schedule = Literal[
     "linear",
     "cosine",
@@ -326,118 +337,3 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
     part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
     del part["model"]["quantised_copies"]
     return part
-
-
-def load_recipe(text: str, *, source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe.
-
-    Args:
-        text: the YAML.
-        source: the file's name, for messages.
-        overrides: `section.key=value`, the value in YAML; later ones win.
-
-    Raises:
-        UsageError: with every mistake, its line and its path.
-    """
-    node, raw = _parse(text, source)
-    for override in overrides:
-        _override(raw, override)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        mistakes = [_mistake(detail, node=node, source=source, overrides=overrides) for detail in error.errors()]
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        msg = "\n  ".join([f"{source}: {count} in the recipe (docs/recipe.md lists the keys)", *mistakes])
-        raise UsageError(msg) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe types; `2e-4` is a number, as YAML 1.2 has it, and a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
-        seen = set()
-        for key_node, _value in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is plain text", key_node.start_mark)
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'the key "{key}" stands twice', key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _parse(text: str, source: str) -> tuple[yaml.Node | None, dict[str, Any]]:
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{source}:{mark.line + 1}" if mark else source
-        msg = f"{where}: not valid YAML: {error.problem}"
-        raise UsageError(msg) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        msg = f"{source}: not valid YAML: {error}"
-        raise UsageError(msg) from error
-    if not isinstance(raw, dict):
-        msg = f"{source}: a recipe has the sections model, data and train, and an output; this is {shown(raw)}"
-        raise UsageError(msg)
-    return node, raw
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        msg = f"--set {override}: write section.key=value, for example --set lora.r=16"
-        raise UsageError(msg)
-    place = raw
-    for key in keys[:-1]:
-        inner = place.setdefault(key, {})
-        if not isinstance(inner, dict):
-            msg = f"--set {override}: {key} is {shown(inner)} in the recipe, not a section"
-            raise UsageError(msg)
-        place = inner
-    try:
-        place[keys[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 looks like a date
-        msg = f"--set {override}: the value is not valid YAML; quote it"
-        raise UsageError(msg) from error
-
-
-def _mistake(detail: ErrorDetails, *, node: yaml.Node | None, source: str, overrides: Sequence[str]) -> str:
-    keys = [part for part in detail["loc"] if not (isinstance(part, str) and part.startswith("<"))]
-    path = ".".join(str(key) for key in keys)
-    set_here = any(_sets(override.partition("=")[0].strip(), path, detail["type"]) for override in overrides)
-    where = f"--set {path}" if set_here else f"{source}:{_line(node, keys)}"
-    message = reason(detail)
-    return f"{where}: {path}: {message}" if path else f"{where}: {message}"
-
-
-def _sets(key: str, path: str, mistake: str) -> bool:
-    """Whether an override of `key` made the mistake at `path`: it gave that value, or the section around it."""
-    return f"{path}.".startswith(f"{key}.") or (mistake == "extra_forbidden" and key.startswith(f"{path}."))
-
-
-def _line(node: yaml.Node | None, keys: Iterable[str | int]) -> int:
-    """Line (from 1) of the deepest part of the path that stands in the file."""
-    line = node.start_mark.line if node else 0
-    for key in keys:
-        if isinstance(node, yaml.MappingNode):
-            pairs = [(k, v) for k, v in node.value if k.value == key]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
-            pairs = [(node.value[key], node.value[key])]
-        else:
-            break
-        if not pairs:
-            break
-        line, node = pairs[-1][0].start_mark.line, pairs[-1][1]
-    return line + 1

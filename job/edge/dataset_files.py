@@ -12,8 +12,9 @@ import zstandard
 
 from job.core.errors import DataError
 from job.core.records import MAX_LINE_BYTES
-from job.edge.lanes import Lanes
-from job.edge.storage import PART_BYTES, ObjectStore, StoredObject, StoreSettings, open_store, store_and_key
+from job.edge.store.lanes import Lanes
+from job.edge.store.objects import PART_BYTES, ObjectStore, StoredObject, StoreSettings
+from job.edge.store.opening import open_store, store_and_key
 
 _CHUNK_BYTES = 2**20
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"

@@ -11,8 +11,8 @@ import structlog
 
 from job.core.limits import Limits
 from job.core.recipe import Recipe
-from job.edge.outcome import Outcome
-from job.edge.storage import StoreSettings
+from job.edge.host.outcome import Outcome
+from job.edge.store.objects import StoreSettings
 
 log = structlog.get_logger(__name__)
 

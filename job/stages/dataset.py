@@ -11,16 +11,18 @@ import structlog
 
 from job.core.crash_points import crash_point
 from job.core.errors import DataError
-from job.core.plan import choose_max_length, length_statistics
+from job.core.lengths import choose_max_length, length_statistics
 from job.core.recipe import Fraction
 from job.core.records import Example, Tally, checked_lines, is_held_out, judge_lines
 from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
-from job.edge.storage import StoredObject
-from job.edge.whole_files import whole_file
+from job.edge.store.objects import StoredObject
+from job.edge.store.whole_files import whole_file
 from job.stages.attempt import Attempt
 from job.stages.identity import Run
-from job.tune.encode import FORMAT, Documents, EncodedSet, Side, encode, open_encoded, select_documents, token_rules
+from job.tune.data.documents import Documents, select_documents
+from job.tune.data.encoded import FORMAT, EncodedSet, Side, encode, open_encoded
+from job.tune.data.frame import token_rules
 
 log = structlog.get_logger(__name__)
 

@@ -13,14 +13,15 @@ from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, RunConflictError, SickDeviceError
 from job.core.report import Report
 from job.core.verdict import Verdict, judge
-from job.edge.artifacts import Checkpoint, FileEntry
-from job.edge.plots import draw
+from job.edge.run.artifacts import Checkpoint, FileEntry
+from job.render.pictures import draw
 from job.stages.attempt import Attempt
-from job.stages.reporting import adapter_card, assemble_report
+from job.stages.report import adapter_card, assemble_report
 from job.stages.training import Setting, TrainedRun
-from job.tune.checkpoint import ADAPTER_FILES
-from job.tune.evaluate import answer, evaluate
-from job.tune.model import PackedModel, load_base
+from job.tune.engines.packed_model import PackedModel
+from job.tune.loop.checkpoint import ADAPTER_FILES
+from job.tune.loop.evaluate import answer, evaluate
+from job.tune.model.base import load_base
 
 log = structlog.get_logger(__name__)
 

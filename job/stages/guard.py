@@ -10,7 +10,7 @@ import structlog
 
 from job.core.errors import StalledError, StopRequestedError
 from job.core.stall import allowed_seconds
-from job.edge.watchdog import Stopping, Watchdog
+from job.edge.host.watchdog import Stopping, Watchdog
 from job.stages.attempt import Attempt
 
 log = structlog.get_logger(__name__)

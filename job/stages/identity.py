@@ -11,10 +11,13 @@ import structlog
 
 from job.core.errors import DeniedError, NotFoundError, RunConflictError
 from job.core.recipe import Fraction, identity_of
-from job.edge import base_model
-from job.edge.artifacts import Artifacts, runs_of
-from job.edge.base_model import BaseModelIdentity
-from job.edge.storage import Probe, StoredObject, expand, open_store, probe
+from job.edge.base import fetching as base_model
+from job.edge.base.fetching import BaseModelIdentity
+from job.edge.run.artifacts import Artifacts, runs_of
+from job.edge.store.listing import expand
+from job.edge.store.objects import StoredObject
+from job.edge.store.opening import open_store
+from job.edge.store.probing import Probe, probe
 from job.stages.attempt import Attempt
 
 log = structlog.get_logger(__name__)

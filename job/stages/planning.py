@@ -8,13 +8,16 @@ import structlog
 import torch
 from accelerate import Accelerator
 
-from job.core.memory import AdapterShape, DeviceMemory, MemoryPlan, plan_memory
-from job.core.plan import Course, plan_course
+from job.core.course import Course, plan_course
+from job.core.cut import MemoryPlan, plan_memory
+from job.core.memory import AdapterShape, DeviceMemory
 from job.stages.attempt import Attempt
-from job.tune.choice import Choice, choose_path
-from job.tune.device import device_name
-from job.tune.encode import Documents
-from job.tune.model import PackedModel, parameter_counts, read_config, shape_of
+from job.tune.data.documents import Documents
+from job.tune.device.device import device_name
+from job.tune.engines.choice import Choice, choose_path
+from job.tune.engines.packed_model import PackedModel
+from job.tune.model.adapter import parameter_counts
+from job.tune.model.config import read_config, shape_of
 
 log = structlog.get_logger(__name__)
 

@@ -4,8 +4,8 @@ import structlog
 
 from job.core.verdict import Evaluation
 from job.stages.attempt import Attempt
-from job.tune.track import Tracking
-from job.tune.train import StepRecord
+from job.tune.loop.step import StepRecord
+from job.tune.loop.track import Tracking
 
 log = structlog.get_logger(__name__)
 

@@ -16,38 +16,34 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import get_scheduler
 
+from job.core.course import Course
 from job.core.crash_points import crash_point
+from job.core.cut import MemoryPlan
 from job.core.errors import DivergedError, LocalDiskError
-from job.core.memory import MemoryPlan
-from job.core.plan import Course
 from job.core.verdict import Evaluation, judge
-from job.edge.artifacts import Artifacts, Checkpoint
-from job.edge.base_model import BaseModel
-from job.edge.publisher import Publisher
+from job.edge.base.fetching import BaseModel
+from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.edge.run.publisher import Publisher
 from job.stages.attempt import Attempt
-from job.stages.base import BaseSource, loaded_from
+from job.stages.base_source import BaseSource, loaded_from
 from job.stages.dataset import Dataset
 from job.stages.planning import Planned, plan_training
 from job.stages.teller import StepTeller
-from job.tune import checkpoint as checkpoints
-from job.tune.checkpoint import Progress, Trained
-from job.tune.device import allocation_retries, device_memory, device_name
-from job.tune.encode import token_rules
-from job.tune.evaluate import Question, answer, evaluate, questions_of_documents, questions_of_prompts
-from job.tune.flat import FlatAdapter
-from job.tune.model import (
-    PackedModel,
-    attach_lora,
-    load_base,
-    make_optimizer,
-    parameter_counts,
-    trainable,
-)
-from job.tune.paths import Path as GradientPath
-from job.tune.paths import settle
-from job.tune.selftest import check_model
-from job.tune.track import Tracking, make_accelerator
-from job.tune.train import Hooks, StepRecord, Trainer
+from job.tune.data.frame import token_rules
+from job.tune.device.device import allocation_retries, device_memory, device_name
+from job.tune.engines.engine import Path as GradientPath
+from job.tune.engines.engine import settle
+from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.selftest import check_model
+from job.tune.loop import checkpoint as checkpoints
+from job.tune.loop.checkpoint import Progress, Trained
+from job.tune.loop.evaluate import Question, answer, evaluate, questions_of_documents, questions_of_prompts
+from job.tune.loop.flat import FlatAdapter
+from job.tune.loop.optimizer import make_optimizer
+from job.tune.loop.step import Hooks, StepRecord, Trainer
+from job.tune.loop.track import Tracking, make_accelerator
+from job.tune.model.adapter import attach_lora, parameter_counts, trainable
+from job.tune.model.base import load_base
 
 log = structlog.get_logger(__name__)
 

@@ -3,10 +3,10 @@ import torch
 
 from bench import attribution
 from bench.attribution import decode_by_bitsandbytes, main
-from job.engine import reference
-from job.engine.weights import Quantised
-from job.tune.fast import linear_of
-from job.tune.paths import FastPath
+from job.kernels import reference
+from job.kernels.weights import Quantised
+from job.tune.engines.families import linear_of
+from job.tune.engines.handwritten import FastPath
 
 
 @pytest.mark.parametrize(("engine", "variations"), [("fast", 14), ("generic", 5)])
@@ -38,7 +38,7 @@ def test_what_changed_when_memory_ran_out_is_said(tmp_path, base, examples, monk
 
 
 def test_bitsandbytes_decodes_what_the_reference_decodes(base):
-    from job.tune.model import load_base
+    from job.tune.model.base import load_base
 
     module = load_base(base, device=torch.device("cpu")).model.layers[0].mlp.down_proj
     weight = linear_of(module).weight

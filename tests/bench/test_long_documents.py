@@ -13,7 +13,7 @@ def test_lengths_are_log_normal_with_a_mean_of_about_600():
 
 
 def test_documents_have_the_tokens_they_should(tmp_path, base, examples):
-    from job.tune.model import load_tokenizer
+    from job.tune.model.config import load_tokenizer
 
     tokenizer = load_tokenizer(base)
     long_documents.write(examples, "{t}", tokenizer, tmp_path / "long.jsonl", count=5)

@@ -8,10 +8,11 @@ from bench.random_base import SHAPES, config_of, files_of
 
 
 def test_the_base_is_one_that_the_product_loads(base):
-    from job.tune import model as models
+    from job.tune.model.base import load_base
+    from job.tune.model.config import load_tokenizer
 
-    loaded = models.load_base(base, device=torch.device("cpu"))
-    ids = models.load_tokenizer(base)("3 5 8", return_tensors="pt").input_ids
+    loaded = load_base(base, device=torch.device("cpu"))
+    ids = load_tokenizer(base)("3 5 8", return_tensors="pt").input_ids
 
     assert ids[0].tolist() == [1, 6, 8, 11]
     assert torch.isfinite(loaded(input_ids=ids).logits).all()

@@ -32,9 +32,9 @@ def load() -> None:
     from botocore.loaders import JSONFileLoader
 
     import job.cli
+    import job.commands.run
     import job.core.report
-    import job.edge.logs
-    import job.run
+    import job.edge.host.logs
     import job.stages.dataset
     import job.stages.finish
     import job.stages.training
@@ -97,7 +97,7 @@ def attempt(order: dict) -> int:
         os.dup2(opened, descriptor)
         os.close(opened)
     random.seed()  # as in a process of its own: pauses between two requests differ from attempt to attempt
-    from job.edge.interrupt import Interrupt
+    from job.edge.host.interrupt import Interrupt
 
     interrupt = Interrupt()
     interrupt.install()

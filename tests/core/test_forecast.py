@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from llama_2_7b import LLAMA_2_7B
 
+from job.core.course import plan_course
 from job.core.errors import CannotFitError, UsageError
 from job.core.forecast import Workload, ask_for, candidates, flops_per_token, forecast, trained_tokens
 from job.core.gpus import GPUS, gpu_named
 from job.core.memory import AdapterShape
-from job.core.plan import plan_course
 
 LENGTHS = np.random.default_rng(0).integers(104, 304, 7000).astype(np.int32)  # GSM8K: 204 on average
 WORK = Workload(

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_2_7b import LLAMA_2_7B
 
-from job.core.memory import AdapterShape, DeviceMemory, memory_parts, plan_memory
+from job.core.cut import plan_memory
+from job.core.memory import AdapterShape, DeviceMemory, memory_parts
 
 steady = settings(deadline=None, derandomize=True, database=None)
 GIB = 2**30

@@ -9,15 +9,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from job.core.course import Course, plan_course
 from job.core.errors import DataError, UsageError
-from job.core.plan import (
-    Course,
-    choose_max_length,
-    length_statistics,
-    pack,
-    pack_evenly,
-    plan_course,
-)
+from job.core.lengths import choose_max_length, length_statistics
+from job.core.packing import pack, pack_evenly
 
 steady = settings(deadline=None, derandomize=True, database=None)
 many_lengths = st.lists(st.integers(1, 5000), min_size=1, max_size=200).map(lambda v: np.array(v, dtype=np.int32))

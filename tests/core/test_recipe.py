@@ -7,9 +7,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from job.core import recipe as recipe_module
 from job.core.errors import UsageError
-from job.core.recipe import DataSection, Fraction, Recipe, identity_of, is_hub_id, load_recipe, template_fields
+from job.core.recipe import DataSection, Fraction, Recipe, identity_of, is_hub_id, template_fields
+from job.core.recipe_text import _Loader, load_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 COMMIT = "01c7f73d771dfac7d292323805ebc428287df4f9"
@@ -336,7 +336,7 @@ def test_recipes_are_shipped():
 def test_a_shipped_recipe_is_right_and_the_json_schema_says_so_too(path):
     text = path.read_text(encoding="utf-8")
     load_recipe(text, source=path.name)
-    plain = yaml.load(text, Loader=recipe_module._Loader)  # YAML's own would read 2e-4 as text
+    plain = yaml.load(text, Loader=_Loader)  # YAML's own would read 2e-4 as text
 
     validator = jsonschema.Draft202012Validator(Recipe.model_json_schema())
     assert [error.message for error in validator.iter_errors(plain)] == []

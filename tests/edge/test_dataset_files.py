@@ -9,7 +9,8 @@ import zstandard
 from job.core.errors import DataError
 from job.core.records import MAX_LINE_BYTES
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
-from job.edge.storage import StoredObject, StoreSettings, expand
+from job.edge.store.listing import expand
+from job.edge.store.objects import StoredObject, StoreSettings
 
 
 def never():

@@ -148,7 +148,7 @@ def test_it_holds_the_job_and_nothing_else_of_the_checkout(engine, image):
 def test_its_bytecode_is_there_as_nothing_is_written_at_run_time(engine, image):
     code = (
         "import importlib.util as u, os\n"
-        "names = ('job.run', 'job.tune.train', 'torch', 'transformers', 'boto3')\n"
+        "names = ('job.commands.run', 'job.tune.loop.step', 'torch', 'transformers', 'boto3')\n"
         "print([n for n in names if not os.path.exists(u.cache_from_source(u.find_spec(n).origin))])"
     )
 

@@ -17,7 +17,7 @@ import structlog
 import yaml
 
 from job.cli import main
-from job.edge.interrupt import Interrupt
+from job.edge.host.interrupt import Interrupt
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 900

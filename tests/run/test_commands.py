@@ -11,7 +11,7 @@ import threading
 import pytest
 from job_process import call, objects, process, records, write_lines
 
-from job.edge.interrupt import Interrupt
+from job.edge.host.interrupt import Interrupt
 
 
 def test_check_is_a_table_with_the_histogram_and_leaves_nothing(job):

@@ -11,9 +11,10 @@ import pytest
 from job_process import Job
 
 from job.core.errors import ENDINGS, ending
-from job.edge.crash_points import disarm
-from job.edge.lock import Lock
-from job.edge.storage import StoreSettings, open_store
+from job.edge.host.crashing import disarm
+from job.edge.run.lock import Lock
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
 
 NO_MEMORY = """
 import accelerate

@@ -8,12 +8,12 @@ import pytest
 import torch
 from job_process import call
 
-from job.edge.interrupt import Interrupt
+from job.edge.host.interrupt import Interrupt
 from job.stages import training
 from job.stages.training import Training
-from job.tune import choice
-from job.tune.checkpoint import Progress
-from job.tune.paths import Compiling
+from job.tune.engines import choice
+from job.tune.engines.autograd import Compiling
+from job.tune.loop.checkpoint import Progress
 
 OWN = {
     "engine": "generic",

@@ -7,7 +7,8 @@ from job_process import Job
 from run_material import make_base
 from servers import new_bucket
 
-from job.edge.storage import StoreSettings, open_store
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from job_process import Job
 from run_material import long_recipe
 
-from job.edge.crash_points import disarm
+from job.edge.host.crashing import disarm
 
 
 def same_numbers(report, undisturbed):

@@ -7,7 +7,9 @@ import pytest
 from store_contract import QUICK, SETTINGS, PlainStoreContract, StoreContract, never, sha
 
 from job.core.errors import DeniedError, NotFoundError, UsageError
-from job.edge.storage import StoreSettings, open_store, probe
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
+from job.edge.store.probing import probe
 
 pytestmark = pytest.mark.stores
 

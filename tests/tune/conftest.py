@@ -16,11 +16,11 @@ from tiny import (
     write_tokenizer,
 )
 
-import job.engine
+import job.kernels
 from job.core.recipe import LoraSection
-from job.engine.attention import Attention, Documents
-from job.engine.blocks import BLOCK
-from job.tune.model import load_tokenizer
+from job.kernels.attention import Attention, Documents
+from job.kernels.blocks import BLOCK
+from job.tune.model.config import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -86,8 +86,8 @@ def _documents_in(blocks):
 def own_kernels(monkeypatch):
     """They are asked wherever a model's attention is the engine's own."""
     kernels = OwnKernels()
-    monkeypatch.setattr(job.engine, "attention_kernels", kernels, raising=False)
-    monkeypatch.setitem(sys.modules, "job.engine.attention_kernels", kernels)
+    monkeypatch.setattr(job.kernels, "triton_attention", kernels, raising=False)
+    monkeypatch.setitem(sys.modules, "job.kernels.triton_attention", kernels)
     return kernels
 
 

@@ -22,20 +22,26 @@ from transformers import (
     get_scheduler,
 )
 
-from job.core.plan import Course, plan_course
+from job.core.course import Course, plan_course
 from job.core.recipe import CheckpointSection, DataSection, EvaluateSection, LoraSection, TrackSection, TrainSection
 from job.core.records import Example
 from job.core.verdict import Evaluation
-from job.tune import checkpoint as checkpoints
-from job.tune.checkpoint import Progress, Trained
-from job.tune.encode import Documents, MicroBatch, encode, micro_batch, select_documents, token_rules
-from job.tune.evaluate import evaluate
-from job.tune.flat import FlatAdapter
-from job.tune.model import PackedModel, attach_lora, load_base, make_optimizer, trainable
-from job.tune.paths import AutogradPath
-from job.tune.paths import Path as TrainingPath
-from job.tune.track import make_accelerator
-from job.tune.train import Hooks, StepRecord, Trainer
+from job.tune.data.documents import Documents, select_documents
+from job.tune.data.encoded import encode
+from job.tune.data.frame import token_rules
+from job.tune.data.micro_batch import MicroBatch, micro_batch
+from job.tune.engines.autograd import AutogradPath
+from job.tune.engines.engine import Path as TrainingPath
+from job.tune.engines.packed_model import PackedModel
+from job.tune.loop import checkpoint as checkpoints
+from job.tune.loop.checkpoint import Progress, Trained
+from job.tune.loop.evaluate import evaluate
+from job.tune.loop.flat import FlatAdapter
+from job.tune.loop.optimizer import make_optimizer
+from job.tune.loop.step import Hooks, StepRecord, Trainer
+from job.tune.loop.track import make_accelerator
+from job.tune.model.adapter import attach_lora, trainable
+from job.tune.model.base import load_base
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma2", "gpt_neox")

@@ -1,0 +1,112 @@
+"""Prompts the adapter of a finished run and its base, side by side."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from job.commands.report import open_run
+from job.core.errors import NotFoundError
+from job.core.recipe import Recipe, is_hub_id
+from job.core.report import Report
+from job.edge.base import fetching as base_model
+from job.edge.base.fetching import BaseModelIdentity
+from job.edge.host.logs import quiet_libraries
+from job.edge.run.artifacts import Artifacts, FileEntry
+from job.edge.store.objects import StoreSettings
+
+
+def ask(
+    run_uri: str,
+    prompts: Iterable[str],
+    *,
+    workdir: Path,
+    device: str,
+    max_new_tokens: int | None,
+    should_stop: Callable[[], bool],
+    on_answer: Callable[[str, str, str], None],
+) -> None:
+    """Answer each prompt with both.
+
+    Args:
+        run_uri: of a finished run.
+        prompts: taken one by one, so that a person can type them.
+        workdir: where the base model is kept.
+        device: `auto`, `cuda` or `cpu`.
+        max_new_tokens: longest answer; None: as in the run's recipe.
+        should_stop: polled at each token.
+        on_answer: told prompt, base's answer and tuned answer.
+    """
+    from job.tune.data.frame import token_rules
+    from job.tune.loop.evaluate import answer, questions_of_prompts
+    from job.tune.model.config import load_tokenizer
+
+    quiet_libraries()
+    artifacts, report = open_run(run_uri)
+    recipe = Recipe.model_validate(report.recipe)
+    folder, model = _load(artifacts, report, recipe, workdir=workdir, device=device, should_stop=should_stop)
+    tokenizer = load_tokenizer(folder)
+    rules = token_rules(tokenizer, recipe.data)
+
+    def reply(prompt: str) -> str:
+        questions = questions_of_prompts([prompt], tokenizer, rules)
+        longest = max_new_tokens or recipe.evaluate.max_new_tokens
+        seed = recipe.train.seed
+        return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
+
+    for prompt in prompts:
+        with model.model.disable_adapter():
+            untuned = reply(prompt)
+        on_answer(prompt, untuned, reply(prompt))
+
+
+def _load(
+    artifacts: Artifacts,
+    report: Report,
+    recipe: Recipe,
+    *,
+    workdir: Path,
+    device: str,
+    should_stop: Callable[[], bool],
+) -> tuple[Path, Any]:
+    """The base's folder, and the base with the run's adapter on it."""
+    from peft import PeftModel
+
+    from job.stages.base_source import BaseSource
+    from job.tune.device.device import choose_device
+    from job.tune.engines.packed_model import PackedModel
+    from job.tune.model.base import load_base
+
+    settings = StoreSettings(sse_kms_key=recipe.store.sse_kms_key, checksums=recipe.store.checksums)
+    identity = BaseModelIdentity(source=report.model.base, revision=report.model.revision)
+    _refuse_changed_base(identity, settings)
+    chosen = choose_device(device)
+    source = BaseSource(
+        identity,
+        recipe.model,
+        device=chosen,
+        models_folder=workdir / "models",
+        settings=settings,
+        should_stop=should_stop,
+    )
+    source.fetch_small(_unseen)
+    base = source.fetch(_unseen)
+    files = {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in report.adapter.files.items()}
+    folder = workdir / "adapters" / report.run_id
+    artifacts.fetch_adapter(folder, files, should_stop=should_stop)
+    loaded = PeftModel.from_pretrained(load_base(base.folder, device=chosen), folder)
+    return base.folder, PackedModel(loaded).eval()
+
+
+def _unseen(_done: int, _of: int) -> None:
+    """Nobody follows the download."""
+
+
+def _refuse_changed_base(identity: BaseModelIdentity, settings: StoreSettings) -> None:
+    if is_hub_id(identity.source):
+        return  # the commit says it all
+    now = base_model.identify(identity.source, None, settings=settings)
+    if now.revision != identity.revision:
+        raise NotFoundError(
+            f"{identity.source}: another base stands there now than the one this run was trained on "
+            f"({identity.revision[:12]}); put the old one back"
+        )

@@ -1,0 +1,100 @@
+"""TODO job.core.lengths."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from job.core.errors import DataError, UsageError
+
+Lengths = NDArray[np.int32]
+"""Tokens of each example, BOS and EOS included."""
+
+
+PERCENTILES = (50, 90, 95, 99, 100)
+
+
+_OUTLIER = 2.0
+"""An example longer than this many times the 99th percentile is an outlier: it alone would set the memory needed."""
+
+
+_ROUND_TO = 32
+"""`auto` rounds up to a multiple of this many tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaxLength:
+    """The longest example that is trained on, and why."""
+
+    tokens: int
+    reason: str
+
+
+def choose_max_length(lengths: Lengths, *, wanted: int | Literal["auto"], positions: int) -> MaxLength:
+    """Longest example in tokens.
+
+    `auto` covers every example unless a few outliers are far longer than the rest: packing wastes nothing on short
+    examples, so a limit is there for the memory that one example needs, not for padding.
+
+    Args:
+        lengths: tokens of each example.
+        wanted: the recipe's `data.max_length`.
+        positions: how many the base model has.
+
+    Raises:
+        UsageError: the recipe wants more than the model's positions.
+        DataError: there is no example.
+    """
+    if not len(lengths):
+        msg = "no example is left to train on; look at the counts of skipped records in the log"
+        raise DataError(msg)
+    if wanted != "auto":
+        if wanted > positions:
+            msg = f"data.max_length is {wanted}, but the base model has {positions} positions; lower it, or write auto"
+            raise UsageError(msg)
+        return MaxLength(tokens=wanted, reason="set in the recipe" + _cut(lengths, wanted))
+    longest, p99 = int(lengths.max()), float(np.percentile(lengths, 99))
+    target, why = longest, f"covers the longest example ({longest} tokens)"
+    if longest > _OUTLIER * p99:
+        target = math.ceil(_OUTLIER * p99)
+        why = f"twice the 99th percentile ({p99:.0f} tokens): a few outliers reach {longest}"
+    rounded = math.ceil(target / _ROUND_TO) * _ROUND_TO
+    if rounded > positions:
+        why = f"the base model has {positions} positions, the longest example has {longest} tokens"
+    chosen = min(rounded, positions)
+    return MaxLength(tokens=chosen, reason=why + _cut(lengths, chosen))
+
+
+def _cut(lengths: Lengths, limit: int) -> str:
+    over = int((lengths > limit).sum())
+    if not over:
+        return "; no example is longer"
+    lost = int(np.maximum(lengths - limit, 0).sum())
+    return (
+        f"; {over} of {len(lengths)} examples are longer ({lost / int(lengths.sum()):.2%} of the tokens lie beyond it)"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthStatistics:
+    """How long the examples are, in tokens."""
+
+    percentiles: dict[str, int]
+    edges: tuple[int, ...]
+    """Bounds of the histogram's bins: bin i holds edges[i] <= length < edges[i + 1] (the last includes its end)."""
+    counts: tuple[int, ...]
+
+
+def length_statistics(lengths: Lengths, *, bins: int = 24) -> LengthStatistics:
+    """Percentiles and a histogram with bins of equal, whole width."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, math.ceil((high - low + 1) / bins))
+    edges = list(range(low, high + 1 + width, width))
+    counts, _ = np.histogram(lengths, bins=edges)
+    return LengthStatistics(
+        percentiles={f"p{p}": int(np.percentile(lengths, p, method="higher")) for p in PERCENTILES},
+        edges=tuple(edges),
+        counts=tuple(int(c) for c in counts),
+    )

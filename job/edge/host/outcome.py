@@ -1,0 +1,164 @@
+"""The outcome file: one small JSON that tells a scheduler, and whoever asks it, how the job stands and how it ended."""
+
+import json
+import math
+import os
+import stat
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from job.edge.host.logs import redact
+
+LIMIT_BYTES = 4096
+"""A container's termination message is cut there, in the middle of a character if need be."""
+_WRITE_EVERY_SECONDS = 1.0
+_CUT_FIRST = ("reason", "action", "run_uri", "phase")
+
+log = structlog.get_logger(__name__)
+
+
+class Outcome:
+    """Writes the file: replaced as a whole while that works, rewritten in place where the file is a mount of its own.
+
+    It is news, not state: a file that cannot be written costs one warning and never the job.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = None if path is None else Path(os.path.realpath(path))
+        self._lock = threading.Lock()
+        self._standing: dict[str, Any] = {}
+        self._written_at = -math.inf
+        self._in_place = False
+        self._given_up = self._path is None
+        self._ended = False
+
+    def progress(
+        self,
+        *,
+        phase: str,
+        step: int | None = None,
+        of: int | None = None,
+        loss: float | None = None,
+        eta_seconds: float | None = None,
+    ) -> None:
+        """Say what the job does now; at most one write a second, a new phase at once."""
+        with self._lock:
+            changed = phase != self._standing.get("phase")
+            self._standing = {"phase": phase, "step": step, "of": of, "loss": loss, "eta_seconds": eta_seconds}
+            due = time.monotonic() - self._written_at >= _WRITE_EVERY_SECONDS
+            if not self._ended and (changed or due):
+                self._write({"state": "running", **self._standing})
+
+    def end(
+        self,
+        *,
+        code: int,
+        again: str,
+        reason: str,
+        last_committed_step: int | None = None,
+        run_uri: str | None = None,
+        action: str | None = None,
+    ) -> None:
+        """Say how it ended: the exit code, why, what is safe, and what to do. Nothing is written after it."""
+        with self._lock:
+            self._ended = True
+            self._write(
+                {
+                    "state": "ended",
+                    "code": code,
+                    "again": again,
+                    "reason": redact(reason),
+                    "action": action,
+                    "last_committed_step": last_committed_step,
+                    "run_uri": run_uri,
+                    "phase": self._standing.get("phase"),
+                    "step": self._standing.get("step"),
+                    "of": self._standing.get("of"),
+                }
+            )
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self._given_up or self._path is None:
+            return
+        content = _encode({**values, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+        self._written_at = time.monotonic()
+        try:
+            self._place(self._path, content)
+        except OSError as error:
+            # News that nobody can read is no reason to lose a night of training.
+            self._given_up = True
+            log.warning("outcome_not_written", path=str(self._path), reason=str(error))
+
+    def _place(self, path: Path, content: bytes) -> None:
+        if not self._in_place and (not path.exists() or path.is_file()):
+            try:
+                _replace(path, content)
+            except OSError:
+                # A file that is bind-mounted, or whose folder is read-only, cannot be renamed over.
+                self._in_place = True
+            else:
+                return
+        _rewrite(path, content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def _rewrite(path: Path, content: bytes) -> None:
+    # Without O_NONBLOCK a pipe that nobody reads would hold the job.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(f"{path} is not a regular file")
+        # Blanks over the rest of the old text, then the cut: whoever reads in between still reads valid JSON.
+        os.write(descriptor, content.ljust(about.st_size))
+        os.ftruncate(descriptor, len(content))
+    finally:
+        os.close(descriptor)
+
+
+def _encode(values: dict[str, Any]) -> bytes:
+    """As JSON of at most LIMIT_BYTES; the long texts are cut, the reason first, never inside a character."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+    shown = {key: value for key, value in finite.items() if value is not None or key == "loss"}
+    for key in _CUT_FIRST:
+        text = shown.get(key)
+        if len(_dump(shown)) <= LIMIT_BYTES:
+            break
+        if isinstance(text, str):
+            shown[key] = _longest_that_fits(shown, key, text)
+    return _dump(shown)
+
+
+def _longest_that_fits(values: dict[str, Any], key: str, text: str) -> str:
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if len(_dump({**values, key: text[:middle] + "…"})) <= LIMIT_BYTES:
+            fits = middle
+        else:
+            too_long = middle
+    return text[:fits] + "…"
+
+
+def _dump(values: dict[str, Any]) -> bytes:
+    # Lone surrogates come from file names that are not UTF-8.
+    return json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"

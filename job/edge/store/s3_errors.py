@@ -1,0 +1,174 @@
+"""What a failed S3 request means: try it again, or which error of ours it is. botocore's types end here."""
+
+from botocore.exceptions import (
+    BotoCoreError,
+    ChecksumError,
+    ClientError,
+    CredentialRetrievalError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+    LoginError,
+    MetadataRetrievalError,
+    NoAuthTokenError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSLError,
+    SSOError,
+    TokenRetrievalError,
+)
+from botocore.exceptions import ConnectionError as NoConnectionError
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
+
+from job.core.errors import DeniedError, JobError, NotFoundError, UsageError
+from job.edge.store.objects import PreconditionError
+
+S3_FAILURES = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
+"""Everything that a request, or reading its answer, raises."""
+
+_NO_CREDENTIALS = (
+    NoCredentialsError,
+    PartialCredentialsError,
+    CredentialRetrievalError,
+    MetadataRetrievalError,
+    NoAuthTokenError,
+    TokenRetrievalError,
+    SSOError,
+    LoginError,
+)
+_PASSING = (
+    NoConnectionError,
+    HTTPClientError,
+    HTTPError,
+    IncompleteReadError,
+    ResponseParserError,  # half an answer, or a proxy's page instead of one
+    ChecksumError,
+    FlexibleChecksumError,
+    # The service that hands out credentials is away; when it stays away it is said as DeniedError.
+    CredentialRetrievalError,
+    MetadataRetrievalError,
+)
+
+_BUSY_STATUSES = {408, 425, 429, 500, 502, 503, 504, 507, 509}
+_BUSY_CODES = {
+    "BandwidthLimitExceeded",
+    "IDPCommunicationError",
+    "InternalError",
+    "InternalFailure",
+    "PriorRequestNotComplete",
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    # The body was damaged on its way: sent again it may arrive whole.
+    "BadDigest",
+    "IncompleteBody",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+    # Two conditional writes at once: one of them is told to try again.
+    "ConditionalRequestConflict",
+    "OperationAborted",
+}
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
+_DENIED_HINTS = {
+    "ExpiredToken": "the session token has expired: renew the credentials",
+    "ExpiredTokenException": "the session token has expired: renew the credentials",
+    "InvalidAccessKeyId": "the store does not know this access key: correct AWS_ACCESS_KEY_ID or AWS_ENDPOINT_URL",
+    "InvalidToken": "the session token is not valid: renew the credentials",
+    "KMS.DisabledException": "the encryption key is disabled: enable it, or correct store.sse_kms_key",
+    "KMS.NotFoundException": "the encryption key does not exist: correct store.sse_kms_key",
+    "RequestExpired": "the clock of this machine differs from the store's: set it",
+    "RequestTimeTooSkewed": "the clock of this machine differs from the store's: set it",
+    "SignatureDoesNotMatch": "the secret key does not fit the access key: correct AWS_SECRET_ACCESS_KEY",
+    "TokenRefreshRequired": "the session token has expired: renew the credentials",
+}
+_DENIED_HINT = "allow it for these credentials (a store may also answer so for a key or bucket that does not exist)"
+_WRONG_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same request may succeed a little later."""
+    if isinstance(error, ClientError):
+        status, code = status_and_code(error)
+        return code in _BUSY_CODES or (status in _BUSY_STATUSES and code != "NotImplemented")
+    return isinstance(error, _PASSING) and not _is_certificate(error)
+
+
+def is_about_credentials(error: Exception) -> bool:
+    """Whether no usable credentials were found, so that no request was sent."""
+    return isinstance(error, _NO_CREDENTIALS)
+
+
+def is_about_content(error: Exception) -> bool:
+    """Whether the bytes that came are not those that the store has a checksum of."""
+    return isinstance(error, ChecksumError | FlexibleChecksumError)
+
+
+def is_expired(error: Exception) -> bool:
+    """Whether the store calls the credentials expired; whoever hands them out may have newer ones."""
+    return isinstance(error, ClientError) and status_and_code(error)[1] in _EXPIRED_CODES
+
+
+def understood(error: Exception, *, uri: str, endpoint: str) -> JobError | PreconditionError:
+    """Our error for a failure that trying again does not heal."""
+    if isinstance(error, ClientError):
+        return _refusal(error, uri, endpoint)
+    if is_about_credentials(error):
+        return DeniedError(
+            f"{uri}: no usable credentials ({summary(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "or AWS_PROFILE, or give this machine or pod a role"
+        )
+    if _is_certificate(error):
+        return UsageError(
+            f"{uri}: the certificate of {endpoint} is not trusted ({summary(error)}); "
+            "name the file of its authority in AWS_CA_BUNDLE"
+        )
+    return UsageError(f"{uri}: {summary(error)}; correct the AWS settings")
+
+
+def _refusal(error: ClientError, uri: str, endpoint: str) -> JobError | PreconditionError:  # noqa: PLR0911 - a table
+    status, code = status_and_code(error)
+    said = f"{uri}: {endpoint} answered {summary(error)}"
+    if status in {412, 416}:
+        return PreconditionError(said)
+    if status in {401, 403} or code in _DENIED_HINTS or code.startswith("KMS."):
+        return DeniedError(f"{said}; {_DENIED_HINTS.get(code, _DENIED_HINT)}")
+    if status == 404:  # noqa: PLR2004 - HTTP's own number
+        if error.operation_name == "PutObject" and code != "NoSuchBucket":
+            return PreconditionError(said)  # If-Match on a key that does not exist
+        return NotFoundError(f"{said}; correct the URI")
+    if code in _WRONG_REGION or status in {301, 307}:
+        return UsageError(f"{said}; set AWS_REGION to the bucket's region")
+    if status in {411, 501}:
+        return UsageError(f"{said}; if the store cannot take checksums, set store.checksums: false")
+    return UsageError(f"{said}; correct the URI or the AWS settings")
+
+
+def key_refused(code: str, message: str) -> ClientError:
+    """The failure of one key in a batch, which S3 tells inside an answer of 200, as the request's own."""
+    status = 403 if code == "AccessDenied" else 400
+    refusal = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(refusal, "DeleteObjects")  # type: ignore[arg-type] # the stubs want every header of an answer
+
+
+def status_and_code(error: ClientError) -> tuple[int, str]:
+    """The HTTP status and the store's own word for the failure ("404" and so on when the answer had no body)."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status, str(error.response.get("Error", {}).get("Code", ""))
+
+
+def summary(error: Exception) -> str:
+    """One line about a failure, for the operator."""
+    if isinstance(error, ClientError):
+        status, code = status_and_code(error)
+        message = error.response.get("Error", {}).get("Message")
+        words = [str(status), code if code != str(status) else "", f"({message})" if message else ""]
+        return " ".join([*filter(None, words), "to", error.operation_name])
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_certificate(error: Exception) -> bool:
+    return isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error)

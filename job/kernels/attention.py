@@ -1,0 +1,212 @@
+"""Causal attention inside each document of a row, by torch's variable-length kernels, or by ours where those win.
+
+The boundaries are computed once for a micro-batch. Where no kernels run: SDPA, document by document.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+# torch.nn.attention.varlen has these only behind autograd, and before 2.12 without grouped heads.
+# ruff: noqa: SLF001, FBT003 - torch's own names and signatures
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+WIDEST_HEAD, _WIDTH_STEP = 256, 8
+"""Of torch's kernels: numbers a head, and what they are a multiple of."""
+OWN_WIDTHS = (16, 32, 64, 128)
+"""Of a head, that our kernels take."""
+
+
+def has_kernel(query: Tensor) -> bool:
+    """Whether torch's kernels take these heads: [..., width]."""
+    width = query.shape[-1]
+    exact = query.dtype not in {torch.bfloat16, torch.float16}
+    return query.is_cuda and not exact and width <= WIDEST_HEAD and width % _WIDTH_STEP == 0
+
+
+def has_own_kernel(query: Tensor, blocks: Tensor | None) -> bool:
+    """Whether our kernels are wanted and take these heads: [..., width]."""
+    return blocks is not None and query.shape[-1] in OWN_WIDTHS
+
+
+def visible(tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """Which key each query of a document sees: [tokens, tokens] bool."""
+    at = torch.arange(tokens, device=device)
+    distance = at[:, None] - at[None, :]
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Documents:
+    """Where the documents of a row begin and end."""
+
+    bounds: Tensor
+    """[D + 1] int32 on the device: 0, then where each document ends."""
+    lengths: tuple[int, ...]
+    """The same on the host."""
+    blocks: Tensor | None = None
+    """From `blocks_of`, where attention is by our own kernels; None: by torch's."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest."""
+        return max(self.lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """How scores are made."""
+
+    scale: float
+    window: int | None
+    """How many tokens back a token sees, itself included; None: all."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> tuple[Tensor, Any]:
+        """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what the way back needs."""
+        if documents.blocks is not None and has_own_kernel(query, documents.blocks):
+            from job.kernels import triton_attention as attention_kernels
+
+            return attention_kernels.forward(query, key, value, documents.blocks, self.scale, self.window)
+        if not has_kernel(query):
+            return self._plain(query, key, value, documents), None
+        longest = documents.longest
+        out, log_sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            documents.bounds,
+            documents.bounds,
+            longest,
+            longest,
+            0.0,
+            True,
+            False,
+            scale=self.scale,
+            **self._limits(longest),
+        )
+        return out, (log_sums, state, unused)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        kept: Any,
+        documents: Documents,
+        *,
+        room: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, from that of the result.
+
+        In the room for them where the kernel writes into given places (three tensors, whose tokens may lie apart).
+        """
+        if documents.blocks is not None and has_own_kernel(query, documents.blocks):
+            from job.kernels import triton_attention as attention_kernels
+
+            room = room or (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+            attention_kernels.backward(
+                grad, query, key, value, out, kept, documents.blocks, self.scale, self.window, room
+            )
+            return room
+        if not has_kernel(query):
+            return self._plain_backward(grad, query, key, value, documents)
+        longest = documents.longest
+        log_sums, state, unused = kept
+        with _same_order():
+            result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+                grad,
+                query,
+                key,
+                value,
+                out,
+                log_sums,
+                documents.bounds,
+                documents.bounds,
+                longest,
+                longest,
+                0.0,
+                True,
+                state,
+                unused,
+                scale=self.scale,
+                **self._limits(longest),
+            )
+        return result
+
+    def _limits(self, longest: int) -> dict[str, int]:
+        # The kernel counts the tokens before a token; a window that no document reaches is none.
+        if self.window is None or self.window >= longest:
+            return {}
+        return {"window_size_left": self.window - 1, "window_size_right": 0}
+
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+        lengths = list(documents.lengths)
+        parts = zip(*(torch.split(tensor, lengths) for tensor in (query, key, value)), strict=True)
+        return torch.cat([self._one(*(part.transpose(0, 1)[None] for part in each)) for each in parts])
+
+    def _plain_backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, documents: Documents
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The formula, a document and a key head at a time: of all weights, at most those exist."""
+        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        groups, start = query.shape[1] // key.shape[1], 0
+        for length in documents.lengths:
+            rows = slice(start, start := start + length)
+            for head in range(key.shape[1]):
+                heads = slice(head * groups, (head + 1) * groups)
+                parts = (grad[rows, heads], query[rows, heads], key[rows, head], value[rows, head])
+                d_query, d_key, d_value = self._one_backward(*(part.float() for part in parts))
+                grads[0][rows, heads], grads[1][rows, head], grads[2][rows, head] = d_query, d_key, d_value
+        return grads
+
+    def _one_backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of [t, heads, width] twice and [t, width] twice, fp32.
+
+        With weights P = softmax(scale Q K^T) and result P V: dV = P^T dO, dS = P * (dO V^T - rowsum(P * dO V^T)),
+        dQ = scale dS K, dK = scale dS^T Q.
+        """
+        scores = self.scale * torch.einsum("qhw,kw->hqk", query, key)
+        weights = scores.masked_fill(~visible(len(query), self.window, query.device), float("-inf")).softmax(dim=-1)
+        d_weights = torch.einsum("qhw,kw->hqk", grad, value)
+        d_scores = self.scale * weights * (d_weights - (weights * d_weights).sum(dim=-1, keepdim=True))
+        return (
+            torch.einsum("hqk,kw->qhw", d_scores, key),
+            torch.einsum("hqk,qhw->kw", d_scores, query),
+            torch.einsum("hqk,qhw->kw", weights, grad),
+        )
+
+    def _one(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        tokens = query.shape[2]
+        mask = None
+        if self.window is not None and self.window < tokens:
+            mask = visible(tokens, self.window, query.device)
+        result = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        return result[0].transpose(0, 1)
+
+
+@contextmanager
+def _same_order() -> Iterator[None]:
+    """Sums of the kernel's gradient in one order always: a run that is resumed is the run that was not stopped."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined] # torch has no types here
+    torch.use_deterministic_algorithms(True, warn_only=False)  # with True it would only warn, and take any order
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # as above
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined] # as above

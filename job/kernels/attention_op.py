@@ -1,0 +1,121 @@
+"""Attention per document as one op: autograd has its way back from here, and compilers do not look inside."""
+
+# ruff: noqa: PLR0913, PLR0917 - an op takes tensors and numbers by position
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from job.kernels.attention import Attention, Documents, has_kernel, has_own_kernel
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""Of query, key and value."""
+
+
+@torch.library.custom_op(
+    "qlora_job::document_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor bounds, Tensor lengths, Tensor? blocks, float scale,"
+    " int? window) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def document_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    lengths: Tensor,
+    blocks: Tensor | None,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Causal attention inside each document.
+
+    Args:
+        query: [T, heads, width].
+        key: [T, key heads, width].
+        value: [T, key heads, width].
+        bounds: [D + 1] int32 on the device: 0, then where each document ends.
+        lengths: [D] int64 on the host: tokens of each document. A tensor, for a number would be part of compiled code.
+        blocks: from `blocks_of`, for our own kernels; None: torch's.
+        scale: of the scores.
+        window: how many tokens back a token sees, itself included; None: all.
+
+    Returns:
+        [T, heads, width], and three that its way back needs; empty where it needs none.
+    """
+    out, kept = Attention(scale=scale, window=window).forward(
+        query.contiguous(), key.contiguous(), value.contiguous(), _documents(bounds, lengths, blocks)
+    )
+    if has_own_kernel(query, blocks):
+        return out, kept, query.new_empty(0), query.new_empty(0)
+    return out, *(kept or (query.new_empty(0), query.new_empty(0), query.new_empty(0)))
+
+
+@document_attention.register_fake
+def _shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, own = query.new_empty(query.shape), has_own_kernel(query, arguments[4])
+    if not own and not has_kernel(query):
+        return out, query.new_empty(0), query.new_empty(0), query.new_empty(0)
+    log_sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+    if own:
+        return out, log_sums, query.new_empty(0), query.new_empty(0)
+    return out, log_sums, query.new_empty(2, dtype=torch.uint64), query.new_empty((), dtype=torch.uint64)
+
+
+@torch.library.custom_op(
+    "qlora_job::document_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums, Tensor state,"
+    " Tensor unused, Tensor bounds, Tensor lengths, Tensor? blocks, float scale, int? window)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    state: Tensor,
+    unused: Tensor,
+    bounds: Tensor,
+    lengths: Tensor,
+    blocks: Tensor | None,
+    scale: float,
+    window: int | None,
+) -> Gradients:
+    """Gradients of query, key and value."""
+    return Attention(scale=scale, window=window).backward(
+        grad.contiguous(),
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        out,
+        log_sums if has_own_kernel(query, blocks) else (log_sums, state, unused),
+        _documents(bounds, lengths, blocks),
+    )
+
+
+@_backward_op.register_fake
+def _backward_shapes(
+    _grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _documents(bounds: Tensor, lengths: Tensor, blocks: Tensor | None) -> Documents:
+    return Documents(bounds=bounds, lengths=tuple(lengths.tolist()), blocks=blocks)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, bounds, lengths, blocks, scale, window = inputs
+    ctx.save_for_backward(query, key, value, *output, bounds, lengths, blocks)
+    ctx.limits = scale, window
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return *_backward_op(grad, *ctx.saved_tensors, *ctx.limits), None, None, None, None, None
+
+
+document_attention.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,183 @@
+"""Small micro-batches as CUDA graphs: asking for a step's three thousand kernels takes longer than they run.
+
+A step is recorded once for each size and played back with other numbers in the same places. Sizes are rounded up, with
+tokens that are no target in a document of their own, so that there are few. Whether a micro-batch is played back
+depends on its size alone, and the first of a size is played back too: a run that is resumed has the bits of one that
+was not stopped.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from job.kernels.attention import Documents
+from job.kernels.llama_step import Row, Step
+
+_MOST_TOKENS = 4096
+"""Beyond this the GPU takes longer for a step than the host for asking."""
+_MOST_MEMORY = 0.2
+"""Share of the GPU's memory that recordings may hold back from everything else."""
+_NO_TARGET = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """What recordings are told apart by."""
+
+    tokens: int
+    documents: int
+    masked: bool
+    """Whether there is dropout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Recording:
+    row: Row
+    """Where its numbers are read."""
+    played: Callable[[], Tensor]
+    """Does the step once, and gives its losses."""
+
+
+class Replay:
+    """Does what a `Step` does, with small micro-batches played back."""
+
+    def __init__(
+        self, step: Step, parameters: Sequence[nn.Parameter], *, most_tokens: int, on_failure: Callable[[str], None]
+    ) -> None:
+        """Parameters and their gradients stay where they are in memory, for as long as this is used.
+
+        Args:
+            step: what is recorded.
+            parameters: the adapter's, each with its gradient.
+            most_tokens: of a micro-batch that is played back.
+            on_failure: told once, why nothing is recorded any more; small micro-batches are still filled up, so that
+                their numbers stay the same.
+        """
+        self._step = step
+        self._parameters = parameters
+        self._most_tokens = most_tokens
+        self._on_failure = on_failure
+        self._failed = False
+        self._recordings: dict[Size, _Recording] = {}
+        self._refresh: Callable[[], None] | None = None
+        self._pool: Any = None
+
+    def accumulate(self, row: Row) -> Tensor:
+        """See `Step.accumulate`."""
+        size = rounded(row)
+        if size.tokens > self._most_tokens:
+            return self._step.accumulate(row)
+        if size not in self._recordings:
+            self._recordings[size] = self._record(size, row)
+        recording = self._recordings[size]
+        fill(recording.row, row)
+        return recording.played()[: len(row.places)].clone()
+
+    def refresh(self) -> None:
+        """See `Step.refresh`."""
+        if self._refresh is None:
+            self._step.refresh()  # allocates and compiles, outside of a recording
+            graph = self._recorded(self._step.refresh)
+            self._refresh = self._step.refresh if graph is None else graph.replay
+        self._refresh()
+
+    def _record(self, size: Size, like: Row) -> _Recording:
+        row, results = empty_row(size, like), []
+        fill(row, like)
+
+        def work() -> None:
+            results.append(self._step.accumulate(row))
+
+        graph = self._recorded_beside_gradients(work)
+        if graph is None:
+            return _Recording(row=row, played=lambda: self._step.accumulate(row))
+
+        def played() -> Tensor:
+            graph.replay()
+            return results[-1]  # what the recording gives, always in the same place
+
+        return _Recording(row=row, played=played)
+
+    def _recorded_beside_gradients(self, work: Callable[[], None]) -> Any:
+        """Recorded after a first run, which compiles kernels and sets libraries up, and leaves the gradients alone."""
+        if self._failed:
+            return None
+        before = [_gradient(parameter).clone() for parameter in self._parameters]
+        work()
+        for parameter, old in zip(self._parameters, before, strict=True):
+            _gradient(parameter).copy_(old)
+        return self._recorded(work)
+
+    def _recorded(self, work: Callable[[], None]) -> Any:
+        """A CUDA graph of the work; None where the driver, a library or the memory does not allow it."""
+        if self._failed or not self._most_tokens:
+            return None
+        try:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads copy to the host meanwhile: only this one's forbidden calls matter.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:  # running out of memory is one, and a step that is not recorded needs less
+            self._failed = True
+            self._on_failure(f"{type(error).__name__}: {error}"[:300])
+            return None
+        return graph
+
+
+def rounded(row: Row) -> Size:
+    """The size that a micro-batch is filled up to: at least one token, and one document, more than it has."""
+    tokens, documents = len(row.ids) + 1, len(row.documents.lengths) + 1
+    unit = max(128, (1 << (tokens - 1).bit_length()) // 8)  # an eighth at most is filling
+    return Size(
+        tokens=-(-tokens // unit) * unit,
+        documents=max(4, 1 << (documents - 1).bit_length()),
+        masked=row.seed is not None,
+    )
+
+
+def most_tokens(step: Step) -> int:
+    """Of micro-batches that are played back: their activations stay taken."""
+    memory = torch.cuda.get_device_properties(step.device).total_memory
+    return min(_MOST_TOKENS, int(_MOST_MEMORY * memory / step.token_bytes))
+
+
+def empty_row(size: Size, like: Row) -> Row:
+    """Room for micro-batches of up to this size."""
+    tokens = size.tokens
+    return Row(
+        ids=like.ids.new_empty(tokens),
+        positions=like.positions.new_empty(tokens),
+        documents=Documents(bounds=like.documents.bounds.new_empty(size.documents + 1), lengths=(tokens,)),
+        places=like.places.new_empty(tokens),
+        targets=like.targets.new_empty(tokens),
+        share=torch.empty_like(like.share),
+        seed=None if like.seed is None else torch.empty_like(like.seed),
+    )
+
+
+def fill(room: Row, row: Row) -> None:
+    """Put a micro-batch there; what is left is one more document, without targets."""
+    tokens, targets = len(row.ids), len(row.places)
+    room.ids[:tokens].copy_(row.ids)
+    room.ids[tokens:].zero_()
+    room.positions[:tokens].copy_(row.positions)
+    torch.arange(len(room.ids) - tokens, out=room.positions[tokens:])
+    bounds = row.documents.bounds
+    room.documents.bounds[: len(bounds)].copy_(bounds)
+    room.documents.bounds[len(bounds) :].fill_(len(room.ids))
+    room.places[:targets].copy_(row.places)
+    room.places[targets:].fill_(len(room.ids) - 1)
+    room.targets[:targets].copy_(row.targets)
+    room.targets[targets:].fill_(_NO_TARGET)
+    room.share.copy_(row.share)
+    if room.seed is not None and row.seed is not None:
+        room.seed.copy_(row.seed)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "a recording adds to a gradient that is there"
+    return parameter.grad

@@ -1,0 +1,59 @@
+"""The head and its loss: a chunk of targets at a time, and the loss's gradient is written over the logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from job.kernels import linear as layer
+from job.kernels.weights import Linear
+from job.kernels.which_ops import ops_of
+
+LOGITS_AT_ONCE = 2**27
+"""256 MiB in bf16: beyond it the products are no faster."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadLoss:
+    """Losses of the targets, and the gradients of their sum times a share."""
+
+    losses: Tensor
+    """[N] fp32, in nats."""
+    hidden: Tensor
+    """[N, hidden]."""
+    a: Tensor | None
+    """[r, hidden] fp32; None without an adapter."""
+    b: Tensor | None
+    """[vocabulary, r] fp32."""
+
+
+def head_loss(hidden: Tensor, targets: Tensor, head: Linear, *, share: float, seed: Tensor | None) -> HeadLoss:
+    """There and back at once, so that logits are made once and never whole.
+
+    Args:
+        hidden: [N, hidden]; N may be 0.
+        targets: [N] int64.
+        head: a layer.
+        share: of the sum, whose gradients are computed.
+        seed: [1] int64 on the device, of the adapter's dropout; None: there is none.
+    """
+    ops = ops_of(hidden.device)
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    d_hidden, each_share = torch.empty_like(hidden), torch.full((1,), share, device=hidden.device)
+    d_a = d_b = None
+    if head.adapter is not None:
+        d_a, d_b = torch.zeros_like(head.adapter.a), torch.zeros_like(head.adapter.b)
+    size = max(1, LOGITS_AT_ONCE // head.height)
+    for number, start in enumerate(range(0, len(hidden), size)):
+        part = slice(start, min(start + size, len(hidden)))
+        masks = layer.masks_of(head.adapter, seed, site=number)
+        logits, h = layer.forward(hidden[part], head, masks)
+        ops.cross_entropy_in_place(logits, targets[part], losses[part], each_share)
+        d_part, more_a, more_b = layer.backward(logits, hidden[part], h, head, masks, wants_x=True)
+        del logits
+        if d_part is not None:
+            d_hidden[part] = d_part
+        if d_a is not None and d_b is not None and more_a is not None and more_b is not None:
+            d_a += more_a
+            d_b += more_b
+    return HeadLoss(losses=losses, hidden=d_hidden, a=d_a, b=d_b)

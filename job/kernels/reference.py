@@ -1,0 +1,193 @@
+"""The elementwise parts of the step in plain torch: what runs where Triton does not, and what its kernels are held to.
+
+Each writes into memory that the caller gives. Sums are in fp32; results are rounded to the type of where they land.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from job.kernels.ops import Masks
+from job.kernels.weights import Quantised
+
+_BLOCK = 64
+_OUTER_BLOCK = 256
+
+
+def decode(weight: Quantised, out: Tensor) -> None:
+    """NF4 -> values: [N, K]."""
+    outer = weight.outer_scales.repeat_interleave(_OUTER_BLOCK)[: weight.scales.numel()]
+    scales = weight.scales_code[weight.scales.long()] * outer + weight.offset
+    packed = weight.packed.reshape(-1)
+    values = weight.code[torch.stack([packed >> 4, packed & 15], dim=1).long()]
+    out.copy_((values.reshape(-1, _BLOCK) * scales[:, None]).reshape(weight.height, weight.width))
+
+
+def rms_forward(x: Tensor, weight: Tensor, out: Tensor, inverse: Tensor, epsilon: float) -> None:
+    """Root mean square norm, as transformers does it: x [T, K] -> out [T, K], inverse [T] fp32.
+
+    Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4.
+    """
+    exact = x.float()
+    torch.rsqrt(exact.pow(2).mean(dim=-1) + epsilon, out=inverse)
+    out.copy_((exact * inverse[:, None]).to(out.dtype) * weight)
+
+
+def rms_backward_add(grad: Tensor, y: Tensor, weight: Tensor, inverse: Tensor, into: Tensor) -> None:
+    """Adds the gradient of the norm's input: x is not needed, for x * inverse = y / weight.
+
+    With n = x * inverse and g = grad * weight: inverse * (g - n * mean(g * n)).
+    """
+    normed = y.float() / weight.float()
+    scaled = grad.float() * weight.float()
+    change = inverse[:, None] * (scaled - normed * (scaled * normed).mean(dim=-1, keepdim=True))
+    into.copy_(into.float() + change)
+
+
+def rotate_forward(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, inverse: Tensor | None, epsilon: float
+) -> None:
+    """Rotary position embedding in place, after a norm of each head where there is one (Qwen 3).
+
+    Su et al. 2021, arXiv 2104.09864, eq. 34, halves instead of pairs.
+
+    Args:
+        x: [T, heads, width].
+        cos: [T, width / 2] fp32.
+        sin: [T, width / 2] fp32.
+        weight: [width], of the norm.
+        inverse: [T, heads] fp32, where the norm's inverse root mean squares go.
+        epsilon: of the norm.
+    """
+    exact = x.float()
+    if weight is not None and inverse is not None:
+        inverse.copy_(torch.rsqrt(exact.pow(2).mean(dim=-1) + epsilon))
+        exact = (exact * inverse[:, :, None]).to(x.dtype).float() * weight.float()
+    first, second = exact.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    x.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
+
+
+def rotate_backward(
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, inverse: Tensor | None, out: Tensor
+) -> None:
+    """Gradient of what `rotate_forward` was given, from that of its result; x is the result.
+
+    Args:
+        grad: [T, heads, width].
+        x: [T, heads, width].
+        cos: [T, width / 2] fp32.
+        sin: [T, width / 2] fp32.
+        weight: [width], of the norm.
+        inverse: [T, heads] fp32, from the way forward.
+        out: [T, heads, width].
+    """
+    cos, sin = cos[:, None], sin[:, None]
+
+    def turned_back(rotated: Tensor) -> Tensor:
+        first, second = rotated.float().chunk(2, dim=-1)
+        return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+
+    result = turned_back(grad)
+    if weight is not None and inverse is not None:
+        normed, result = turned_back(x) / weight.float(), result * weight.float()
+        result = inverse[:, :, None] * (result - normed * (result * normed).mean(dim=-1, keepdim=True))
+    out.copy_(result)
+
+
+def swiglu_forward(gate_up: Tensor, out: Tensor) -> None:
+    """silu(gate) * up: [T, 2 I] -> [T, I]. Shazeer 2020, arXiv 2002.05202, eq. 6."""
+    gate, up = gate_up[:, : 2 * out.shape[1]].float().chunk(2, dim=-1)
+    out.copy_(gate * torch.sigmoid(gate) * up)
+
+
+def swiglu_backward(gate_up: Tensor, grad: Tensor, d_gate_up: Tensor, out: Tensor) -> None:
+    """Gradient of gate and up, [T, 2 I], and the result once more, [T, I], which was not kept."""
+    width = out.shape[1]
+    gate, up = gate_up[:, : 2 * width].float().chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    out.copy_(silu * up)
+    d_gate_up[:, :width].copy_(grad.float() * up * (sigmoid + silu * (1 - sigmoid)))
+    d_gate_up[:, width : 2 * width].copy_(grad.float() * silu)
+
+
+def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, share: Tensor) -> None:
+    """Loss of each row into `losses` [N] fp32; the logits [N, V] become the gradient of share * (sum of the losses).
+
+    A target below 0 is none: its loss and its gradient are 0.
+    """
+    exact, there = logits.float(), targets >= 0
+    losses.copy_(cross_entropy(exact, targets, reduction="none", ignore_index=-1))
+    chances = exact.softmax(dim=-1)
+    chances[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
+    logits.copy_(chances * (share * there[:, None]))
+
+
+_WORD = 2**32 - 1
+MASK_STEPS = 2**16
+"""A mask is drawn from 16 bits an element: the rate is rounded to a multiple of one over this."""
+
+
+def _mixed(word: Tensor) -> Tensor:
+    """A permutation of 32-bit words without pattern: lowbias32, Wellons 2018 (nullprogram.com/blog/2018/07/31)."""
+    word = (word ^ (word >> 16)) * 0x7FEB352D & _WORD
+    word = (word ^ (word >> 15)) * 0x846CA68B & _WORD
+    return word ^ (word >> 16)
+
+
+def kept(shape: torch.Size, masks: Masks, adapter: int) -> Tensor:
+    """Which elements of an input [T, K] one adapter sees: by the seed and the element's place alone."""
+    first = _mixed((masks.seed + (8 * masks.site + adapter) * 0x9E3779B9) & _WORD)
+    second = _mixed(first ^ 0x85EBCA6B)
+    place = torch.arange(shape.numel(), device=masks.seed.device).view(shape)
+    word = (place ^ first) * 0x9E3779B1 & _WORD
+    word = (word ^ (word >> 15) ^ second) * 0x846CA68B & _WORD
+    return (word >> 16) >= round(masks.rate * MASK_STEPS)
+
+
+def _dropped(x: Tensor, masks: Masks, adapter: int) -> Tensor:
+    return torch.where(kept(x.shape, masks, adapter), x.float(), 0.0) / (1 - masks.rate)
+
+
+def _rows(matrix: Tensor, masks: Masks, adapter: int) -> Tensor:
+    return matrix.chunk(masks.adapters)[adapter]
+
+
+def masked_ranks(x: Tensor, a: Tensor, out: Tensor, masks: Masks) -> None:
+    """Input of the ranks: dropout(x) A^T of each adapter side by side.
+
+    Args:
+        x: [T, K].
+        a: [R, K], the adapters' A one below the other.
+        out: [T, R].
+        masks: of x.
+    """
+    parts = [_dropped(x, masks, n) @ _rows(a, masks, n).float().t() for n in range(masks.adapters)]
+    out.copy_(torch.cat(parts, dim=1))
+
+
+def masked_gradient(thin: Tensor, x: Tensor, masks: Masks) -> Tensor:
+    """Gradient of A: g^T dropout(x) of each adapter, one below the other: [R, K] fp32.
+
+    Args:
+        thin: [T, R], gradient of the ranks.
+        x: [T, K].
+        masks: of x.
+    """
+    parts = thin.float().chunk(masks.adapters, dim=1)
+    return torch.cat([part.t() @ _dropped(x, masks, n) for n, part in enumerate(parts)])
+
+
+def masked_add(thin: Tensor, a: Tensor, into: Tensor, masks: Masks) -> None:
+    """Adds the gradient of x through each adapter's mask: into [T, K] += dropout(g A).
+
+    Args:
+        thin: [T, R], gradient of the ranks.
+        a: [R, K].
+        into: [T, K].
+        masks: of x.
+    """
+    parts = thin.float().chunk(masks.adapters, dim=1)
+    shares = [_dropped(part @ _rows(a, masks, n).float(), masks, n) for n, part in enumerate(parts)]
+    into.copy_(into.float() + sum(shares))

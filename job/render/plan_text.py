@@ -1,0 +1,132 @@
+"""A plan as plain text for a terminal: what is known, what it needs, how long it takes, what to ask for."""
+
+from collections.abc import Sequence
+
+from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
+from job.core.report import DataReport
+from job.render.report_text import histogram_lines
+
+_GIB = 2**30
+
+
+def plan_lines(
+    data: DataReport,
+    candidates: Sequence[Candidate],
+    work: Workload,
+    forecasts: Sequence[Forecast],
+    *,
+    usd_per_hour: float | None,
+) -> list[str]:
+    """Everything, the details for the first GPU."""
+    return [
+        *_lengths(data, candidates),
+        "",
+        *_work(work),
+        "",
+        *_memory(work, forecasts[0]),
+        "",
+        *_table(forecasts, usd_per_hour),
+        "",
+        *_ask(ask_for(work)),
+    ]
+
+
+def _lengths(data: DataReport, candidates: Sequence[Candidate]) -> list[str]:
+    histogram = data.train.histogram
+    return [
+        f"max_length {data.max_length}: {data.max_length_reason}",
+        "tokens of a training example:",
+        *histogram_lines(histogram.edges, histogram.counts, mark=data.max_length),
+        "",
+        "max_length  examples longer  tokens cut",
+        *(
+            f"{each.tokens:>10}  {each.examples_over:>15}  {each.share_cut:>10.2%}"
+            + ("  <- chosen" if each.tokens == data.max_length else "")
+            for each in candidates
+        ),
+    ]
+
+
+def _work(work: Workload) -> list[str]:
+    course, path = work.course, f"{work.path} path"
+    if work.path == "generic":
+        path += ", layers compiled" if work.compiled else ", layers not compiled"
+    return [
+        (
+            f"{course.steps} steps ({course.epochs:.3g} epochs) of {course.batch_size} examples, "
+            f"{trained_tokens(work):,} real tokens; {work.evaluations} evaluations of {work.validation_tokens:,}"
+        ),
+        (
+            f"{work.shape.parameters:,} parameters in the base, {work.adapter.parameters:,} trained "
+            f"(r {work.adapter.rank}, {work.adapter.optimizer}); {path}"
+        ),
+    ]
+
+
+def _memory(work: Workload, shown: Forecast) -> list[str]:
+    parts, cut = shown.parts, shown.cut
+    layers = work.shape.layers
+    rows = {
+        "base in 4 bits": parts.weights,
+        "embedding and head, bf16": parts.embeddings,
+        "adapter, fp32": parts.adapter,
+        "its gradients": parts.gradients,
+        "optimizer": parts.optimizer,
+        "copy until an update is known to be finite": parts.update,
+        "workspace": parts.workspace - (parts.spared_workspace if cut.kept_layers == layers else 0),
+    }
+    if cut.kept_layers:
+        rows[f"decoded weights of {cut.kept_layers} of {layers} layers"] = cut.kept_layers * parts.decoded_layer
+    peak = cut.predicted_peak_bytes or 0
+    rows[f"activations and logits of {cut.micro_batch_tokens:,} tokens"] = peak - sum(rows.values())
+    again = (
+        "no activations computed again"
+        if not cut.recomputed_layers
+        else f"activations of {cut.recomputed_layers} of {layers} layers computed again"
+    )
+    return [
+        f"memory on {shown.gpu.name}, micro-batches of at most {cut.micro_batch_tokens:,} tokens, {again}:",
+        *(f"  {size / _GIB:>7.2f} GiB  {name}" for name, size in rows.items()),
+        f"  {peak / _GIB:>7.2f} GiB  at the peak of a step, of {shown.gpu.memory_gib:.1f}",
+    ]
+
+
+def _table(forecasts: Sequence[Forecast], usd_per_hour: float | None) -> list[str]:
+    head = "gpu          memory    peak  micro-batch  again  tokens/s     time"
+    lines = [head + ("      cost" if usd_per_hour else "")]
+    for each in forecasts:
+        peak, cut = (each.cut.predicted_peak_bytes or 0) / _GIB, each.cut
+        line = f"{each.gpu.name:<11} {each.gpu.memory_gib:>7.1f} {peak:>7.1f}  "
+        if not each.fits:
+            lines.append(line + "one example alone does not fit, by estimate")
+            continue
+        line += f"{cut.micro_batch_tokens:>11,}  {cut.recomputed_layers:>5}"
+        if each.tokens_per_second is not None and each.seconds is not None:
+            line += f"  {each.tokens_per_second:>8,.0f}  {_time(each.seconds):>7}"
+            line += f"  {usd_per_hour * each.seconds / 3600:>7.2f} $" if usd_per_hour else ""
+        lines.append(line)
+    if any(each.tokens_per_second is not None for each in forecasts):
+        lines.append(
+            "speeds are calibrated on an H200 with Llama-2-7B, and scaled to other GPUs by the vendors' figures"
+        )
+    return lines
+
+
+def _ask(ask: Ask) -> list[str]:
+    return [
+        (
+            f"ask for: one GPU (from {ask.gpu_memory_gib} GiB; more is faster), {ask.host_memory_gib} GiB of host "
+            f"memory, {ask.disk_gib} GiB of disk (the base and the work folder)"
+        ),
+        "",
+        "  resources:",
+        f"    requests: {{cpu: 2, memory: {ask.host_memory_gib}Gi, ephemeral-storage: {ask.disk_gib}Gi}}",
+        f"    limits: {{memory: {ask.host_memory_gib}Gi, ephemeral-storage: {ask.disk_gib}Gi, nvidia.com/gpu: 1}}",
+        "",
+        f"  --gres=gpu:1 --cpus-per-task=8 --mem={ask.host_memory_gib}G --tmp={ask.disk_gib}G",
+    ]
+
+
+def _time(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours}:{minutes:02d} h" if hours else f"{max(1, minutes)} min"

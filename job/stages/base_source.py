@@ -1,0 +1,90 @@
+"""The base of an attempt: its copy in 4 bits where one stands, else its weights, of which a copy is kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from job.core.recipe import ModelSection
+from job.edge.base import fetching as base_model
+from job.edge.base.fetching import BaseModel, BaseModelIdentity, OnProgress
+from job.edge.base.quantised_copies import QuantisedCopy
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
+from job.tune.model.base import is_quantised, quantised_bytes, quantised_files
+from job.tune.model.four_bit import quantised_form
+
+
+def loaded_from(base: BaseModel) -> Literal["weights", "copy in 4 bits"]:
+    """What was read to load it, in the report's words."""
+    return "copy in 4 bits" if base.quantised else "weights"
+
+
+class BaseSource:
+    """Where one base comes from, for one device."""
+
+    def __init__(
+        self,
+        identity: BaseModelIdentity,
+        model: ModelSection,
+        *,
+        device: torch.device,
+        models_folder: Path,
+        settings: StoreSettings,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Nothing is looked at yet.
+
+        Raises:
+            UsageError: model.quantised_copies is no place.
+        """
+        self._identity = identity
+        self._models_folder, self._settings, self._should_stop = models_folder, settings, should_stop
+        place = model.quantised_copies
+        self._copy = QuantisedCopy(
+            identity,
+            quantised_form(device),
+            models_folder=models_folder,
+            store=None if place is None else open_store(place, settings),
+            should_stop=should_stop,
+        )
+
+    def fetch_small(self, on_progress: OnProgress) -> Path:
+        """The folder with configuration and tokenizer.
+
+        Raises:
+            JobError: as `base_model.fetch`.
+        """
+        return self._copy.find() or self._fetch(on_progress, weights=False).folder
+
+    def fetch(self, on_progress: OnProgress) -> BaseModel:
+        """All of it, after `fetch_small`: the copy, or the weights where there is none that is whole.
+
+        Raises:
+            JobError: as `base_model.fetch`.
+        """
+        return self._copy.bring(on_progress) or self._fetch(on_progress, weights=True)
+
+    def keep(self, loaded: Any, base: BaseModel, on_beat: Callable[[], None]) -> None:
+        """Make a copy for later starts, when the weights were what was loaded.
+
+        Args:
+            loaded: from `load_base`, with nothing added to it yet.
+            base: what it was loaded from.
+            on_beat: told when something moves.
+        """
+        if base.quantised or is_quantised(base.folder):
+            return
+        size = quantised_bytes(loaded)
+        self._copy.keep(quantised_files(loaded, base.folder), beside=base.folder, needed_bytes=size, on_beat=on_beat)
+
+    def _fetch(self, on_progress: OnProgress, *, weights: bool) -> BaseModel:
+        return base_model.fetch(
+            self._identity,
+            models_folder=self._models_folder,
+            settings=self._settings,
+            should_stop=self._should_stop,
+            on_progress=on_progress,
+            weights=weights,
+        )

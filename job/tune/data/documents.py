@@ -1,0 +1,90 @@
+"""TODO job.tune.data.documents."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from job.core.errors import DataError
+from job.core.lengths import Lengths
+from job.tune.data.encoded import EncodedSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """The examples of one side as they are trained or judged on: selected, and cut at max_length."""
+
+    encoded: EncodedSet
+    rows: NDArray[np.int64]
+    max_length: int
+    truncated: int
+    dropped: int
+    """Longer than max_length, and left out."""
+    without_target: int
+    """Nothing to learn from after the cut, and left out."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens of each document after the cut."""
+        return np.minimum(self.encoded.lengths[self.rows], self.max_length)
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """Target tokens of each document."""
+        return self.lengths.astype(np.int64) - self.encoded.target_from[self.rows]
+
+    def token_ids(self, document: int) -> NDArray[np.int32]:
+        """Token ids of one document after the cut."""
+        return self.encoded.input_ids(int(self.rows[document]))[: self.max_length]
+
+    def target_from(self, document: int) -> int:
+        """Position of the first target of one document."""
+        return int(self.encoded.target_from[self.rows[document]])
+
+    def answer_from(self, document: int) -> int:
+        """Position where the prompt of one document ends."""
+        return int(self.encoded.answer_from[self.rows[document]])
+
+    def is_whole(self, document: int) -> bool:
+        """Whether one document was not cut."""
+        return bool(self.encoded.lengths[self.rows[document]] <= self.max_length)
+
+    def where(self, document: int) -> str:
+        """`file:line` of one document."""
+        return self.encoded.where(int(self.rows[document]))
+
+
+def select_documents(
+    encoded: EncodedSet, *, max_length: int, too_long: Literal["truncate", "drop", "fail"], most: int | None = None
+) -> Documents:
+    """Apply max_length, leave out what has no target, and keep at most `most` by a hash of the content.
+
+    Raises:
+        DataError: an example is too long, and the recipe says `too_long: fail`; or none is left.
+    """
+    over = encoded.lengths > max_length
+    if too_long == "fail" and over.any():
+        first = int(np.argmax(over))
+        msg = (
+            f"{encoded.where(first)}: {int(encoded.lengths[first])} tokens, more than max_length {max_length} "
+            f"({int(over.sum())} such examples); raise data.max_length, or set data.too_long: truncate or drop"
+        )
+        raise DataError(msg)
+    kept = ~over if too_long == "drop" else np.ones(len(encoded), dtype=bool)
+    has_target = np.minimum(encoded.lengths, max_length) > encoded.target_from
+    rows = np.flatnonzero(kept & has_target)
+    if most is not None:
+        digests = encoded.digests()
+        rows = np.array(sorted(sorted(rows, key=lambda row: digests[row])[:most]), dtype=np.int64)
+    return Documents(
+        encoded=encoded,
+        rows=rows,
+        max_length=max_length,
+        truncated=int(over[rows].sum()),
+        dropped=int((~kept).sum()),
+        without_target=int((kept & ~has_target).sum()),
+    )

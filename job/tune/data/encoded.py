@@ -1,0 +1,139 @@
+"""Examples -> token ids on disk (Arrow) -> packed micro-batches with their targets."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets.arrow_writer import ArrowWriter
+from numpy.typing import NDArray
+
+from job.core.errors import StopRequestedError
+from job.core.lengths import Lengths
+from job.core.records import Example
+from job.tune.data.frame import TokenRules, encode_examples
+
+Side = Literal["train", "validation"]
+
+
+_SIDES: tuple[Side, ...] = ("train", "validation")
+
+
+_BATCH = 1000
+"""Examples handed to the tokenizer at once."""
+
+
+_FEATURES = {
+    "input_ids": "int32",
+    "target_from": "int32",
+    "answer_from": "int32",
+    "digest": "binary",
+    "where": "string",
+}
+
+
+FORMAT = 2
+"""Of the files that `encode` writes: those of another one are not read."""
+
+
+class EncodedSet:
+    """One side of the dataset on disk, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._table = datasets.Dataset.from_file(str(path)).data
+        self.lengths: Lengths = _numpy(pc.list_value_length(self._table.column("input_ids"))).astype(np.int32)
+        self.target_from: NDArray[np.int32] = _numpy(self._table.column("target_from"))
+        self.answer_from: NDArray[np.int32] = _numpy(self._table.column("answer_from"))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def input_ids(self, index: int) -> NDArray[np.int32]:
+        """Token ids of one example, framed, not truncated."""
+        values: NDArray[np.int32] = self._table.column("input_ids")[index].values.to_numpy()
+        return values
+
+    def where(self, index: int) -> str:
+        """`file:line` of one example."""
+        return str(self._table.column("where")[index].as_py())
+
+    def digests(self) -> list[bytes]:
+        """The content names of all examples."""
+        values: list[bytes] = self._table.column("digest").to_pylist()
+        return values
+
+
+def _numpy(column: Any) -> Any:
+    return column.to_numpy() if len(column) else np.zeros(0, dtype=np.int32)
+
+
+def encode(
+    examples: Iterable[tuple[Side, Example]],
+    tokenizer: Any,
+    rules: TokenRules,
+    *,
+    folder: Path,
+    should_stop: Callable[[], bool],
+    on_progress: Callable[[int], None],
+) -> dict[Side, EncodedSet]:
+    """Write both sides to Arrow files that appear whole.
+
+    Args:
+        examples: each with its side; read once.
+        tokenizer: the base model's.
+        rules: from `token_rules`.
+        folder: where the files stand; it belongs to one run, so its files can only hold this run's data.
+        should_stop: polled between batches.
+        on_progress: told the number of encoded examples.
+
+    Raises:
+        StopRequestedError: asked to stop; the next attempt writes over what is there so far.
+    """
+    partial = {side: folder / f"{side}.partial" for side in _SIDES}
+    folder.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features(
+        {
+            name: [datasets.Value(kind)] if name == "input_ids" else datasets.Value(kind)
+            for name, kind in _FEATURES.items()
+        }
+    )
+    writers = {side: ArrowWriter(features=features, path=str(partial[side])) for side in _SIDES}
+    done = 0
+    for batch in _batches(examples):
+        if should_stop():
+            msg = "asked to stop while encoding"
+            raise StopRequestedError(msg)
+        rows = encode_examples([example for _, example in batch], tokenizer, rules)
+        for (side, example), framed in zip(batch, rows, strict=True):
+            row = {
+                "input_ids": framed.ids,
+                "target_from": framed.target_from,
+                "answer_from": framed.answer_from,
+                "digest": example.digest,
+                "where": example.where,
+            }
+            writers[side].write(row)
+        done += len(batch)
+        on_progress(done)
+    for side, writer in writers.items():
+        writer.finalize()
+        partial[side].replace(_path(folder, side))
+    return open_encoded(folder)
+
+
+def open_encoded(folder: Path) -> dict[Side, EncodedSet]:
+    """Both sides as `encode` left them."""
+    return {side: EncodedSet(_path(folder, side)) for side in _SIDES}
+
+
+def _path(folder: Path, side: Side) -> Path:
+    return folder / f"{side}.arrow"
+
+
+def _batches(examples: Iterable[tuple[Side, Example]]) -> Iterator[list[tuple[Side, Example]]]:
+    iterator = iter(examples)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch

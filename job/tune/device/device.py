@@ -1,0 +1,116 @@
+"""The device we compute on: which one, how much memory is free, how much was used, and what names it as broken."""
+
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from job.core.errors import CannotFitError, SickDeviceError
+from job.core.memory import DeviceMemory
+from job.tune.device.failures import reason_of
+
+_DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`, `cuda` or `cpu` -> the device.
+
+    Raises:
+        SickDeviceError: a GPU is asked for, and none can be used; the message says why.
+        CannotFitError: the GPU has no bf16.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    _start_cuda()
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise CannotFitError(
+            f"{torch.cuda.get_device_name()} has no bf16; use an Ampere GPU or newer (A10, A100, L4, H100, ...)"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _start_cuda() -> None:
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call] # torch has no types here
+    except Exception as error:  # RuntimeError, AssertionError, or a class of its own around any of them
+        if (old := _too_old_driver(error)) is not None:
+            raise SickDeviceError(
+                f"no GPU can be used: {old}; start the job on another node, or take the image for older drivers"
+            ) from error
+        raise SickDeviceError(
+            f"no GPU is visible to this process (--device cuda): {reason_of(error)}; look at the driver and at what "
+            "the scheduler gave us, or start the job on another node"
+        ) from error
+
+
+def _too_old_driver(error: Exception) -> str | None:
+    """Who supports what, when torch says that the driver is older than it needs."""
+    found = re.search(r"driver on your system is too old \(found version (\d+)\)", str(error))
+    if found is None:
+        return None
+    newest = f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}"
+    driver = driver_version() or "(version not known)"
+    return f"driver {driver} supports CUDA up to {newest}, torch needs {torch.version.cuda}"
+
+
+def driver_version() -> str | None:
+    """Of the NVIDIA driver that this kernel runs; None where there is none."""
+    try:
+        text = _DRIVER_VERSION.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
+    return found[1] if found else None
+
+
+def cuda_in_use() -> bool:
+    """Whether this process computes on a GPU; one that is only visible is left alone."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call] # torch has no types here
+
+
+def device_name(device: torch.device) -> str:
+    """The kind of device, as it stands in the report."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """The GPU's own name for itself, without a prefix; None on the CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def gpu_bus_id(device: torch.device) -> str | None:
+    """Where the GPU sits in the machine, as `0000:1b:00.0`; None on the CPU, or where torch does not say."""
+    if device.type != "cuda":
+        return None
+    about: Any = torch.cuda.get_device_properties(device)
+    if not hasattr(about, "pci_bus_id"):
+        return None
+    return f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """What is free now."""
+    if device.type != "cuda":
+        return DeviceMemory(kind="cpu", free_bytes=0)
+    return DeviceMemory(kind="cuda", free_bytes=torch.cuda.mem_get_info(device)[0])
+
+
+def allocation_retries(device: torch.device) -> int:
+    """How often this process had to give its free memory back and ask for it anew; 0 on the CPU.
+
+    Each waits for the GPU: memory that is nearly full and in pieces costs time long before it runs out.
+    """
+    if device.type == "cpu":
+        return 0
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most that was allocated on the GPU, or resident on the CPU, since the process began."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts KiB, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,100 @@
+"""Per-document attention: no document of a micro-batch sees another.
+
+Registered with transformers' AttentionInterface, so that any decoder that takes its attention from there can be packed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as random_dropout
+from transformers import AttentionInterface
+
+from job.core.errors import UsageError
+from job.kernels.attention import visible
+from job.kernels.attention_op import document_attention
+
+PER_DOCUMENT = "per_document"
+"""The name under which transformers finds this attention."""
+
+
+def register() -> None:
+    """Make it known to transformers; saying it twice does no harm."""
+    AttentionInterface.register(PER_DOCUMENT, per_document_attention)
+
+
+def reason_against_one_op(config: Any) -> str | None:
+    """Why a model's attention goes document by document; None: it is one op."""
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its attention scores are capped"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"it has attention dropout ({config.attention_dropout})"
+    return None
+
+
+def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    document_bounds: Tensor,
+    document_lengths: Tensor,
+    document_blocks: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document: one op for all, where scores are neither capped nor dropped.
+
+    Args:
+        module: the attention layer, which says by its mode whether dropout applies.
+        query: [1, heads, T, width].
+        key: [1, key heads, T, width].
+        value: [1, key heads, T, width].
+        attention_mask: None; the documents say it all.
+        document_bounds: [D + 1] int32 on the device: 0, then where each document ends; the last is T.
+        document_lengths: [D] int64 on the host: tokens of each document.
+        document_blocks: from `blocks_of`, for the engine's own kernels; None: torch's.
+        scaling: of the scores; 1 / sqrt(width) when None.
+        dropout: of the attention weights.
+        sliding_window: how many tokens back a token sees, itself included.
+        softcap: bound of the scores (Gemma 2).
+        s_aux: attention sinks, which this attention does not know.
+
+    Returns:
+        [1, T, heads, width], and no weights.
+    """
+    if attention_mask is not None or s_aux is not None:
+        msg = f"{type(module).__name__} uses an attention mask or attention sinks, which packing does not support"
+        raise UsageError(msg)
+    rate = dropout if module.training else 0.0
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if softcap is None and not rate:
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+        attended, *_ = document_attention(
+            q, k, v, document_bounds, document_lengths, document_blocks, scale, sliding_window
+        )
+        return attended[None], None
+    lengths = document_lengths.tolist()
+    parts = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
+    outputs = [_weighed(*each, scale=scale, window=sliding_window, softcap=softcap, rate=rate) for each in parts]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _weighed(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None, softcap: float | None, rate: float
+) -> Tensor:
+    """Attention of one document with its weights written out: capped by tanh (Gemma 2, arXiv 2408.00118, section 2)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~visible(query.shape[2], window, query.device), torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return random_dropout(weights, p=rate) @ value

@@ -1,0 +1,111 @@
+"""Whose attention kernels a device runs: the engine's where they are known to win and give what the formula gives."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor
+
+from job.kernels.attention import OWN_WIDTHS, Attention, Documents
+from job.kernels.blocks import blocks_of
+from job.kernels.which_ops import has_triton
+from job.tune.device.failures import told
+from job.tune.engines.attention import reason_against_one_op
+
+log = structlog.get_logger(__name__)
+
+_MEASURED_CAPABILITY = 9
+"""Hopper's: where they were measured to be faster than torch's."""
+_ATTENDED = (1, 63, 64, 65, 200, 3)
+"""Tokens of the documents that attention is tried with: below, at and above a block, and several blocks."""
+_WINDOW = 70
+_ATTENTION_TOLERANCE = 0.03
+"""Difference of attention's result or a gradient from fp32, as a share of its norm; rounding to bf16 gives 0.003."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionChoice:
+    """The engine's own kernels, or torch's, and why torch's."""
+
+    own: bool
+    reason: str | None
+    """Why a GPU has torch's."""
+
+
+def choose_attention(config: Any, device: torch.device) -> AttentionChoice:
+    """Of a model with such a config; the same for every model of its shape in this process."""
+    if device.type != "cuda":
+        return AttentionChoice(own=False, reason=None)
+    against = _reason_against(config, device)
+    return AttentionChoice(own=against is None, reason=against)
+
+
+def _reason_against(config: Any, device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != _MEASURED_CAPABILITY:
+        return "the engine's were measured on compute capability {}.x, and this is {}.{}".format(
+            _MEASURED_CAPABILITY, *capability
+        )
+    if not has_triton():
+        return "Triton is not installed"
+    against = reason_against_one_op(config)
+    if against is not None:
+        return against
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        return "its config does not tell how many heads there are"
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if width not in OWN_WIDTHS:
+        return f"heads are {width} wide, and the engine's take {', '.join(map(str, OWN_WIDTHS))}"
+    return _tried(device, heads, key_heads, width)
+
+
+@cache
+def _tried(device: torch.device, heads: int, key_heads: int, width: int) -> str | None:
+    """Once: the adapter is proved by another model, which must have what was trained with."""
+    try:
+        against = difference_from_formula(device, heads=heads, key_heads=key_heads, width=width)
+    except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
+        against = told(error)
+    if against is not None:
+        log.warning("attention_left_to_torch", reason=against, then="slower by a few percent")
+    return against
+
+
+@torch.no_grad()
+def difference_from_formula(device: torch.device, *, heads: int, key_heads: int, width: int) -> str | None:
+    """What the engine's own attention kernels do otherwise than the formula in fp32, on made-up documents in bf16.
+
+    Returns:
+        The first difference that rounding does not explain; None where there is none.
+    """
+    tokens = sum(_ATTENDED)
+    bounds = torch.tensor([0, *_ATTENDED], device=device).cumsum(0).to(torch.int32)
+    plain = Documents(bounds=bounds, lengths=_ATTENDED)
+    own = replace(plain, blocks=blocks_of(bounds, tokens))
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(tokens, count, width, generator=generator, device=device).to(torch.bfloat16)
+        for count in (heads, key_heads, key_heads, heads)
+    )
+    for window in (None, _WINDOW):
+        attention = Attention(scale=width**-0.5, window=window)
+        ours = _attended(attention, grad, query, key, value, own)
+        theirs = _attended(attention, grad.float(), query.float(), key.float(), value.float(), plain)
+        for name, one, other in zip(("result", "query", "key", "value"), ours, theirs, strict=True):
+            off = float((one.float() - other).norm() / other.norm())
+            if not off <= _ATTENTION_TOLERANCE:
+                what = name if name == "result" else f"gradient of the {name}"
+                return f"the {what} differs by {off:.1%}"
+    return None
+
+
+def _attended(
+    attention: Attention, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, documents: Documents
+) -> tuple[Tensor, ...]:
+    """The result, and the gradients of query, key and value."""
+    out, kept = attention.forward(query, key, value, documents)
+    return out, *attention.backward(grad, query, key, value, out, kept, documents)

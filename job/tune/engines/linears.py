@@ -1,0 +1,141 @@
+"""The adapted model's linear layers, each as one op in the place of PEFT's and bitsandbytes' own forward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from job.kernels.linear_op import linear
+from job.kernels.weights import Linear, Quantised
+from job.kernels.which_ops import ops_of
+from job.tune.engines.families import is_in_whole_blocks, linear_of
+
+_MOST_SEEDS = 2**31
+
+
+class OneOpLinears:
+    """Swaps the forward of single modules of one model; their classes, parameters and what is saved stay as they are.
+
+    PEFT's own forward casts each input to fp32 and back, copies each result, and keeps what it need not keep.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self._modules = {
+            module: (MethodType(its_forward, module), linear_of(module)) for module, its_forward in _fitting(model)
+        }
+        for module in self._modules:
+            module.mask_seed = None
+        self._swapped = False
+        self.keeps_decoded = False
+        """Whether weights are decoded once, not at each use."""
+        self._swap_in()
+
+    def __bool__(self) -> bool:
+        return bool(self._modules)
+
+    def _swap_in(self) -> None:
+        for module, (its_forward, layer) in self._modules.items():
+            # The same objects each time: compiled code may look at which they are.
+            module.forward, module.one_op = its_forward, layer
+        self._swapped = True
+
+    def _swap_out(self) -> None:
+        if self._swapped:
+            for module in self._modules:
+                del module.forward, module.one_op
+        self._swapped = False
+
+    def keep_decoded(self, *, wanted: bool) -> None:
+        """Decode each weight once, or at each use; kept, they take what the base has in 16 bits."""
+        if wanted == self.keeps_decoded:
+            return
+        layers = {module: linear_of(module) for module in self._modules}
+        if wanted:
+            layers = {module: _decoded(module, layer) for module, layer in layers.items()}
+        self._modules = {module: (its, layers[module]) for module, (its, _) in self._modules.items()}
+        self.keeps_decoded = wanted
+        if self._swapped:
+            self._swap_in()
+
+    def leave_to_peft(self) -> None:
+        """From now on and for good, with PEFT's own forward; the head's loss then goes through it too."""
+        self._swap_out()
+        self._modules.clear()
+
+    def draw_masks(self) -> None:
+        """Other dropout masks for the next micro-batch, from torch's generator on the host."""
+        dropping = [module for module, (_, layer) in self._modules.items() if module.training and _rate(layer)]
+        if dropping:
+            # On the host, from the generator that a checkpoint holds.
+            seeds = torch.randint(_MOST_SEEDS, (len(dropping), 1)).to(dropping[0].weight.device, non_blocking=True)
+            for module, seed in zip(dropping, seeds, strict=True):
+                module.mask_seed = seed
+
+    @contextmanager
+    def as_peft_has_them(self) -> Iterator[None]:
+        """With PEFT's own forward: it writes an answer word by word without decoding a weight for each."""
+        was_swapped = self._swapped
+        self._swap_out()
+        try:
+            yield
+        finally:
+            if was_swapped:
+                self._swap_in()
+
+
+def _fitting(model: PeftModel) -> Iterator[tuple[Any, Any]]:
+    """The layers that are plain LoRA on a linear layer, those in 4 bits without an adapter, and the head."""
+    head = model.get_base_model().get_output_embeddings()
+    adapted = {module.base_layer for module in model.modules() if isinstance(module, LoraLayer)}
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            if _is_plain(module):
+                yield module, _adapted_forward
+        elif module not in adapted and (module is head or _is_in_four_bits(module)):
+            yield module, _frozen_forward
+
+
+def _is_plain(module: Any) -> bool:
+    base = module.base_layer
+    return (
+        isinstance(base, nn.Linear)
+        and len(module.lora_A) == 1
+        and not module.lora_variant
+        and not any(module.lora_bias.values())
+        and not module.fan_in_fan_out
+        and is_in_whole_blocks(base)
+    )
+
+
+def _is_in_four_bits(module: Any) -> bool:
+    return isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state") and is_in_whole_blocks(module)
+
+
+def _decoded(module: Any, layer: Linear) -> Linear:
+    if not isinstance(layer.weight, Quantised):
+        return layer
+    weight = getattr(module, "base_layer", module).weight
+    values = torch.empty(layer.height, layer.width, dtype=weight.quant_state.dtype, device=weight.device)
+    ops_of(values.device).decode(layer.weight, values)
+    return replace(layer, weight=values)
+
+
+def _rate(layer: Linear) -> float:
+    return 0.0 if layer.adapter is None else layer.adapter.dropout
+
+
+def _adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if self.disable_adapters or self.merged or args or kwargs:
+        result: Tensor = type(self).forward(self, x, *args, **kwargs)
+        return result
+    return linear(x, self.one_op, self.mask_seed if self.training else None)
+
+
+def _frozen_forward(self: Any, x: Tensor) -> Tensor:
+    return linear(x, self.one_op, None)

@@ -1,0 +1,92 @@
+"""TODO job.tune.engines.packed_model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from job.tune.data.micro_batch import MicroBatch
+from job.tune.engines.attention import PER_DOCUMENT
+from job.tune.engines.attention_choice import AttentionChoice, choose_attention
+from job.tune.engines.layers import Layers
+from job.tune.engines.linears import OneOpLinears
+from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
+from job.tune.engines.padding import decoder_inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentScores:
+    """Held-out result of the documents of one micro-batch, on the host."""
+
+    nll: list[float]
+    correct: int
+
+
+class PackedModel(nn.Module):
+    """The adapted model as the training loop sees it: a micro-batch in, the loss of each target out."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+        self._causal_lm().set_attn_implementation(PER_DOCUMENT)
+        self.linears = OneOpLinears(model)
+        self.layers = Layers(self._causal_lm())
+
+    @cached_property
+    def attention(self) -> AttentionChoice:
+        """Whose kernels attention is by; they are tried when it is first asked for."""
+        return choose_attention(self._causal_lm().config, next(self.parameters()).device)
+
+    def _causal_lm(self) -> Any:
+        return self.model.get_base_model()
+
+    @property
+    def head(self) -> Head:
+        """Hidden states -> logits."""
+        return head_of(self._causal_lm())
+
+    def hidden(self, batch: MicroBatch, *, padded_to: int | None = None) -> Tensor:
+        """Last hidden states at the places whose next token is a target: [N, hidden]."""
+        causal_lm = self._causal_lm()
+        self.linears.draw_masks()
+        decoder = getattr(causal_lm, causal_lm.base_model_prefix)
+        inputs = decoder_inputs(batch, tokens=padded_to, in_blocks=self.attention.own)
+        states: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+        return states[0].index_select(0, batch.target_places)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Loss of each target, in nats: [N] fp32."""
+        return token_losses(self.hidden(batch), batch.target_ids, self.head)
+
+    def summed_loss(self, batch: MicroBatch, *, share: float, padded_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of all losses times a share, for its gradients; and the loss of each target in nats, [N] fp32."""
+        return summed_loss(self.hidden(batch, padded_to=padded_to), batch.target_ids, self.head, share=share)
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch) -> DocumentScores:
+        """Summed loss of each document and the number of targets that were the first choice."""
+        losses, hits = token_scores(self.hidden(batch), batch.target_ids, self.head)
+        nll = [float(part.double().sum()) for part in torch.split(losses.cpu(), list(batch.target_counts))]
+        return DocumentScores(nll=nll, correct=int(hits.sum()))
+
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """The model with transformers' own attention, PEFT's own layers and a cache, for `generate`."""
+        causal_lm = self._causal_lm()
+        capped = getattr(causal_lm.config, "attn_logit_softcapping", None) is not None
+        was_training = self.training
+        causal_lm.set_attn_implementation("eager" if capped else "sdpa")
+        causal_lm.config.use_cache = True
+        self.eval()
+        try:
+            with self.linears.as_peft_has_them():
+                yield self.model
+        finally:
+            causal_lm.config.use_cache = False
+            causal_lm.set_attn_implementation(PER_DOCUMENT)
+            self.train(was_training)

@@ -1,0 +1,55 @@
+"""A micro-batch as the decoder takes it: as long as it is, or filled up to one of few sizes that compiled code fits."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from job.kernels.blocks import blocks_of
+from job.tune.data.micro_batch import MicroBatch
+
+_SIZES, _MULTIPLE = 32, 64
+"""Sizes up to a full micro-batch, at most, and what each is a multiple of: 64 tokens and a thirty-second of a full
+micro-batch are always more than the padding."""
+
+
+def grain_of(micro_batch_tokens: int) -> int:
+    """Tokens that padded sizes and full micro-batches are a multiple of: by the plan alone, as a resumed run has it."""
+    return -(-micro_batch_tokens // (_SIZES * _MULTIPLE)) * _MULTIPLE
+
+
+def padded_size(tokens: int, grain: int) -> int:
+    """The least size that holds so many tokens."""
+    return -(-tokens // grain) * grain
+
+
+def decoder_inputs(batch: MicroBatch, *, tokens: int | None = None, in_blocks: bool = False) -> dict[str, Tensor]:
+    """What the decoder and our attention are given by name.
+
+    Args:
+        batch: a micro-batch, on the device.
+        tokens: filled up to so many, with a last document of token 0 that nobody learns from and that may be empty;
+            None: as it is.
+        in_blocks: whether attention is by the engine's own kernels.
+    """
+    if tokens is None:
+        return {
+            **({"document_blocks": blocks_of(batch.bounds, batch.tokens)} if in_blocks else {}),
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "document_bounds": batch.bounds,
+            "document_lengths": torch.tensor(batch.document_lengths),
+        }
+    rest = tokens - batch.tokens
+    after = torch.arange(rest, device=batch.position_ids.device)[None]
+    bounds = pad(batch.bounds, (0, 1), value=tokens)
+    lengths = torch.tensor([*batch.document_lengths, rest])
+    blocks = {"document_blocks": blocks_of(bounds, tokens)} if in_blocks else {}
+    for each in (bounds, lengths, *blocks.values()):
+        torch._dynamo.mark_dynamic(each, 0)  # noqa: SLF001 - its public name: how many documents there are differs
+    return {
+        **blocks,
+        "input_ids": pad(batch.input_ids, (0, rest)),
+        "position_ids": torch.cat([batch.position_ids, after], dim=1),
+        "document_bounds": bounds,
+        "document_lengths": lengths,
+    }

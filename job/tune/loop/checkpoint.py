@@ -1,0 +1,191 @@
+"""Training state <-> a local folder: safetensors and JSON only, so that nothing from a bucket can run code."""
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from job.core.crash_points import crash_point
+from job.core.verdict import Evaluation
+from job.tune.device.random_state import random_state, restore_random_state
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+"""What PEFT and vLLM read."""
+_OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE = (
+    "optimizer.safetensors",
+    "random.safetensors",
+    "evaluations.safetensors",
+    "state.json",
+)
+FILES = (*ADAPTER_FILES, _OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE)
+"""What a checkpoint is made of."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Where a run stands: everything that is not in the model, the optimizer or the random generators."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Training loss of each step, in nats a target token."""
+    grad_norms: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    tokens: int = 0
+    """Real tokens trained on."""
+    seconds: float = 0.0
+    """Time spent in training steps, over all attempts."""
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    base_answers: list[str] | None = None
+    """What the base answered before training; None until it was asked."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """Micro-batch tokens and checkpointing, and the device they were planned for."""
+    changes: list[str] = field(default_factory=list)
+    """What made this run differ from an undisturbed one, over all attempts, in sentences; empty: to the bit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What a checkpoint holds and gives back."""
+
+    model: PeftModel
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    progress: Progress
+
+
+def save(trained: Trained, folder: Path) -> None:
+    """Write the whole state into an empty folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # save_embedding_layers: with an adapter on lm_head PEFT would write the whole fp32 head, 524 MB for Llama-2-7B.
+    trained.model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    _order_targets(folder / ADAPTER_FILES[1])
+    tensors, plain = _flatten(trained.optimizer.state_dict())
+    save_file(tensors, folder / _OPTIMIZER)
+    crash_point("save.middle")
+    save_file(random_state(), folder / _RANDOM)
+    save_file(_evaluation_tensors(trained.progress.evaluations), folder / _EVALUATIONS)
+    state = {
+        "progress": {
+            name: getattr(trained.progress, name) for name in trained.progress.__slots__ if name != "evaluations"
+        },
+        "correct": {str(step): e.correct for step, e in trained.progress.evaluations.items()},
+        "optimizer": plain,
+        "scheduler": _plain_schedule(trained.scheduler.state_dict()),
+        "python_random": random.getstate(),
+        "numpy_random": _plain_numpy_state(),
+    }
+    (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def _order_targets(config: Path) -> None:
+    """PEFT keeps the targets in a set, whose order differs from process to process: the same adapter, another hash."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if isinstance(content["target_modules"], list):
+        content["target_modules"].sort()
+    config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def load(trained: Trained, folder: Path) -> None:
+    """Put the state of a folder back into model, optimizer, scheduler, progress and random generators."""
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    load_adapter(trained.model, folder)
+    trained.optimizer.load_state_dict(_unflatten(load_file(folder / _OPTIMIZER), state["optimizer"]))
+    trained.scheduler.load_state_dict(state["scheduler"])
+    for name, value in state["progress"].items():
+        setattr(trained.progress, name, value)
+    trained.progress.evaluations = _evaluations(load_file(folder / _EVALUATIONS), state["correct"])
+    _restore_random(load_file(folder / _RANDOM), state)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Put the adapter of a folder into the model; every tensor must find its place."""
+    weights = load_file(folder / ADAPTER_FILES[0])
+    result = set_peft_model_state_dict(model, weights)
+    missing = get_peft_model_state_dict(model, save_embedding_layers=False).keys() - weights.keys()
+    if result.unexpected_keys or missing:
+        names = [*result.unexpected_keys[:3], *sorted(missing)[:3]]
+        msg = f"{folder}: the adapter belongs to another model or recipe; look at {', '.join(names)}"
+        raise ValueError(msg)
+
+
+def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Optimizer state -> tensors for safetensors, and the rest for JSON."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        plain[str(index)] = {}
+        for name, value in _unwrapped(entries):
+            if isinstance(value, Tensor):
+                # Cloned: the quantisation maps of 8-bit states are one tensor shared by all parameters.
+                tensors[f"{index}.{name}"] = value.detach().cpu().clone().contiguous()
+            else:
+                plain[str(index)][name] = value
+    groups = [{k: v for k, v in group.items() if k != "lr_lambda"} for group in state["param_groups"]]
+    return tensors, {"state": plain, "groups": groups}
+
+
+def _unwrapped(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Entries of one parameter; bitsandbytes hides its 8-bit tensors in an inner dict, and takes them back without."""
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from value.items()
+        else:
+            yield name, value
+
+
+def _unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in plain["state"].items()}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state[int(index)][name] = tensor
+    return {"state": state, "param_groups": [_tupled(group) for group in plain["groups"]]}
+
+
+def _tupled(group: Mapping[str, Any]) -> dict[str, Any]:
+    # JSON knows no tuples; betas is one.
+    return {name: tuple(value) if name == "betas" else value for name, value in group.items()}
+
+
+def _plain_schedule(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != "lr_lambdas"} | {
+        # LambdaLR asks for the key; its functions are made anew from the recipe.
+        "lr_lambdas": [None for _ in state.get("lr_lambdas", [])]
+    }
+
+
+def _plain_numpy_state() -> list[Any]:
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the global generator is what libraries draw from
+    return [kind, np.asarray(keys).tolist(), *rest]
+
+
+def _restore_random(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    restore_random_state(tensors)
+    version, internal, gauss = state["python_random"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy_random"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - as above
+
+
+def _evaluation_tensors(evaluations: Mapping[int, Evaluation]) -> dict[str, Tensor]:
+    tensors = {f"nll.{step}": torch.from_numpy(e.nll) for step, e in evaluations.items()}
+    if evaluations:
+        tensors["tokens"] = torch.from_numpy(next(iter(evaluations.values())).tokens)
+    return tensors
+
+
+def _evaluations(tensors: Mapping[str, Tensor], correct: Mapping[str, int]) -> dict[int, Evaluation]:
+    return {
+        int(step): Evaluation(
+            step=int(step), nll=tensors[f"nll.{step}"].numpy(), tokens=tensors["tokens"].numpy(), correct=hits
+        )
+        for step, hits in correct.items()
+    }

@@ -1,0 +1,174 @@
+"""What the model says of held-out documents: their loss, and its own answers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from job.core.errors import StopRequestedError
+from job.core.packing import pack
+from job.core.verdict import Evaluation
+from job.tune.data.documents import Documents
+from job.tune.data.frame import TokenRules, encode_prompt
+from job.tune.data.micro_batch import micro_batch
+from job.tune.engines.packed_model import PackedModel
+
+_PROMPTS_AT_ONCE = 32
+"""Prompts answered together: at so few tokens the device waits for its memory, so more cost nothing."""
+_TOKENS_AT_ONCE = 16384
+"""Tokens, of prompts and answers together, whose keys and values are kept at once: 8.6 GB for Llama-2-7B."""
+
+
+def evaluate(
+    model: PackedModel,
+    documents: Documents,
+    *,
+    step: int,
+    tokens_at_once: int,
+    should_stop: Callable[[], bool],
+    on_progress: Callable[[int], None],
+) -> Evaluation:
+    """Loss of each held-out document. Draws no random number, so training goes on as if it had not been.
+
+    Args:
+        model: base and adapter.
+        documents: held out.
+        step: that the adapter is of.
+        tokens_at_once: of a pass, at most; a longer document has one to itself.
+        should_stop: asked before each pass.
+        on_progress: told how many documents are done.
+
+    Raises:
+        StopRequestedError: asked to stop; the result so far is of no use and is dropped.
+    """
+    device = next(model.parameters()).device
+    nll, correct, done = np.zeros(len(documents)), 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for members in pack(documents.lengths.tolist(), budget=max(tokens_at_once, documents.max_length)):
+            if should_stop():
+                msg = f"asked to stop while evaluating at step {step}"
+                raise StopRequestedError(msg)
+            scores = model.score(micro_batch(documents, members).to(device))
+            nll[members] = scores.nll
+            correct += scores.correct
+            done += len(members)
+            on_progress(done)
+    finally:
+        model.train(was_training)
+    return Evaluation(step=step, nll=nll, tokens=documents.targets, correct=correct)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A prompt as token ids, as text, and the answer that the dataset gives (None for a prompt of the recipe)."""
+
+    ids: tuple[int, ...]
+    prompt: str
+    expected: str | None
+
+
+def questions_of_prompts(prompts: Sequence[str], tokenizer: Any, rules: TokenRules) -> list[Question]:
+    """The recipe's prompts."""
+    return [Question(ids=tuple(encode_prompt(p, tokenizer, rules)), prompt=p, expected=None) for p in prompts]
+
+
+def questions_of_documents(documents: Documents, tokenizer: Any, *, most: int) -> list[Question]:
+    """The first held-out documents that were not cut: an answer that is, no right one is equal to."""
+    questions = []
+    for document in islice(filter(documents.is_whole, range(len(documents))), most):
+        ids, start = documents.token_ids(document).tolist(), documents.answer_from(document)
+        questions.append(
+            Question(
+                ids=tuple(ids[:start]),
+                prompt=tokenizer.decode(ids[:start], skip_special_tokens=True),
+                expected=tokenizer.decode(ids[start:], skip_special_tokens=True).strip(),
+            )
+        )
+    return questions
+
+
+def answer(
+    model: PackedModel,
+    questions: Sequence[Question],
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    should_stop: Callable[[], bool],
+) -> list[str]:
+    """The model's own answers, the most likely token each time; training's random numbers stay where they were.
+
+    Raises:
+        StopRequestedError: asked to stop.
+    """
+    answers: list[str] = [""] * len(questions)
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), model.generating() as generator, torch.no_grad():
+        torch.manual_seed(seed)
+        for members in _together([len(question.ids) + max_new_tokens for question in questions]):
+            ids, mask = _left_padded([questions[i].ids for i in members], tokenizer.eos_token_id)
+            written = generator.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=_greedy(tokenizer, max_new_tokens),
+                stopping_criteria=StoppingCriteriaList([_Stop(should_stop)]),
+            )
+            for i, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
+                answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+    return answers
+
+
+def _together(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places in `lengths`, alike lengths together, as many at once as the memory is meant for."""
+    members: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # The longest so far sets the width of all.
+        if len(members) == _PROMPTS_AT_ONCE or (members and (len(members) + 1) * lengths[i] > _TOKENS_AT_ONCE):
+            yield members
+            members = []
+        members.append(i)
+    if members:
+        yield members
+
+
+def _greedy(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        use_cache=True,
+    )
+
+
+def _left_padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, each [B, longest]: `generate` goes on from the right end."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), filler)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for line, row in enumerate(rows):
+        ids[line, width - len(row) :] = torch.tensor(row)
+        mask[line, width - len(row) :] = 1
+    return ids, mask
+
+
+class _Stop(StoppingCriteria):  # type: ignore[misc] # transformers has no types
+    """Asks after each token whether to stop."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+
+    def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
+        if self._should_stop():
+            msg = "asked to stop while the model was answering"
+            raise StopRequestedError(msg)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,57 @@
+"""The adapter as one vector: its parameters are views of it, and their gradients are views of another.
+
+An adapter has hundreds of small tensors. Clipping, checking, updating and clearing them one by one is thousands of
+kernels a step, longer than a small step's own work; on a vector each is one.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from job.tune.model.adapter import trainable
+
+_MOST = 2**30
+"""Elements of a vector: optimizer kernels count in 32 bits."""
+
+
+class FlatAdapter:
+    """Vectors that hold what is trained; the model goes on using its own parameters."""
+
+    def __init__(self, model: nn.Module, *, most: int = _MOST) -> None:
+        """Move the model's trainable parameters, all of one type, into vectors of at most `most` elements.
+
+        A parameter that is larger has a vector of its own.
+        """
+        self._members: list[list[nn.Parameter]] = [[]]
+        size = 0
+        for parameter in trainable(model):
+            if size and size + parameter.numel() > most:
+                self._members.append([])
+                size = 0
+            self._members[-1].append(parameter)
+            size += parameter.numel()
+        self.vectors = [self._joined(members) for members in self._members]
+        """What the optimizer moves; each has its gradient."""
+        self.clear()
+
+    @staticmethod
+    def _joined(members: list[nn.Parameter]) -> nn.Parameter:
+        vector = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in members]))
+        vector.grad = torch.zeros_like(vector)
+        for parameter, values in zip(members, _views(vector.data, members), strict=True):
+            parameter.data = values
+        return vector
+
+    def clear(self) -> None:
+        """Set the gradients to zero, and the parameters' to views of them where they are not."""
+        for vector, members in zip(self.vectors, self._members, strict=True):
+            assert vector.grad is not None
+            vector.grad.zero_()
+            if members[0].grad is None or members[0].grad.data_ptr() != vector.grad.data_ptr():
+                for parameter, gradient in zip(members, _views(vector.grad, members), strict=True):
+                    parameter.grad = gradient
+
+
+def _views(vector: Tensor, members: list[nn.Parameter]) -> list[Tensor]:
+    """Parts of a vector in the shapes of the parameters."""
+    parts = torch.split(vector, [parameter.numel() for parameter in members])
+    return [part.view(parameter.shape) for part, parameter in zip(parts, members, strict=True)]

@@ -1,0 +1,97 @@
+"""The 4-bit base, its tokenizer, and the LoRA adapter on it. Owner of bitsandbytes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    GenerationConfig,
+)
+
+from job.core.errors import DataError
+from job.tune.engines.attention import register
+from job.tune.model.config import CONFIG, read_config
+from job.tune.model.four_bit import COMPUTE_DTYPE, _quantisation
+from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
+
+
+def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUTE_DTYPE) -> Any:
+    """The base in 4 bits (NF4, double quantisation), frozen; embeddings, norms and head in `dtype`.
+
+    Tensor by tensor: from the file to the device, and there into 4 bits, so that the host's memory never holds more
+    than one. A folder whose weights are in 4 bits already (see `quantised_files`) gives the same base to the bit.
+
+    Frozen by hand: peft's prepare_model_for_kbit_training would make norms, embeddings and head fp32, which is slower
+    and larger, and turn on checkpointing.
+
+    Raises:
+        DataError: the weights cannot be read.
+    """
+    register()
+    if device.type == "cuda":
+        # The adapter multiplies in fp32: with TF32 a step on an H200 is six times faster. Its inputs come from bf16,
+        # which TF32 holds exactly; sums stay in fp32.
+        torch.set_float32_matmul_precision("high")
+    config, quantised = AutoConfig.from_pretrained(folder, trust_remote_code=False), _quantisation(dtype)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config = config if isinstance(config, kind.config_class) else config.get_text_config()
+    done = getattr(config, "quantization_config", None) == quantised.to_dict()
+    try:
+        model = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=stored_tensors(folder, device),
+            quantization_config=None if done else quantised,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation="eager",
+            local_files_only=True,
+        )
+    except SafetensorError as error:
+        msg = f"{folder}: a weights file is damaged ({error}); fetch the base model again"
+        raise DataError(msg) from error
+    model.requires_grad_(False)  # noqa: FBT003 - torch's signature
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 eval mode would repack the weights in place and refuse some shapes.
+            module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    # `generate` takes what we leave open from here: a base's own sampling rules or repetition penalty.
+    model.generation_config = GenerationConfig()
+    return model
+
+
+def quantised_files(base: Any, folder: Path, *, dtype: torch.dtype = COMPUTE_DTYPE) -> Files:
+    """A base that `load_base` has just loaded, as files that it reads again without quantising.
+
+    Args:
+        base: with nothing added to it yet.
+        folder: where it was loaded from.
+        dtype: what it was loaded with.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    yield CONFIG, json.dumps(config | {"quantization_config": _quantisation(dtype).to_dict()}, indent=2).encode
+    yield from sharded(_tensors(base))
+
+
+def quantised_bytes(base: Any) -> int:
+    """What those files hold."""
+    return tensors_bytes(_tensors(base))
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether the weights in a folder are in fewer bits already, as its config says."""
+    return getattr(read_config(folder), "quantization_config", None) is not None
+
+
+def _tensors(base: Any) -> dict[str, Tensor]:
+    """Packed weights with what they are unpacked by, and all that is not in 4 bits; a tied head is not there twice."""
+    once = {name for name, _ in base.named_parameters()}
+    twice = {name for name, _ in base.named_parameters(remove_duplicate=False)} - once
+    return {name: tensor for name, tensor in base.state_dict().items() if name not in twice}

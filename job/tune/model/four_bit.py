@@ -1,0 +1,60 @@
+"""TODO job.tune.model.four_bit."""
+
+import importlib.metadata
+from collections.abc import Callable
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+from transformers import (
+    BitsAndBytesConfig,
+)
+
+from job.tune.device.device import device_name
+
+COMPUTE_DTYPE = torch.bfloat16
+"""What the base computes in: fp16 overflows in about one of five 7B runs (QLoRA's own README)."""
+
+
+_BLOCK = 64
+"""Weights that share a scale: bitsandbytes' own choice for a layer, which transformers has no word for."""
+
+
+def quantised_form(device: torch.device) -> dict[str, str]:
+    """All that decides what a base becomes in 4 bits, to the bit: how it is packed, on what, and by which libraries.
+
+    The scales of double quantisation are taken from a mean, which each kind of device sums in its own order.
+    """
+    versions = {name: importlib.metadata.version(name) for name in ("bitsandbytes", "torch", "transformers")}
+    return {
+        **{name: str(value) for name, value in _quantisation(COMPUTE_DTYPE).to_dict().items()},
+        "block_size": str(_BLOCK),
+        "device": device_name(device),
+        "vectors": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "",
+        **{name: ".".join(version.split(".")[:2]) for name, version in versions.items()},
+    }
+
+
+def _quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """Put a weight into 4 bits as the base's layers are: rows [M, K] -> `rows @ weight.T` [M, N].
+
+    Args:
+        weight: [N, K] in the compute dtype, on the device that computes; K in whole blocks of 64.
+    """
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
+
+    @torch.no_grad()
+    def product(rows: Tensor) -> Tensor:
+        result: Tensor = bnb.matmul_4bit(rows, packed, quant_state=state)
+        return result
+
+    return product

@@ -1,0 +1,51 @@
+"""Signals set a flag and nothing else; tried on real processes."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+WORK = """
+import sys, time
+from job.edge.host.interrupt import Interrupt
+interrupt = Interrupt()
+interrupt.install()
+print("ready", interrupt(), interrupt.reason, "torch" in sys.modules, flush=True)
+while not interrupt():
+    time.sleep(0.01)
+print("saving", flush=True)
+sys.stdin.readline()
+print("saved", interrupt.reason, flush=True)
+interrupt.ignore()
+print("ending", flush=True)
+sys.stdin.readline()
+sys.exit(75)
+"""
+
+
+@pytest.fixture
+def worker():
+    child = subprocess.Popen(
+        [sys.executable, "-c", WORK], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield child
+    child.kill()
+    child.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda number: number.name)
+def test_a_signal_asks_to_stop_and_a_second_one_breaks_nothing(worker, number):
+    assert worker.stdout.readline() == "ready False None False\n"
+    worker.send_signal(number)
+    assert worker.stdout.readline() == "saving\n"
+    worker.send_signal(number)  # in the middle of a read: it goes on
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    assert worker.stdout.readline() == f"saved {number.name}\n"
+    assert worker.stdout.readline() == "ending\n"
+    worker.send_signal(number)  # the exit code is decided
+    worker.communicate("\n", timeout=60)
+    assert worker.returncode == 75

@@ -1,0 +1,38 @@
+"""The commit protocol: files first, manifest last; what is not whole does not exist."""
+
+import pytest
+from artifacts_contract import ArtifactsContract, at, publish
+
+from job.core.errors import StopRequestedError
+from job.edge.run.artifacts import Artifacts
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
+
+
+class TestInAFolder(ArtifactsContract):
+    @pytest.fixture
+    def root(self, tmp_path):
+        return f"file://{tmp_path}/store"
+
+
+def opened(tmp_path, run_id="r1"):
+    return Artifacts(open_store(f"file://{tmp_path}/store", StoreSettings()), run_id)
+
+
+def test_fetching_stops_when_asked(tmp_path):
+    artifacts = opened(tmp_path)
+    publish(artifacts, tmp_path, at(5))
+    with pytest.raises(StopRequestedError):
+        artifacts.fetch_newest(tmp_path / "back", should_stop=lambda: True)
+
+
+def test_attempts_are_told_in_order_with_how_each_ended(tmp_path):
+    artifacts = opened(tmp_path, "a.json.run")  # a run id may hold what looks like an ending
+    for number in range(1, 103):
+        assert artifacts.begin_attempt({"host": "h"}) == number
+    artifacts.end_attempt(2, {"exit_code": 75})
+    artifacts.end_attempt(2, {"exit_code": 0})  # the first word holds
+    told = artifacts.attempts()
+    assert [facts["number"] for facts in told] == list(range(1, 103))
+    assert told[0]["end"] is None
+    assert told[1]["end"] == {"exit_code": 75}

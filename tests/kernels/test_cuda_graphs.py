@@ -1,0 +1,113 @@
+"""What is played back and when, with a step that adds up its tokens; the real one is played back in tests/gpu."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from job.kernels.attention import Documents
+from job.kernels.cuda_graphs import Replay, rounded
+from job.kernels.llama_step import Row
+
+
+class AddingStep:
+    """Adds the tokens to the gradient, and gives the targets back."""
+
+    def __init__(self):
+        self.parameter = nn.Parameter(torch.zeros(1))
+        self.parameter.grad = torch.zeros(1)
+        self.sizes, self.refreshed = [], 0
+
+    def accumulate(self, row):
+        self.sizes.append(len(row.ids))
+        self.parameter.grad += row.ids.sum()
+        return row.targets.float()
+
+    def refresh(self):
+        self.refreshed += 1
+
+
+class Played(Replay):
+    """In place of the GPU's graphs."""
+
+    def _recorded(self, work):
+        return SimpleNamespace(replay=work)
+
+
+def row_of(*lengths, first=1):
+    tokens = sum(lengths)
+    ids = torch.arange(first, first + tokens)
+    return Row(
+        ids=ids,
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        documents=Documents(bounds=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), lengths=lengths),
+        places=torch.arange(tokens - 1),
+        targets=ids[1:],
+        share=torch.ones(1),
+        seed=None,
+    )
+
+
+@pytest.fixture
+def step():
+    return AddingStep()
+
+
+def replay_of(kind, step, told, *, most_tokens=512):
+    return kind(step, [step.parameter], most_tokens=most_tokens, on_failure=told.append)
+
+
+def test_each_micro_batch_counts_once(step):
+    replay, expected = replay_of(Played, step, []), 0
+    for row in (row_of(70, 30), row_of(20, 60, first=5), row_of(90, 90), row_of(50)):
+        expected += int(row.ids.sum())
+
+        assert torch.equal(replay.accumulate(row), row.targets.float())
+        assert float(step.parameter.grad) == expected
+    assert set(step.sizes) == {128, 256}
+
+
+def test_a_large_one_is_left_to_the_step(step):
+    row = row_of(400, 200)
+    losses = replay_of(Played, step, []).accumulate(row)
+
+    assert step.sizes == [600]
+    assert torch.equal(losses, row.targets.float())
+
+
+def test_masks_have_recordings_of_their_own():
+    row = row_of(70, 30)
+    masked = Row(**{name: getattr(row, name) for name in Row.__slots__} | {"seed": torch.ones(1, dtype=torch.int64)})
+
+    assert rounded(row) != rounded(masked)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not permitted while capturing"), torch.OutOfMemoryError("full")])
+def test_what_cannot_be_recorded_is_told_once_and_done_in_the_same_size(step, monkeypatch, error):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", refuse)
+    told = []
+    replay, expected = replay_of(Replay, step, told), 0
+    for row in (row_of(70, 30), row_of(20, 60), row_of(90, 90)):
+        expected += int(row.ids.sum())
+
+        assert torch.equal(replay.accumulate(row), row.targets.float())
+        assert float(step.parameter.grad) == expected
+    replay.refresh()
+    assert len(told) == 1
+    assert str(error) in told[0]
+    assert set(step.sizes) == {128, 256}
+    assert step.refreshed
+
+
+def test_a_changed_adapter_is_brought_in_each_time(step):
+    replay = replay_of(Played, step, [])
+    counts = []
+    for _change in range(3):
+        replay.refresh()
+        counts.append(step.refreshed)
+
+    assert counts[0] < counts[1] < counts[2]

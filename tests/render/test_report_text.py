@@ -1,0 +1,95 @@
+"""The report for people: what a terminal shows."""
+
+from job.core.report import Answer
+from job.render.report_text import histogram_lines, report_lines
+
+
+def shown(report, **changes):
+    return "\n".join(report_lines(report.model_copy(update=changes)))
+
+
+def test_the_first_lines_say_whether_it_learned_and_what_to_keep(report):
+    lines = report_lines(report)
+
+    assert lines[0] == "run notes-1f2e  s3://models/notes/runs/notes-1f2e"
+    assert lines[2] == "validation loss    base 2.5000 -> tuned 1.2500 nats a token"
+    assert lines[3] == "chosen checkpoint  step 50 of 100 (lowest validation loss)"
+    assert lines[4] == "overfitting        from step 100 on: significantly worse than step 50"
+    assert lines[5] == "exact match        base 0% -> tuned 95% of 60 held out"
+
+
+def test_overfitting_that_was_not_seen_is_not_claimed(report):
+    calm = report.sweet_spot.model_copy(update={"overfitting_from_step": None})
+
+    assert "overfitting        not seen" in shown(report, sweet_spot=calm)
+
+
+def test_every_evaluation_is_shown_and_the_chosen_one_marked(report):
+    rows = [line for line in report_lines(report) if line.strip().startswith(("0 ", "50 ", "100 "))]
+
+    assert len(rows) == 3
+    assert [row.endswith("<- chosen") for row in rows] == [False, True, False]
+
+
+def test_notes_and_left_out_lines_are_told(report):
+    text = shown(report)
+
+    assert "note               the store has no conditional writes" in text
+    assert "wrong lines left out 1, duplicates 2, too long and dropped 1" in text
+    assert "held out and trained on" not in text
+
+
+def test_attempts_are_told_when_there_was_more_than_one(report):
+    assert "attempt 1: ended without a word" in shown(report)
+    assert "attempt 2: exit 0: finished" in shown(report)
+    assert "attempt" not in shown(report, attempts=report.attempts[1:]).replace("in this attempt", "")
+
+
+def test_the_wait_for_the_first_step_is_told_the_longest_part_first(report):
+    line = "start: 21.5 s until the first step was done (base from weights): load_model 15.0, first_step 6.0, start 0.5"
+
+    assert line in report_lines(report)
+    assert "until the first step" not in shown(report, start=None)
+
+
+def test_answers_stand_side_by_side_each_on_one_line(report):
+    lines = report_lines(report)
+
+    assert "  prompt    question 0 Answer:" in lines
+    at = lines.index("  prompt    question 0 Answer:")
+    assert lines[at + 1 : at + 3] == ["  base      mumble", "  tuned     answer 0"]
+    assert lines[-1] == "  ... and 2 more in report.json"
+
+
+def test_a_long_answer_is_cut(report):
+    long = Answer(prompt="q", expected="x " * 500, base="", tuned="y" * 500)
+
+    assert all(len(line) <= 172 for line in shown(report, answers=(long,)).splitlines())
+    assert f"  tuned     {'y' * 157}..." in shown(report, answers=(long,))
+
+
+def test_a_report_without_extras_is_shown_too(report):
+    bare = shown(report, exact_match=None, answers=(), notes=(), evaluations=report.evaluations[:1])
+
+    assert "exact match" not in bare
+    assert "prompt" not in bare
+
+
+def test_a_histogram_has_a_bar_for_each_bin_and_points_at_max_length():
+    assert histogram_lines((8, 16, 24, 32), (1, 0, 400), mark=30) == [
+        "   8-15       1 #",
+        "  16-23       0 ",
+        "  24-31     400 " + "#" * 40 + "  <- max_length",
+    ]
+
+
+def test_a_max_length_between_two_bins_belongs_to_the_upper_one():
+    assert ["max_length" in line for line in histogram_lines((8, 16, 24), (1, 2), mark=16)] == [False, True]
+
+
+def test_a_max_length_outside_the_histogram_is_pointed_at_nowhere():
+    assert all("max_length" not in line for line in histogram_lines((8, 16, 24), (1, 2), mark=64))
+
+
+def test_an_empty_histogram_has_no_bars():
+    assert histogram_lines((0, 1), (0,)) == ["  0-0       0 "]

@@ -1,0 +1,171 @@
+"""The 4-bit base and its adapter: what is quantised, what is trained, in which dtype, and what is refused."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from tiny import CPU, adapted, backward, gradients, head_of, micro_batch, targets_of
+from torch import nn
+from transformers import BloomConfig
+
+from job.core.errors import DataError, UsageError
+from job.core.recipe import LoraSection, TrainSection
+from job.tune.loop.optimizer import make_optimizer
+from job.tune.model.adapter import attach_lora, parameter_counts, refuse_targets, trainable
+from job.tune.model.base import load_base
+from job.tune.model.config import load_tokenizer, read_config, shape_of
+
+
+@pytest.fixture(scope="module")
+def real(bases):
+    """As the job loads it: bf16."""
+    return adapted(bases["llama"], LoraSection(r=8, targets=("q_proj", "down_proj", "lm_head")), dtype=torch.bfloat16)
+
+
+def test_linear_layers_are_in_nf4_with_double_quantisation_and_the_head_is_not(real):
+    causal_lm = real.model.get_base_model()
+    quantised = [module for module in causal_lm.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(quantised) == 2 * 7  # q k v o gate up down of two layers
+    for module in quantised:
+        assert module.weight.quant_type == "nf4"
+        assert module.weight.quant_state.nested
+        assert module.compute_dtype is torch.bfloat16
+    head = causal_lm.get_output_embeddings().base_layer
+    assert type(head) is nn.Linear
+    assert head.weight.dtype is torch.bfloat16
+
+
+def test_only_the_adapter_is_trained_in_fp32_and_nothing_of_the_base_is_upcast(real):
+    learning = {name for name, parameter in real.named_parameters() if parameter.requires_grad}
+    assert learning
+    for name, parameter in real.named_parameters():
+        assert (name in learning) == ("lora_" in name)
+        assert parameter.dtype == (torch.float32 if name in learning else parameter.dtype)
+        if name not in learning and not isinstance(parameter, bnb.nn.Params4bit):
+            assert parameter.dtype is torch.bfloat16, name
+    # q_proj (64 -> 64) and down_proj (128 -> 64) of two layers, and the head (64 -> 300), at rank 8.
+    assert parameter_counts(real)[0] == 8 * (2 * (64 + 64) + 2 * (128 + 64) + 64 + 300)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_all_linear_leaves_the_head_out(architecture, bases):
+    model = adapted(bases[architecture], LoraSection(r=2, targets="all-linear"))
+    names = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    assert not [name for name in names if name.endswith(head_of(architecture))]
+    assert len(names) == sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()) > 0
+
+
+def test_an_adapter_on_the_head_gets_a_gradient(any_model, documents):
+    any_model.train()
+    any_model(micro_batch(documents, [0, 1])).sum().backward()
+    found = {name: gradient for name, gradient in gradients(any_model).items() if "layers" not in name}
+    assert len(found) == 2
+    assert all(gradient.any() for gradient in found.values())
+
+
+def test_a_tied_head_as_a_target_is_refused(tied_base):
+    base = load_base(tied_base, device=CPU)
+    with pytest.raises(UsageError, match=r"tied.*leave lm_head out"):
+        attach_lora(base, LoraSection(targets=("q_proj", "lm_head")), source="x", revision=None, seed=0)
+
+
+def test_targets_are_refused_by_the_config_alone(bases, tied_base):
+    unknown = LoraSection(targets=("c_attn",))
+    with pytest.raises(UsageError, match="c_attn: no linear module"):
+        refuse_targets(read_config(bases["llama"]), unknown)
+    with pytest.raises(UsageError, match="tied"):
+        refuse_targets(read_config(tied_base), LoraSection(targets=("lm_head",)))
+    for architecture, folder in bases.items():
+        refuse_targets(read_config(folder), LoraSection(targets=targets_of(architecture)))
+
+
+def test_a_tied_base_without_its_head_as_a_target_learns(tied_base, documents):
+    model = adapted(tied_base, LoraSection(r=4, targets=("q_proj",)), moved=True)
+    assert all(gradient.any() for gradient in backward(model, [micro_batch(documents, [0])])[1].values())
+
+
+def test_an_unknown_target_is_named_with_those_that_exist(bases):
+    base = load_base(bases["llama"], device=CPU)
+    with pytest.raises(UsageError, match=r"c_attn: no linear module.*it has down_proj, gate_proj, k_proj, lm_head"):
+        attach_lora(base, LoraSection(targets=("q_proj", "c_attn")), source="x", revision=None, seed=0)
+
+
+def test_the_seed_sets_the_first_values(bases):
+    def first(seed):
+        return trainable(adapted(bases["llama"], LoraSection(r=4, targets=("q_proj",)), seed=seed))[0]
+
+    assert torch.equal(first(3), first(3))
+    assert not torch.equal(first(3), first(4))
+
+
+def test_a_damaged_weights_file_is_named(bases, tmp_path):
+    for file in bases["llama"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"damaged.*fetch the base model again"):
+        load_base(tmp_path, device=CPU)
+
+
+def test_a_folder_that_is_no_base_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "never-heard-of"}')
+    with pytest.raises(UsageError, match=r"config\.json"):
+        read_config(tmp_path)
+    with pytest.raises(UsageError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_every_architecture_says_its_sizes(bases):
+    for name, folder in bases.items():
+        shape = shape_of(read_config(folder))
+        assert (shape.layers, shape.hidden, shape.intermediate, shape.vocabulary) == (2, 64, 128, 300), name
+        assert shape.positions == 256
+        assert shape.logits == ("capped" if name == "gemma2" else "plain"), name
+
+
+@pytest.mark.parametrize(("name", "value"), [("logit_scale", 0.0625), ("logits_scaling", 8.0)])
+def test_a_factor_on_the_logits_is_part_of_the_shape(bases, name, value):
+    """Cohere's, and Granite's."""
+    config = read_config(bases["llama"])
+    setattr(config, name, value)
+
+    assert shape_of(config).logits == "scaled"
+
+
+def test_a_decoder_unlike_llama_is_refused_by_its_config():
+    with pytest.raises(UsageError, match="bloom is not like Llama: its config has no intermediate_size"):
+        shape_of(BloomConfig())
+
+
+def test_checkpointing_activations_changes_no_gradient(bases, documents):
+    lora = LoraSection(r=8, dropout=0.1, targets=("q_proj", "v_proj", "down_proj", "lm_head"))
+    model = adapted(bases["llama"], lora, moved=True)
+    batch = micro_batch(documents, range(4))
+    model.train()
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        runs.append(backward(model, [batch]))
+        model.layers.recomputing = True
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
+    for name, gradient in runs[0][1].items():
+        torch.testing.assert_close(runs[1][1][name], gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_checkpointing_recomputes_the_layers_in_the_backward_pass(bases, documents):
+    model = adapted(bases["llama"], LoraSection(r=2, targets=("q_proj",)))
+    calls = []
+    model.model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.train()
+    backward(model, [micro_batch(documents, [0])])
+    assert len(calls) == 1
+    model.layers.recomputing = True
+    backward(model, [micro_batch(documents, [0])])
+    assert len(calls) == 3
+
+
+def test_every_optimizer_of_the_recipe_can_be_made(llama):
+    for name in TrainSection.model_fields["optimizer"].annotation.__args__:
+        train = TrainSection(steps=1, batch_size=1, learning_rate=1e-3, weight_decay=0.1, optimizer=name)
+        group = make_optimizer(trainable(llama), train).param_groups[0]
+        assert (group["lr"], group["weight_decay"]) == (1e-3, 0.1), name
+        assert len(group["params"]) == len(trainable(llama))
