@@ -28,12 +28,12 @@ from bench.results import device_and_versions, table, write_section
 from bench.training import SameBatch, hooks_of, load, recipe_of, run
 from job.kernels import reference
 from job.kernels.attention import Attention
-from job.kernels.llama_step import Thrift
+from job.kernels.llama_step import Saving
 from job.kernels.ops import Ops
 from job.kernels.which_ops import ops_of
 from job.tune.device.device import choose_device
 from job.tune.engines.attention_choice import AttentionChoice
-from job.tune.engines.handwritten import FastPath
+from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.loop.optimizer import make_optimizer
 from job.tune.model.adapter import trainable
 from job.tune.model.four_bit import COMPUTE_DTYPE
@@ -75,8 +75,8 @@ class ByDocument(Attention):
         return torch.autograd.grad(out, inputs, grad)
 
 
-def decode_by_bitsandbytes(weight, out):
-    """See `reference.decode`: through a matrix of its own, as bitsandbytes gives it."""
+def dequantise_by_bitsandbytes(weight, out):
+    """See `reference.dequantise`: through a matrix of its own, as bitsandbytes gives it."""
     state = QuantState(
         absmax=weight.scales,
         shape=torch.Size((weight.height, weight.width)),
@@ -98,8 +98,8 @@ def _with(**ops):
     def make(loaded):
         own = ops_of(loaded.device)
         parts = SimpleNamespace(**{name: getattr(own, name) for name in _OPS} | ops)
-        thrift = Thrift(kept_layers=0, recomputed_layers=0)
-        return FastPath(loaded.model, parts, dtype=COMPUTE_DTYPE, thrift=thrift)
+        saving = Saving(kept_layers=0, recomputed_layers=0)
+        return HandwrittenEngine(loaded.model, parts, dtype=COMPUTE_DTYPE, saving=saving)
 
     return make
 
@@ -169,7 +169,7 @@ def variations_of(engine, layers):
         Variation(name="attention by SDPA, document by document", path=_attention_by_document),
         Variation(
             name="weights decoded by bitsandbytes at each use",
-            path=_with(decode=decode_by_bitsandbytes),
+            path=_with(dequantise=dequantise_by_bitsandbytes),
             cut={"kept_layers": 0},
         ),
         Variation(name="norms by torch's operations", path=_by_torch("rms_forward", "rms_backward_add")),

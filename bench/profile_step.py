@@ -36,7 +36,7 @@ LARGE, THIN, UNSORTED = "large products", "thin products", "products of unknown 
 THIN_SIDE = 256
 """A product with a side of at most this is one of an adapter's ranks."""
 _PARTS = {
-    "decoding": ("_decode", "dequantize"),
+    "decoding": ("_dequantise", "dequantize"),
     "adapters under dropout": ("_masked_",),
     "attention": ("_attention_", "flash", "fmha", "scaled_dot_product"),
     "optimizer": ("adam", "optimizer", "multi_tensor", "lpnorm", "lion"),

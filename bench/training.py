@@ -21,12 +21,12 @@ from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import encode
 from job.tune.data.frame import token_rules
 from job.tune.device.device import device_memory, device_name
-from job.tune.engines.choice import Choice, choose_path
+from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop import checkpoint as checkpoints
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer
-from job.tune.loop.step import Hooks, Trainer
+from job.tune.loop.step import Hooks, Stepper
 from job.tune.loop.track import make_accelerator
 from job.tune.model.adapter import attach_lora, parameter_counts
 from job.tune.model.base import load_base
@@ -115,7 +115,7 @@ class Loaded:
         self.choice.path.adopt(trained.progress.plan)
         self.choice.path.refresh()
         self.model.train()
-        return Trainer(
+        return Stepper(
             path=self.choice.path,
             adapter=self.adapter,
             trained=trained,
@@ -139,7 +139,7 @@ def load(recipe, engine, device, folder):
     loaded = load_base(base, device=device)
     model = PackedModel(attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=train.seed))
     accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
-    choice = choose_path(model, engine, backward=accelerator.backward, on_stopped=print)
+    choice = choose_engine(model, engine, backward=accelerator.backward, on_stopped=print)
     adapter_shape = AdapterShape(parameters=parameter_counts(model)[0], rank=recipe.lora.r, optimizer=train.optimizer)
     plan = plan_memory(
         shape,

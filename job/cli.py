@@ -1,112 +1,37 @@
-"""Front door: arguments and environment in, exit code out. Owner of click, the environment and the terminal."""
+"""Front door: arguments and environment in, exit code out. Owner of the environment and the terminal."""
 
 import contextlib
-import json
 import os
 import re
 import select
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
+import structlog
 
 from job import __version__
-from job.core.errors import JobError, LocalDiskError, StopRequestedError, UsageError, ending, exit_code
+from job.core.errors import UsageError
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import LastingOutput
+from job.ending import Session
+from job.options import (
+    Lines,
+    device_option,
+    engine_option,
+    make_attempt,
+    recipe_argument,
+    shared_options,
+    time_options,
+    workdir_option,
+)
 
-DEFAULT_GRACE_SECONDS = 30.0
-"""What schedulers give where nobody sets anything else."""
-DEFAULT_LEASE_SECONDS = 60.0
+if TYPE_CHECKING:
+    from job.core.gpus import Gpu
+
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$", re.IGNORECASE)
-
-
-class _Lines(click.ParamType):  # type: ignore[type-arg] # generic only in newer clicks
-    """Text whose environment variable holds one value a line."""
-
-    name = "text"
-
-    def split_envvar_value(self, rv: str) -> list[str]:
-        return [line for line in rv.splitlines() if line.strip()]
-
-
-_workdir = click.option(
-    "--workdir",
-    envvar="JOB_WORKDIR",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("work"),
-    show_default=True,
-    help="Folder for downloads, encoded data and checkpoints on their way.",
-)
-_device = click.option(
-    "--device",
-    envvar="JOB_DEVICE",
-    type=click.Choice(["auto", "cuda", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="`cuda` ends with 82 when no GPU is visible, instead of training on the CPU.",
-)
-_engine = click.option(
-    "--engine",
-    envvar="JOB_ENGINE",
-    type=click.Choice(["auto", "fast", "generic"]),
-    default="auto",
-    show_default=True,
-    help="How gradients are computed. `auto` takes the hand-written step (`fast`) for Llama, Mistral and Qwen on a "
-    "GPU, where it gives what the generic path gives; `fast` insists on it.",
-)
-
-
-def _open_outcome(context: click.Context, _param: click.Parameter, path: Path | None) -> None:
-    from job.edge.host.outcome import Outcome
-
-    context.obj["outcome"] = Outcome(path)
-
-
-def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What every command on a recipe takes; each also by JOB_ and its name in the environment."""
-    for option in (
-        click.option(
-            "--output",
-            envvar="JOB_OUTPUT",
-            metavar="URI",
-            help="Where runs/ is written; wins over the recipe's output.",
-        ),
-        click.option(
-            "--run-id",
-            envvar="JOB_RUN_ID",
-            metavar="ID",
-            help="Name of the run; without it the run's identity gives one.",
-        ),
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            type=_Lines(),
-            envvar="JOB_SET",
-            metavar="KEY=VALUE",
-            help="Override one key of the recipe, e.g. lora.r=16. In JOB_SET one to a line.",
-        ),
-        _workdir,
-        _device,
-        click.option(
-            "--outcome-file",
-            envvar="JOB_OUTCOME_FILE",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            is_eager=True,  # first: it is to tell what is wrong with the others
-            callback=_open_outcome,
-            expose_value=False,
-            help="One small JSON, kept current: phase, step, loss, ETA; at the end exit code, reason, what to do.",
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -119,53 +44,27 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="JSON lines, or lines for people; `auto` is JSON unless this is a terminal.",
 )
 @click.version_option(__version__, prog_name="qlora-job")
-@click.pass_context
-def cli(context: click.Context, log_format: str) -> None:
+@click.pass_obj
+def cli(session: Session, log_format: str) -> None:
     """Fine-tune a causal language model with 4-bit QLoRA: JSONL from object storage in, adapter and report back.
 
     Every option can also come from the environment: JOB_RUN_ID, JOB_WORKDIR, ... The exit code says whether starting
     the same job again helps; README.md has the table.
     """
-    as_json = {"auto": not sys.stdout.isatty(), "json": True, "console": False}[log_format]
-    context.obj["json"] = as_json
+    session.as_json = {"auto": not sys.stdout.isatty(), "json": True, "console": False}[log_format]
     from job.edge.host.logs import configure
 
-    context.obj["hide"] = configure(secrets=_secrets(os.environ), json=as_json)
+    session.hide = configure(secrets=_secrets(os.environ), json=session.as_json)
     # Threads that wait by spinning make training eight times slower as soon as anything else wants a core, and eat a
-    # container's CPU quota. It is read when torch is loaded, so it is said before.
+    # container's CPU quota. It is read when torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@_shared_options
-@_engine
-@click.option(
-    "--grace-seconds",
-    envvar="JOB_GRACE_SECONDS",
-    type=click.FloatRange(min=1),
-    help="Time between a request to stop and the kill: a stop is fitted into it. Without it 30 are taken for likely.",
-)
-@click.option(
-    "--deadline",
-    envvar="JOB_DEADLINE",
-    metavar="TIME",
-    help="When the scheduler ends the job (ISO 8601 or Unix seconds); it saves and ends with 75 before.",
-)
-@click.option(
-    "--lease-seconds",
-    envvar="JOB_LEASE_SECONDS",
-    type=click.FloatRange(min=1),
-    default=DEFAULT_LEASE_SECONDS,
-    show_default=True,
-    help="How long another attempt at this run may be silent before it is taken for dead.",
-)
-@click.option(
-    "--stall-seconds",
-    envvar="JOB_STALL_SECONDS",
-    type=click.FloatRange(min=1),
-    help="End with 83 after so long without progress; without it each phase has its own time.",
-)
+@recipe_argument
+@shared_options
+@engine_option
+@time_options
 @click.option(
     "--force",
     envvar="JOB_FORCE",
@@ -173,10 +72,10 @@ def cli(context: click.Context, log_format: str) -> None:
     help="Work on the run although its last two attempts failed in the same way.",
 )
 @click.option("--crash-at", envvar="JOB_CRASH_AT", metavar="POINT", hidden=True, help="For tests: ends there.")
-@click.pass_context
-def run(context: click.Context, /, recipe: Path, **options: Any) -> None:
+@click.pass_obj
+def run(session: Session, /, recipe: Path, **options: Any) -> None:
     """Carry the recipe's run to its committed report; a finished run is left as it is, an unfinished one resumed."""
-    attempt = _attempt(context, recipe, options)
+    attempt = make_attempt(session, recipe, options)
     if options["crash_at"]:
         from job.edge.host.crashing import arm
 
@@ -185,24 +84,24 @@ def run(context: click.Context, /, recipe: Path, **options: Any) -> None:
     from job.render.report_text import report_lines
 
     report = carry_out(attempt)
-    _log().info(
+    structlog.get_logger(__name__).info(
         "finished",
         base_loss=round(report.sweet_spot.base_loss, 4),
         tuned_loss=round(report.sweet_spot.loss, 4),
         chosen_step=report.sweet_spot.step,
         report=f"{report.run_uri}/report.json",
     )
-    if not context.obj["json"]:
+    if not session.as_json:
         click.echo("\n" + "\n".join(report_lines(report)) + f"\n\nreport: {report.run_uri}/report.json")
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@_shared_options
-@click.pass_context
-def check(context: click.Context, /, recipe: Path, **options: Any) -> None:
+@recipe_argument
+@shared_options
+@click.pass_obj
+def check(session: Session, /, recipe: Path, **options: Any) -> None:
     """Refuse now what would fail later: recipe, credentials, inputs, output, base model, data. Needs no GPU."""
-    attempt = _attempt(context, recipe, options)
+    attempt = make_attempt(session, recipe, options)
     from job.edge.host.logs import only_warnings
 
     only_warnings()  # the table is what is asked for
@@ -210,24 +109,24 @@ def check(context: click.Context, /, recipe: Path, **options: Any) -> None:
     from job.commands.check import check as look
 
     def show(row: Row) -> None:
-        first, *rest = context.obj["hide"](row.found).splitlines()
+        first, *rest = session.hide(row.found).splitlines()
         click.echo(f"{'ok ' if row.error is None else 'NO '} {row.name:<11} {first}")
         for line in rest:
             click.echo(f"{'':<16}{line}")
 
-    show(Row(name="recipe", found=f"{recipe}: run would write to {attempt.recipe.output}"))
-    context.obj["failure"] = look(attempt, show)
+    show(Row(name="recipe", found=f"{recipe}: run would write to {attempt.worker.recipe.output}"))
+    session.failure = look(attempt.worker, run_id=attempt.run_id, phases=attempt.phases, on_row=show)
 
 
 @cli.command(name="plan")
-@click.argument("recipe", type=click.Path(path_type=Path))
-@_shared_options
-@_engine
+@recipe_argument
+@shared_options
+@engine_option
 @click.option(
     "--gpu",
     "gpus",
     multiple=True,
-    type=_Lines(),
+    type=Lines(),
     envvar="JOB_GPU",
     metavar="NAME",
     help="Kind of GPU: h200, h100, a100, a100-40, a10g, l4, ...; may be repeated. Without it, all that are known.",
@@ -245,24 +144,20 @@ def check(context: click.Context, /, recipe: Path, **options: Any) -> None:
     type=click.FloatRange(min=0),
     help="What the GPU costs; adds the cost of the run.",
 )
-@click.pass_context
-def plan_run(context: click.Context, /, recipe: Path, **options: Any) -> None:
+@click.pass_obj
+def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     """Tell what the run needs and takes: lengths, memory by part, time on each kind of GPU. Needs no GPU."""
-    attempt = _attempt(context, recipe, options)
-    from job.core.gpus import GPUS, Gpu, gpu_named
+    attempt = make_attempt(session, recipe, options)
     from job.edge.host.logs import only_warnings
 
     only_warnings()
-    memory = options["gpu_memory"]
-    gpus = [gpu_named(name.strip(), memory_gib=memory) for name in options["gpus"]]
-    if not gpus:
-        gpus = [*GPUS] if memory is None else [Gpu(name="your GPU", memory_gib=memory, dense_tflops=None)]
+    gpus = _gpus(options)
     from job.commands.plan import plan
     from job.render.plan_text import plan_lines
 
-    found = plan(attempt, gpus)
+    found = plan(attempt.worker, gpus, run_id=attempt.run_id, phases=attempt.phases)
     lines = plan_lines(found.data, found.candidates, found.work, found.forecasts, usd_per_hour=options["usd_per_hour"])
-    click.echo(context.obj["hide"]("\n".join(lines)))
+    click.echo(session.hide("\n".join(lines)))
 
 
 @cli.command(name="try")
@@ -271,7 +166,7 @@ def plan_run(context: click.Context, /, recipe: Path, **options: Any) -> None:
     "--prompt",
     "prompts",
     multiple=True,
-    type=_Lines(),
+    type=Lines(),
     envvar="JOB_PROMPT",
     help="Prompt, taken as it is; asks on stdin without it, where \\n stands for a line break.",
 )
@@ -281,11 +176,11 @@ def plan_run(context: click.Context, /, recipe: Path, **options: Any) -> None:
     type=click.IntRange(min=1),
     help="Longest answer; as in the recipe without it.",
 )
-@_workdir
-@_device
-@click.pass_context
+@workdir_option
+@device_option
+@click.pass_obj
 def try_run(
-    context: click.Context,
+    session: Session,
     run_uri: str,
     prompts: tuple[str, ...],
     max_new_tokens: int | None,
@@ -293,7 +188,7 @@ def try_run(
     device: str,
 ) -> None:
     """Prompt the adapter of a finished run and its base, side by side."""
-    from job.commands.try_out import ask
+    from job.commands.try_out import try_out
     from job.edge.host.logs import only_warnings
 
     only_warnings()
@@ -301,13 +196,13 @@ def try_run(
     def show(prompt: str, base: str, tuned: str) -> None:
         click.echo(f"prompt  {prompt}\nbase    {base}\ntuned   {tuned}\n")
 
-    ask(
+    try_out(
         run_uri,
-        prompts or _typed(context.obj["interrupt"]),
+        prompts or _typed(session.interrupt),
         workdir=workdir,
         device=device,
         max_new_tokens=max_new_tokens,
-        should_stop=context.obj["interrupt"],
+        should_stop=session.interrupt,
         on_answer=show,
     )
 
@@ -319,22 +214,23 @@ def try_run(
     "recipe, for the run that it names now (only there the options mean something)."
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@_shared_options
-@click.pass_context
-def report(context: click.Context, /, runs: tuple[str, ...], **options: Any) -> None:
+@shared_options
+@click.pass_obj
+def report(session: Session, /, runs: tuple[str, ...], **options: Any) -> None:
     """Show one report, or several runs side by side."""
     from job.commands.report import leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
     from job.render.report_text import report_lines
     from job.render.runs_table import runs_table
 
     if len(runs) == 1 and runs[0].endswith((".yaml", ".yml")):
-        artifacts, found = run_of_recipe(_attempt(context, Path(runs[0]), options))
+        attempt = make_attempt(session, Path(runs[0]), options)
+        artifacts, found = run_of_recipe(attempt.worker, attempt.run_id)
     else:
         uris = [uri for name in runs for uri in run_uris(name)]
         if tuple(uris) != runs or len(uris) > 1:
             rows = [look_at(uri) for uri in uris]
             click.echo("\n".join(runs_table(rows)))
-            context.obj["failure"] = unfinished(rows)
+            session.failure = unfinished(rows)
             return
         artifacts, found = open_run(uris[0])
     click.echo("\n".join(report_lines(found)))
@@ -342,7 +238,7 @@ def report(context: click.Context, /, runs: tuple[str, ...], **options: Any) -> 
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@recipe_argument
 @click.option(
     "--to",
     "folder",
@@ -351,123 +247,47 @@ def report(context: click.Context, /, runs: tuple[str, ...], **options: Any) -> 
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder to fill.",
 )
-@_shared_options
-@click.pass_context
-def fetch(context: click.Context, /, recipe: Path, folder: Path, **options: Any) -> None:
+@shared_options
+@click.pass_obj
+def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> None:
     """Bring base model and data to a folder beforehand, for nodes without internet."""
-    attempt = _attempt(context, recipe, options)
+    attempt = make_attempt(session, recipe, options)
     from job.commands.fetch import fetch as bring
 
-    path = bring(attempt, folder)
+    path = bring(attempt.worker, attempt.phases, folder)
     click.echo(f"fetched; on the node without internet: python entrypoint.py run {path}")
 
 
 def main(interrupt: Interrupt) -> int:
     """Run the command line; every way to end has a code of the table."""
-    state: dict[str, Any] = {"interrupt": interrupt, "json": True, "hide": str, "attempt": None, "failure": None}
-    state["outcome"] = None
+    session = Session(interrupt=interrupt)
     with contextlib.redirect_stdout(cast("TextIO", LastingOutput(sys.stdout))):
         try:
-            cli.main(obj=state, standalone_mode=False)
+            cli.main(obj=session, standalone_mode=False)
         except click.ClickException as error:
             error.show()
-            if state["outcome"] is None and (file := os.environ.get("JOB_OUTCOME_FILE")):
+            if session.outcome is None and (file := os.environ.get("JOB_OUTCOME_FILE")):
                 from job.edge.host.outcome import Outcome  # the mistake came before the option was looked at
 
-                state["outcome"] = Outcome(Path(file))
-            return _ended(state, UsageError(error.format_message()), shown=True)
+                session.outcome = Outcome(Path(file))
+            return session.end(UsageError(error.format_message()), shown=True)
         except click.exceptions.Abort as error:
             # click's word for an EOFError, which here comes from a library: it is a failure like others.
-            return _ended(state, error.__cause__ or error, shown=False)
+            return session.end(error.__cause__ or error, shown=False)
         except Exception as error:  # noqa: BLE001 - the one place where every failure gets its code
-            return _ended(state, error, shown=False)
-        return _ended(state, state["failure"], shown=True)
+            return session.end(error, shown=False)
+        return session.end(session.failure, shown=True)
 
 
-def _ended(state: Mapping[str, Any], error: BaseException | None, *, shown: bool) -> int:
-    """Say how it ended, in the log and in the outcome file."""
-    code = 0 if error is None else exit_code(error)
-    if error is not None and code == LocalDiskError.code and not isinstance(error, JobError):
-        error = LocalDiskError(f"{error}; give the work folder more room, or name another one with --workdir")
-    attempt = state["attempt"]
-    standing = attempt.standing if attempt else None
-    row = ending(code)
-    again = "no" if standing and standing.final else row.again.value
-    if error is not None and not shown:
-        facts = {
-            "exit_code": code,
-            "reason": str(error) or type(error).__name__,
-            "again": again,
-            "action": row.action,
-            "signal": state["interrupt"].reason if code == StopRequestedError.code else None,
-            "last_committed_step": standing.last_committed_step if standing else None,
-            "run_uri": standing.run_uri if standing else None,
-        }
-        if code == JobError.code:
-            facts["traceback"] = "".join(traceback.format_exception(error))
-        tell = _log().warning if code == StopRequestedError.code else _log().error
-        tell("ended", **{k: v for k, v in facts.items() if v is not None})
-    if state["outcome"]:
-        state["outcome"].end(
-            code=code,
-            again=again,
-            reason="done" if error is None else state["hide"](str(error) or type(error).__name__),
-            last_committed_step=standing.last_committed_step if standing else None,
-            run_uri=standing.run_uri if standing else None,
-            action=row.action,
-        )
-    return code
+def _gpus(options: Mapping[str, Any]) -> "list[Gpu]":
+    """Those that are named, one by its memory alone, or all that are known."""
+    from job.core.gpus import GPUS, Gpu, gpu_named
 
-
-def _attempt(context: click.Context, path: Path, options: Mapping[str, Any]) -> Any:
-    """Read the recipe and gather what every stage shares."""
-    from job.core.recipe_text import load_recipe
-    from job.edge.host.process import age_seconds
-    from job.stages.attempt import Attempt, Phases
-
-    outcome = context.obj["outcome"]
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the recipe cannot be read ({error})") from error
-    overrides = [*options["overrides"]]
-    if options["output"]:
-        overrides.append(f"output={json.dumps(options['output'], ensure_ascii=False)}")  # as YAML, whatever is in it
-    run_id = options["run_id"]
-    if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", run_id):
-        raise UsageError(f"--run-id {run_id}: use letters, digits, '.', '_' and '-', at most 64")
-    attempt = Attempt(
-        recipe=load_recipe(text, source=str(path), overrides=overrides),
-        workdir=options["workdir"].resolve(),
-        device=options["device"],
-        engine=options.get("engine", "auto"),
-        run_id=run_id,
-        should_stop=context.obj["interrupt"],
-        ask_to_stop=context.obj["interrupt"].ask,
-        is_kill_near=lambda: context.obj["interrupt"].signalled,
-        tell_end=lambda error: _ended(context.obj, error, shown=False),
-        grace_seconds=options.get("grace_seconds"),
-        limits=_limits(options),
-        stall_seconds=options.get("stall_seconds"),
-        lease_seconds=options.get("lease_seconds", DEFAULT_LEASE_SECONDS),
-        force=options.get("force", False),
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-        hide=context.obj["hide"],
-        outcome=outcome,
-        phases=Phases(outcome, began=time.monotonic() - age_seconds()),
-        step_events_seconds=0.0 if context.obj["json"] else 1.0,
-    )
-    context.obj["attempt"] = attempt
-    return attempt
-
-
-def _limits(options: Mapping[str, Any]) -> Any:
-    """The time that the attempt is given; the deadline on the monotonic clock, which nobody sets back."""
-    from job.core.limits import Limits, parse_deadline
-
-    said = options.get("deadline")
-    deadline = None if said is None else time.monotonic() + parse_deadline(said) - time.time()
-    return Limits(grace_seconds=options.get("grace_seconds") or DEFAULT_GRACE_SECONDS, deadline=deadline)
+    memory = options["gpu_memory"]
+    named = [gpu_named(name.strip(), memory_gib=memory) for name in options["gpus"]]
+    if named:
+        return named
+    return [*GPUS] if memory is None else [Gpu(name="your GPU", memory_gib=memory, dense_tflops=None)]
 
 
 def _typed(should_stop: Callable[[], bool]) -> Iterator[str]:
@@ -489,9 +309,3 @@ def _typed(should_stop: Callable[[], bool]) -> Iterator[str]:
 def _secrets(environment: Mapping[str, str]) -> list[str]:
     """Values that must never be shown."""
     return [value for name, value in environment.items() if value and _SECRET_NAME.search(name)]
-
-
-def _log() -> Any:
-    import structlog
-
-    return structlog.get_logger(__name__)

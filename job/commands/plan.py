@@ -8,11 +8,11 @@ from pathlib import Path
 from job.core.course import plan_course
 from job.core.forecast import Candidate, Forecast, Workload, candidates, forecast
 from job.core.gpus import Gpu
-from job.core.memory import AdapterShape, PathName
+from job.core.memory import AdapterShape, EngineName
 from job.core.report import DataReport
-from job.edge.base import fetching as base_model
+from job.edge.base import fetching
 from job.edge.host.logs import quiet_libraries
-from job.stages.attempt import Attempt
+from job.stages.attempt import Phases, Worker
 from job.stages.identity import find_run
 
 
@@ -26,35 +26,40 @@ class Plan:
     forecasts: Sequence[Forecast]
 
 
-def plan(attempt: Attempt, gpus: Sequence[Gpu]) -> Plan:
+def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Phases) -> Plan:
     """Read the data, and the base's configuration and tokenizer; cut the batches for each GPU.
 
     Raises:
         JobError: as a run would, for what a run would refuse without a GPU; the base may be without weights.
     """
     from job.stages.dataset import prepare_dataset
-    from job.tune.engines.attention import reason_against_one_op
-    from job.tune.engines.families import fits
+    from job.tune.engines.attention import reason_against_fused_attention
+    from job.tune.engines.families import is_supported
     from job.tune.model.adapter import refuse_targets
     from job.tune.model.config import load_tokenizer, read_config, shape_of
 
     quiet_libraries()
-    recipe = attempt.recipe
-    run = find_run(attempt, complete=False)
-    base = base_model.fetch(
+    recipe = worker.recipe
+    run = find_run(recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop, complete=False)
+    base = fetching.fetch(
         run.base,
-        models_folder=attempt.models_folder,
-        settings=attempt.settings,
-        should_stop=attempt.should_stop,
+        models_folder=worker.models_folder,
+        settings=worker.settings,
+        should_stop=worker.should_stop,
         weights=False,
         complete=False,
     )
     config = read_config(base.folder)
     parameters, shape = refuse_targets(config, recipe.lora), shape_of(config)
-    attempt.workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=attempt.workdir, prefix="plan-") as scratch:
+    worker.workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=worker.workdir, prefix="plan-") as scratch:
         dataset = prepare_dataset(
-            attempt, run, load_tokenizer(base.folder), positions=shape.positions, workdir=Path(scratch)
+            worker,
+            run,
+            load_tokenizer(base.folder),
+            positions=shape.positions,
+            folder=Path(scratch),
+            phases=phases,
         )
         every, trained = dataset.train.encoded.lengths[:], dataset.train.lengths[:]
         validation_tokens = int(dataset.validation.lengths.sum())
@@ -65,12 +70,12 @@ def plan(attempt: Attempt, gpus: Sequence[Gpu]) -> Plan:
         epochs=recipe.train.epochs,
         seed=recipe.train.seed,
     )
-    path: PathName = "fast" if attempt.engine != "generic" and fits(config) else "generic"
+    engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
     work = Workload(
         shape=shape,
         adapter=AdapterShape(parameters=parameters, rank=recipe.lora.r, optimizer=recipe.train.optimizer),
-        path=path,
-        compiled=path == "generic" and reason_against_one_op(config) is None,
+        engine=engine,
+        compiled=engine == "generic" and reason_against_fused_attention(config) is None,
         course=course,
         lengths=trained,
         targets=dataset.report.train.targets,

@@ -11,7 +11,7 @@ from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
 from job.render.pictures import draw
 from job.render.runs_table import RunRow
-from job.stages.attempt import Attempt
+from job.stages.attempt import Worker
 from job.stages.identity import find_run
 
 
@@ -27,13 +27,14 @@ def open_run(run_uri: str) -> tuple[Artifacts, Report]:
     return Artifacts(open_store(output, settings), run_id), report
 
 
-def run_of_recipe(attempt: Attempt) -> tuple[Artifacts, Report]:
+def run_of_recipe(worker: Worker, run_id: str | None) -> tuple[Artifacts, Report]:
     """The finished run that a recipe names now: nothing has changed since it was begun, so `run` would do nothing.
 
     Raises:
         NotFoundError: `run` would have something to do.
     """
-    artifacts = find_run(attempt).artifacts
+    run = find_run(worker.recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop)
+    artifacts = run.artifacts
     return artifacts, _report(artifacts, artifacts.uri)
 
 

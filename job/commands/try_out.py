@@ -8,14 +8,14 @@ from job.commands.report import open_run
 from job.core.errors import NotFoundError
 from job.core.recipe import Recipe, is_hub_id
 from job.core.report import Report
-from job.edge.base import fetching as base_model
+from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.host.logs import quiet_libraries
 from job.edge.run.artifacts import Artifacts, FileEntry
 from job.edge.store.objects import StoreSettings
 
 
-def ask(
+def try_out(
     run_uri: str,
     prompts: Iterable[str],
     *,
@@ -104,7 +104,7 @@ def _unseen(_done: int, _of: int) -> None:
 def _refuse_changed_base(identity: BaseModelIdentity, settings: StoreSettings) -> None:
     if is_hub_id(identity.source):
         return  # the commit says it all
-    now = base_model.identify(identity.source, None, settings=settings)
+    now = fetching.identify(identity.source, None, settings=settings)
     if now.revision != identity.revision:
         raise NotFoundError(
             f"{identity.source}: another base stands there now than the one this run was trained on "

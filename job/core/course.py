@@ -1,4 +1,4 @@
-"""What is decided before the device is touched: lengths -> max_length; steps; batch order; packing."""
+"""A run's steps: which examples make each, and which seed its dropout has: pure functions of the recipe's seed."""
 
 import math
 from dataclasses import dataclass
@@ -42,6 +42,10 @@ class Course:
         return self.total / self.examples
 
 
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""Two to the 64th over the golden ratio, splitmix64's step."""
+
+
 @lru_cache(maxsize=2)
 def epoch_order(examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order of the examples in one epoch.
@@ -50,9 +54,23 @@ def epoch_order(examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     own shuffle may change between its versions, and a run may be resumed by a newer image.
     """
     with np.errstate(over="ignore"):
-        start = _mix(np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch + 1))
-        keys = _mix(np.arange(examples, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start)
+        start = _mix(np.uint64(seed) * _GOLDEN + np.uint64(epoch + 1))
+        keys = _mix(np.arange(examples, dtype=np.uint64) * _GOLDEN + start)
     return np.argsort(keys, kind="stable")
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Seed of a micro-batch's dropout masks, below 2**31: a run that is resumed draws the masks it would have drawn.
+
+    Args:
+        seed: the recipe's.
+        step: from 1.
+        micro_batch: its place in the step, from 0.
+    """
+    with np.errstate(over="ignore"):
+        mixed = _mix(np.uint64(seed) * _GOLDEN + np.uint64(step))
+        mixed = _mix(mixed + np.uint64(micro_batch) * _GOLDEN)
+    return int(mixed >> np.uint64(33))
 
 
 def _mix(z: Any) -> Any:

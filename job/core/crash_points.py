@@ -50,9 +50,7 @@ POINTS = MappingProxyType(
     }
 )
 """Each place, and what holds there."""
-
 Deed = Literal["kill", "freeze", "exit", "error"]
-
 _SPEC = re.compile(r"(?P<name>[a-z_.]+)(:(?P<passage>[1-9]\d*))?(=(?P<deed>[a-z]+))?")
 
 

@@ -1,78 +1,68 @@
-"""TODO job.core.cut."""
+"""How a batch is cut into micro-batches on one device: the plan for the free memory, and what follows when it runs out.
+
+The cut is the hardware's and never changes the sum: it may be another one on another GPU, or after an out-of-memory.
+"""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from job.core.memory import _GIB, AdapterShape, DeviceMemory, MemoryParts, ModelShape, PathName, memory_parts
+from job.core.memory import GIB, AdapterShape, DeviceMemory, EngineName, MemoryParts, ModelShape, memory_parts
+
+_CPU_MICRO_BATCH_TOKENS = 4096
+_MOST_MICRO_BATCH_TOKENS = 24576
+"""Beyond this the device is no faster: 20.9 k tokens per second at 24,576, 20.8 k at 32,768 (H200, 7B)."""
+_FORWARD_ONLY, _MOST_EVALUATION_TOKENS = 4, 16384
+"""This many times a step's tokens fit into a forward pass, even where a step recomputes; more are no faster."""
+_STEADY_TOKENS = 1024
+"""Micro-batches are a multiple of this: what is free differs a little from start to start, the plan should not."""
+_HEADROOM: dict[EngineName, float] = {"fast": 0.93, "generic": 0.85}
+"""Share of the free memory that is planned with; the allocator needs the rest."""
+SHORT_TOKENS = 4096
+"""Of a micro-batch: with fewer, products are too short to be fast, and dequantising weights at each use costs less."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """What one device does at once: the same value from the plan to the checkpoint to the report."""
+
+    engine: EngineName
+    """Which engine computes the gradients."""
+    micro_batch_tokens: int
+    """At most; a longer document has a micro-batch to itself."""
+    evaluation_tokens: int
+    """Of a forward pass, at most: it keeps no activations, and a small one leaves a GPU idle."""
+    kept_layers: int
+    """Layers that keep their dequantised weights."""
+    recomputed_layers: int
+    """Layers that recompute their activations in the backward pass, to save memory."""
+    compiled: bool
+    """Whether the decoder's layers are compiled."""
+    device: str
+    """The kind of device, by name."""
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether any layer recomputes its activations."""
+        return self.recomputed_layers > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """How a batch is cut for this device."""
+    """A cut, and why it is this one."""
 
-    path: PathName
-    micro_batch_tokens: int
-    """At most."""
-    kept_layers: int
-    """So many layers keep their decoded weights."""
-    recomputed_layers: int
-    """So many layers compute their activations again in the backward pass, to save memory."""
-    compiled: bool
-    """Whether the layers are compiled."""
+    cut: Cut
     reason: str
     predicted_peak_bytes: int | None
     """Of a step; None on the CPU."""
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether any layer computes its activations again."""
-        return self.recomputed_layers > 0
-
-    @property
-    def evaluation_tokens(self) -> int:
-        """Of a pass without a way back, at most: it keeps no layer's activations, and a small one leaves a GPU idle."""
-        if self.predicted_peak_bytes is None:
-            return self.micro_batch_tokens
-        return max(self.micro_batch_tokens, min(_FORWARD_ONLY * self.micro_batch_tokens, _MOST_EVALUATION_TOKENS))
-
-    @property
-    def cut(self) -> dict[str, int | bool]:
-        """How a batch is cut, as a checkpoint keeps it."""
-        return {
-            "micro_batch_tokens": self.micro_batch_tokens,
-            "evaluation_tokens": self.evaluation_tokens,
-            "checkpointing": self.checkpointing,
-            "kept_layers": self.kept_layers,
-            "recomputed_layers": self.recomputed_layers,
-            "compiled": self.compiled,
-        }
-
-
-_CPU_MICRO_BATCH_TOKENS = 4096
-
-
-_MOST_MICRO_BATCH_TOKENS = 24576
-"""Beyond this the device is no faster: 20.9 k tokens per second at 24,576, 20.8 k at 32,768 (H200, 7B)."""
-
-
-_FORWARD_ONLY, _MOST_EVALUATION_TOKENS = 4, 16384
-"""So many times a step's tokens fit without a way back, even where that goes forward again; more are no faster."""
-
-
-_STEADY_TOKENS = 1024
-"""Micro-batches are a multiple of this: what is free differs a little from start to start, the plan should not."""
-
-
-_HEADROOM = {"fast": 0.93, "generic": 0.85}
-"""Share of the free memory that is planned with; the allocator needs the rest."""
 
 
 def plan_memory(
     shape: ModelShape,
     adapter: AdapterShape,
     *,
-    path: PathName,
+    engine: EngineName,
     compiled: bool = True,
     device: DeviceMemory,
     max_length: int,
@@ -85,88 +75,127 @@ def plan_memory(
     Args:
         shape: of the base.
         adapter: of the adapter.
-        path: that computes the gradients.
-        compiled: whether the generic path's layers are; the fast path has none that could be.
+        engine: that computes the gradients.
+        compiled: whether the generic engine's layers are; the fast one has none that could be.
         device: what is free.
         max_length: tokens of the longest example, which is never cut.
-        step_tokens: tokens of an average step.
+        step_tokens: tokens of the largest step.
     """
-    compiled = compiled and path == "generic"
-    if device.kind == "cpu":
-        tokens = max(_CPU_MICRO_BATCH_TOKENS, max_length)
-        return MemoryPlan(
-            path=path,
+    compiled = compiled and engine == "generic"
+
+    def planned(tokens: int, kept: int, recomputed: int, *, reason: str, peak: int | None) -> MemoryPlan:
+        forward = tokens if peak is None else max(tokens, min(_FORWARD_ONLY * tokens, _MOST_EVALUATION_TOKENS))
+        cut = Cut(
+            engine=engine,
             micro_batch_tokens=tokens,
-            kept_layers=0,
-            recomputed_layers=0,
+            evaluation_tokens=forward,
+            kept_layers=kept,
+            recomputed_layers=recomputed,
             compiled=compiled,
-            reason="on the CPU",
-            predicted_peak_bytes=None,
+            device=device.name,
         )
-    parts = memory_parts(shape, adapter, path, compiled=compiled)
-    free = int(_HEADROOM[path] * device.free_bytes)
-    cuts = list(_cuts(shape, parts, free, max_length=max_length, path=path))
-    if not cuts:
-        return MemoryPlan(
-            path=path,
-            micro_batch_tokens=max_length,
-            kept_layers=0,
-            recomputed_layers=shape.layers,
-            compiled=compiled,
-            reason="one example at a time: memory is short by estimate",
-            predicted_peak_bytes=parts.peak(
-                layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers
-            ),
-        )
-    tokens, kept, again = min(cuts, key=lambda cut: (_cost(shape.layers, cut, max(step_tokens, max_length)), cut))
-    peak = parts.peak(layers=shape.layers, tokens=tokens, kept_layers=kept, recomputed_layers=again)
-    return MemoryPlan(
-        path=path,
-        micro_batch_tokens=tokens,
-        kept_layers=kept,
-        recomputed_layers=again,
-        compiled=compiled,
-        reason=f"{peak / _GIB:.1f} GiB at the peak by estimate, {device.free_bytes / _GIB:.1f} GiB free",
-        predicted_peak_bytes=peak,
-    )
+        return MemoryPlan(cut=cut, reason=reason, predicted_peak_bytes=peak)
+
+    if device.kind == "cpu":
+        return planned(max(_CPU_MICRO_BATCH_TOKENS, max_length), 0, 0, reason="on the CPU", peak=None)
+    parts = memory_parts(shape, adapter, engine, compiled=compiled)
+    sizes = list(_sizes(shape, parts, int(_HEADROOM[engine] * device.free_bytes), max_length=max_length, engine=engine))
+    if not sizes:
+        peak = parts.peak(layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers)
+        reason = "one example at a time: memory is short by estimate"
+        return planned(max_length, 0, shape.layers, reason=reason, peak=peak)
+    largest = max(step_tokens, max_length)
+    tokens, kept, recomputed = min(sizes, key=lambda size: (_cost(shape.layers, size, largest), size))
+    peak = parts.peak(layers=shape.layers, tokens=tokens, kept_layers=kept, recomputed_layers=recomputed)
+    reason = f"{peak / GIB:.1f} GiB at the peak by estimate, {device.free_bytes / GIB:.1f} GiB free"
+    return planned(tokens, kept, recomputed, reason=reason, peak=peak)
 
 
-Cut = tuple[int, int, int]
-"""Tokens of a micro-batch, layers that keep their decoded weights, layers that compute their activations again."""
+_Size = tuple[int, int, int]
+"""Tokens of a micro-batch, layers that keep their dequantised weights, layers that recompute their activations."""
 
 
-def _cuts(shape: ModelShape, parts: MemoryParts, free: int, *, max_length: int, path: PathName) -> Iterator[Cut]:
-    """For each size of a micro-batch, the cut that fits and computes the least twice."""
-    sizes = [*range(_STEADY_TOKENS, _MOST_MICRO_BATCH_TOKENS + 1, _STEADY_TOKENS), max_length]
-    for tokens in sorted(size for size in sizes if size >= max_length):
+def _sizes(shape: ModelShape, parts: MemoryParts, free: int, *, max_length: int, engine: EngineName) -> Iterator[_Size]:
+    """For each size of a micro-batch what fits and computes the least twice."""
+    steady = [*range(_STEADY_TOKENS, _MOST_MICRO_BATCH_TOKENS + 1, _STEADY_TOKENS), max_length]
+    for tokens in sorted(size for size in steady if size >= max_length):
 
-        def fits(kept: int, again: int, tokens: int = tokens) -> bool:
-            return parts.peak(layers=shape.layers, tokens=tokens, kept_layers=kept, recomputed_layers=again) <= free
+        def fits(kept: int, recomputed: int, tokens: int = tokens) -> bool:
+            peak = parts.peak(layers=shape.layers, tokens=tokens, kept_layers=kept, recomputed_layers=recomputed)
+            return peak <= free
 
-        # The generic path computes all layers again, or none, and keeps the weights of all, or of none: each kind of
-        # layer would be compiled by itself.
-        steps = 1 if path == "fast" else shape.layers
-        again = next((number for number in range(0, shape.layers + 1, steps) if fits(0, number)), None)
-        if again is not None:
-            most_kept = shape.layers if parts.decoded_layer else 0
-            kept = next((number for number in range(most_kept, 0, -steps) if fits(number, again)), 0)
-            yield tokens, kept, again
+        # The generic engine recomputes all layers or none, and keeps the weights of all or of none: each kind of layer
+        # would be compiled by itself.
+        steps = 1 if engine == "fast" else shape.layers
+        recomputed = next((number for number in range(0, shape.layers + 1, steps) if fits(0, number)), None)
+        if recomputed is not None:
+            most_kept = shape.layers if parts.dequantised_layer else 0
+            kept = next((number for number in range(most_kept, 0, -steps) if fits(number, recomputed)), 0)
+            yield tokens, kept, recomputed
 
 
-_BUSY_TOKENS, _DECODE_TOKENS, _AGAIN = 145, 277, 0.34
-"""A micro-batch costs as much as so many more tokens; decoding the weights as so many; going forward again, a share.
+_BUSY_TOKENS, _DEQUANTISE_TOKENS, _RECOMPUTE = 145, 277, 0.34
+"""What a micro-batch and dequantising the weights cost, in tokens; and recomputing, as a share of a token.
 
 Fitted to what an H200 did with Llama-2-7B at 2k to 24k tokens, weights kept or not.
 """
 
 
-def cost_of(shape: ModelShape, plan: MemoryPlan, *, step_tokens: int) -> float:
+def cost_of(shape: ModelShape, cut: Cut, *, step_tokens: int) -> float:
     """Time of a token of an average step, in those of an endless micro-batch."""
-    return _cost(shape.layers, (plan.micro_batch_tokens, plan.kept_layers, plan.recomputed_layers), step_tokens)
+    return _cost(shape.layers, (cut.micro_batch_tokens, cut.kept_layers, cut.recomputed_layers), step_tokens)
 
 
-def _cost(layers: int, cut: Cut, step_tokens: int) -> float:
-    tokens, kept, again = cut
+def _cost(layers: int, size: _Size, step_tokens: int) -> float:
+    tokens, kept, recomputed = size
     even = step_tokens / math.ceil(step_tokens / tokens)
-    decoding = _DECODE_TOKENS * (1 - kept / layers) * (1 + again / layers / 2)
-    return 1 + _AGAIN * again / layers + (_BUSY_TOKENS + decoding) / even
+    dequantising = _DEQUANTISE_TOKENS * (1 - kept / layers) * (1 + recomputed / layers / 2)
+    return 1 + _RECOMPUTE * recomputed / layers + (_BUSY_TOKENS + dequantising) / even
+
+
+# --- memory ran out --------------------------------------------------------------------------------------------------
+
+
+def after_out_of_memory(cut: Cut, *, during: Literal["step", "evaluation"], longest: int, layers: int) -> Cut | None:
+    """The next smaller cut, what costs least first.
+
+    Halve what is done at once, down to where products get short; keep no dequantised weights; halve on, down to one
+    example; recompute all activations.
+
+    Args:
+        cut: that did not fit.
+        during: what ran out.
+        longest: tokens of the longest example of what ran out: it is never cut.
+        layers: of the decoder.
+
+    Returns:
+        None: nothing is left to give up.
+    """
+    tokens = cut.micro_batch_tokens if during == "step" else cut.evaluation_tokens
+    if tokens > max(longest, SHORT_TOKENS):
+        return _with_tokens(cut, during, max(longest, SHORT_TOKENS, tokens // 2))
+    if cut.kept_layers:
+        return replace(cut, kept_layers=0)
+    if tokens > longest:
+        return _with_tokens(cut, during, max(longest, tokens // 2))
+    if cut.recomputed_layers < layers:
+        return replace(cut, recomputed_layers=layers)
+    return None
+
+
+def _with_tokens(cut: Cut, during: Literal["step", "evaluation"], tokens: int) -> Cut:
+    return replace(cut, micro_batch_tokens=tokens) if during == "step" else replace(cut, evaluation_tokens=tokens)
+
+
+def is_same_arithmetic(before: Cut, now: Cut) -> bool:
+    """Whether both give the same numbers to the bit where micro-batches are alike.
+
+    That is a matter of the device, of the engine, and of compiled code. What is no longer compiled stays so.
+    """
+    return before.device == now.device and before.engine == now.engine and before.compiled <= now.compiled
+
+
+def described(cut: Cut) -> str:
+    """What makes its numbers equal to the bit, in words."""
+    how = " on the fast engine" if cut.engine == "fast" else " with compiled layers" if cut.compiled else ""
+    return f"{cut.device}{how}"

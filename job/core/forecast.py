@@ -10,9 +10,8 @@ from job.core.course import Course
 from job.core.cut import MemoryPlan, cost_of, plan_memory
 from job.core.gpus import Gpu
 from job.core.lengths import Lengths
-from job.core.memory import AdapterShape, DeviceMemory, MemoryParts, ModelShape, PathName, memory_parts
+from job.core.memory import GIB, AdapterShape, DeviceMemory, EngineName, MemoryParts, ModelShape, memory_parts
 
-_GIB = 2**30
 _CONTEXT_GIB = 0.7
 """Of a GPU's memory, that CUDA and its libraries take before a model is loaded."""
 _SHARE = {"fast": 0.839, "generic": 0.75}
@@ -37,7 +36,7 @@ class Workload:
 
     shape: ModelShape
     adapter: AdapterShape
-    path: PathName
+    engine: EngineName
     compiled: bool
     """Whether the generic path's layers will be, as far as the base's config tells."""
     course: Course
@@ -58,7 +57,8 @@ class Forecast:
 
     gpu: Gpu
     parts: MemoryParts
-    cut: MemoryPlan
+    memory: MemoryPlan
+    """How a batch would be cut, and the peak."""
     fits: bool
     """By estimate; the job tries one example at a time before it gives up."""
     tokens_per_second: float | None
@@ -79,34 +79,34 @@ class Ask:
 
 def forecast(work: Workload, gpu: Gpu) -> Forecast:
     """How a batch would be cut, and how long the run would take."""
-    free = int((gpu.memory_gib - _CONTEXT_GIB) * _GIB)
+    free = int((gpu.memory_gib - _CONTEXT_GIB) * GIB)
     step_tokens = work.course.largest_step(work.lengths)
-    cut = plan_memory(
+    memory = plan_memory(
         work.shape,
         work.adapter,
-        path=work.path,
+        engine=work.engine,
         compiled=work.compiled,
-        device=DeviceMemory(kind="cuda", free_bytes=free),
+        device=DeviceMemory(kind="cuda", name=gpu.name, free_bytes=free),
         max_length=work.max_length,
         step_tokens=step_tokens,
     )
     speed = None
     if gpu.sustained_flops is not None:
         mean_step = float(work.lengths.mean()) * work.course.total / work.course.steps
-        slower = cost_of(work.shape, cut, step_tokens=max(1, round(mean_step)))
-        speed = _SHARE[work.path] * gpu.sustained_flops / flops_per_token(work) / slower
+        slower = cost_of(work.shape, memory.cut, step_tokens=max(1, round(mean_step)))
+        speed = _SHARE[work.engine] * gpu.sustained_flops / flops_per_token(work) / slower
     return Forecast(
         gpu=gpu,
         parts=_parts(work),
-        cut=cut,
-        fits=cut.predicted_peak_bytes is not None and cut.predicted_peak_bytes < free,
+        memory=memory,
+        fits=memory.predicted_peak_bytes is not None and memory.predicted_peak_bytes < free,
         tokens_per_second=speed,
         seconds=None if speed is None else _START_SECONDS + _busy_tokens(work) / speed,
     )
 
 
 def _parts(work: Workload) -> MemoryParts:
-    return memory_parts(work.shape, work.adapter, work.path, compiled=work.compiled)
+    return memory_parts(work.shape, work.adapter, work.engine, compiled=work.compiled)
 
 
 def trained_tokens(work: Workload) -> int:
@@ -136,14 +136,14 @@ def flops_per_token(work: Workload) -> float:
 
 def ask_for(work: Workload) -> Ask:
     """Host memory and disk: the base is on the disk in bf16 and once more in 4 bits, and passes the host's memory."""
-    base = 2 * work.shape.parameters / _GIB
-    checkpoint = 8 * work.adapter.parameters / _GIB
+    base = 2 * work.shape.parameters / GIB
+    checkpoint = 8 * work.adapter.parameters / GIB
     layers, parts = work.shape.layers, _parts(work)
-    packed = (parts.weights + parts.embeddings) / _GIB
+    packed = (parts.weights + parts.embeddings) / GIB
     least = parts.peak(layers=layers, tokens=work.max_length, kept_layers=0, recomputed_layers=layers)
     return Ask(
-        gpu_memory_gib=math.ceil(least / _GIB / _GPU_HEADROOM + _CONTEXT_GIB),
-        host_memory_gib=_rounded(_HOST_GIB + min(base, _LARGEST_SHARD_GIB) + 4 * work.adapter.parameters / _GIB),
+        gpu_memory_gib=math.ceil(least / GIB / _GPU_HEADROOM + _CONTEXT_GIB),
+        host_memory_gib=_rounded(_HOST_GIB + min(base, _LARGEST_SHARD_GIB) + 4 * work.adapter.parameters / GIB),
         disk_gib=_rounded(_SPARE_DISK_GIB + base + packed + (work.kept_checkpoints + 1) * checkpoint),
     )
 

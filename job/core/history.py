@@ -9,7 +9,6 @@ _LOOKED_AT = 2
 """Earlier attempts that decide: with this one they make three stops, and alone they make two failures."""
 FINAL_WHEN_REPEATED = (JobError.code, LocalDiskError.code, StalledError.code)
 """Codes that are tried again once. A store that is away and a sick node are other troubles each time."""
-
 Attempt = Mapping[str, Any]
 """An attempt as the store tells of it: its number, and its `end` with exit_code, reason, from_step, ..."""
 

@@ -11,15 +11,9 @@ from job.core.errors import DataError, UsageError
 
 Lengths = NDArray[np.int32]
 """Tokens of each example, BOS and EOS included."""
-
-
 PERCENTILES = (50, 90, 95, 99, 100)
-
-
 _OUTLIER = 2.0
 """An example longer than this many times the 99th percentile is an outlier: it alone would set the memory needed."""
-
-
 _ROUND_TO = 32
 """`auto` rounds up to a multiple of this many tokens."""
 

@@ -1,12 +1,13 @@
-"""What training needs of a GPU's memory, part by part, and how a batch is cut for what is free."""
+"""What training needs of a GPU's memory, part by part: bytes from the sizes of base and adapter alone."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-PathName = Literal["fast", "generic"]
-
-
+EngineName = Literal["fast", "generic"]
+"""What computes the gradients: the hand-written step, or autograd."""
+WantedEngine = Literal["auto", EngineName]
+"""As a user asks for one."""
 LogitsKind = Literal["plain", "scaled", "capped"]
 
 
@@ -15,6 +16,8 @@ class DeviceMemory:
     """What the planner needs to know of the device."""
 
     kind: Literal["cuda", "cpu"]
+    name: str
+    """The kind of device, as it stands in the report."""
     free_bytes: int
     """Free before the base model is loaded."""
 
@@ -62,44 +65,40 @@ class AdapterShape:
     optimizer: str
 
 
+GIB = 2**30
+NF4_BLOCK = 64
+"""Weights in 4 bits that share a scale: bitsandbytes' own choice for a layer, which transformers has no word for."""
+NF4_OUTER_BLOCK = 256
+"""Scales that share an outer scale (double quantisation)."""
 _BF16, _FP32 = 2, 4
-
-
-_NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-"""Of a weight in 4 bits: itself, its share of an 8-bit scale for 64, and of an fp32 scale for 256 of those.
+_NF4_BYTES = 1 / 2 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_OUTER_BLOCK)
+"""Of a weight in 4 bits: itself, its share of an 8-bit scale, and of an fp32 outer scale.
 
 QLoRA, arXiv 2305.14314, section 3.
 """
-
-
 _ALIGNED = 64
 """Ranks that stand beside an input are rounded up to a multiple of this."""
-
-
 _ADAPTED = 7
 """Linear modules of a layer, each with an adapter where all are targets."""
-
-
 _LOGITS_BYTES = 2**28
 """Of the logits that exist at once, in bf16: their gradient is written over them."""
-
-
 _LOGITS_BY_AUTOGRAD = {"scaled": 3 * _FP32, "capped": 4 * _FP32}
 """Bytes of a logit that autograd goes back through: what softmax kept, and two gradients; of a bounded one, itself."""
-
-
 _LOGITS_CHUNK = 1024
 """Targets whose logits autograd holds at once."""
-
-
 _NOT_COMPILED = 1.5
 """Times as much of a token is kept in a layer that is not compiled."""
-
-
-_OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_32bit": 8, "lion_8bit": 1, "sgd": 0}
-
-
-_EIGHT_BIT_ADAM_BYTES = 2
+OPTIMIZER_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "paged_adamw_32bit": 8,
+    "lion_8bit": 1,
+    "paged_lion_8bit": 1,
+    "sgd": 0,
+}
+"""State of a trained parameter, by the recipe's name of the optimizer; the scales of 8-bit states are 1/32 more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +120,8 @@ class MemoryParts:
     """Decoded weights of one layer, the head beside its adapter."""
     logits: int
     """At once, while the loss is computed."""
-    decoded_layer: int
-    """A layer that keeps its decoded weights, where the path can."""
+    dequantised_layer: int
+    """A layer that keeps its decoded weights, where the engine can."""
     spared_workspace: int
     """What of the workspace is not needed when all layers keep theirs."""
     token_head: int
@@ -157,14 +156,14 @@ class MemoryParts:
         at_the_head = self.logits + tokens * (self.token_head + kept)
         again = self.token_layer - self.token_recomputed if not whole else 0
         on_the_way_back = tokens * (self.token + kept + again)
-        decoded = kept_layers * self.decoded_layer - (self.spared_workspace if kept_layers == layers else 0)
-        return self.fixed + decoded + max(at_the_head, on_the_way_back)
+        dequantised = kept_layers * self.dequantised_layer - (self.spared_workspace if kept_layers == layers else 0)
+        return self.fixed + dequantised + max(at_the_head, on_the_way_back)
 
 
-def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, compiled: bool = True) -> MemoryParts:
-    """Bytes of each part; the fast path has no layers that could be compiled.
+def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *, compiled: bool = True) -> MemoryParts:
+    """Bytes of each part; the fast engine has no layers that could be compiled.
 
-    The fast path: what `job/kernels/llama.py` keeps, tensor by tensor. The generic path, its layers compiled, keeps in
+    The fast engine: what `job/kernels/llama_step.py` keeps, tensor by tensor. The generic one, its layers compiled, keeps in
     bf16: a layer's input, the stream between its halves and both normed (4 hidden); query, key, value and the
     attention's result; gate, up and their product; the input of each adapter's ranks. With Llama-2-7B on an H200 that
     is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384.
@@ -175,26 +174,26 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, co
     logits = _LOGITS_BYTES
     if shape.logits != "plain":
         logits = _LOGITS_BY_AUTOGRAD[shape.logits] * _LOGITS_CHUNK * shape.vocabulary
-    if path == "generic":
+    if engine == "generic":
         kept = 4 * shape.hidden + 2 * (query + keys) + 3 * shape.intermediate + _ADAPTED * adapter.rank
         token_layer = math.ceil((1.0 if compiled else _NOT_COMPILED) * (_BF16 * kept + _FP32 * shape.heads))
         # One weight at a time, as it is and as a gradient's other factor.
         workspace = spared = 2 * shape.hidden * shape.intermediate * _BF16
-        decoded = _BF16 * shape.linear_parameters // shape.layers if compiled else 0
+        dequantised = _BF16 * shape.linear_parameters // shape.layers if compiled else 0
         # The stream, its gradient, and what a product adds to each; the gradients of gate, up and their product.
         token = _BF16 * (4 * shape.hidden + 3 * shape.intermediate)
     else:
         kept = (shape.hidden + wide) + (query + 2 * keys) + query + rank + (shape.hidden + twice)
         kept += 2 * shape.intermediate + rank
         token_layer = _BF16 * kept + _FP32 * (2 + shape.heads)
-        decoded = _BF16 * (
+        dequantised = _BF16 * (
             (query + 2 * keys + 3 * adapter.rank) * (shape.hidden + wide)
             + (shape.hidden + adapter.rank) * (query + rank)
             + (2 * shape.intermediate + 2 * adapter.rank) * (shape.hidden + twice)
             + (shape.hidden + adapter.rank) * (shape.intermediate + rank)
         )
         head = _BF16 * (shape.vocabulary + adapter.rank) * (shape.hidden + rank)
-        workspace, spared = decoded + head, decoded
+        workspace, spared = dequantised + head, dequantised
         # The stream's gradient, and at the widest: the product and its gradient, the gradients of gate and up.
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
     return MemoryParts(
@@ -202,11 +201,11 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, co
         embeddings=_BF16 * shape.embedding_parameters,
         adapter=_FP32 * adapter.parameters,
         gradients=_FP32 * adapter.parameters,
-        optimizer=_OPTIMIZER_BYTES.get(adapter.optimizer, _EIGHT_BIT_ADAM_BYTES) * adapter.parameters,
+        optimizer=OPTIMIZER_BYTES[adapter.optimizer] * adapter.parameters,
         update=_FP32 * adapter.parameters,
         workspace=workspace,
         logits=logits,
-        decoded_layer=decoded,
+        dequantised_layer=dequantised,
         spared_workspace=spared,
         # The stream, its last place of each target, that one normed, and the gradient of it.
         token_head=_BF16 * (4 * shape.hidden + rank),
@@ -218,6 +217,3 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, path: PathName, *, co
 
 def _padded(rank: int) -> int:
     return -(-rank // _ALIGNED) * _ALIGNED
-
-
-_GIB = 2**30

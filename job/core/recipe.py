@@ -17,26 +17,12 @@ from pydantic import (
 )
 
 Count = Annotated[int, Field(strict=True, gt=0)]
-
-
 Whole = Annotated[int, Field(strict=True, ge=0)]
-
-
 Flag = Annotated[bool, Field(strict=True)]
-
-
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-
-
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-
-
 Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
-
-
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-
-
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -54,8 +40,6 @@ def _one_or_many(value: object) -> object:
 
 
 Uri = Annotated[Text, AfterValidator(_no_credentials)]
-
-
 Uris = Annotated[
     tuple[Uri, ...],
     Field(min_length=1),
@@ -208,8 +192,6 @@ Optimizer = Literal[
     "paged_lion_8bit",
     "sgd",
 ]
-
-
 Schedule = Literal[
     "linear",
     "cosine",

@@ -11,7 +11,6 @@ DEAF_SECONDS = 2.0
 """How long a phase that cannot look at the request may still take to end by itself."""
 LAST_SECONDS = 1.0
 """Of the grace, kept for saying how it ended; a tenth of it where the grace is short."""
-
 DEFAULT_SECONDS = 900.0
 """A phase that the table does not name."""
 FIRST_STEP_SECONDS = 1800.0
@@ -19,7 +18,6 @@ FIRST_STEP_SECONDS = 1800.0
 TIMES_LONGEST_STEP = 20.0
 """Of the longest step seen: nothing that still moves is so much slower than itself."""
 LEAST_TRAIN_SECONDS = 600.0
-
 ALLOWED_SECONDS = MappingProxyType(
     {
         # Requests to the store, each told as progress. One is sent again for 120 s, a transfer that is silent for 300 s

@@ -41,10 +41,10 @@ def visible(tokens: int, window: int | None, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Documents:
+class Segments:
     """Where the documents of a row begin and end."""
 
-    bounds: Tensor
+    cu_seqlens: Tensor
     """[D + 1] int32 on the device: 0, then where each document ends."""
     lengths: tuple[int, ...]
     """The same on the host."""
@@ -65,21 +65,21 @@ class Attention:
     window: int | None
     """How many tokens back a token sees, itself included; None: all."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> tuple[Tensor, Any]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Any]:
         """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what the way back needs."""
-        if documents.blocks is not None and has_own_kernel(query, documents.blocks):
-            from job.kernels import triton_attention as attention_kernels
+        if segments.blocks is not None and has_own_kernel(query, segments.blocks):
+            from job.kernels import triton_attention as triton_attention
 
-            return attention_kernels.forward(query, key, value, documents.blocks, self.scale, self.window)
+            return triton_attention.forward(query, key, value, segments.blocks, self.scale, self.window)
         if not has_kernel(query):
-            return self._plain(query, key, value, documents), None
-        longest = documents.longest
+            return self._plain(query, key, value, segments), None
+        longest = segments.longest
         out, log_sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
             query,
             key,
             value,
-            documents.bounds,
-            documents.bounds,
+            segments.cu_seqlens,
+            segments.cu_seqlens,
             longest,
             longest,
             0.0,
@@ -98,7 +98,7 @@ class Attention:
         value: Tensor,
         out: Tensor,
         kept: Any,
-        documents: Documents,
+        segments: Segments,
         *,
         room: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,17 +106,17 @@ class Attention:
 
         In the room for them where the kernel writes into given places (three tensors, whose tokens may lie apart).
         """
-        if documents.blocks is not None and has_own_kernel(query, documents.blocks):
-            from job.kernels import triton_attention as attention_kernels
+        if segments.blocks is not None and has_own_kernel(query, segments.blocks):
+            from job.kernels import triton_attention as triton_attention
 
             room = room or (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-            attention_kernels.backward(
-                grad, query, key, value, out, kept, documents.blocks, self.scale, self.window, room
+            triton_attention.backward(
+                grad, query, key, value, out, kept, segments.blocks, self.scale, self.window, room
             )
             return room
         if not has_kernel(query):
-            return self._plain_backward(grad, query, key, value, documents)
-        longest = documents.longest
+            return self._plain_backward(grad, query, key, value, segments)
+        longest = segments.longest
         log_sums, state, unused = kept
         with _same_order():
             result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
@@ -126,8 +126,8 @@ class Attention:
                 value,
                 out,
                 log_sums,
-                documents.bounds,
-                documents.bounds,
+                segments.cu_seqlens,
+                segments.cu_seqlens,
                 longest,
                 longest,
                 0.0,
@@ -145,18 +145,18 @@ class Attention:
             return {}
         return {"window_size_left": self.window - 1, "window_size_right": 0}
 
-    def _plain(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-        lengths = list(documents.lengths)
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        lengths = list(segments.lengths)
         parts = zip(*(torch.split(tensor, lengths) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._one(*(part.transpose(0, 1)[None] for part in each)) for each in parts])
 
     def _plain_backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, documents: Documents
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Segments
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The formula, a document and a key head at a time: of all weights, at most those exist."""
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         groups, start = query.shape[1] // key.shape[1], 0
-        for length in documents.lengths:
+        for length in segments.lengths:
             rows = slice(start, start := start + length)
             for head in range(key.shape[1]):
                 heads = slice(head * groups, (head + 1) * groups)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from job.kernels.attention import Attention, Documents, has_kernel, has_own_kernel
+from job.kernels.attention import Attention, Segments, has_kernel, has_own_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """Of query, key and value."""
@@ -16,14 +16,14 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 @torch.library.custom_op(
     "qlora_job::document_attention",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor bounds, Tensor lengths, Tensor? blocks, float scale,"
+    schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor lengths, Tensor? blocks, float scale,"
     " int? window) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def document_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds: Tensor,
+    cu_seqlens: Tensor,
     lengths: Tensor,
     blocks: Tensor | None,
     scale: float,
@@ -35,7 +35,7 @@ def document_attention(
         query: [T, heads, width].
         key: [T, key heads, width].
         value: [T, key heads, width].
-        bounds: [D + 1] int32 on the device: 0, then where each document ends.
+        cu_seqlens: [D + 1] int32 on the device: 0, then where each document ends.
         lengths: [D] int64 on the host: tokens of each document. A tensor, for a number would be part of compiled code.
         blocks: from `blocks_of`, for our own kernels; None: torch's.
         scale: of the scores.
@@ -45,7 +45,7 @@ def document_attention(
         [T, heads, width], and three that its way back needs; empty where it needs none.
     """
     out, kept = Attention(scale=scale, window=window).forward(
-        query.contiguous(), key.contiguous(), value.contiguous(), _documents(bounds, lengths, blocks)
+        query.contiguous(), key.contiguous(), value.contiguous(), _segments(cu_seqlens, lengths, blocks)
     )
     if has_own_kernel(query, blocks):
         return out, kept, query.new_empty(0), query.new_empty(0)
@@ -67,7 +67,7 @@ def _shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     "qlora_job::document_attention_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums, Tensor state,"
-    " Tensor unused, Tensor bounds, Tensor lengths, Tensor? blocks, float scale, int? window)"
+    " Tensor unused, Tensor cu_seqlens, Tensor lengths, Tensor? blocks, float scale, int? window)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(
@@ -79,7 +79,7 @@ def _backward_op(
     log_sums: Tensor,
     state: Tensor,
     unused: Tensor,
-    bounds: Tensor,
+    cu_seqlens: Tensor,
     lengths: Tensor,
     blocks: Tensor | None,
     scale: float,
@@ -93,7 +93,7 @@ def _backward_op(
         value.contiguous(),
         out,
         log_sums if has_own_kernel(query, blocks) else (log_sums, state, unused),
-        _documents(bounds, lengths, blocks),
+        _segments(cu_seqlens, lengths, blocks),
     )
 
 
@@ -104,13 +104,13 @@ def _backward_shapes(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _documents(bounds: Tensor, lengths: Tensor, blocks: Tensor | None) -> Documents:
-    return Documents(bounds=bounds, lengths=tuple(lengths.tolist()), blocks=blocks)
+def _segments(cu_seqlens: Tensor, lengths: Tensor, blocks: Tensor | None) -> Segments:
+    return Segments(cu_seqlens=cu_seqlens, lengths=tuple(lengths.tolist()), blocks=blocks)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, bounds, lengths, blocks, scale, window = inputs
-    ctx.save_for_backward(query, key, value, *output, bounds, lengths, blocks)
+    query, key, value, cu_seqlens, lengths, blocks, scale, window = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens, lengths, blocks)
     ctx.limits = scale, window
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from job.kernels.attention import Documents
-from job.kernels.llama_step import Row, Step
+from job.kernels.attention import Segments
+from job.kernels.llama_step import PackedRow, Step
 
 _MOST_TOKENS = 4096
 """Beyond this the GPU takes longer for a step than the host for asking."""
@@ -28,14 +28,14 @@ class Size:
     """What recordings are told apart by."""
 
     tokens: int
-    documents: int
+    segments: int
     masked: bool
     """Whether there is dropout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Recording:
-    row: Row
+    row: PackedRow
     """Where its numbers are read."""
     played: Callable[[], Tensor]
     """Does the step once, and gives its losses."""
@@ -65,7 +65,7 @@ class Replay:
         self._refresh: Callable[[], None] | None = None
         self._pool: Any = None
 
-    def accumulate(self, row: Row) -> Tensor:
+    def accumulate(self, row: PackedRow) -> Tensor:
         """See `Step.accumulate`."""
         size = rounded(row)
         if size.tokens > self._most_tokens:
@@ -84,7 +84,7 @@ class Replay:
             self._refresh = self._step.refresh if graph is None else graph.replay
         self._refresh()
 
-    def _record(self, size: Size, like: Row) -> _Recording:
+    def _record(self, size: Size, like: PackedRow) -> _Recording:
         row, results = empty_row(size, like), []
         fill(row, like)
 
@@ -128,13 +128,13 @@ class Replay:
         return graph
 
 
-def rounded(row: Row) -> Size:
+def rounded(row: PackedRow) -> Size:
     """The size that a micro-batch is filled up to: at least one token, and one document, more than it has."""
-    tokens, documents = len(row.ids) + 1, len(row.documents.lengths) + 1
+    tokens, segments = len(row.ids) + 1, len(row.segments.lengths) + 1
     unit = max(128, (1 << (tokens - 1).bit_length()) // 8)  # an eighth at most is filling
     return Size(
         tokens=-(-tokens // unit) * unit,
-        documents=max(4, 1 << (documents - 1).bit_length()),
+        segments=max(4, 1 << (segments - 1).bit_length()),
         masked=row.seed is not None,
     )
 
@@ -145,35 +145,35 @@ def most_tokens(step: Step) -> int:
     return min(_MOST_TOKENS, int(_MOST_MEMORY * memory / step.token_bytes))
 
 
-def empty_row(size: Size, like: Row) -> Row:
+def empty_row(size: Size, like: PackedRow) -> PackedRow:
     """Room for micro-batches of up to this size."""
     tokens = size.tokens
-    return Row(
+    return PackedRow(
         ids=like.ids.new_empty(tokens),
         positions=like.positions.new_empty(tokens),
-        documents=Documents(bounds=like.documents.bounds.new_empty(size.documents + 1), lengths=(tokens,)),
+        segments=Segments(cu_seqlens=like.segments.cu_seqlens.new_empty(size.segments + 1), lengths=(tokens,)),
         places=like.places.new_empty(tokens),
         targets=like.targets.new_empty(tokens),
-        share=torch.empty_like(like.share),
+        weight_per_target=torch.empty_like(like.weight_per_target),
         seed=None if like.seed is None else torch.empty_like(like.seed),
     )
 
 
-def fill(room: Row, row: Row) -> None:
+def fill(room: PackedRow, row: PackedRow) -> None:
     """Put a micro-batch there; what is left is one more document, without targets."""
     tokens, targets = len(row.ids), len(row.places)
     room.ids[:tokens].copy_(row.ids)
     room.ids[tokens:].zero_()
     room.positions[:tokens].copy_(row.positions)
     torch.arange(len(room.ids) - tokens, out=room.positions[tokens:])
-    bounds = row.documents.bounds
-    room.documents.bounds[: len(bounds)].copy_(bounds)
-    room.documents.bounds[len(bounds) :].fill_(len(room.ids))
+    cu_seqlens = row.segments.cu_seqlens
+    room.segments.cu_seqlens[: len(cu_seqlens)].copy_(cu_seqlens)
+    room.segments.cu_seqlens[len(cu_seqlens) :].fill_(len(room.ids))
     room.places[:targets].copy_(row.places)
     room.places[targets:].fill_(len(room.ids) - 1)
     room.targets[:targets].copy_(row.targets)
     room.targets[targets:].fill_(_NO_TARGET)
-    room.share.copy_(row.share)
+    room.weight_per_target.copy_(row.weight_per_target)
     if room.seed is not None and row.seed is not None:
         room.seed.copy_(row.seed)
 

@@ -27,7 +27,9 @@ class HeadLoss:
     """[vocabulary, r] fp32."""
 
 
-def head_loss(hidden: Tensor, targets: Tensor, head: Linear, *, share: float, seed: Tensor | None) -> HeadLoss:
+def head_loss(
+    hidden: Tensor, targets: Tensor, head: Linear, *, weight_per_target: float, seed: Tensor | None
+) -> HeadLoss:
     """There and back at once, so that logits are made once and never whole.
 
     Args:
@@ -39,7 +41,10 @@ def head_loss(hidden: Tensor, targets: Tensor, head: Linear, *, share: float, se
     """
     ops = ops_of(hidden.device)
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    d_hidden, each_share = torch.empty_like(hidden), torch.full((1,), share, device=hidden.device)
+    d_hidden, weight_per_target_there = (
+        torch.empty_like(hidden),
+        torch.full((1,), weight_per_target, device=hidden.device),
+    )
     d_a = d_b = None
     if head.adapter is not None:
         d_a, d_b = torch.zeros_like(head.adapter.a), torch.zeros_like(head.adapter.b)
@@ -48,7 +53,7 @@ def head_loss(hidden: Tensor, targets: Tensor, head: Linear, *, share: float, se
         part = slice(start, min(start + size, len(hidden)))
         masks = layer.masks_of(head.adapter, seed, site=number)
         logits, h = layer.forward(hidden[part], head, masks)
-        ops.cross_entropy_in_place(logits, targets[part], losses[part], each_share)
+        ops.cross_entropy_in_place(logits, targets[part], losses[part], weight_per_target_there)
         d_part, more_a, more_b = layer.backward(logits, hidden[part], h, head, masks, wants_x=True)
         del logits
         if d_part is not None:

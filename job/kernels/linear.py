@@ -76,7 +76,7 @@ def _values(layer: Linear, x: Tensor) -> Tensor:
     if not isinstance(layer.weight, Quantised):
         return layer.weight.to(x.dtype)
     values = x.new_empty(layer.height, layer.width)
-    ops_of(x.device).decode(layer.weight, values)
+    ops_of(x.device).dequantise(layer.weight, values)
     return values
 
 

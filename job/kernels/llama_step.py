@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from job.kernels.attention import Attention, Documents
+from job.kernels.attention import Attention, Segments
 from job.kernels.blocks import blocks_of
 from job.kernels.head_loss import LOGITS_AT_ONCE
 from job.kernels.ops import Masks, Ops
@@ -19,7 +19,7 @@ from job.kernels.weights import Group, exact_product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Layer:
+class DecoderLayer:
     """One decoder layer."""
 
     qkv: Group
@@ -47,7 +47,7 @@ class Decoder:
 
     embeddings: Tensor
     """[vocabulary, hidden]."""
-    layers: Sequence[Layer]
+    layers: Sequence[DecoderLayer]
     final_norm: Tensor
     head: Group
     heads: int
@@ -60,26 +60,26 @@ class Decoder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Row:
-    """Documents in a row: T tokens, N targets, on the device."""
+class PackedRow:
+    """Segments in a row: T tokens, N targets, on the device."""
 
     ids: Tensor
     """[T] int64."""
     positions: Tensor
     """[T] int64; each document starts at 0."""
-    documents: Documents
+    segments: Segments
     places: Tensor
     """[N] int64: places in T whose next token is a target."""
     targets: Tensor
     """[N] int64: those next tokens; below 0: none, and then its place is no other target's, or that of such a one."""
-    share: Tensor
+    weight_per_target: Tensor
     """[1] fp32: one over the targets of the whole step."""
     seed: Tensor | None
     """[1] int64, below 2**31, of the dropout masks; None: no dropout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Thrift:
+class Saving:
     """What is computed again to save memory."""
 
     kept_layers: int
@@ -93,25 +93,25 @@ class _Kept:
     """Of one layer, for the way back. [x | h]: an input with the ranks of its adapters beside it."""
 
     x_attention: Tensor
-    inverse_attention: Tensor
+    rstd_attention: Tensor
     qkv: Tensor
-    inverse_query: Tensor | None
-    inverse_key: Tensor | None
+    rstd_query: Tensor | None
+    rstd_key: Tensor | None
     attended: Tensor
     attention: Any
     h_out: Tensor
     x_mlp: Tensor
-    inverse_mlp: Tensor
+    rstd_mlp: Tensor
     gate_up: Tensor
     h_down: Tensor
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Trip:
+class _StepContext:
     """What one micro-batch carries along."""
 
-    row: Row
-    documents: Documents
+    row: PackedRow
+    segments: Segments
     cos: Tensor
     sin: Tensor
 
@@ -130,18 +130,18 @@ class Step:
     """Adds the gradients of a micro-batch to the adapters."""
 
     def __init__(
-        self, decoder: Decoder, ops: Ops, *, dtype: torch.dtype, thrift: Thrift, own_attention: bool = False
+        self, decoder: Decoder, ops: Ops, *, dtype: torch.dtype, saving: Saving, own_attention: bool = False
     ) -> None:
         """Decoded weights are made here, so that running out of memory shows before the first step."""
         self._decoder = decoder
         self._ops = ops
         self._dtype = dtype
-        self._recomputed = thrift.recomputed_layers
+        self._recomputed = saving.recomputed_layers
         self._own_attention = own_attention
         self.device = decoder.embeddings.device
         self._hidden = decoder.embeddings.shape[1]
         self._kept_matrices: dict[int, tuple[Tensor, ...]] = {}
-        for index, layer in enumerate(decoder.layers[: thrift.kept_layers]):
+        for index, layer in enumerate(decoder.layers[: saving.kept_layers]):
             self._kept_matrices[index] = tuple(group.make(dtype, self.device) for group in layer.groups)
             for group, matrix in zip(layer.groups, self._kept_matrices[index], strict=True):
                 group.fill_weights(matrix)
@@ -169,74 +169,74 @@ class Step:
                 group.fill_adapters(matrix)
 
     @torch.no_grad()
-    def accumulate(self, row: Row) -> Tensor:
+    def accumulate(self, row: PackedRow) -> Tensor:
         """Add the gradients of share * (sum of the losses) to the adapters.
 
         Returns:
             Loss of each target, in nats: [N] fp32.
         """
         cos, sin = self._decoder.rotation(row.positions)
-        documents = row.documents
+        segments = row.segments
         if self._own_attention:
-            documents = replace(documents, blocks=blocks_of(documents.bounds, len(row.ids)))
-        trip = _Trip(row=row, documents=documents, cos=cos, sin=sin)
+            segments = replace(segments, blocks=blocks_of(segments.cu_seqlens, len(row.ids)))
+        context = _StepContext(row=row, segments=segments, cos=cos, sin=sin)
         stream = self._decoder.embeddings[row.ids].to(self._dtype)
         kept: list[_Kept | Tensor] = []
         for index in range(len(self._decoder.layers)):
             if index < self._recomputed:
                 kept.append(stream.clone())
-                self._layer_forward(index, stream, trip)
+                self._layer_forward(index, stream, context)
             else:
-                kept.append(self._layer_forward(index, stream, trip))
+                kept.append(self._layer_forward(index, stream, context))
         room = max(group.padded_rank for layer in self._decoder.layers for group in (layer.out, layer.down))
-        losses, grad = self._head(stream, trip, room=room)
+        losses, grad = self._head(stream, context, room=room)
         del stream
         for index in range(len(self._decoder.layers) - 1, -1, -1):
             state = kept.pop()
             if isinstance(state, Tensor):
-                state = self._layer_forward(index, state, trip)
-            self._mlp_backward(index, state, grad, trip)
-            self._attention_backward(index, state, grad, trip)
+                state = self._layer_forward(index, state, context)
+            self._mlp_backward(index, state, grad, context)
+            self._attention_backward(index, state, grad, context)
         return losses
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def _layer_forward(self, index: int, stream: Tensor, trip: _Trip) -> _Kept:
+    def _layer_forward(self, index: int, stream: Tensor, context: _StepContext) -> _Kept:
         """Adds the layer's two parts to the stream."""
         layer, tokens = self._decoder.layers[index], len(stream)
-        x_attention, inverse_attention = self._normed(stream, layer.attention_norm, layer.qkv)
+        x_attention, rstd_attention = self._normed(stream, layer.attention_norm, layer.qkv)
         matrix = self._matrix(index, 0)
-        self._ranks(layer.qkv, matrix, x_attention, x_attention[:, layer.qkv.width :], trip, site=4 * index)
+        self._ranks(layer.qkv, matrix, x_attention, x_attention[:, layer.qkv.width :], context, site=4 * index)
         qkv = self._product(layer.qkv, matrix, x_attention)
-        inverse_query, inverse_key = self._rotate(layer, qkv, trip)
+        rstd_query, rstd_key = self._rotate(layer, qkv, context)
         query, key, value = self._heads_of(qkv)
-        attended, attention = layer.attention.forward(query, key, value, trip.documents)
+        attended, attention = layer.attention.forward(query, key, value, context.segments)
         attended = attended.reshape(tokens, -1)
         matrix = self._matrix(index, 1)
         h_out = self._empty(tokens, layer.out.padded_rank)
-        self._ranks(layer.out, matrix, attended, h_out, trip, site=4 * index + 1)
+        self._ranks(layer.out, matrix, attended, h_out, context, site=4 * index + 1)
         self._add_product(layer.out, matrix, attended, h_out, stream)
-        x_mlp, inverse_mlp = self._normed(stream, layer.mlp_norm, layer.gate_up)
+        x_mlp, rstd_mlp = self._normed(stream, layer.mlp_norm, layer.gate_up)
         matrix = self._matrix(index, 2)
-        self._ranks(layer.gate_up, matrix, x_mlp, x_mlp[:, layer.gate_up.width :], trip, site=4 * index + 2)
+        self._ranks(layer.gate_up, matrix, x_mlp, x_mlp[:, layer.gate_up.width :], context, site=4 * index + 2)
         gate_up = self._product(layer.gate_up, matrix, x_mlp)
         matrix = self._matrix(index, 3)
         act = self._empty(tokens, layer.down.width + layer.down.padded_rank)
         self._ops.swiglu_forward(gate_up, act[:, : layer.down.width])
-        self._ranks(layer.down, matrix, act, act[:, layer.down.width :], trip, site=4 * index + 3)
+        self._ranks(layer.down, matrix, act, act[:, layer.down.width :], context, site=4 * index + 3)
         used = layer.down.width + layer.down.rank
         stream.addmm_(act[:, :used], matrix[: layer.down.height, :used].t())
         return _Kept(
             x_attention=x_attention,
-            inverse_attention=inverse_attention,
+            rstd_attention=rstd_attention,
             qkv=qkv,
-            inverse_query=inverse_query,
-            inverse_key=inverse_key,
+            rstd_query=rstd_query,
+            rstd_key=rstd_key,
             attended=attended,
             attention=attention,
             h_out=h_out,
             x_mlp=x_mlp,
-            inverse_mlp=inverse_mlp,
+            rstd_mlp=rstd_mlp,
             gate_up=gate_up,
             h_down=act[:, layer.down.width :].clone(),
         )
@@ -244,15 +244,15 @@ class Step:
     def _normed(self, stream: Tensor, weight: Tensor, group: Group) -> tuple[Tensor, Tensor]:
         """The normed stream with room for the group's ranks beside it, and each row's inverse root mean square."""
         x = self._empty(len(stream), group.width + group.padded_rank)
-        inverse = self._empty_exact(len(stream))
-        self._ops.rms_forward(stream, weight, x[:, : group.width], inverse, self._decoder.epsilon)
-        return x, inverse
+        rstd = self._empty_exact(len(stream))
+        self._ops.rms_forward(stream, weight, x[:, : group.width], rstd, self._decoder.epsilon)
+        return x, rstd
 
-    def _ranks(self, group: Group, matrix: Tensor, x: Tensor, out: Tensor, trip: _Trip, *, site: int) -> None:
+    def _ranks(self, group: Group, matrix: Tensor, x: Tensor, out: Tensor, context: _StepContext, *, site: int) -> None:
         """Input of the ranks: h = dropout(x) A^T, into out [T, ranks]."""
         if not group.rank:
             return
-        x, a, masks = x[:, : group.width], matrix[group.height :, : group.width], trip.masks(group, site)
+        x, a, masks = x[:, : group.width], matrix[group.height :, : group.width], context.masks(group, site)
         if masks is None:
             torch.mm(x, a.t(), out=out[:, : group.rank])
         else:
@@ -270,14 +270,14 @@ class Step:
         if group.rank:
             stream.addmm_(h[:, : group.rank], matrix[: group.height, group.width : group.width + group.rank].t())
 
-    def _rotate(self, layer: Layer, qkv: Tensor, trip: _Trip) -> tuple[Tensor | None, Tensor | None]:
+    def _rotate(self, layer: DecoderLayer, qkv: Tensor, context: _StepContext) -> tuple[Tensor | None, Tensor | None]:
         query, key, _ = self._heads_of(qkv)
-        inverses = []
+        rstds = []
         for part, weight in ((query, layer.query_norm), (key, layer.key_norm)):
-            inverse = None if weight is None else self._empty_exact(len(part), part.shape[1])
-            self._ops.rotate_forward(part, trip.cos, trip.sin, weight, inverse, self._decoder.epsilon)
-            inverses.append(inverse)
-        return inverses[0], inverses[1]
+            rstd = None if weight is None else self._empty_exact(len(part), part.shape[1])
+            self._ops.rotate_forward(part, context.cos, context.sin, weight, rstd, self._decoder.epsilon)
+            rstds.append(rstd)
+        return rstds[0], rstds[1]
 
     def _heads_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views [T, heads, width] of query, key and value."""
@@ -294,55 +294,63 @@ class Step:
 
     # --- the head: loss and its gradient, a chunk at a time -----------------------------------------------------------
 
-    def _head(self, stream: Tensor, trip: _Trip, *, room: int) -> tuple[Tensor, Tensor]:
+    def _head(self, stream: Tensor, context: _StepContext, *, room: int) -> tuple[Tensor, Tensor]:
         """Losses [N], and the gradient of the stream [T, hidden + room]."""
-        group, row = self._decoder.head, trip.row
+        group, row = self._decoder.head, context.row
         last = stream[row.places]
-        x, inverse = self._normed(last, self._decoder.final_norm, group)
+        x, rstd = self._normed(last, self._decoder.final_norm, group)
         losses = self._empty_exact(len(last))
         d_x = self._empty(len(last), self._hidden)
         size = max(1, LOGITS_AT_ONCE // group.height)
         for number, start in enumerate(range(0, len(last), size)):
             part = slice(start, min(start + size, len(last)))
             site = _HEAD_SITE + number
-            self._ranks(group, self._head_matrix, x[part], x[part, group.width :], trip, site=site)
+            self._ranks(group, self._head_matrix, x[part], x[part, group.width :], context, site=site)
             logits = self._empty(part.stop - part.start, group.height + group.padded_rank)
             used = group.width + group.rank
             torch.mm(x[part, :used], self._head_matrix[: group.height, :used].t(), out=logits[:, : group.height])
-            self._ops.cross_entropy_in_place(logits[:, : group.height], row.targets[part], losses[part], row.share)
+            self._ops.cross_entropy_in_place(
+                logits[:, : group.height], row.targets[part], losses[part], row.weight_per_target
+            )
             h = x[part, group.width :]
-            d_x[part] = self._group_backward(group, self._head_matrix, logits, x[part], h, trip, site=site)
+            d_x[part] = self._group_backward(group, self._head_matrix, logits, x[part], h, context, site=site)
             del logits
         d_last = torch.zeros_like(last)
-        self._ops.rms_backward_add(d_x, x[:, : group.width], self._decoder.final_norm, inverse, d_last)
+        self._ops.rms_backward_add(d_x, x[:, : group.width], self._decoder.final_norm, rstd, d_last)
         grad = torch.zeros(len(stream), self._hidden + room, dtype=self._dtype, device=self.device)
         grad[:, : self._hidden].index_copy_(0, row.places, d_last)
         return losses, grad
 
     # --- backward -----------------------------------------------------------------------------------------------------
 
-    def _mlp_backward(self, index: int, kept: _Kept, grad: Tensor, trip: _Trip) -> None:
+    def _mlp_backward(self, index: int, kept: _Kept, grad: Tensor, context: _StepContext) -> None:
         layer, tokens, site = self._decoder.layers[index], len(grad), 4 * index
         down, gate_up = layer.down, layer.gate_up
         matrix = self._matrix(index, 3)
         self._thin_backward(down, matrix, grad)
-        d_act = self._input_gradient(down, matrix, grad, trip, site=site + 3)
+        d_act = self._input_gradient(down, matrix, grad, context, site=site + 3)
         act = self._empty(tokens, down.width)
         d_gate_up = self._empty(tokens, gate_up.height + gate_up.padded_rank)
         self._ops.swiglu_backward(kept.gate_up, d_act, d_gate_up, act)
         del d_act
-        self._adapter_gradients(down, grad, act, kept.h_down, trip, site=site + 3)
+        self._adapter_gradients(down, grad, act, kept.h_down, context, site=site + 3)
         del act
         d_x = self._group_backward(
-            gate_up, self._matrix(index, 2), d_gate_up, kept.x_mlp, kept.x_mlp[:, gate_up.width :], trip, site=site + 2
+            gate_up,
+            self._matrix(index, 2),
+            d_gate_up,
+            kept.x_mlp,
+            kept.x_mlp[:, gate_up.width :],
+            context,
+            site=site + 2,
         )
         y = kept.x_mlp[:, : gate_up.width]
-        self._ops.rms_backward_add(d_x, y, layer.mlp_norm, kept.inverse_mlp, grad[:, : self._hidden])
+        self._ops.rms_backward_add(d_x, y, layer.mlp_norm, kept.rstd_mlp, grad[:, : self._hidden])
 
-    def _attention_backward(self, index: int, kept: _Kept, grad: Tensor, trip: _Trip) -> None:
+    def _attention_backward(self, index: int, kept: _Kept, grad: Tensor, context: _StepContext) -> None:
         layer, tokens, site = self._decoder.layers[index], len(grad), 4 * index
         matrix = self._matrix(index, 1)
-        d_attended = self._group_backward(layer.out, matrix, grad, kept.attended, kept.h_out, trip, site=site + 1)
+        d_attended = self._group_backward(layer.out, matrix, grad, kept.attended, kept.h_out, context, site=site + 1)
         group = layer.qkv
         query, key, value = self._heads_of(kept.qkv)
         d_qkv = self._empty(tokens, group.height + group.padded_rank)
@@ -354,33 +362,33 @@ class Step:
             value,
             kept.attended.view(query.shape),
             kept.attention,
-            trip.documents,
+            context.segments,
             room=room,
         )
         del d_attended
-        for d_part, part, weight, inverse, into in (
-            (d_query, query, layer.query_norm, kept.inverse_query, into_query),
-            (d_key, key, layer.key_norm, kept.inverse_key, into_key),
+        for d_part, part, weight, rstd, into in (
+            (d_query, query, layer.query_norm, kept.rstd_query, into_query),
+            (d_key, key, layer.key_norm, kept.rstd_key, into_key),
         ):
-            self._ops.rotate_backward(d_part, part, trip.cos, trip.sin, weight, inverse, into)
+            self._ops.rotate_backward(d_part, part, context.cos, context.sin, weight, rstd, into)
         into_value.copy_(d_value)  # nothing to do where it is the same tensor
         del d_query, d_key, d_value
         x = kept.x_attention
         if index == 0:  # nothing below it is trained
             self._thin_backward(group, self._matrix(index, 0), d_qkv)
-            self._adapter_gradients(group, d_qkv, x, x[:, group.width :], trip, site=site)
+            self._adapter_gradients(group, d_qkv, x, x[:, group.width :], context, site=site)
             return
-        d_x = self._group_backward(group, self._matrix(index, 0), d_qkv, x, x[:, group.width :], trip, site=site)
+        d_x = self._group_backward(group, self._matrix(index, 0), d_qkv, x, x[:, group.width :], context, site=site)
         y = x[:, : group.width]
-        self._ops.rms_backward_add(d_x, y, layer.attention_norm, kept.inverse_attention, grad[:, : self._hidden])
+        self._ops.rms_backward_add(d_x, y, layer.attention_norm, kept.rstd_attention, grad[:, : self._hidden])
 
     def _group_backward(
-        self, group: Group, matrix: Tensor, grad: Tensor, x: Tensor, h: Tensor, trip: _Trip, *, site: int
+        self, group: Group, matrix: Tensor, grad: Tensor, x: Tensor, h: Tensor, context: _StepContext, *, site: int
     ) -> Tensor:
         """Gradient of x [T, K] from that of the result, which has room for the ranks beside it: [T, N + ranks]."""
         self._thin_backward(group, matrix, grad)
-        self._adapter_gradients(group, grad, x, h, trip, site=site)
-        return self._input_gradient(group, matrix, grad, trip, site=site)
+        self._adapter_gradients(group, grad, x, h, context, site=site)
+        return self._input_gradient(group, matrix, grad, context, site=site)
 
     def _thin_backward(self, group: Group, matrix: Tensor, grad: Tensor) -> None:
         """Gradient of the ranks: g = dy sB, beside dy."""
@@ -389,9 +397,11 @@ class Step:
                 corner = matrix[rows, group.width + ranks.start : group.width + ranks.stop]
                 torch.mm(grad[:, rows], corner, out=grad[:, group.height + ranks.start : group.height + ranks.stop])
 
-    def _input_gradient(self, group: Group, matrix: Tensor, grad: Tensor, trip: _Trip, *, site: int) -> Tensor:
+    def _input_gradient(
+        self, group: Group, matrix: Tensor, grad: Tensor, context: _StepContext, *, site: int
+    ) -> Tensor:
         """[dy g] [W ; A]; with dropout each adapter's share comes through its own mask."""
-        masks = trip.masks(group, site)
+        masks = context.masks(group, site)
         used = group.height + (group.rank if masks is None else 0)
         result = torch.mm(grad[:, :used], matrix[:used, : group.width])
         if masks is not None:
@@ -399,12 +409,14 @@ class Step:
             self._ops.masked_add(thin, matrix[group.height :, : group.width], result, masks)
         return result
 
-    def _adapter_gradients(self, group: Group, grad: Tensor, x: Tensor, h: Tensor, trip: _Trip, *, site: int) -> None:
+    def _adapter_gradients(
+        self, group: Group, grad: Tensor, x: Tensor, h: Tensor, context: _StepContext, *, site: int
+    ) -> None:
         """Add g^T dropout(x) to A's gradient, and s dy^T h to B's."""
         if not group.rank:
             return
         x, thin = x[:, : group.width], grad[:, group.height : group.height + group.rank]
-        masks = trip.masks(group, site)
+        masks = context.masks(group, site)
         a = exact_product(thin, x) if masks is None else self._ops.masked_gradient(thin, x, masks)
         for layer, rows, ranks in zip(group.layers, group.rows, group.ranks, strict=True):
             if layer.adapter is not None and ranks is not None:

@@ -14,7 +14,7 @@ _BLOCK = 64
 _OUTER_BLOCK = 256
 
 
-def decode(weight: Quantised, out: Tensor) -> None:
+def dequantise(weight: Quantised, out: Tensor) -> None:
     """NF4 -> values: [N, K]."""
     outer = weight.outer_scales.repeat_interleave(_OUTER_BLOCK)[: weight.scales.numel()]
     scales = weight.scales_code[weight.scales.long()] * outer + weight.offset
@@ -23,29 +23,29 @@ def decode(weight: Quantised, out: Tensor) -> None:
     out.copy_((values.reshape(-1, _BLOCK) * scales[:, None]).reshape(weight.height, weight.width))
 
 
-def rms_forward(x: Tensor, weight: Tensor, out: Tensor, inverse: Tensor, epsilon: float) -> None:
+def rms_forward(x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, epsilon: float) -> None:
     """Root mean square norm, as transformers does it: x [T, K] -> out [T, K], inverse [T] fp32.
 
     Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4.
     """
     exact = x.float()
-    torch.rsqrt(exact.pow(2).mean(dim=-1) + epsilon, out=inverse)
-    out.copy_((exact * inverse[:, None]).to(out.dtype) * weight)
+    torch.rsqrt(exact.pow(2).mean(dim=-1) + epsilon, out=rstd)
+    out.copy_((exact * rstd[:, None]).to(out.dtype) * weight)
 
 
-def rms_backward_add(grad: Tensor, y: Tensor, weight: Tensor, inverse: Tensor, into: Tensor) -> None:
+def rms_backward_add(grad: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, into: Tensor) -> None:
     """Adds the gradient of the norm's input: x is not needed, for x * inverse = y / weight.
 
     With n = x * inverse and g = grad * weight: inverse * (g - n * mean(g * n)).
     """
     normed = y.float() / weight.float()
     scaled = grad.float() * weight.float()
-    change = inverse[:, None] * (scaled - normed * (scaled * normed).mean(dim=-1, keepdim=True))
+    change = rstd[:, None] * (scaled - normed * (scaled * normed).mean(dim=-1, keepdim=True))
     into.copy_(into.float() + change)
 
 
 def rotate_forward(
-    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, inverse: Tensor | None, epsilon: float
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, rstd: Tensor | None, epsilon: float
 ) -> None:
     """Rotary position embedding in place, after a norm of each head where there is one (Qwen 3).
 
@@ -60,16 +60,16 @@ def rotate_forward(
         epsilon: of the norm.
     """
     exact = x.float()
-    if weight is not None and inverse is not None:
-        inverse.copy_(torch.rsqrt(exact.pow(2).mean(dim=-1) + epsilon))
-        exact = (exact * inverse[:, :, None]).to(x.dtype).float() * weight.float()
+    if weight is not None and rstd is not None:
+        rstd.copy_(torch.rsqrt(exact.pow(2).mean(dim=-1) + epsilon))
+        exact = (exact * rstd[:, :, None]).to(x.dtype).float() * weight.float()
     first, second = exact.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     x.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
 
 
 def rotate_backward(
-    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, inverse: Tensor | None, out: Tensor
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, rstd: Tensor | None, out: Tensor
 ) -> None:
     """Gradient of what `rotate_forward` was given, from that of its result; x is the result.
 
@@ -89,9 +89,9 @@ def rotate_backward(
         return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
     result = turned_back(grad)
-    if weight is not None and inverse is not None:
+    if weight is not None and rstd is not None:
         normed, result = turned_back(x) / weight.float(), result * weight.float()
-        result = inverse[:, :, None] * (result - normed * (result * normed).mean(dim=-1, keepdim=True))
+        result = rstd[:, :, None] * (result - normed * (result * normed).mean(dim=-1, keepdim=True))
     out.copy_(result)
 
 
@@ -112,7 +112,7 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, d_gate_up: Tensor, out: Tenso
     d_gate_up[:, width : 2 * width].copy_(grad.float() * silu)
 
 
-def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, share: Tensor) -> None:
+def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, weight_per_target: Tensor) -> None:
     """Loss of each row into `losses` [N] fp32; the logits [N, V] become the gradient of share * (sum of the losses).
 
     A target below 0 is none: its loss and its gradient are 0.
@@ -121,7 +121,7 @@ def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, shar
     losses.copy_(cross_entropy(exact, targets, reduction="none", ignore_index=-1))
     chances = exact.softmax(dim=-1)
     chances[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
-    logits.copy_(chances * (share * there[:, None]))
+    logits.copy_(chances * (weight_per_target * there[:, None]))
 
 
 _WORD = 2**32 - 1

@@ -1,4 +1,4 @@
-"""Causal attention inside each document as Triton kernels of our own, made for many short documents.
+"""Causal attention inside each document as Triton kernels of our own, made for many short segments.
 
 A block of queries belongs to one document, so that nothing is computed for a neighbour and tiles are as small as the
 documents; a gradient is summed by one program, so it has one order and needs no atomic sum. Loaded only where Triton

@@ -18,7 +18,7 @@ from job.kernels.weights import Quantised
 
 __all__ = [
     "cross_entropy_in_place",
-    "decode",
+    "dequantise",
     "masked_add",
     "masked_gradient",
     "masked_ranks",
@@ -33,7 +33,7 @@ _NF4_BLOCK = 64
 
 
 @triton.jit
-def _decode(
+def _dequantise(
     PACKED,
     SCALES,
     SCALES_CODE,
@@ -67,10 +67,10 @@ def _decode(
     tl.store(OUT + place, values, mask=there[:, None])
 
 
-def decode(weight: Quantised, out: Tensor) -> None:
+def dequantise(weight: Quantised, out: Tensor) -> None:
     blocks = weight.packed.numel() * 2 // _NF4_BLOCK
     rows = 32
-    _decode[(triton.cdiv(blocks, rows),)](
+    _dequantise[(triton.cdiv(blocks, rows),)](
         weight.packed,
         weight.scales,
         weight.scales_code,
@@ -88,38 +88,38 @@ def decode(weight: Quantised, out: Tensor) -> None:
 
 
 @triton.jit
-def _rms_forward(X, x_stride, WEIGHT, Y, y_stride, INVERSE, width, epsilon, BLOCK: tl.constexpr):
+def _rms_forward(X, x_stride, WEIGHT, Y, y_stride, RSTD, width, epsilon, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = column < width
     x = tl.load(X + row * x_stride + column, mask=there, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x * x) / width + epsilon)
+    rstd = tl.rsqrt(tl.sum(x * x) / width + epsilon)
     weight = tl.load(WEIGHT + column, mask=there, other=0.0).to(tl.float32)
-    normed = (x * inverse).to(Y.dtype.element_ty).to(tl.float32)
+    normed = (x * rstd).to(Y.dtype.element_ty).to(tl.float32)
     tl.store(Y + row * y_stride + column, (normed * weight).to(Y.dtype.element_ty), mask=there)
-    tl.store(INVERSE + row, inverse)
+    tl.store(RSTD + row, rstd)
 
 
-def rms_forward(x: Tensor, weight: Tensor, out: Tensor, inverse: Tensor, epsilon: float) -> None:
+def rms_forward(x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, epsilon: float) -> None:
     rows, width = x.shape
     block = triton.next_power_of_2(width)
-    _rms_forward[(rows,)](x, x.stride(0), weight, out, out.stride(0), inverse, width, epsilon, BLOCK=block, num_warps=8)
+    _rms_forward[(rows,)](x, x.stride(0), weight, out, out.stride(0), rstd, width, epsilon, BLOCK=block, num_warps=8)
 
 
 @triton.jit
-def _rms_backward(DY, dy_stride, Y, y_stride, WEIGHT, INVERSE, DX, dx_stride, width, BLOCK: tl.constexpr):
+def _rms_backward(DY, dy_stride, Y, y_stride, WEIGHT, RSTD, DX, dx_stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = column < width
     weight = tl.load(WEIGHT + column, mask=there, other=1.0).to(tl.float32)
     normed = tl.load(Y + row * y_stride + column, mask=there, other=0.0).to(tl.float32) / weight
     scaled = tl.load(DY + row * dy_stride + column, mask=there, other=0.0).to(tl.float32) * weight
-    change = tl.load(INVERSE + row) * (scaled - normed * (tl.sum(scaled * normed) / width))
+    change = tl.load(RSTD + row) * (scaled - normed * (tl.sum(scaled * normed) / width))
     place = DX + row * dx_stride + column
     tl.store(place, (tl.load(place, mask=there, other=0.0).to(tl.float32) + change).to(DX.dtype.element_ty), mask=there)
 
 
-def rms_backward_add(grad: Tensor, y: Tensor, weight: Tensor, inverse: Tensor, into: Tensor) -> None:
+def rms_backward_add(grad: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, into: Tensor) -> None:
     rows, width = grad.shape
     block = triton.next_power_of_2(width)
     _rms_backward[(rows,)](
@@ -128,7 +128,7 @@ def rms_backward_add(grad: Tensor, y: Tensor, weight: Tensor, inverse: Tensor, i
         y,
         y.stride(0),
         weight,
-        inverse,
+        rstd,
         into,
         into.stride(0),
         width,
@@ -139,7 +139,7 @@ def rms_backward_add(grad: Tensor, y: Tensor, weight: Tensor, inverse: Tensor, i
 
 @triton.jit
 def _rotate_forward(
-    X, x_stride, COS, SIN, WEIGHT, INVERSE, heads, epsilon, NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
+    X, x_stride, COS, SIN, WEIGHT, RSTD, heads, epsilon, NORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
@@ -149,10 +149,10 @@ def _rotate_forward(
     first = tl.load(place, mask=there, other=0.0).to(tl.float32)
     second = tl.load(place + HALF, mask=there, other=0.0).to(tl.float32)
     if NORM:
-        inverse = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + epsilon)
-        tl.store(INVERSE + token * heads + head, inverse, mask=head < heads)
-        first = (first * inverse[:, None]).to(X.dtype.element_ty).to(tl.float32)
-        second = (second * inverse[:, None]).to(X.dtype.element_ty).to(tl.float32)
+        rstd = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + epsilon)
+        tl.store(RSTD + token * heads + head, rstd, mask=head < heads)
+        first = (first * rstd[:, None]).to(X.dtype.element_ty).to(tl.float32)
+        second = (second * rstd[:, None]).to(X.dtype.element_ty).to(tl.float32)
         first = first * tl.load(WEIGHT + column).to(tl.float32)[None, :]
         second = second * tl.load(WEIGHT + HALF + column).to(tl.float32)[None, :]
     cos = tl.load(COS + token * HALF + column)[None, :]
@@ -162,7 +162,7 @@ def _rotate_forward(
 
 
 def rotate_forward(
-    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, inverse: Tensor | None, epsilon: float
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, rstd: Tensor | None, epsilon: float
 ) -> None:
     tokens, heads, width = x.shape
     _rotate_forward[(tokens,)](
@@ -171,7 +171,7 @@ def rotate_forward(
         cos,
         sin,
         cos if weight is None else weight,
-        cos if inverse is None else inverse,
+        cos if rstd is None else rstd,
         heads,
         epsilon,
         NORM=weight is not None,
@@ -190,7 +190,7 @@ def _rotate_backward(
     COS,
     SIN,
     WEIGHT,
-    INVERSE,
+    RSTD,
     DX,
     dx_stride,
     heads,
@@ -221,16 +221,16 @@ def _rotate_backward(
         first = first * left
         second = second * right
         mean = (tl.sum(first * normed_first, 1) + tl.sum(second * normed_second, 1)) / (2 * HALF)
-        inverse = tl.load(INVERSE + token * heads + head, mask=head < heads, other=0.0)[:, None]
-        first = inverse * (first - normed_first * mean[:, None])
-        second = inverse * (second - normed_second * mean[:, None])
+        rstd = tl.load(RSTD + token * heads + head, mask=head < heads, other=0.0)[:, None]
+        first = rstd * (first - normed_first * mean[:, None])
+        second = rstd * (second - normed_second * mean[:, None])
     target = DX + token * dx_stride + inside
     tl.store(target, first.to(DX.dtype.element_ty), mask=there)
     tl.store(target + HALF, second.to(DX.dtype.element_ty), mask=there)
 
 
 def rotate_backward(
-    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, inverse: Tensor | None, out: Tensor
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, rstd: Tensor | None, out: Tensor
 ) -> None:
     tokens, heads, width = grad.shape
     _rotate_backward[(tokens,)](
@@ -241,7 +241,7 @@ def rotate_backward(
         cos,
         sin,
         cos if weight is None else weight,
-        cos if inverse is None else inverse,
+        cos if rstd is None else rstd,
         out,
         out.stride(0),
         heads,
@@ -305,11 +305,11 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, d_gate_up: Tensor, out: Tenso
 
 
 @triton.jit
-def _cross_entropy(LOGITS, stride, TARGETS, LOSSES, SHARE, width, BLOCK: tl.constexpr):
+def _cross_entropy(LOGITS, stride, TARGETS, LOSSES, WEIGHT, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
     there = target >= 0
-    share = tl.where(there, tl.load(SHARE), 0.0)
+    weight_per_target = tl.where(there, tl.load(WEIGHT), 0.0)
     logits = LOGITS + row * stride
     own = tl.load(logits + target, mask=there, other=0.0).to(tl.float32)  # first: below it is written over
     highest = -float("inf")
@@ -326,11 +326,13 @@ def _cross_entropy(LOGITS, stride, TARGETS, LOSSES, SHARE, width, BLOCK: tl.cons
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < width, other=-float("inf")).to(tl.float32)
         chance = tl.exp(x - normaliser)
-        gradient = tl.where(column == target, chance - 1.0, chance) * share
+        gradient = tl.where(column == target, chance - 1.0, chance) * weight_per_target
         tl.store(logits + column, gradient.to(LOGITS.dtype.element_ty), mask=column < width)
 
 
-def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, share: Tensor) -> None:
+def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, weight_per_target: Tensor) -> None:
     rows, width = logits.shape
     block = min(4096, triton.next_power_of_2(width))
-    _cross_entropy[(rows,)](logits, logits.stride(0), targets, losses, share, width, BLOCK=block, num_warps=8)
+    _cross_entropy[(rows,)](
+        logits, logits.stride(0), targets, losses, weight_per_target, width, BLOCK=block, num_warps=8
+    )

@@ -76,15 +76,15 @@ class Linear:
         return self.weight.width if isinstance(self.weight, Quantised) else self.weight.shape[1]
 
 
-Decode = Callable[[Quantised, Tensor], None]
+Dequantise = Callable[[Quantised, Tensor], None]
 """Writes a weight's values into rows of a matrix [N, K], whose rows may lie apart."""
 
 
 class Group:
     """Layers that read the same input, as one matrix."""
 
-    def __init__(self, layers: Sequence[Linear], decode: Decode) -> None:
-        self._decode = decode
+    def __init__(self, layers: Sequence[Linear], dequantise: Dequantise) -> None:
+        self._dequantise = dequantise
         self.layers = tuple(layers)
         self.width = layers[0].width
         self.rows: list[slice] = []
@@ -115,7 +115,7 @@ class Group:
         for layer, rows in zip(self.layers, self.rows, strict=True):
             part = matrix[rows, : self.width]
             if isinstance(layer.weight, Quantised):
-                self._decode(layer.weight, part)
+                self._dequantise(layer.weight, part)
             else:
                 part.copy_(layer.weight)
 

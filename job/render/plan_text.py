@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
+from job.core.memory import GIB
 from job.core.report import DataReport
 from job.render.report_text import histogram_lines
-
-_GIB = 2**30
 
 
 def plan_lines(
@@ -48,9 +47,9 @@ def _lengths(data: DataReport, candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _work(work: Workload) -> list[str]:
-    course, path = work.course, f"{work.path} path"
-    if work.path == "generic":
-        path += ", layers compiled" if work.compiled else ", layers not compiled"
+    course, engine = work.course, f"{work.engine} engine"
+    if work.engine == "generic":
+        engine += ", layers compiled" if work.compiled else ", layers not compiled"
     return [
         (
             f"{course.steps} steps ({course.epochs:.3g} epochs) of {course.batch_size} examples, "
@@ -58,13 +57,13 @@ def _work(work: Workload) -> list[str]:
         ),
         (
             f"{work.shape.parameters:,} parameters in the base, {work.adapter.parameters:,} trained "
-            f"(r {work.adapter.rank}, {work.adapter.optimizer}); {path}"
+            f"(r {work.adapter.rank}, {work.adapter.optimizer}); {engine}"
         ),
     ]
 
 
 def _memory(work: Workload, shown: Forecast) -> list[str]:
-    parts, cut = shown.parts, shown.cut
+    parts, cut = shown.parts, shown.memory.cut
     layers = work.shape.layers
     rows = {
         "base in 4 bits": parts.weights,
@@ -76,18 +75,18 @@ def _memory(work: Workload, shown: Forecast) -> list[str]:
         "workspace": parts.workspace - (parts.spared_workspace if cut.kept_layers == layers else 0),
     }
     if cut.kept_layers:
-        rows[f"decoded weights of {cut.kept_layers} of {layers} layers"] = cut.kept_layers * parts.decoded_layer
-    peak = cut.predicted_peak_bytes or 0
+        rows[f"dequantised weights of {cut.kept_layers} of {layers} layers"] = cut.kept_layers * parts.dequantised_layer
+    peak = shown.memory.predicted_peak_bytes or 0
     rows[f"activations and logits of {cut.micro_batch_tokens:,} tokens"] = peak - sum(rows.values())
-    again = (
-        "no activations computed again"
+    recomputed = (
+        "no activations recomputed"
         if not cut.recomputed_layers
-        else f"activations of {cut.recomputed_layers} of {layers} layers computed again"
+        else f"activations of {cut.recomputed_layers} of {layers} layers recomputed"
     )
     return [
-        f"memory on {shown.gpu.name}, micro-batches of at most {cut.micro_batch_tokens:,} tokens, {again}:",
-        *(f"  {size / _GIB:>7.2f} GiB  {name}" for name, size in rows.items()),
-        f"  {peak / _GIB:>7.2f} GiB  at the peak of a step, of {shown.gpu.memory_gib:.1f}",
+        f"memory on {shown.gpu.name}, micro-batches of at most {cut.micro_batch_tokens:,} tokens, {recomputed}:",
+        *(f"  {size / GIB:>7.2f} GiB  {name}" for name, size in rows.items()),
+        f"  {peak / GIB:>7.2f} GiB  at the peak of a step, of {shown.gpu.memory_gib:.1f}",
     ]
 
 
@@ -95,7 +94,7 @@ def _table(forecasts: Sequence[Forecast], usd_per_hour: float | None) -> list[st
     head = "gpu          memory    peak  micro-batch  again  tokens/s     time"
     lines = [head + ("      cost" if usd_per_hour else "")]
     for each in forecasts:
-        peak, cut = (each.cut.predicted_peak_bytes or 0) / _GIB, each.cut
+        peak, cut = (each.memory.predicted_peak_bytes or 0) / GIB, each.memory.cut
         line = f"{each.gpu.name:<11} {each.gpu.memory_gib:>7.1f} {peak:>7.1f}  "
         if not each.fits:
             lines.append(line + "one example alone does not fit, by estimate")

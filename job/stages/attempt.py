@@ -1,25 +1,22 @@
-"""What every stage of an attempt shares: the recipe, where to work, whom to tell, and a clock by phase."""
+"""What the stages share: what every worker needs, what the owner of the run needs, and a clock by phase."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import structlog
 
 from job.core.limits import Limits
+from job.core.memory import WantedEngine
 from job.core.recipe import Recipe
 from job.edge.host.outcome import Outcome
 from job.edge.store.objects import StoreSettings
 
 log = structlog.get_logger(__name__)
-
 _PROGRESS_SECONDS = 10.0
 """A long phase says how far it is this often."""
-
-
 BEFORE, BETWEEN = "start", "other"
 """What the time before the first phase is counted as, and the time outside of all phases after it."""
 
@@ -36,11 +33,11 @@ class Phases:
         """The phase under way; after a failure the one that it came in."""
         self._counted_as, self._counted_from = BEFORE, began
         self._outcome = outcome
-        self._told_at = 0.0
+        self._reported_at = 0.0
         self.on_phase: Callable[[str], str] = lambda name: name
-        """Told each phase; who watches over the attempt sets it."""
+        """Gets each phase; who watches over the attempt sets it."""
         self.on_beat: Callable[[], None] = lambda: None
-        """Told that something moves."""
+        """Called when something moves."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -50,7 +47,7 @@ class Phases:
         outer, self.current = self.current, name
         watched = self.on_phase(name)
         counted_as = self._count_as(name)
-        self._told_at = time.monotonic()
+        self._reported_at = time.monotonic()
         try:
             yield
             self.current = outer
@@ -74,18 +71,18 @@ class Phases:
         """Something moved: say how far the phase is, but not too often."""
         self.on_beat()
         now = time.monotonic()
-        if now - self._told_at >= _PROGRESS_SECONDS:
-            self._told_at = now
+        if now - self._reported_at >= _PROGRESS_SECONDS:
+            self._reported_at = now
             log.info("progress", **facts)
 
-    def brought(self, done: int, of: int) -> None:
-        """Bytes moved: `progress` in the form that downloads tell it."""
+    def fetched(self, done: int, of: int) -> None:
+        """Bytes moved: `progress` in the form that downloads report it."""
         self.progress(bytes=done, of=of)
 
 
 @dataclass(slots=True, kw_only=True)
 class Standing:
-    """Where the run stands, for whoever is told how the attempt ended."""
+    """Where the run stands, for the records and the outcome of how the attempt ended."""
 
     run_uri: str | None = None
     device: str | None = None
@@ -101,26 +98,47 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
-    """One process that works on a run."""
+class Worker:
+    """What every process that computes for a run needs."""
 
     recipe: Recipe
     workdir: Path
     device: str
     """`auto`, `cuda` or `cpu`."""
-    engine: Literal["auto", "fast", "generic"]
-    """Which path trains."""
+    engine: WantedEngine
+    should_stop: Callable[[], bool]
+
+    @property
+    def settings(self) -> StoreSettings:
+        """How the store is spoken to."""
+        store = self.recipe.store
+        return StoreSettings(sse_kms_key=store.sse_kms_key, checksums=store.checksums)
+
+    @property
+    def models_folder(self) -> Path:
+        """Where base models are kept for later runs."""
+        return self.workdir / "models"
+
+    def run_folder(self, run_id: str) -> Path:
+        """What a run needs on this disk until it is done."""
+        return self.workdir / "runs" / run_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """What the one process that owns the run needs besides: its limits, whom it reports to, how it stands."""
+
+    worker: Worker
     run_id: str | None
     """As asked for; None: the run's identity gives it."""
-    should_stop: Callable[[], bool]
     ask_to_stop: Callable[[str], None]
     """Asks for it from within, with the reason."""
     is_kill_near: Callable[[], bool]
     """Whether it was asked for from outside, so that the kill follows after the grace."""
-    tell_end: Callable[[BaseException], int]
-    """Tells log and outcome file how it ended, where the process ends without the front door."""
+    report_end: Callable[[BaseException], int]
+    """Log and outcome file of an end that does not come back to the front door; returns the exit code."""
     grace_seconds: float | None
-    """From a request to stop to the kill; None: nobody said."""
+    """From a request to stop to the kill; None: not known."""
     limits: Limits
     """What a stop costs, and the deadline on the monotonic clock."""
     stall_seconds: float | None
@@ -136,7 +154,7 @@ class Attempt:
     outcome: Outcome
     phases: Phases
     step_events_seconds: float
-    """Least time between two step events: 0 tells every step."""
+    """Least time between two step events: 0 logs every step."""
     standing: Standing = field(default_factory=Standing)
     notes: list[str] = field(default_factory=list)
     """What the report's reader should know."""
@@ -144,15 +162,4 @@ class Attempt:
     def moves_on(self) -> bool:
         """For loops in which each question is a bit of progress: count it as such, and say whether to stop."""
         self.phases.on_beat()
-        return self.should_stop()
-
-    @property
-    def settings(self) -> StoreSettings:
-        """How the store is spoken to."""
-        store = self.recipe.store
-        return StoreSettings(sse_kms_key=store.sse_kms_key, checksums=store.checksums)
-
-    @property
-    def models_folder(self) -> Path:
-        """Where base models are kept for later runs."""
-        return self.workdir / "models"
+        return self.worker.should_stop()

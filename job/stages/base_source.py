@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from job.core.recipe import ModelSection
-from job.edge.base import fetching as base_model
+from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel, BaseModelIdentity, OnProgress
 from job.edge.base.quantised_copies import QuantisedCopy
 from job.edge.store.objects import StoreSettings
@@ -54,7 +54,7 @@ class BaseSource:
         """The folder with configuration and tokenizer.
 
         Raises:
-            JobError: as `base_model.fetch`.
+            JobError: as `fetching.fetch`.
         """
         return self._copy.find() or self._fetch(on_progress, weights=False).folder
 
@@ -62,7 +62,7 @@ class BaseSource:
         """All of it, after `fetch_small`: the copy, or the weights where there is none that is whole.
 
         Raises:
-            JobError: as `base_model.fetch`.
+            JobError: as `fetching.fetch`.
         """
         return self._copy.bring(on_progress) or self._fetch(on_progress, weights=True)
 
@@ -80,7 +80,7 @@ class BaseSource:
         self._copy.keep(quantised_files(loaded, base.folder), beside=base.folder, needed_bytes=size, on_beat=on_beat)
 
     def _fetch(self, on_progress: OnProgress, *, weights: bool) -> BaseModel:
-        return base_model.fetch(
+        return fetching.fetch(
             self._identity,
             models_folder=self._models_folder,
             settings=self._settings,

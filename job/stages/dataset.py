@@ -12,20 +12,19 @@ import structlog
 from job.core.crash_points import crash_point
 from job.core.errors import DataError
 from job.core.lengths import choose_max_length, length_statistics
-from job.core.recipe import Fraction
+from job.core.recipe import DataSection, Fraction
 from job.core.records import Example, Tally, checked_lines, is_held_out, judge_lines
 from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
 from job.edge.store.objects import StoredObject
 from job.edge.store.whole_files import whole_file
-from job.stages.attempt import Attempt
+from job.stages.attempt import Phases, Worker
 from job.stages.identity import Run
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import FORMAT, EncodedSet, Side, encode, open_encoded
 from job.tune.data.frame import token_rules
 
 log = structlog.get_logger(__name__)
-
 _AUDIT = "audit.json"
 
 
@@ -39,23 +38,23 @@ class Dataset:
 
 
 def prepare_dataset(
-    attempt: Attempt, run: Run, tokenizer: Any, *, positions: int, workdir: Path | None = None
+    worker: Worker, run: Run, tokenizer: Any, *, positions: int, folder: Path, phases: Phases
 ) -> Dataset:
     """Bring the dataset to the local disk as token ids; what an earlier attempt left there is used again.
 
     Args:
-        attempt: with the recipe.
+        worker: with the recipe.
         run: names the objects.
         tokenizer: the base model's.
         positions: how many the base model has.
-        workdir: another place than the attempt's.
+        folder: where it goes; it belongs to this run.
+        phases: the clock.
 
     Raises:
         DataError: wrong lines, or nothing left to train or judge on.
     """
-    folder = (workdir or attempt.workdir) / "runs" / run.artifacts.run_id
-    encoded, audit = _encoded(attempt, run, tokenizer, folder)
-    data, evaluation = attempt.recipe.data, attempt.recipe.evaluate
+    encoded, audit = _encoded(worker, phases, run, tokenizer, folder)
+    data, evaluation = worker.recipe.data, worker.recipe.evaluate
     if not len(encoded["train"]):
         raise DataError(
             f"data.train: no example is left to train on in {_listed(run.train)} ({len(encoded['validation'])} were "
@@ -88,12 +87,12 @@ def prepare_dataset(
         without_target=train.without_target,
         bad_lines=report.bad_lines,
     )
-    if report.overlap:
-        attempt.notes.append(f"{report.overlap} held-out examples are also trained on: the validation loss flatters")
     return Dataset(train=train, validation=validation, report=report)
 
 
-def _encoded(attempt: Attempt, run: Run, tokenizer: Any, folder: Path) -> tuple[dict[Side, EncodedSet], dict[str, Any]]:
+def _encoded(
+    worker: Worker, phases: Phases, run: Run, tokenizer: Any, folder: Path
+) -> tuple[dict[Side, EncodedSet], dict[str, Any]]:
     place = folder / "encoded"
     if (place / _AUDIT).is_file():
         audit = json.loads((place / _AUDIT).read_text(encoding="utf-8"))
@@ -101,18 +100,18 @@ def _encoded(attempt: Attempt, run: Run, tokenizer: Any, folder: Path) -> tuple[
         if audit["run"] == run.record and audit.get("format") == FORMAT:
             return open_encoded(place), audit
     crash_point("download.before")
-    with attempt.phases.phase("download"):
-        train = _fetch(attempt, run, folder, "train")
-        validation = _fetch(attempt, run, folder, "validation")
-    with attempt.phases.phase("encode"):
+    with phases.phase("download"):
+        train = _fetch(worker, phases, run, folder, "train")
+        validation = _fetch(worker, phases, run, folder, "validation")
+    with phases.phase("encode"):
         tally = Tally()
         encoded = encode(
-            _routed(attempt, train, validation, tally),
+            _routed(worker.recipe.data, train, validation, tally),
             tokenizer,
-            token_rules(tokenizer, attempt.recipe.data),
+            token_rules(tokenizer, worker.recipe.data),
             folder=place,
-            should_stop=attempt.should_stop,
-            on_progress=lambda done: _encoding(attempt, done),
+            should_stop=worker.should_stop,
+            on_progress=lambda done: _encoding(phases, done),
         )
     crash_point("encode.after")
     audit = {
@@ -134,33 +133,33 @@ def _listed(objects: Sequence[StoredObject], most: int = 3) -> str:
     return ", ".join(names) + (f" and {len(objects) - most} more" if len(objects) > most else "")
 
 
-def _fetch(attempt: Attempt, run: Run, folder: Path, side: Side) -> list[DataFile]:
+def _fetch(worker: Worker, phases: Phases, run: Run, folder: Path, side: Side) -> list[DataFile]:
     objects = run.train if side == "train" else run.validation
     return fetch_files(
         objects,
         folder / "data" / side,
-        attempt.settings,
+        worker.settings,
         beside=[o.uri for o in (run.validation if side == "train" else run.train)],
-        should_stop=attempt.should_stop,
-        on_progress=lambda done: _downloading(attempt, side, done, of=sum(o.size for o in objects)),
+        should_stop=worker.should_stop,
+        on_progress=lambda done: _downloading(phases, side, done, of=sum(o.size for o in objects)),
     )
 
 
-def _downloading(attempt: Attempt, side: Side, done: int, *, of: int) -> None:
-    attempt.phases.progress(side=side, bytes=done, of=of)
+def _downloading(phases: Phases, side: Side, done: int, *, of: int) -> None:
+    phases.progress(side=side, bytes=done, of=of)
     crash_point("download.middle")
 
 
-def _encoding(attempt: Attempt, done: int) -> None:
-    attempt.phases.progress(examples=done)
+def _encoding(phases: Phases, done: int) -> None:
+    phases.progress(examples=done)
     crash_point("encode.middle")
 
 
 def _routed(
-    attempt: Attempt, train: Sequence[DataFile], validation: Sequence[DataFile], tally: Tally
+    data: DataSection, train: Sequence[DataFile], validation: Sequence[DataFile], tally: Tally
 ) -> Iterator[tuple[Side, Example]]:
     """Each checked example with its side."""
-    data, own = attempt.recipe.data, Tally()
+    own = Tally()
     for example in checked_lines(read_lines(train), data, tally=tally):
         held_out = isinstance(data.validation, Fraction) and is_held_out(example.digest, data.validation.fraction)
         yield ("validation" if held_out else "train"), example

@@ -14,9 +14,6 @@ from job.edge.host.watchdog import Stopping, Watchdog
 from job.stages.attempt import Attempt
 
 log = structlog.get_logger(__name__)
-
-Tell = Callable[[BaseException], None]
-"""Told how the attempt ended."""
 _DEAF_PHASES = frozenset({"load_libraries", "load_model", "self_test"})
 """One call into a library each, with nothing to save: a request is answered for them."""
 
@@ -26,9 +23,9 @@ class Guard:
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
-        self.understood: Callable[[BaseException], BaseException] = lambda error: error
-        """What an end means once the earlier attempts are looked at."""
-        self.end_records: Tell = lambda _: None
+        self.explain: Callable[[BaseException], BaseException] = lambda error: error
+        """What an end means once the lock and the earlier attempts are looked at."""
+        self.end_records: Callable[[BaseException], None] = lambda _: None
         """Leaves word in the store; nothing before there is a run to leave it with."""
         self._ended: BaseException | None = None
         grace = attempt.grace_seconds
@@ -83,8 +80,8 @@ class Guard:
         return self._end(StopRequestedError(f"asked to stop in phase {phase}, which had to be broken off; {what}"))
 
     def _end(self, error: StalledError | StopRequestedError) -> int:
-        self._ended = self.understood(error)
-        return self._attempt.tell_end(self._ended)
+        self._ended = self.explain(error)
+        return self._attempt.report_end(self._ended)
 
     def _leave_word(self) -> None:
         """In the store, and so last: it may be what hangs."""

@@ -25,16 +25,16 @@ def look_at_hardware(attempt: Attempt) -> torch.device:
         CannotFitError: this kind of GPU cannot run the job.
     """
     with attempt.phases.phase("preflight"):
-        device = choose_device(attempt.device)
+        device = choose_device(attempt.worker.device)
         attempt.standing.device = device_name(device)
         warnings: tuple[str, ...] = ()
         held_by = None
         if device.type == "cuda":
             health = look_at_gpu(uuid=gpu_uuid(device), bus_id=gpu_bus_id(device))
-            log.info("gpu", **_told(asdict(health)))
+            log.info("gpu", **_known(asdict(health)))
             warnings, held_by = health.warnings, health.held_by
         facts = look_at_device(device, held_by=held_by)
-        log.info("device", **_told(asdict(facts)))
+        log.info("device", **_known(asdict(facts)))
     for warning in (*warnings, *facts.warnings):
         log.warning("device_warning", reason=warning)
         attempt.notes.append(warning)
@@ -77,5 +77,5 @@ def device_name_or_kind(device: torch.device) -> str:
         return str(device)
 
 
-def _told(facts: dict[str, object]) -> dict[str, object]:
+def _known(facts: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in facts.items() if value not in (None, (), [])}

@@ -1,28 +1,30 @@
-"""Which run is this? One that is done, one to go on with, or a new one."""
+"""Which run is this? One that is done, one to resume, or a new one."""
 
 import glob
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from job.core.errors import DeniedError, NotFoundError, RunConflictError
-from job.core.recipe import Fraction, identity_of
-from job.edge.base import fetching as base_model
+from job.core.recipe import DataSection, Fraction, Recipe, identity_of
+from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.run.artifacts import Artifacts, runs_of
 from job.edge.store.listing import expand
-from job.edge.store.objects import StoredObject
+from job.edge.store.objects import StoredObject, StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.probing import Probe, probe
-from job.stages.attempt import Attempt
 
 log = structlog.get_logger(__name__)
 
+
 RECORD_VERSION = 1
+Sides = tuple[tuple[StoredObject, ...], tuple[StoredObject, ...]]
+"""Objects to train on, and held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,65 +44,91 @@ class Run:
     """Its report is committed: there is nothing left to do."""
 
 
-def find_run(attempt: Attempt, *, complete: bool = True) -> Run:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """What a recipe names now."""
+
+    recipe: Recipe
+    base: BaseModelIdentity
+    settings: StoreSettings
+    should_stop: Callable[[], bool]
+
+    def identity(self) -> dict[str, Any]:
+        """As run.json holds it, the data apart."""
+        return {"recipe": identity_of(self.recipe), "base": _base(self.base)}
+
+    def is_recorded_in(self, record: Mapping[str, Any]) -> bool:
+        """Whether a run.json is one of this recipe and base."""
+        return {name: record.get(name) for name in ("recipe", "base")} == self.identity()
+
+    def list_data(self) -> Sides:
+        """See `list_data`."""
+        return list_data(self.recipe.data, self.settings, should_stop=self.should_stop)
+
+
+def find_run(
+    recipe: Recipe,
+    *,
+    run_id: str | None,
+    settings: StoreSettings,
+    should_stop: Callable[[], bool],
+    complete: bool = True,
+) -> Run:
     """Look the run up; nothing is written.
 
     An unfinished run of the same recipe and base goes on with the objects it was begun with, also when new files have
     come under the glob since: a retry is the same run.
 
     Args:
-        attempt: whose recipe it is.
+        recipe: what is to be run.
+        run_id: as asked for; None: the recipe's and the data's identity give it.
+        settings: of the stores.
+        should_stop: polled while a base folder is read and data is listed.
         complete: False where the base needs no weights, since none will be loaded.
 
     Raises:
         RunConflictError: the given run id belongs to another recipe or other data.
         NotFoundError: no such data or base model.
     """
-    recipe = attempt.recipe
-    store = open_store(recipe.output, attempt.settings)
-    base = base_model.identify(
-        recipe.model.base,
-        recipe.model.revision,
-        settings=attempt.settings,
-        complete=complete,
-        should_stop=attempt.should_stop,
-    )
-    if attempt.run_id is not None:
-        return _named(attempt, Artifacts(store, attempt.run_id), base)
-    for artifacts in runs_of(store, _recipe_part(attempt) + "-"):
-        run = _unfinished(attempt, artifacts, base)
+    store = open_store(recipe.output, settings)
+    model = recipe.model
+    base = fetching.identify(model.base, model.revision, settings=settings, complete=complete, should_stop=should_stop)
+    wanted = _Wanted(recipe=recipe, base=base, settings=settings, should_stop=should_stop)
+    if run_id is not None:
+        return _named(wanted, Artifacts(store, run_id))
+    recipe_part = _hash(identity_of(recipe))  # first: runs of the same recipe stand side by side, whatever their data
+    for artifacts in runs_of(store, recipe_part + "-"):
+        run = _unfinished(wanted, artifacts)
         if run is not None:
             return run
-    listed = list_data(attempt)
-    return _new(attempt, Artifacts(store, f"{_recipe_part(attempt)}-{_data_part(base, listed)}"), base, listed)
+    listed = wanted.list_data()
+    return _new(wanted, Artifacts(store, f"{recipe_part}-{_data_part(base, listed)}"), listed)
 
 
-def probe_output(attempt: Attempt) -> Probe:
+def probe_output(uri: str, settings: StoreSettings) -> Probe:
     """Try the output out now: what fails there must not fail only once there is something to lose.
 
     Raises:
         DeniedError: we may not write or delete there.
     """
-    uri = attempt.recipe.output
-    found = probe(open_store(uri, attempt.settings))
+    found = probe(open_store(uri, settings))
     if not found.deletes:
         raise DeniedError(f"{uri}: {found.reason}; allow deleting, or old checkpoints stay for ever")
     return found
 
 
-def _named(attempt: Attempt, artifacts: Artifacts, base: BaseModelIdentity) -> Run:
+def _named(wanted: _Wanted, artifacts: Artifacts) -> Run:
     """The run with a given id, which may be new."""
     record = artifacts.run_record()
     if record is None:
-        return _new(attempt, artifacts, base, list_data(attempt))
-    if record.get("recipe") != identity_of(attempt.recipe) or record.get("base") != _base(base):
-        different = _differences(record, {"recipe": identity_of(attempt.recipe), "base": _base(base)})
+        return _new(wanted, artifacts, wanted.list_data())
+    if not wanted.is_recorded_in(record):
         raise RunConflictError(
-            f"{artifacts.uri}: this run was begun with another recipe (different: {different}); "
-            "leave --run-id out, or choose another one"
+            f"{artifacts.uri}: this run was begun with another recipe (different: "
+            f"{_differences(record, wanted.identity())}); leave --run-id out, or choose another one"
         )
-    run = _from_record(artifacts, record, base)
-    same = _is_listed(attempt, run) if run.done else _stands(attempt, run)
+    run = _from_record(artifacts, record, wanted.base)
+    same = _is_listed(wanted, run) if run.done else _stands(wanted, run)
     if not same:
         raise RunConflictError(
             f"{artifacts.uri}: this run was begun with other data, which is no longer there as it was; "
@@ -109,37 +137,31 @@ def _named(attempt: Attempt, artifacts: Artifacts, base: BaseModelIdentity) -> R
     return run
 
 
-def _unfinished(attempt: Attempt, artifacts: Artifacts, base: BaseModelIdentity) -> Run | None:
-    """The run, if it is one of this recipe and base that can be gone on with."""
+def _unfinished(wanted: _Wanted, artifacts: Artifacts) -> Run | None:
+    """The run, if it is one of this recipe and base that can be resumed."""
     record = artifacts.run_record()
-    if record is None or record.get("recipe") != identity_of(attempt.recipe) or record.get("base") != _base(base):
+    if record is None or not wanted.is_recorded_in(record):
         return None
-    run = _from_record(artifacts, record, base)
+    run = _from_record(artifacts, record, wanted.base)
     if run.done:
         return None
-    if not _stands(attempt, run):
+    if not _stands(wanted, run):
         log.warning("unfinished_run_left", run_id=artifacts.run_id, reason="its data is no longer there as it was")
         return None
     return run
 
 
-def _new(
-    attempt: Attempt,
-    artifacts: Artifacts,
-    base: BaseModelIdentity,
-    listed: tuple[tuple[StoredObject, ...], tuple[StoredObject, ...]],
-) -> Run:
+def _new(wanted: _Wanted, artifacts: Artifacts, listed: Sides) -> Run:
     train, validation = listed
     record = {
         "version": RECORD_VERSION,
         "run_id": artifacts.run_id,
-        "recipe": identity_of(attempt.recipe),
-        "base": _base(base),
+        **wanted.identity(),
         "data": {"train": _objects(train), "validation": _objects(validation)},
     }
     return Run(
         artifacts=artifacts,
-        base=base,
+        base=wanted.base,
         train=train,
         validation=validation,
         record=record,
@@ -148,34 +170,33 @@ def _new(
     )
 
 
-def list_data(attempt: Attempt) -> tuple[tuple[StoredObject, ...], tuple[StoredObject, ...]]:
+def list_data(data: DataSection, settings: StoreSettings, *, should_stop: Callable[[], bool]) -> Sides:
     """What the recipe's URIs name now, by side; no validation when that is a fraction of the training files.
 
     Raises:
         NotFoundError: a URI names nothing.
     """
-    data = attempt.recipe.data
-    train = expand(data.train, attempt.settings, should_stop=attempt.should_stop)
+    train = expand(data.train, settings, should_stop=should_stop)
     if isinstance(data.validation, Fraction):
         return tuple(train), ()
-    return tuple(train), tuple(expand(data.validation, attempt.settings, should_stop=attempt.should_stop))
+    return tuple(train), tuple(expand(data.validation, settings, should_stop=should_stop))
 
 
-def _stands(attempt: Attempt, run: Run) -> bool:
+def _stands(wanted: _Wanted, run: Run) -> bool:
     """Whether every object of the run is still there, unchanged."""
-    wanted = [*run.train, *run.validation]
+    objects = [*run.train, *run.validation]
     try:
-        names = [glob.escape(o.uri) for o in wanted]  # a name may hold what a pattern would
-        found = expand(names, attempt.settings, should_stop=attempt.should_stop)
+        names = [glob.escape(o.uri) for o in objects]  # a name may hold what a pattern would
+        found = expand(names, wanted.settings, should_stop=wanted.should_stop)
     except NotFoundError:
         return False
-    return {(o.uri, o.etag) for o in found} == {(o.uri, o.etag) for o in wanted}
+    return {(o.uri, o.etag) for o in found} == {(o.uri, o.etag) for o in objects}
 
 
-def _is_listed(attempt: Attempt, run: Run) -> bool:
+def _is_listed(wanted: _Wanted, run: Run) -> bool:
     """Whether the recipe's URIs name exactly the run's objects now."""
     try:
-        train, validation = list_data(attempt)
+        train, validation = wanted.list_data()
     except NotFoundError:
         return False
     return _objects(train) == _objects(run.train) and _objects(validation) == _objects(run.validation)
@@ -204,12 +225,7 @@ def _base(base: BaseModelIdentity) -> dict[str, str]:
     return {"source": base.source, "revision": base.revision}
 
 
-def _recipe_part(attempt: Attempt) -> str:
-    """First half of a run id: runs of the same recipe stand side by side, whatever their data."""
-    return _hash(identity_of(attempt.recipe))
-
-
-def _data_part(base: BaseModelIdentity, listed: tuple[Sequence[StoredObject], Sequence[StoredObject]]) -> str:
+def _data_part(base: BaseModelIdentity, listed: Sides) -> str:
     return _hash({"base": _base(base), "train": _objects(listed[0]), "validation": _objects(listed[1])})
 
 

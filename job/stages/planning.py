@@ -1,20 +1,18 @@
-"""What is decided once base and data are there: the path that trains, the course, how a batch is cut."""
+"""What is decided once base and data are there: which engine trains, the course, how a batch is cut."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import structlog
-import torch
-from accelerate import Accelerator
 
 from job.core.course import Course, plan_course
 from job.core.cut import MemoryPlan, plan_memory
-from job.core.memory import AdapterShape, DeviceMemory
-from job.stages.attempt import Attempt
-from job.tune.data.documents import Documents
-from job.tune.device.device import device_name
-from job.tune.engines.choice import Choice, choose_path
+from job.core.memory import AdapterShape, DeviceMemory, WantedEngine
+from job.core.recipe import Recipe
+from job.stages.attempt import Phases
+from job.stages.loading import Inputs
+from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import parameter_counts
 from job.tune.model.config import read_config, shape_of
@@ -29,50 +27,47 @@ class Planned:
     choice: Choice
     course: Course
     memory: MemoryPlan
+    layers: int
+    """Of the decoder."""
 
 
 def plan_training(
-    attempt: Attempt,
     model: PackedModel,
-    documents: Documents,
-    accelerator: Accelerator,
+    inputs: Inputs,
+    recipe: Recipe,
     *,
-    on_stopped: Callable[[str], None],
-    base: Path,
-    device: torch.device,
-    memory: DeviceMemory,
+    engine: WantedEngine,
+    backward: Callable[..., Any],
+    free: DeviceMemory,
+    phases: Phases,
 ) -> Planned:
-    """Choose the path by trying it, and the cut by what was free before the model was loaded.
+    """Choose the engine by trying it, and the cut by what was free before the model was loaded.
 
     Args:
-        attempt: this process.
         model: base and adapter, on the device.
-        documents: to train on.
-        accelerator: whose way back autograd's is.
-        on_stopped: told why layers that were compiled no longer are.
-        base: the base's folder.
-        device: what we compute on.
-        memory: what was free.
+        inputs: with the documents to train on.
+        recipe: the batches, the adapter, the optimizer.
+        engine: as asked for.
+        backward: accelerate's, for the engine that goes by autograd.
+        free: the device's memory.
+        phases: the clock.
 
     Raises:
-        UsageError: the path that is asked for does not fit this model or device.
+        UsageError: the engine that is asked for does not know this model or device.
     """
-    recipe = attempt.recipe
-    with attempt.phases.phase("self_test"):  # of the engine's parts, whose kernels are compiled for it
-        choice = choose_path(model, attempt.engine, backward=accelerator.backward, on_stopped=on_stopped)
+    documents, train = inputs.dataset.train, recipe.train
+    with phases.phase("self_test"):  # the kernels that it compares are compiled here
+        choice = choose_engine(model, engine, backward=backward)
     course = plan_course(
-        examples=len(documents),
-        batch_size=recipe.train.batch_size,
-        steps=recipe.train.steps,
-        epochs=recipe.train.epochs,
-        seed=recipe.train.seed,
+        examples=len(documents), batch_size=train.batch_size, steps=train.steps, epochs=train.epochs, seed=train.seed
     )
-    cut = plan_memory(
-        shape_of(read_config(base)),
-        AdapterShape(parameters=parameter_counts(model)[0], rank=recipe.lora.r, optimizer=recipe.train.optimizer),
-        path=choice.name,
+    shape = shape_of(read_config(inputs.base.folder))
+    memory = plan_memory(
+        shape,
+        AdapterShape(parameters=parameter_counts(model.model)[0], rank=recipe.lora.r, optimizer=train.optimizer),
+        engine=choice.name,
         compiled=choice.compiled,
-        device=memory,
+        device=free,
         max_length=documents.max_length,
         step_tokens=course.largest_step(documents.lengths),
     )
@@ -80,13 +75,9 @@ def plan_training(
         "plan",
         steps=course.steps,
         epochs=round(course.epochs, 3),
-        batch_size=recipe.train.batch_size,
-        engine=choice.name,
+        batch_size=train.batch_size,
+        **asdict(memory.cut),
         engine_reason=choice.reason,
-        micro_batch_tokens=cut.micro_batch_tokens,
-        kept_layers=cut.kept_layers,
-        recomputed_layers=cut.recomputed_layers,
-        reason=cut.reason,
-        device=device_name(device),
+        reason=memory.reason,
     )
-    return Planned(choice=choice, course=course, memory=cut)
+    return Planned(choice=choice, course=course, memory=memory, layers=shape.layers)

@@ -1,4 +1,4 @@
-"""What the store is told of an attempt: that it began, how it ended, and what the earlier ones mean for it."""
+"""An attempt's two records in the store: that it began, how it ended; and what the earlier ones mean for it."""
 
 import platform
 from collections.abc import Mapping
@@ -24,12 +24,11 @@ from job.stages.attempt import Attempt
 from job.stages.identity import Run
 
 log = structlog.get_logger(__name__)
-
 _REMEMBERED = 2
 """Earlier attempts that are read: all that any decision looks at."""
 
 
-class Begun:
+class AttemptRecords:
     """This attempt's two records in the store, and its hold on the run."""
 
     def __init__(self, attempt: Attempt, found: Run, lock: Lock) -> None:
@@ -71,7 +70,7 @@ class Begun:
         assert self.number is not None
         return self.number
 
-    def understood(self, error: BaseException) -> BaseException:
+    def explain(self, error: BaseException) -> BaseException:
         """What an error means once the lock and the earlier attempts are looked at."""
         if self._lock.lost and not isinstance(error, LockedError):
             return LockedError(

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from bench import attribution
-from bench.attribution import decode_by_bitsandbytes, main
+from bench.attribution import dequantise_by_bitsandbytes, main
 from job.kernels import reference
 from job.kernels.weights import Quantised
 from job.tune.engines.families import linear_of
-from job.tune.engines.handwritten import FastPath
+from job.tune.engines.handwritten import HandwrittenEngine
 
 
 @pytest.mark.parametrize(("engine", "variations"), [("fast", 14), ("generic", 5)])
@@ -22,7 +22,7 @@ def test_each_part_is_done_otherwise_and_the_loss_stays(tmp_path, base, examples
 
 
 def test_what_changed_when_memory_ran_out_is_said(tmp_path, base, examples, monkeypatch):
-    results, accumulate, failed = tmp_path / "RESULTS.md", FastPath.accumulate, []
+    results, accumulate, failed = tmp_path / "RESULTS.md", HandwrittenEngine.accumulate, []
 
     def once_too_much(self, batch, *, targets):
         if self._model.training and not failed:  # not in the self-test
@@ -30,7 +30,7 @@ def test_what_changed_when_memory_ran_out_is_said(tmp_path, base, examples, monk
             raise torch.OutOfMemoryError
         return accumulate(self, batch, targets=targets)
 
-    monkeypatch.setattr(FastPath, "accumulate", once_too_much)
+    monkeypatch.setattr(HandwrittenEngine, "accumulate", once_too_much)
     monkeypatch.setattr(attribution, "variations_of", lambda *_: (attribution.Variation(name="as it is"),))
     options = ["--base", base, "--train", examples, "--text", "{t}", "--results", results, "--device", "cpu"]
     main([*map(str, options), "--batch", "4", "--steps", "2", "--warm-up", "1"])
@@ -44,7 +44,7 @@ def test_bitsandbytes_decodes_what_the_reference_decodes(base):
     weight = linear_of(module).weight
     assert isinstance(weight, Quantised)
     found, expected = (torch.empty(weight.height, weight.width, dtype=torch.bfloat16) for _ in range(2))
-    decode_by_bitsandbytes(weight, found)
+    dequantise_by_bitsandbytes(weight, found)
     reference.decode(weight, expected)
 
     assert torch.equal(found, expected)

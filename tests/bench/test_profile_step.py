@@ -25,7 +25,7 @@ CUT = {"recomputed_layers": 0, "kept_layers": 0}
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", UNSORTED),
         ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...cutlass::bfloat16_t>", "attention"),
         ("_attention_backward", "attention"),
-        ("_decode", "decoding"),
+        ("_dequantise", "decoding"),
         ("kDequantizeBlockwise", "decoding"),
         ("_rms_backward", "elementwise"),
         ("_masked_gradient", "adapters under dropout"),

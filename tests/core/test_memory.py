@@ -96,7 +96,7 @@ def test_another_shape_s_peak_too(tokens, recomputed, measured):
 def test_no_layer_decodes_into_the_workspace_when_all_keep_their_weights(path):
     parts = memory_parts(LLAMA_2_7B, EIGHT_BIT, path)
     some, every = (
-        parts.peak(layers=32, tokens=4096, kept_layers=kept, recomputed_layers=0) - kept * parts.decoded_layer
+        parts.peak(layers=32, tokens=4096, kept_layers=kept, recomputed_layers=0) - kept * parts.dequantised_layer
         for kept in (31, 32)
     )
 
@@ -131,7 +131,7 @@ def test_each_part_is_counted():
     assert parts.embeddings == 2 * 2 * 32000 * 4096
     assert parts.adapter == parts.gradients == parts.update == 4 * TUTORIAL.parameters
     assert parts.optimizer == 8 * TUTORIAL.parameters
-    assert parts.decoded_layer >= 2 * LLAMA_2_7B.linear_parameters // 32
+    assert parts.dequantised_layer >= 2 * LLAMA_2_7B.linear_parameters // 32
 
 
 @steady
@@ -161,7 +161,7 @@ def test_the_generic_path_keeps_decoded_weights_where_its_layers_are_compiled():
     compiled, plain = (planned(139 * GIB, path="generic", compiled=compiled) for compiled in (True, False))
 
     assert (compiled.kept_layers, plain.kept_layers) == (32, 0)
-    assert memory_parts(LLAMA_2_7B, TUTORIAL, "generic").decoded_layer == 2 * LLAMA_2_7B.linear_parameters // 32
+    assert memory_parts(LLAMA_2_7B, TUTORIAL, "generic").dequantised_layer == 2 * LLAMA_2_7B.linear_parameters // 32
 
 
 @pytest.mark.parametrize("gib", range(6, 140, 2))

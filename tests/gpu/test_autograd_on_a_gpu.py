@@ -19,7 +19,7 @@ from job.kernels import linear as layer
 from job.kernels.attention_op import document_attention
 from job.kernels.blocks import blocks_of
 from job.tune.engines.attention_choice import AttentionChoice
-from job.tune.engines.autograd import AutogradPath, Compiling
+from job.tune.engines.autograd import AutogradEngine, Compiling
 from job.tune.engines.families import linear_of
 from job.tune.engines.layers import variants_compiled
 from job.tune.engines.packed_model import PackedModel
@@ -69,14 +69,14 @@ def one_by_one(parts, window):
 @pytest.mark.parametrize(("key_heads", "width"), [(8, 128), (2, 64), (4, 256)])
 def test_attention_is_that_of_each_document_alone_and_the_same_bits_each_time(key_heads, width, own, window):
     """Heads that are too wide for our kernels are torch's also where ours are wanted."""
-    parts, bounds, lengths = attention_inputs(key_heads, width)
-    blocks = blocks_of(bounds, sum(LENGTHS)) if own else None
+    parts, cu_seqlens, lengths = attention_inputs(key_heads, width)
+    blocks = blocks_of(cu_seqlens, sum(LENGTHS)) if own else None
     expected = one_by_one(parts, window)
     grad = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, parts, grad)
     runs = []
     for _ in range(3):
-        found = document_attention(*parts, bounds, lengths, blocks, width**-0.5, window)[0]
+        found = document_attention(*parts, cu_seqlens, lengths, blocks, width**-0.5, window)[0]
         runs.append([found.detach(), *torch.autograd.grad(found, parts, grad.bfloat16())])
 
     for found, other in zip(runs[0], [expected, *wanted], strict=True):
@@ -86,8 +86,8 @@ def test_attention_is_that_of_each_document_alone_and_the_same_bits_each_time(ke
 
 
 def test_compilers_are_told_the_truth_about_our_attention():
-    parts, bounds, lengths = attention_inputs(2, 64)
-    limits = (bounds, lengths, blocks_of(bounds, sum(LENGTHS)), 0.125, None)
+    parts, cu_seqlens, lengths = attention_inputs(2, 64)
+    limits = (cu_seqlens, lengths, blocks_of(cu_seqlens, sum(LENGTHS)), 0.125, None)
     opcheck(document_attention, (*parts, *limits))
 
     parts = [part.detach() for part in parts]
@@ -132,8 +132,8 @@ def test_weights_are_decoded_to_the_bit_as_by_the_reference(tmp_path):
     model = model_of(write_base(tmp_path / "base", config_of("llama")))
     weight = linear_of(model.model.get_base_model().model.layers[0].self_attn.q_proj).weight
     found, expected = (torch.empty(weight.height, weight.width, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-    kernels.decode(weight, found)
-    reference.decode(weight, expected)
+    kernels.dequantise(weight, found)
+    reference.dequantise(weight, expected)
 
     assert torch.equal(found, expected)
 
@@ -159,7 +159,7 @@ def done(path, model, batch):
 
 
 def compiled(model, told):
-    path = AutogradPath(model, torch.Tensor.backward, compiling=Compiling(backend="inductor", on_stopped=told.append))
+    path = AutogradEngine(model, torch.Tensor.backward, compiling=Compiling(backend="inductor", on_stopped=told.append))
     path.adopt(plan_of(2048))
     return path
 
@@ -174,7 +174,7 @@ def test_compiled_layers_are_as_near_to_fp32_as_they_are_and_compiled_once(tmp_p
     batches = [documents_of(1000 + 3 * seed, seed=seed, vocabulary=300) for seed in range(6)]
     as_they_are = []
     for each in (model, exact_model):
-        plain = AutogradPath(each, torch.Tensor.backward)
+        plain = AutogradEngine(each, torch.Tensor.backward)
         plain.adopt(plan_of(2048, checkpointing=checkpointing))
         as_they_are.append([done(plain, each, batch) for batch in batches])
     told, before = [], variants_compiled()
@@ -227,7 +227,7 @@ def test_how_many_tokens_a_second(tmp_path, tokens):
     batches = [documents_of(tokens - 7 * seed, seed=seed, vocabulary=32000) for seed in range(8)]
     told = []
     seconds = {}
-    ways = {"as they are": AutogradPath(model, torch.Tensor.backward), "compiled": compiled(model, told)}
+    ways = {"as they are": AutogradEngine(model, torch.Tensor.backward), "compiled": compiled(model, told)}
     for name, path in ways.items():
         if name == "as they are":
             model.layers.stop_compiling()

@@ -21,14 +21,14 @@ from transformers import AutoTokenizer
 
 from job.core.recipe import LoraSection
 from job.kernels import reference
-from job.kernels.attention import OWN_WIDTHS, Attention, Documents
+from job.kernels.attention import OWN_WIDTHS, Attention, Segments
 from job.kernels.blocks import blocks_of
-from job.kernels.llama_step import Thrift
+from job.kernels.llama_step import Saving
 from job.kernels.ops import Masks
 from job.tune.engines.attention_choice import AttentionChoice, difference_from_formula
-from job.tune.engines.autograd import AutogradPath
-from job.tune.engines.choice import choose_path
-from job.tune.engines.handwritten import FastPath
+from job.tune.engines.autograd import AutogradEngine
+from job.tune.engines.choice import choose_engine
+from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import difference
 from job.tune.loop.flat import FlatAdapter
@@ -36,7 +36,7 @@ from job.tune.model.adapter import trainable
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA")
 
-PLAIN = Thrift(kept_layers=0, recomputed_layers=0)
+PLAIN = Saving(kept_layers=0, recomputed_layers=0)
 CUDA = torch.device("cuda", 0)
 
 
@@ -60,11 +60,11 @@ def model_of(tmp_path, architecture, *, dropout=0.0):
     return model
 
 
-def fast(model, thrift=PLAIN, ops=None, *, own_attention=True):
+def fast(model, saving=PLAIN, ops=None, *, own_attention=True):
     from job.kernels import triton_elementwise as kernels
 
     model.attention = AttentionChoice(own=own_attention, reason=None)
-    return FastPath(model, ops or kernels, dtype=torch.bfloat16, thrift=thrift)
+    return HandwrittenEngine(model, ops or kernels, dtype=torch.bfloat16, saving=saving)
 
 
 @pytest.mark.parametrize("own_attention", [False, True])
@@ -73,7 +73,7 @@ def test_the_step_agrees_with_autograd(tmp_path, architecture, own_attention):
     model = model_of(tmp_path, architecture)
     path = fast(model, own_attention=own_attention)
 
-    assert difference(model, path, AutogradPath(model, torch.Tensor.backward)) is None
+    assert difference(model, path, AutogradEngine(model, torch.Tensor.backward)) is None
 
 
 @pytest.mark.parametrize("architecture", FAMILY)
@@ -83,12 +83,12 @@ def test_the_kernels_agree_with_the_reference(tmp_path, architecture):
     assert difference(model, fast(model), fast(model, ops=reference)) is None
 
 
-@pytest.mark.parametrize("thrift", [PLAIN, Thrift(kept_layers=2, recomputed_layers=2)])
-def test_the_same_step_gives_the_same_bits(tmp_path, documents, thrift):
+@pytest.mark.parametrize("saving", [PLAIN, Saving(kept_layers=2, recomputed_layers=2)])
+def test_the_same_step_gives_the_same_bits(tmp_path, documents, saving):
     model = model_of(tmp_path, "llama", dropout=0.05)
     model.train()
     batch, results = micro_batch(documents, range(3)).to(CUDA), []
-    for each in (PLAIN, thrift):
+    for each in (PLAIN, saving):
         path = fast(model, each)
         for parameter in trainable(model):
             parameter.grad = None
@@ -168,9 +168,9 @@ def test_dropout_s_kernels_are_the_reference_s(tmp_path):
 def test_attention_s_gradient_has_the_same_bits_each_time(length, own):
     """Documents of several blocks of keys: their shares of a query's gradient are added in one order."""
     lengths = (length, 33, length + 100, 512)
-    bounds = torch.tensor([0, *lengths], device=CUDA).cumsum(0).to(torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths], device=CUDA).cumsum(0).to(torch.int32)
     tokens, attention = sum(lengths), Attention(scale=128**-0.5, window=None)
-    facts = Documents(bounds=bounds, lengths=lengths, blocks=blocks_of(bounds, tokens) if own else None)
+    facts = Segments(cu_seqlens=cu_seqlens, lengths=lengths, blocks=blocks_of(cu_seqlens, tokens) if own else None)
     query, key, value, grad = (torch.randn(tokens, 32, 128, device=CUDA).bfloat16() for _ in range(4))
     out, kept = attention.forward(query, key, value, facts)
     first = attention.backward(grad, query, key, value, out, kept, facts)
@@ -188,7 +188,7 @@ def test_our_attention_passes_its_own_test(width, key_heads):
 @pytest.mark.parametrize(("wanted", "name"), [("auto", "fast"), ("generic", "generic")])
 def test_our_attention_is_chosen_on_hopper_alone(tmp_path, wanted, name):
     model = model_of(tmp_path, "llama")
-    made = choose_path(model, wanted, backward=torch.Tensor.backward, on_stopped=print)
+    made = choose_engine(model, wanted, backward=torch.Tensor.backward, on_stopped=print)
 
     assert made.name == name
     assert model.attention.own is (torch.cuda.get_device_capability()[0] == 9)

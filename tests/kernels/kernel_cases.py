@@ -9,7 +9,7 @@ import torch
 
 from job.kernels import reference
 from job.kernels import triton_elementwise as kernels
-from job.kernels.attention import Attention, Documents
+from job.kernels.attention import Attention, Segments
 from job.kernels.blocks import blocks_of
 from job.kernels.ops import Masks
 from job.kernels.weights import Quantised
@@ -37,11 +37,11 @@ def padded(rows, width):
     return torch.zeros(rows, width + 5)[:, :width]
 
 
-def decode(ops, *, width=192):
+def dequantise(ops, *, width=192):
     weight = torch.randn(64, width)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     out = padded(64, width)
-    ops.decode(
+    ops.dequantise(
         Quantised(
             packed=packed.reshape(-1),
             scales=state.absmax,
@@ -58,9 +58,9 @@ def decode(ops, *, width=192):
 
 
 def rms_forward(ops):
-    out, inverse = padded(T, K), torch.empty(T)
-    ops.rms_forward(torch.randn(T, K), torch.rand(K) + 0.5, out, inverse, EPSILON)
-    return out, inverse
+    out, rstd = padded(T, K), torch.empty(T)
+    ops.rms_forward(torch.randn(T, K), torch.rand(K) + 0.5, out, rstd, EPSILON)
+    return out, rstd
 
 
 def rms_backward_add(ops):
@@ -72,16 +72,16 @@ def rms_backward_add(ops):
 def rotate(ops, *, normed=False):
     x = torch.randn(T, HEADS * WIDTH + 8)[:, : HEADS * WIDTH].view(T, HEADS, WIDTH)
     angle = torch.randn(T, WIDTH // 2)
-    weight, inverse = (torch.rand(WIDTH) + 0.5, torch.empty(T, HEADS)) if normed else (None, None)
-    ops.rotate_forward(x, angle.cos(), angle.sin(), weight, inverse, EPSILON)
-    return (x,) if inverse is None else (x, inverse)
+    weight, rstd = (torch.rand(WIDTH) + 0.5, torch.empty(T, HEADS)) if normed else (None, None)
+    ops.rotate_forward(x, angle.cos(), angle.sin(), weight, rstd, EPSILON)
+    return (x,) if rstd is None else (x, rstd)
 
 
 def rotate_backward(ops, *, normed=False):
     x, grad, out = torch.randn(T, HEADS, WIDTH), torch.randn(T, HEADS, WIDTH), torch.zeros(T, HEADS, WIDTH)
     angle = torch.randn(T, WIDTH // 2)
-    weight, inverse = (torch.rand(WIDTH) + 0.5, torch.rand(T, HEADS)) if normed else (None, None)
-    ops.rotate_backward(grad, x, angle.cos(), angle.sin(), weight, inverse, out)
+    weight, rstd = (torch.rand(WIDTH) + 0.5, torch.rand(T, HEADS)) if normed else (None, None)
+    ops.rotate_backward(grad, x, angle.cos(), angle.sin(), weight, rstd, out)
     return (out,)
 
 
@@ -134,9 +134,9 @@ LENGTHS = (1, 64, 0, 130, 63, 65)
 def attention(*, heads, key_heads, width, window):
     """Both ways, in the rows of a wider tensor, beside the formula."""
     tokens, counts = sum(LENGTHS), (heads, key_heads, key_heads)
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    plain = Documents(bounds=bounds, lengths=LENGTHS)
-    own = replace(plain, blocks=blocks_of(bounds, tokens))
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    plain = Segments(cu_seqlens=cu_seqlens, lengths=LENGTHS)
+    own = replace(plain, blocks=blocks_of(cu_seqlens, tokens))
     of = Attention(scale=0.3, window=window)
     torch.manual_seed(0)
 
@@ -147,9 +147,9 @@ def attention(*, heads, key_heads, width, window):
     query, key, value = parts(torch.randn(tokens, sum(counts) * width + 5))
     room = parts(torch.full((tokens, sum(counts) * width + 5), torch.nan))
     grad, results = torch.randn(tokens, heads, width), []
-    for documents in (own, plain):
-        out, kept = of.forward(query, key, value, documents)
-        results.append((out, *of.backward(grad, query, key, value, out, kept, documents, room=room)))
+    for segments in (own, plain):
+        out, kept = of.forward(query, key, value, segments)
+        results.append((out, *of.backward(grad, query, key, value, out, kept, segments, room=room)))
     assert all(one is other for one, other in zip(results[0][1:], room, strict=True))
     return max(off(a, b) for a, b in zip(*results, strict=True))
 
@@ -160,8 +160,8 @@ def main():
         "attention_grouped": attention(heads=4, key_heads=2, width=32, window=None),
         "attention_windowed": attention(heads=2, key_heads=1, width=16, window=50),
         "attention_barely_windowed": attention(heads=2, key_heads=2, width=16, window=2),
-        "decode": both(decode),
-        "decode_across_rows": both(lambda ops: decode(ops, width=172)),
+        "dequantise": both(dequantise),
+        "dequantise_across_rows": both(lambda ops: dequantise(ops, width=172)),
         "rms_forward": both(rms_forward),
         "rms_backward_add": both(rms_backward_add),
         "rotate": both(rotate),

@@ -34,10 +34,10 @@ def by_the_formula(query, key, value, window):
 @pytest.mark.parametrize("window", [None, 3, 100])
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_each_document_has_the_attention_that_it_has_alone(key_heads, window):
-    parts, bounds, lengths = inputs(key_heads)
+    parts, cu_seqlens, lengths = inputs(key_heads)
     alone = zip(*(torch.split(part, LENGTHS) for part in parts), strict=True)
     expected = torch.cat([by_the_formula(*each, window) for each in alone])
-    found = document_attention(*parts, bounds, lengths, None, SCALE, window)[0]
+    found = document_attention(*parts, cu_seqlens, lengths, None, SCALE, window)[0]
     grad = torch.randn_like(expected)
 
     torch.testing.assert_close(found, expected)
@@ -47,8 +47,8 @@ def test_each_document_has_the_attention_that_it_has_alone(key_heads, window):
 
 
 def test_compilers_are_told_the_truth_about_it_there_and_back():
-    parts, bounds, lengths = inputs(2)
-    limits = (bounds, lengths, None, SCALE, 3)
+    parts, cu_seqlens, lengths = inputs(2)
+    limits = (cu_seqlens, lengths, None, SCALE, 3)
     opcheck(document_attention, (*parts, *limits))
 
     parts = [part.detach() for part in parts]
@@ -62,9 +62,9 @@ def test_blocks_are_of_one_document_each_and_hold_every_token_once(seed):
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.tensor([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 1])
     lengths = kinds[torch.randint(0, len(kinds), (40,), generator=generator)]
-    bounds = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32)
-    blocks = blocks_of(bounds, int(bounds[-1])).tolist()
+    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32)
+    blocks = blocks_of(cu_seqlens, int(cu_seqlens[-1])).tolist()
 
-    starts, ends = bounds[:-1].tolist(), bounds[1:].tolist()
+    starts, ends = cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()
     expected = [[s, first, e] for s, e in zip(starts, ends, strict=True) for first in range(s, e, BLOCK)]
     assert [block for block in blocks if block[1] < block[2]] == expected

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from job.kernels.attention import Documents
+from job.kernels.attention import Segments
 from job.kernels.cuda_graphs import Replay, rounded
-from job.kernels.llama_step import Row
+from job.kernels.llama_step import PackedRow
 
 
 class AddingStep:
@@ -38,13 +38,13 @@ class Played(Replay):
 def row_of(*lengths, first=1):
     tokens = sum(lengths)
     ids = torch.arange(first, first + tokens)
-    return Row(
+    return PackedRow(
         ids=ids,
         positions=torch.cat([torch.arange(length) for length in lengths]),
-        documents=Documents(bounds=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), lengths=lengths),
+        segments=Segments(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), lengths=lengths),
         places=torch.arange(tokens - 1),
         targets=ids[1:],
-        share=torch.ones(1),
+        weight_per_target=torch.ones(1),
         seed=None,
     )
 
@@ -78,7 +78,9 @@ def test_a_large_one_is_left_to_the_step(step):
 
 def test_masks_have_recordings_of_their_own():
     row = row_of(70, 30)
-    masked = Row(**{name: getattr(row, name) for name in Row.__slots__} | {"seed": torch.ones(1, dtype=torch.int64)})
+    masked = PackedRow(
+        **{name: getattr(row, name) for name in PackedRow.__slots__} | {"seed": torch.ones(1, dtype=torch.int64)}
+    )
 
     assert rounded(row) != rounded(masked)
 

@@ -45,7 +45,7 @@ def values(layer):
     if not isinstance(layer.weight, Quantised):
         return layer.weight
     out = torch.empty(N, K)
-    reference.decode(layer.weight, out)
+    reference.dequantise(layer.weight, out)
     return out
 
 

@@ -37,7 +37,7 @@ def test_nf4_is_decoded_as_bitsandbytes_does(shape):
         width=shape[1],
     )
     wide = torch.full((shape[0], shape[1] + 64), 7.0)
-    reference.decode(quantised, wide[:, : shape[1]])
+    reference.dequantise(quantised, wide[:, : shape[1]])
 
     close(wide[:, : shape[1]], bnb.functional.dequantize_4bit(packed, state))
     assert bool((wide[:, shape[1] :] == 7).all())
@@ -47,9 +47,9 @@ def test_the_norm_and_its_gradient():
     x, weight, grad = torch.randn(T, K, requires_grad=True), torch.rand(K) + 0.5, torch.randn(T, K)
     expected = rms_norm(x, (K,), weight, EPSILON)
     expected.backward(grad)
-    out, inverse, into = torch.empty(T, K), torch.empty(T), torch.ones(T, K)
-    reference.rms_forward(x.detach(), weight, out, inverse, EPSILON)
-    reference.rms_backward_add(grad, out, weight, inverse, into)
+    out, rstd, into = torch.empty(T, K), torch.empty(T), torch.ones(T, K)
+    reference.rms_forward(x.detach(), weight, out, rstd, EPSILON)
+    reference.rms_backward_add(grad, out, weight, rstd, into)
 
     close(out, expected.detach())
     close(into, 1 + x.grad)
@@ -62,7 +62,7 @@ def test_the_rotation_and_its_gradient(normed):
     angle = torch.randn(T, width // 2)
     cos, sin = angle.cos(), angle.sin()
     weight = torch.rand(width) + 0.5 if normed else None
-    inverse = torch.empty(T, heads) if normed else None
+    rstd = torch.empty(T, heads) if normed else None
     plain = rms_norm(x, (width,), weight, EPSILON) if normed else x
     half = torch.cat([-plain[..., width // 2 :], plain[..., : width // 2]], dim=-1)
     both = torch.cat([cos, cos], dim=-1)[:, None], torch.cat([sin, sin], dim=-1)[:, None]
@@ -70,8 +70,8 @@ def test_the_rotation_and_its_gradient(normed):
     expected.backward(grad)
 
     rotated, out = x.detach().clone(), torch.empty(T, heads, width)
-    reference.rotate_forward(rotated, cos, sin, weight, inverse, EPSILON)
-    reference.rotate_backward(grad, rotated, cos, sin, weight, inverse, out)
+    reference.rotate_forward(rotated, cos, sin, weight, rstd, EPSILON)
+    reference.rotate_backward(grad, rotated, cos, sin, weight, rstd, out)
 
     close(rotated, expected.detach())
     close(out, x.grad)

@@ -18,7 +18,7 @@ from tiny import (
 
 import job.kernels
 from job.core.recipe import LoraSection
-from job.kernels.attention import Attention, Documents
+from job.kernels.attention import Attention, Segments
 from job.kernels.blocks import BLOCK
 from job.tune.model.config import load_tokenizer
 
@@ -63,23 +63,23 @@ class OwnKernels:
 
     def forward(self, query, key, value, blocks, scale, window):
         self.calls += 1
-        out, _ = Attention(scale=scale, window=window).forward(query, key, value, _documents_in(blocks))
+        out, _ = Attention(scale=scale, window=window).forward(query, key, value, _segments_in(blocks))
         return out, torch.zeros(query.shape[1], len(query))
 
     def backward(self, grad, *given):
         query, key, value, out, _log_sums, blocks, scale, window, room = given
         of = Attention(scale=scale, window=window)
-        grads = of.backward(grad, query, key, value, out, None, _documents_in(blocks))
+        grads = of.backward(grad, query, key, value, out, None, _segments_in(blocks))
         for place, gradient in zip(room, grads, strict=True):
             place.copy_(gradient)
 
 
-def _documents_in(blocks):
+def _segments_in(blocks):
     there = [(start, first, end) for start, first, end in blocks.tolist() if first < end]
     spans = sorted({(start, end) for start, _first, end in there})
     assert there == [(start, first, end) for start, end in spans for first in range(start, end, BLOCK)]
     lengths = tuple(end - start for start, end in spans)
-    return Documents(bounds=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), lengths=lengths)
+    return Segments(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), lengths=lengths)
 
 
 @pytest.fixture

@@ -30,15 +30,15 @@ from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import encode
 from job.tune.data.frame import token_rules
 from job.tune.data.micro_batch import MicroBatch, micro_batch
-from job.tune.engines.autograd import AutogradPath
-from job.tune.engines.engine import Path as TrainingPath
+from job.tune.engines.autograd import AutogradEngine
+from job.tune.engines.engine import Path as Engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop import checkpoint as checkpoints
 from job.tune.loop.checkpoint import Progress, Trained
 from job.tune.loop.evaluate import evaluate
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer
-from job.tune.loop.step import Hooks, StepRecord, Trainer
+from job.tune.loop.step import Hooks, Stepper, StepRecord
 from job.tune.loop.track import make_accelerator
 from job.tune.model.adapter import attach_lora, trainable
 from job.tune.model.base import load_base
@@ -212,7 +212,7 @@ class Attempt:
     course: Course
     accelerator: Accelerator
     train: TrainSection
-    path: TrainingPath | None = None
+    path: Engine | None = None
     """None: autograd's."""
     stop_after: int | None = None
     told: list[StepRecord] = field(default_factory=list)
@@ -230,10 +230,10 @@ class Attempt:
     def progress(self) -> Progress:
         return self.trained.progress
 
-    def trainer(self) -> Trainer:
+    def trainer(self) -> Stepper:
         self.model.train()
-        return Trainer(
-            path=self.path or AutogradPath(self.model, self.accelerator.backward),
+        return Stepper(
+            path=self.path or AutogradEngine(self.model, self.accelerator.backward),
             adapter=self.flat,
             trained=self.trained,
             documents=self.documents,

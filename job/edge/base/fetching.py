@@ -18,7 +18,6 @@ from job.edge.store.objects import StoreSettings
 from job.edge.store.patience import Patience
 
 log = structlog.get_logger(__name__)
-
 OnProgress = Callable[[int, int], None]
 """Called with the bytes that are there and the bytes in all, from several threads."""
 

@@ -30,12 +30,8 @@ _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES,
 _LISTING_TIMEOUT_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 _WORKERS = 4
-
 _Result = TypeVar("_Result")
-
 log = structlog.get_logger(__name__)
-
-
 HUB_PATIENCE = Patience(attempts=20, budget_seconds=300.0, first_pause_seconds=1.0, longest_pause_seconds=60.0)
 """The hub counts requests in windows of five minutes, and counts all pods behind one address together."""
 

@@ -32,10 +32,8 @@ from job.edge.store.objects import ObjectStore
 from job.edge.store.whole_files import remove_dead, whole_file
 
 log = structlog.get_logger(__name__)
-
 Files = Iterable[tuple[str, Callable[[], bytes]]]
 """Name, and what makes the content; called on several threads."""
-
 MANIFEST = "MANIFEST.json"
 _FORMAT = 1
 _KEPT = 3

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from job.core.errors import SickDeviceError
 
 _Answer = TypeVar("_Answer")
-
 _GIB = 1 << 30
 
 

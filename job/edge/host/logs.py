@@ -18,7 +18,6 @@ from structlog.typing import EventDict, Processor
 HIDDEN = "[hidden]"
 _SHORTEST_SECRET = 8
 _DEEPEST = 12
-
 _LIBRARIES = (
     "transformers",
     "datasets",
@@ -35,7 +34,6 @@ _LIBRARIES = (
     "matplotlib",
     "py.warnings",
 )
-
 _SECRET_SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"AWS4-HMAC-SHA256\s+Credential=[^\s,]+(?:,\s*SignedHeaders=[^\s,]+)?(?:,\s*Signature=\w+)?"), HIDDEN),
     # Queries of presigned URLs: S3, Google, CloudFront, Azure.
@@ -54,7 +52,6 @@ _SECRET_NAMES = re.compile(
     r"(?i)(?:.*[_-])?(?:password|passwd|secret|secret[_-](?:access[_-])?key|api[_-]?key|authorization"
     r"|(?:access|session|security|hf|auth)[_-]token)"
 )
-
 # What these say is either decided on purpose by this job or nothing that its user can act on.
 _HARMLESS = re.compile(
     r"torch_dtype. is deprecated|unauthenticated requests to the HF Hub|use_cache=True. is incompatible"

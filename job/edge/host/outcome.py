@@ -19,7 +19,6 @@ LIMIT_BYTES = 4096
 """A container's termination message is cut there, in the middle of a character if need be."""
 _WRITE_EVERY_SECONDS = 1.0
 _CUT_FIRST = ("reason", "action", "run_uri", "phase")
-
 log = structlog.get_logger(__name__)
 
 

@@ -31,7 +31,6 @@ from job.edge.run.lock import Lock
 from job.edge.store.objects import ObjectStore, PreconditionError, Uploaded
 
 log = structlog.get_logger(__name__)
-
 _MANIFEST = "MANIFEST.json"
 _ATTEMPT = re.compile(r"attempts/(\d+)\.json")
 _LEFTOVER_SECONDS = 24 * 3600.0

@@ -21,7 +21,6 @@ from job.core.errors import JobError, LockedError, NotFoundError, StopRequestedE
 from job.edge.store.objects import ObjectStore, PreconditionError
 
 log = structlog.get_logger(__name__)
-
 _RENEWALS = 4
 """In one lease: three may fail before the owner is taken for dead."""
 _LOOKS = 20
@@ -32,7 +31,6 @@ _POLL_SECONDS = 0.2
 """How late a stop request may be seen while waiting."""
 _SETTLE_SECONDS = 2.0
 """Without conditional writes: how long a rival's write may take to show after ours."""
-
 Found = tuple[dict[str, Any], str]
 """What stands in the lock, and its ETag."""
 

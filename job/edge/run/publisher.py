@@ -15,7 +15,6 @@ from job.core.errors import JobError, UnavailableError
 from job.edge.run.artifacts import Artifacts, Checkpoint
 
 log = structlog.get_logger(__name__)
-
 _PATIENCE_SECONDS = 1800.0
 """How long one checkpoint waits for a store that is away, beside the patience of each request."""
 _HELD_UP_SECONDS = 300.0

@@ -12,7 +12,6 @@ from job.core.errors import StopRequestedError, UnavailableError
 from job.edge.store.objects import PARALLEL
 
 T = TypeVar("T")
-
 _POLL_SECONDS = 0.1
 """How late a stop request may be seen."""
 

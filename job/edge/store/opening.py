@@ -16,8 +16,6 @@ from job.edge.store.objects import (
 from job.edge.store.patience import Patience
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
-
-
 _DEFAULT_PATIENCE = Patience()
 
 

@@ -15,8 +15,6 @@ from job.edge.store.objects import (
 
 _RACES = 3
 """Rounds of the probe: a store that is only sometimes atomic shows it in most of them."""
-
-
 _RACERS = 8
 
 

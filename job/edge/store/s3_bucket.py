@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
 T = TypeVar("T")
-
 _CONNECT_SECONDS = 5.0
 """Nothing that is up takes longer to accept a connection."""
 _READ_SECONDS = 20.0

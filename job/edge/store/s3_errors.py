@@ -26,7 +26,6 @@ from job.edge.store.objects import PreconditionError
 
 S3_FAILURES = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
 """Everything that a request, or reading its answer, raises."""
-
 _NO_CREDENTIALS = (
     NoCredentialsError,
     PartialCredentialsError,
@@ -49,7 +48,6 @@ _PASSING = (
     CredentialRetrievalError,
     MetadataRetrievalError,
 )
-
 _BUSY_STATUSES = {408, 425, 429, 500, 502, 503, 504, 507, 509}
 _BUSY_CODES = {
     "BandwidthLimitExceeded",

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 T = TypeVar("T")
-
 _MOST_PARTS = 10_000
 """S3's own limit; larger files get larger parts."""
 _LARGEST_PUT_BYTES = 5 * 1024**3

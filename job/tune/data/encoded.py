@@ -17,15 +17,9 @@ from job.core.records import Example
 from job.tune.data.frame import TokenRules, encode_examples
 
 Side = Literal["train", "validation"]
-
-
 _SIDES: tuple[Side, ...] = ("train", "validation")
-
-
 _BATCH = 1000
 """Examples handed to the tokenizer at once."""
-
-
 _FEATURES = {
     "input_ids": "int32",
     "target_from": "int32",
@@ -33,8 +27,6 @@ _FEATURES = {
     "digest": "binary",
     "where": "string",
 }
-
-
 FORMAT = 2
 """Of the files that `encode` writes: those of another one are not read."""
 

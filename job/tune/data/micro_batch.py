@@ -20,7 +20,7 @@ class MicroBatch:
     """[1, T] int64; each document starts at 0."""
     document_lengths: tuple[int, ...]
     """Tokens of each document; their sum is T."""
-    bounds: Tensor
+    cu_seqlens: Tensor
     """[documents + 1] int32: 0, then where each document ends."""
     target_places: Tensor
     """[N] int64: places in T whose next token is a target."""
@@ -52,7 +52,7 @@ class MicroBatch:
             input_ids=moved(self.input_ids),
             position_ids=moved(self.position_ids),
             document_lengths=self.document_lengths,
-            bounds=moved(self.bounds),
+            cu_seqlens=moved(self.cu_seqlens),
             target_places=moved(self.target_places),
             target_ids=moved(self.target_ids),
             target_counts=self.target_counts,
@@ -70,7 +70,7 @@ def micro_batch(documents: Documents, members: Sequence[int]) -> MicroBatch:
         input_ids=torch.from_numpy(np.concatenate(ids))[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(len(i)) for i in ids]))[None],
         document_lengths=tuple(len(i) for i in ids),
-        bounds=torch.from_numpy(starts.astype(np.int32)),
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         target_places=torch.from_numpy(np.concatenate(places)),
         target_ids=torch.from_numpy(np.concatenate([i[t] for i, t in zip(ids, targets, strict=True)])),
         target_counts=tuple(len(t) for t in targets),

@@ -1,4 +1,4 @@
-"""The device we compute on: which one, how much memory is free, how much was used, and what names it as broken."""
+"""The device we compute on: which one, how much of its memory is free, how much was used."""
 
 import re
 import resource
@@ -94,8 +94,8 @@ def gpu_bus_id(device: torch.device) -> str | None:
 def device_memory(device: torch.device) -> DeviceMemory:
     """What is free now."""
     if device.type != "cuda":
-        return DeviceMemory(kind="cpu", free_bytes=0)
-    return DeviceMemory(kind="cuda", free_bytes=torch.cuda.mem_get_info(device)[0])
+        return DeviceMemory(kind="cpu", name=device_name(device), free_bytes=0)
+    return DeviceMemory(kind="cuda", name=device_name(device), free_bytes=torch.cuda.mem_get_info(device)[0])
 
 
 def allocation_retries(device: torch.device) -> int:

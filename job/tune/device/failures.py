@@ -15,7 +15,7 @@ def reason_of(error: Exception) -> str:
     return first[0][:_LONGEST_REASON].rstrip(".") if first else type(error).__name__
 
 
-def told(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """What any library refused: the error's kind and text, no longer than a line of a log should be."""
     return f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
 
@@ -45,8 +45,6 @@ screen's watchdog), 714 hardware stack error (by name only: it is a kernel's cal
 instruction and its kin, 719 unspecified launch failure, 201 invalid context, 999 unknown. After one of these the GPU's
 own counters tell whether it is broken: job.edge.gpu.
 """
-
-
 _LOST = (
     ("gpu is lost", "the GPU is lost"),
     ("fallen off the bus", "the GPU has fallen off the bus"),
@@ -56,11 +54,7 @@ _LOST = (
     ("device lost", "the GPU is lost"),
 )
 """Without a code of CUDA's: what the driver's management library says, and others quote."""
-
-
 _XID = re.compile(r"\bxid(?: \(pci:[0-9a-f:.]+\))?:? *(\d+)", re.IGNORECASE)
-
-
 _HARDWARE_XIDS = {48, 62, 63, 64, 74, 79, 92, 94, 95, 119, 120, 140}
 """The driver's own numbers: memory errors (48, 63, 64, 92, 94, 95, 140), links and bus (74, 79), the GPU's own
 processors (62, 119, 120). Others (13, 31, 43, 45, 69) are mostly a program's doing."""

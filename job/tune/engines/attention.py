@@ -23,7 +23,7 @@ def register() -> None:
     AttentionInterface.register(PER_DOCUMENT, per_document_attention)
 
 
-def reason_against_one_op(config: Any) -> str | None:
+def reason_against_fused_attention(config: Any) -> str | None:
     """Why a model's attention goes document by document; None: it is one op."""
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention scores are capped"
@@ -39,7 +39,7 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    document_bounds: Tensor,
+    document_cu_seqlens: Tensor,
     document_lengths: Tensor,
     document_blocks: Tensor | None = None,
     scaling: float | None = None,
@@ -77,7 +77,7 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
     if softcap is None and not rate:
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
         attended, *_ = document_attention(
-            q, k, v, document_bounds, document_lengths, document_blocks, scale, sliding_window
+            q, k, v, document_cu_seqlens, document_lengths, document_blocks, scale, sliding_window
         )
         return attended[None], None
     lengths = document_lengths.tolist()

@@ -8,14 +8,13 @@ import structlog
 import torch
 from torch import Tensor
 
-from job.kernels.attention import OWN_WIDTHS, Attention, Documents
+from job.kernels.attention import OWN_WIDTHS, Attention, Segments
 from job.kernels.blocks import blocks_of
 from job.kernels.which_ops import has_triton
-from job.tune.device.failures import told
-from job.tune.engines.attention import reason_against_one_op
+from job.tune.device.failures import error_line
+from job.tune.engines.attention import reason_against_fused_attention
 
 log = structlog.get_logger(__name__)
-
 _MEASURED_CAPABILITY = 9
 """Hopper's: where they were measured to be faster than torch's."""
 _ATTENDED = (1, 63, 64, 65, 200, 3)
@@ -50,7 +49,7 @@ def _reason_against(config: Any, device: torch.device) -> str | None:
         )
     if not has_triton():
         return "Triton is not installed"
-    against = reason_against_one_op(config)
+    against = reason_against_fused_attention(config)
     if against is not None:
         return against
     heads = getattr(config, "num_attention_heads", None)
@@ -69,7 +68,7 @@ def _tried(device: torch.device, heads: int, key_heads: int, width: int) -> str 
     try:
         against = difference_from_formula(device, heads=heads, key_heads=key_heads, width=width)
     except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
-        against = told(error)
+        against = error_line(error)
     if against is not None:
         log.warning("attention_left_to_torch", reason=against, then="slower by a few percent")
     return against
@@ -83,9 +82,9 @@ def difference_from_formula(device: torch.device, *, heads: int, key_heads: int,
         The first difference that rounding does not explain; None where there is none.
     """
     tokens = sum(_ATTENDED)
-    bounds = torch.tensor([0, *_ATTENDED], device=device).cumsum(0).to(torch.int32)
-    plain = Documents(bounds=bounds, lengths=_ATTENDED)
-    own = replace(plain, blocks=blocks_of(bounds, tokens))
+    cu_seqlens = torch.tensor([0, *_ATTENDED], device=device).cumsum(0).to(torch.int32)
+    plain = Segments(cu_seqlens=cu_seqlens, lengths=_ATTENDED)
+    own = replace(plain, blocks=blocks_of(cu_seqlens, tokens))
     generator = torch.Generator(device).manual_seed(0)
     query, key, value, grad = (
         torch.randn(tokens, count, width, generator=generator, device=device).to(torch.bfloat16)
@@ -104,7 +103,7 @@ def difference_from_formula(device: torch.device, *, heads: int, key_heads: int,
 
 
 def _attended(
-    attention: Attention, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, documents: Documents
+    attention: Attention, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, documents: Segments
 ) -> tuple[Tensor, ...]:
     """The result, and the gradients of query, key and value."""
     out, kept = attention.forward(query, key, value, documents)

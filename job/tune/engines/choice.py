@@ -1,69 +1,66 @@
-"""Which path trains this model on this device, and why."""
+"""Which engine trains this model on this device, and why."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 import torch
 from torch import Tensor
 
 from job.core.errors import UsageError
-from job.kernels.llama_step import Thrift
+from job.core.memory import EngineName, WantedEngine
+from job.kernels.llama_step import Saving
 from job.kernels.which_ops import has_triton, ops_of
-from job.tune.device.failures import told
-from job.tune.engines.attention import reason_against_one_op
-from job.tune.engines.autograd import AutogradPath, Compiling
-from job.tune.engines.engine import Path
+from job.tune.device.failures import error_line
+from job.tune.engines.attention import reason_against_fused_attention
+from job.tune.engines.autograd import AutogradEngine
+from job.tune.engines.engine import Engine
 from job.tune.engines.families import reason_against
-from job.tune.engines.handwritten import FastPath
+from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import difference
 from job.tune.model.four_bit import COMPUTE_DTYPE
 
 log = structlog.get_logger(__name__)
 
-Wanted = Literal["auto", "fast", "generic"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A path, and why it is this one."""
+    """An engine, and why it is this one."""
 
-    path: Path
-    name: Literal["fast", "generic"]
+    engine: Engine
+    name: EngineName
     reason: str
     compiled: bool
     """Whether it compiles the decoder's layers."""
 
 
-def choose_path(
+def choose_engine(
     model: PackedModel,
-    wanted: Wanted,
+    wanted: WantedEngine,
     *,
     backward: Callable[[Tensor], Any],
-    on_stopped: Callable[[str], None],
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Choice:
-    """The fast path where it is asked for, the model fits it, and it gives on this device what the generic one gives.
+    """The fast engine where it knows the model and gives on this device what the generic one gives.
 
-    Else the generic one, with the engine's linear layers where those give what PEFT's own give.
+    Else the generic one, with our linear layers where those give what PEFT's own give.
 
     Args:
         model: base and adapter, on the device.
         wanted: `auto`, or one of the two.
         backward: autograd's, or accelerate's.
-        on_stopped: told why layers that were compiled no longer are.
         dtype: what is computed in.
 
     Raises:
-        UsageError: `fast` is asked for, and does not fit.
+        UsageError: `fast` is asked for, and does not know the model or differs.
     """
     device = next(model.parameters()).device
     attention = f"; attention by torch's kernels: {model.attention.reason}" if model.attention.reason else ""
 
     def generic(why: str) -> Choice:
-        return _generic(model, f"{why}{attention}", backward=backward, on_stopped=on_stopped)
+        return _generic(model, f"{why}{attention}", backward=backward)
 
     if wanted == "generic":
         return generic("asked for")
@@ -72,46 +69,46 @@ def choose_path(
     against = reason_against(model.model) or _reason_of_device(device)
     if against is None:
         try:
-            path = FastPath(model, ops_of(device), dtype=dtype, thrift=Thrift(kept_layers=0, recomputed_layers=0))
-            against = difference(model, path, AutogradPath(model, backward))
+            engine = HandwrittenEngine(
+                model, ops_of(device), dtype=dtype, saving=Saving(kept_layers=0, recomputed_layers=0)
+            )
+            against = difference(model, engine, AutogradEngine(model, backward))
         except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
-            against = told(error)
+            against = error_line(error)
         else:
             if against is None:
-                reason = f"a decoder of the Llama family; agrees with the generic path{attention}"
-                return Choice(path=path, name="fast", reason=reason, compiled=False)
+                reason = f"a decoder of the Llama family; agrees with the generic engine{attention}"
+                return Choice(engine=engine, name="fast", reason=reason, compiled=False)
     if wanted == "auto":
-        return generic(f"not the fast path: {against}")
-    raise UsageError(f"--engine fast: {against}; leave the option out, and the generic path trains this model")
+        return generic(f"not the fast engine: {against}")
+    raise UsageError(f"--engine fast: {against}; leave the option out, and the generic engine trains this model")
 
 
-def _generic(
-    model: PackedModel, why: str, *, backward: Callable[[Tensor], Any], on_stopped: Callable[[str], None]
-) -> Choice:
-    """The generic path with the engine's linear layers where they give what PEFT's own give, else with PEFT's own."""
-    against = _reason_against_ops(model, AutogradPath(model, backward))
+def _generic(model: PackedModel, why: str, *, backward: Callable[[Tensor], Any]) -> Choice:
+    """The generic engine, with our linear layers where they give what PEFT's own give, else with PEFT's own."""
+    against = _reason_against_ops(model, AutogradEngine(model, backward))
     if against is not None:
         log.warning("linear_layers_left_to_peft", reason=against, then="slower, and more memory is needed")
         model.linears.leave_to_peft()
         why = f"{why}; linear layers are PEFT's own: {against}"
     as_they_are = _reason_against_compiling(model)
-    compiling = Compiling(backend="inductor", on_stopped=on_stopped) if as_they_are is None else None
+    compiler = "inductor" if as_they_are is None else None
     how = "layers compiled" if as_they_are is None else f"layers not compiled: {as_they_are}"
     return Choice(
-        path=AutogradPath(model, backward, compiling=compiling),
+        engine=AutogradEngine(model, backward, compiler=compiler),
         name="generic",
         reason=f"{why}; {how}",
-        compiled=compiling is not None,
+        compiled=compiler is not None,
     )
 
 
-def _reason_against_ops(model: PackedModel, path: AutogradPath) -> str | None:
+def _reason_against_ops(model: PackedModel, engine: AutogradEngine) -> str | None:
     if not model.linears:
         return None
     try:
-        return difference(model, path, path)
+        return difference(model, engine, engine)
     except Exception as error:  # noqa: BLE001 - as above
-        return told(error)
+        return error_line(error)
 
 
 def _reason_of_device(device: torch.device) -> str | None:
@@ -125,7 +122,7 @@ def _reason_against_compiling(model: PackedModel) -> str | None:
     if device.type != "cuda":
         return "not on a GPU"
     if not model.layers:
-        return "they are of no kind that transformers computes again"
+        return "they are of no kind that transformers recomputes"
     if not model.linears:
         return "their linear layers are PEFT's own"
-    return _reason_of_device(device) or reason_against_one_op(model.model.get_base_model().config)
+    return _reason_of_device(device) or reason_against_fused_attention(model.model.get_base_model().config)

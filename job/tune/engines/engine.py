@@ -1,25 +1,33 @@
-"""TODO job.tune.engines.engine."""
+"""What computes the gradients of a micro-batch: the training loop knows no more of an engine than this."""
 
-from typing import Any, Protocol
+from dataclasses import asdict, replace
+from typing import Protocol
 
+import structlog
 import torch
 from torch import Tensor
 
+from job.core.cut import Cut
 from job.tune.data.micro_batch import MicroBatch
 
-Plan = dict[str, Any]
-"""How a batch is cut for this device, as a checkpoint keeps it."""
+log = structlog.get_logger(__name__)
 
 
-class Path(Protocol):
-    """The training loop knows no more of it than this."""
+class Engine(Protocol):
+    """Autograd for any decoder, or the hand-written step for the families that it knows."""
 
-    def accumulate(self, batch: MicroBatch, *, targets: int) -> Tensor:
+    @property
+    def compiler_failure(self) -> str | None:
+        """Why layers that were compiled no longer are; None: nothing has failed."""
+        ...
+
+    def accumulate(self, batch: MicroBatch, *, targets: int, seed: int) -> Tensor:
         """Add the gradients of (sum of the losses) / targets to the adapter's.
 
         Args:
             batch: a micro-batch, on the device.
             targets: of the whole step.
+            seed: of the micro-batch's dropout masks, at least 0 and below 2**31.
 
         Returns:
             Loss of each target, in nats: [N] fp32, detached.
@@ -30,36 +38,33 @@ class Path(Protocol):
         """The adapter changed: after each update, and after a checkpoint was loaded."""
         ...
 
-    def adopt(self, plan: Plan) -> None:
-        """Cut micro-batches, compute again, and compile, as this plan does; one of an older image does not say all."""
-        ...
+    def adopt(self, cut: Cut) -> None:
+        """Keep weights, recompute and compile as this cut says.
 
-    def give_up_weights(self) -> Plan | None:
-        """Keep no decoded weights from now on, which costs little; what changes in the plan, None where none are."""
-        ...
-
-    def compute_again(self) -> Plan | None:
-        """Keep no activations from now on, which costs most; what changes in the plan, None where none are."""
+        Raises:
+            torch.OutOfMemoryError: the weights that it keeps do not fit.
+        """
         ...
 
 
-def settle(path: Path, plan: Plan) -> bool:
-    """Let a path adopt a plan; when memory has gone since that was made, without decoded weights.
+def adopt_or_shrink(engine: Engine, cut: Cut) -> Cut:
+    """Let an engine adopt a cut; when memory has gone since that was planned, one without dequantised weights.
 
     Returns:
-        Whether all of it fitted; if not, the plan has changed.
+        The cut that it adopted.
 
     Raises:
         torch.OutOfMemoryError: nor does it fit without them.
     """
     try:
-        path.adopt(plan)
+        engine.adopt(cut)
     except torch.OutOfMemoryError:
-        if not plan["kept_layers"]:
+        if not cut.kept_layers:
             raise
     else:
-        return True
+        return cut
     torch.cuda.empty_cache()
-    plan["kept_layers"] = 0
-    path.adopt(plan)
-    return False
+    smaller = replace(cut, kept_layers=0)
+    log.warning("out_of_memory", during="adopting the cut", then=asdict(smaller))
+    engine.adopt(smaller)
+    return smaller

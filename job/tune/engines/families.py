@@ -8,8 +8,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from job.kernels.attention import WIDEST_HEAD, Attention
-from job.kernels.llama_step import Decoder, Layer
-from job.kernels.weights import Adapter, Decode, Group, Linear, Quantised
+from job.kernels.llama_step import Decoder, DecoderLayer
+from job.kernels.weights import Adapter, Dequantise, Group, Linear, Quantised
 
 _FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 _NF4_BLOCK, _SCALES_BLOCK = 64, 256
@@ -20,7 +20,7 @@ def reason_against(model: PeftModel) -> str | None:
     return next(_reasons(model.get_base_model()), None)
 
 
-def fits(config: Any) -> bool:
+def is_supported(config: Any) -> bool:
     """Whether it fits models with such a config, as far as that can be told without their weights."""
     return next(_reasons_of_config(config), None) is None
 
@@ -54,17 +54,17 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
             yield f"{path}: {base.weight.quant_state.shape.numel()} elements are no whole blocks of {_NF4_BLOCK}"
 
 
-def decoder_of(model: PeftModel, *, decode: Decode) -> Decoder:
+def decoder_of(model: PeftModel, *, dequantise: Dequantise) -> Decoder:
     """What the step is made of; `reason_against` has found nothing."""
     causal_lm: Any = model.get_base_model()
     config, trunk = causal_lm.config, causal_lm.model
 
     def group(*modules: nn.Module) -> Group:
-        return Group([linear_of(module) for module in modules], decode)
+        return Group([linear_of(module) for module in modules], dequantise)
 
-    def layer(each: Any) -> Layer:
+    def layer(each: Any) -> DecoderLayer:
         attention, mlp = each.self_attn, each.mlp
-        return Layer(
+        return DecoderLayer(
             qkv=group(attention.q_proj, attention.k_proj, attention.v_proj),
             out=group(attention.o_proj),
             gate_up=group(mlp.gate_proj, mlp.up_proj),

@@ -1,54 +1,62 @@
-"""TODO job.tune.engines.handwritten."""
+"""The fast engine: the hand-written step, for the families that it knows."""
 
 from collections.abc import Callable
 
+import structlog
 import torch
 from torch import Tensor
 
-from job.kernels.attention import Documents
+from job.core.cut import Cut
+from job.kernels.attention import Segments
 from job.kernels.cuda_graphs import Replay, most_tokens
-from job.kernels.llama_step import Row, Step, Thrift
+from job.kernels.llama_step import PackedRow, Saving, Step
 from job.kernels.ops import Ops
 from job.tune.data.micro_batch import MicroBatch
-from job.tune.engines.autograd import log
-from job.tune.engines.engine import Plan
 from job.tune.engines.families import decoder_of
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
 
+log = structlog.get_logger(__name__)
 
-class FastPath:
-    """The engine's hand-written step."""
 
-    def __init__(self, model: PackedModel, ops: Ops, *, dtype: torch.dtype, thrift: Thrift) -> None:
+class HandwrittenEngine:
+    """See `Engine`."""
+
+    compiler_failure: str | None = None
+
+    def __init__(self, model: PackedModel, ops: Ops, *, dtype: torch.dtype, saving: Saving) -> None:
+        """Take the tensors out of the model's modules.
+
+        Args:
+            model: base and adapter, on the device; `families.reason_against` has found nothing.
+            ops: the elementwise parts for this device.
+            dtype: what is computed in.
+            saving: until a cut is adopted.
+        """
         self._model = model
-        self._decoder = decoder_of(model.model, decode=ops.decode)
-        self._thrift = thrift
+        self._decoder = decoder_of(model.model, dequantise=ops.dequantise)
         self._dropout = max(group.dropout for layer in self._decoder.layers for group in layer.groups)
         own = model.attention.own
-        self._make: Callable[[Thrift], Step] = lambda thrift: Step(
-            self._decoder, ops, dtype=dtype, thrift=thrift, own_attention=own
+        self._make: Callable[[Saving], Step] = lambda saving: Step(
+            self._decoder, ops, dtype=dtype, saving=saving, own_attention=own
         )
-        self._step: Step | Replay | None = self._make(thrift)
+        self._step: Step | Replay | None = self._make(saving)
 
-    def accumulate(self, batch: MicroBatch, *, targets: int) -> Tensor:
-        """See `Path`."""
+    def accumulate(self, batch: MicroBatch, *, targets: int, seed: int) -> Tensor:
+        """See `Engine`."""
         assert self._step is not None
-        seed = None
-        if self._model.training and self._dropout:
-            seed = int(torch.randint(2**31, ()))  # on the host, from the generator that a checkpoint holds
-        return self._step.accumulate(_row(batch, targets=targets, seed=seed))
+        masked = self._model.training and self._dropout
+        return self._step.accumulate(_row(batch, targets=targets, seed=seed if masked else None))
 
     def refresh(self) -> None:
-        """See `Path`."""
+        """See `Engine`."""
         assert self._step is not None
         self._step.refresh()
 
-    def adopt(self, plan: Plan) -> None:
-        """See `Path`."""
-        self._step = None  # its matrices first, then the new ones
-        self._thrift = Thrift(kept_layers=plan["kept_layers"], recomputed_layers=plan["recomputed_layers"])
-        step = self._step = self._make(self._thrift)
+    def adopt(self, cut: Cut) -> None:
+        """See `Engine`."""
+        self._step = None  # its matrices are freed before the new ones are made
+        step = self._step = self._make(Saving(kept_layers=cut.kept_layers, recomputed_layers=cut.recomputed_layers))
         if step.device.type == "cuda":
             self._step = Replay(
                 step,
@@ -57,32 +65,15 @@ class FastPath:
                 on_failure=lambda reason: log.warning("no_cuda_graphs", reason=reason, then="small batches are slower"),
             )
 
-    def give_up_weights(self) -> Plan | None:
-        """See `Path`."""
-        return self._adopted({"kept_layers": 0}) if self._thrift.kept_layers else None
 
-    def compute_again(self) -> Plan | None:
-        """See `Path`."""
-        layers = len(self._decoder.layers)
-        if self._thrift.recomputed_layers == layers:
-            return None
-        return self._adopted({"recomputed_layers": layers, "checkpointing": True})
-
-    def _adopted(self, change: Plan) -> Plan:
-        self.adopt(
-            {"kept_layers": self._thrift.kept_layers, "recomputed_layers": self._thrift.recomputed_layers} | change
-        )
-        return change
-
-
-def _row(batch: MicroBatch, *, targets: int, seed: int | None) -> Row:
+def _row(batch: MicroBatch, *, targets: int, seed: int | None) -> PackedRow:
     device = batch.input_ids.device
-    return Row(
+    return PackedRow(
         ids=batch.input_ids[0],
         positions=batch.position_ids[0],
-        documents=Documents(bounds=batch.bounds, lengths=batch.document_lengths),
+        segments=Segments(cu_seqlens=batch.cu_seqlens, lengths=batch.document_lengths),
         places=batch.target_places,
         targets=batch.target_ids,
-        share=torch.full((1,), 1 / targets, device=device),
+        weight_per_target=torch.full((1,), 1 / targets, device=device),
         seed=None if seed is None else torch.full((1,), seed, dtype=torch.int64, device=device),
     )

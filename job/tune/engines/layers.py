@@ -18,7 +18,7 @@ _MOST_VARIANTS = 192
 """Of a layer's code, by size and by kind of layer; a model that needs more would be compiled all the time."""
 
 
-class Layers:
+class LayerForwards:
     """Swaps the forward of single layers of one model; compiled code runs only where there is a way back."""
 
     def __init__(self, causal_lm: Any) -> None:

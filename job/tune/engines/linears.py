@@ -19,7 +19,7 @@ from job.tune.engines.families import is_in_whole_blocks, linear_of
 _MOST_SEEDS = 2**31
 
 
-class OneOpLinears:
+class FusedLinears:
     """Swaps the forward of single modules of one model; their classes, parameters and what is saved stay as they are.
 
     PEFT's own forward casts each input to fp32 and back, copies each result, and keeps what it need not keep.
@@ -32,7 +32,7 @@ class OneOpLinears:
         for module in self._modules:
             module.mask_seed = None
         self._swapped = False
-        self.keeps_decoded = False
+        self.keeps_dequantised = False
         """Whether weights are decoded once, not at each use."""
         self._swap_in()
 
@@ -42,24 +42,24 @@ class OneOpLinears:
     def _swap_in(self) -> None:
         for module, (its_forward, layer) in self._modules.items():
             # The same objects each time: compiled code may look at which they are.
-            module.forward, module.one_op = its_forward, layer
+            module.forward, module.fused = its_forward, layer
         self._swapped = True
 
     def _swap_out(self) -> None:
         if self._swapped:
             for module in self._modules:
-                del module.forward, module.one_op
+                del module.forward, module.fused
         self._swapped = False
 
-    def keep_decoded(self, *, wanted: bool) -> None:
+    def keep_dequantised(self, *, wanted: bool) -> None:
         """Decode each weight once, or at each use; kept, they take what the base has in 16 bits."""
-        if wanted == self.keeps_decoded:
+        if wanted == self.keeps_dequantised:
             return
         layers = {module: linear_of(module) for module in self._modules}
         if wanted:
-            layers = {module: _decoded(module, layer) for module, layer in layers.items()}
+            layers = {module: _dequantised(module, layer) for module, layer in layers.items()}
         self._modules = {module: (its, layers[module]) for module, (its, _) in self._modules.items()}
-        self.keeps_decoded = wanted
+        self.keeps_dequantised = wanted
         if self._swapped:
             self._swap_in()
 
@@ -68,14 +68,15 @@ class OneOpLinears:
         self._swap_out()
         self._modules.clear()
 
-    def draw_masks(self) -> None:
-        """Other dropout masks for the next micro-batch, from torch's generator on the host."""
+    def seed_masks(self, seed: int) -> None:
+        """Dropout masks of the next micro-batch: each layer's own, by the seed alone."""
         dropping = [module for module, (_, layer) in self._modules.items() if module.training and _rate(layer)]
         if dropping:
-            # On the host, from the generator that a checkpoint holds.
-            seeds = torch.randint(_MOST_SEEDS, (len(dropping), 1)).to(dropping[0].weight.device, non_blocking=True)
-            for module, seed in zip(dropping, seeds, strict=True):
-                module.mask_seed = seed
+            generator = torch.Generator().manual_seed(seed)
+            seeds = torch.randint(_MOST_SEEDS, (len(dropping), 1), generator=generator)
+            seeds = seeds.to(dropping[0].weight.device, non_blocking=True)
+            for module, its_seed in zip(dropping, seeds, strict=True):
+                module.mask_seed = its_seed
 
     @contextmanager
     def as_peft_has_them(self) -> Iterator[None]:
@@ -117,12 +118,12 @@ def _is_in_four_bits(module: Any) -> bool:
     return isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state") and is_in_whole_blocks(module)
 
 
-def _decoded(module: Any, layer: Linear) -> Linear:
+def _dequantised(module: Any, layer: Linear) -> Linear:
     if not isinstance(layer.weight, Quantised):
         return layer
     weight = getattr(module, "base_layer", module).weight
     values = torch.empty(layer.height, layer.width, dtype=weight.quant_state.dtype, device=weight.device)
-    ops_of(values.device).decode(layer.weight, values)
+    ops_of(values.device).dequantise(layer.weight, values)
     return replace(layer, weight=values)
 
 
@@ -134,8 +135,8 @@ def _adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if self.disable_adapters or self.merged or args or kwargs:
         result: Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
-    return linear(x, self.one_op, self.mask_seed if self.training else None)
+    return linear(x, self.fused, self.mask_seed if self.training else None)
 
 
 def _frozen_forward(self: Any, x: Tensor) -> Tensor:
-    return linear(x, self.one_op, None)
+    return linear(x, self.fused, None)

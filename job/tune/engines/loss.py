@@ -53,12 +53,12 @@ def head_of(causal_lm: Any) -> Head:
         module=module,
         softcap=softcap,
         scale=scale,
-        layer=None if getattr(module, "disable_adapters", False) else getattr(module, "one_op", None),
+        layer=None if getattr(module, "disable_adapters", False) else getattr(module, "fused", None),
         mask_seed=module.mask_seed if module.training and hasattr(module, "mask_seed") else None,
     )
 
 
-def summed_loss(hidden: Tensor, target_ids: Tensor, head: Head, *, share: float) -> tuple[Tensor, Tensor]:
+def summed_loss(hidden: Tensor, target_ids: Tensor, head: Head, *, weight_per_target: float) -> tuple[Tensor, Tensor]:
     """The sum of all losses times a share, for its gradients; and each target's loss in nats, [N] fp32, without any.
 
     Args:
@@ -69,11 +69,11 @@ def summed_loss(hidden: Tensor, target_ids: Tensor, head: Head, *, share: float)
     """
     if head.layer is None or head.softcap is not None or head.scale != 1:
         losses = token_losses(hidden, target_ids, head)
-        return losses.sum() * share, losses.detach()
+        return losses.sum() * weight_per_target, losses.detach()
     adapter = head.layer.adapter
     learning = (None, None) if adapter is None else (adapter.a, adapter.b)
     apply: Callable[..., tuple[Tensor, Tensor]] = _SummedLoss.apply
-    total, losses = apply(hidden, *learning, target_ids, head.layer, share, head.mask_seed)
+    total, losses = apply(hidden, *learning, target_ids, head.layer, weight_per_target, head.mask_seed)
     return total, losses
 
 
@@ -88,13 +88,13 @@ class _SummedLoss(torch.autograd.Function):
         b: Tensor | None,  # noqa: ARG004 - as above
         target_ids: Tensor,
         layer: Linear,
-        share: float,
+        weight_per_target: float,
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        found = head_loss(hidden, target_ids, layer, share=share, seed=seed)
+        found = head_loss(hidden, target_ids, layer, weight_per_target=weight_per_target, seed=seed)
         ctx.save_for_backward(found.hidden, found.a, found.b)
         ctx.mark_non_differentiable(found.losses)
-        return found.losses.sum() * share, found.losses
+        return found.losses.sum() * weight_per_target, found.losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""TODO job.tune.engines.packed_model."""
+"""The adapted model as engines and evaluation see it: a micro-batch in, the loss of each target out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from job.tune.data.micro_batch import MicroBatch
-from job.tune.engines.attention import PER_DOCUMENT
+from job.tune.engines.attention import PER_DOCUMENT, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
-from job.tune.engines.layers import Layers
-from job.tune.engines.linears import OneOpLinears
+from job.tune.engines.layers import LayerForwards
+from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
 from job.tune.engines.padding import decoder_inputs
 
@@ -33,9 +33,10 @@ class PackedModel(nn.Module):
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
         self.model = model
+        register()
         self._causal_lm().set_attn_implementation(PER_DOCUMENT)
-        self.linears = OneOpLinears(model)
-        self.layers = Layers(self._causal_lm())
+        self.linears = FusedLinears(model)
+        self.layers = LayerForwards(self._causal_lm())
 
     @cached_property
     def attention(self) -> AttentionChoice:
@@ -50,10 +51,15 @@ class PackedModel(nn.Module):
         """Hidden states -> logits."""
         return head_of(self._causal_lm())
 
+    def seed_dropout(self, seed: int) -> None:
+        """Dropout masks of the next micro-batch, whoever draws them: by the seed alone."""
+        if self.training:
+            torch.manual_seed(seed)  # what PEFT's own layers and attention draw from
+            self.linears.seed_masks(seed)
+
     def hidden(self, batch: MicroBatch, *, padded_to: int | None = None) -> Tensor:
         """Last hidden states at the places whose next token is a target: [N, hidden]."""
         causal_lm = self._causal_lm()
-        self.linears.draw_masks()
         decoder = getattr(causal_lm, causal_lm.base_model_prefix)
         inputs = decoder_inputs(batch, tokens=padded_to, in_blocks=self.attention.own)
         states: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
@@ -63,9 +69,13 @@ class PackedModel(nn.Module):
         """Loss of each target, in nats: [N] fp32."""
         return token_losses(self.hidden(batch), batch.target_ids, self.head)
 
-    def summed_loss(self, batch: MicroBatch, *, share: float, padded_to: int | None = None) -> tuple[Tensor, Tensor]:
+    def summed_loss(
+        self, batch: MicroBatch, *, weight_per_target: float, padded_to: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The sum of all losses times a share, for its gradients; and the loss of each target in nats, [N] fp32."""
-        return summed_loss(self.hidden(batch, padded_to=padded_to), batch.target_ids, self.head, share=share)
+        return summed_loss(
+            self.hidden(batch, padded_to=padded_to), batch.target_ids, self.head, weight_per_target=weight_per_target
+        )
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> DocumentScores:

@@ -33,23 +33,23 @@ def decoder_inputs(batch: MicroBatch, *, tokens: int | None = None, in_blocks: b
     """
     if tokens is None:
         return {
-            **({"document_blocks": blocks_of(batch.bounds, batch.tokens)} if in_blocks else {}),
+            **({"document_blocks": blocks_of(batch.cu_seqlens, batch.tokens)} if in_blocks else {}),
             "input_ids": batch.input_ids,
             "position_ids": batch.position_ids,
-            "document_bounds": batch.bounds,
+            "document_cu_seqlens": batch.cu_seqlens,
             "document_lengths": torch.tensor(batch.document_lengths),
         }
     rest = tokens - batch.tokens
     after = torch.arange(rest, device=batch.position_ids.device)[None]
-    bounds = pad(batch.bounds, (0, 1), value=tokens)
+    cu_seqlens = pad(batch.cu_seqlens, (0, 1), value=tokens)
     lengths = torch.tensor([*batch.document_lengths, rest])
-    blocks = {"document_blocks": blocks_of(bounds, tokens)} if in_blocks else {}
-    for each in (bounds, lengths, *blocks.values()):
+    blocks = {"document_blocks": blocks_of(cu_seqlens, tokens)} if in_blocks else {}
+    for each in (cu_seqlens, lengths, *blocks.values()):
         torch._dynamo.mark_dynamic(each, 0)  # noqa: SLF001 - its public name: how many documents there are differs
     return {
         **blocks,
         "input_ids": pad(batch.input_ids, (0, rest)),
         "position_ids": torch.cat([batch.position_ids, after], dim=1),
-        "document_bounds": bounds,
+        "document_cu_seqlens": cu_seqlens,
         "document_lengths": lengths,
     }

@@ -1,7 +1,8 @@
 """Before the first step: is the loss the model's own, is a pack isolated, does every adapter learn?
 
-Each of these has failed silently in a known tool; here each ends the job before it costs anything. The engine's parts
-are held to PEFT's own layers in the same way, by the path that is to train, and left out where they differ.
+Each of these has failed silently in a known tool; here each ends the job before it costs anything. Our linear layers,
+attention and loss are compared with PEFT's own layers in the same way, by the engine that is to train, and left out
+where they differ.
 """
 
 from collections.abc import Iterator
@@ -14,29 +15,29 @@ from torch.nn.functional import cross_entropy
 
 from job.core.errors import UsageError
 from job.tune.data.micro_batch import MicroBatch
-from job.tune.engines.engine import Path
+from job.tune.engines.engine import Engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
 
 _LENGTHS = (24, 9, 16)
 """Tokens of the made-up documents."""
 _TOLERANCE = 0.05
-"""Mean difference of a token's loss between our path and the model's own, as a share of the mean loss.
+"""Mean difference of a token's loss between our forward and the model's own, as a share of the mean loss.
 
 Token by token: over a document differences would cancel. In bf16 at most 0.0007 is seen on the CPU.
 """
-
-_GRADIENT_TOLERANCE = 0.35
-"""Difference of an adapter's gradient between two paths, as a share of its norm. Two paths in bf16 with random weights
-differ by up to 0.18, each by as much from fp32; in fp32 by 1e-5. A gradient of something else differs by more than 1.
+_DIRECTION_TOLERANCE = 0.35
+"""Distance of an adapter's gradients by two engines, each scaled to a norm of 1. Two engines in bf16 with random weights
+are up to 0.18 apart, each as far from fp32; in fp32 1e-5. A gradient of something else is more than 1 away.
 """
+_NORM_TOLERANCE = 0.05
+"""Ratio of their norms, less 1: rounding turns a gradient, but hardly lengthens it. A wrong scale does nothing else."""
 
 
 def check_model(model: PackedModel) -> None:
     """Run the three checks on made-up documents; random generators and gradients are left as they were.
 
-    It is the architecture that is looked at, in PEFT's own layers: whether the engine's may stand for them is
-    `difference`'s to say.
+    They look at the architecture, in PEFT's own layers; `difference` says whether ours may stand for them.
 
     Raises:
         UsageError: this architecture cannot be trained by this job; the message says what is wrong.
@@ -62,10 +63,10 @@ def _undisturbed(model: PackedModel, device: torch.device) -> Iterator[None]:
             model.train(was_training)
 
 
-def difference(model: PackedModel, path: Path, reference: Path) -> str | None:
-    """What a path does otherwise than another one in PEFT's own layers, on made-up documents and a moved adapter.
+def difference(model: PackedModel, engine: Engine, reference: Engine) -> str | None:
+    """What an engine does otherwise than another one in PEFT's own layers, on made-up documents and a moved adapter.
 
-    A path may be its own reference: then it is the engine's ops in it that are looked at.
+    An engine may be its own reference: then our layers in it are compared with PEFT's.
 
     Random generators, the adapter and its gradients are left as they were.
 
@@ -73,49 +74,59 @@ def difference(model: PackedModel, path: Path, reference: Path) -> str | None:
         The first difference that rounding does not explain; None where there is none.
     """
     device = next(model.parameters()).device
-    with _undisturbed(model, device), _moved_adapter(model, path, reference):
+    with _undisturbed(model, device), _moved_adapter(model, engine, reference):
         documents = _documents(model, device)
         batch = _micro_batch(documents)
-        with model.linears.as_peft_has_them():  # the engine's own parts would agree with themselves
+        with model.linears.as_peft_has_them():  # our layers would agree with themselves
             theirs, their_gradients = _losses_and_gradients(model, reference, batch)
-        ours, our_gradients = _losses_and_gradients(model, path, batch)
+        ours, our_gradients = _losses_and_gradients(model, engine, batch)
         off = float((ours - theirs).abs().mean() / theirs.mean())
         if not off <= _TOLERANCE:
             return f"a token's loss differs by {off:.1%}"
         for name, gradient in their_gradients.items():
             if name not in our_gradients:
                 return f"{name} gets no gradient"
-            off = float((our_gradients[name] - gradient).norm() / gradient.norm())
-            if not off <= _GRADIENT_TOLERANCE:
-                return f"the gradient of {name} differs by {off:.1%}"
+            against = _gradient_difference(our_gradients[name], gradient)
+            if against is not None:
+                return f"the gradient of {name} {against}"
         other = _micro_batch([torch.roll(documents[0], 1), *documents[1:]])
         kept = slice(len(documents[0]) - 1, None)
-        if not torch.equal(_losses_and_gradients(model, path, other)[0][kept], ours[kept]):
+        if not torch.equal(_losses_and_gradients(model, engine, other)[0][kept], ours[kept]):
             return "a document changes its neighbour"
     return None
 
 
+def _gradient_difference(ours: Tensor, theirs: Tensor) -> str | None:
+    """Direction and norm apart: a gradient that is too long points the right way."""
+    our_norm, their_norm = ours.norm(), theirs.norm()
+    turned = float((ours / our_norm - theirs / their_norm).norm())
+    if not turned <= _DIRECTION_TOLERANCE:  # so that what is no number fails too
+        return f"points elsewhere (by {turned:.1%})"
+    ratio = float(our_norm / their_norm)
+    return None if abs(ratio - 1) <= _NORM_TOLERANCE else f"is {ratio:.2f} times as large"
+
+
 @contextmanager
-def _moved_adapter(model: PackedModel, *paths: Path) -> Iterator[None]:
+def _moved_adapter(model: PackedModel, *engines: Engine) -> Iterator[None]:
     """With lora_B at random values: while it is zero, as at the start, lora_A has no gradient."""
     before = [parameter.detach().clone() for parameter in trainable(model)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
             parameter.data.normal_(std=0.01)
-    for path in paths:
-        path.refresh()
+    for engine in engines:
+        engine.refresh()
     try:
         yield
     finally:
         for parameter, old in zip(trainable(model), before, strict=True):
             parameter.data.copy_(old)
-        for path in paths:
-            path.refresh()
+        for engine in engines:
+            engine.refresh()
 
 
-def _losses_and_gradients(model: PackedModel, path: Path, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def _losses_and_gradients(model: PackedModel, engine: Engine, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad(set_to_none=True)
-    losses = path.accumulate(batch, targets=batch.targets)
+    losses = engine.accumulate(batch, targets=batch.targets, seed=0)
     return losses, {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
@@ -128,12 +139,12 @@ def _micro_batch(documents: list[Tensor]) -> MicroBatch:
     lengths = [len(d) for d in documents]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     places = [torch.arange(start, start + length - 1) for start, length in zip(starts, lengths, strict=True)]
-    bounds = torch.tensor([*starts, sum(lengths)], dtype=torch.int32, device=documents[0].device)
+    cu_seqlens = torch.tensor([*starts, sum(lengths)], dtype=torch.int32, device=documents[0].device)
     return MicroBatch(
         input_ids=torch.cat(documents)[None],
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(documents[0].device),
         document_lengths=tuple(lengths),
-        bounds=bounds,
+        cu_seqlens=cu_seqlens,
         target_places=torch.cat(places).to(documents[0].device),
         target_ids=torch.cat([d[1:] for d in documents]),
         target_counts=tuple(length - 1 for length in lengths),
@@ -175,7 +186,7 @@ def _check_isolation(model: PackedModel, device: torch.device) -> None:
 
 def _check_gradients(model: PackedModel, device: torch.device) -> None:
     batch = _micro_batch(_documents(model, device))
-    torch.autograd.backward(model.summed_loss(batch, share=1 / batch.targets)[0])
+    torch.autograd.backward(model.summed_loss(batch, weight_per_target=1 / batch.targets)[0])
     # lora_B starts at zero, which keeps lora_A's first gradient at zero too: B tells for both.
     dead = [
         name

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from job.core.crash_points import crash_point
+from job.core.cut import Cut
+from job.core.errors import DataError
 from job.core.verdict import Evaluation
 from job.tune.device.random_state import random_state, restore_random_state
 
@@ -27,6 +29,8 @@ _OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE = (
 )
 FILES = (*ADAPTER_FILES, _OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE)
 """What a checkpoint is made of."""
+_FORMAT = 2
+"""Of the state. The first one named none, kept the cut as `plan`, and drew dropout from the generators' state."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,14 +49,14 @@ class Progress:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     base_answers: list[str] | None = None
     """What the base answered before training; None until it was asked."""
-    plan: dict[str, Any] = field(default_factory=dict)
-    """Micro-batch tokens and checkpointing, and the device they were planned for."""
+    cut: Cut
+    """How batches are cut from here on."""
     changes: list[str] = field(default_factory=list)
     """What made this run differ from an undisturbed one, over all attempts, in sentences; empty: to the bit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
+class State:
     """What a checkpoint holds and gives back."""
 
     model: PeftModel
@@ -61,29 +65,31 @@ class Trained:
     progress: Progress
 
 
-def save(trained: Trained, folder: Path) -> None:
+def save(state: State, folder: Path) -> None:
     """Write the whole state into an empty folder."""
     folder.mkdir(parents=True, exist_ok=True)
     # save_embedding_layers: with an adapter on lm_head PEFT would write the whole fp32 head, 524 MB for Llama-2-7B.
-    trained.model.save_pretrained(folder, save_embedding_layers=False)
+    state.model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     _order_targets(folder / ADAPTER_FILES[1])
-    tensors, plain = _flatten(trained.optimizer.state_dict())
+    tensors, plain = _flatten(state.optimizer.state_dict())
     save_file(tensors, folder / _OPTIMIZER)
     crash_point("save.middle")
     save_file(random_state(), folder / _RANDOM)
-    save_file(_evaluation_tensors(trained.progress.evaluations), folder / _EVALUATIONS)
-    state = {
-        "progress": {
-            name: getattr(trained.progress, name) for name in trained.progress.__slots__ if name != "evaluations"
-        },
-        "correct": {str(step): e.correct for step, e in trained.progress.evaluations.items()},
+    save_file(_evaluation_tensors(state.progress.evaluations), folder / _EVALUATIONS)
+    progress = {
+        f.name: getattr(state.progress, f.name) for f in fields(Progress) if f.name not in {"evaluations", "cut"}
+    }
+    content = {
+        "format": _FORMAT,
+        "progress": progress | {"cut": asdict(state.progress.cut)},
+        "correct": {str(step): e.correct for step, e in state.progress.evaluations.items()},
         "optimizer": plain,
-        "scheduler": _plain_schedule(trained.scheduler.state_dict()),
+        "scheduler": _plain_schedule(state.scheduler.state_dict()),
         "python_random": random.getstate(),
         "numpy_random": _plain_numpy_state(),
     }
-    (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+    (folder / _STATE).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _order_targets(config: Path) -> None:
@@ -94,27 +100,64 @@ def _order_targets(config: Path) -> None:
     config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def load(trained: Trained, folder: Path) -> None:
-    """Put the state of a folder back into model, optimizer, scheduler, progress and random generators."""
-    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    load_adapter(trained.model, folder)
-    trained.optimizer.load_state_dict(_unflatten(load_file(folder / _OPTIMIZER), state["optimizer"]))
-    trained.scheduler.load_state_dict(state["scheduler"])
-    for name, value in state["progress"].items():
-        setattr(trained.progress, name, value)
-    trained.progress.evaluations = _evaluations(load_file(folder / _EVALUATIONS), state["correct"])
-    _restore_random(load_file(folder / _RANDOM), state)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a checkpoint was, beside the state that it gave back."""
+
+    draws_as_we_do: bool
+    """Whether dropout is a function of seed, step and micro-batch in it, as it is now."""
+
+
+def load(state: State, folder: Path, *, layers: int) -> Loaded:
+    """Put the state of a folder back into model, optimizer, scheduler, progress and random generators.
+
+    Args:
+        state: of a run with the same recipe; its cut is what is planned now.
+        folder: a whole checkpoint, of this version of the job or of an earlier one.
+        layers: of the decoder.
+
+    Raises:
+        DataError: it holds another kind of state, or that of another model.
+    """
+    content = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    version = content.get("format", 1)
+    if version not in {1, _FORMAT}:
+        raise DataError(
+            f"{folder}: its state has format {version}, and this version of the job reads up to {_FORMAT}; start it "
+            "with the image that wrote the checkpoint, or a newer one"
+        )
+    progress = dict(content["progress"])
+    cut = _cut_of_format_1(progress.pop("plan"), state.progress.cut, layers) if version == 1 else Cut(**progress["cut"])
+    load_adapter(state.model, folder)
+    state.optimizer.load_state_dict(_unflatten(load_file(folder / _OPTIMIZER), content["optimizer"]))
+    state.scheduler.load_state_dict(content["scheduler"])
+    for name, value in (progress | {"cut": cut}).items():
+        setattr(state.progress, name, value)
+    state.progress.evaluations = _evaluations(load_file(folder / _EVALUATIONS), content["correct"])
+    _restore_random(load_file(folder / _RANDOM), content)
+    return Loaded(draws_as_we_do=version == _FORMAT)
+
+
+def _cut_of_format_1(plan: Mapping[str, Any], planned: Cut, layers: int) -> Cut:
+    """What it does not say, an even earlier version did not know: then as planned now."""
+    known = {name: plan[name] for name in Cut.__slots__ if name in plan}
+    if plan.get("checkpointing") and not plan.get("recomputed_layers"):
+        known["recomputed_layers"] = layers  # autograd recomputes all or none, which stood in the switch alone
+    return replace(planned, **known)
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Put the adapter of a folder into the model; every tensor must find its place."""
+    """Put the adapter of a folder into the model; every tensor must find its place.
+
+    Raises:
+        DataError: it is another model's.
+    """
     weights = load_file(folder / ADAPTER_FILES[0])
     result = set_peft_model_state_dict(model, weights)
     missing = get_peft_model_state_dict(model, save_embedding_layers=False).keys() - weights.keys()
     if result.unexpected_keys or missing:
         names = [*result.unexpected_keys[:3], *sorted(missing)[:3]]
-        msg = f"{folder}: the adapter belongs to another model or recipe; look at {', '.join(names)}"
-        raise ValueError(msg)
+        raise DataError(f"{folder}: the adapter belongs to another model or recipe; look at {', '.join(names)}")
 
 
 def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,34 +1,33 @@
-"""The training loop, top to bottom: evaluate, step, commit, until the course is done."""
+"""One optimizer step: its micro-batches, its update, its numbers, which are read one step late."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
+import structlog
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from job.core.course import Course
+from job.core.course import Course, dropout_seed
 from job.core.crash_points import crash_point
-from job.core.errors import CannotFitError, DivergedError, StopRequestedError
+from job.core.cut import Cut, after_out_of_memory
+from job.core.errors import CannotFitError, DivergedError
 from job.core.packing import pack_evenly
-from job.core.recipe import CheckpointSection, EvaluateSection, TrainSection
-from job.core.verdict import Evaluation, is_exhausted
+from job.core.recipe import TrainSection
 from job.tune.data.documents import Documents
-from job.tune.data.micro_batch import MicroBatch, micro_batch
-from job.tune.device.random_state import random_state, restore_random_state
-from job.tune.engines.engine import Path, settle
+from job.tune.data.micro_batch import micro_batch
+from job.tune.engines.engine import Engine, adopt_or_shrink
 from job.tune.engines.padding import grain_of
-from job.tune.loop.checkpoint import Trained
+from job.tune.loop.checkpoint import State
 from job.tune.loop.flat import FlatAdapter
 
+log = structlog.get_logger(__name__)
+
 _NAMED_EXAMPLES = 64
-"""Of a step that went wrong: more would make a message that nobody reads."""
-_SMALL = 4096
-"""Tokens of a micro-batch: with fewer, products are too short to be fast, and decoding weights at each use costs less.
-"""
+"""Of a step that diverged: more would make a message that nobody reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,33 +42,31 @@ class StepRecord:
     tokens: int
     """Real tokens of the step."""
     seconds: float
+    setbacks: "Setbacks"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hooks:
-    """What the loop calls; it knows neither the store nor the log."""
+class Setbacks:
+    """What made a step's numbers other ones than planned."""
 
-    should_stop: Callable[[], bool]
-    evaluate: Callable[[int, int], Evaluation]
-    """(step, tokens of a pass) -> held-out result."""
-    on_first_step: Callable[[], None]
-    """Told once, when the first step of this attempt is done on the device."""
-    on_step: Callable[[StepRecord], None]
-    on_evaluation: Callable[[Evaluation], None]
-    on_checkpoint: Callable[[], None]
-    """Commits the state as it stands, between two steps."""
-    is_commit_due: Callable[[int], bool]
-    """Steps since the last commit -> whether the clock asks for one before the recipe does."""
-    on_micro_batch: Callable[[], None]
-    """Told that training moves."""
-    must_cut_step: Callable[[], bool]
-    """Whether the step under way must be dropped: a stop was asked for, and saving needs what time is left."""
-    on_out_of_memory: Callable[[dict[str, Any]], None]
-    """Told the smaller plan that the batch is tried with again."""
+    cuts: tuple[Cut, ...] = ()
+    """The smaller cuts that it was tried with after running out of memory, in order."""
+    compiler_failure: str | None = None
+    """Why layers that were compiled are not since this step."""
 
 
-class _StepCutError(Exception):
-    """The step under way is dropped; the weights are those before it."""
+class StepCutShortError(Exception):
+    """The step under way was dropped on request; weights and optimizer are those before it."""
+
+    def __init__(self, setbacks: Setbacks) -> None:
+        """Until it was dropped."""
+        super().__init__("dropped on request")
+        self.setbacks = setbacks
+
+
+def go_on() -> bool:
+    """A look between micro-batches that lets the step run to its end."""
+    return False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,230 +80,225 @@ class _Unread:
     tokens: int
     began: "Mark"
     ended: "Mark"
+    setbacks: Setbacks
 
 
-class Trainer:
-    """One attempt at a run's steps."""
+class Stepper:
+    """Moves the state of a run step by step; it knows neither the store nor the log's reader."""
 
     def __init__(
         self,
         *,
-        path: Path,
+        engine: Engine,
         adapter: FlatAdapter,
-        trained: Trained,
+        state: State,
         documents: Documents,
         course: Course,
         accelerator: Accelerator,
         train: TrainSection,
-        hooks: Hooks,
+        layers: int,
     ) -> None:
-        self._path = path
-        self._trained = trained
+        """Take over a state whose cut the engine has adopted.
+
+        Args:
+            engine: computes the gradients.
+            adapter: holds what is trained; its gradients are cleared.
+            state: is moved on.
+            documents: to train on.
+            course: which of them make each step.
+            accelerator: clips the gradients.
+            train: the recipe's section.
+            layers: of the decoder.
+        """
+        self._engine = engine
+        self._adapter = adapter
+        self._state = state
         self._documents = documents
         self._course = course
         self._accelerator = accelerator
-        self._adapter = adapter
-        self._max_grad_norm = train.max_grad_norm
-        self._hooks = hooks
+        self._train = train
+        self._layers = layers
         self._lengths = documents.lengths
         self._targets = documents.targets
         self._unread: _Unread | None = None
         self._mark: Mark | None = None
-        self._begun = False
-        """Whether this attempt has made a step."""
-        self._committed = self._state()
+        """When the last step ended; None: what came since was no training."""
+        self._setbacks = Setbacks()
+        """Of the step under way."""
+        adapter.clear()  # whatever was tried before
 
-    def _state(self) -> tuple[int, int]:
-        """What a checkpoint would add: a step, or an evaluation."""
-        return self._trained.progress.step, len(self._trained.progress.evaluations)
+    def step(self, number: int, *, cut_short: Callable[[], bool] = go_on) -> StepRecord | None:
+        """One optimizer step. Nothing here waits for its own numbers: they are read one step later.
 
-    def run(self, checkpoint: CheckpointSection, evaluation: EvaluateSection) -> None:
-        """Carry the run to its last step, or to the end of its patience; the model is in training mode.
+        Args:
+            number: from 1.
+            cut_short: looked at between two micro-batches; true drops the step.
+
+        Returns:
+            The record of the step before; None: it was read already.
 
         Raises:
-            StopRequestedError: asked to stop; the state is committed.
-            DivergedError: a loss or gradient is not finite; the weights are those before that step.
+            StepCutShortError: `cut_short` said so; nothing has moved.
+            DivergedError: the step before is not finite; the weights are those before it.
             CannotFitError: one example alone does not fit the device.
         """
-        progress, hooks = self._trained.progress, self._hooks
-        self._adapter.clear()  # whatever was tried before
-        while True:
-            last = progress.step == self._course.steps
-            due = last or progress.step % evaluation.every_steps == 0
-            if due and progress.step not in progress.evaluations:
-                self._read()
-                self._evaluate()
-            elif due or progress.step % checkpoint.every_steps == 0 or self._is_clock_due():
-                self._commit()
-            if last or is_exhausted(progress.evaluations, patience=evaluation.patience):
-                return
-            if hooks.should_stop():
-                self._stop()
-            self._step(progress.step + 1)
-            if not self._begun and self._mark is not None:
-                self._begun = True
-                _wait(self._mark)  # this once: it compiled, and is what everybody waited for
-                hooks.on_first_step()
-
-    def _evaluate(self) -> None:
-        progress, result = self._trained.progress, None
-        while result is None:
-            try:
-                result = self._hooks.evaluate(progress.step, progress.plan["evaluation_tokens"])
-            except StopRequestedError:
-                self._stop()
-            except torch.OutOfMemoryError as error:
-                failure = error.with_traceback(None)  # as in a step
-                self._shrink(progress.plan, "evaluation_tokens", self._documents.max_length, failure)
-        progress.evaluations[progress.step] = result
-        self._hooks.on_evaluation(result)
-        self._commit()
-
-    def _commit(self) -> None:
-        self._read()
-        if self._state() != self._committed:
-            self._hooks.on_checkpoint()
-            self._committed = self._state()
-        self._mark = None  # the time since the last step was not training
-
-    def _is_clock_due(self) -> bool:
-        return self._hooks.is_commit_due(self._trained.progress.step - self._committed[0])
-
-    def _stop(self) -> NoReturn:
-        self._commit()
-        if self._committed == (0, 0):
-            raise StopRequestedError("asked to stop before there was anything to commit")
-        msg = f"asked to stop; step {self._trained.progress.step} of {self._course.steps} is committed"
-        raise StopRequestedError(msg)
-
-    def _step(self, step: int) -> None:
-        """One optimizer step. Nothing here waits for its own numbers: they are read one step later."""
         began = self._mark or _mark(self._accelerator.device)
-        batch = self._course.batch(step)
-        loss = self._backward(batch)
-        grad_norm = self._accelerator.clip_grad_norm_(self._adapter.vectors, self._max_grad_norm)
+        batch = self._course.batch(number)
+        loss = self._backward(number, batch, cut_short)
+        grad_norm = self._accelerator.clip_grad_norm_(self._adapter.vectors, self._train.max_grad_norm)
         # Before the update: when the step before was not finite, the optimizer's state is spoilt and nothing may move.
-        self._read()
-        rate = self._trained.scheduler.get_last_lr()[0]
+        record = self._read()
+        rate = self._state.scheduler.get_last_lr()[0]
         numbers = torch.stack([loss, grad_norm])
         crash_point("step.before_update")
         self._update(torch.isfinite(numbers).all())
         crash_point("step.after_update")
-        # Copied, not read: reading waits for all that was asked of the device, this copy only for what came before it.
+        # Copied, not read: reading waits for all that the device was given, this copy only for what came before it.
         numbers = numbers.to("cpu", non_blocking=True)
         self._mark = _mark(self._accelerator.device)
         self._unread = _Unread(
-            step=step,
+            step=number,
             numbers=numbers,
             learning_rate=rate,
             tokens=int(self._lengths[batch].sum()),
             began=began,
             ended=self._mark,
+            setbacks=self._setbacks,
         )
-        self._trained.progress.step = step
+        self._setbacks = Setbacks()
+        self._state.progress.step = number
+        return record
+
+    def wait(self) -> None:
+        """Until the last step is done on the device."""
+        if self._mark is not None:
+            _wait(self._mark)
+
+    def finish(self) -> StepRecord | None:
+        """The record of the last step, once it is there; what comes until the next step is no training.
+
+        Raises:
+            DivergedError: it is not finite; the weights are those before it.
+        """
+        record = self._read()
+        self._mark = None
+        return record
 
     def _update(self, finite: Tensor) -> None:
         """Step the optimizer; where a number is not finite the weights stay as they were, decided on the device."""
         before = [vector.detach().clone() for vector in self._adapter.vectors]
-        self._trained.optimizer.step()
+        self._state.optimizer.step()
         for vector, old in zip(self._adapter.vectors, before, strict=True):
             torch.where(finite, vector.data, old, out=vector.data)
         self._adapter.clear()
-        self._path.refresh()
-        self._trained.scheduler.step()
+        self._engine.refresh()
+        self._state.scheduler.step()
 
-    def _backward(self, batch: Sequence[int]) -> Tensor:
+    def _backward(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
         """Loss and gradients of a batch: the sum over all its targets, divided by their number.
 
-        When memory runs out the batch is done again in smaller micro-batches, which changes no sum.
+        When memory runs out the batch is computed again in smaller micro-batches, which changes no sum.
         """
-        plan = self._trained.progress.plan
-        before = random_state()
         while True:
             try:
-                return self._accumulate(batch, plan["micro_batch_tokens"])
-            except _StepCutError:
+                return self._accumulate(number, batch, cut_short)
+            except StepCutShortError:
                 self._adapter.clear()
-                restore_random_state(before)
-                self._stop()
+                raise
             except torch.OutOfMemoryError as error:
                 # Its frames hold the activations that did not fit.
                 failure = error.with_traceback(None)
                 self._adapter.clear()
-                restore_random_state(before)
-                self._shrink(plan, "micro_batch_tokens", int(self._lengths[batch].max()), failure)
+                self._shrink(int(self._lengths[batch].max()), failure)
 
-    def _accumulate(self, batch: Sequence[int], budget: int) -> Tensor:
+    def _accumulate(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
         targets = int(self._targets[batch].sum())
         total = torch.zeros((), device=self._accelerator.device)
-        lengths = self._lengths[batch].tolist()
-        for members in pack_evenly(lengths, most=max(budget, *lengths), grain=grain_of(budget)):
-            part = self._micro_batch([batch[i] for i in members])
-            total += self._path.accumulate(part, targets=targets).sum() / targets
+        lengths, budget = self._lengths[batch].tolist(), self._state.progress.cut.micro_batch_tokens
+        packs = pack_evenly(lengths, most=max(budget, *lengths), grain=grain_of(budget))
+        for place, members in enumerate(packs):
+            part = micro_batch(self._documents, [batch[i] for i in members]).to(self._accelerator.device)
+            seed = dropout_seed(self._train.seed, number, place)
+            total += self._engine.accumulate(part, targets=targets, seed=seed).sum() / targets
+            self._notice_compiler_failure()
             crash_point("step.middle")
-            self._hooks.on_micro_batch()
-            if self._hooks.must_cut_step():
-                raise _StepCutError
+            if cut_short():
+                raise StepCutShortError(self._setbacks)
         return total
 
-    def _micro_batch(self, members: Sequence[int]) -> MicroBatch:
-        return micro_batch(self._documents, members).to(self._accelerator.device)
+    def _notice_compiler_failure(self) -> None:
+        """Kept with the run: an attempt that resumes it does not compile again, which would round otherwise."""
+        progress, failure = self._state.progress, self._engine.compiler_failure
+        if failure is not None and progress.cut.compiled:
+            log.warning("layers_no_longer_compiled", reason=failure)
+            progress.cut = replace(progress.cut, compiled=False)
+            self._setbacks = replace(self._setbacks, compiler_failure=failure)
 
-    def _shrink(self, plan: dict[str, Any], of: str, longest: int, error: torch.OutOfMemoryError) -> None:
-        """Halve what is done at once, give up decoded weights, halve on, compute activations again, or fail."""
-        torch.cuda.empty_cache()
-        if plan[of] > max(longest, _SMALL):
-            plan[of] = max(longest, _SMALL, plan[of] // 2)
-        elif (saved := self._path.give_up_weights()) is not None:
-            plan |= saved
-        elif plan[of] > longest:
-            plan[of] = max(longest, plan[of] // 2)
-        elif (saved := self._path.compute_again()) is not None:
-            plan |= saved
-        else:
-            msg = (
-                f"one example of {longest} tokens does not fit this GPU, even with activations computed again; "
-                "lower data.max_length, or use a GPU with more memory"
-            )
-            raise CannotFitError(msg) from error
-        settle(self._path, plan)
-        self._hooks.on_out_of_memory(dict(plan))
+    def _shrink(self, longest: int, error: torch.OutOfMemoryError) -> None:
+        cut = shrink(self._engine, self._state.progress.cut, "step", longest=longest, layers=self._layers, error=error)
+        self._state.progress.cut = cut
+        self._setbacks = replace(self._setbacks, cuts=(*self._setbacks.cuts, cut))
 
-    def _read(self) -> None:
+    def _read(self) -> StepRecord | None:
         """Bring the last step's numbers to the host, and end the run when they are not finite."""
         unread, self._unread = self._unread, None
         if unread is None:
-            return
+            return None
         _wait(unread.ended)
         loss, grad_norm = unread.numbers.tolist()
-        progress = self._trained.progress
+        progress = self._state.progress
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             progress.step = unread.step - 1
-            batch = self._course.batch(unread.step)
-            where = ", ".join(self._documents.where(d) for d in batch[:_NAMED_EXAMPLES])
-            msg = (
-                f"step {unread.step}: the loss is {loss} and the gradient norm {grad_norm}; the update was not "
-                f"applied. Lower train.learning_rate, or look at the examples of this step ({len(batch)} in all): "
-                f"{where}"
-            )
-            raise DivergedError(msg)
+            raise self._diverged(unread.step, loss, grad_norm)
         seconds = _seconds(unread.began, unread.ended)
         progress.losses.append(loss)
         progress.grad_norms.append(grad_norm)
         progress.learning_rates.append(unread.learning_rate)
         progress.tokens += unread.tokens
         progress.seconds += seconds
-        self._hooks.on_step(
-            StepRecord(
-                step=unread.step,
-                of=self._course.steps,
-                loss=loss,
-                grad_norm=grad_norm,
-                learning_rate=unread.learning_rate,
-                tokens=unread.tokens,
-                seconds=seconds,
-            )
+        return StepRecord(
+            step=unread.step,
+            of=self._course.steps,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=unread.learning_rate,
+            tokens=unread.tokens,
+            seconds=seconds,
+            setbacks=unread.setbacks,
         )
+
+    def _diverged(self, step: int, loss: float, grad_norm: float) -> DivergedError:
+        batch = self._course.batch(step)
+        where = ", ".join(self._documents.where(d) for d in batch[:_NAMED_EXAMPLES])
+        return DivergedError(
+            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the update was not applied. Lower "
+            f"train.learning_rate, or look at the examples of this step ({len(batch)} in all): {where}"
+        )
+
+
+def shrink(
+    engine: Engine,
+    cut: Cut,
+    during: Literal["step", "evaluation"],
+    *,
+    longest: int,
+    layers: int,
+    error: torch.OutOfMemoryError,
+) -> Cut:
+    """The next smaller cut, adopted by the engine: see `after_out_of_memory`.
+
+    Raises:
+        CannotFitError: nothing is left to give up.
+    """
+    torch.cuda.empty_cache()
+    smaller = after_out_of_memory(cut, during=during, longest=longest, layers=layers)
+    if smaller is None:
+        raise CannotFitError(
+            f"one example of {longest} tokens does not fit this GPU, even with activations recomputed; lower "
+            "data.max_length, or use a GPU with more memory"
+        ) from error
+    log.warning("out_of_memory", during=during, then=asdict(smaller))
+    return adopt_or_shrink(engine, smaller)
 
 
 Mark = float | torch.cuda.Event

@@ -1,17 +1,14 @@
-"""TODO job.tune.model.adapter."""
+"""The LoRA adapter on a base: attached, counted, and refused where a target cannot take one."""
 
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
-from job.tune.engines.packed_model import PackedModel
 
 
 def attach_lora(base: Any, lora: LoraSection, *, source: str, revision: str | None, seed: int) -> PeftModel:
@@ -50,9 +47,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def parameter_counts(model: "PackedModel") -> tuple[int, int]:
+def parameter_counts(model: PeftModel) -> tuple[int, int]:
     """Trainable and total parameters; those in 4 bits count as what they stand for."""
-    counts: tuple[int, int] = model.model.get_nb_trainable_parameters()
+    counts: tuple[int, int] = model.get_nb_trainable_parameters()
     return counts
 
 

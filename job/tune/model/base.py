@@ -1,23 +1,17 @@
-"""The 4-bit base, its tokenizer, and the LoRA adapter on it. Owner of bitsandbytes."""
+"""The base model in 4 bits: loaded tensor by tensor, and written as files that load without quantising."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    GenerationConfig,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 from job.core.errors import DataError
-from job.tune.engines.attention import register
 from job.tune.model.config import CONFIG, read_config
-from job.tune.model.four_bit import COMPUTE_DTYPE, _quantisation
+from job.tune.model.four_bit import COMPUTE_DTYPE, quantisation, without_cpu_repacking
 from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
 
 
@@ -33,12 +27,11 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
     Raises:
         DataError: the weights cannot be read.
     """
-    register()
     if device.type == "cuda":
         # The adapter multiplies in fp32: with TF32 a step on an H200 is six times faster. Its inputs come from bf16,
         # which TF32 holds exactly; sums stay in fp32.
         torch.set_float32_matmul_precision("high")
-    config, quantised = AutoConfig.from_pretrained(folder, trust_remote_code=False), _quantisation(dtype)
+    config, quantised = AutoConfig.from_pretrained(folder, trust_remote_code=False), quantisation(dtype)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config = config if isinstance(config, kind.config_class) else config.get_text_config()
     done = getattr(config, "quantization_config", None) == quantised.to_dict()
@@ -54,13 +47,9 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
             local_files_only=True,
         )
     except SafetensorError as error:
-        msg = f"{folder}: a weights file is damaged ({error}); fetch the base model again"
-        raise DataError(msg) from error
+        raise DataError(f"{folder}: a weights file is damaged ({error}); fetch the base model again") from error
     model.requires_grad_(False)  # noqa: FBT003 - torch's signature
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            # On CPUs with AVX512-BF16 eval mode would repack the weights in place and refuse some shapes.
-            module.support_avx512bf16_for_cpu = False
+    without_cpu_repacking(model)
     model.config.use_cache = False
     # `generate` takes what we leave open from here: a base's own sampling rules or repetition penalty.
     model.generation_config = GenerationConfig()
@@ -76,7 +65,7 @@ def quantised_files(base: Any, folder: Path, *, dtype: torch.dtype = COMPUTE_DTY
         dtype: what it was loaded with.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    yield CONFIG, json.dumps(config | {"quantization_config": _quantisation(dtype).to_dict()}, indent=2).encode
+    yield CONFIG, json.dumps(config | {"quantization_config": quantisation(dtype).to_dict()}, indent=2).encode
     yield from sharded(_tensors(base))
 
 

@@ -1,12 +1,9 @@
-"""TODO job.tune.model.config."""
+"""A base model's config and tokenizer: read without its code, and the sizes that the plan needs."""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer
 
 from job.core.errors import UsageError
 from job.core.memory import ModelShape

@@ -1,23 +1,18 @@
-"""TODO job.tune.model.four_bit."""
+"""The form of 4 bits: NF4 with double quantisation. Owner of bitsandbytes, its optimizers apart."""
 
 import importlib.metadata
 from collections.abc import Callable
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor
-from transformers import (
-    BitsAndBytesConfig,
-)
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
+from job.core.memory import NF4_BLOCK
 from job.tune.device.device import device_name
 
 COMPUTE_DTYPE = torch.bfloat16
 """What the base computes in: fp16 overflows in about one of five 7B runs (QLoRA's own README)."""
-
-
-_BLOCK = 64
-"""Weights that share a scale: bitsandbytes' own choice for a layer, which transformers has no word for."""
 
 
 def quantised_form(device: torch.device) -> dict[str, str]:
@@ -27,15 +22,16 @@ def quantised_form(device: torch.device) -> dict[str, str]:
     """
     versions = {name: importlib.metadata.version(name) for name in ("bitsandbytes", "torch", "transformers")}
     return {
-        **{name: str(value) for name, value in _quantisation(COMPUTE_DTYPE).to_dict().items()},
-        "block_size": str(_BLOCK),
+        **{name: str(value) for name, value in quantisation(COMPUTE_DTYPE).to_dict().items()},
+        "block_size": str(NF4_BLOCK),
         "device": device_name(device),
         "vectors": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "",
         **{name: ".".join(version.split(".")[:2]) for name, version in versions.items()},
     }
 
 
-def _quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The same as transformers is told it."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -44,13 +40,23 @@ def _quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def without_cpu_repacking(model: nn.Module) -> None:
+    """Keep the layers' weights as they are packed: on CPUs with AVX512-BF16 eval mode would repack them in place, and
+    refuse some shapes."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Put a weight into 4 bits as the base's layers are: rows [M, K] -> `rows @ weight.T` [M, N].
 
     Args:
         weight: [N, K] in the compute dtype, on the device that computes; K in whole blocks of 64.
     """
-    packed, state = bnb.functional.quantize_4bit(weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
+    packed, state = bnb.functional.quantize_4bit(
+        weight, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+    )
 
     @torch.no_grad()
     def product(rows: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 64 * 2**20
 """Of a file that is written. It stands in memory twice, and several are made at once: a gigabyte for eight."""
-
 Files = Iterator[tuple[str, Callable[[], bytes]]]
 """Name, and what makes the content: on any thread, and several at once."""
 

@@ -11,7 +11,7 @@ from tiny import ARCHITECTURES, EVERY_LINEAR, adapted, backward, gradients, micr
 from job.core.recipe import LoraSection
 from job.kernels import linear as layer
 from job.tune.engines import choice, loss
-from job.tune.engines.choice import choose_path
+from job.tune.engines.choice import choose_engine
 from job.tune.engines.selftest import check_model
 from job.tune.model.adapter import trainable
 
@@ -23,7 +23,7 @@ def model_of(bases, architecture="llama", *, dtype=torch.float32, dropout=0.0):
 
 
 def chosen(model, wanted="generic"):
-    return choose_path(model, wanted, backward=torch.Tensor.backward, on_stopped=print)
+    return choose_engine(model, wanted, backward=torch.Tensor.backward, on_stopped=print)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -51,8 +51,8 @@ def another_result(*arguments, _true=layer.forward):
     return 1.5 * y, h
 
 
-def no_gradient(*arguments, share, seed, _true=loss.head_loss):
-    return replace(_true(*arguments, share=share, seed=seed), a=None)
+def no_gradient(*arguments, weight_per_target, seed, _true=loss.head_loss):
+    return replace(_true(*arguments, weight_per_target=weight_per_target, seed=seed), a=None)
 
 
 def no_kernel(*_, **__):
@@ -60,8 +60,8 @@ def no_kernel(*_, **__):
     raise RuntimeError(msg)
 
 
-def another_head(*arguments, share, seed, _true=loss.head_loss):
-    return _true(*arguments, share=2 * share, seed=seed)
+def another_head(*arguments, weight_per_target, seed, _true=loss.head_loss):
+    return _true(*arguments, weight_per_target=2 * weight_per_target, seed=seed)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "generic"])
@@ -123,10 +123,10 @@ def test_peft_s_own_layers_within_peft_s_own_layers(bases, documents, monkeypatc
             torch.testing.assert_close(model(batch), before)
 
     assert used == []
-    assert "one_op" in vars(model.model.get_base_model().lm_head)
+    assert "fused" in vars(model.model.get_base_model().lm_head)
     with model.linears.as_peft_has_them():
         model.linears.leave_to_peft()  # as where it is found out meanwhile
-    assert "one_op" not in vars(model.model.get_base_model().lm_head)
+    assert "fused" not in vars(model.model.get_base_model().lm_head)
 
 
 def test_peft_s_own_layers_are_not_compiled():

@@ -11,7 +11,7 @@ from job.kernels import linear_op as layer_op
 from job.tune.device.random_state import random_state as generators
 from job.tune.engines import layers
 from job.tune.engines.attention_choice import AttentionChoice
-from job.tune.engines.autograd import AutogradPath, Compiling
+from job.tune.engines.autograd import AutogradEngine, Compiling
 from job.tune.engines.layers import variants_compiled
 from job.tune.engines.padding import decoder_inputs, grain_of, padded_size
 from job.tune.model.adapter import trainable
@@ -36,7 +36,7 @@ def model_of(bases, architecture, *, dropout=0.0):
 
 def compiled(model, told=None, backend=BACKEND):
     stopped = [] if told is None else told
-    path = AutogradPath(model, torch.Tensor.backward, compiling=Compiling(backend=backend, on_stopped=stopped.append))
+    path = AutogradEngine(model, torch.Tensor.backward, compiling=Compiling(backend=backend, on_stopped=stopped.append))
     path.adopt(plan_of(4096))
     return path
 
@@ -75,19 +75,19 @@ def test_sizes_are_few_and_waste_little():
 def test_padding_is_a_document_of_its_own_and_changes_no_bit(any_model, documents):
     batch = micro_batch(documents, range(3))
     filled = decoder_inputs(batch, tokens=192)
-    assert filled["document_bounds"].tolist() == [*batch.bounds.tolist(), 192]
+    assert filled["document_cu_seqlens"].tolist() == [*batch.cu_seqlens.tolist(), 192]
     assert filled["document_lengths"].tolist() == [*batch.document_lengths, 192 - batch.tokens]
     any_model.eval()
     with torch.no_grad():
-        plain = any_model.summed_loss(batch, share=1.0)[1]
+        plain = any_model.summed_loss(batch, weight_per_target=1.0)[1]
         for tokens in (batch.tokens, 192):
-            assert torch.equal(any_model.summed_loss(batch, share=1.0, padded_to=tokens)[1], plain)
+            assert torch.equal(any_model.summed_loss(batch, weight_per_target=1.0, padded_to=tokens)[1], plain)
 
 
 def test_one_variant_for_the_first_layer_and_one_for_the_others_computed_again_or_not(bases, documents):
     model = model_of(bases, "qwen3", dropout=0.3)
     batches = [micro_batch(documents, members) for members in OF_A_FEW]
-    expected = [done(AutogradPath(model, torch.Tensor.backward), model, batch) for batch in batches]
+    expected = [done(AutogradEngine(model, torch.Tensor.backward), model, batch) for batch in batches]
     before = variants_compiled()
     path = compiled(model)
     found = [done(path, model, batch) for batch in batches]
@@ -112,7 +112,7 @@ def test_where_there_is_no_way_back_nothing_is_compiled(bases, documents):
 @pytest.mark.parametrize("said", [{"compiled": True}, {"compiled": False}, {}])
 def test_layers_are_compiled_where_the_plan_says_so_or_is_an_older_image_s(bases, documents, said):
     model = model_of(bases, "llama")
-    path = AutogradPath(model, torch.Tensor.backward, compiling=Compiling(backend=BACKEND, on_stopped=print))
+    path = AutogradEngine(model, torch.Tensor.backward, compiling=Compiling(backend=BACKEND, on_stopped=print))
     before = variants_compiled()
     path.adopt(plan_of(4096, **said))
     done(path, model, micro_batch(documents, [0]))
@@ -138,7 +138,7 @@ def fails_on_the_way_back(graph, inputs):
 def test_where_the_compiler_fails_layers_run_as_they_are_and_gradients_are_whole(bases, documents, backend):
     model, told = model_of(bases, "llama", dropout=0.3), []
     batch, other = micro_batch(documents, range(3)), micro_batch(documents, range(3, 6))
-    plain = AutogradPath(model, torch.Tensor.backward)
+    plain = AutogradEngine(model, torch.Tensor.backward)
     for parameter in trainable(model):
         parameter.grad = torch.ones_like(parameter)
     expected = done(plain, model, batch), done(plain, model, other)
@@ -172,7 +172,7 @@ def test_where_the_compiler_fails_the_gpu_s_generator_is_put_back_too(bases, doc
 def test_memory_that_runs_out_before_the_first_way_back_leaves_it_a_way_out(bases, documents):
     model, told, tried = model_of(bases, "llama", dropout=0.3), [], []
     batch = micro_batch(documents, range(3))
-    expected = done(AutogradPath(model, torch.Tensor.backward), model, batch)
+    expected = done(AutogradEngine(model, torch.Tensor.backward), model, batch)
 
     def scarce(total):
         tried.append(total)
@@ -180,7 +180,7 @@ def test_memory_that_runs_out_before_the_first_way_back_leaves_it_a_way_out(base
             raise torch.OutOfMemoryError
         total.backward()
 
-    path = AutogradPath(model, scarce, compiling=Compiling(backend=fails_on_the_way_back, on_stopped=told.append))
+    path = AutogradEngine(model, scarce, compiling=Compiling(backend=fails_on_the_way_back, on_stopped=told.append))
     path.adopt(plan_of(4096))
     with pytest.raises(torch.OutOfMemoryError):
         done(path, model, batch)
@@ -205,7 +205,7 @@ def test_compiled_layers_may_have_the_engine_s_own_attention(bases, documents, o
     """Their blocks are those of the documents as they are filled up; how many there are is no part of the code."""
     model, told = model_of(bases, architecture), []
     batches = [micro_batch(documents, members) for members in OF_A_FEW]
-    expected = [done(AutogradPath(model, torch.Tensor.backward), model, batch) for batch in batches]
+    expected = [done(AutogradEngine(model, torch.Tensor.backward), model, batch) for batch in batches]
     assert own_kernels.calls == 0
     model.attention = AttentionChoice(own=True, reason=None)
     before, path = variants_compiled(), compiled(model, told)
@@ -224,9 +224,9 @@ def test_weights_are_kept_or_given_up_by_the_plan(bases, documents):
     plain = done(path, model, batch)
     assert path.give_up_weights() is None
     path.adopt(plan_of(4096, kept_layers=2))
-    assert model.linears.keeps_decoded
+    assert model.linears.keeps_dequantised
     assert_same(done(path, model, batch), plain)
     assert path.give_up_weights() == {"kept_layers": 0}
-    assert not model.linears.keeps_decoded
+    assert not model.linears.keeps_dequantised
     assert path.give_up_weights() is None
     assert_same(done(path, model, batch), plain)

@@ -12,18 +12,18 @@ from job.core.recipe import LoraSection
 from job.kernels import cuda_graphs as replay
 from job.kernels import llama_step as llama
 from job.kernels import reference
-from job.kernels.attention import Documents
-from job.kernels.llama_step import Thrift
+from job.kernels.attention import Segments
+from job.kernels.llama_step import Saving
 from job.kernels.ops import Masks
 from job.tune.engines.attention_choice import AttentionChoice
-from job.tune.engines.autograd import AutogradPath
-from job.tune.engines.choice import choose_path
+from job.tune.engines.autograd import AutogradEngine
+from job.tune.engines.choice import choose_engine
 from job.tune.engines.families import reason_against
-from job.tune.engines.handwritten import FastPath, _row
+from job.tune.engines.handwritten import HandwrittenEngine, _row
 from job.tune.engines.selftest import difference
 from job.tune.model.adapter import trainable
 
-PLAIN = Thrift(kept_layers=0, recomputed_layers=0)
+PLAIN = Saving(kept_layers=0, recomputed_layers=0)
 TARGETS = {"some": ("q_proj", "v_proj", "down_proj"), "every": EVERY_LINEAR, "linear": "all-linear"}
 
 
@@ -38,12 +38,12 @@ def lora_of(targets="every", *, dropout=0.0):
     return LoraSection(r=4, alpha=8, dropout=dropout, targets=TARGETS[targets])
 
 
-def fast(model, thrift=PLAIN, ops=reference):
-    return FastPath(model, ops, dtype=torch.float32, thrift=thrift)
+def fast(model, saving=PLAIN, ops=reference):
+    return HandwrittenEngine(model, ops, dtype=torch.float32, saving=saving)
 
 
 def generic(model):
-    return AutogradPath(model, torch.Tensor.backward)
+    return AutogradEngine(model, torch.Tensor.backward)
 
 
 def done(path, model, batch, *, targets=None):
@@ -76,7 +76,7 @@ def test_the_engine_s_own_attention_changes_nothing(family, documents, own_kerne
     expected = done(fast(model), model, batch)
     assert own_kernels.calls == 0
     model.attention = AttentionChoice(own=True, reason=None)
-    for path in (fast(model), fast(model, Thrift(kept_layers=0, recomputed_layers=2)), generic(model)):
+    for path in (fast(model), fast(model, Saving(kept_layers=0, recomputed_layers=2)), generic(model)):
         before = own_kernels.calls
         assert_close(done(path, model, batch), expected)
         assert own_kernels.calls > before
@@ -90,14 +90,14 @@ def test_a_tied_head_is_projected_with_the_embedding(tied_base, documents):
 
 
 @pytest.mark.parametrize(
-    "thrift", [Thrift(kept_layers=1, recomputed_layers=1), Thrift(kept_layers=2, recomputed_layers=2)]
+    "saving", [Saving(kept_layers=1, recomputed_layers=1), Saving(kept_layers=2, recomputed_layers=2)]
 )
-def test_saving_memory_changes_no_bit(family, documents, thrift):
+def test_saving_memory_changes_no_bit(family, documents, saving):
     model = adapted(family["qwen3"], lora_of(dropout=0.1), moved=True)
     model.train()
     batch = micro_batch(documents, range(4))
     results = []
-    for each in (PLAIN, thrift):
+    for each in (PLAIN, saving):
         torch.manual_seed(3)
         results.append(done(fast(model, each), model, batch))
 
@@ -221,7 +221,9 @@ def test_a_micro_batch_that_is_filled_up_is_the_same(family, documents, own_kern
     room = replay.empty_row(replay.rounded(row), row)
     for _twice in range(2):  # what stood there before is gone
         replay.fill(room, row)
-    room = replace(room, documents=Documents(bounds=room.documents.bounds, lengths=lengths_in(room.documents.bounds)))
+    room = replace(
+        room, segments=Segments(cu_seqlens=room.segments.cu_seqlens, lengths=lengths_in(room.segments.cu_seqlens))
+    )
     losses = path._step.accumulate(room)
 
     assert bool(own_kernels.calls) is own_attention
@@ -230,9 +232,9 @@ def test_a_micro_batch_that_is_filled_up_is_the_same(family, documents, own_kern
     assert_close((losses[: len(expected[0])], gradients(model)), expected)
 
 
-def lengths_in(bounds):
+def lengths_in(cu_seqlens):
     """What the GPU's kernel reads off the bounds, where the CPU's attention goes by lengths."""
-    return tuple(int(length) for length in bounds.diff())
+    return tuple(int(length) for length in cu_seqlens.diff())
 
 
 def test_what_is_filled_up_has_few_sizes(family, documents):
@@ -257,15 +259,15 @@ def test_evaluation_has_no_dropout(family, documents):
 # --- a whole attempt -------------------------------------------------------------------------------------------------
 
 
-def on_fast_path(made, thrift=PLAIN):
-    made.path = fast(made.model, thrift)
+def on_fast_path(made, saving=PLAIN):
+    made.path = fast(made.model, saving)
     return made
 
 
 def test_a_run_is_the_one_that_autograd_makes(start, family):
     options = {"base": family["llama"], "lora": lora_of(), "batch_size": 4, "steps": 6}
     expected = start(**options).run(evaluate_every=3)
-    made = on_fast_path(start(**options), Thrift(kept_layers=2, recomputed_layers=0)).run(evaluate_every=3)
+    made = on_fast_path(start(**options), Saving(kept_layers=2, recomputed_layers=0)).run(evaluate_every=3)
 
     assert made.progress.losses == pytest.approx(expected.progress.losses, rel=1e-4)
     assert made.progress.evaluations[6].loss == pytest.approx(expected.progress.evaluations[6].loss, rel=1e-4)
@@ -273,7 +275,7 @@ def test_a_run_is_the_one_that_autograd_makes(start, family):
 
 def test_out_of_memory_gives_up_decoded_weights_and_then_computes_again(start, family):
     made = on_fast_path(
-        start(base=family["llama"], lora=lora_of(), steps=1), Thrift(kept_layers=2, recomputed_layers=0)
+        start(base=family["llama"], lora=lora_of(), steps=1), Saving(kept_layers=2, recomputed_layers=0)
     )
     plan = plan_of(64, engine="fast", kept_layers=2)
 
@@ -333,9 +335,9 @@ def test_a_norm_with_a_zero_is_left_to_autograd(family):
 def test_asked_for_it_is_taken_once_it_agrees(family):
     model = adapted(family["llama"], lora_of())
     before = [parameter.clone() for parameter in trainable(model)]
-    choice = choose_path(model, "fast", backward=torch.Tensor.backward, on_stopped=print, dtype=torch.float32)
+    choice = choose_engine(model, "fast", backward=torch.Tensor.backward, on_stopped=print, dtype=torch.float32)
 
-    assert (choice.name, type(choice.path)) == ("fast", FastPath)
+    assert (choice.name, type(choice.path)) == ("fast", HandwrittenEngine)
     assert all(torch.equal(parameter, old) for parameter, old in zip(trainable(model), before, strict=True))
     assert all(parameter.grad is None for parameter in trainable(model))
 
@@ -343,14 +345,16 @@ def test_asked_for_it_is_taken_once_it_agrees(family):
 def test_where_it_does_not_fit_asking_for_it_is_refused(bases):
     model = adapted(bases["gemma2"], LoraSection(r=4, targets="all-linear"))
     with pytest.raises(UsageError, match=r"--engine fast: .* not of the Llama family"):
-        choose_path(model, "fast", backward=torch.Tensor.backward, on_stopped=print, dtype=torch.float32)
+        choose_engine(model, "fast", backward=torch.Tensor.backward, on_stopped=print, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "generic"])
 def test_otherwise_autograd_trains(family, wanted):
-    choice = choose_path(adapted(family["llama"], lora_of()), wanted, backward=torch.Tensor.backward, on_stopped=print)
+    choice = choose_engine(
+        adapted(family["llama"], lora_of()), wanted, backward=torch.Tensor.backward, on_stopped=print
+    )
 
-    assert (choice.name, type(choice.path)) == ("generic", AutogradPath)
+    assert (choice.name, type(choice.path)) == ("generic", AutogradEngine)
 
 
 class Spoilt:
@@ -364,7 +368,7 @@ class Spoilt:
 
 
 def other_scale(weight, out):
-    reference.decode(weight, out)
+    reference.dequantise(weight, out)
     out.mul_(1.5)
 
 
@@ -373,20 +377,20 @@ def no_gradient(gate_up, grad, d_gate_up, out):
     d_gate_up.zero_()
 
 
-def not_a_number(x, weight, out, inverse, epsilon):
+def not_a_number(x, weight, out, rstd, epsilon):
     out.fill_(float("nan"))
-    inverse.fill_(1)
+    rstd.fill_(1)
 
 
-def across_documents(x, cos, sin, weight, inverse, epsilon):
-    reference.rotate_forward(x, cos, sin, weight, inverse, epsilon)
+def across_documents(x, cos, sin, weight, rstd, epsilon):
+    reference.rotate_forward(x, cos, sin, weight, rstd, epsilon)
     x.add_(1e-4 * x.mean())
 
 
 @pytest.mark.parametrize(
     ("part", "wrong", "told"),
     [
-        ("decode", other_scale, "loss differs"),
+        ("dequantise", other_scale, "loss differs"),
         ("swiglu_backward", no_gradient, "the gradient of .* differs"),
         ("rms_forward", not_a_number, "loss differs"),
         ("rotate_forward", across_documents, "a document changes its neighbour"),

@@ -79,7 +79,7 @@ def test_under_dropout_it_is_the_formula_with_the_mask_that_was_drawn(bases, rat
     kept = float(mask.mean())
     assert kept == pytest.approx(1 - rate, abs=4 * (rate * (1 - rate) / mask.numel()) ** 0.5)
     weight = torch.empty(of.height, of.width)
-    reference.decode(of.weight, weight)
+    reference.dequantise(of.weight, weight)
     inputs = [each.detach().double().requires_grad_() for each in (x, of.adapter.a, of.adapter.b)]
     exact, a, b = inputs
     expected = exact @ weight.double().t() + of.adapter.scaling * (mask * exact / (1 - rate)) @ a.t() @ b.t()
@@ -135,7 +135,7 @@ def test_an_adapter_of_another_kind_is_right_and_left_to_peft_where_it_must_be(b
     with model.linears.as_peft_has_them():
         expected = backward(model, [micro_batch(documents, [0])])
 
-    assert hasattr(module, "one_op") == ("use_rslora" in kind)
+    assert hasattr(module, "fused") == ("use_rslora" in kind)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
@@ -145,14 +145,14 @@ def test_an_adapter_of_another_kind_is_right_and_left_to_peft_where_it_must_be(b
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_that_are_kept_decoded_change_no_bit(bases, documents, architecture, dtype):
     model, batch = model_of(bases, architecture, dtype=dtype), micro_batch(documents, range(3))
-    packed = {module.one_op for module in model.modules() if hasattr(module, "one_op")}
+    packed = {module.fused for module in model.modules() if hasattr(module, "fused")}
     before = backward(model, [batch])
-    model.linears.keep_decoded(wanted=True)
-    kept = {module.one_op for module in model.modules() if hasattr(module, "one_op")}
+    model.linears.keep_dequantised(wanted=True)
+    kept = {module.fused for module in model.modules() if hasattr(module, "fused")}
     with model.linears.as_peft_has_them():
         pass
     found = backward(model, [batch])
-    model.linears.keep_decoded(wanted=False)
+    model.linears.keep_dequantised(wanted=False)
     after = backward(model, [batch])
 
     assert any(isinstance(layer.weight, Quantised) for layer in packed)

@@ -69,7 +69,7 @@ def test_at_most_a_chunk_of_logits_exists_at_once(llama, documents, monkeypatch)
 
 def both_ways(model, batch):
     """Gradients of the mean loss: logits made once, and by autograd through the head."""
-    total, losses = model.summed_loss(batch, share=1 / batch.targets)
+    total, losses = model.summed_loss(batch, weight_per_target=1 / batch.targets)
     total.backward()
     once = losses, gradients(model)
     plain = model(batch)
@@ -119,7 +119,7 @@ def test_the_memory_plan_knows_what_autograd_holds_of_logits(kind, softcap, scal
     planned = _LOGITS_BY_AUTOGRAD[kind] * _LOGITS_CHUNK * vocabulary
 
     def run():
-        summed_loss(hidden, ids, bounded, share=1.0)[0].backward()
+        summed_loss(hidden, ids, bounded, weight_per_target=1.0)[0].backward()
 
     assert held(run) == pytest.approx(planned, rel=0.02)
 
@@ -137,6 +137,6 @@ def test_chunks_drop_by_masks_of_their_own(bases, documents, monkeypatch, scale)
     monkeypatch.setattr(loss_module, "CHUNK_TARGETS", batch.target_counts[0])
     model.train()
     with torch.no_grad():
-        first, second = model.summed_loss(batch, share=1.0)[1].chunk(2)
+        first, second = model.summed_loss(batch, weight_per_target=1.0)[1].chunk(2)
 
     assert not torch.equal(first, second)

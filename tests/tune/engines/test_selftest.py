@@ -68,8 +68,8 @@ def broken_attention():
 
 
 def test_attention_across_documents_is_found(model, broken_attention):
-    def leaking(*arguments, document_bounds, document_lengths, **options):
-        whole = {"document_bounds": document_bounds[[0, -1]], "document_lengths": document_lengths.sum()[None]}
+    def leaking(*arguments, document_cu_seqlens, document_lengths, **options):
+        whole = {"document_cu_seqlens": document_cu_seqlens[[0, -1]], "document_lengths": document_lengths.sum()[None]}
         return per_document_attention(*arguments, **whole, **options)
 
     broken_attention(leaking)
@@ -107,4 +107,4 @@ def test_attention_masks_and_sinks_are_refused(llama):
     q = torch.zeros(1, 4, 3, 16)
     for extra in ({"attention_mask": torch.zeros(1, 1, 3, 3)}, {"attention_mask": None, "s_aux": torch.zeros(4)}):
         with pytest.raises(UsageError, match="packing does not support"):
-            per_document_attention(llama, q, q, q, document_bounds=None, document_lengths=None, **extra)
+            per_document_attention(llama, q, q, q, document_cu_seqlens=None, document_lengths=None, **extra)

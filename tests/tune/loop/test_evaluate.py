@@ -53,7 +53,7 @@ def test_the_hits_are_the_targets_that_the_model_would_have_written(llama, docum
     for batch in one_by_one(documents):
         with torch.no_grad():
             lengths = torch.tensor(batch.document_lengths)
-            places = {"document_bounds": batch.bounds, "document_lengths": lengths}
+            places = {"document_cu_seqlens": batch.cu_seqlens, "document_lengths": lengths}
             written = llama.model(input_ids=batch.input_ids, use_cache=False, **places).logits[0].argmax(-1)
         hits += int((written[batch.target_places] == batch.target_ids).sum())
     assert judged(llama, documents, 64).correct == hits

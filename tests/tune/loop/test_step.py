@@ -11,7 +11,7 @@ from job.core.course import plan_course
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
 from job.core.packing import pack_evenly
 from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection
-from job.tune.engines.autograd import AutogradPath
+from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.engine import settle
 
 
@@ -188,7 +188,7 @@ def test_out_of_memory_makes_smaller_micro_batches_of_the_same_step(start):
     lora = LoraSection(r=8, alpha=16, targets=("v_proj", "lm_head"), dropout=0.1)
     made = start(lora=lora, batch_size=8, steps=3, micro_batch_tokens=300)
     ceiling = Ceiling(made, 80)
-    made.path, adopted = AutogradPath(made.model, made.accelerator.backward), []
+    made.path, adopted = AutogradEngine(made.model, made.accelerator.backward), []
     made.path.adopt = lambda plan: adopted.append(plan["micro_batch_tokens"])
     made.run(evaluate_every=100)
     assert adopted == [150, 75]

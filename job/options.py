@@ -1,0 +1,201 @@
+"""The options that commands share, and what they make of them: the attempt that the stages work with."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from job.core.errors import UsageError
+from job.core.memory import WantedEngine
+from job.ending import Session
+
+if TYPE_CHECKING:
+    from job.core.limits import Limits
+    from job.stages.attempt import Attempt
+
+DEFAULT_GRACE_SECONDS = 30.0
+"""What schedulers give where nobody sets anything else."""
+DEFAULT_LEASE_SECONDS = 60.0
+
+
+class Lines(click.ParamType):  # type: ignore[type-arg] # generic only in newer clicks
+    """Text whose environment variable holds one value a line."""
+
+    name = "text"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """Blank lines are none."""
+        return [line for line in rv.splitlines() if line.strip()]
+
+
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+workdir_option = click.option(
+    "--workdir",
+    envvar="JOB_WORKDIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("work"),
+    show_default=True,
+    help="Folder for downloads, encoded data and checkpoints on their way.",
+)
+device_option = click.option(
+    "--device",
+    envvar="JOB_DEVICE",
+    type=click.Choice(["auto", "cuda", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="`cuda` ends with 82 when no GPU is visible, instead of training on the CPU.",
+)
+engine_option = click.option(
+    "--engine",
+    envvar="JOB_ENGINE",
+    type=click.Choice(get_args(WantedEngine)),
+    default="auto",
+    show_default=True,
+    help="How gradients are computed. `auto` takes the hand-written step (`fast`) for Llama, Mistral and Qwen on a "
+    "GPU, where it gives what the generic engine gives; `fast` insists on it.",
+)
+
+
+def _open_outcome(context: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    from job.edge.host.outcome import Outcome
+
+    session: Session = context.obj
+    session.outcome = Outcome(path)
+
+
+def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command on a recipe takes; each also by JOB_ and its name in the environment."""
+    for option in (
+        click.option(
+            "--output",
+            envvar="JOB_OUTPUT",
+            metavar="URI",
+            help="Where runs/ is written; wins over the recipe's output.",
+        ),
+        click.option(
+            "--run-id",
+            envvar="JOB_RUN_ID",
+            metavar="ID",
+            help="Name of the run; without it the run's identity gives one.",
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            type=Lines(),
+            envvar="JOB_SET",
+            metavar="KEY=VALUE",
+            help="Override one key of the recipe, e.g. lora.r=16. In JOB_SET one to a line.",
+        ),
+        workdir_option,
+        device_option,
+        click.option(
+            "--outcome-file",
+            envvar="JOB_OUTCOME_FILE",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            is_eager=True,  # first: it is to say what is wrong with the others
+            callback=_open_outcome,
+            expose_value=False,
+            help="One small JSON, kept current: phase, step, loss, ETA; at the end exit code, reason, what to do.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def time_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `run` is told of the time it has."""
+    for option in (
+        click.option(
+            "--grace-seconds",
+            envvar="JOB_GRACE_SECONDS",
+            type=click.FloatRange(min=1),
+            help="Time between a request to stop and the kill: a stop is fitted into it. Without it 30 are taken for "
+            "likely.",
+        ),
+        click.option(
+            "--deadline",
+            envvar="JOB_DEADLINE",
+            metavar="TIME",
+            help="When the scheduler ends the job (ISO 8601 or Unix seconds); it saves and ends with 75 before.",
+        ),
+        click.option(
+            "--lease-seconds",
+            envvar="JOB_LEASE_SECONDS",
+            type=click.FloatRange(min=1),
+            default=DEFAULT_LEASE_SECONDS,
+            show_default=True,
+            help="How long another attempt at this run may be silent before it is taken for dead.",
+        ),
+        click.option(
+            "--stall-seconds",
+            envvar="JOB_STALL_SECONDS",
+            type=click.FloatRange(min=1),
+            help="End with 83 after so long without progress; without it each phase has its own time.",
+        ),
+    )[::-1]:  # click shows the last one that was added first
+        command = option(command)
+    return command
+
+
+def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "Attempt":
+    """Read the recipe and gather what the stages share; the session knows the attempt from here on.
+
+    Raises:
+        UsageError: the recipe or an option is wrong.
+    """
+    from job.core.recipe_text import load_recipe
+    from job.edge.host.process import age_seconds
+    from job.stages.attempt import Attempt, Phases, Worker
+
+    assert session.outcome is not None, "its option is eager"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: the recipe cannot be read ({error})") from error
+    overrides = [*options["overrides"]]
+    if options["output"]:
+        overrides.append(f"output={json.dumps(options['output'], ensure_ascii=False)}")  # as YAML, whatever is in it
+    run_id = options["run_id"]
+    if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", run_id):
+        raise UsageError(f"--run-id {run_id}: use letters, digits, '.', '_' and '-', at most 64")
+    worker = Worker(
+        recipe=load_recipe(text, source=str(path), overrides=overrides),
+        workdir=options["workdir"].resolve(),
+        device=options["device"],
+        engine=options.get("engine", "auto"),
+        should_stop=session.interrupt,
+    )
+    session.attempt = Attempt(
+        worker=worker,
+        run_id=run_id,
+        ask_to_stop=session.interrupt.ask,
+        is_kill_near=lambda: session.interrupt.signalled,
+        report_end=lambda error: session.end(error, shown=False),
+        grace_seconds=options.get("grace_seconds"),
+        limits=_limits(options),
+        stall_seconds=options.get("stall_seconds"),
+        lease_seconds=options.get("lease_seconds", DEFAULT_LEASE_SECONDS),
+        force=options.get("force", False),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        hide=session.hide,
+        outcome=session.outcome,
+        phases=Phases(session.outcome, began=time.monotonic() - age_seconds()),
+        step_events_seconds=0.0 if session.as_json else 1.0,
+    )
+    return session.attempt
+
+
+def _limits(options: Mapping[str, Any]) -> "Limits":
+    """The time that the attempt is given; the deadline on the monotonic clock, which nobody sets back."""
+    from job.core.limits import Limits, parse_deadline
+
+    given = options.get("deadline")
+    deadline = None if given is None else time.monotonic() + parse_deadline(given) - time.time()
+    return Limits(grace_seconds=options.get("grace_seconds") or DEFAULT_GRACE_SECONDS, deadline=deadline)

@@ -1,0 +1,64 @@
+"""The adapter's README: where it comes from, what it was trained on, how it is loaded; with front matter for hubs."""
+
+from dataclasses import dataclass
+
+from job.core.recipe import LoraSection, is_hub_id
+from job.core.report import DataReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What the card says."""
+
+    run_id: str
+    base: str
+    """A hub id, a folder, or a store's prefix."""
+    revision: str
+    licence: str | None
+    """Of the base; None: not known."""
+    data: DataReport
+    lora: LoraSection
+    step: int
+    """That the adapter is of."""
+    steps: int
+    base_loss: float
+    tuned_loss: float
+
+
+def adapter_card(card: Card) -> str:
+    """README.md, in Markdown."""
+    data, on_hub = card.data, is_hub_id(card.base)
+    hashes = "\n".join(f"- `{o.uri}` sha256 `{o.sha256}`" for o in (*data.train.objects, *data.validation.objects))
+    licence = card.licence or "not known; look at the base model"
+    loaded = card.base if on_hub else "path/to/base"
+    revision = f', revision="{card.revision}"' if on_hub else ""
+    return f"""---
+base_model: {card.base}
+library_name: peft
+tags: [lora, qlora]
+---
+# LoRA adapter for {card.base}
+
+Run `{card.run_id}`, step {card.step} of {card.steps}: validation loss
+{card.base_loss:.4f} (base) -> {card.tuned_loss:.4f}.
+
+- Base: `{card.base}`, revision `{card.revision}`
+- Licence of the base: {licence}. It holds for what is made from the base too.
+- Base read in 4 bits (NF4, double quantisation); LoRA r {card.lora.r}, alpha {card.lora.alpha:g}
+
+Trained on {data.train.used} examples, judged on {data.validation.used}:
+{hashes}
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                         bnb_4bit_compute_dtype=torch.bfloat16)
+base = AutoModelForCausalLM.from_pretrained("{loaded}", dtype=torch.bfloat16, quantization_config=nf4{revision})
+model = PeftModel.from_pretrained(base, "path/to/this/adapter")
+# On some CPUs bitsandbytes refuses sizes that it can compute with; without this they end in an assertion:
+# for module in base.modules(): module.support_avx512bf16_for_cpu = False
+```
+"""

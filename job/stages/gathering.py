@@ -1,0 +1,70 @@
+"""What training starts from, in the order of what it costs: the device, the small files, the data, the weights."""
+
+from job.core.crash_points import crash_point
+from job.core.errors import StopRequestedError
+from job.stages.attempt import Attempt
+from job.stages.base_source import BaseSource
+from job.stages.dataset import prepare_dataset
+from job.stages.hardware import look_at_hardware
+from job.stages.holding import Held
+from job.stages.loading import Inputs
+from job.tune.loop.track import refuse_trackers
+from job.tune.model.adapter import refuse_targets
+from job.tune.model.config import load_tokenizer, read_config, shape_of
+
+
+def gather(attempt: Attempt, held: Held) -> Inputs:
+    """Refuse what can be refused before gigabytes move, then bring the weights, and begin the attempt.
+
+    Raises:
+        JobError: as the stages do.
+        StopRequestedError: asked to stop.
+    """
+    worker, phases, run = attempt.worker, attempt.phases, held.run
+    _stop_if_asked(attempt)
+    device = look_at_hardware(attempt)
+    _stop_if_asked(attempt)
+    source = BaseSource(
+        run.base,
+        worker.recipe.model,
+        device=device,
+        models_folder=worker.models_folder,
+        settings=worker.settings,
+        should_stop=worker.should_stop,
+    )
+    crash_point("fetch_base.before")
+    with phases.phase("fetch_base"):
+        small = source.fetch_small(phases.fetched)
+    config, tokenizer = read_config(small), load_tokenizer(small)
+    refuse_targets(config, worker.recipe.lora)
+    refuse_trackers(worker.recipe.track)
+    dataset = prepare_dataset(
+        worker,
+        run,
+        tokenizer,
+        positions=shape_of(config).positions,
+        folder=worker.run_folder(run.artifacts.run_id),
+        phases=phases,
+    )
+    if dataset.report.overlap:
+        attempt.notes.append(
+            f"{dataset.report.overlap} held-out examples are also trained on: the validation loss flatters"
+        )
+    _stop_if_asked(attempt)
+    # After the data, which is small beside them: a wrong line is reported before gigabytes move.
+    with phases.phase("fetch_weights"):
+        base = source.fetch(phases.fetched)
+    return Inputs(
+        base=base,
+        source=source,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        artifacts=run.artifacts,
+        attempt_number=held.records.begin(),
+        device=device,
+    )
+
+
+def _stop_if_asked(attempt: Attempt) -> None:
+    if attempt.worker.should_stop():
+        raise StopRequestedError("asked to stop before the first step")

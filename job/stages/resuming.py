@@ -1,0 +1,70 @@
+"""Where a run goes on: from the newest checkpoint that verifies, else from the seed."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from job.core.crash_points import crash_point
+from job.core.cut import Cut, described, is_same_arithmetic
+from job.core.recipe import Recipe
+from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.tune.loop import checkpoint as checkpoints
+from job.tune.loop.checkpoint import State
+
+log = structlog.get_logger(__name__)
+
+_OTHER_MASKS = " (and dropout draws other masks)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Where this attempt begins."""
+
+    checkpoint: Checkpoint | None
+    """None: at the start."""
+    passed_over: tuple[dict[str, str], ...]
+    """Newer checkpoints that did not verify, each with the reason."""
+
+
+def resume(
+    state: State, artifacts: Artifacts, recipe: Recipe, scratch: Path, *, layers: int, should_stop: Callable[[], bool]
+) -> Resumed:
+    """Bring the state to where the run stands.
+
+    Args:
+        state: fresh, with the cut that is planned for this device.
+        artifacts: the run.
+        recipe: its seed and dropout.
+        scratch: a folder for the checkpoint on its way.
+        layers: of the decoder.
+        should_stop: polled while files arrive.
+
+    Raises:
+        DataError: a checkpoint of a newer version of the job.
+    """
+    torch.manual_seed(recipe.train.seed)
+    planned = state.progress.cut
+    newest, passed_over = artifacts.fetch_newest(scratch, should_stop=should_stop, only=checkpoints.FILES)
+    if newest is None:
+        return Resumed(checkpoint=None, passed_over=tuple(passed_over))
+    loaded = checkpoints.load(state, scratch / newest.name, layers=layers)
+    shutil.rmtree(scratch / newest.name)
+    crash_point("resume.after")
+    state.progress.changes += _changes(newest, state.progress.cut, planned, loaded, dropout=recipe.lora.dropout > 0)
+    if not is_same_arithmetic(state.progress.cut, planned):
+        state.progress.cut = planned
+    return Resumed(checkpoint=newest, passed_over=tuple(passed_over))
+
+
+def _changes(newest: Checkpoint, before: Cut, now: Cut, loaded: checkpoints.Loaded, *, dropout: bool) -> list[str]:
+    """What makes the run another one than without the interruption, in sentences."""
+    if not is_same_arithmetic(before, now):
+        where = f"resumed at step {newest.step} on {described(now)} after {described(before)}"
+        return [f"{where}: equal within rounding, not to the bit" + (_OTHER_MASKS if dropout else "")]
+    if dropout and not loaded.draws_as_we_do:
+        return [f"resumed at step {newest.step} from an earlier version's checkpoint: dropout draws other masks"]
+    return []
