@@ -1,11 +1,11 @@
-"""What each part of a path is worth: the product's trainer with one part after another switched off.
+"""What each part of an engine is worth: the product's step with one part after another switched off.
 
     python -m bench.attribution --base FOLDER --train TRAIN.jsonl [--engine fast] [--batch 128] [--tokens 4096]
         [--steps 8] [--warm-up 3] [--results bench/RESULTS.md]
 
 `--tokens` is the most of a micro-batch; without it the memory plan decides. Every step has the same examples. A part
 that is off is done as it would be without us: by torch's own operations, by bitsandbytes, by PEFT, or not at all. What
-then no longer fits is computed again, as in a run, and the row says so.
+then no longer fits is recomputed, as in a run, and the row says so.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import gc
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -25,7 +25,8 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
-from bench.training import SameBatch, hooks_of, load, recipe_of, run
+from bench.training import SameBatch, load, recipe_of
+from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels import reference
 from job.kernels.attention import Attention
 from job.kernels.llama_step import Saving
@@ -35,28 +36,27 @@ from job.tune.device.device import choose_device
 from job.tune.engines.attention_choice import AttentionChoice
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.loop.optimizer import make_optimizer
+from job.tune.loop.step import go_on
 from job.tune.model.adapter import trainable
 from job.tune.model.four_bit import COMPUTE_DTYPE
 
-_GIB = 2**30
-_NF4_BLOCK, _SCALES_BLOCK = 64, 256
 _OPS = [name for name in vars(Ops) if not name.startswith("_")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variation:
-    """A path with one part otherwise."""
+    """An engine with one part otherwise."""
 
     name: str
     cut: dict[str, Any] = field(default_factory=dict)
     """What differs from the plan."""
-    path: Callable[[Any], Any] | None = None
-    """Makes the path from what is loaded; None: the one that was chosen."""
+    engine: Callable[[Any], Any] | None = None
+    """Makes the engine from what is loaded; None: the one that was chosen."""
     meanwhile: Callable[[Any], AbstractContextManager[Any]] = lambda _loaded: nullcontext()
     """Around the steps."""
     optimizer: Callable[[Any], Any] | None = None
     """Makes the optimizer; None: over the flat adapter, as in a run."""
-    on_micro_batch: Callable[[], None] = lambda: None
+    look: Callable[[], bool] = go_on
 
 
 class ByDocument(Attention):
@@ -81,19 +81,19 @@ def dequantise_by_bitsandbytes(weight, out):
         absmax=weight.scales,
         shape=torch.Size((weight.height, weight.width)),
         code=weight.code,
-        blocksize=_NF4_BLOCK,
+        blocksize=NF4_BLOCK,
         quant_type="nf4",
         dtype=torch.bfloat16,
         offset=weight.offset,
         state2=QuantState(
-            absmax=weight.outer_scales, code=weight.scales_code, blocksize=_SCALES_BLOCK, dtype=torch.float32
+            absmax=weight.outer_scales, code=weight.scales_code, blocksize=NF4_OUTER_BLOCK, dtype=torch.float32
         ),
     )
     out.copy_(dequantize_4bit(weight.packed[:, None], state))
 
 
 def _with(**ops):
-    """A fast path with these parts instead of its own."""
+    """A fast engine with these parts instead of its own."""
 
     def make(loaded):
         own = ops_of(loaded.device)
@@ -123,7 +123,7 @@ def _torch_s_attention(loaded):
 
 
 def _without_graphs(_loaded):
-    return patch("job.tune.engines.autograd.Replay", lambda step, *_, **__: step)
+    return patch("job.tune.engines.handwritten.Replay", lambda step, *_, **__: step)
 
 
 def _tensor_by_tensor(loaded):
@@ -133,6 +133,7 @@ def _tensor_by_tensor(loaded):
 def _wait():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return False
 
 
 def _not_compiled(loaded):
@@ -147,38 +148,38 @@ def _peft(loaded):
 
 
 def variations_of(engine, layers):
-    """The path as it is, then one part after another otherwise."""
+    """The engine as it is, then one part after another otherwise."""
     as_it_is = Variation(name="as it is")
     if engine == "generic":
         return (
             as_it_is,
-            Variation(name="no decoded weights kept", cut={"kept_layers": 0}),
+            Variation(name="no dequantised weights kept", cut={"kept_layers": 0}),
             Variation(name="attention by torch's variable-length kernels", meanwhile=_torch_s_attention),
             Variation(name="layers not compiled", meanwhile=_not_compiled),
             Variation(name="nor one op a linear layer: PEFT's and bitsandbytes' own", meanwhile=_peft),
         )
     return (
         as_it_is,
-        Variation(name="no decoded weights kept", cut={"kept_layers": 0}),
+        Variation(name="no dequantised weights kept", cut={"kept_layers": 0}),
         Variation(
-            name="every layer goes forward again",
-            cut={"kept_layers": 0, "recomputed_layers": layers, "checkpointing": True},
+            name="every layer recomputed",
+            cut={"kept_layers": 0, "recomputed_layers": layers},
         ),
         Variation(name="micro-batches of 2,048 tokens", cut={"micro_batch_tokens": 2048}),
-        Variation(name="attention by torch's variable-length kernels", path=_by_torch_s_attention),
-        Variation(name="attention by SDPA, document by document", path=_attention_by_document),
+        Variation(name="attention by torch's variable-length kernels", engine=_by_torch_s_attention),
+        Variation(name="attention by SDPA, document by document", engine=_attention_by_document),
         Variation(
-            name="weights decoded by bitsandbytes at each use",
-            path=_with(dequantise=dequantise_by_bitsandbytes),
+            name="weights dequantised by bitsandbytes at each use",
+            engine=_with(dequantise=dequantise_by_bitsandbytes),
             cut={"kept_layers": 0},
         ),
-        Variation(name="norms by torch's operations", path=_by_torch("rms_forward", "rms_backward_add")),
-        Variation(name="rotation by torch's operations", path=_by_torch("rotate_forward", "rotate_backward")),
-        Variation(name="SwiGLU by torch's operations", path=_by_torch("swiglu_forward", "swiglu_backward")),
-        Variation(name="cross-entropy by torch's operations", path=_by_torch("cross_entropy_in_place")),
+        Variation(name="norms by torch's operations", engine=_by_torch("rms_forward", "rms_backward_add")),
+        Variation(name="rotation by torch's operations", engine=_by_torch("rotate_forward", "rotate_backward")),
+        Variation(name="SwiGLU by torch's operations", engine=_by_torch("swiglu_forward", "swiglu_backward")),
+        Variation(name="cross-entropy by torch's operations", engine=_by_torch("cross_entropy_in_place")),
         Variation(name="no CUDA graphs", meanwhile=_without_graphs),
         Variation(name="optimizer tensor by tensor", optimizer=_tensor_by_tensor),
-        Variation(name="the host waits for each micro-batch", on_micro_batch=_wait),
+        Variation(name="the host waits for each micro-batch", look=_wait),
     )
 
 
@@ -196,27 +197,22 @@ class Result:
 
 
 def measure(loaded, variation, *, members, steps, warm_up):
-    """Some steps of the trainer with this variation."""
-    records, ran_out = [], {}
-    loaded.choice.path.adopt(loaded.cut(tokens=loaded.planned["micro_batch_tokens"]))  # it keeps nothing meanwhile
-    if variation.path is not None:
-        loaded = replace(loaded, choice=replace(loaded.choice, path=variation.path(loaded)))
-    trained = loaded.trained(loaded.planned | variation.cut, variation.optimizer and variation.optimizer(loaded))
-    planned = dict(trained.progress.plan)
-    hooks = hooks_of(
-        on_step=records.append,
-        on_out_of_memory=ran_out.update,
-        on_micro_batch=variation.on_micro_batch,
-    )
+    """Some steps with this variation."""
+    loaded.choice.engine.adopt(loaded.cut(tokens=loaded.planned.micro_batch_tokens))  # it keeps nothing meanwhile
+    if variation.engine is not None:
+        loaded = replace(loaded, choice=replace(loaded.choice, engine=variation.engine(loaded)))
+    planned = replace(loaded.planned, **variation.cut)
+    state = loaded.state(planned, variation.optimizer and variation.optimizer(loaded))
     gc.collect()
     if loaded.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with variation.meanwhile(loaded):
-        run(loaded.trainer(trained, hooks, SameBatch(members=tuple(members), steps=steps)))
+        records = [*loaded.steps(state, SameBatch(members=tuple(members), steps=steps), look=variation.look)]
     peak = torch.cuda.max_memory_allocated() if loaded.device.type == "cuda" else None
     rate = median(record.tokens / record.seconds for record in records[warm_up:])
-    changed = {key: value for key, value in ran_out.items() if value != planned.get(key)}
+    then = asdict(state.progress.cut)
+    changed = {key: then[key] for key, value in asdict(planned).items() if then[key] != value}
     return Result(rate=rate, peak_bytes=peak, ran_out=changed, loss=records[-1].loss)
 
 
@@ -228,12 +224,12 @@ def section(results):
             name if not result.ran_out else f"{name} (memory ran out, then {_said(result.ran_out)})",
             f"{result.rate:,.0f}",
             f"{result.rate / best - 1:+.1%}",
-            "not counted here" if result.peak_bytes is None else f"{result.peak_bytes / _GIB:.1f}",
+            "not counted here" if result.peak_bytes is None else f"{result.peak_bytes / GIB:.1f}",
             f"{result.loss:.4f}",
         )
         for name, result in results.items()
     ]
-    return table(("", "real tok/s", "against the path as it is", "peak GiB", "loss of the last step"), rows)
+    return table(("", "real tok/s", "against the engine as it is", "peak GiB", "loss of the last step"), rows)
 
 
 def _said(change):
@@ -276,8 +272,8 @@ def _write(options, loaded, members, results):
     cut = loaded.planned
     about = (
         f"{options.base.name}: {len(members)} examples a step, {int(loaded.documents.lengths[members].sum()):,} real "
-        f"tokens, at most {cut['micro_batch_tokens']:,} in a micro-batch; {cut['recomputed_layers']} of "
-        f"{loaded.shape.layers} layers recomputed, {cut['kept_layers']} with decoded weights kept."
+        f"tokens, at most {cut.micro_batch_tokens:,} in a micro-batch; {cut.recomputed_layers} of "
+        f"{loaded.shape.layers} layers recomputed, {cut.kept_layers} with dequantised weights kept."
     )
     heading = f"## What each part is worth: {options.engine} path, {options.batch} examples"
     name = f"attribution-{options.engine}-{options.batch}"

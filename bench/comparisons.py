@@ -59,7 +59,7 @@ _TUTORIAL = Rival(
 )
 _HF = Rival(
     name="hf-tuned",
-    about="transformers' Stepper: 32 examples of like length, nothing recomputed, Liger",
+    about="transformers' Trainer: 32 examples of like length, nothing recomputed, Liger",
     module="bench.rivals.hf_tuned",
     arguments=("--batch", "32"),
 )

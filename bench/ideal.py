@@ -53,7 +53,7 @@ def _product(rates, rows, inner, columns):
 
 def _forward(shape, cut):
     """Share of the layers that go forward twice."""
-    return cut["recomputed_layers"] / shape.layers
+    return cut.recomputed_layers / shape.layers
 
 
 def elementwise_bytes(shape, tokens, targets, cut):
@@ -77,5 +77,5 @@ def attention_bytes(shape, tokens, cut):
 
 def decoding_bytes(shape, micro_batches, cut):
     """NF4 to bf16 once for each use; layers that keep their decoded weights have none."""
-    uses = micro_batches * (2 + _forward(shape, cut)) * (1 - cut["kept_layers"] / shape.layers)
+    uses = micro_batches * (2 + _forward(shape, cut)) * (1 - cut.kept_layers / shape.layers)
     return shape.linear_parameters * (_NF4_BYTES + _BF16) * uses

@@ -24,7 +24,7 @@ import torch
 from bench import plain
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
-from bench.training import hooks_of, load, recipe_of, run
+from bench.training import load, recipe_of
 from job.core.course import plan_course
 from job.tune.device.device import choose_device
 from job.tune.model.adapter import attach_lora
@@ -38,13 +38,10 @@ WARM_UP = 10
 
 
 def product_curve(recipe, engine, device):
-    """Loss of each step of the product's own trainer."""
-    found = []
+    """Loss of each of the product's own steps."""
     with tempfile.TemporaryDirectory(prefix="loss-curve-") as folder:
         loaded = load(recipe, engine, device, Path(folder))
-        hooks = hooks_of(on_step=lambda record: found.append(record.loss))
-        run(loaded.trainer(loaded.trained(loaded.planned), hooks, loaded.course))
-    return found
+        return [record.loss for record in loaded.steps(loaded.state(loaded.planned), loaded.course)]
 
 
 def plain_curve(recipe, device, *, seed):

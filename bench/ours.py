@@ -59,8 +59,8 @@ def _read(contestant, steps, report):
         raise NoResultError(f"{len(steps)} steps in its log, {contestant.warm_up} of them to warm up")
     plan, losses = report["plan"], report["curve"]["loss"]
     about = (
-        f"{plan['engine']} path, {plan['micro_batch_tokens']:,} tokens a micro-batch, {plan['recomputed_layers']} "
-        f"layers recomputed, {plan['kept_layers']} with decoded weights kept"
+        f"{plan['engine']} engine, {plan['micro_batch_tokens']:,} tokens a micro-batch, {plan['recomputed_layers']} "
+        f"layers recomputed, {plan['kept_layers']} with dequantised weights kept"
     )
     if plan["out_of_memory"]:
         about += f", {plan['out_of_memory']} times out of memory"

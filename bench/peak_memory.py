@@ -19,43 +19,41 @@ import torch
 
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
-from bench.training import SameBatch, filling, hooks_of, load, recipe_of, run
+from bench.training import SameBatch, filling, load, recipe_of
+from job.core.memory import GIB
 from job.tune.device.device import choose_device
 
 STEPS = 3
 """The optimizer's state is made in the first."""
-_GIB = 2**30
 _SHARES = {"none": 0.0, "half": 0.5, "all": 1.0}
-"""Of the layers, that compute their activations again."""
+"""Of the layers, that recompute their activations."""
 
 
 def peak_of(loaded, cut, members):
     """Most bytes that were allocated in the steps; None where nobody counts them; a word when memory ran out."""
     on_gpu = loaded.device.type == "cuda"
-    ran_out = []
-    hooks = hooks_of(on_out_of_memory=ran_out.append)
-    trained = loaded.trained(cut)
+    state = loaded.state(cut)
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    run(loaded.trainer(trained, hooks, SameBatch(members=tuple(members), steps=STEPS)))
-    if ran_out:
-        return "out of memory"
+    for record in loaded.steps(state, SameBatch(members=tuple(members), steps=STEPS)):
+        if record.setbacks.cuts:
+            return "out of memory"
     return torch.cuda.max_memory_allocated() if on_gpu else None
 
 
 def points_of(loaded, budgets, shares):
-    """Predicted and measured, for each budget and share of layers that go forward again."""
+    """Predicted and measured, for each budget and share of recomputed layers."""
     layers = loaded.shape.layers
-    for share in shares:  # in this order: the generic path does not leave checkpointing
-        again = round(_SHARES[share] * layers)
+    for share in shares:  # in this order: the least memory last
+        recomputed = round(_SHARES[share] * layers)
         for budget in budgets:
             members = filling(loaded.documents, budget)
             tokens = int(loaded.documents.lengths[members].sum())
-            cut = loaded.cut(tokens=budget, recomputed=again)
-            predicted = loaded.parts.peak(layers=layers, tokens=tokens, kept_layers=0, recomputed_layers=again)
+            cut = loaded.cut(tokens=budget, recomputed=recomputed)
+            predicted = loaded.parts.peak(layers=layers, tokens=tokens, kept_layers=0, recomputed_layers=recomputed)
             measured = peak_of(loaded, cut, members)
-            yield {"tokens": tokens, "recomputed": again, "predicted": predicted, "measured": measured}
+            yield {"tokens": tokens, "recomputed": recomputed, "predicted": predicted, "measured": measured}
 
 
 def measure_base(options):
@@ -75,8 +73,8 @@ def row_of(point):
         point["base"],
         f"{point['tokens']:,}",
         f"{point['recomputed']} of {point['layers']}",
-        f"{predicted / _GIB:.2f}",
-        f"{measured / _GIB:.2f}" if known else measured or "not counted here",
+        f"{predicted / GIB:.2f}",
+        f"{measured / GIB:.2f}" if known else measured or "not counted here",
         f"{predicted / measured - 1:+.1%}" if known else "",
     )
 

@@ -11,7 +11,7 @@ do not tell their shapes and stand in one row. Kernels of the update that torch 
 until an update has proved finite) count as elementwise.
 """
 
-import contextlib
+import itertools
 import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -25,8 +25,7 @@ from bench import ceiling
 from bench.ideal import all_products_seconds, ideal_seconds
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
-from bench.training import NO_END, SameBatch, hooks_of, load, recipe_of, run
-from job.core.errors import StopRequestedError
+from bench.training import NO_END, SameBatch, load, recipe_of
 from job.core.packing import pack_evenly
 from job.tune.device.device import choose_device
 
@@ -164,9 +163,11 @@ def profile_step(loaded, cut):
     """One step, profiled after the warm-up."""
     step = OneStep(loaded.device)
     course = SameBatch(members=tuple(loaded.course.batch(1)), steps=NO_END)
-    trainer = loaded.trainer(loaded.trained(cut), hooks_of(before_step=step.before_step), course)
-    with contextlib.suppress(StopRequestedError):
-        run(trainer)
+    stepper = loaded.stepper(loaded.state(cut), course)
+    for number in itertools.count(1):
+        if step.before_step():
+            break
+        stepper.step(number)
     return read(step.profile.events(), loaded.device)
 
 
@@ -174,7 +175,7 @@ def tell(loaded, cut, profiled, rates):
     """The section's text: the numbers of the step, and a row for each part."""
     batch = loaded.course.batch(1)
     lengths = loaded.documents.lengths[batch]
-    packs = pack_evenly(lengths.tolist(), most=max(cut["micro_batch_tokens"], int(lengths.max())))
+    packs = pack_evenly(lengths.tolist(), most=max(cut.micro_batch_tokens, int(lengths.max())))
     work = {
         "lengths": lengths,
         "targets": int(loaded.documents.targets[batch].sum()),
@@ -187,9 +188,9 @@ def tell(loaded, cut, profiled, rates):
     if not profiled.products:
         ideal[UNSORTED] = all_products_seconds(loaded.shape, rates, **work)
     about = (
-        f"{loaded.choice.name} path: {len(batch)} examples, {int(lengths.sum()):,} real tokens in {len(packs)} "
-        f"micro-batches of at most {cut['micro_batch_tokens']:,}; {cut['recomputed_layers']} of {loaded.shape.layers} "
-        f"layers recomputed, {cut['kept_layers']} with decoded weights kept. {_summary(profiled)} Large products "
+        f"{loaded.choice.name} engine: {len(batch)} examples, {int(lengths.sum()):,} real tokens in {len(packs)} "
+        f"micro-batches of at most {cut.micro_batch_tokens:,}; {cut.recomputed_layers} of {loaded.shape.layers} "
+        f"layers recomputed, {cut.kept_layers} with dequantised weights kept. {_summary(profiled)} Large products "
         f"sustain {rates['gemm_flops'] / 1e12:.1f} TFLOP/s here, a copy {rates['copy_bytes'] / 1e12:.2f} TB/s."
     )
     return about + "\n\n" + table(("part", "ms", "share", "kernels", "ideal ms", "ms / ideal"), _rows(profiled, ideal))
@@ -233,7 +234,7 @@ def main():
     print(text)
     command = f"    python -m bench.profile_step --base FOLDER --train TRAIN.jsonl --batch {options.batch}"
     command += "" if options.tokens is None else f" --tokens {options.tokens}"
-    heading = f"## Where a step goes: {options.base.name}, {options.batch} examples, {loaded.choice.name} path"
+    heading = f"## Where a step goes: {options.base.name}, {options.batch} examples, {loaded.choice.name} engine"
     name = f"profile-{options.base.name}-{options.batch}-{loaded.choice.name}"
     write_section(options.results, name, f"{heading}\n\n{command}\n\n{device_and_versions()}\n\n{text}")
 

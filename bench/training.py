@@ -1,32 +1,28 @@
-"""The product's own trainer without a run around it: made as the stages make it, for what a report cannot show."""
+"""The product's own steps without a run around them: made as the stages make them, for what a report cannot show."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import get_scheduler
 
 from bench.options import GSM8K
 from job.core.course import Course, plan_course
-from job.core.cut import plan_memory
+from job.core.cut import Cut, plan_memory
 from job.core.lengths import choose_max_length
 from job.core.memory import AdapterShape, MemoryParts, ModelShape, memory_parts
-from job.core.recipe import CheckpointSection, EvaluateSection, Recipe, TrackSection
+from job.core.recipe import Recipe, TrackSection
 from job.core.records import Tally, checked_lines
-from job.core.verdict import Evaluation
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import encode
 from job.tune.data.frame import token_rules
-from job.tune.device.device import device_memory, device_name
+from job.tune.device.device import device_memory
 from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
-from job.tune.loop import checkpoint as checkpoints
+from job.tune.loop.checkpoint import Progress, State
 from job.tune.loop.flat import FlatAdapter
-from job.tune.loop.optimizer import make_optimizer
-from job.tune.loop.step import Hooks, Stepper
+from job.tune.loop.optimizer import make_optimizer, make_scheduler
+from job.tune.loop.step import Stepper, go_on
 from job.tune.loop.track import make_accelerator
 from job.tune.model.adapter import attach_lora, parameter_counts
 from job.tune.model.base import load_base
@@ -85,8 +81,8 @@ class Loaded:
     adapter: FlatAdapter
     accelerator: Any
     choice: Choice
-    planned: dict[str, Any]
-    """The cut that the memory plan gives this device, as a checkpoint keeps it."""
+    planned: Cut
+    """The cut that the memory plan gives this device."""
 
     @property
     def parts(self) -> MemoryParts:
@@ -94,41 +90,54 @@ class Loaded:
         return memory_parts(self.shape, self.adapter_shape, self.choice.name, compiled=self.choice.compiled)
 
     def cut(self, *, tokens, recomputed=0, kept=0):
-        """A cut of our choice, in the plan's words."""
-        again = {"recomputed_layers": recomputed, "checkpointing": recomputed > 0, "compiled": self.choice.compiled}
-        return {"micro_batch_tokens": tokens, "evaluation_tokens": tokens, "kept_layers": kept} | again
-
-    def trained(self, cut, optimizer=None):
-        """The state of a run that has made no step; the adapter stays as it is. Without an optimizer: a run's own."""
-        train = self.recipe.train
-        optimizer = optimizer or make_optimizer(self.adapter.vectors, train)
-        facts = cut | {"engine": self.choice.name, "device": device_name(self.device)}
-        return checkpoints.Trained(
-            model=self.model.model,
-            optimizer=optimizer,
-            scheduler=get_scheduler(train.schedule, optimizer, train.warmup_steps, train.steps),
-            progress=checkpoints.Progress(plan=facts),
+        """A cut of our choice."""
+        return replace(
+            self.planned,
+            micro_batch_tokens=tokens,
+            evaluation_tokens=tokens,
+            kept_layers=kept,
+            recomputed_layers=recomputed,
         )
 
-    def trainer(self, trained, hooks, course):
-        """A trainer that moves this state."""
-        self.choice.path.adopt(trained.progress.plan)
-        self.choice.path.refresh()
+    def state(self, cut, optimizer=None):
+        """That of a run that has made no step; the adapter stays as it is. Without an optimizer: a run's own."""
+        train = self.recipe.train
+        optimizer = optimizer or make_optimizer(self.adapter.vectors, train)
+        return State(
+            model=self.model.model,
+            optimizer=optimizer,
+            scheduler=make_scheduler(optimizer, train, steps=train.steps),
+            progress=Progress(cut=cut),
+        )
+
+    def stepper(self, state, course):
+        """Moves this state step by step."""
+        self.choice.engine.adopt(state.progress.cut)
+        self.choice.engine.refresh()
         self.model.train()
         return Stepper(
-            path=self.choice.path,
+            engine=self.choice.engine,
             adapter=self.adapter,
-            trained=trained,
+            state=state,
             documents=self.documents,
             course=course,
             accelerator=self.accelerator,
             train=self.recipe.train,
-            hooks=hooks,
+            layers=self.shape.layers,
         )
+
+    def steps(self, state, course, *, look=go_on):
+        """The records of all steps of a course; `look` comes between two micro-batches."""
+        stepper = self.stepper(state, course)
+        for number in range(1, course.steps + 1):
+            record = stepper.step(number, cut_short=look)
+            if record is not None:
+                yield record
+        yield stepper.finish()
 
 
 def load(recipe, engine, device, folder):
-    """Load the recipe's base and data, attach its adapter, choose the path and plan the cut."""
+    """Load the recipe's base and data, attach its adapter, choose the engine and plan the cut."""
     base = Path(recipe.model.base)
     shape, memory = shape_of(read_config(base)), device_memory(device)
     documents = documents_of(recipe, load_tokenizer(base), shape.positions, folder)
@@ -139,12 +148,14 @@ def load(recipe, engine, device, folder):
     loaded = load_base(base, device=device)
     model = PackedModel(attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=train.seed))
     accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
-    choice = choose_engine(model, engine, backward=accelerator.backward, on_stopped=print)
-    adapter_shape = AdapterShape(parameters=parameter_counts(model)[0], rank=recipe.lora.r, optimizer=train.optimizer)
+    choice = choose_engine(model, engine, backward=accelerator.backward)
+    adapter_shape = AdapterShape(
+        parameters=parameter_counts(model.model)[0], rank=recipe.lora.r, optimizer=train.optimizer
+    )
     plan = plan_memory(
         shape,
         adapter_shape,
-        path=choice.name,
+        engine=choice.name,
         compiled=choice.compiled,
         device=memory,
         max_length=documents.max_length,
@@ -188,24 +199,3 @@ def filling(documents, tokens):
         if left < min(lengths):
             break
     return members
-
-
-def hooks_of(*, before_step: Callable[[], bool] = lambda: False, **others):
-    """Hooks of a trainer that nobody follows: no evaluation, no checkpoint; it stops when `before_step` says so."""
-    quiet = {
-        "evaluate": lambda step, _: Evaluation(step=step, nll=np.ones(1), tokens=np.ones(1), correct=0),
-        "on_first_step": lambda: None,
-        "on_step": lambda _record: None,
-        "on_evaluation": lambda _result: None,
-        "on_checkpoint": lambda: None,
-        "is_commit_due": lambda _steps: False,
-        "on_micro_batch": lambda: None,
-        "must_cut_step": lambda: False,
-        "on_out_of_memory": lambda _plan: None,
-    }
-    return Hooks(should_stop=before_step, **(quiet | others))
-
-
-def run(trainer):
-    """Carry a trainer to the end of its course, or to where its hooks stop it; nothing else interrupts it."""
-    trainer.run(CheckpointSection(every_steps=NO_END), EvaluateSection(every_steps=NO_END))

@@ -32,8 +32,7 @@ import boto3
 import torch
 from botocore.config import Config
 
-from bench.training import NO_END, hooks_of, load, run
-from job.core.errors import StopRequestedError
+from bench.training import NO_END, load
 from job.core.recipe_text import load_recipe
 from job.edge.run.artifacts import Artifacts, Checkpoint
 from job.edge.run.publisher import Publisher
@@ -91,8 +90,8 @@ def bucket(folder, endpoint, link):
 class Rounds:
     """Begins the uploads, and sorts steps and looks at the memory by whether one is under way."""
 
-    def __init__(self, trained, uri, folder, megabytes, wanted, least_steps):
-        self.trained, self.folder, self.size, self.wanted = trained, folder, megabytes * 10**6, wanted
+    def __init__(self, state, uri, folder, megabytes, wanted, least_steps):
+        self.state, self.folder, self.size, self.wanted = state, folder, megabytes * 10**6, wanted
         self.least_steps = least_steps
         self.steps, self.bytes_held, self.cpu = [], {True: [], False: []}, {True: [], False: []}
         self.uploads, self.cpu_before = [], time.thread_time()
@@ -106,9 +105,9 @@ class Rounds:
         threading.Thread(target=self.watch_memory, daemon=True).start()
 
     def is_done(self):
-        return len(self.steps) > self.wanted and self.is_due(0)
+        return len(self.steps) > self.wanted and self.is_due()
 
-    def is_due(self, _steps):
+    def is_due(self):
         """Whether the quiet half has as many steps as the other, so that the next round begins."""
         busy, quiet = (len(self.steps[-1][kind]) for kind in (True, False))
         return not self.publisher.under_way and quiet >= max(self.least_steps, busy)
@@ -117,9 +116,9 @@ class Rounds:
         if self.steps and self.is_done():
             return
         self.steps.append({True: [], False: []})
-        checkpoint = Checkpoint(step=self.trained.progress.step, attempt=1)
+        checkpoint = Checkpoint(step=self.state.progress.step, attempt=1)
         place = self.folder / checkpoint.name
-        checkpoints.save(self.trained, place)
+        checkpoints.save(self.state, place)
         missing = self.size - sum(path.stat().st_size for path in place.iterdir())
         (place / "filling").write_bytes(os.urandom(max(0, missing)))
         self.publisher.submit(place, checkpoint, candidates=())
@@ -175,17 +174,16 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="upload-slowdown-"))
     try:
         loaded = load(recipe, options.engine, device, folder / "encoded")
-        trained = loaded.trained(loaded.planned)
+        state = loaded.state(loaded.planned)
         with bucket(folder, options.endpoint, options.link) as uri:
-            rounds = Rounds(trained, uri, folder, options.megabytes, options.rounds, options.least_steps)
-            hooks = hooks_of(
-                before_step=rounds.is_done,
-                on_step=rounds.add,
-                on_checkpoint=rounds.begin,
-                is_commit_due=rounds.is_due,
-            )
-            with contextlib.suppress(StopRequestedError):
-                run(loaded.trainer(trained, hooks, loaded.course))
+            rounds = Rounds(state, uri, folder, options.megabytes, options.rounds, options.least_steps)
+            rounds.begin()
+            for record in loaded.steps(state, loaded.course):
+                rounds.add(record)
+                if rounds.is_due():
+                    rounds.begin()
+                if rounds.is_done():
+                    break
             rounds.publisher.close()
             rounds.tell()
     finally:

@@ -1,4 +1,4 @@
-"""transformers' Stepper, tuned: padded in groups of like length, nothing recomputed, Liger's kernels, fused AdamW.
+"""transformers' Trainer, tuned: padded in groups of like length, nothing recomputed, Liger's kernels, fused AdamW.
 
     pip install liger-kernel==0.8.5
     python -m bench.rivals.hf_tuned --base FOLDER --train TRAIN.jsonl --text TEMPLATE [--batch 32]
@@ -8,7 +8,7 @@ Liger's loss leaves out an adapter on the head without a word, so there is none.
 
 import torch
 from peft import get_peft_model
-from transformers import Stepper, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from bench.rivals.timing import StepTimer
 from bench.rivals.workload import adapter, arguments, encoded, load_base, padded, training
@@ -29,7 +29,7 @@ def main():
         use_liger_kernel=on_gpu,
         dataloader_num_workers=2 if on_gpu else 0,
     )
-    trainer = Stepper(
+    trainer = Trainer(
         model=model, args=TrainingArguments(**settings), train_dataset=encoded(options), data_collator=padded
     )
     timer = StepTimer(warm_up=options.warm_up)

@@ -7,7 +7,7 @@ Needs what the project needs. The adapter is on the head too, with dropout 0.05;
 
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
-from transformers import Stepper, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from bench.rivals.timing import StepTimer
 from bench.rivals.workload import adapter, arguments, encoded, load_base, padded, training
@@ -26,7 +26,7 @@ def main():
         optim="paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
         remove_unused_columns=False,
     )
-    trainer = Stepper(
+    trainer = Trainer(
         model=model,
         args=TrainingArguments(**settings),
         train_dataset=encoded(options),

@@ -75,7 +75,7 @@ def adapter(*, dropout=0.0, head=False):
 
 
 def training(options, **own):
-    """Arguments of a Stepper that all rivals share: bf16, no logging, nothing saved, no tracker; `own` wins."""
+    """Arguments of a Trainer that all rivals share: bf16, no logging, nothing saved, no tracker; `own` wins."""
     return {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": options.steps,

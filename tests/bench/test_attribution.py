@@ -21,14 +21,14 @@ def test_each_part_is_done_otherwise_and_the_loss_stays(tmp_path, base, examples
     assert losses == pytest.approx([losses[0]] * variations, rel=2e-3)
 
 
-def test_what_changed_when_memory_ran_out_is_said(tmp_path, base, examples, monkeypatch):
+def test_what_changed_when_memory_ran_out_is_reported(tmp_path, base, examples, monkeypatch):
     results, accumulate, failed = tmp_path / "RESULTS.md", HandwrittenEngine.accumulate, []
 
-    def once_too_much(self, batch, *, targets):
+    def once_too_much(self, batch, *, targets, seed):
         if self._model.training and not failed:  # not in the self-test
             failed.append(batch)
             raise torch.OutOfMemoryError
-        return accumulate(self, batch, targets=targets)
+        return accumulate(self, batch, targets=targets, seed=seed)
 
     monkeypatch.setattr(HandwrittenEngine, "accumulate", once_too_much)
     monkeypatch.setattr(attribution, "variations_of", lambda *_: (attribution.Variation(name="as it is"),))
@@ -37,7 +37,7 @@ def test_what_changed_when_memory_ran_out_is_said(tmp_path, base, examples, monk
     assert "as it is (memory ran out, then micro_batch_tokens 2048)" in results.read_text()
 
 
-def test_bitsandbytes_decodes_what_the_reference_decodes(base):
+def test_bitsandbytes_dequantises_what_the_reference_does(base):
     from job.tune.model.base import load_base
 
     module = load_base(base, device=torch.device("cpu")).model.layers[0].mlp.down_proj
@@ -45,6 +45,6 @@ def test_bitsandbytes_decodes_what_the_reference_decodes(base):
     assert isinstance(weight, Quantised)
     found, expected = (torch.empty(weight.height, weight.width, dtype=torch.bfloat16) for _ in range(2))
     dequantise_by_bitsandbytes(weight, found)
-    reference.decode(weight, expected)
+    reference.dequantise(weight, expected)
 
     assert torch.equal(found, expected)

@@ -43,7 +43,7 @@ def test_ours_runs_through_the_entry_point(results):
     assert (name, ratio, steps, real) == ("ours", "1.00", "2", "100%")
     assert float(rate.replace(",", "")) > 0
     assert "to" in losses
-    assert "- ours: the product; generic path, " in results
+    assert "- ours: the product; generic engine, " in results
 
 
 def test_a_rival_counts_by_the_median_of_its_real_tokens(results):

@@ -15,7 +15,7 @@ SHAPE = ModelShape(
     layers=2, hidden=64, intermediate=128, vocabulary=100, positions=512, heads=4, key_heads=2, head_width=16
 )
 RATES = {"gemm_flops": 1e12, "copy_bytes": 1e11}
-CUT = {"recomputed_layers": 0, "kept_layers": 0}
+CUT = SimpleNamespace(recomputed_layers=0, kept_layers=0)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ LENGTHS = np.random.default_rng(0).integers(104, 304, 7000).astype(np.int32)  # 
 WORK = Workload(
     shape=LLAMA_2_7B,
     adapter=AdapterShape(parameters=81_108_992, rank=32, optimizer="adamw_8bit"),
-    path="fast",
+    engine="fast",
     compiled=False,
     course=plan_course(examples=7000, batch_size=256, steps=None, epochs=1.0, seed=0),
     lengths=LENGTHS,
@@ -49,7 +49,7 @@ def test_less_memory_is_slower_and_still_fits():
 
     assert part.fits
     assert part.tokens_per_second < whole.tokens_per_second
-    assert part.cut.predicted_peak_bytes < 10 * 2**30
+    assert part.memory.predicted_peak_bytes < 10 * 2**30
 
 
 def test_small_steps_are_slower_than_large_ones():
@@ -60,12 +60,12 @@ def test_small_steps_are_slower_than_large_ones():
 
 
 def test_layers_that_are_not_compiled_need_more_memory():
-    compiled, plain = (replace(WORK, path="generic", compiled=compiled) for compiled in (True, False))
+    compiled, plain = (replace(WORK, engine="generic", compiled=compiled) for compiled in (True, False))
     small = gpu_named("h100", memory_gib=40)
 
     assert forecast(plain, small).parts.token_layer == pytest.approx(1.5 * forecast(compiled, small).parts.token_layer)
-    assert forecast(plain, small).cut.predicted_peak_bytes < 40 * 2**30
-    assert (forecast(plain, small).cut.compiled, forecast(compiled, small).cut.compiled) == (False, True)
+    assert forecast(plain, small).memory.predicted_peak_bytes < 40 * 2**30
+    assert (forecast(plain, small).memory.cut.compiled, forecast(compiled, small).memory.cut.compiled) == (False, True)
     assert ask_for(plain).gpu_memory_gib >= ask_for(compiled).gpu_memory_gib
 
 

@@ -1,9 +1,12 @@
 """Tiny random models, a readable tokenizer, and one attempt at training on them: what the stages do, in small."""
 
 import random
+import time
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,22 +26,36 @@ from transformers import (
 )
 
 from job.core.course import Course, plan_course
-from job.core.recipe import CheckpointSection, DataSection, EvaluateSection, LoraSection, TrackSection, TrainSection
+from job.core.cut import Cut
+from job.core.limits import Limits
+from job.core.recipe import (
+    CheckpointSection,
+    DataSection,
+    EvaluateSection,
+    LoraSection,
+    Recipe,
+    TrackSection,
+    TrainSection,
+)
 from job.core.records import Example
 from job.core.verdict import Evaluation
+from job.edge.host.outcome import Outcome
+from job.stages.attempt import Attempt as StagesAttempt
+from job.stages.attempt import Phases, Worker
+from job.stages.loop import Loop, TrainingFacts
+from job.stages.resuming import Resumed
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import encode
 from job.tune.data.frame import token_rules
 from job.tune.data.micro_batch import MicroBatch, micro_batch
 from job.tune.engines.autograd import AutogradEngine
-from job.tune.engines.engine import Path as Engine
+from job.tune.engines.engine import Engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop import checkpoint as checkpoints
-from job.tune.loop.checkpoint import Progress, Trained
-from job.tune.loop.evaluate import evaluate
+from job.tune.loop.checkpoint import Progress, State
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer
-from job.tune.loop.step import Hooks, Stepper, StepRecord
+from job.tune.loop.step import Stepper, StepRecord
 from job.tune.loop.track import make_accelerator
 from job.tune.model.adapter import attach_lora, trainable
 from job.tune.model.base import load_base
@@ -51,6 +68,7 @@ EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 WINDOW = 7
 """Tokens that a sliding window sees: fewer than any document here has."""
 VOCABULARY = 300
+LAYERS = 2
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PAIR = DataSection(train=("train.jsonl",), prompt="{q}", completion="{a}")
 
@@ -75,7 +93,7 @@ _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
     "initializer_range": 0.2,  # wide, so that attention, caps and windows move the loss
@@ -201,25 +219,63 @@ def one_by_one(documents: Documents) -> list[MicroBatch]:
     return [micro_batch(documents, [i]) for i in range(len(documents))]
 
 
-@dataclass
+class Commits:
+    """In place of a committer: notes what is committed, keeps it where a test asks for it, and cuts a step short."""
+
+    def __init__(self, made: "Attempt") -> None:
+        self._made = made
+        self._committed = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        return self._made.progress.step, len(self._made.progress.evaluations)
+
+    @property
+    def has_nothing(self) -> bool:
+        return self._committed == (0, 0)
+
+    def commit(self) -> None:
+        made = self._made
+        if self._now() != self._committed:
+            made.committed.append(made.progress.step)
+            if made.save_to is not None:
+                checkpoints.save(made.state, made.save_to / f"step-{made.progress.step}")
+        self._committed = self._now()
+
+    def is_clock_due(self) -> bool:
+        return False
+
+    def must_cut_step(self) -> bool:
+        self._made.micro_batches.append(self._made.progress.step)
+        return self._made.cut_after == self._made.progress.step
+
+
+class Teller:
+    """In place of the log: keeps what it is given."""
+
+    def __init__(self, made: "Attempt") -> None:
+        self.step = made.records.append
+        self.evaluation = made.judged.append
+
+
+@dataclass(kw_only=True)
 class Attempt:
-    """One attempt at training: fresh objects from the seed, and what the hooks saw."""
+    """One attempt at training: fresh objects from the seed, the loop of the stages, and what it did."""
 
     model: PackedModel
     flat: FlatAdapter
-    trained: Trained
+    state: State
     documents: Documents
     course: Course
     accelerator: Accelerator
-    train: TrainSection
-    path: Engine | None = None
+    recipe: Recipe
+    folder: Path
+    engine: Engine | None = None
     """None: autograd's."""
     stop_after: int | None = None
-    told: list[StepRecord] = field(default_factory=list)
-    when_first: Callable[[], None] = lambda: None
+    records: list[StepRecord] = field(default_factory=list)
+    judged: list[Evaluation] = field(default_factory=list)
+    facts: TrainingFacts | None = None
     committed: list[int] = field(default_factory=list)
-    shrunk: list[dict[str, Any]] = field(default_factory=list)
-    when_shrunk: Callable[[], None] | None = None
     save_to: Path | None = None
     micro_batches: list[int] = field(default_factory=list)
     """For each that was done, the last whole step."""
@@ -228,74 +284,107 @@ class Attempt:
 
     @property
     def progress(self) -> Progress:
-        return self.trained.progress
+        return self.state.progress
 
-    def trainer(self) -> Stepper:
+    @property
+    def cuts(self) -> list[Cut]:
+        """What steps were tried with after running out of memory."""
+        return [cut for record in self.records for cut in record.setbacks.cuts]
+
+    def stepper(self) -> Stepper:
         self.model.train()
+        self.engine = self.engine or AutogradEngine(self.model, self.accelerator.backward)
         return Stepper(
-            path=self.path or AutogradEngine(self.model, self.accelerator.backward),
+            engine=self.engine,
             adapter=self.flat,
-            trained=self.trained,
+            state=self.state,
             documents=self.documents,
             course=self.course,
             accelerator=self.accelerator,
-            train=self.train,
-            hooks=Hooks(
-                should_stop=lambda: self.stop_after is not None and self.progress.step >= self.stop_after,
-                evaluate=self._evaluate,
-                on_first_step=self.when_first,
-                on_step=self.told.append,
-                on_evaluation=lambda _evaluation: None,
-                on_checkpoint=self._commit,
-                is_commit_due=lambda _steps: False,
-                on_micro_batch=self._count_micro_batch,
-                must_cut_step=lambda: self.cut_after == self.progress.step,
-                on_out_of_memory=self._shrink,
-            ),
+            train=self.recipe.train,
+            layers=LAYERS,
         )
 
-    def run(self, *, evaluate_every: int = 4, checkpoint_every: int = 3) -> "Attempt":
-        self.trainer().run(CheckpointSection(every_steps=checkpoint_every), EvaluateSection(every_steps=evaluate_every))
+    def loop(self, **sections: Any) -> Loop:
+        """The loop of the stages; sections of the recipe by name."""
+        stepper, recipe = self.stepper(), self.recipe.model_copy(update=sections)
+        dataset = SimpleNamespace(train=self.documents, validation=self.documents)
+        memory = SimpleNamespace(cut=self.progress.cut)
+        facts = self.facts = TrainingFacts(
+            progress=self.progress,
+            course=self.course,
+            memory=memory,
+            engine_reason="",
+            questions=[],
+            architecture="",
+            trainable_parameters=0,
+            total_parameters=0,
+            resumed=Resumed(checkpoint=None, passed_over=()),
+        )
+        planned = SimpleNamespace(choice=SimpleNamespace(engine=self.engine), course=self.course, layers=LAYERS)
+        return Loop(
+            stages_attempt(recipe, self.folder, should_stop=self._should_stop),
+            SimpleNamespace(dataset=dataset, device=CPU, base=SimpleNamespace(quantised=False)),
+            planned,
+            model=self.model,
+            stepper=stepper,
+            committer=Commits(self),
+            teller=Teller(self),
+            facts=facts,
+        )
+
+    def run(self, *, evaluate_every: int = 4, checkpoint_every: int = 3, patience: int | None = None) -> "Attempt":
+        loop = self.loop(
+            evaluate=EvaluateSection(every_steps=evaluate_every, patience=patience),
+            checkpoint=CheckpointSection(every_steps=checkpoint_every),
+        )
+        with loop._attempt.phases.phase("train"):
+            loop.run()
         return self
 
-    def _evaluate(self, step: int, tokens_at_once: int) -> Evaluation:
-        return evaluate(
-            self.model,
-            self.documents,
-            step=step,
-            tokens_at_once=tokens_at_once,
-            should_stop=lambda: False,
-            on_progress=lambda _done: None,
-        )
-
-    def _shrink(self, plan: dict[str, Any]) -> None:
-        self.shrunk.append(plan)
-        if self.when_shrunk is not None:
-            self.when_shrunk()
-
-    def _count_micro_batch(self) -> None:
-        self.micro_batches.append(self.progress.step)
-
-    def _commit(self) -> None:
-        self.committed.append(self.progress.step)
-        if self.save_to is not None:
-            checkpoints.save(self.trained, self.save_to / f"step-{self.progress.step}")
+    def _should_stop(self) -> bool:
+        return self.stop_after is not None and self.progress.step >= self.stop_after
 
     def adapter(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in trainable(self.model)]
 
 
-def plan_of(micro_batch_tokens: int, **other: Any) -> dict[str, Any]:
-    """As the stages write it; whether layers are compiled is left to the path."""
-    return {
-        "engine": "generic",
-        "micro_batch_tokens": micro_batch_tokens,
-        "evaluation_tokens": 64,
-        "checkpointing": False,
-        "kept_layers": 0,
-        "recomputed_layers": 0,
-        "device": "CPU",
-    } | other
+def stages_attempt(recipe: Recipe, folder: Path, *, should_stop: Callable[[], bool] = lambda: False) -> StagesAttempt:
+    """The process's own, without a store, a log or an outcome file."""
+    outcome = Outcome(None)
+    return StagesAttempt(
+        worker=Worker(recipe=recipe, workdir=folder, device="cpu", engine="generic", should_stop=should_stop),
+        run_id=None,
+        ask_to_stop=lambda _reason: None,
+        is_kill_near=lambda: False,
+        report_end=lambda _error: 70,
+        grace_seconds=None,
+        limits=Limits(grace_seconds=30.0),
+        stall_seconds=None,
+        lease_seconds=60.0,
+        force=False,
+        started="",
+        hide=str,
+        outcome=outcome,
+        phases=Phases(outcome, began=time.monotonic()),
+        step_events_seconds=0.0,
+    )
+
+
+def cut_of(micro_batch_tokens: int, **other: Any) -> Cut:
+    """As the plan gives it."""
+    return replace(
+        Cut(
+            engine="generic",
+            micro_batch_tokens=micro_batch_tokens,
+            evaluation_tokens=64,
+            kept_layers=0,
+            recomputed_layers=0,
+            compiled=False,
+            device="CPU",
+        ),
+        **other,
+    )
 
 
 def attempt(
@@ -316,19 +405,71 @@ def attempt(
     train = TrainSection(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer, schedule=schedule
     )
+    recipe = Recipe(model={"base": "tiny/base", "revision": "0" * 40}, data=PAIR, lora=lora, train=train, output="o")
     model = adapted(base, lora, dtype=dtype)
     course = plan_course(examples=len(documents), batch_size=batch_size, steps=steps, epochs=None, seed=train.seed)
     flat = FlatAdapter(model)
     made = make_optimizer(flat.vectors, train)
     scheduler = get_scheduler(schedule, made, num_warmup_steps=1, num_training_steps=steps)
-    progress = Progress(plan=plan_of(micro_batch_tokens))
+    progress = Progress(cut=cut_of(micro_batch_tokens))
     torch.manual_seed(train.seed)
     return Attempt(
         model=model,
         flat=flat,
-        trained=Trained(model=model.model, optimizer=made, scheduler=scheduler, progress=progress),
+        state=State(model=model.model, optimizer=made, scheduler=scheduler, progress=progress),
         documents=documents,
         course=course,
         accelerator=make_accelerator(TrackSection(), on_cpu=True, folder=folder),
-        train=train,
+        recipe=recipe,
+        folder=folder,
     )
+
+
+def poison(made, step, how):
+    """Spoils one step and no other: the loss itself, or only its gradient."""
+    losses = made.model.summed_loss
+
+    def spoilt(batch, **options):
+        total, each = losses(batch, **options)
+        if made.progress.step + 1 == step:
+            if how == "gradient":
+                total.register_hook(lambda gradient: gradient * float("nan"))
+            else:
+                total, each = total * float(how), each * float(how)
+        return total, each
+
+    made.model.summed_loss = spoilt
+
+
+def watch_micro_batches(made, seen):
+    """Calls `seen` with each micro-batch that is trained on."""
+    losses = made.model.summed_loss
+
+    def watched(batch, **options):
+        seen(batch)
+        return losses(batch, **options)
+
+    made.model.summed_loss = watched
+
+
+class Ceiling:
+    """A device that holds this many tokens, and more of them once activations are recomputed."""
+
+    def __init__(self, made, most, *, lean=0):
+        self.failed = []
+        """A weak reference to the activations of each micro-batch that did not fit."""
+        watch_micro_batches(made, self._begin)
+        made.model.model.get_base_model().model.layers[1].register_forward_pre_hook(self._half_way)
+        self._most, self._lean, self._layers = most, lean, made.model.layers
+
+    def _begin(self, batch):
+        self._tokens = batch.tokens
+
+    def _half_way(self, layer, inputs):
+        if not layer.training:
+            return
+        most = max(self._most, self._lean) if self._layers.recomputing else self._most
+        if self._tokens > most:
+            self.failed.append(weakref.ref(inputs[0]))
+            torch.rand(3)  # random numbers were drawn before memory ran out
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from job.core.errors import CannotFitError, SickDeviceError
-from job.tune.device.device import allocation_retries, choose_device, device, driver_version, gpu_bus_id, gpu_uuid
+from job.tune.device import device
+from job.tune.device import random_state as generators
+from job.tune.device.device import allocation_retries, choose_device, driver_version, gpu_bus_id, gpu_uuid
 from job.tune.device.failures import hardware_failure
 from job.tune.device.random_state import random_state, restore_random_state
-from job.tune.device.random_state import random_state as generators
 
 SUFFIX = (
     "\nSearch for `cudaError' in https://docs.nvidia.com/cuda/ for more information.\n"

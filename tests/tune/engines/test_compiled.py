@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import adapted, gradients, micro_batch, plan_of
+from tiny import LAYERS, adapted, cut_of, gradients, micro_batch
 
 from job.core.recipe import LoraSection
 from job.kernels import linear_op as layer_op
-from job.tune.device.random_state import random_state as generators
 from job.tune.engines import layers
 from job.tune.engines.attention_choice import AttentionChoice
-from job.tune.engines.autograd import AutogradEngine, Compiling
+from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.layers import variants_compiled
 from job.tune.engines.padding import decoder_inputs, grain_of, padded_size
 from job.tune.model.adapter import trainable
@@ -34,16 +33,14 @@ def model_of(bases, architecture, *, dropout=0.0):
     return model
 
 
-def compiled(model, told=None, backend=BACKEND):
-    stopped = [] if told is None else told
-    path = AutogradEngine(model, torch.Tensor.backward, compiling=Compiling(backend=backend, on_stopped=stopped.append))
-    path.adopt(plan_of(4096))
-    return path
+def compiled(model, backend=BACKEND, backward=torch.Tensor.backward):
+    engine = AutogradEngine(model, backward, compiler=backend)
+    engine.adopt(cut_of(4096, compiled=True))
+    return engine
 
 
-def done(path, model, batch):
-    torch.manual_seed(3)
-    return path.accumulate(batch, targets=batch.targets), gradients(model)
+def done(engine, model, batch):
+    return engine.accumulate(batch, targets=batch.targets, seed=3), gradients(model)
 
 
 def assert_same(found, expected):
@@ -54,7 +51,7 @@ def assert_same(found, expected):
 
 
 def test_code_compiled_for_other_ops_is_not_taken_from_a_cache(bases, tmp_path):
-    """Caches on disk outlive an image, and do not see that an op's way back has changed."""
+    """Caches on disk outlive an image, and do not see that an op's backward has changed."""
     compiled(model_of(bases, "llama"))
     (tmp_path / "op.py").write_text("1")
     before = layers.digest_of(tmp_path)
@@ -84,15 +81,15 @@ def test_padding_is_a_document_of_its_own_and_changes_no_bit(any_model, document
             assert torch.equal(any_model.summed_loss(batch, weight_per_target=1.0, padded_to=tokens)[1], plain)
 
 
-def test_one_variant_for_the_first_layer_and_one_for_the_others_computed_again_or_not(bases, documents):
+def test_one_variant_for_the_first_layer_and_one_for_the_others_recomputed_or_not(bases, documents):
     model = model_of(bases, "qwen3", dropout=0.3)
     batches = [micro_batch(documents, members) for members in OF_A_FEW]
     expected = [done(AutogradEngine(model, torch.Tensor.backward), model, batch) for batch in batches]
     before = variants_compiled()
-    path = compiled(model)
-    found = [done(path, model, batch) for batch in batches]
-    path.adopt(plan_of(4096, checkpointing=True))
-    again = [done(path, model, batch) for batch in batches]
+    engine = compiled(model)
+    found = [done(engine, model, batch) for batch in batches]
+    engine.adopt(cut_of(4096, compiled=True, recomputed_layers=LAYERS))
+    again = [done(engine, model, batch) for batch in batches]
 
     assert variants_compiled() - before == 2
     for one, two, other in zip(found, again, expected, strict=True):
@@ -100,7 +97,7 @@ def test_one_variant_for_the_first_layer_and_one_for_the_others_computed_again_o
         assert_same(two, other)
 
 
-def test_where_there_is_no_way_back_nothing_is_compiled(bases, documents):
+def test_where_there_is_no_backward_nothing_is_compiled(bases, documents):
     model = model_of(bases, "llama")
     before = variants_compiled()
     compiled(model)
@@ -109,15 +106,15 @@ def test_where_there_is_no_way_back_nothing_is_compiled(bases, documents):
     assert variants_compiled() == before
 
 
-@pytest.mark.parametrize("said", [{"compiled": True}, {"compiled": False}, {}])
-def test_layers_are_compiled_where_the_plan_says_so_or_is_an_older_image_s(bases, documents, said):
+@pytest.mark.parametrize("wanted", [True, False])
+def test_layers_are_compiled_where_the_cut_says_so(bases, documents, wanted):
     model = model_of(bases, "llama")
-    path = AutogradEngine(model, torch.Tensor.backward, compiling=Compiling(backend=BACKEND, on_stopped=print))
+    engine = AutogradEngine(model, torch.Tensor.backward, compiler=BACKEND)
     before = variants_compiled()
-    path.adopt(plan_of(4096, **said))
-    done(path, model, micro_batch(documents, [0]))
+    engine.adopt(cut_of(4096, compiled=wanted))
+    done(engine, model, micro_batch(documents, [0]))
 
-    assert (variants_compiled() > before) is said.get("compiled", True)
+    assert (variants_compiled() > before) is wanted
 
 
 def fails_forward(_graph, _inputs):
@@ -125,7 +122,7 @@ def fails_forward(_graph, _inputs):
     raise RuntimeError(msg)
 
 
-def fails_on_the_way_back(graph, inputs):
+def fails_in_the_backward(graph, inputs):
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -134,9 +131,9 @@ def fails_on_the_way_back(graph, inputs):
     )
 
 
-@pytest.mark.parametrize("backend", [fails_forward, fails_on_the_way_back])
+@pytest.mark.parametrize("backend", [fails_forward, fails_in_the_backward])
 def test_where_the_compiler_fails_layers_run_as_they_are_and_gradients_are_whole(bases, documents, backend):
-    model, told = model_of(bases, "llama", dropout=0.3), []
+    model = model_of(bases, "llama", dropout=0.3)
     batch, other = micro_batch(documents, range(3)), micro_batch(documents, range(3, 6))
     plain = AutogradEngine(model, torch.Tensor.backward)
     for parameter in trainable(model):
@@ -144,33 +141,17 @@ def test_where_the_compiler_fails_layers_run_as_they_are_and_gradients_are_whole
     expected = done(plain, model, batch), done(plain, model, other)
     for parameter in trainable(model):
         parameter.grad = torch.ones_like(parameter)
-    path = compiled(model, told, backend)
-    found = done(path, model, batch), done(path, model, other)
+    engine = compiled(model, backend)
+    found = done(engine, model, batch), done(engine, model, other)
 
-    assert len(told) == 1
-    assert "no compiler here" in told[0]
+    assert "no compiler here" in engine.compiler_failure
+    assert not model.layers.compiled
     for one, wanted in zip(found, expected, strict=True):
         assert_same(one, wanted)
 
 
-def test_where_the_compiler_fails_the_gpu_s_generator_is_put_back_too(bases, documents, monkeypatch):
-    state = torch.tensor([7])
-    monkeypatch.setattr(generators, "cuda_in_use", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: state.clone())
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda saved, *_: state.copy_(saved))
-
-    def draws_and_fails(graph, inputs):
-        state.add_(1)
-        fails_forward(graph, inputs)
-
-    model = model_of(bases, "llama")
-    done(compiled(model, backend=draws_and_fails), model, micro_batch(documents, [0]))
-
-    assert int(state) == 7
-
-
-def test_memory_that_runs_out_before_the_first_way_back_leaves_it_a_way_out(bases, documents):
-    model, told, tried = model_of(bases, "llama", dropout=0.3), [], []
+def test_memory_that_runs_out_before_the_first_backward_leaves_it_a_way_out(bases, documents):
+    model, tried = model_of(bases, "llama", dropout=0.3), []
     batch = micro_batch(documents, range(3))
     expected = done(AutogradEngine(model, torch.Tensor.backward), model, batch)
 
@@ -180,53 +161,49 @@ def test_memory_that_runs_out_before_the_first_way_back_leaves_it_a_way_out(base
             raise torch.OutOfMemoryError
         total.backward()
 
-    path = AutogradEngine(model, scarce, compiling=Compiling(backend=fails_on_the_way_back, on_stopped=told.append))
-    path.adopt(plan_of(4096))
+    engine = compiled(model, fails_in_the_backward, scarce)
     with pytest.raises(torch.OutOfMemoryError):
-        done(path, model, batch)
+        done(engine, model, batch)
     for parameter in trainable(model):
         parameter.grad = None
 
-    assert_same(done(path, model, batch), expected)
-    assert "no compiler here" in told[0]
+    assert_same(done(engine, model, batch), expected)
+    assert "no compiler here" in engine.compiler_failure
 
 
 def test_a_model_that_needs_too_many_variants_is_not_compiled_all_the_time(bases, documents, monkeypatch):
     monkeypatch.setattr(layers, "_MOST_VARIANTS", 1)
-    model, told = model_of(bases, "llama"), []
-    done(compiled(model, told), model, micro_batch(documents, [0]))  # two kinds of layer
+    model = model_of(bases, "llama")
+    engine = compiled(model)
+    done(engine, model, micro_batch(documents, [0]))  # two kinds of layer
 
-    assert "LimitHit" in told[0]
+    assert "LimitHit" in engine.compiler_failure
     assert not model.layers.compiled
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_compiled_layers_may_have_the_engine_s_own_attention(bases, documents, own_kernels, architecture):
     """Their blocks are those of the documents as they are filled up; how many there are is no part of the code."""
-    model, told = model_of(bases, architecture), []
+    model = model_of(bases, architecture)
     batches = [micro_batch(documents, members) for members in OF_A_FEW]
     expected = [done(AutogradEngine(model, torch.Tensor.backward), model, batch) for batch in batches]
     assert own_kernels.calls == 0
     model.attention = AttentionChoice(own=True, reason=None)
-    before, path = variants_compiled(), compiled(model, told)
-    found = [done(path, model, batch) for batch in batches]
+    before, engine = variants_compiled(), compiled(model)
+    found = [done(engine, model, batch) for batch in batches]
 
     assert own_kernels.calls == 2 * len(batches)  # layers
     assert variants_compiled() - before == 2
-    assert told == []
+    assert engine.compiler_failure is None
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
 
 
-def test_weights_are_kept_or_given_up_by_the_plan(bases, documents):
+def test_weights_are_kept_or_given_up_by_the_cut(bases, documents):
     model, batch = model_of(bases, "llama"), micro_batch(documents, range(3))
-    path = compiled(model)
-    plain = done(path, model, batch)
-    assert path.give_up_weights() is None
-    path.adopt(plan_of(4096, kept_layers=2))
-    assert model.linears.keeps_dequantised
-    assert_same(done(path, model, batch), plain)
-    assert path.give_up_weights() == {"kept_layers": 0}
-    assert not model.linears.keeps_dequantised
-    assert path.give_up_weights() is None
-    assert_same(done(path, model, batch), plain)
+    engine = compiled(model)
+    plain = done(engine, model, batch)
+    for kept in (LAYERS, 0):
+        engine.adopt(cut_of(4096, compiled=True, kept_layers=kept))
+        assert model.linears.keeps_dequantised is bool(kept)
+        assert_same(done(engine, model, batch), plain)

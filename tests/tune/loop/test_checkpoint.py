@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tiny import ARCHITECTURES, CPU, attempt, micro_batch, own_losses, targets_of
+from tiny import ARCHITECTURES, CPU, LAYERS, attempt, cut_of, micro_batch, own_losses, targets_of
 from transformers import AutoModelForCausalLM
 
-from job.core.errors import StopRequestedError
+from job.core.errors import DataError, StopRequestedError
 from job.core.recipe import LoraSection
 from job.tune.loop import checkpoint as checkpoints
 from job.tune.model.adapter import trainable
@@ -34,7 +34,7 @@ def prepare(bases, documents, folder, architecture, optimizer, **options):
 
 
 def sha256(made, folder):
-    checkpoints.save(made.trained, folder)
+    checkpoints.save(made.state, folder)
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
@@ -66,14 +66,14 @@ def test_stopping_and_going_on_equals_not_stopping_to_the_bit(architecture, opti
         first.run(evaluate_every=4)
     torch.manual_seed(999)  # another process has other random numbers
     second = prepare(bases, documents, tmp_path, architecture, optimizer, steps=STEPS)
-    checkpoints.load(second.trained, tmp_path / "saved" / f"step-{STOP}")
+    checkpoints.load(second.state, tmp_path / "saved" / f"step-{STOP}", layers=LAYERS)
     assert second.progress.step == STOP
     second.run(evaluate_every=4)
 
     assert numbers(second) == numbers(whole)
     assert sorted(second.progress.evaluations) == [0, 4, 8, 12]
     assert sha256(second, tmp_path / "second") == sha256(whole, tmp_path / "whole")
-    assert [record.step for record in second.told] == list(range(STOP + 1, STEPS + 1))
+    assert [record.step for record in second.records] == list(range(STOP + 1, STEPS + 1))
 
 
 def test_a_step_that_is_dropped_in_its_middle_leaves_no_trace(bases, documents, tmp_path):
@@ -81,7 +81,7 @@ def test_a_step_that_is_dropped_in_its_middle_leaves_no_trace(bases, documents, 
 
     def made():
         run = prepare(bases, documents, tmp_path, "llama", "adamw_8bit", steps=STEPS)
-        run.progress.plan["micro_batch_tokens"] = 1  # as small as can be, so that a step has a middle
+        run.progress.cut = cut_of(1)  # as small as can be, so that a step has a middle
         return run
 
     whole = made().run(evaluate_every=4)
@@ -92,7 +92,7 @@ def test_a_step_that_is_dropped_in_its_middle_leaves_no_trace(bases, documents, 
         first.run(evaluate_every=4)
     torch.manual_seed(999)
     second = made()
-    checkpoints.load(second.trained, tmp_path / "saved" / f"step-{stop}")
+    checkpoints.load(second.state, tmp_path / "saved" / f"step-{stop}", layers=LAYERS)
     second.run(evaluate_every=4)
 
     assert numbers(second) == numbers(whole)
@@ -104,8 +104,8 @@ def test_the_adapter_s_description_is_the_same_in_every_process(bases, documents
     made = prepare(bases, documents, tmp_path, "llama", "adamw_8bit", steps=STEPS)
     contents = []
     for order in (["v_proj", "q_proj", "lm_head"], ["lm_head", "q_proj", "v_proj"]):
-        made.trained.model.peft_config["default"].target_modules = order
-        checkpoints.save(made.trained, tmp_path / order[0])
+        made.state.model.peft_config["default"].target_modules = order
+        checkpoints.save(made.state, tmp_path / order[0])
         contents.append((tmp_path / order[0] / "adapter_config.json").read_bytes())
     assert contents[0] == contents[1]
 
@@ -139,11 +139,11 @@ def flat(state):
 def test_the_state_of_every_optimizer_comes_back_to_the_bit(optimizer, bases, documents, tmp_path):
     made = prepare(bases, documents, tmp_path, "llama", optimizer, steps=3).run(evaluate_every=100)
     assert made.progress.losses[-1] != made.progress.losses[0]
-    checkpoints.save(made.trained, tmp_path / "saved")
+    checkpoints.save(made.state, tmp_path / "saved")
     other = prepare(bases, documents, tmp_path, "llama", optimizer, steps=3)
-    checkpoints.load(other.trained, tmp_path / "saved")
+    checkpoints.load(other.state, tmp_path / "saved", layers=LAYERS)
 
-    before, after = flat(made.trained.optimizer.state_dict()), flat(other.trained.optimizer.state_dict())
+    before, after = flat(made.state.optimizer.state_dict()), flat(other.state.optimizer.state_dict())
     assert before.keys() - after.keys() <= {"param_groups.0.lr_lambda"}
     moments = []
     for name, value in before.items():
@@ -160,7 +160,7 @@ def test_the_state_of_every_optimizer_comes_back_to_the_bit(optimizer, bases, do
         big = [m for m in moments if m.numel() >= 4096]
         assert big
         assert {m.dtype for m in big} == {OPTIMIZERS[optimizer]}
-    assert other.trained.scheduler.state_dict() == made.trained.scheduler.state_dict()
+    assert other.state.scheduler.state_dict() == made.state.scheduler.state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def saved(bases, documents, tmp_path_factory):
     """A trained attempt and its checkpoint folder."""
     root = tmp_path_factory.mktemp("saved")
     made = prepare(bases, documents, root, "llama", "adamw_8bit", steps=4).run(evaluate_every=4)
-    checkpoints.save(made.trained, root / "folder")
+    checkpoints.save(made.state, root / "folder")
     return made, root / "folder"
 
 
@@ -217,17 +217,17 @@ def test_plain_peft_reads_the_adapter(saved, bases, documents):
 def test_an_adapter_of_another_recipe_is_not_loaded(saved, bases, documents, tmp_path):
     lora = LoraSection(r=64, targets=("q_proj",))
     other = attempt(bases["llama"], documents, folder=tmp_path, lora=lora)
-    with pytest.raises(ValueError, match="belongs to another model or recipe"):
+    with pytest.raises(DataError, match="belongs to another model or recipe"):
         checkpoints.load_adapter(other.model.model, saved[1])
     fewer = attempt(bases["llama"], documents, folder=tmp_path, lora=LoraSection(r=64, targets=("v_proj",)))
-    with pytest.raises(ValueError, match="belongs to another model or recipe"):
+    with pytest.raises(DataError, match="belongs to another model or recipe"):
         checkpoints.load_adapter(fewer.model.model, saved[1])
 
 
 def test_evaluations_come_back_to_the_bit(saved, bases, documents, tmp_path):
     made, folder = saved
     other = prepare(bases, documents, tmp_path, "llama", "adamw_8bit", steps=4)
-    checkpoints.load(other.trained, folder)
+    checkpoints.load(other.state, folder, layers=LAYERS)
     assert other.progress.evaluations.keys() == made.progress.evaluations.keys() == {0, 4}
     for step, evaluation in made.progress.evaluations.items():
         found = other.progress.evaluations[step]

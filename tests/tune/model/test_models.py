@@ -43,7 +43,7 @@ def test_only_the_adapter_is_trained_in_fp32_and_nothing_of_the_base_is_upcast(r
         if name not in learning and not isinstance(parameter, bnb.nn.Params4bit):
             assert parameter.dtype is torch.bfloat16, name
     # q_proj (64 -> 64) and down_proj (128 -> 64) of two layers, and the head (64 -> 300), at rank 8.
-    assert parameter_counts(real)[0] == 8 * (2 * (64 + 64) + 2 * (128 + 64) + 64 + 300)
+    assert parameter_counts(real.model)[0] == 8 * (2 * (64 + 64) + 2 * (128 + 64) + 64 + 300)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
