@@ -29,7 +29,7 @@ from bench.training import SameBatch, load, recipe_of
 from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels import reference
 from job.kernels.attention import Attention
-from job.kernels.llama_step import Saving
+from job.kernels.decoder import Saving
 from job.kernels.ops import Ops
 from job.kernels.which_ops import ops_of
 from job.tune.device.device import choose_device

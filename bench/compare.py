@@ -30,14 +30,13 @@ from bench.options import parser_of
 from bench.processes import NoResultError, run
 from bench.results import table, write_section
 from bench.training import documents_of, recipe_of
-from job.core.memory import ModelShape
+from job.core.memory import GIB, ModelShape
 from job.tune.model.config import load_tokenizer, read_config, shape_of
 
 _HEADER = (
     *("", "real tok/s", "the first / this", "of the ceiling", "slowest to fastest", "steps"),
     *("real tokens a step", "of all tokens", "peak GiB", "loss"),
 )
-_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +119,7 @@ def _row(name, result, data, rates, best):
         result.steps,
         f"{result.tokens_per_step:,.0f}",
         f"{result.real_share:.0%}",
-        "" if result.peak_bytes is None else f"{result.peak_bytes / _GIB:.1f}",
+        "" if result.peak_bytes is None else f"{result.peak_bytes / GIB:.1f}",
         f"{result.losses[0]:.3f} to {result.losses[1]:.3f}",
     )
 

@@ -1,4 +1,4 @@
-"""TODO job.core.lengths."""
+"""Lengths of the examples -> max_length and statistics."""
 
 import math
 from dataclasses import dataclass
@@ -42,12 +42,12 @@ def choose_max_length(lengths: Lengths, *, wanted: int | Literal["auto"], positi
         DataError: there is no example.
     """
     if not len(lengths):
-        msg = "no example is left to train on; look at the counts of skipped records in the log"
-        raise DataError(msg)
+        raise DataError("no example is left to train on; look at the counts of skipped records in the log")
     if wanted != "auto":
         if wanted > positions:
-            msg = f"data.max_length is {wanted}, but the base model has {positions} positions; lower it, or write auto"
-            raise UsageError(msg)
+            raise UsageError(
+                f"data.max_length is {wanted}, but the base model has {positions} positions; lower it, or write auto"
+            )
         return MaxLength(tokens=wanted, reason="set in the recipe" + _cut(lengths, wanted))
     longest, p99 = int(lengths.max()), float(np.percentile(lengths, 99))
     target, why = longest, f"covers the longest example ({longest} tokens)"

@@ -1,4 +1,4 @@
-"""TODO job.core.packing."""
+"""Documents into micro-batches: as few as hold them, about equally full."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -24,8 +24,7 @@ def pack(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
     room: list[tuple[int, int]] = []  # (tokens left, pack), ascending
     for i in order:
         if lengths[i] > budget:
-            msg = f"a document of {lengths[i]} tokens does not fit a micro-batch of {budget}"
-            raise ValueError(msg)
+            raise ValueError(f"a document of {lengths[i]} tokens does not fit a micro-batch of {budget}")
         at = bisect_left(room, (lengths[i], -1))
         left, chosen = room.pop(at) if at < len(room) else (budget, len(packs))
         if chosen == len(packs):

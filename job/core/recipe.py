@@ -1,4 +1,4 @@
-"""YAML text -> Recipe: frozen sections, every mistake at once with its line, and a JSON Schema for editors."""
+"""The recipe: frozen sections, each field with its unit and reason, and a JSON Schema for editors."""
 
 import re
 from string import Formatter
@@ -30,8 +30,7 @@ def _no_credentials(uri: str) -> str:
     # A recipe is copied into run.json and into logs: what stands in it is not secret.
     # The secret half may hold a slash: those of AWS often do.
     if re.match(r"[a-z0-9+.-]+://[^/@]*:[^@]*@", uri, re.IGNORECASE):
-        msg = "a URI holds no credentials; they come from the default chain (environment, profile, role)"
-        raise ValueError(msg)
+        raise ValueError("a URI holds no credentials; they come from the default chain (environment, profile, role)")
     return uri
 
 
@@ -67,16 +66,14 @@ def template_fields(template: str) -> list[str]:
             continue
         if spec or conversion or not re.fullmatch(r"[^\W\d][\w -]*", name):
             shown = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
-            msg = f"{shown} is not a plain field name; write {{name}}, and {{{{ }}}} for literal braces"
-            raise ValueError(msg)
+            raise ValueError(f"{shown} is not a plain field name; write {{name}}, and {{{{ }}}} for literal braces")
         fields.append(name)
     return fields
 
 
 def _template(value: str) -> str:
     if not template_fields(value):
-        msg = "names no field of the record; write at least one {field}"
-        raise ValueError(msg)
+        raise ValueError("names no field of the record; write at least one {field}")
     return value
 
 
@@ -102,14 +99,12 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _hub_ids_name_their_commit(self) -> Self:
         if is_hub_id(self.base) and self.revision is None:
-            msg = (
+            raise ValueError(
                 f"model.revision is missing: {self.base} is a hub id, and a name like `main` moves; "
                 "give the full commit (or write ./folder for a local one)"
             )
-            raise ValueError(msg)
         if self.revision is not None and not is_hub_id(self.base):
-            msg = f"only a hub id has a revision, and {self.base} is none; remove it, or set it to null"
-            raise ValueError(msg)
+            raise ValueError(f"only a hub id has a revision, and {self.base} is none; remove it, or set it to null")
         return self
 
 
@@ -154,8 +149,7 @@ class DataSection(Section):
     def _one_way_to_make_text(self) -> Self:
         pair = (self.prompt is not None, self.completion is not None)
         if (self.text is not None and any(pair)) or (self.text is None and not all(pair)):
-            msg = "give either `text`, or `prompt` and `completion`"
-            raise ValueError(msg)
+            raise ValueError("give either `text`, or `prompt` and `completion`")
         return self
 
     @property
@@ -231,15 +225,15 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            msg = "give either `steps` or `epochs`"
-            raise ValueError(msg)
+            raise ValueError("give either `steps` or `epochs`")
         return self
 
     @model_validator(mode="after")
     def _a_warm_up_happens(self) -> Self:
         if self.warmup_steps and self.schedule == "constant":
-            msg = "`schedule: constant` has no warm-up; write constant_with_warmup, or leave out warmup_steps"
-            raise ValueError(msg)
+            raise ValueError(
+                "`schedule: constant` has no warm-up; write constant_with_warmup, or leave out warmup_steps"
+            )
         return self
 
 
@@ -304,8 +298,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _answers_need_a_prompt(self) -> Self:
         if self.evaluate.answers and self.data.prompt is None:
-            msg = "evaluate.answers needs data.prompt and data.completion: with `text` there is no prompt to answer"
-            raise ValueError(msg)
+            raise ValueError(
+                "evaluate.answers needs data.prompt and data.completion: with `text` there is no prompt to answer"
+            )
         return self
 
 

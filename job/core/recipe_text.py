@@ -1,4 +1,4 @@
-"""TODO job.core.recipe_text."""
+"""YAML text and overrides -> Recipe; every mistake at once, each with its line."""
 
 import re
 from collections.abc import Hashable, Iterable, Sequence
@@ -69,14 +69,13 @@ def _parse(text: str, source: str) -> tuple[yaml.Node | None, dict[str, Any]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}" if mark else source
-        msg = f"{where}: not valid YAML: {error.problem}"
-        raise UsageError(msg) from error
+        raise UsageError(f"{where}: not valid YAML: {error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        msg = f"{source}: not valid YAML: {error}"
-        raise UsageError(msg) from error
+        raise UsageError(f"{source}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        msg = f"{source}: a recipe has the sections model, data and train, and an output; this is {shown(raw)}"
-        raise UsageError(msg)
+        raise UsageError(
+            f"{source}: a recipe has the sections model, data and train, and an output; this is {shown(raw)}"
+        )
     return node, raw
 
 
@@ -84,20 +83,17 @@ def _override(raw: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        msg = f"--set {override}: write section.key=value, for example --set lora.r=16"
-        raise UsageError(msg)
+        raise UsageError(f"--set {override}: write section.key=value, for example --set lora.r=16")
     place = raw
     for key in keys[:-1]:
         inner = place.setdefault(key, {})
         if not isinstance(inner, dict):
-            msg = f"--set {override}: {key} is {shown(inner)} in the recipe, not a section"
-            raise UsageError(msg)
+            raise UsageError(f"--set {override}: {key} is {shown(inner)} in the recipe, not a section")
         place = inner
     try:
         place[keys[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 looks like a date
-        msg = f"--set {override}: the value is not valid YAML; quote it"
-        raise UsageError(msg) from error
+        raise UsageError(f"--set {override}: the value is not valid YAML; quote it") from error
 
 
 def _mistake(detail: ErrorDetails, *, node: yaml.Node | None, source: str, overrides: Sequence[str]) -> str:

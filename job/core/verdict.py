@@ -71,16 +71,14 @@ def judge(evaluations: Mapping[int, Evaluation], *, kept: Collection[int] | None
         ValueError: there is no evaluation, or no candidate was kept.
     """
     if not evaluations:
-        msg = "no evaluation to judge"
-        raise ValueError(msg)
+        raise ValueError("no evaluation to judge")
     ordered = [evaluations[step] for step in sorted(evaluations)]
     best = min(ordered, key=lambda evaluation: evaluation.loss)
     share_worse = _share_worse(np.stack([e.nll - best.nll for e in ordered], axis=1), seed)
     worse = {e.step: bool(share >= CONFIDENCE) for e, share in zip(ordered, share_worse, strict=True)}
     candidates = tuple(step for step, is_worse in worse.items() if not is_worse and (kept is None or step in kept))
     if not candidates:
-        msg = "none of the candidates was kept"
-        raise ValueError(msg)
+        raise ValueError("none of the candidates was kept")
     return Verdict(
         best_step=best.step,
         sweet_spot_step=candidates[0],

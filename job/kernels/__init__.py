@@ -1,1 +1,1 @@
-"""The fast path: a hand-written step for decoders of the Llama family. Stages and measurements: README.md."""
+"""Hand-written forward and backward pairs: what both engines compute with. Stages and measurements: README.md."""

@@ -68,7 +68,7 @@ class Attention:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Any]:
         """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what the way back needs."""
         if segments.blocks is not None and has_own_kernel(query, segments.blocks):
-            from job.kernels import triton_attention as triton_attention
+            from job.kernels import triton_attention
 
             return triton_attention.forward(query, key, value, segments.blocks, self.scale, self.window)
         if not has_kernel(query):
@@ -107,7 +107,7 @@ class Attention:
         In the room for them where the kernel writes into given places (three tensors, whose tokens may lie apart).
         """
         if segments.blocks is not None and has_own_kernel(query, segments.blocks):
-            from job.kernels import triton_attention as triton_attention
+            from job.kernels import triton_attention
 
             room = room or (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
             triton_attention.backward(

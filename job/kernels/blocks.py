@@ -13,7 +13,7 @@ def blocks_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     As many as any documents of so many tokens could need, so that the host need not know; those too many are empty.
 
     Args:
-        bounds: [D + 1] int32 on the device: 0, then where each document ends; the last is T.
+        cu_seqlens: [D + 1] int32 on the device: 0, then where each document ends; the last is T.
         tokens: T.
 
     Returns:

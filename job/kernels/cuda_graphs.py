@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from job.kernels.attention import Segments
-from job.kernels.llama_step import PackedRow, Step
+from job.kernels.decoder import PackedRow
+from job.kernels.llama_step import Step
 
 _MOST_TOKENS = 4096
 """Beyond this the GPU takes longer for a step than the host for asking."""

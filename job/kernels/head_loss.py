@@ -36,7 +36,7 @@ def head_loss(
         hidden: [N, hidden]; N may be 0.
         targets: [N] int64.
         head: a layer.
-        share: of the sum, whose gradients are computed.
+        weight_per_target: of a loss in the sum whose gradients are computed.
         seed: [1] int64 on the device, of the adapter's dropout; None: there is none.
     """
     ops = ops_of(hidden.device)

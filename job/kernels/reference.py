@@ -7,20 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.ops import Masks
 from job.kernels.weights import Quantised
-
-_BLOCK = 64
-_OUTER_BLOCK = 256
 
 
 def dequantise(weight: Quantised, out: Tensor) -> None:
     """NF4 -> values: [N, K]."""
-    outer = weight.outer_scales.repeat_interleave(_OUTER_BLOCK)[: weight.scales.numel()]
+    outer = weight.outer_scales.repeat_interleave(NF4_OUTER_BLOCK)[: weight.scales.numel()]
     scales = weight.scales_code[weight.scales.long()] * outer + weight.offset
     packed = weight.packed.reshape(-1)
     values = weight.code[torch.stack([packed >> 4, packed & 15], dim=1).long()]
-    out.copy_((values.reshape(-1, _BLOCK) * scales[:, None]).reshape(weight.height, weight.width))
+    out.copy_((values.reshape(-1, NF4_BLOCK) * scales[:, None]).reshape(weight.height, weight.width))
 
 
 def rms_forward(x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, epsilon: float) -> None:
@@ -56,7 +54,7 @@ def rotate_forward(
         cos: [T, width / 2] fp32.
         sin: [T, width / 2] fp32.
         weight: [width], of the norm.
-        inverse: [T, heads] fp32, where the norm's inverse root mean squares go.
+        rstd: [T, heads] fp32, where the norm's inverse root mean squares go.
         epsilon: of the norm.
     """
     exact = x.float()
@@ -79,7 +77,7 @@ def rotate_backward(
         cos: [T, width / 2] fp32.
         sin: [T, width / 2] fp32.
         weight: [width], of the norm.
-        inverse: [T, heads] fp32, from the way forward.
+        rstd: [T, heads] fp32, from the way forward.
         out: [T, heads, width].
     """
     cos, sin = cos[:, None], sin[:, None]

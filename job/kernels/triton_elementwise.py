@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.triton_dropout import masked_add, masked_gradient, masked_ranks
 from job.kernels.weights import Quantised
 
@@ -29,7 +30,8 @@ __all__ = [
     "swiglu_backward",
     "swiglu_forward",
 ]
-_NF4_BLOCK = 64
+_BLOCK, _OUTER = tl.constexpr(NF4_BLOCK), tl.constexpr(NF4_OUTER_BLOCK)
+"""Known when a kernel is compiled."""
 
 
 @triton.jit
@@ -50,25 +52,27 @@ def _dequantise(
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = block < blocks
     at = tl.load(SCALES + block, mask=there, other=0).to(tl.int32)
-    outer = tl.load(OUTER_SCALES + block // 256, mask=there, other=0.0)
+    outer = tl.load(OUTER_SCALES + block // _OUTER, mask=there, other=0.0)
     scale = tl.load(SCALES_CODE + at, mask=there, other=0.0) * outer + tl.load(OFFSET)
-    pairs = tl.load(PACKED + block[:, None] * 32 + tl.arange(0, 32)[None, :], mask=there[:, None], other=0).to(tl.int32)
+    pairs = tl.load(
+        PACKED + block[:, None] * (_BLOCK // 2) + tl.arange(0, _BLOCK // 2)[None, :], mask=there[:, None], other=0
+    ).to(tl.int32)
     first = tl.load(CODE + (pairs >> 4)) * scale[:, None]
     second = tl.load(CODE + (pairs & 15)) * scale[:, None]
     values = tl.interleave(first, second).to(OUT.dtype.element_ty)
     if IN_ONE_ROW:
-        row = block * 64 // width
-        column = block * 64 - row * width
-        place = (row * row_stride + column)[:, None] + tl.arange(0, 64)[None, :]
+        row = block * _BLOCK // width
+        column = block * _BLOCK - row * width
+        place = (row * row_stride + column)[:, None] + tl.arange(0, _BLOCK)[None, :]
     else:
-        element = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+        element = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
         row = element // width
         place = row * row_stride + element - row * width
     tl.store(OUT + place, values, mask=there[:, None])
 
 
 def dequantise(weight: Quantised, out: Tensor) -> None:
-    blocks = weight.packed.numel() * 2 // _NF4_BLOCK
+    blocks = weight.packed.numel() * 2 // NF4_BLOCK
     rows = 32
     _dequantise[(triton.cdiv(blocks, rows),)](
         weight.packed,
@@ -82,7 +86,7 @@ def dequantise(weight: Quantised, out: Tensor) -> None:
         weight.width,
         blocks,
         ROWS=rows,
-        IN_ONE_ROW=weight.width % _NF4_BLOCK == 0,
+        IN_ONE_ROW=weight.width % NF4_BLOCK == 0,
         num_warps=4,
     )
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ALIGNED = 64
-"""Rows of a matrix start at multiples of this many elements, where tensor cores read fastest."""
+from job.core.memory import RANK_ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -98,7 +97,7 @@ class Group:
             rank = 0 if layer.adapter is None else layer.adapter.a.shape[0]
             self.ranks.append(slice(self.rank, self.rank + rank) if rank else None)
             self.rank += rank
-        self.padded_rank = -(-self.rank // _ALIGNED) * _ALIGNED
+        self.padded_rank = -(-self.rank // RANK_ALIGNMENT) * RANK_ALIGNMENT
         """Ranks with what keeps the next row aligned."""
         self.adapters = sum(layer.adapter is not None for layer in layers)
         self.dropout = max((layer.adapter.dropout for layer in layers if layer.adapter is not None), default=0.0)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Renders: values in, what people read out. Sees core alone."""

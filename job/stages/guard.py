@@ -14,6 +14,9 @@ from job.edge.host.watchdog import Stopping, Watchdog
 from job.stages.attempt import Attempt
 
 log = structlog.get_logger(__name__)
+
+OnEnd = Callable[[BaseException], None]
+"""Gets how the attempt ended."""
 _DEAF_PHASES = frozenset({"load_libraries", "load_model", "self_test"})
 """One call into a library each, with nothing to save: a request is answered for them."""
 
@@ -25,7 +28,7 @@ class Guard:
         self._attempt = attempt
         self.explain: Callable[[BaseException], BaseException] = lambda error: error
         """What an end means once the lock and the earlier attempts are looked at."""
-        self.end_records: Callable[[BaseException], None] = lambda _: None
+        self.end_records: OnEnd = lambda _: None
         """Leaves word in the store; nothing before there is a run to leave it with."""
         self._ended: BaseException | None = None
         grace = attempt.grace_seconds

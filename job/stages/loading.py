@@ -1,4 +1,4 @@
-"""The model of an attempt: its 4-bit base, a copy of that for later starts, and a fresh adapter that proved to learn."""
+"""The model of an attempt: its 4-bit base, a copy of that for later starts, and a fresh adapter that can learn."""
 
 from dataclasses import dataclass
 from typing import Any

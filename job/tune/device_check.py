@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from job.core.errors import CannotFitError, SickDeviceError
+from job.core.memory import GIB, NF4_BLOCK
 from job.tune.device.device import device_name, driver_version
 from job.tune.device.failures import reason_of
 from job.tune.model.four_bit import COMPUTE_DTYPE, four_bit
@@ -20,15 +21,12 @@ _NEARLY_NOTHING = 0.05
 """Share of the GPU's memory: with less than this free no base fits, and this process did not take it."""
 _MUCH_TAKEN = 0.10
 """Share that is worth a word; what CUDA takes for itself is well below it."""
-_GIB = 1 << 30
 _WIDTH = 256
 """Of the test's sums: with factors of 1 and -1 every partial sum is a whole number of at most 256, which bf16 holds."""
 _SIZES = {"cuda": 2048, "cpu": 512}
 """Rows of the test's matrices: all of a large GPU has a part of the product."""
 _ROWS = 64
 """That the 4-bit product is tried with."""
-_BLOCK = 64
-"""Weights that share a scale in 4 bits."""
 _ROUNDING = 2.0**-8
 """Of bf16, as a share of the number."""
 _FOUR_BIT_TOLERANCE = 8 * _ROUNDING
@@ -148,7 +146,7 @@ def _refuse_taken(name: str, free: int, total: int, held_by: str | None) -> None
 
 def _free(name: str, free: int, total: int, held_by: str | None) -> str:
     holders = held_by or "the driver does not say who"
-    return f"{name}: {free / _GIB:.1f} of {total / _GIB:.1f} GiB are free; others hold the rest ({holders})"
+    return f"{name}: {free / GIB:.1f} of {total / GIB:.1f} GiB are free; others hold the rest ({holders})"
 
 
 def _warnings(name: str, device: torch.device, free: int, total: int, held_by: str | None) -> Iterator[str]:
@@ -184,8 +182,8 @@ def _signs(rows: int, generator: torch.Generator) -> Tensor:
 
 def _four_bit_weight(rows: int, generator: torch.Generator) -> Tensor:
     """A weight that 4 bits hold as it is, but for its blocks' scales: [rows, _WIDTH] fp32."""
-    blocks = rows * _WIDTH // _BLOCK
-    codes = torch.tensor(_CODES)[torch.randint(0, len(_CODES), (blocks, _BLOCK), generator=generator)]
+    blocks = rows * _WIDTH // NF4_BLOCK
+    codes = torch.tensor(_CODES)[torch.randint(0, len(_CODES), (blocks, NF4_BLOCK), generator=generator)]
     codes[:, 0] = 1.0  # the largest of a block is its scale
     scales = (0.5 + torch.rand(blocks, 1, generator=generator)).to(COMPUTE_DTYPE).float()
     return (codes * scales).view(rows, _WIDTH)

@@ -23,7 +23,7 @@ from job.core.recipe import LoraSection
 from job.kernels import reference
 from job.kernels.attention import OWN_WIDTHS, Attention, Segments
 from job.kernels.blocks import blocks_of
-from job.kernels.llama_step import Saving
+from job.kernels.decoder import Saving
 from job.kernels.ops import Masks
 from job.tune.engines.attention_choice import AttentionChoice, difference_from_formula
 from job.tune.engines.autograd import AutogradEngine

@@ -8,7 +8,7 @@ from torch import nn
 
 from job.kernels.attention import Segments
 from job.kernels.cuda_graphs import Replay, rounded
-from job.kernels.llama_step import PackedRow
+from job.kernels.decoder import PackedRow
 
 
 class AddingStep:

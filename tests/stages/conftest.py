@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tune"))
 
-from tiny_fixtures import bases, documents, start, tokenizer  # noqa: E402, F401 - fixtures
+from tiny_fixtures import bases, documents, start, tokenizer  # noqa: F401 - fixtures

@@ -1,4 +1,4 @@
-"""TODO job.tune.device.failures."""
+"""What an error of CUDA, its driver or a library names as broken, in one line."""
 
 import re
 from collections.abc import Iterator

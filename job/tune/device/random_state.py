@@ -1,4 +1,4 @@
-"""TODO job.tune.device.random_state."""
+"""Torch's random generators, as a checkpoint holds them."""
 
 from collections.abc import Mapping
 

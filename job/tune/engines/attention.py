@@ -57,7 +57,7 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
         key: [1, key heads, T, width].
         value: [1, key heads, T, width].
         attention_mask: None; the documents say it all.
-        document_bounds: [D + 1] int32 on the device: 0, then where each document ends; the last is T.
+        document_cu_seqlens: [D + 1] int32 on the device: 0, then where each document ends; the last is T.
         document_lengths: [D] int64 on the host: tokens of each document.
         document_blocks: from `blocks_of`, for the engine's own kernels; None: torch's.
         scaling: of the scores; 1 / sqrt(width) when None.
@@ -70,8 +70,9 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
         [1, T, heads, width], and no weights.
     """
     if attention_mask is not None or s_aux is not None:
-        msg = f"{type(module).__name__} uses an attention mask or attention sinks, which packing does not support"
-        raise UsageError(msg)
+        raise UsageError(
+            f"{type(module).__name__} uses an attention mask or attention sinks, which packing does not support"
+        )
     rate = dropout if module.training else 0.0
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if softcap is None and not rate:

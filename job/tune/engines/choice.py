@@ -10,7 +10,7 @@ from torch import Tensor
 
 from job.core.errors import UsageError
 from job.core.memory import EngineName, WantedEngine
-from job.kernels.llama_step import Saving
+from job.kernels.decoder import Saving
 from job.kernels.which_ops import has_triton, ops_of
 from job.tune.device.failures import error_line
 from job.tune.engines.attention import reason_against_fused_attention

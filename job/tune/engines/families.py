@@ -7,12 +7,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.attention import WIDEST_HEAD, Attention
-from job.kernels.llama_step import Decoder, DecoderLayer
+from job.kernels.decoder import Decoder, DecoderLayer
 from job.kernels.weights import Adapter, Dequantise, Group, Linear, Quantised
 
 _FAMILY = ("llama", "mistral", "qwen2", "qwen3")
-_NF4_BLOCK, _SCALES_BLOCK = 64, 256
 
 
 def reason_against(model: PeftModel) -> str | None:
@@ -51,7 +51,7 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
             yield f"{path} has a bias"
         base = _base_of(module)
         if not is_in_whole_blocks(base):
-            yield f"{path}: {base.weight.quant_state.shape.numel()} elements are no whole blocks of {_NF4_BLOCK}"
+            yield f"{path}: {base.weight.quant_state.shape.numel()} elements are no whole blocks of {NF4_BLOCK}"
 
 
 def decoder_of(model: PeftModel, *, dequantise: Dequantise) -> Decoder:
@@ -112,7 +112,7 @@ def is_in_whole_blocks(module: Any) -> bool:
     if state is None:
         return True
     blocks: tuple[int, int] = state.blocksize, state.state2.blocksize
-    return blocks == (_NF4_BLOCK, _SCALES_BLOCK) and state.shape.numel() % _NF4_BLOCK == 0
+    return blocks == (NF4_BLOCK, NF4_OUTER_BLOCK) and state.shape.numel() % NF4_BLOCK == 0
 
 
 def _base_of(module: nn.Module) -> Any:

@@ -9,7 +9,8 @@ from torch import Tensor
 from job.core.cut import Cut
 from job.kernels.attention import Segments
 from job.kernels.cuda_graphs import Replay, most_tokens
-from job.kernels.llama_step import PackedRow, Saving, Step
+from job.kernels.decoder import PackedRow, Saving
+from job.kernels.llama_step import Step
 from job.kernels.ops import Ops
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.families import decoder_of
@@ -17,6 +18,8 @@ from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
 
 log = structlog.get_logger(__name__)
+
+_MakeStep = Callable[[Saving], Step]
 
 
 class HandwrittenEngine:
@@ -37,9 +40,7 @@ class HandwrittenEngine:
         self._decoder = decoder_of(model.model, dequantise=ops.dequantise)
         self._dropout = max(group.dropout for layer in self._decoder.layers for group in layer.groups)
         own = model.attention.own
-        self._make: Callable[[Saving], Step] = lambda saving: Step(
-            self._decoder, ops, dtype=dtype, saving=saving, own_attention=own
-        )
+        self._make: _MakeStep = lambda saving: Step(self._decoder, ops, dtype=dtype, saving=saving, own_attention=own)
         self._step: Step | Replay | None = self._make(saving)
 
     def accumulate(self, batch: MicroBatch, *, targets: int, seed: int) -> Tensor:

@@ -65,7 +65,7 @@ def summed_loss(hidden: Tensor, target_ids: Tensor, head: Head, *, weight_per_ta
         hidden: [N, hidden], only the places whose next token is a target.
         target_ids: [N] int64.
         head: from `head_of`.
-        share: of a target in the loss of its step.
+        weight_per_target: one over the targets of the whole step.
     """
     if head.layer is None or head.softcap is not None or head.scale != 1:
         losses = token_losses(hidden, target_ids, head)

@@ -35,8 +35,8 @@ to 0.18 apart, each as far from fp32; in fp32 1e-5. A gradient of something else
 _LAYER = re.compile(r"\.\d+\.")
 """A layer's number in the name of its adapter."""
 _NORM_TOLERANCE = 0.05
-"""Ratio of their norms less 1, over all layers' adapters of one kind: rounding turns a gradient and hardly lengthens it,
-at most by 0.02, while a wrong scale does nothing else."""
+"""Ratio of their norms less 1, over all layers' adapters of one kind: rounding turns a gradient and hardly lengthens
+it, at most by 0.02, while a wrong scale does nothing else."""
 _ONE_NORM_TOLERANCE = 0.15
 """The same of one adapter alone, which rounding moves by up to 0.06."""
 
@@ -178,12 +178,11 @@ def _check_loss(model: PackedModel, device: torch.device) -> None:
     theirs = cross_entropy(logits, document[1:], reduction="none")
     difference = (ours - theirs).abs().mean()
     if not difference <= _TOLERANCE * theirs.mean():  # so that a loss that is no number fails too
-        msg = (
+        raise UsageError(
             f"{type(model.model.get_base_model()).__name__}: the loss of this job is {float(ours.mean()):.4f} where "
             f"the model's own is {float(theirs.mean()):.4f} (a token differs by {float(difference):.4f}), so it does "
             "something that this job does not know; use another base"
         )
-        raise UsageError(msg)
 
 
 @torch.no_grad()
@@ -194,11 +193,10 @@ def _check_isolation(model: PackedModel, device: torch.device) -> None:
     after = model(_micro_batch(other))
     kept = slice(len(documents[0]) - 1, None)
     if not torch.equal(before[kept], after[kept]):
-        msg = (
+        raise UsageError(
             f"{type(model.model.get_base_model()).__name__}: a document changes its neighbour in a packed micro-batch, "
             "so its layers look across documents; use another base"
         )
-        raise UsageError(msg)
 
 
 def _check_gradients(model: PackedModel, device: torch.device) -> None:
@@ -211,5 +209,6 @@ def _check_gradients(model: PackedModel, device: torch.device) -> None:
         if parameter.requires_grad and "lora_B" in name and (parameter.grad is None or not parameter.grad.any())
     ]
     if dead:
-        msg = f"lora.targets: no gradient reaches {', '.join(dead[:3])} ({len(dead)} in all); leave it out of the list"
-        raise UsageError(msg)
+        raise UsageError(
+            f"lora.targets: no gradient reaches {', '.join(dead[:3])} ({len(dead)} in all); leave it out of the list"
+        )

@@ -1,1 +1,1 @@
-"""TODO."""
+"""One step, its optimizer and its state; evaluation and answers."""

@@ -52,8 +52,7 @@ def evaluate(
     try:
         for members in pack(documents.lengths.tolist(), budget=max(tokens_at_once, documents.max_length)):
             if should_stop():
-                msg = f"asked to stop while evaluating at step {step}"
-                raise StopRequestedError(msg)
+                raise StopRequestedError(f"asked to stop while evaluating at step {step}")
             scores = model.score(micro_batch(documents, members).to(device))
             nll[members] = scores.nll
             correct += scores.correct
@@ -169,6 +168,5 @@ class _Stop(StoppingCriteria):  # type: ignore[misc] # transformers has no types
 
     def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
         if self._should_stop():
-            msg = "asked to stop while the model was answering"
-            raise StopRequestedError(msg)
+            raise StopRequestedError("asked to stop while the model was answering")
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -84,16 +84,14 @@ def _check_targets(base: Any, lora: LoraSection) -> str | list[str]:
     linear = {name.rpartition(".")[2]: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     unknown = [target for target in lora.targets if target not in linear]
     if unknown:
-        msg = (
+        raise UsageError(
             f"lora.targets: {', '.join(unknown)}: no linear module of {type(base).__name__} has this name; "
             f"it has {', '.join(sorted(linear))}"
         )
-        raise UsageError(msg)
     tied = base.config.tie_word_embeddings
     if tied and any(linear[target] is head for target in lora.targets):
-        msg = (
+        raise UsageError(
             "lora.targets: lm_head shares its weights with the input embeddings in this model (tied), so an adapter "
             "on it could not be merged or served; leave lm_head out of the list"
         )
-        raise UsageError(msg)
     return list(lora.targets)

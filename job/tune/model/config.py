@@ -20,8 +20,9 @@ def read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        msg = f"{folder}/config.json: not a model that transformers knows without running code from it ({error})"
-        raise UsageError(msg) from error
+        raise UsageError(
+            f"{folder}/config.json: not a model that transformers knows without running code from it ({error})"
+        ) from error
     return config.get_text_config()
 
 
@@ -35,8 +36,9 @@ def shape_of(config: Any) -> ModelShape:
         hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
         intermediate, positions = config.intermediate_size, config.max_position_embeddings
     except AttributeError as error:
-        msg = f"model.base: {config.model_type} is not like Llama: its config has no {error.name}; choose another base"
-        raise UsageError(msg) from error
+        raise UsageError(
+            f"model.base: {config.model_type} is not like Llama: its config has no {error.name}; choose another base"
+        ) from error
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or hidden // heads
     softcap, scale = softcap_and_scale(config)
@@ -63,11 +65,10 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        msg = (
+        raise UsageError(
             f"{folder}: no usable tokenizer ({str(error).strip()}); a base model needs its tokenizer.json: load the "
             "tokenizer once where its own library (sentencepiece, tiktoken) is installed, and save_pretrained it there"
-        )
-        raise UsageError(msg) from error
+        ) from error
 
 
 def softcap_and_scale(config: Any) -> tuple[float | None, float]:

@@ -41,8 +41,10 @@ def quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def without_cpu_repacking(model: nn.Module) -> None:
-    """Keep the layers' weights as they are packed: on CPUs with AVX512-BF16 eval mode would repack them in place, and
-    refuse some shapes."""
+    """Keep the layers' weights as they are packed.
+
+    On CPUs with AVX512-BF16 eval mode would repack them in place, and refuse some shapes.
+    """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -13,7 +13,7 @@ from job.kernels import cuda_graphs as replay
 from job.kernels import llama_step as llama
 from job.kernels import reference
 from job.kernels.attention import Segments
-from job.kernels.llama_step import Saving
+from job.kernels.decoder import Saving
 from job.kernels.ops import Masks
 from job.tune.engines.attention_choice import AttentionChoice
 from job.tune.engines.autograd import AutogradEngine
@@ -97,9 +97,7 @@ def test_saving_memory_changes_no_bit(family, documents, saving):
     model = adapted(family["qwen3"], lora_of(dropout=0.1), moved=True)
     model.train()
     batch = micro_batch(documents, range(4))
-    results = []
-    for each in (PLAIN, saving):
-        results.append(done(fast(model, each), model, batch))
+    results = [done(fast(model, each), model, batch) for each in (PLAIN, saving)]
 
     assert torch.equal(results[0][0], results[1][0])
     for name, gradient in results[0][1].items():
