@@ -72,7 +72,7 @@ def test_plan_tells_lengths_memory_and_time_and_leaves_nothing(job, tmp_path):
 def test_plan_for_one_gpu_or_a_part_of_it(job):
     one = job.call("plan", "--gpu", "h200", "--gpu-memory", "10", "--engine", "fast")
     assert one.code == 0
-    assert "fast path" in one.stdout
+    assert "fast engine" in one.stdout
     assert "of 10.0" in one.stdout
     unknown = job.call("plan", "--gpu-memory", "24")
     assert "\nyour GPU " in unknown.stdout
@@ -81,12 +81,12 @@ def test_plan_for_one_gpu_or_a_part_of_it(job):
 
 def test_plan_knows_which_layers_are_compiled(job, tmp_path):
     compiled = job.call("plan", "--gpu", "h100", "--engine", "generic")
-    assert "generic path, layers compiled\n" in compiled.stdout
+    assert "generic engine, layers compiled\n" in compiled.stdout
     base = shutil.copytree(job.recipe["model"]["base"], tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     job.recipe["model"]["base"] = str(base)
-    assert "generic path, layers not compiled\n" in job.call("plan", "--gpu", "h100").stdout
+    assert "generic engine, layers not compiled\n" in job.call("plan", "--gpu", "h100").stdout
 
 
 @pytest.mark.parametrize(("gpu", "code", "told"), [("v100", 81, "has no bf16"), ("h900", 64, "not known; one of")])
