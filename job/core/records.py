@@ -17,19 +17,46 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One record as text. With a `text` template the prompt is empty and everything is completion."""
+class Part:
+    """A stretch of an example's text."""
 
-    prompt: str
-    completion: str
+    text: str
+    learned: bool
+    """Whether the model learns to write it; if not, it is what the model is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One record as text: parts that are given and parts that are learned, in their order."""
+
+    parts: tuple[Part, ...]
     where: str
     """`file:line`, for messages."""
 
     @property
+    def text(self) -> str:
+        """The parts, joined."""
+        return "".join(part.text for part in self.parts)
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """Characters before learning begins, before it ends, before it begins again, and so on; ascending.
+
+        Learning does not end with the text: an odd number of borders means that the last part is learned.
+        """
+        borders, learning, characters = [], False, 0
+        for part in self.parts:
+            if part.learned is not learning:
+                borders.append(characters)
+                learning = part.learned
+            characters += len(part.text)
+        return tuple(borders)
+
+    @property
     def digest(self) -> bytes:
-        """16 bytes that name the content, wherever it stands."""
-        text = f"{len(self.prompt)}:{self.prompt}{self.completion}"
-        return hashlib.sha256(text.encode()).digest()[:16]
+        """16 bytes that name the content, wherever it stands: the text, and what of it is learned."""
+        borders = ",".join(map(str, self.borders))
+        return hashlib.sha256(f"{borders}:{self.text}".encode()).digest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,14 +142,12 @@ def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
         tally.merge(side)
         share = max(share, side.bad / side.lines if side.lines else 0.0)
     if tally.bad and data.on_bad_record == "fail":
-        msg = f"{tally.told()}\ncorrect them, or set data.on_bad_record: skip"
-        raise DataError(msg)
+        raise DataError(f"{tally.told()}\ncorrect them, or set data.on_bad_record: skip")
     if share > data.bad_record_limit:
-        msg = (
+        raise DataError(
             f"{tally.told()}\n{share:.2%} of the lines are wrong, more than data.bad_record_limit "
             f"({data.bad_record_limit:.2%}) accepts as noise"
         )
-        raise DataError(msg)
 
 
 def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRecord:
@@ -130,10 +155,21 @@ def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRec
     fields = _fields(raw, data.fields)
     if isinstance(fields, str):
         return BadRecord(where=where, reason=fields)
+    return Example(parts=_parts(fields, data), where=where)
+
+
+def _parts(fields: dict[str, str], data: DataSection) -> tuple[Part, ...]:
+    """A text is learned as a whole; of prompt and completion the completion is.
+
+    `loss_on: all` is applied to the token ids: an example keeps its name, and so its side, whatever the loss is over.
+    """
+    templates = ((data.text, True), (data.prompt, False), (data.completion, True))
     # str.format_map: the templates were checked to hold plain field names only.
-    prompt = "" if data.prompt is None else data.prompt.format_map(fields)
-    completion = (data.text or data.completion or "").format_map(fields)
-    return Example(prompt=prompt, completion=completion, where=where)
+    return tuple(
+        Part(text=template.format_map(fields), learned=learned)
+        for template, learned in templates
+        if template is not None
+    )
 
 
 def _fields(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:

@@ -103,6 +103,7 @@ def _encoded(
     with phases.phase("download"):
         train = _fetch(worker, phases, run, folder, "train")
         validation = _fetch(worker, phases, run, folder, "validation")
+    (place / _AUDIT).unlink(missing_ok=True)  # first: what it says is whole is being written anew
     with phases.phase("encode"):
         tally = Tally()
         encoded = encode(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from job.core import records
 from job.core.errors import DataError
 from job.core.recipe import DataSection
-from job.core.records import BadRecord, Example, Tally, examples, is_held_out, parse_line
+from job.core.records import BadRecord, Example, Part, Tally, examples, is_held_out, parse_line
 from job.core.report import BadLine
 
 TEXT = DataSection(train=("train.jsonl",), text="{text}")
@@ -21,10 +21,18 @@ def lines(*raw, source="train.jsonl"):
     return [(source, number, line) for number, line in enumerate(raw, start=1)]
 
 
+def text_example(text, *, where=""):
+    return Example(parts=(Part(text=text, learned=True),), where=where)
+
+
+def pair_example(prompt, completion, *, where=""):
+    return Example(parts=(Part(text=prompt, learned=False), Part(text=completion, learned=True)), where=where)
+
+
 def read(*raw, data=TEXT):
-    """Completions of the good lines, and the tally."""
+    """Texts of the good lines, and the tally."""
     tally = Tally()
-    return [example.completion for example in examples(lines(*raw), data, tally=tally)], tally
+    return [example.text for example in examples(lines(*raw), data, tally=tally)], tally
 
 
 def reason(raw, data=TEXT):
@@ -93,7 +101,7 @@ def test_a_wrong_line_is_told_with_its_reason(raw, told):
     ],
 )
 def test_a_right_line_is_an_example(raw, text):
-    assert parse_line(raw, TEXT, where="train.jsonl:17") == Example(prompt="", completion=text, where="train.jsonl:17")
+    assert parse_line(raw, TEXT, where="train.jsonl:17") == text_example(text, where="train.jsonl:17")
 
 
 def test_a_line_that_is_too_long_is_told_so():
@@ -197,7 +205,7 @@ def test_tallies_of_two_files_add_up():
 def test_every_field_of_the_templates_must_be_there():
     assert reason(b'{"input": "q"}', PAIR).startswith('"output" is missing')
     assert reason(b'{"output": "a"}', PAIR).startswith('"input" is missing')
-    assert parse_line(b'{"input": "q", "output": "a"}', PAIR, where="") == Example(prompt="q", completion="a", where="")
+    assert parse_line(b'{"input": "q", "output": "a"}', PAIR, where="") == pair_example("q", "a")
 
 
 @pytest.mark.parametrize(
@@ -221,11 +229,11 @@ def test_every_field_of_the_templates_must_be_there():
 def test_a_template_becomes_text(template, record, text):
     data = DataSection(train=("a",), text=template)
 
-    assert parse_line(json.dumps(record).encode(), data, where="").completion == text
+    assert parse_line(json.dumps(record).encode(), data, where="") == text_example(text)
 
 
 def test_braces_and_percent_signs_in_the_data_stay_as_they_are():
-    assert parse_line(b'{"text": "{other} {{x}} %s {0}"}', TEXT, where="").completion == "{other} {{x}} %s {0}"
+    assert parse_line(b'{"text": "{other} {{x}} %s {0}"}', TEXT, where="").text == "{other} {{x}} %s {0}"
 
 
 texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1).filter(str.strip)
@@ -236,7 +244,7 @@ texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 def test_whatever_stands_in_the_record_arrives_unchanged(prompt, completion, ascii_only):
     raw = json.dumps({"input": prompt, "output": completion}, ensure_ascii=ascii_only).encode()
 
-    assert parse_line(raw, PAIR, where="f:1") == Example(prompt=prompt, completion=completion, where="f:1")
+    assert parse_line(raw, PAIR, where="f:1") == pair_example(prompt, completion, where="f:1")
 
 
 @settings(deadline=None, derandomize=True, database=None)
@@ -245,10 +253,10 @@ def test_any_bytes_are_an_example_or_have_a_reason(raw):
     assert isinstance(parse_line(raw, TEXT, where="f:1"), (Example, BadRecord))
 
 
-def sides(completions, fraction):
+def sides(texts, fraction):
     """Which of the examples are held out."""
-    made = [Example(prompt="", completion=text, where=f"f:{n}") for n, text in enumerate(completions)]
-    return {example.completion for example in made if is_held_out(example.digest, fraction)}
+    made = [text_example(text, where=f"f:{n}") for n, text in enumerate(texts)]
+    return {example.text for example in made if is_held_out(example.digest, fraction)}
 
 
 def test_an_example_stays_on_its_side_when_the_file_grows_or_is_reordered():
@@ -270,20 +278,68 @@ def test_the_held_out_share_is_about_the_fraction():
 
 def test_duplicates_stay_on_one_side():
     """The side is decided by the content, not by the line it stands in."""
-    one, other = (Example(prompt="q", completion="a", where=where) for where in ("a.jsonl:1", "b.jsonl:900"))
+    one, other = (pair_example("q", "a", where=where) for where in ("a.jsonl:1", "b.jsonl:900"))
 
     assert one.digest == other.digest
 
 
 def test_the_border_between_prompt_and_completion_is_part_of_the_content():
-    one, other = (Example(prompt=p, completion=c, where="") for p, c in (("ab", "c"), ("a", "bc")))
+    assert pair_example("ab", "c").digest != pair_example("a", "bc").digest
 
-    assert one.digest != other.digest
+
+def test_a_text_is_learned_as_a_whole_and_of_prompt_and_completion_the_completion_is():
+    assert text_example("abc").borders == (0,)
+    assert pair_example("ab", "c").borders == (2,)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_what_the_loss_is_over_is_not_part_of_the_content(loss_on):
+    data = PAIR.model_copy(update={"loss_on": loss_on})
+    assert parse_line(b'{"input": "q", "output": "a"}', data, where="") == pair_example("q", "a")
+
+
+def flags(example):
+    """Each character, and whether it is learned."""
+    return [(character, part.learned) for part in example.parts for character in part.text]
+
+
+some_parts = st.lists(st.builds(Part, text=st.text("a1,:", max_size=3), learned=st.booleans()), max_size=5)
+some_examples = st.builds(Example, parts=some_parts.map(tuple), where=st.just("f:1"))
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(some_examples)
+def test_borders_say_which_characters_are_learned(example):
+    borders = example.borders
+    assert list(borders) == sorted(borders)
+    assert example.text == "".join(character for character, _ in flags(example))
+    assert [learned for _, learned in flags(example)] == [
+        sum(border <= place for border in borders) % 2 == 1 for place in range(len(example.text))
+    ]
+    assert (len(borders) % 2 == 1) == (example.parts != () and example.parts[-1].learned)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@given(one=some_examples, other=some_examples)
+def test_examples_of_one_digest_have_the_same_text_and_learn_the_same_of_it(one, other):
+    same = (one.text, one.borders) == (other.text, other.borders)
+    assert (one.digest == other.digest) == same
+    if same:
+        assert flags(one) == flags(other)
+
+
+def test_the_same_text_of_other_parts_has_another_digest():
+    """Every way to learn some of three characters has a name of its own."""
+    digests = set()
+    for learned in range(8):
+        parts = tuple(Part(text=c, learned=bool(learned >> place & 1)) for place, c in enumerate("abc"))
+        digests.add(Example(parts=parts, where="").digest)
+    assert len(digests) == 8
 
 
 def test_the_split_never_changes_silently():
     """A run that is resumed by a newer image must find its examples on the same sides."""
-    example = Example(prompt="### Question: a\n", completion="b", where="")
-
-    assert example.digest.hex() == "4355064cf8b7fe736e396224193c130f"
+    assert pair_example("### Question: a\n", "b").digest.hex() == "4355064cf8b7fe736e396224193c130f"
+    assert text_example("### Question: a\nb").digest.hex() == "f0970faf6bfec539dbd27b4a11b860d6"
+    assert pair_example("größe \U0001f600: ", "1:b").digest.hex() == "41d373a5e8987c4766d9f327b80219ba"
     assert sorted(sides([f"example {n}" for n in range(40)], 0.1)) == ["example 22", "example 27"]

@@ -1,5 +1,6 @@
 """Stopped, killed, started again: the same numbers come out, to the bit."""
 
+import json
 import signal
 
 import pytest
@@ -7,6 +8,7 @@ from job_process import Job
 from run_material import long_recipe
 
 from job.edge.host.crashing import disarm
+from job.tune.data.encoded import FORMAT, open_encoded
 
 
 def same_numbers(report, undisturbed):
@@ -100,6 +102,24 @@ def test_a_stop_before_the_first_step_leaves_only_word_of_itself_in_the_store(jo
     left = [path.name for path in sorted(job.only_run().rglob("*.json"))]
     assert left == ["01-end.json", "01.json", "lock.json"]
     assert job.call("run", "--set", "train.steps=1").code == 0  # and nothing there that misleads the next
+
+
+@pytest.mark.parametrize("former", [{"format": 2}, {}])
+def test_what_an_older_image_encoded_is_encoded_anew(job, former):
+    """Its files have other columns; the oldest say nothing of their format."""
+    assert job.call("run", stop_in="ask_base").code == 75
+    (place,) = job.workdir.rglob("audit.json")
+    audit = json.loads(place.read_text())
+    assert audit["format"] == FORMAT == 3
+    place.write_text(json.dumps({name: audit[name] for name in audit if name != "format"} | former))
+    for side in ("train", "validation"):
+        (place.parent / f"{side}.arrow").write_bytes(b"of the former format")
+
+    again = job.call("run", stop_in="ask_base")
+    assert again.code == 75, again.stdout
+    assert {"download", "encode"} <= set(again.phases())
+    assert json.loads(place.read_text()) == audit
+    assert [len(side) for side in open_encoded(place.parent).values()] == [24, 6]
 
 
 @pytest.mark.parametrize("phase", ["ask_base", "train|evaluate", "prove", "ask_tuned"])

@@ -37,7 +37,7 @@ from job.core.recipe import (
     TrackSection,
     TrainSection,
 )
-from job.core.records import Example
+from job.core.records import Example, Part
 from job.core.verdict import Evaluation
 from job.edge.host.outcome import Outcome
 from job.stages.attempt import Attempt as StagesAttempt
@@ -149,15 +149,25 @@ def random_text(length: int, *, seed: int) -> str:
     return "".join(random.Random(seed).choices(LETTERS[2:], k=length))
 
 
+def example_of(*parts: tuple[str, bool], line: int = 1) -> Example:
+    """(text, learned) parts as an example."""
+    return Example(parts=tuple(Part(text=t, learned=learned) for t, learned in parts), where=f"train.jsonl:{line}")
+
+
 def documents_of(
     folder: Path, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, max_length: int = 128, data: DataSection = PAIR
 ) -> Documents:
     """(prompt, completion) pairs as the stages encode them."""
-    rows = [
-        ("train", Example(prompt=p, completion=c, where=f"train.jsonl:{n}")) for n, (p, c) in enumerate(pairs, start=1)
-    ]
+    examples = [example_of((p, False), (c, True), line=n) for n, (p, c) in enumerate(pairs, start=1)]
+    return documents_of_examples(folder, tokenizer, examples, max_length=max_length, data=data)
+
+
+def documents_of_examples(
+    folder: Path, tokenizer: Any, examples: Sequence[Example], *, max_length: int = 128, data: DataSection = PAIR
+) -> Documents:
+    """Examples of any parts as the stages encode them."""
     encoded = encode(
-        rows,
+        [("train", example) for example in examples],
         tokenizer,
         token_rules(tokenizer, data),
         folder=folder,

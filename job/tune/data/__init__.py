@@ -1,1 +1,1 @@
-"""TODO."""
+"""Examples become documents: parts -> token ids with target spans -> Arrow files -> documents -> micro-batches."""

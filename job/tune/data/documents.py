@@ -1,4 +1,4 @@
-"""TODO job.tune.data.documents."""
+"""Encoded examples -> the documents that are trained or judged on: selected, and cut at max_length."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -34,19 +34,20 @@ class Documents:
 
     @property
     def targets(self) -> NDArray[np.int64]:
-        """Target tokens of each document."""
-        return self.lengths.astype(np.int64) - self.encoded.target_from[self.rows]
+        """Target tokens of each document after the cut."""
+        return self.encoded.target_counts(self.max_length)[self.rows]
 
     def token_ids(self, document: int) -> NDArray[np.int32]:
         """Token ids of one document after the cut."""
         return self.encoded.input_ids(int(self.rows[document]))[: self.max_length]
 
-    def target_from(self, document: int) -> int:
-        """Position of the first target of one document."""
-        return int(self.encoded.target_from[self.rows[document]])
+    def spans(self, document: int) -> NDArray[np.int32]:
+        """[spans, 2]: target spans of one document after the cut; half-open, ascending, none empty."""
+        spans = self.encoded.spans(int(self.rows[document]))
+        return np.minimum(spans[spans[:, 0] < self.max_length], self.max_length)
 
     def answer_from(self, document: int) -> int:
-        """Position where the prompt of one document ends."""
+        """Position where the last learned part of one document begins."""
         return int(self.encoded.answer_from[self.rows[document]])
 
     def is_whole(self, document: int) -> bool:
@@ -69,13 +70,12 @@ def select_documents(
     over = encoded.lengths > max_length
     if too_long == "fail" and over.any():
         first = int(np.argmax(over))
-        msg = (
+        raise DataError(
             f"{encoded.where(first)}: {int(encoded.lengths[first])} tokens, more than max_length {max_length} "
             f"({int(over.sum())} such examples); raise data.max_length, or set data.too_long: truncate or drop"
         )
-        raise DataError(msg)
     kept = ~over if too_long == "drop" else np.ones(len(encoded), dtype=bool)
-    has_target = np.minimum(encoded.lengths, max_length) > encoded.target_from
+    has_target = encoded.target_counts(max_length) > 0
     rows = np.flatnonzero(kept & has_target)
     if most is not None:
         digests = encoded.digests()

@@ -1,7 +1,7 @@
-"""Examples -> token ids on disk (Arrow) -> packed micro-batches with their targets."""
+"""Examples -> token ids with target spans in Arrow files, written once and read memory-mapped."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,31 +14,28 @@ from numpy.typing import NDArray
 from job.core.errors import StopRequestedError
 from job.core.lengths import Lengths
 from job.core.records import Example
-from job.tune.data.frame import TokenRules, encode_examples
+from job.tune.data.frame import Framed, TokenRules, encode_examples
 
 Side = Literal["train", "validation"]
 _SIDES: tuple[Side, ...] = ("train", "validation")
 _BATCH = 1000
 """Examples handed to the tokenizer at once."""
-_FEATURES = {
-    "input_ids": "int32",
-    "target_from": "int32",
-    "answer_from": "int32",
-    "digest": "binary",
-    "where": "string",
-}
-FORMAT = 2
-"""Of the files that `encode` writes: those of another one are not read."""
+FORMAT = 3
+"""What `encode` writes: files of another format are encoded anew."""
 
 
 class EncodedSet:
     """One side of the dataset on disk, memory-mapped."""
 
+    lengths: Lengths
+    """[examples], not truncated."""
+    answer_from: NDArray[np.int32]
+    """[examples]: position where the last learned part of each begins."""
+
     def __init__(self, path: Path) -> None:
         self._table = datasets.Dataset.from_file(str(path)).data
-        self.lengths: Lengths = _numpy(pc.list_value_length(self._table.column("input_ids"))).astype(np.int32)
-        self.target_from: NDArray[np.int32] = _numpy(self._table.column("target_from"))
-        self.answer_from: NDArray[np.int32] = _numpy(self._table.column("answer_from"))
+        self.lengths = _numpy(pc.list_value_length(self._table.column("input_ids"))).astype(np.int32)
+        self.answer_from = _numpy(self._table.column("answer_from"))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -47,6 +44,20 @@ class EncodedSet:
         """Token ids of one example, framed, not truncated."""
         values: NDArray[np.int32] = self._table.column("input_ids")[index].values.to_numpy()
         return values
+
+    def spans(self, index: int) -> NDArray[np.int32]:
+        """[spans, 2]: target spans of one example, not truncated; see `Framed`."""
+        values: NDArray[np.int32] = self._table.column("target_spans")[index].values.to_numpy()
+        return values.reshape(-1, 2)
+
+    def target_counts(self, max_length: int) -> NDArray[np.int64]:
+        """[examples]: targets among the first `max_length` tokens of each."""
+        column = self._table.column("target_spans")
+        spans = np.minimum(_numpy(pc.list_flatten(column)).reshape(-1, 2), max_length)
+        targets_before = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0], dtype=np.int64)])
+        spans_before = np.concatenate([[0], np.cumsum(_numpy(pc.list_value_length(column)) // 2)])
+        counts: NDArray[np.int64] = np.diff(targets_before[spans_before])
+        return counts
 
     def where(self, index: int) -> str:
         """`file:line` of one example."""
@@ -86,28 +97,14 @@ def encode(
     """
     partial = {side: folder / f"{side}.partial" for side in _SIDES}
     folder.mkdir(parents=True, exist_ok=True)
-    features = datasets.Features(
-        {
-            name: [datasets.Value(kind)] if name == "input_ids" else datasets.Value(kind)
-            for name, kind in _FEATURES.items()
-        }
-    )
-    writers = {side: ArrowWriter(features=features, path=str(partial[side])) for side in _SIDES}
+    writers = {side: ArrowWriter(features=_features(), path=str(partial[side])) for side in _SIDES}
     done = 0
     for batch in _batches(examples):
         if should_stop():
-            msg = "asked to stop while encoding"
-            raise StopRequestedError(msg)
+            raise StopRequestedError("asked to stop while encoding")
         rows = encode_examples([example for _, example in batch], tokenizer, rules)
         for (side, example), framed in zip(batch, rows, strict=True):
-            row = {
-                "input_ids": framed.ids,
-                "target_from": framed.target_from,
-                "answer_from": framed.answer_from,
-                "digest": example.digest,
-                "where": example.where,
-            }
-            writers[side].write(row)
+            writers[side].write(_row(example, framed))
         done += len(batch)
         on_progress(done)
     for side, writer in writers.items():
@@ -119,6 +116,29 @@ def encode(
 def open_encoded(folder: Path) -> dict[Side, EncodedSet]:
     """Both sides as `encode` left them."""
     return {side: EncodedSet(_path(folder, side)) for side in _SIDES}
+
+
+def _features() -> datasets.Features:
+    number, numbers = datasets.Value("int32"), [datasets.Value("int32")]
+    return datasets.Features(
+        {
+            "input_ids": numbers,
+            "target_spans": numbers,
+            "answer_from": number,
+            "digest": datasets.Value("binary"),
+            "where": datasets.Value("string"),
+        }
+    )
+
+
+def _row(example: Example, framed: Framed) -> dict[str, Any]:
+    return {
+        "input_ids": framed.ids,
+        "target_spans": list(chain.from_iterable(framed.spans)),  # start, end, start, end, ...
+        "answer_from": framed.answer_from,
+        "digest": example.digest,
+        "where": example.where,
+    }
 
 
 def _path(folder: Path, side: Side) -> Path:

@@ -1,7 +1,7 @@
-"""TODO job.tune.data.frame."""
+"""Parts -> token ids with target spans, framed by BOS and EOS as the tokenizer and the recipe want it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
@@ -30,11 +30,10 @@ def token_rules(tokenizer: Any, data: DataSection) -> TokenRules:
         UsageError: it has no end-of-sequence token, so the model could never learn to stop.
     """
     if tokenizer.eos_token_id is None:
-        msg = (
+        raise UsageError(
             "the base model's tokenizer names no end-of-sequence token (eos_token in tokenizer_config.json), "
             "so the model could not learn to stop; add it to the model folder"
         )
-        raise UsageError(msg)
     framed = tokenizer("a").input_ids
     puts_bos = tokenizer.bos_token_id is not None and framed[:1] == [tokenizer.bos_token_id]
     templates = [t for t in (data.text, data.prompt, data.completion) if t is not None]
@@ -49,6 +48,8 @@ def token_rules(tokenizer: Any, data: DataSection) -> TokenRules:
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, rules: TokenRules) -> list[list[int]]:
     """Token ids without frame."""
+    if not texts:
+        return []
     encoded = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -64,41 +65,103 @@ def encode_prompt(text: str, tokenizer: Any, rules: TokenRules) -> list[int]:
     return _framed_start(encode_texts([text], tokenizer, rules)[0], rules)
 
 
+Span = tuple[int, int]
+"""Positions of tokens, half-open: the first, and the one after the last."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Framed:
     """One example as token ids, with BOS and EOS."""
 
     ids: list[int]
-    target_from: int
-    """Position of the first target."""
+    spans: tuple[Span, ...]
+    """Tokens that are targets, each predicted from the one before it: ascending, apart from each other, none empty."""
     answer_from: int
-    """Position where the prompt ends: the first target, unless the loss is over the prompt too."""
+    """Position where the last learned part begins, whatever the loss is over: a question ends there."""
 
 
 def encode_examples(batch: Sequence[Example], tokenizer: Any, rules: TokenRules) -> list[Framed]:
     """Each example's token ids, framed.
 
-    A prompt keeps the ids it has when it stands alone, as it will at inference. Where prompt and completion share no
-    token they are encoded as one text; where the tokenizer would merge across the border, each is encoded by itself.
+    What stands before a border between given and learned text has the ids that it has without what follows, as it will
+    at inference. Text is encoded as one as long as that holds by itself; where the tokenizer would merge across a
+    border, what follows is encoded as a text of its own.
     """
-    prompts = encode_texts([e.prompt for e in batch], tokenizer, rules)
-    whole = encode_texts([e.prompt + e.completion for e in batch], tokenizer, rules)
-    split = [i for i, ids in enumerate(prompts) if whole[i][: len(ids)] != ids]
-    alone = encode_texts([batch[i].completion for i in split], tokenizer, rules) if split else []
-    for i, completion in zip(split, alone, strict=True):
-        whole[i] = prompts[i] + completion
-    return [_frame(ids, len(prompt), rules) for ids, prompt in zip(whole, prompts, strict=True)]
+    drafts = [_Draft.of(example) for example in batch]
+    for stretch in range(max((len(draft.ends) for draft in drafts), default=0)):
+        _encode_stretch([draft for draft in drafts if stretch < len(draft.ends)], stretch, tokenizer, rules)
+    return [_frame([*draft.before, *draft.piece], draft.token_ends, rules) for draft in drafts]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draft:
+    """One example, encoded stretch by stretch: given and learned ones by turns, the first is given."""
+
+    text: str
+    ends: tuple[int, ...]
+    """Characters before the end of each stretch."""
+    token_ends: list[int] = field(default_factory=list)
+    """Tokens before the end of each stretch that is done."""
+    before: list[int] = field(default_factory=list)
+    """Ids before the piece."""
+    piece_from: int = 0
+    """Characters before the piece, the text that is encoded as one."""
+    piece: list[int] = field(default_factory=list)
+    """Ids of the piece so far."""
+
+    @classmethod
+    def of(cls, example: Example) -> "_Draft":
+        text = example.text
+        return cls(text=text, ends=(*example.borders, len(text)))
+
+    def start(self, stretch: int) -> int:
+        """Characters before a stretch."""
+        return self.ends[stretch - 1] if stretch else 0
+
+
+def _encode_stretch(drafts: Sequence[_Draft], stretch: int, tokenizer: Any, rules: TokenRules) -> None:
+    """Bring drafts, which all have this stretch, to its end."""
+    growing = [draft for draft in drafts if draft.start(stretch) < draft.ends[stretch]]
+    whole = encode_texts([draft.text[draft.piece_from : draft.ends[stretch]] for draft in growing], tokenizer, rules)
+    merged = []
+    for draft, ids in zip(growing, whole, strict=True):
+        if ids[: len(draft.piece)] == draft.piece:
+            draft.piece = ids
+        else:
+            merged.append(draft)
+    alone = encode_texts([draft.text[draft.start(stretch) : draft.ends[stretch]] for draft in merged], tokenizer, rules)
+    for draft, ids in zip(merged, alone, strict=True):
+        draft.before += draft.piece
+        draft.piece_from, draft.piece = draft.start(stretch), ids
+    for draft in drafts:
+        draft.token_ends.append(len(draft.before) + len(draft.piece))
 
 
 def _framed_start(ids: list[int], rules: TokenRules) -> list[int]:
     return ids if rules.bos is None or ids[:1] == [rules.bos] else [rules.bos, *ids]
 
 
-def _frame(ids: list[int], prompt_tokens: int, rules: TokenRules) -> Framed:
+def _frame(ids: list[int], token_ends: Sequence[int], rules: TokenRules) -> Framed:
     framed = _framed_start(ids, rules)
-    prompt_end = prompt_tokens + len(framed) - len(ids)
-    if framed[-1:] != [rules.eos] or len(framed) == prompt_end:
-        framed = [*framed, rules.eos]
-    # The first token follows nothing, so it is never a target.
-    answer_from = max(prompt_end, 1) if prompt_tokens else 1
-    return Framed(ids=framed, target_from=1 if rules.loss_on_prompt else answer_from, answer_from=answer_from)
+    ends = [end + len(framed) - len(ids) for end in token_ends]
+    learned = list(zip(ends[::2], ends[1::2], strict=False))  # a last one that is only given has no partner
+    answer_from = learned[-1][0] if learned else len(framed)
+    if len(ends) % 2 == 0:  # the last stretch is learned
+        if framed[-1:] != [rules.eos] or len(framed) == answer_from:
+            framed = [*framed, rules.eos]
+        learned[-1] = (answer_from, len(framed))
+    targets = [(0, len(framed))] if rules.loss_on_prompt else learned
+    return Framed(ids=framed, spans=_spans(targets), answer_from=max(answer_from, 1))
+
+
+def _spans(stretches: Sequence[Span]) -> tuple[Span, ...]:
+    """Stretches of tokens as target spans."""
+    spans: list[Span] = []
+    for start, end in stretches:
+        first = max(start, 1)  # the first token follows nothing, so it is never a target
+        if first >= end:
+            continue
+        if spans and spans[-1][1] == first:
+            first, _ = spans.pop()
+        spans.append((first, end))
+    return tuple(spans)

@@ -1,10 +1,11 @@
-"""TODO job.tune.data.micro_batch."""
+"""Documents -> one row of tokens without padding, and where its targets are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from job.tune.data.documents import Documents
@@ -64,15 +65,21 @@ def micro_batch(documents: Documents, members: Sequence[int]) -> MicroBatch:
     """Lay documents in a row; the loss reads the token before each target."""
     ids = [documents.token_ids(member).astype(np.int64) for member in members]
     starts = np.cumsum([0, *(len(i) for i in ids)])
-    targets = [np.arange(documents.target_from(m), len(i)) for m, i in zip(members, ids, strict=True)]
-    places = [t + start - 1 for t, start in zip(targets, starts[:-1], strict=True)]
+    row = np.concatenate(ids)
+    targets = [_positions(documents.spans(m)) for m in members]
+    places = np.concatenate([t + start for t, start in zip(targets, starts[:-1], strict=True)]) - 1
     return MicroBatch(
-        input_ids=torch.from_numpy(np.concatenate(ids))[None],
+        input_ids=torch.from_numpy(row)[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(len(i)) for i in ids]))[None],
         document_lengths=tuple(len(i) for i in ids),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        target_places=torch.from_numpy(np.concatenate(places)),
-        target_ids=torch.from_numpy(np.concatenate([i[t] for i, t in zip(ids, targets, strict=True)])),
+        target_places=torch.from_numpy(places),
+        target_ids=torch.from_numpy(row[places + 1]),
         target_counts=tuple(len(t) for t in targets),
         documents=tuple(members),
     )
+
+
+def _positions(spans: NDArray[np.int32]) -> NDArray[np.int64]:
+    """[targets]: every position in spans [spans, 2]."""
+    return np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in spans])

@@ -78,15 +78,19 @@ def questions_of_prompts(prompts: Sequence[str], tokenizer: Any, rules: TokenRul
 
 
 def questions_of_documents(documents: Documents, tokenizer: Any, *, most: int) -> list[Question]:
-    """The first held-out documents that were not cut: an answer that is, no right one is equal to."""
+    """The first held-out documents that were not cut: an answer that is, no right one is equal to.
+
+    The last learned part is the answer; what stands before it is the prompt.
+    """
     questions = []
     for document in islice(filter(documents.is_whole, range(len(documents))), most):
         ids, start = documents.token_ids(document).tolist(), documents.answer_from(document)
+        end = int(documents.spans(document)[-1, 1])
         questions.append(
             Question(
                 ids=tuple(ids[:start]),
                 prompt=tokenizer.decode(ids[:start], skip_special_tokens=True),
-                expected=tokenizer.decode(ids[start:], skip_special_tokens=True).strip(),
+                expected=tokenizer.decode(ids[start:end], skip_special_tokens=True).strip(),
             )
         )
     return questions

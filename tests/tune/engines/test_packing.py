@@ -9,9 +9,9 @@ from job.tune.data.micro_batch import micro_batch
 def test_the_losses_of_a_document_are_those_of_the_models_own_eager_forward(any_model, documents):
     with torch.no_grad():
         for document in (0, 5):
-            ids = micro_batch(documents, [document]).input_ids[0]
-            theirs = own_losses(any_model, ids)[documents.target_from(document) - 1 :]
-            ours = any_model(micro_batch(documents, [document]))
+            batch = micro_batch(documents, [document])
+            theirs = own_losses(any_model, batch.input_ids[0])[batch.target_places]
+            ours = any_model(batch)
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import PAIR, adapted, documents_of, one_by_one, own_losses
+from tiny import PAIR, adapted, documents_of, documents_of_examples, example_of, one_by_one, own_losses
 
 from job.core.errors import StopRequestedError
 from job.core.recipe import LoraSection
@@ -43,7 +43,7 @@ def test_an_evaluation_sums_the_models_own_losses_over_the_targets(llama, docume
     result = judged(llama, documents, 64)
     for document, batch in enumerate(one_by_one(documents)):
         with torch.no_grad():
-            own = own_losses(llama, batch.input_ids[0])[documents.target_from(document) - 1 :]
+            own = own_losses(llama, batch.input_ids[0])[batch.target_places]
         assert result.nll[document] == pytest.approx(float(own.sum()), rel=1e-5)
     assert (result.step, result.loss) == (3, pytest.approx(result.nll.sum() / documents.targets.sum()))
 
@@ -158,6 +158,14 @@ def test_questions_come_from_prompts_and_from_held_out_documents(tokenizer, tmp_
 def test_a_question_ends_with_the_prompt_also_where_the_loss_is_over_the_prompt_too(tokenizer, tmp_path):
     over_all = PAIR.model_copy(update={"loss_on": "all"})
     documents = documents_of(tmp_path, tokenizer, [("cd", " ef")], data=over_all)
-    assert documents.target_from(0) == 1
+    assert documents.spans(0).tolist() == [[1, 7]]
     [asked] = questions_of_documents(documents, tokenizer, most=1)
     assert (asked.ids, asked.prompt, asked.expected) == ((1, 5, 6), "cd", "ef")
+
+
+def test_of_several_learned_parts_the_last_is_the_answer_and_all_before_it_the_prompt(tokenizer, tmp_path):
+    turns = [("cd", False), ("ef", True), (" g", False), ("hi", True), ("j", False)]
+    documents = documents_of_examples(tmp_path, tokenizer, [example_of(*turns), example_of(*turns[:2])])
+    found = questions_of_documents(documents, tokenizer, most=2)
+    assert [(q.prompt, q.expected) for q in found] == [("cdef g", "hi"), ("cd", "ef")]
+    assert found[0].ids == (1, 5, 6, 7, 8, 29, 9)
