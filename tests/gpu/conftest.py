@@ -1,4 +1,4 @@
-"""The tests of the fast path use the tune room's tiny models."""
+"""The tests of the engines use the tune room's tiny models."""
 
 import sys
 from pathlib import Path

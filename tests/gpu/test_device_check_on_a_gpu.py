@@ -14,7 +14,7 @@ import torch
 
 from job.core.errors import SickDeviceError
 from job.edge.host.gpu import look_at_gpu
-from job.tune import device_check as preflight
+from job.tune import device_check
 from job.tune.device.device import choose_device, driver_version, gpu_bus_id, gpu_uuid
 from job.tune.device_check import look_at_device
 
@@ -63,13 +63,13 @@ def test_a_good_gpu_is_let_through_in_seconds_with_random_numbers_as_they_were(g
 def test_the_4_bit_kernels_stay_well_within_what_rounding_allows(gpu, rows):
     """The bound is from the formats; how much of it is used says how far a fault could hide."""
     generator = torch.Generator().manual_seed(1)
-    weight = preflight._four_bit_weight(2048, generator)
+    weight = device_check._four_bit_weight(2048, generator)
     given = torch.randn(64, 256, generator=generator).to(torch.bfloat16)
-    multiply = preflight.four_bit(weight.to(gpu, torch.bfloat16))
+    multiply = device_check.four_bit(weight.to(gpu, torch.bfloat16))
 
     product = torch.cat([multiply(part) for part in given.to(gpu).split(rows)]).float().cpu()
 
-    used = preflight._largest_difference(product, given.float() @ weight.T) / preflight._FOUR_BIT_TOLERANCE
+    used = device_check._largest_difference(product, given.float() @ weight.T) / device_check._FOUR_BIT_TOLERANCE
     print(f"\n{rows} rows: {used:.2f} of the tolerance")
     assert used < 0.7
 

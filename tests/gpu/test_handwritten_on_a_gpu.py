@@ -1,4 +1,4 @@
-"""The fast path's kernels and its step on a real GPU; elsewhere these say that they need one.
+"""The fast engine's kernels and its step on a real GPU; elsewhere these say that they need one.
 
 python -m pytest tests/gpu -s -rs
 """
@@ -10,6 +10,7 @@ from tiny import (
     FAMILY,
     attach_lora,
     config_of,
+    cut_of,
     documents_of,
     load_base,
     micro_batch,
@@ -71,9 +72,9 @@ def fast(model, saving=PLAIN, ops=None, *, own_attention=True):
 @pytest.mark.parametrize("architecture", FAMILY)
 def test_the_step_agrees_with_autograd(tmp_path, architecture, own_attention):
     model = model_of(tmp_path, architecture)
-    path = fast(model, own_attention=own_attention)
+    engine = fast(model, own_attention=own_attention)
 
-    assert difference(model, path, AutogradEngine(model, torch.Tensor.backward)) is None
+    assert difference(model, engine, AutogradEngine(model, torch.Tensor.backward)) is None
 
 
 @pytest.mark.parametrize("architecture", FAMILY)
@@ -89,11 +90,10 @@ def test_the_same_step_gives_the_same_bits(tmp_path, documents, saving):
     model.train()
     batch, results = micro_batch(documents, range(3)).to(CUDA), []
     for each in (PLAIN, saving):
-        path = fast(model, each)
+        engine = fast(model, each)
         for parameter in trainable(model):
             parameter.grad = None
-        torch.manual_seed(3)
-        losses = path.accumulate(batch, targets=batch.targets)
+        losses = engine.accumulate(batch, targets=batch.targets, seed=3)
         results.append([losses, *(parameter.grad for parameter in trainable(model))])
 
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -106,14 +106,13 @@ def test_what_is_played_back_is_the_step(tmp_path, documents, dropout):
     model.train()
     adapter = FlatAdapter(model)
     plain, played = fast(model), fast(model)
-    played.adopt({"kept_layers": 1, "recomputed_layers": 1})
+    played.adopt(cut_of(2048, engine="fast", kept_layers=1, recomputed_layers=1))
     results = []
-    for path, members in [(plain, (0, 1, 2)), (played, (0, 1, 2)), (played, (1, 2)), (played, (0, 1, 2))]:
+    for engine, members in [(plain, (0, 1, 2)), (played, (0, 1, 2)), (played, (1, 2)), (played, (0, 1, 2))]:
         batch = micro_batch(documents, members).to(CUDA)
         adapter.clear()
-        torch.manual_seed(3)
-        path.refresh()
-        losses = path.accumulate(batch, targets=batch.targets)
+        engine.refresh()
+        losses = engine.accumulate(batch, targets=batch.targets, seed=3)
         results.append([losses, *(vector.grad.clone() for vector in adapter.vectors)])
 
     assert not played._step._failed
@@ -125,13 +124,13 @@ def test_what_is_played_back_is_the_step(tmp_path, documents, dropout):
 def test_a_changed_adapter_is_played_back_too(tmp_path, documents):
     model = model_of(tmp_path, "llama")
     adapter = FlatAdapter(model)
-    path = fast(model)
-    path.adopt({"kept_layers": 2, "recomputed_layers": 0})
+    engine = fast(model)
+    engine.adopt(cut_of(2048, engine="fast", kept_layers=2))
     batch = micro_batch(documents, range(3)).to(CUDA)
     losses = []
     for _step in range(3):
-        path.refresh()
-        losses.append(path.accumulate(batch, targets=batch.targets))
+        engine.refresh()
+        losses.append(engine.accumulate(batch, targets=batch.targets, seed=3))
         for vector in adapter.vectors:
             vector.data.add_(torch.randn_like(vector), alpha=0.05)
         adapter.clear()
@@ -141,10 +140,10 @@ def test_a_changed_adapter_is_played_back_too(tmp_path, documents):
     unrecorded = fast(model)
     for vector in adapter.vectors:
         assert vector.grad is not None
-    path.refresh()
+    engine.refresh()
     unrecorded.refresh()
-    last = path.accumulate(batch, targets=batch.targets)
-    assert float((last - unrecorded.accumulate(batch, targets=batch.targets)).abs().max()) < 0.05
+    last, expected = (each.accumulate(batch, targets=batch.targets, seed=3) for each in (engine, unrecorded))
+    assert float((last - expected).abs().max()) < 0.05
 
 
 def test_dropout_s_kernels_are_the_reference_s(tmp_path):
@@ -188,7 +187,7 @@ def test_our_attention_passes_its_own_test(width, key_heads):
 @pytest.mark.parametrize(("wanted", "name"), [("auto", "fast"), ("generic", "generic")])
 def test_our_attention_is_chosen_on_hopper_alone(tmp_path, wanted, name):
     model = model_of(tmp_path, "llama")
-    made = choose_engine(model, wanted, backward=torch.Tensor.backward, on_stopped=print)
+    made = choose_engine(model, wanted, backward=torch.Tensor.backward)
 
     assert made.name == name
     assert model.attention.own is (torch.cuda.get_device_capability()[0] == 9)
