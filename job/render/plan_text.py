@@ -102,7 +102,7 @@ def _table(forecasts: Sequence[Forecast], usd_per_hour: float | None) -> list[st
         line += f"{cut.micro_batch_tokens:>11,}  {cut.recomputed_layers:>5}"
         if each.tokens_per_second is not None and each.seconds is not None:
             line += f"  {each.tokens_per_second:>8,.0f}  {_time(each.seconds):>7}"
-            line += f"  {usd_per_hour * each.seconds / 3600:>7.2f} $" if usd_per_hour else ""
+            line += f"  {each.usd(usd_per_hour):>7.2f} $" if usd_per_hour else ""
         lines.append(line)
     if any(each.tokens_per_second is not None for each in forecasts):
         lines.append(
