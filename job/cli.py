@@ -161,7 +161,7 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
         to_stderr()
     attempt = make_attempt(session, recipe, options)
     gpus, usd_per_hour = _gpus(options), options["usd_per_hour"]
-    from job.commands.plan import plan
+    from job.commands.plan import ask_templates, plan
     from job.core.plan_json import plan_json
     from job.render.plan_text import plan_lines
 
@@ -170,7 +170,7 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     if options["as_json"]:
         text = plan_json(*facts, usd_per_hour=usd_per_hour).model_dump_json(indent=2)
     else:
-        text = "\n".join(plan_lines(*facts, usd_per_hour=usd_per_hour))
+        text = "\n".join(plan_lines(*facts, templates=ask_templates(), usd_per_hour=usd_per_hour))
     click.echo(session.hide(text))
 
 

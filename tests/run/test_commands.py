@@ -9,8 +9,9 @@ import struct
 import threading
 
 import pytest
-from job_process import call, objects, process, records, write_lines
+from job_process import ROOT, call, objects, process, records, write_lines
 
+from job.commands import plan
 from job.core.plan_json import PlanJson
 from job.edge.host.interrupt import Interrupt
 
@@ -110,6 +111,14 @@ def test_plan_as_json_leaves_stdout_empty_when_it_fails(job, monkeypatch):
     ended = job.call("plan")
     assert (ended.code, ended.stdout) == (66, "")
     assert json.loads(ended.stderr)["event"] == "ended"
+
+
+def test_plan_finds_the_templates_beside_entrypoint_and_nowhere_else(tmp_path, monkeypatch):
+    assert plan.ask_templates() == [(ROOT / name / "ask.txt").read_text() for name in ("k8s", "slurm")]
+    (tmp_path / "somebody_s").mkdir()
+    (tmp_path / "somebody_s" / "ask.txt").write_text("no template")
+    monkeypatch.setattr(plan, "_ROOT", tmp_path)
+    assert plan.ask_templates() == []
 
 
 @pytest.mark.parametrize(("gpu", "code", "told"), [("v100", 81, "has no bf16"), ("h900", 64, "not known; one of")])
