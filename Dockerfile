@@ -45,6 +45,8 @@ FROM system AS code
 WORKDIR /app
 COPY entrypoint.py LICENSE ./
 COPY job job
+COPY k8s/ask.txt k8s/
+COPY slurm/ask.txt slurm/
 COPY recipes recipes
 # Readable by any user, whatever the umask of the checkout.
 RUN chmod -R u=rwX,go=rX . && python3 -m compileall -q --invalidation-mode unchecked-hash .

@@ -213,6 +213,7 @@ def commands_page() -> str:
     import click
 
     from job.cli import cli
+    from job.core.plan_json import PlanJson
 
     page = [_GENERATED.format(source="job/cli.py"), "", _COMMANDS_HEAD]
     page += ["## Before any command", "", *_command("python entrypoint.py [OPTIONS] COMMAND ...", cli)]
@@ -220,7 +221,28 @@ def commands_page() -> str:
         arguments = [p.human_readable_name for p in command.params if isinstance(p, click.Argument)]
         about = (command.help or "").strip()
         page += [f"## {name}", "", about, "", *_command(f"python entrypoint.py {name} {' '.join(arguments)}", command)]
+        if name == "plan":
+            page += [
+                "The object of `--json`, each key as `jq` takes it:",
+                "",
+                *_json_keys(PlanJson.model_json_schema(mode="serialization")),
+                "",
+            ]
     return "\n".join(page)
+
+
+def _json_keys(schema: Mapping[str, Any]) -> list[str]:
+    """A table of all keys of an object: `.section.key`, and `.list[].key`."""
+    return ["| key | meaning |", "|---|---|", *_keys(schema, schema, prefix=".")]
+
+
+def _keys(section: Mapping[str, Any], schema: Mapping[str, Any], *, prefix: str) -> Iterator[str]:
+    for key, part in section["properties"].items():
+        inner, name = (part["items"], f"{prefix}{key}[]") if part.get("type") == "array" else (part, f"{prefix}{key}")
+        if "$ref" in inner:
+            yield from _keys(_definition(inner, schema), schema, prefix=f"{name}.")
+        else:
+            yield f"| `{name}` | {part['description']} |"
 
 
 def _command(usage: str, command: "click.Command") -> list[str]:
@@ -238,11 +260,12 @@ def _option(option: "click.Option") -> str:
     import click
 
     choices = option.type.choices if isinstance(option.type, click.Choice) else ()
-    value = "\\|".join(choices) or option.metavar or option.type.name.split()[0].upper()
+    wanted = "\\|".join(choices) or option.metavar or option.type.name.split()[0].upper()
+    value = "" if option.is_flag else f" {wanted}"
     default = f"`{option.default}`" if option.show_default else "**required**" if option.required else "none"
     variable = f"`{option.envvar}`" if option.envvar else "-"
     often = " May come several times." if option.multiple else ""
-    return f"| `{option.opts[0]} {value}` | {variable} | {default} | {option.help}{often} |"
+    return f"| `{option.opts[0]}{value}` | {variable} | {default} | {option.help}{often} |"
 
 
 def main(arguments: list[str]) -> int:

@@ -144,20 +144,34 @@ def check(session: Session, /, recipe: Path, **options: Any) -> None:
     type=click.FloatRange(min=0),
     help="What the GPU costs; adds the cost of the run.",
 )
+@click.option(
+    "--json",
+    "as_json",
+    envvar="JOB_JSON",
+    is_flag=True,
+    help="Print one JSON object for scripts instead; warnings and errors then go to stderr.",
+)
 @click.pass_obj
 def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
-    """Tell what the run needs and takes: lengths, memory by part, time on each kind of GPU. Needs no GPU."""
-    attempt = make_attempt(session, recipe, options)
-    from job.edge.host.logs import only_warnings
+    """Show what the run needs and takes: lengths, memory by part, time on each kind of GPU. Needs no GPU."""
+    from job.edge.host.logs import only_warnings, to_stderr
 
     only_warnings()
-    gpus = _gpus(options)
-    from job.commands.plan import plan
+    if options["as_json"]:
+        to_stderr()
+    attempt = make_attempt(session, recipe, options)
+    gpus, usd_per_hour = _gpus(options), options["usd_per_hour"]
+    from job.commands.plan import ask_templates, plan
+    from job.core.plan_json import plan_json
     from job.render.plan_text import plan_lines
 
     found = plan(attempt.worker, gpus, run_id=attempt.run_id, phases=attempt.phases)
-    lines = plan_lines(found.data, found.candidates, found.work, found.forecasts, usd_per_hour=options["usd_per_hour"])
-    click.echo(session.hide("\n".join(lines)))
+    facts = found.data, found.candidates, found.work, found.forecasts
+    if options["as_json"]:
+        text = plan_json(*facts, usd_per_hour=usd_per_hour).model_dump_json(indent=2)
+    else:
+        text = "\n".join(plan_lines(*facts, templates=ask_templates(), usd_per_hour=usd_per_hour))
+    click.echo(session.hide(text))
 
 
 @cli.command(name="try")

@@ -1,6 +1,10 @@
-"""Llama-2-7B, as the tests of memory, time and operations know it."""
+"""Llama-2-7B, as the tests of memory, time and operations know it, and an epoch of GSM8K on it."""
 
-from job.core.memory import ModelShape
+import numpy as np
+
+from job.core.course import plan_course
+from job.core.forecast import Workload
+from job.core.memory import AdapterShape, ModelShape
 
 LLAMA_2_7B = ModelShape(
     layers=32,
@@ -11,4 +15,18 @@ LLAMA_2_7B = ModelShape(
     heads=32,
     key_heads=32,
     head_width=128,
+)
+LENGTHS = np.random.default_rng(0).integers(104, 304, 7000).astype(np.int32)  # GSM8K: 204 on average
+WORK = Workload(
+    shape=LLAMA_2_7B,
+    adapter=AdapterShape(parameters=81_108_992, rank=32, optimizer="adamw_8bit"),
+    engine="fast",
+    compiled=False,
+    course=plan_course(examples=7000, batch_size=256, steps=None, epochs=1.0, seed=0),
+    lengths=LENGTHS,
+    targets=int(LENGTHS.sum()),
+    validation_tokens=100_000,
+    evaluations=3,
+    max_length=512,
+    kept_checkpoints=3,
 )

@@ -100,6 +100,13 @@ IMPURE = {
 """Parts of the standard library that what only decides has no use for."""
 HEAVY = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 SCHEDULER_WORDS = re.compile(r"slurm|sbatch|kubernetes|kubectl|k8s", re.IGNORECASE)
+SCHEDULER_SYNTAX = re.compile(
+    r"--(?:gres|gpus|mem|mem-per-\w+|tmp|cpus-per-\w+|ntasks|partition)(?![\w-])"
+    r"|\b(?:srun|salloc|scontrol|scancel|squeue|sacct)\b"
+    r"|(?<![\w./])(?:nvidia|amd)\.com/(?=\w)"  # a resource; not a link
+    r"|(?<=[\d}])[KMGT]i\b|\bephemeral-storage\b|\b(?:apiVersion|nodeSelector|podFailurePolicy)\b"
+)
+"""What is pasted into a manifest or a batch script: it stands in the folder of its scheduler."""
 
 
 def sources():
@@ -213,7 +220,8 @@ def impurities(name, source):
 
 
 def scheduler_words(source):
-    return sorted({found.group().lower() for found in SCHEDULER_WORDS.finditer(source)})
+    found = [*SCHEDULER_WORDS.finditer(source), *SCHEDULER_SYNTAX.finditer(source)]
+    return sorted({each.group().lower() for each in found})
 
 
 # --- the job keeps the rules -----------------------------------------------------------------------------------------
@@ -491,6 +499,24 @@ def test_scheduler_words_are_seen_in_any_case_and_anywhere():
     assert scheduler_words("x = 'SLURM_JOB_ID'  # for Kubernetes\n") == ["kubernetes", "slurm"]
     assert scheduler_words("k8s = 1") == ["k8s"]
     assert scheduler_words("# any batch scheduler") == []
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("f'--gres=gpu:1 --cpus-per-task=8'", ["--cpus-per-task", "--gres"]),
+        ("f'--mem={gib}G --tmp={gib}G'", ["--mem", "--tmp"]),
+        ("call(['srun', '--ntasks', '1'])", ["--ntasks", "srun"]),
+        ("{'nvidia.com/gpu': 1}", ["nvidia.com/"]),
+        ("f'memory: {gib}Gi'", ["gi"]),
+        ("limit = '500Mi'", ["mi"]),
+        ("f'ephemeral-storage: {gib}'", ["ephemeral-storage"]),
+        ("{'apiVersion': 'batch/v1'}", ["apiversion"]),
+        ("'--gpu-memory 24 --gpu h100'  # 80 GiB, 4 MiB; https://nvidia.com/a, docs.nvidia.com/b", []),
+    ],
+)
+def test_scheduler_syntax_is_seen_and_ours_is_let_through(source, seen):
+    assert scheduler_words(source) == seen
 
 
 def test_a_module_without_a_floor_is_seen():

@@ -1,4 +1,4 @@
-"""What a run needs and takes, told before there is a GPU: no weight is downloaded."""
+"""What a run needs and takes, reported before there is a GPU: no weight is downloaded."""
 
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +14,9 @@ from job.edge.base import fetching
 from job.edge.host.logs import quiet_libraries
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import find_run
+
+_ROOT = Path(__file__).parents[2]
+"""Where entrypoint.py lies, in a checkout and in the image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,3 +93,13 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
         work=work,
         forecasts=[forecast(work, gpu) for gpu in gpus],
     )
+
+
+def ask_templates() -> list[str]:
+    """What to ask each scheduler for, to be filled in: the `ask.txt` of every folder beside entrypoint.py.
+
+    Installed as a package, the job lies among folders of others, and has none.
+    """
+    if not (_ROOT / "entrypoint.py").is_file():
+        return []
+    return [path.read_text(encoding="utf-8") for path in sorted(_ROOT.glob("*/ask.txt"))]

@@ -11,6 +11,7 @@ from job.core.cut import MemoryPlan, cost_of, plan_memory
 from job.core.gpus import Gpu
 from job.core.lengths import Lengths
 from job.core.memory import GIB, AdapterShape, DeviceMemory, EngineName, MemoryParts, ModelShape, memory_parts
+from job.core.recipe import Section
 
 _CONTEXT_GIB = 0.7
 """Of a GPU's memory, that CUDA and its libraries take before a model is loaded."""
@@ -38,7 +39,7 @@ class Workload:
     adapter: AdapterShape
     engine: EngineName
     compiled: bool
-    """Whether the generic path's layers will be, as far as the base's config tells."""
+    """Whether the generic engine's layers will be compiled, as far as the base's config shows."""
     course: Course
     lengths: Lengths
     """Of the training examples, as they are trained on."""
@@ -66,15 +67,20 @@ class Forecast:
     seconds: float | None
     """From start to report."""
 
+    def usd(self, per_hour: float | None) -> float | None:
+        """Cost of the run; None: the price or the time is not known."""
+        return None if per_hour is None or self.seconds is None else per_hour * self.seconds / 3600
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """What to ask a scheduler for, in GiB."""
+
+class Ask(Section):
+    """What to ask a scheduler for."""
 
     gpu_memory_gib: int
-    """The least: one example at a time, all activations computed again."""
+    """The least that trains: one example at a time, all activations recomputed."""
     host_memory_gib: int
+    """Room for Python, torch, and the base's largest shard on its way to the GPU."""
     disk_gib: int
+    """Room for the base and the work folder."""
 
 
 def forecast(work: Workload, gpu: Gpu) -> Forecast:
@@ -152,14 +158,15 @@ def _rounded(gib: float) -> int:
     return math.ceil(gib / _ROUND_GIB) * _ROUND_GIB
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(Section):
     """A max_length and what it cuts."""
 
     tokens: int
+    """The max_length."""
     examples_over: int
+    """Training examples that are longer."""
     share_cut: float
-    """Of all tokens."""
+    """Share of all tokens that lie beyond it."""
 
 
 def candidates(lengths: Lengths, *, chosen: int, positions: int) -> Sequence[Candidate]:

@@ -1,6 +1,7 @@
 """A plan as plain text for a terminal: what is known, what it needs, how long it takes, what to ask for."""
 
 from collections.abc import Sequence
+from string import Template
 
 from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
 from job.core.memory import GIB
@@ -14,9 +15,22 @@ def plan_lines(
     work: Workload,
     forecasts: Sequence[Forecast],
     *,
+    templates: Sequence[str],
     usd_per_hour: float | None,
 ) -> list[str]:
-    """Everything, the details for the first GPU."""
+    """Everything, the details for the first GPU.
+
+    Args:
+        data: the dataset as it would be used.
+        candidates: what each max_length would cut.
+        work: what is to be done.
+        forecasts: of each GPU.
+        templates: what to ask for in the words of each scheduler, with the fields of `Ask` to be filled in.
+        usd_per_hour: what the GPU costs; None: no cost is shown.
+
+    Raises:
+        KeyError: a template names a field that `Ask` has not.
+    """
     return [
         *_lengths(data, candidates),
         "",
@@ -26,7 +40,7 @@ def plan_lines(
         "",
         *_table(forecasts, usd_per_hour),
         "",
-        *_ask(ask_for(work)),
+        *_ask(ask_for(work), templates),
     ]
 
 
@@ -102,7 +116,7 @@ def _table(forecasts: Sequence[Forecast], usd_per_hour: float | None) -> list[st
         line += f"{cut.micro_batch_tokens:>11,}  {cut.recomputed_layers:>5}"
         if each.tokens_per_second is not None and each.seconds is not None:
             line += f"  {each.tokens_per_second:>8,.0f}  {_time(each.seconds):>7}"
-            line += f"  {usd_per_hour * each.seconds / 3600:>7.2f} $" if usd_per_hour else ""
+            line += f"  {each.usd(usd_per_hour):>7.2f} $" if usd_per_hour else ""
         lines.append(line)
     if any(each.tokens_per_second is not None for each in forecasts):
         lines.append(
@@ -111,19 +125,17 @@ def _table(forecasts: Sequence[Forecast], usd_per_hour: float | None) -> list[st
     return lines
 
 
-def _ask(ask: Ask) -> list[str]:
-    return [
+def _ask(ask: Ask, templates: Sequence[str]) -> list[str]:
+    lines = [
         (
             f"ask for: one GPU (from {ask.gpu_memory_gib} GiB; more is faster), {ask.host_memory_gib} GiB of host "
             f"memory, {ask.disk_gib} GiB of disk (the base and the work folder)"
-        ),
-        "",
-        "  resources:",
-        f"    requests: {{cpu: 2, memory: {ask.host_memory_gib}Gi, ephemeral-storage: {ask.disk_gib}Gi}}",
-        f"    limits: {{memory: {ask.host_memory_gib}Gi, ephemeral-storage: {ask.disk_gib}Gi, nvidia.com/gpu: 1}}",
-        "",
-        f"  --gres=gpu:1 --cpus-per-task=8 --mem={ask.host_memory_gib}G --tmp={ask.disk_gib}G",
+        )
     ]
+    for template in templates:
+        filled = Template(template).substitute(ask.model_dump())
+        lines += ["", *(f"  {line}" for line in filled.splitlines())]
+    return lines
 
 
 def _time(seconds: float) -> str:

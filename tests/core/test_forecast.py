@@ -4,28 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from llama_2_7b import LLAMA_2_7B
+from llama_2_7b import WORK
 
 from job.core.course import plan_course
 from job.core.errors import CannotFitError, UsageError
-from job.core.forecast import Workload, ask_for, candidates, flops_per_token, forecast, trained_tokens
+from job.core.forecast import ask_for, candidates, flops_per_token, forecast, trained_tokens
 from job.core.gpus import GPUS, gpu_named
-from job.core.memory import AdapterShape
-
-LENGTHS = np.random.default_rng(0).integers(104, 304, 7000).astype(np.int32)  # GSM8K: 204 on average
-WORK = Workload(
-    shape=LLAMA_2_7B,
-    adapter=AdapterShape(parameters=81_108_992, rank=32, optimizer="adamw_8bit"),
-    engine="fast",
-    compiled=False,
-    course=plan_course(examples=7000, batch_size=256, steps=None, epochs=1.0, seed=0),
-    lengths=LENGTHS,
-    targets=int(LENGTHS.sum()),
-    validation_tokens=100_000,
-    evaluations=3,
-    max_length=512,
-    kept_checkpoints=3,
-)
 
 
 def test_the_work_of_a_token_is_counted_as_when_it_was_measured():

@@ -80,6 +80,14 @@ def test_what_is_copied_from_the_checkout_exists():
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
+def test_what_plan_fills_in_lies_beside_the_code_as_in_the_checkout():
+    templates = [path.relative_to(ROOT) for path in ROOT.glob("*/ask.txt")]
+    copied = [rest for stage in stages(DOCKERFILE) if ("WORKDIR", "/app") in stage for _, rest in stage]
+
+    assert len(templates) == 2
+    assert [path for path in templates if f"{path} {path.parent}/" not in copied] == []
+
+
 def test_the_code_is_the_last_that_is_copied():
     """So that a change of code changes nothing below it."""
     words = [word for word, _ in FINAL]
@@ -171,7 +179,7 @@ def checkout(tmp_path):
         *(".git/config", ".venv/bin/python", ".demo/store/report.json", "work/models/model.safetensors", ".lab/key"),
         *("job/cli.py", "job/core/errors.py", "job/__pycache__/cli.cpython-312.pyc", "job/core/__pycache__/e.pyc"),
         *("recipes/demo.yaml", "recipes/shop-orders/train.jsonl", "locks/cuda.txt", "tests/conftest.py"),
-        *("k8s/secret.yaml", "bench/RESULTS.md", "sbom.cdx.json"),
+        *("k8s/ask.txt", "k8s/secret.yaml", "slurm/ask.txt", "slurm/train.sbatch", "bench/RESULTS.md", "sbom.cdx.json"),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
@@ -185,6 +193,7 @@ def test_only_what_the_image_is_made_of_goes_to_the_builder(checkout):
     assert sent - {"Dockerfile"} == {  # which the builder itself needs
         *("entrypoint.py", "LICENSE", "job/cli.py", "job/core/errors.py"),
         *("recipes/demo.yaml", "recipes/shop-orders/train.jsonl", "locks/cuda.txt"),
+        *("k8s/ask.txt", "slurm/ask.txt"),
     }
 
 

@@ -142,7 +142,7 @@ def test_it_holds_the_job_and_nothing_else_of_the_checkout(engine, image):
         if path.is_file() and "__pycache__" not in path.parts
     }
 
-    assert sources == expected | {"entrypoint.py", "LICENSE"}
+    assert sources == expected | {"entrypoint.py", "LICENSE", "k8s/ask.txt", "slurm/ask.txt"}
 
 
 def test_its_bytecode_is_there_as_nothing_is_written_at_run_time(engine, image):

@@ -9,8 +9,10 @@ import struct
 import threading
 
 import pytest
-from job_process import call, objects, process, records, write_lines
+from job_process import ROOT, call, objects, process, records, write_lines
 
+from job.commands import plan
+from job.core.plan_json import PlanJson
 from job.edge.host.interrupt import Interrupt
 
 
@@ -87,6 +89,36 @@ def test_plan_knows_which_layers_are_compiled(job, tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     job.recipe["model"]["base"] = str(base)
     assert "generic engine, layers not compiled\n" in job.call("plan", "--gpu", "h100").stdout
+
+
+def test_plan_as_json_is_one_object_with_the_numbers_of_the_text(job):
+    ended = job.call("plan", "--json", "--gpu", "h100", "--usd-per-hour", "4")
+    assert (ended.code, ended.stderr) == (0, "")
+    found = PlanJson.model_validate_json(ended.stdout)
+    assert [each.name for each in found.forecasts] == ["h100"]
+    assert found.work.steps == 6
+    text = job.call("plan", "--gpu", "h100", "--usd-per-hour", "4").stdout
+    assert f"max_length {found.data.max_length_tokens}: {found.data.max_length_reason}\n" in text
+    assert f"{found.work.parameters:,} parameters in the base, {found.work.trained_parameters:,} trained" in text
+    assert f" {found.forecasts[0].usd:.2f} $\n" in text
+    assert f"memory: {found.ask.host_memory_gib}Gi, ephemeral-storage: {found.ask.disk_gib}Gi" in text
+    assert f"--mem={found.ask.host_memory_gib}G --tmp={found.ask.disk_gib}G\n" in text
+
+
+def test_plan_as_json_leaves_stdout_empty_when_it_fails(job, monkeypatch):
+    (job.data / "train.jsonl").unlink()
+    monkeypatch.setenv("JOB_JSON", "1")
+    ended = job.call("plan")
+    assert (ended.code, ended.stdout) == (66, "")
+    assert json.loads(ended.stderr)["event"] == "ended"
+
+
+def test_plan_finds_the_templates_beside_entrypoint_and_nowhere_else(tmp_path, monkeypatch):
+    assert plan.ask_templates() == [(ROOT / name / "ask.txt").read_text() for name in ("k8s", "slurm")]
+    (tmp_path / "somebody_s").mkdir()
+    (tmp_path / "somebody_s" / "ask.txt").write_text("no template")
+    monkeypatch.setattr(plan, "_ROOT", tmp_path)
+    assert plan.ask_templates() == []
 
 
 @pytest.mark.parametrize(("gpu", "code", "told"), [("v100", 81, "has no bf16"), ("h900", 64, "not known; one of")])

@@ -126,6 +126,11 @@ def only_warnings() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
+def to_stderr() -> None:
+    """Send events to stderr from here on, for commands whose output a script reads."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+
+
 def quiet_libraries() -> None:
     """Switch off progress bars and own log handlers of the libraries; call it once they are imported.
 
