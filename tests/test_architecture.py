@@ -50,8 +50,7 @@ FLOORS = {
         ("job.edge.host", "job.edge.host.*", "job.edge.store", "job.edge.store.*"),
     ),
 }
-"""Of each house, from the front door down: a module imports its own floor and those below. A room may be a house itself.
-"""
+"""Of each house, from the front door down: a module imports its floor and those below. A room may be a house itself."""
 STRANGERS = (
     ("job.tune", "job.edge"),
     ("job.render", "job.tune"),
