@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the image and tells its size layer by layer. `make image` calls it; docs/image.md has the variables.
+# Builds the image and prints its size layer by layer. `make image` calls it; docs/image.md has the variables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . image/builder.sh
@@ -25,7 +25,7 @@ DOCKER_BUILDKIT=1 "${build[@]}" "${arguments[@]}" ${BUILD_FLAGS:-} .
 
 echo
 if [ "$ENGINE" = buildah ]; then
-    buildah images "$IMAGE" # it does not tell the layers; podman and docker do
+    buildah images "$IMAGE" # it does not list the layers; podman and docker do
     exit
 fi
 echo "$IMAGE, from the base up:"

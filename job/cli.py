@@ -294,7 +294,7 @@ def main(interrupt: Interrupt) -> int:
 
 
 def _gpus(options: Mapping[str, Any]) -> "list[Gpu]":
-    """Those that are named, one by its memory alone, or all that are known."""
+    """The named ones, one by its memory alone, or all that are known."""
     from job.core.gpus import GPUS, Gpu, gpu_named
 
     memory = options["gpu_memory"]

@@ -110,7 +110,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def time_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `run` is told of the time it has."""
+    """How much time `run` has."""
     for option in (
         click.option(
             "--grace-seconds",

@@ -6,7 +6,7 @@
 set -u
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export QLORA_HOME=$home
-: "${QLORA_AT_ONCE:=4}" # so many tasks at once
+: "${QLORA_AT_ONCE:=4}" # tasks at once
 
 say() { printf 'sweep.sh: %s\n' "$*" >&2; }
 

@@ -39,7 +39,7 @@ def run_of_recipe(worker: Worker, run_id: str | None) -> tuple[Artifacts, Report
 
 
 def leave_pictures(artifacts: Artifacts, report: Report) -> str:
-    """Draw the report's pictures beside it, and say where they are; a reader who may not write is told so."""
+    """Draw the report's pictures beside it, and say where they are, or that the reader may not write there."""
     pictures = draw(report)
     try:
         for name, picture in pictures.items():

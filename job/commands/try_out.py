@@ -34,7 +34,7 @@ def try_out(
         device: `auto`, `cuda` or `cpu`.
         max_new_tokens: longest answer; None: as in the run's recipe.
         should_stop: polled at each token.
-        on_answer: told prompt, base's answer and tuned answer.
+        on_answer: called with prompt, base's answer and tuned answer.
     """
     from job.tune.data.frame import token_rules
     from job.tune.loop.evaluate import answer, questions_of_prompts

@@ -46,7 +46,7 @@ POINTS = MappingProxyType(
         "prove.before": "the adapter is published; it was not yet read back",
         "pictures.before": "the pictures are about to be written",
         "report.before": "report.json is about to be created",
-        "report.after": "report.json stands: the run is done; nobody was told",
+        "report.after": "report.json stands: the run is done; nobody knows yet",
     }
 )
 """Each place, and what holds there."""

@@ -20,7 +20,7 @@ _STEADY_TOKENS = 1024
 _HEADROOM: dict[EngineName, float] = {"fast": 0.93, "generic": 0.85}
 """Share of the free memory that is planned with; the allocator needs the rest."""
 SHORT_TOKENS = 4096
-"""Of a micro-batch: with fewer, products are too short to be fast, and dequantising weights at each use costs less."""
+"""With fewer tokens in a micro-batch, products are too short to be fast, and dequantising at each use costs less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +30,9 @@ class Cut:
     engine: EngineName
     """Which engine computes the gradients."""
     micro_batch_tokens: int
-    """At most; a longer document has a micro-batch to itself."""
+    """The most of one micro-batch; a longer document has one to itself."""
     evaluation_tokens: int
-    """Of a forward pass, at most: it keeps no activations, and a small one leaves a GPU idle."""
+    """The most of one forward pass of an evaluation: it keeps no activations, and a small one leaves a GPU idle."""
     kept_layers: int
     """Layers that keep their dequantised weights."""
     recomputed_layers: int
@@ -55,7 +55,7 @@ class MemoryPlan:
     cut: Cut
     reason: str
     predicted_peak_bytes: int | None
-    """Of a step; None on the CPU."""
+    """At the peak of a step; None on the CPU."""
 
 
 def plan_memory(

@@ -14,12 +14,12 @@ from job.core.memory import GIB, AdapterShape, DeviceMemory, EngineName, MemoryP
 from job.core.recipe import Section
 
 _CONTEXT_GIB = 0.7
-"""Of a GPU's memory, that CUDA and its libraries take before a model is loaded."""
+"""What CUDA and its libraries take of a GPU before a model is loaded."""
 _SHARE = {"fast": 0.839, "generic": 0.75}
-"""Of what large products alone would keep up, in endless micro-batches; measured with Llama-2-7B, the fast path on an
-H200, the generic one on an H100."""
+"""The share of what large products alone sustain, in endless micro-batches; measured with Llama-2-7B, the fast engine
+on an H200, the generic one on an H100."""
 _FORWARD_SHARE = 1 / 3
-"""Of a step's time, that evaluating as many tokens takes: no way back."""
+"""What evaluating as many tokens takes of a step's time: there is no backward."""
 _START_SECONDS = 90.0
 """Libraries, base and first step, with the base on the local disk."""
 _HOST_GIB = 8.0
@@ -42,7 +42,7 @@ class Workload:
     """Whether the generic engine's layers will be compiled, as far as the base's config shows."""
     course: Course
     lengths: Lengths
-    """Of the training examples, as they are trained on."""
+    """The training examples', as they are trained on."""
     targets: int
     """Tokens the loss is over, in all training examples."""
     validation_tokens: int
@@ -130,7 +130,7 @@ def flops_per_token(work: Workload) -> float:
 
     The base: 2 forward and 2 for the gradient of the input, a weight; no gradient of the weight itself. The adapter: 6.
     Attention: 12 layers width a pair of tokens that see each other (Kaplan et al. 2020, arXiv 2001.08361, section 2.1,
-    and as much again and half for the way back). The head: target tokens only.
+    and one and a half times as much for the backward). The head: target tokens only.
     """
     shape, lengths = work.shape, work.lengths.astype(np.float64)
     tokens = float(lengths.sum())

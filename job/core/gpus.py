@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from job.core.errors import CannotFitError, UsageError
 
 _SUSTAINED_SHARE = 0.693
-"""Of the vendor's dense bf16 figure: 685 of 989 TFLOP/s, large products one after the other on an H200."""
+"""The share of the vendor's dense bf16 figure: 685 of 989 TFLOP/s, large products one after the other on an H200."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,9 +14,9 @@ class Gpu:
 
     name: str
     memory_gib: float
-    """As CUDA reports it."""
+    """All of it, as CUDA reports it."""
     dense_tflops: float | None
-    """bf16, dense, from the vendor's data sheet; None: not known, so no time is told."""
+    """bf16, dense, from the vendor's data sheet; None: not known, so no time is forecast."""
 
     @property
     def sustained_flops(self) -> float | None:

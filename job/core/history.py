@@ -10,7 +10,7 @@ _LOOKED_AT = 2
 FINAL_WHEN_REPEATED = (JobError.code, LocalDiskError.code, StalledError.code)
 """Codes that are tried again once. A store that is away and a sick node are other troubles each time."""
 Attempt = Mapping[str, Any]
-"""An attempt as the store tells of it: its number, and its `end` with exit_code, reason, from_step, ..."""
+"""An attempt as the store records it: its number, and its `end` with exit_code, reason, from_step, ..."""
 
 
 def stopped_in_vain(earlier: Sequence[Attempt]) -> bool:

@@ -16,7 +16,7 @@ LONGEST_INTERVAL_SECONDS = 600.0
 """Kills without notice happen too (a lost node, SIGKILL): this is the most that one of them costs. A save that blocks
 for a second and a kill every two days give the same by Young's rule, sqrt(2 * 1 s * 50 h)."""
 SAVING_SHARE = 0.02
-"""Of the training time, at most so much goes into checkpoints that only the clock asks for."""
+"""At most this share of the training time goes into checkpoints that only the clock asks for."""
 UNMEASURED_STOP_SECONDS = 60.0
 """What a stop is taken to need before one was measured; never more than the grace, which the operator chose for it."""
 SLOW_LINK_BYTES_A_SECOND = 100e6
@@ -36,7 +36,7 @@ class StopFigures:
     upload_seconds_p95: float | None
     upload_seconds_max: float | None
     checkpoint_bytes: int | None
-    """Of the largest checkpoint."""
+    """The largest checkpoint."""
     needed_seconds: float | None
     """A step, a save, an upload, and the ENDING_SECONDS."""
     fits: bool | None

@@ -7,7 +7,7 @@ from typing import Literal
 EngineName = Literal["fast", "generic"]
 """What computes the gradients: the hand-written step, or autograd."""
 WantedEngine = Literal["auto", EngineName]
-"""As a user asks for one."""
+"""What a user can ask for."""
 LogitsKind = Literal["plain", "scaled", "capped"]
 
 
@@ -41,13 +41,13 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Of the layers' linear modules, which are in 4 bits."""
+        """The layers' linear modules, which are in 4 bits."""
         attention = 2 * self.hidden * self.head_width * (self.heads + self.key_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
     def embedding_parameters(self) -> int:
-        """Of embedding and head, which stay in bf16."""
+        """Embedding and head, which stay in bf16."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
@@ -72,7 +72,7 @@ NF4_OUTER_BLOCK = 256
 """Scales that share an outer scale (double quantisation)."""
 _BF16, _FP32 = 2, 4
 _NF4_BYTES = 1 / 2 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_OUTER_BLOCK)
-"""Of a weight in 4 bits: itself, its share of an 8-bit scale, and of an fp32 outer scale.
+"""One weight in 4 bits, with its share of an 8-bit scale and of an fp32 outer scale.
 
 QLoRA, arXiv 2305.14314, section 3.
 """
@@ -81,9 +81,9 @@ RANK_ALIGNMENT = 64
 _ADAPTED = 7
 """Linear modules of a layer, each with an adapter where all are targets."""
 _LOGITS_BYTES = 2**28
-"""Of the logits that exist at once, in bf16: their gradient is written over them."""
+"""The most logits that exist at once, in bf16: their gradient is written over them."""
 _LOGITS_BY_AUTOGRAD = {"scaled": 3 * _FP32, "capped": 4 * _FP32}
-"""Bytes of a logit that autograd goes back through: what softmax kept, and two gradients; of a bounded one, itself."""
+"""Bytes of a logit in autograd's backward: what softmax kept, and two gradients; a capped one itself as well."""
 _LOGITS_CHUNK = 1024
 """Targets whose logits autograd holds at once."""
 _NOT_COMPILED = 1.5
@@ -117,21 +117,21 @@ class MemoryParts:
     update: int
     """A copy of the adapter, kept until an update has proved finite."""
     workspace: int
-    """Decoded weights of one layer, the head beside its adapter."""
+    """Dequantised weights of one layer, the head beside its adapter."""
     logits: int
     """At once, while the loss is computed."""
     dequantised_layer: int
-    """A layer that keeps its decoded weights, where the engine can."""
+    """A layer that keeps its dequantised weights, where the engine can."""
     spared_workspace: int
     """What of the workspace is not needed when all layers keep theirs."""
     token_head: int
     """A token, outside the layers, while the loss is computed."""
     token: int
-    """A token, outside the layers, on the way back through one."""
+    """A token, outside the layers, in the backward of one."""
     token_layer: int
     """A token's activations in a layer."""
     token_recomputed: int
-    """The same in a layer that goes forward again on the way back."""
+    """The same in a layer that recomputes them in the backward."""
 
     @property
     def fixed(self) -> int:
@@ -147,17 +147,17 @@ class MemoryParts:
         )
 
     def peak(self, *, layers: int, tokens: int, kept_layers: int, recomputed_layers: int) -> int:
-        """Bytes at the peak of a step: with the logits, or right after them on the way back through the last layer.
+        """Bytes at the peak of a step: with the logits, or right after them in the backward of the last layer.
 
-        Layers that go forward again are the first ones, so the others have given theirs back by then.
+        Layers that recompute are the first ones: when their turn comes, the others have freed their activations.
         """
         whole = layers - recomputed_layers
         kept = whole * self.token_layer + recomputed_layers * self.token_recomputed
         at_the_head = self.logits + tokens * (self.token_head + kept)
         again = self.token_layer - self.token_recomputed if not whole else 0
-        on_the_way_back = tokens * (self.token + kept + again)
+        in_the_backward = tokens * (self.token + kept + again)
         dequantised = kept_layers * self.dequantised_layer - (self.spared_workspace if kept_layers == layers else 0)
-        return self.fixed + dequantised + max(at_the_head, on_the_way_back)
+        return self.fixed + dequantised + max(at_the_head, in_the_backward)
 
 
 def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *, compiled: bool = True) -> MemoryParts:

@@ -247,14 +247,14 @@ class CheckpointSection(Section):
 
 
 class EvaluateSection(Section):
-    """What the held-out examples tell, and when."""
+    """What is measured on the held-out examples, and when."""
 
     every_steps: Count = 50
     """Optimizer steps between evaluations; one at step 0 and one at the end come by themselves."""
     max_examples: Count | None = None
-    """At most so many held-out examples, chosen by a hash of the example."""
+    """The most held-out examples to use, chosen by a hash of the example."""
     patience: Count | None = None
-    """Stop after so many evaluations in a row without a lower validation loss."""
+    """Stop after this many evaluations in a row without a lower validation loss."""
     prompts: tuple[Text, ...] = ()
     """Texts that base and tuned model answer, side by side in the report."""
     answers: Whole = 0

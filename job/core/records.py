@@ -11,7 +11,7 @@ from job.core.recipe import DataSection
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line that is read, in bytes: a file without line ends must not fill the memory."""
-TOLD_AT_ONCE = 20
+REPORTED_AT_ONCE = 20
 """Wrong lines named in one message."""
 _BOM = b"\xef\xbb\xbf"
 
@@ -67,7 +67,7 @@ class BadRecord:
     reason: str
 
     def __str__(self) -> str:
-        """`file:line: reason`, as it is told."""
+        """`file:line: reason`."""
         return f"{self.where}: {self.reason}"
 
 
@@ -80,12 +80,12 @@ class Tally:
     good: int = 0
     bad: int = 0
     first_bad: list[BadRecord] = field(default_factory=list)
-    """The first wrong lines, at most TOLD_AT_ONCE."""
+    """The first wrong lines, at most REPORTED_AT_ONCE."""
 
     def add_bad(self, record: BadRecord) -> None:
         """Count a wrong line and keep it when it is among the first."""
         self.bad += 1
-        if len(self.first_bad) < TOLD_AT_ONCE:
+        if len(self.first_bad) < REPORTED_AT_ONCE:
             self.first_bad.append(record)
 
     def merge(self, other: "Tally") -> None:
@@ -93,9 +93,9 @@ class Tally:
         self.lines += other.lines
         self.good += other.good
         self.bad += other.bad
-        self.first_bad = (self.first_bad + other.first_bad)[:TOLD_AT_ONCE]
+        self.first_bad = (self.first_bad + other.first_bad)[:REPORTED_AT_ONCE]
 
-    def told(self) -> str:
+    def message(self) -> str:
         """The wrong lines as one message: a line each, then the total."""
         lines = [str(record) for record in self.first_bad]
         if self.bad > len(lines):
@@ -132,7 +132,7 @@ def checked_lines(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *,
 
 
 def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
-    """Tell the wrong lines of all sides together; each side is held to the limit by itself.
+    """Report the wrong lines of all sides together; each side is held to the limit by itself.
 
     Raises:
         DataError: more are wrong than the recipe accepts.
@@ -142,10 +142,10 @@ def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
         tally.merge(side)
         share = max(share, side.bad / side.lines if side.lines else 0.0)
     if tally.bad and data.on_bad_record == "fail":
-        raise DataError(f"{tally.told()}\ncorrect them, or set data.on_bad_record: skip")
+        raise DataError(f"{tally.message()}\ncorrect them, or set data.on_bad_record: skip")
     if share > data.bad_record_limit:
         raise DataError(
-            f"{tally.told()}\n{share:.2%} of the lines are wrong, more than data.bad_record_limit "
+            f"{tally.message()}\n{share:.2%} of the lines are wrong, more than data.bad_record_limit "
             f"({data.bad_record_limit:.2%}) accepts as noise"
         )
 

@@ -95,18 +95,18 @@ class PlanReport(Section):
     """How batches were cut for the device."""
 
     engine: str = "generic"
-    """Which path computed the gradients: fast, or generic."""
+    """Which engine computed the gradients: fast, or generic."""
     engine_reason: str = ""
     micro_batch_tokens: int
     checkpointing: bool
     kept_layers: int = 0
-    """Layers that kept their decoded weights."""
+    """Layers that kept their dequantised weights."""
     recomputed_layers: int = 0
-    """Layers that computed their activations again in the backward pass."""
+    """Layers that recomputed their activations in the backward pass."""
     compiled: bool = False
-    """Whether the generic path's layers were compiled, up to the last step."""
+    """Whether the generic engine's layers were compiled, up to the last step."""
     predicted_peak_bytes: int | None = None
-    """Of the GPU's memory, in a step; None on the CPU."""
+    """The GPU's memory, at the peak of a step; None on the CPU."""
     reason: str
     steps: int
     epochs: float
@@ -196,9 +196,9 @@ class Throughput(Section):
     seconds: float
     tokens_per_second: float
     step_seconds_median: float
-    """Of this attempt's steps."""
+    """Over this attempt's steps."""
     peak_memory_bytes: int
-    """Of this attempt: allocated on the GPU, or resident on the CPU."""
+    """Allocated on the GPU, or resident on the CPU, in this attempt."""
     phase_seconds: dict[str, float]
     """This attempt's time by phase."""
 
@@ -240,7 +240,7 @@ class Report(Section):
     finished: str
     """UTC, ISO 8601."""
     recipe: dict[str, Any]
-    """As resolved, defaults and overrides included."""
+    """The resolved recipe, defaults and overrides included."""
     data: DataReport
     model: ModelReport
     plan: PlanReport

@@ -10,23 +10,23 @@ LONGEST_LOOK_SECONDS = 1.0
 DEAF_SECONDS = 2.0
 """How long a phase that cannot look at the request may still take to end by itself."""
 LAST_SECONDS = 1.0
-"""Of the grace, kept for saying how it ended; a tenth of it where the grace is short."""
+"""The part of the grace kept for reporting how it ended; a tenth of it where the grace is short."""
 DEFAULT_SECONDS = 900.0
 """A phase that the table does not name."""
 FIRST_STEP_SECONDS = 1800.0
 """Kernels compile for lengths that they have not seen, and are tuned."""
 TIMES_LONGEST_STEP = 20.0
-"""Of the longest step seen: nothing that still moves is so much slower than itself."""
+"""How many times the longest step seen is allowed: nothing that still moves is that much slower than itself."""
 LEAST_TRAIN_SECONDS = 600.0
 ALLOWED_SECONDS = MappingProxyType(
     {
-        # Requests to the store, each told as progress. One is sent again for 120 s, a transfer that is silent for 300 s
+        # Requests to the store, each reported as progress. One is retried for 120 s, a transfer silent for 300 s
         # fails by itself, and the hub is asked for 300 s: 69 says more than 83 and must come first.
         "identify": 600.0,
         "try_output": 600.0,
         "lock": 600.0,
         "download": 600.0,
-        # Told only file by file: half a gigabyte at 0.3 MB/s.
+        # Reported only file by file: half a gigabyte at 0.3 MB/s.
         "upload": 1800.0,
         "publish": 1800.0,
         "report": 600.0,
@@ -79,7 +79,7 @@ class Stalled:
 
     phase: str
     seconds: float
-    """Of silence, while the process ran."""
+    """How long nothing moved while the process ran."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

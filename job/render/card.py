@@ -15,11 +15,11 @@ class Card:
     """A hub id, a folder, or a store's prefix."""
     revision: str
     licence: str | None
-    """Of the base; None: not known."""
+    """The base's; None: not known."""
     data: DataReport
     lora: LoraSection
     step: int
-    """That the adapter is of."""
+    """The one whose adapter it is."""
     steps: int
     base_loss: float
     tuned_loss: float

@@ -13,7 +13,7 @@ LENGTHS_PNG, LOSS_PNG = "lengths.png", "loss.png"
 _BLUE, _ORANGE, _RED, _GREY, _PALE = "#2a6f97", "#e07a1f", "#b5172f", "#6b7078", "#e4e6e9"
 _LONGEST_NAME = 60
 _TALLEST = 1.6
-"""The loss axis ends at so many times the largest of base loss and usual training loss: one that explodes leaves it."""
+"""The loss axis ends at this many times the largest of base loss and usual training loss: a higher curve leaves it."""
 
 
 def draw(report: Report) -> dict[str, bytes]:

@@ -116,9 +116,9 @@ def _start(report: Report, least_seconds: float = 0.05) -> list[str]:
     if report.start is None:
         return []
     spent = sorted(report.start.spent.items(), key=lambda part: -part[1])
-    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent if seconds >= least_seconds)
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent if seconds >= least_seconds)
     base = f" (base from {report.model.loaded_from})"
-    return [f"start: {report.start.seconds:.1f} s until the first step was done{base}: {told}"]
+    return [f"start: {report.start.seconds:.1f} s until the first step was done{base}: {phases}"]
 
 
 def _answers(report: Report, most: int = 6) -> list[str]:

@@ -59,8 +59,8 @@ def _verdict(rows: Sequence[RunRow], best: RunRow | None, differences: Sequence[
         recipe = differences[[*rows].index(best)]
         return f"best: {best.run_id} ({recipe or 'no difference'}), the lowest tuned loss: {best.report.adapter.uri}"
     if any(row.report for row in rows):
-        return "best: not told; the runs were judged on different data or with different base models"
-    return "best: not told; no run is finished"
+        return "best: none; the runs were judged on different data or with different base models"
+    return "best: none; no run is finished"
 
 
 def _best(rows: Sequence[RunRow]) -> RunRow | None:

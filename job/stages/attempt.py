@@ -126,11 +126,11 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """What the one process that owns the run needs besides: its limits, whom it reports to, how it stands."""
+    """What the one process that owns the run needs besides: its limits, whom it reports to, where it stands."""
 
     worker: Worker
     run_id: str | None
-    """As asked for; None: the run's identity gives it."""
+    """The one that was asked for; None: the run's identity gives it."""
     ask_to_stop: Callable[[str], None]
     """Asks for it from within, with the reason."""
     is_kill_near: Callable[[], bool]

@@ -72,7 +72,7 @@ class BaseSource:
         Args:
             loaded: from `load_base`, with nothing added to it yet.
             base: what it was loaded from.
-            on_beat: told when something moves.
+            on_beat: called when something moves.
         """
         if base.quantised or is_quantised(base.folder):
             return

@@ -24,7 +24,7 @@ class Held:
     """A run that is ours alone."""
 
     run: Run
-    """As it stands now that nobody else changes it."""
+    """Looked up again, now that nobody else changes it."""
     records: AttemptRecords
 
 

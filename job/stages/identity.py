@@ -54,7 +54,7 @@ class _Wanted:
     should_stop: Callable[[], bool]
 
     def identity(self) -> dict[str, Any]:
-        """As run.json holds it, the data apart."""
+        """What run.json says of recipe and base, the data apart."""
         return {"recipe": identity_of(self.recipe), "base": _base(self.base)}
 
     def is_recorded_in(self, record: Mapping[str, Any]) -> bool:
@@ -76,12 +76,12 @@ def find_run(
 ) -> Run:
     """Look the run up; nothing is written.
 
-    An unfinished run of the same recipe and base goes on with the objects it was begun with, also when new files have
-    come under the glob since: a retry is the same run.
+    An unfinished run of the same recipe and base is resumed with the objects it was begun with, also when new files
+    have come under the glob since: a retry is the same run.
 
     Args:
         recipe: what is to be run.
-        run_id: as asked for; None: the recipe's and the data's identity give it.
+        run_id: the one that was asked for; None: the recipe's and the data's identity give it.
         settings: of the stores.
         should_stop: polled while a base folder is read and data is listed.
         complete: False where the base needs no weights, since none will be loaded.

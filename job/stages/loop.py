@@ -34,12 +34,12 @@ _SETTLING_STEPS = 5
 
 @dataclass(slots=True, kw_only=True)
 class TrainingFacts:
-    """What training tells the report."""
+    """What the report needs to know of the training."""
 
     progress: Progress
     course: Course
     memory: MemoryPlan
-    """As planned; how the last step was cut stands in the progress."""
+    """The plan at the start; the cut of the last step stands in the progress."""
     engine_reason: str
     """Why this engine computes the gradients."""
     questions: list[Question]
@@ -48,7 +48,7 @@ class TrainingFacts:
     total_parameters: int
     resumed: Resumed
     step_seconds: list[float] = field(default_factory=list)
-    """Of this attempt's steps."""
+    """Each step of this attempt."""
     start_seconds: dict[str, float] | None = None
     """From the process's start to the end of the attempt's first step, by phase; None: it made no step."""
     out_of_memory: int = 0
@@ -91,7 +91,7 @@ class Loop:
         self._facts = facts
         self._progress = facts.progress
         self._tokens = self._progress.cut.micro_batch_tokens
-        """Of a micro-batch, in the last step that was looked at."""
+        """The micro-batch of the last step that was looked at."""
         self._memory_reported = False
 
     def run(self) -> None:

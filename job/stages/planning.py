@@ -28,7 +28,7 @@ class Planned:
     course: Course
     memory: MemoryPlan
     layers: int
-    """Of the decoder."""
+    """The decoder's."""
 
 
 def plan_training(

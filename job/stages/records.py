@@ -39,7 +39,7 @@ class AttemptRecords:
         self._ended = False
         self._refused = False
         self.number: int | None = None
-        """Of the attempt; None before `begin`."""
+        """Which attempt this is, from 1; None before `begin`."""
         if lock.taken_from is not None:
             attempt.notes.append(f"taken over from {attempt.hide(lock.taken_from)}, which had fallen silent")
 

@@ -198,7 +198,7 @@ def test_tallies_of_two_files_add_up():
     list(examples(lines(*[b"b"] * 25, GOOD, source="other.jsonl"), skipping(0.99), tally=second))
     first.merge(second)
 
-    assert (first.lines, first.good, first.bad, len(first.first_bad)) == (47, 21, 26, records.TOLD_AT_ONCE)
+    assert (first.lines, first.good, first.bad, len(first.first_bad)) == (47, 21, 26, records.REPORTED_AT_ONCE)
     assert first.first_bad[1].where == "other.jsonl:1"
 
 

@@ -75,7 +75,7 @@ def test_runs_that_were_judged_on_different_data_have_no_best(row):
     lines = runs_table([one, elsewhere])
 
     assert not any(line.endswith("<- best") for line in lines)
-    assert lines[-1].startswith("best: not told; the runs were judged on different data")
+    assert lines[-1].startswith("best: none; the runs were judged on different data")
     assert runs_table([one, other])[-1].startswith("best: bb")
 
 
@@ -86,11 +86,11 @@ def test_another_base_model_has_other_tokens_and_so_no_comparable_loss(row):
         run_id="bb", recipe={}, report=other.report.model_copy(update={"model": model}), standing="finished"
     )
 
-    assert "best: not told" in runs_table([one, changed])[-1]
+    assert "best: none" in runs_table([one, changed])[-1]
 
 
 def test_without_a_finished_run_there_is_no_best(row):
-    assert runs_table([row("aa", finished=False, standing="not there")])[-1] == "best: not told; no run is finished"
+    assert runs_table([row("aa", finished=False, standing="not there")])[-1] == "best: none; no run is finished"
 
 
 def test_without_exact_match_there_is_a_dash(row):
