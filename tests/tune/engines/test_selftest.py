@@ -11,7 +11,7 @@ from job.core.errors import UsageError
 from job.core.recipe import LoraSection
 from job.tune.engines import loss
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention, register
-from job.tune.engines.selftest import check_model
+from job.tune.engines.selftest import _gradient_difference, check_model
 
 
 @pytest.fixture
@@ -108,3 +108,48 @@ def test_attention_masks_and_sinks_are_refused(llama):
     for extra in ({"attention_mask": torch.zeros(1, 1, 3, 3)}, {"attention_mask": None, "s_aux": torch.zeros(4)}):
         with pytest.raises(UsageError, match="packing does not support"):
             per_document_attention(llama, q, q, q, document_cu_seqlens=None, document_lengths=None, **extra)
+
+
+# --- two engines' gradients ------------------------------------------------------------------------------------------
+
+ADAPTERS = [f"layers.{layer}.{kind}.lora_A" for layer in range(8) for kind in ("q_proj", "down_proj")]
+
+
+def gradients_of(**factors):
+    """Eight layers' gradients, those of a kind `..._proj=1.06` or of one adapter by its whole name longer."""
+    generator = torch.Generator().manual_seed(0)
+    found = {name: torch.randn(4, 16, generator=generator) for name in ADAPTERS}
+    for part, factor in factors.items():
+        found |= {name: gradient * factor for name, gradient in found.items() if part in name}
+    return found
+
+
+@pytest.mark.parametrize("factor", [0.97, 1.0, 1.03])
+def test_gradients_that_rounding_made_longer_or_shorter_are_the_same(factor):
+    assert _gradient_difference(gradients_of(_proj=factor), gradients_of()) is None
+
+
+@pytest.mark.parametrize("factor", [1 / 1.3, 0.94, 1.06, 1.3])
+@pytest.mark.parametrize("kind", ["q_proj", "down_proj"])
+def test_a_scale_of_one_kind_of_adapter_is_found_in_either_direction(kind, factor):
+    against = _gradient_difference(gradients_of(**{kind: factor}), gradients_of())
+
+    assert f"{factor:.2f} times as large" in against
+    assert kind in against
+
+
+def test_a_scale_of_one_adapter_alone_is_found():
+    assert _gradient_difference(gradients_of(**{"layers.3.q_proj": 1.1}), gradients_of()) is None
+    assert "layers.3.q_proj" in _gradient_difference(gradients_of(**{"layers.3.q_proj": 1.2}), gradients_of())
+
+
+@pytest.mark.parametrize("spoilt", [-1.0, float("nan"), float("inf"), 0.0])
+def test_a_gradient_that_points_elsewhere_or_nowhere_is_found(spoilt):
+    assert "layers.5.q_proj" in _gradient_difference(gradients_of(**{"layers.5.q_proj": spoilt}), gradients_of())
+
+
+def test_an_adapter_without_a_gradient_is_found():
+    ours = gradients_of()
+    del ours[ADAPTERS[3]]
+
+    assert _gradient_difference(ours, gradients_of()) == f"{ADAPTERS[3]} gets no gradient"
