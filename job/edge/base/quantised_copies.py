@@ -24,12 +24,12 @@ import structlog
 from job.core.errors import DataError, JobError, LocalDiskError, NotFoundError, StopRequestedError
 from job.core.recipe import is_hub_id
 from job.edge.base import files as model_files
-from job.edge.base import places as model_places
 from job.edge.base.fetching import BaseModel, BaseModelIdentity, OnProgress
 from job.edge.run.artifacts import FileEntry, file_entry
 from job.edge.store.lanes import Lanes
 from job.edge.store.objects import ObjectStore
-from job.edge.store.whole_files import remove_dead, whole_file
+from job.edge.store.opening import local_path
+from job.edge.store.whole_files import file_sha256, remove_dead, whole_file
 
 log = structlog.get_logger(__name__)
 
@@ -70,7 +70,7 @@ class QuantisedCopy:
             should_stop: polled between files and inside large ones; then StopRequestedError is raised.
         """
         # Folders are named by their content alone: the same base may stand elsewhere on the next machine.
-        local = not is_hub_id(base.source) and model_places.local_folder(base.source) is not None
+        local = not is_hub_id(base.source) and local_path(base.source) is not None
         source = {"source": "a folder" if local else base.source, "revision": base.revision}
         self._base, self._facts = base, {"format": _FORMAT, "base": source, "form": dict(form)}
         self._name = f"{_short_hash(source)}-{_short_hash(self._facts)}"
@@ -117,7 +117,7 @@ class QuantisedCopy:
         try:
             if path.stat().st_size != entry.size:
                 return False
-            return model_places.file_hash(path, self._should_stop) == entry.sha256
+            return file_sha256(path, self._should_stop) == entry.sha256
         except OSError:
             return False
 
