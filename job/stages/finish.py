@@ -13,7 +13,8 @@ from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, RunConflictError, SickDeviceError
 from job.core.report import Report
 from job.core.verdict import Verdict, judge
-from job.edge.run.artifacts import Checkpoint, FileEntry
+from job.edge.run.checkpoints import Checkpoint
+from job.edge.store.folder import FileEntry
 from job.render.pictures import draw
 from job.stages.attempt import Attempt
 from job.stages.report import adapter_card, assemble_report

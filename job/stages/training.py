@@ -22,7 +22,8 @@ from job.core.cut import MemoryPlan
 from job.core.errors import DivergedError, LocalDiskError
 from job.core.verdict import Evaluation, judge
 from job.edge.base.fetching import BaseModel
-from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.edge.run.artifacts import Artifacts
+from job.edge.run.checkpoints import Checkpoint
 from job.edge.run.publisher import Publisher
 from job.stages.attempt import Attempt
 from job.stages.base_source import BaseSource, loaded_from
