@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+GIB = 2**30
 PathName = Literal["fast", "generic"]
 
 

@@ -55,7 +55,7 @@ _SECRET_NAMES = re.compile(
     r"|(?:access|session|security|hf|auth)[_-]token)"
 )
 
-# What these say is either decided on purpose by this job or nothing that its user can act on.
+# These are about what this job decides on purpose, or about nothing that its user can act on.
 _HARMLESS = re.compile(
     r"torch_dtype. is deprecated|unauthenticated requests to the HF Hub|use_cache=True. is incompatible"
     r"|Setting .pad_token_id. to .eos_token_id|sequence length is longer than the specified maximum"
@@ -125,7 +125,7 @@ def bind(**values: str | int) -> None:
 
 
 def only_warnings() -> None:
-    """Leave out what only tells of progress, for commands whose own output is what is asked for."""
+    """Leave out what only reports progress, for commands whose own output is what is asked for."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
@@ -135,7 +135,7 @@ def quiet_libraries() -> None:
     It looks only at what is loaded: it loads nothing itself.
     """
     loaded = sys.modules
-    # A bar forced on by the user's environment stays on, and says so: that is no reason to warn about.
+    # A bar forced on by the user's environment stays on, and warns about it: nobody needs that warning.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if "huggingface_hub" in loaded:
