@@ -34,7 +34,8 @@ from botocore.config import Config
 
 from bench.training import NO_END, load
 from job.core.recipe_text import load_recipe
-from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.edge.run.artifacts import Artifacts
+from job.edge.run.checkpoints import Checkpoint
 from job.edge.run.publisher import Publisher
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store

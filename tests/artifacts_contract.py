@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from job.core.errors import DataError, NotFoundError, RunConflictError
-from job.edge.run.artifacts import Artifacts, Checkpoint, runs_of
+from job.edge.run.artifacts import Artifacts, runs_of
+from job.edge.run.checkpoints import Checkpoint
 from job.edge.store.objects import PreconditionError, StoreSettings
 from job.edge.store.opening import open_store
 
@@ -44,9 +45,9 @@ class Order:
             raise RuntimeError("killed here")
         self.done.append((what, key.rpartition("/")[2]))
 
-    def upload(self, path, key, *, should_stop):
+    def upload(self, path, key, *, create_only=False, if_match=None, should_stop):
         self._note("upload", key)
-        return self._store.upload(path, key, should_stop=should_stop)
+        return self._store.upload(path, key, create_only=create_only, if_match=if_match, should_stop=should_stop)
 
     def write(self, key, data, *, create_only=False, if_match=None):
         self._note("create" if create_only else "write", key)
@@ -77,6 +78,17 @@ def without(name):
     return shortened
 
 
+def sized(name, size):
+    """A manifest that gives a file this size."""
+
+    def changed(content):
+        manifest = json.loads(content)
+        manifest["files"][name]["size"] = size
+        return json.dumps(manifest).encode()
+
+    return changed
+
+
 DAMAGE = {
     "a flipped bit": ("state.json", flip, "sha256"),
     "a missing file": ("state.json", None, "state.json"),
@@ -93,6 +105,8 @@ DAMAGE = {
     ),
     "a manifest with another word": ("MANIFEST.json", lambda m: m.replace(b'"fence"', b'"fenge"'), "damaged"),
     "a manifest without end": ("MANIFEST.json", lambda _: b'{"files":' + b"[" * 100_000, "damaged"),
+    "a manifest of a size that no disk has": ("MANIFEST.json", sized("state.json", 1 << 60), "does not fit here"),
+    "a manifest of another size": ("MANIFEST.json", sized("state.json", 1), "1 in the manifest"),
     "a manifest that names too few": ("MANIFEST.json", without("state.json"), "does not name state.json"),
     "a manifest that reaches out": (
         "MANIFEST.json",

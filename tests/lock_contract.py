@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from job.core.errors import LockedError
-from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.edge.run.artifacts import Artifacts
+from job.edge.run.checkpoints import Checkpoint
 from job.edge.run.lock import Lock
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
@@ -288,7 +289,7 @@ class LockContract(PlainLockContract):
         monkeypatch.setattr(old_lock, "confirm", confirm)
         for late, timely in (
             (
-                lambda: old._write_latest({"checkpoint": "step-000010-a01", "step": 10}),
+                lambda: old._checkpoints.latest.write({"checkpoint": "step-000010-a01", "step": 10}),
                 lambda: checkpoint(tmp_path, new, 20, 2),
             ),
             (

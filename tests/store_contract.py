@@ -162,6 +162,7 @@ class PlainStoreContract:
         assert names("t/[!1x].jsonl", "t/?.txt", "t/2.jsonl") == ["t/2.jsonl", "t/x.txt"]
         assert names("t/sub/") == ["t/sub/3.jsonl", "t/sub/deep/4.jsonl"]
         assert names("t/.hidden/*") == ["t/.hidden/5.jsonl"]
+        assert names("t/.*/*") == ["t/.hidden/5.jsonl"]
         for missing in ("t/*.csv", "nothing/", "t/9.jsonl"):
             with pytest.raises(NotFoundError):
                 names(missing)

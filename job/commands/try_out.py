@@ -11,7 +11,8 @@ from job.core.report import Report
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.host.logs import quiet_libraries
-from job.edge.run.artifacts import Artifacts, FileEntry
+from job.edge.run.artifacts import Artifacts
+from job.edge.store.folder import FileEntry
 from job.edge.store.objects import StoreSettings
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+GIB = 2**30
 EngineName = Literal["fast", "generic"]
 """What computes the gradients: the hand-written step, or autograd."""
 WantedEngine = Literal["auto", EngineName]
@@ -65,7 +66,6 @@ class AdapterShape:
     optimizer: str
 
 
-GIB = 2**30
 NF4_BLOCK = 64
 """Weights in 4 bits that share a scale: bitsandbytes' own choice for a layer, which transformers has no word for."""
 NF4_OUTER_BLOCK = 256

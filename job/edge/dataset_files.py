@@ -1,4 +1,4 @@
-"""The dataset's objects on the local disk, and their lines: plain, gzip or zstd, told apart by their first bytes."""
+"""The dataset's objects on the local disk, and their lines: plain, gzip or zstd, recognised by their first bytes."""
 
 import threading
 import zlib
@@ -46,9 +46,9 @@ def fetch_files(
         objects: what `expand` found, or what run.json froze.
         folder: where they go; it belongs to this side of the dataset.
         settings: how the store is spoken to.
-        beside: URIs of the dataset's other objects, which messages must tell from these.
+        beside: URIs of the dataset's other objects, which messages must distinguish from these.
         should_stop: polled while reading.
-        on_progress: told the bytes of the files that have arrived.
+        on_progress: called with the bytes that have arrived, of all files together.
 
     Raises:
         DataError: an object changed since it was listed.
@@ -119,8 +119,9 @@ def read_lines(files: Iterable[DataFile]) -> Iterator[tuple[str, int, bytes]]:
             for number, line in enumerate(_split(_chunks(file.path)), start=1):
                 yield file.name, number, line
         except (zlib.error, zstandard.ZstdError, EOFError) as error:
-            msg = f"{file.name}:{number + 1}: the compressed file is damaged from here on ({error}); write it again"
-            raise DataError(msg) from error
+            raise DataError(
+                f"{file.name}:{number + 1}: the compressed file is damaged from here on ({error}); write it again"
+            ) from error
 
 
 def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -165,5 +166,4 @@ def _decompressed(raw: Iterable[bytes], new: Callable[[], Any]) -> Iterator[byte
                 break
             left, frame = frame.unused_data, None
     if frame is not None:
-        msg = "it ends in the middle"
-        raise EOFError(msg)
+        raise EOFError("it ends in the middle")

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from job.core.crash_points import crash_point
 from job.core.errors import LocalDiskError
 from job.core.verdict import judge
-from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.edge.run.artifacts import Artifacts
+from job.edge.run.checkpoints import Checkpoint
 from job.edge.run.publisher import Publisher
 from job.stages.attempt import Attempt
 from job.tune.loop import checkpoint as checkpoints

@@ -10,7 +10,7 @@ from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, RunConflictError
 from job.core.report import Report
 from job.core.verdict import Verdict, judge
-from job.edge.run.artifacts import Checkpoint
+from job.edge.run.checkpoints import Checkpoint
 from job.render.card import Card, adapter_card
 from job.render.pictures import draw
 from job.stages.attempt import Attempt

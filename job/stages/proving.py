@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from job.core.errors import SickDeviceError
-from job.edge.run.artifacts import FileEntry
+from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts

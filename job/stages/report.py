@@ -25,7 +25,7 @@ from job.core.report import (
     TrainingCurve,
 )
 from job.core.verdict import Verdict, is_exhausted
-from job.edge.run.artifacts import FileEntry
+from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.base_source import loaded_from
 from job.stages.loading import Inputs

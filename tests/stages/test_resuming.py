@@ -9,7 +9,8 @@ from tiny import LAYERS, cut_of
 
 from job.core.errors import DataError
 from job.core.recipe import LoraSection
-from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.edge.run.artifacts import Artifacts
+from job.edge.run.checkpoints import Checkpoint
 from job.edge.store.directory import DirectoryStore
 from job.stages.resuming import resume
 from job.tune.loop import checkpoint as checkpoints

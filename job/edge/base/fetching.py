@@ -15,7 +15,8 @@ from job.edge.base import places as model_places
 from job.edge.base.hub import HUB_PATIENCE, HubRepo
 from job.edge.base.places import Place
 from job.edge.store.objects import StoreSettings
-from job.edge.store.patience import Patience
+from job.edge.store.opening import local_path
+from job.edge.store.patience import STORE_PATIENCE, Patience
 
 log = structlog.get_logger(__name__)
 OnProgress = Callable[[int, int], None]
@@ -27,7 +28,7 @@ class BaseModelIdentity:
     """Which model exactly: two runs with the same identity train on the same weights."""
 
     source: str
-    """As in the recipe: a hub id, a folder, or an s3:// prefix."""
+    """As in the recipe: a hub id, a folder, or a store's prefix."""
     revision: str
     """The commit for a hub id; else a sha256 over the names and contents (local) or names, ETags and sizes (store)."""
 
@@ -39,9 +40,9 @@ class BaseModel:
     folder: Path
     identity: BaseModelIdentity
     licence: str | None
-    """From the model's card, or the name of its licence file; None when neither says."""
+    """From the model's card, or the name of its licence file; None when there is neither."""
     bytes: int
-    """Of the files that are loaded, weights included."""
+    """Size of the files that are loaded, weights included."""
     quantised: bool = False
     """It is a copy in 4 bits, which a run made earlier."""
 
@@ -58,7 +59,7 @@ def identify(
     complete: bool = True,
     should_stop: Callable[[], bool] = _never,
 ) -> BaseModelIdentity:
-    """Say which model a recipe means, before anything large is downloaded; a local folder is read once.
+    """Determine which model a recipe means, before anything large is downloaded; a local folder is read once.
 
     Args:
         source: a hub id, a folder, or a store's prefix.
@@ -80,7 +81,7 @@ def identify(
         return BaseModelIdentity(source=source, revision=revision)
     if revision is not None:
         raise UsageError(f"model.revision: only a hub id has one, and {source} is none; remove the key")
-    if (folder := model_places.local_folder(source)) is not None:
+    if (folder := local_path(source)) is not None:
         return BaseModelIdentity(
             source=source,
             revision=model_places.content_hash(folder, source=source, complete=complete, should_stop=should_stop),
@@ -105,7 +106,7 @@ def fetch(
     Args:
         identity: from `identify`.
         models_folder: keeps copies for later runs; a local folder is used where it stands.
-        settings: of the store, for an s3:// prefix.
+        settings: of the store, where the source is a store's prefix.
         should_stop: polled between files and inside large ones.
         on_progress: follows the weights.
         weights: False for the small files only (configuration, tokenizer): enough to check and to plan.
@@ -178,9 +179,11 @@ def _place(
             patience=patience or HUB_PATIENCE,
         )
         return model_places.OnHub(repo=repo, cache=model_places.hub_cache(models_folder))
-    if (folder := model_places.local_folder(identity.source)) is not None:
+    if (folder := local_path(identity.source)) is not None:
         return model_places.InFolder(folder=folder)
-    store, objects = model_places.look_into_store(identity.source, settings, complete=complete, patience=patience)
+    store, objects = model_places.look_into_store(
+        identity.source, settings, complete=complete, patience=patience or STORE_PATIENCE
+    )
     if model_places.objects_hash(objects) != identity.revision:
         raise NotFoundError(
             f"{identity.source}: the objects changed since this run began with {identity.revision[:12]}; "
@@ -208,7 +211,7 @@ class _Progress:
     """Counts bytes from several threads; a part that had to be fetched twice is not counted beyond the whole."""
 
     def __init__(self, total_bytes: int, here_bytes: int, on_progress: OnProgress | None) -> None:
-        self._total, self._done, self._tell = total_bytes, here_bytes, on_progress
+        self._total, self._done, self._on_progress = total_bytes, here_bytes, on_progress
         self._lock = threading.Lock()
 
     @property
@@ -219,8 +222,8 @@ class _Progress:
         with self._lock:
             self._done = min(self._total, self._done + count)
             done = self._done
-        if self._tell is not None:
-            self._tell(done, self._total)
+        if self._on_progress is not None:
+            self._on_progress(done, self._total)
 
 
 def _refuse_if_full(folder: Path, *, needed_bytes: int, source: str) -> None:

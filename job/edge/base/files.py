@@ -187,12 +187,12 @@ def licence(folder: Path) -> str | None:
         try:
             front = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---"))
         except yaml.YAMLError:
-            front = None  # a card is prose by strangers; the licence file below may still tell
-        said = front.get("license") if isinstance(front, dict) else None
-        if said == "other":
-            said = front.get("license_name") or said
-        if said:
-            return ", ".join(map(str, said)) if isinstance(said, list) else str(said)
+            front = None  # a card is prose by strangers; the licence file below may still name it
+        named = front.get("license") if isinstance(front, dict) else None
+        if named == "other":
+            named = front.get("license_name") or named
+        if named:
+            return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     files = [name for name in sorted(present_files(folder)) if _matches(name, ("LICENSE*", "LICENCE*"))]
     return f"see {files[0]}" if files else None
 

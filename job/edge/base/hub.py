@@ -1,4 +1,4 @@
-"""Lists and downloads the files of one commit on the model hub, and says plainly what the hub refuses."""
+"""Lists and downloads the files of one commit on the model hub, and translates what the hub refuses."""
 
 import errno
 import json
@@ -185,16 +185,16 @@ class HubRepo:
         }
         if code in missing:
             return NotFoundError(f"{self._place}: {missing[code]}")
-        said = f"HTTP {status}{_what_it_said(response)}"
+        answer = f"HTTP {status}{_message(response)}"
         if code == "GatedRepo" or status in {401, 403}:
             return DeniedError(
-                f"{self._place}: the hub refuses {what} ({said}); if the model is gated, accept its licence at "
+                f"{self._place}: the hub refuses {what} ({answer}); if the model is gated, accept its licence at "
                 f"{self._page()} and set HF_TOKEN to a token of the account that accepted it"
             )
         if status in {404, 410}:
-            return NotFoundError(f"{self._place}: {what} not found ({said}); correct model.base or model.revision")
+            return NotFoundError(f"{self._place}: {what} not found ({answer}); correct model.base or model.revision")
         if status >= 400 and not _is_passing(status):  # noqa: PLR2004 the HTTP class of refusals
-            return UnavailableError(f"{self._place}: {what}: unexpected answer ({said}); look at HF_ENDPOINT")
+            return UnavailableError(f"{self._place}: {what}: unexpected answer ({answer}); look at HF_ENDPOINT")
         return None
 
 
@@ -233,14 +233,14 @@ def _disk_errno(error: Exception) -> int | None:
     for each in _chain(error):
         if isinstance(each, OSError) and each.errno in _DISK_ERRORS:
             return each.errno
-        if "No space left on device" in str(each):  # the transfer extension says it in words only
+        if "No space left on device" in str(each):  # the transfer extension has no number for it
             return errno.ENOSPC
     return None
 
 
-def _what_it_said(response: Any) -> str:
-    said = response.headers.get("X-Error-Message")
-    return f": {said}" if said else ""
+def _message(response: Any) -> str:
+    message = response.headers.get("X-Error-Message")
+    return f": {message}" if message else ""
 
 
 def _reason(error: Exception) -> str:

@@ -7,17 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
 from job.core.errors import DeniedError, NotFoundError, StopRequestedError
 from job.edge.base import files as model_files
 from job.edge.base.hub import HubRepo
 from job.edge.store.objects import ObjectStore, StoredObject, StoreSettings
-from job.edge.store.patience import Patience
-from job.edge.store.whole_files import whole_file
+from job.edge.store.opening import open_store
+from job.edge.store.patience import STORE_PATIENCE, Patience
+from job.edge.store.whole_files import file_sha256, whole_file
 
 _MARKER = ".complete.json"
-_CHUNK_BYTES = 1 << 20
 _WORKERS = 8
 
 
@@ -108,15 +107,15 @@ class InStore:
 
 
 def _counting(on_bytes: Callable[[int], None]) -> Callable[[int, int], None]:
-    """From `done of all` to `so many more`."""
-    told = 0
+    """Turn progress as bytes done of all into the number of new bytes."""
+    counted = 0
 
-    def tell(done: int, _of: int) -> None:
-        nonlocal told
-        on_bytes(done - told)
-        told = done
+    def count(done: int, _of: int) -> None:
+        nonlocal counted
+        on_bytes(done - counted)
+        counted = done
 
-    return tell
+    return count
 
 
 def is_marked_complete(copy: Path) -> bool:
@@ -142,14 +141,6 @@ def snapshot(repo_id: str, revision: str, cache: Path) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def local_folder(source: str) -> Path | None:
-    """The folder that a source names, None for a store."""
-    parts = urlsplit(source)
-    if parts.scheme == "file":
-        return Path(unquote(parts.path))
-    return None if "://" in source else Path(source)
-
-
 def content_hash(folder: Path, *, source: str, complete: bool, should_stop: Callable[[], bool]) -> str:
     """The sha256 over the names and contents of all files that can change the model, read on several threads.
 
@@ -171,28 +162,14 @@ def content_hash(folder: Path, *, source: str, complete: bool, should_stop: Call
         model_files.refuse_unusable(names, source=source, complete=complete)
         wanted = model_files.identifying_files(names)
         with ThreadPoolExecutor(_WORKERS) as pool:
-            hashes = list(pool.map(lambda name: file_hash(folder / name, should_stop), wanted))
+            hashes = list(pool.map(lambda name: file_sha256(folder / name, should_stop), wanted))
     except PermissionError as error:
         raise DeniedError(f"{source}: {error.filename} cannot be read; correct its permissions") from error
     return _hash_of(f"{name} {digest}" for name, digest in zip(wanted, hashes, strict=True))
 
 
-def file_hash(path: Path, should_stop: Callable[[], bool]) -> str:
-    """The sha256 of a file; polled while it is read.
-
-    Raises:
-        StopRequestedError: someone asked us to stop.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            _raise_if(should_stop)
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def look_into_store(
-    source: str, settings: StoreSettings, *, complete: bool, patience: Patience | None = None
+    source: str, settings: StoreSettings, *, complete: bool, patience: Patience = STORE_PATIENCE
 ) -> tuple[ObjectStore, Mapping[str, StoredObject]]:
     """The store at a prefix, and the objects there that make the model; `complete`: there must be weights.
 
@@ -200,9 +177,7 @@ def look_into_store(
         NotFoundError: no objects, or no model among them.
         UsageError: the weights are pickles only.
     """
-    from job.edge.store.opening import open_store
-
-    store = open_store(source, settings) if patience is None else open_store(source, settings, patience=patience)
+    store = open_store(source, settings, patience=patience)
     keys = [entry.key for entry in store.list()]
     if not keys:
         raise NotFoundError(f"{source}: no objects under this prefix; correct model.base")

@@ -8,7 +8,7 @@ from typing import assert_never
 from job.core.crash_points import CrashOrder, parse_order, set_order
 
 KILLED_CODE = 128 + signal.SIGKILL
-"""What a shell says of a killed process. The first process of a container cannot kill itself, but it can exit so."""
+"""What a shell reports for a killed process. The first process of a container cannot kill itself, but can exit so."""
 
 
 def arm(spec: str) -> CrashOrder:

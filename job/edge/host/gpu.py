@@ -1,6 +1,6 @@
-"""Health of the GPU as its driver tells it: memory errors, repairs, slow-downs, who else is on it. Owner of NVML.
+"""Health of the GPU as its driver reports it: memory errors, repairs, slow-downs, who else is on it. Owner of NVML.
 
-The driver's management library counts GPUs in its own order and sees all of them, whatever CUDA_VISIBLE_DEVICES says:
+The driver's management library counts GPUs in its own order and sees all of them, whatever CUDA_VISIBLE_DEVICES is:
 the caller names the one it computes on by UUID or place on the bus.
 """
 
@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from job.core.errors import SickDeviceError
+from job.core.memory import GIB
 
 _Answer = TypeVar("_Answer")
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class GpuProcess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuHealth:
-    """What the driver says about one GPU; None where it does not say."""
+    """What the driver reports about one GPU; None where it reports nothing."""
 
     uuid: str | None = None
     """As the driver writes it, for the log and for whoever looks at the node."""
@@ -35,7 +35,7 @@ class GpuHealth:
     """The newest CUDA that the driver supports."""
     temperature_celsius: int | None = None
     uncorrected_errors: int | None = None
-    """Of the memory, since the last reset of the GPU or load of the driver."""
+    """Memory errors since the last reset of the GPU or load of the driver."""
     remap_pending: bool | None = None
     """A broken row of memory is replaced at the next reset."""
     recovery_action: str | None = None
@@ -52,20 +52,20 @@ class GpuHealth:
     @property
     def held_by(self) -> str | None:
         """Who else is on it, in words; None when nobody is known."""
-        return ", ".join(_told(process) for process in self.processes) or None
+        return ", ".join(_described(process) for process in self.processes) or None
 
 
-def _told(process: GpuProcess) -> str:
+def _described(process: GpuProcess) -> str:
     if process.used_bytes is None:
         return f"process {process.pid}"
-    return f"process {process.pid} with {process.used_bytes / _GIB:.1f} GiB"
+    return f"process {process.pid} with {process.used_bytes / GIB:.1f} GiB"
 
 
 def look_at_gpu(*, uuid: str | None, bus_id: str | None = None) -> GpuHealth:
-    """Ask the driver about one GPU; also after a CUDA error that does not say itself whether the hardware is to blame.
+    """Ask the driver about one GPU; also after a CUDA error that leaves open whether the hardware is to blame.
 
     Args:
-        uuid: as CUDA tells it, without a prefix.
+        uuid: as CUDA reports it, without a prefix.
         bus_id: as `0000:1b:00.0`; taken where the UUID finds nothing.
 
     Raises:
@@ -158,7 +158,7 @@ class _Look:
         return visible if card is None else card
 
     def _ask(self, what: str, question: Callable[[], _Answer]) -> _Answer | None:
-        """The answer; None when there is none, which is told apart from what this GPU does not have."""
+        """The answer; None when there is none. It is noted, unless it is about what this GPU does not have."""
         nvml = self._nvml
         try:
             return question()
@@ -192,7 +192,7 @@ class _Look:
         if remap_failed:
             raise self._sick("a broken row of its memory could not be replaced", "drain the node and have it exchanged")
         if action is None and errors:
-            # A newer driver says itself whether the damage is contained; without its word the memory is not trusted.
+            # A newer driver reports itself whether the damage is contained; without that the memory is not trusted.
             raise self._sick(
                 f"{errors} uncorrectable memory errors (ECC) since its last reset",
                 "drain it and reset it (nvidia-smi --gpu-reset)",
@@ -207,7 +207,7 @@ class _Look:
 
     def _slowdowns(self) -> tuple[str, ...]:
         held = self._ask("slow-downs", lambda: self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._physical))
-        return tuple(said for bit, said in _SLOWDOWNS.items() if held is not None and held & bit)
+        return tuple(reason for bit, reason in _SLOWDOWNS.items() if held is not None and held & bit)
 
     def _processes(self) -> tuple[GpuProcess, ...]:
         found = self._ask("processes", lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._visible)) or []
@@ -216,16 +216,16 @@ class _Look:
     def _warnings(
         self, *, action: str | None, errors: int | None, remap_pending: bool | None, slowdowns: tuple[str, ...]
     ) -> tuple[str, ...]:
-        said = []
+        found = []
         if errors:
-            said.append(f"{errors} uncorrectable memory errors (ECC) since its last reset; the driver calls it usable")
+            found.append(f"{errors} uncorrectable memory errors (ECC) since its last reset; the driver calls it usable")
         if remap_pending:
-            said.append("a broken row of its memory is replaced at the next reset; plan one")
+            found.append("a broken row of its memory is replaced at the next reset; plan one")
         if action not in {None, _NO_ACTION}:
-            said.append(f"the driver asks for recovery: {action}")
+            found.append(f"the driver asks for recovery: {action}")
         if slowdowns:
-            said.append(f"held down now by {', '.join(slowdowns)}; look at its cooling and power")
-        return tuple(f"{self._name}: {each}" for each in said)
+            found.append(f"held down now by {', '.join(slowdowns)}; look at its cooling and power")
+        return tuple(f"{self._name}: {each}" for each in found)
 
 
 _NO_ACTION = "none"

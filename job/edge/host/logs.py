@@ -122,7 +122,7 @@ def bind(**values: str | int) -> None:
 
 
 def only_warnings() -> None:
-    """Leave out what only tells of progress, for commands whose own output is what is asked for."""
+    """Leave out what only reports progress, for commands whose own output is what is asked for."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
@@ -137,7 +137,7 @@ def quiet_libraries() -> None:
     It looks only at what is loaded: it loads nothing itself.
     """
     loaded = sys.modules
-    # A bar forced on by the user's environment stays on, and says so: that is no reason to warn about.
+    # A bar forced on by the user's environment stays on, and warns about it: nobody needs that warning.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if "huggingface_hub" in loaded:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from job.core.errors import LocalDiskError
+from job.core.memory import GIB
 
 _PROBE = b"\0" * 4096
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What there is; None where the system does not say."""
+    """What there is; None where the system does not report it."""
 
     workdir: str
     disk_bytes: int
@@ -23,9 +23,9 @@ class Machine:
     free_bytes: int
     """Room for us on it."""
     memory_bytes: int
-    """Of the whole machine."""
+    """Memory of the whole machine."""
     memory_limit_bytes: int | None
-    """Of this container, where it has less than the machine."""
+    """Memory of this container, where it has less than the machine."""
     cpus: float
     """Usable here: the fewest of the machine's, of those this process may run on, and of the container's share."""
     shm_bytes: int | None
@@ -89,7 +89,7 @@ _REMEDIES = {
 
 
 def _size(count: int) -> str:
-    return f"{count:,} bytes ({count / _GIB:.1f} GiB)"
+    return f"{count:,} bytes ({count / GIB:.1f} GiB)"
 
 
 def _total_bytes(folder: Path) -> int | None:
@@ -106,7 +106,7 @@ def _allowed_cpus() -> float:
 
 
 def _memory_limits(root: Path) -> list[int]:
-    """Of every group above this process, in both versions of cgroups; `max` and what is no number are no limit."""
+    """Limits of every group above this process, in both versions of cgroups; `max` and what is no number are none."""
     texts = [
         *(_read(folder / "memory.max") for folder in _groups(root, "")),
         *(_read(folder / "memory.limit_in_bytes") for folder in _groups(root, "memory")),

@@ -1,4 +1,4 @@
-"""The outcome file: one small JSON that tells a scheduler, and whoever asks it, how the job stands and how it ended."""
+"""The outcome file: one small JSON that reports to a scheduler, and to people, how the job stands and how it ended."""
 
 import json
 import math
@@ -46,7 +46,7 @@ class Outcome:
         loss: float | None = None,
         eta_seconds: float | None = None,
     ) -> None:
-        """Say what the job does now; at most one write a second, a new phase at once."""
+        """Report what the job does now; at most one write a second, a new phase at once."""
         with self._lock:
             changed = phase != self._standing.get("phase")
             self._standing = {"phase": phase, "step": step, "of": of, "loss": loss, "eta_seconds": eta_seconds}
@@ -64,7 +64,7 @@ class Outcome:
         run_uri: str | None = None,
         action: str | None = None,
     ) -> None:
-        """Say how it ended: the exit code, why, what is safe, and what to do. Nothing is written after it."""
+        """Report how it ended: the exit code, why, what is safe, and what to do. Nothing is written after it."""
         with self._lock:
             self._ended = True
             self._write(

@@ -5,13 +5,13 @@ from typing import Any, TextIO
 
 
 class LastingOutput:
-    """A text stream that forgets what it is told once its other end is closed."""
+    """A text stream that drops what is written to it once its other end is closed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, or forget."""
+        """Write, or drop the text."""
         try:
             return self._stream.write(text)
         except BrokenPipeError:
@@ -19,7 +19,7 @@ class LastingOutput:
             return len(text)
 
     def flush(self) -> None:
-        """Flush, or forget."""
+        """Flush, or drop what is buffered."""
         try:
             self._stream.flush()
         except BrokenPipeError:

@@ -9,9 +9,9 @@ _START = 19
 
 
 def age_seconds(*, root: Path = Path("/")) -> float:
-    """Since the system made this process, to a hundredth: the interpreter's own start and all imports are in it.
+    """Seconds since the system made this process, to a hundredth: the interpreter's start and all imports are in it.
 
-    0 where the system does not say. Of a program that a wrapper `exec`s it is the wrapper's age: the process is the
+    0 where the system does not report it. A program that a wrapper `exec`s has the wrapper's age: the process is the
     same.
 
     Args:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from job.core.errors import StalledError, StopRequestedError
 from job.core.stall import Deaf, Stalled, Vigil
 
-TELL_SECONDS = 5.0
-"""How long telling may take: the log, the outcome file, a word in the store, which may be what hangs."""
+REPORT_SECONDS = 5.0
+"""How long reporting may take: the log, the outcome file, a record in the store, which may be what hangs."""
 _PAUSE_SECONDS = 0.2
-_LEAST_TELL_SECONDS = 0.1
+_LEAST_REPORT_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +25,11 @@ class Stopping:
     asked: Callable[[], bool]
     """Looked at five times a second."""
     grace_seconds: float
-    """From the request to the kill; the process ends by itself just before. Infinite: nobody said when it comes."""
+    """From the request to the kill; the process ends by itself just before. Infinite: nobody knows when that is."""
     deaf_phases: frozenset[str]
     """Phases that cannot look at the request: ended soon after it."""
     on_deaf: Callable[[str], int | None]
-    """Told the phase, before the process ends; the exit code it gives, or 75."""
+    """Called with the phase before the process ends with the exit code that it returns, or 75."""
 
 
 class Watchdog:
@@ -48,20 +48,20 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
         end_process: Callable[[int], None] = os._exit,
         pause_seconds: float = _PAUSE_SECONDS,
-        tell_seconds: float = TELL_SECONDS,
+        report_seconds: float = REPORT_SECONDS,
     ) -> None:
         """Make one that is not started yet.
 
         Args:
             allowed_seconds: phase -> how long it may be silent; asked at each look.
-            on_stalled: told phase, seconds of silence and the stacks of all threads, before the process ends with the
-                exit code that it gives, or 83.
+            on_stalled: called with phase, seconds of silence and the stacks of all threads, before the process ends
+                with the exit code that it returns, or 83.
             stopping: None: nobody asks to stop.
-            on_told: called once the exit code is known and told: whatever it does may hang without changing it.
+            on_told: called once the exit code is known and reported: whatever it does may hang without changing it.
             clock: seconds that never go back.
             end_process: ends it at once, without cleaning up: whatever hangs would hang that too.
             pause_seconds: between two looks.
-            tell_seconds: after which the process ends although telling has not.
+            report_seconds: after which the process ends although reporting has not.
         """
         self._allowed_seconds = allowed_seconds
         self._on_stalled = on_stalled
@@ -70,11 +70,11 @@ class Watchdog:
         self._clock = clock
         self._end_process = end_process
         self._pause_seconds = pause_seconds
-        self._tell_seconds = tell_seconds
+        self._report_seconds = report_seconds
         self._phase = "start"
         self._moved = False
         self._code: int | None = None
-        """What whoever was told wants the process to end with."""
+        """The exit code that `on_stalled` or `on_deaf` returned."""
         self._stopped = threading.Event()
         # A daemon: the interpreter must not wait for it.
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -84,7 +84,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no longer: after it nothing fires. While something is being told already, the process ends in here."""
+        """Watch no longer: after it nothing fires. While a report is already under way, the process ends in here."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -117,18 +117,18 @@ class Watchdog:
                 return
 
     def _end(self, found: Stalled | Deaf) -> None:
-        """Tell, for a bounded time, and end the process."""
-        seconds = self._tell_seconds
+        """Report, for a bounded time, and end the process."""
+        seconds = self._report_seconds
         if isinstance(found, Deaf):
-            # Beyond the grace the kill comes, and 137 tells nobody to start the job again.
-            seconds = max(_LEAST_TELL_SECONDS, min(seconds, 0.8 * found.left_seconds))
-        teller = threading.Thread(target=self._tell, args=(found,), name="watchdog-tells", daemon=True)
-        teller.start()
-        teller.join(seconds)
+            # Beyond the grace the kill comes, and after a 137 nobody starts the job again.
+            seconds = max(_LEAST_REPORT_SECONDS, min(seconds, 0.8 * found.left_seconds))
+        reporter = threading.Thread(target=self._report, args=(found,), name="watchdog-reports", daemon=True)
+        reporter.start()
+        reporter.join(seconds)
         usual = StalledError.code if isinstance(found, Stalled) else StopRequestedError.code
         self._end_process(usual if self._code is None else self._code)
 
-    def _tell(self, found: Stalled | Deaf) -> None:
+    def _report(self, found: Stalled | Deaf) -> None:
         if isinstance(found, Stalled):
             # In this thread, for it reads source files, and the disk may be what hangs.
             self._code = self._on_stalled(
@@ -137,7 +137,7 @@ class Watchdog:
         elif self._stopping is not None:
             self._code = self._stopping.on_deaf(found.phase)
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # closed: there is nobody to tell
+            with suppress(OSError, ValueError):  # closed: nobody reads it
                 stream.flush()
         self._on_told()
 
@@ -145,10 +145,10 @@ class Watchdog:
 def stacks(*, leave_out: Collection[threading.Thread] = ()) -> str:
     """Where each thread stands in this moment, with its name; a thread in C shows the line that called it."""
     threads = {thread.ident: thread for thread in threading.enumerate()}
-    told = []
+    shown = []
     for ident, frame in sys._current_frames().items():  # noqa: SLF001 - the documented way, despite its name
         thread = threads.get(ident)
         if thread is None or thread not in leave_out:
             name = thread.name if thread else "not Python's own"
-            told.append(f"Thread {name!r}:\n{''.join(traceback.format_stack(frame))}")
-    return "\n".join(told)
+            shown.append(f"Thread {name!r}:\n{''.join(traceback.format_stack(frame))}")
+    return "\n".join(shown)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""One run in the store: its lock, its records, its checkpoints and its adapter."""

@@ -2,11 +2,10 @@
 
 Who finds it held watches it for one lease on its own monotonic clock, because clocks of machines differ: it changed, so
 its owner lives; it did not, so the owner is dead or frozen, and the lock is taken over with the next fence. An owner
-that was frozen finds the other's word in the lock before it changes anything that counts.
+that was frozen finds another's entry in the lock before it changes anything that counts.
 """
 
 import contextvars
-import json
 import secrets
 import threading
 import time
@@ -18,6 +17,7 @@ import structlog
 
 from job.core.crash_points import crash_point
 from job.core.errors import JobError, LockedError, NotFoundError, StopRequestedError
+from job.edge.store.json_objects import json_bytes, json_object
 from job.edge.store.objects import ObjectStore, PreconditionError
 
 log = structlog.get_logger(__name__)
@@ -54,9 +54,9 @@ class Lock:
             store: where the lock stands.
             key: its name there.
             lease_seconds: how long we may be silent before others take us for dead.
-            owner: what others are told of us.
+            owner: what others see of us.
             conditional: the store keeps conditions on writes; without them the lock is a lease with read-back.
-            on_lost: told, on another thread, that another attempt has taken the lock over.
+            on_lost: called, on another thread, when another attempt has taken the lock over.
         """
         self._store = store
         self._key = key
@@ -70,7 +70,7 @@ class Lock:
         self._ended = threading.Event()
         self._lost = threading.Event()
         self._writing = threading.Lock()
-        """Of our own two threads only one asks the store at a time."""
+        """Held by that one of our two threads that asks the store."""
         self._renewer: threading.Thread | None = None
         self.fence = 0
         """Counts the owners; higher is later. 0 before `acquire`."""
@@ -123,7 +123,7 @@ class Lock:
             raise self._locked(found)
 
     def release(self) -> None:
-        """Say that nobody works on the run; a store that is away hears nothing, and the lease runs out by itself."""
+        """Give the lock back; where the store is away it is not, and the lease runs out by itself."""
         self._end()
         if not self.fence or self.lost:
             return
@@ -225,10 +225,9 @@ class Lock:
         except NotFoundError:
             return None
         try:
-            content = json.loads(data)
-        except (ValueError, RecursionError):
-            content = {}
-        return (content if isinstance(content, dict) else {}), etag
+            return json_object(data), etag
+        except ValueError:
+            return {}, etag
 
     def _write(self, over: Found | None, *, free: bool = False) -> str:
         content = {
@@ -239,7 +238,7 @@ class Lock:
             "renewals": self._renewals,
             "free": free,
         }
-        data = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        data = json_bytes(content)
         if not self._conditional:
             return self._store.write(self._key, data)
         if over is None or not over[1]:
@@ -258,7 +257,7 @@ class Lock:
 
 
 def _described(content: Mapping[str, Any]) -> str:
-    """The owner in words; what stands there comes from a bucket, so it is shortened."""
+    """The owner, rendered; what stands there comes from a bucket, so it is shortened."""
     host, pid, since = (str(content.get(name, "?"))[:100] for name in ("host", "pid", "since"))
     return f"process {pid} on {host} (since {since})"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import structlog
 
 from job.core.errors import JobError, UnavailableError
-from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.edge.run.artifacts import Artifacts
+from job.edge.run.checkpoints import Checkpoint
 
 log = structlog.get_logger(__name__)
 _PATIENCE_SECONDS = 1800.0
@@ -49,8 +50,8 @@ class Publisher:
         Args:
             artifacts: the run.
             keep: newest checkpoints that stay.
-            on_committed: told each one, and the seconds from its first byte to its manifest.
-            on_beat: told that something moves, waiting for the store included.
+            on_committed: called with each one, and the seconds from its first byte to its manifest.
+            on_beat: called when something moves, waiting for the store included.
             should_stop: after it a store that is away is not waited for any longer.
             pause_seconds: between two tries with such a store.
         """

@@ -1,4 +1,4 @@
-"""Shell patterns on keys: `*` and `?` stay in one folder, `**` goes any depth, hidden names need their own dot."""
+"""Shell patterns on keys and URIs: `*` and `?` stay in one folder, `**` goes any depth; hidden names need their dot."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def literal_prefix(path: str) -> str:
 
 
 def matcher(path: str) -> Callable[[str], bool]:
-    """Whether a key matches a glob, or lies below a prefix that is empty or ends in "/"."""
+    """Whether a key or URI matches a glob, or lies below a prefix that is empty or ends in "/"."""
     if path.endswith("/") or not path:
         path += "**"
     last = path.count("/")

@@ -1,19 +1,14 @@
-"""TODO job.edge.store.listing."""
+"""From URIs with globs and prefixes to the objects that they name."""
 
-import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from job.core.errors import NotFoundError, StopRequestedError
 from job.edge.store.globs import has_glob, literal_prefix, matcher
 from job.edge.store.lanes import Lanes
-from job.edge.store.objects import (
-    ObjectStore,
-    StoredObject,
-    StoreSettings,
-)
-from job.edge.store.opening import _DEFAULT_PATIENCE, _bucket_and_path, open_store, store_and_key
-from job.edge.store.patience import Patience
+from job.edge.store.objects import ObjectStore, StoredObject, StoreSettings
+from job.edge.store.opening import full_uri, locate, open_store, store_and_key
+from job.edge.store.patience import STORE_PATIENCE, Patience
 
 
 def expand(
@@ -21,7 +16,7 @@ def expand(
     settings: StoreSettings,
     *,
     should_stop: Callable[[], bool],
-    patience: Patience = _DEFAULT_PATIENCE,
+    patience: Patience = STORE_PATIENCE,
 ) -> list[StoredObject]:
     """The objects that URIs name, sorted and without duplicates.
 
@@ -51,21 +46,19 @@ def expand(
 
 def _names(uri: str, opened: Callable[[str], ObjectStore], should_stop: Callable[[], bool]) -> Iterator[str]:
     """The full URIs of the objects that one URI matches."""
-    bucket, path = _bucket_and_path(uri)
-    if not has_glob(path) and path and not path.endswith("/"):
-        yield uri if bucket is not None else f"file://{path}"
+    full = full_uri(uri)
+    if not has_glob(full) and not full.endswith("/"):
+        yield full
         return
-    matches = matcher(path)
-    start = literal_prefix(path)
-    root = f"s3://{bucket}" if bucket is not None else f"file://{posixpath.dirname(start)}"
-    inside = start if bucket is not None else posixpath.basename(start)
+    matches = matcher(full)
+    start = locate(literal_prefix(full))
     found = False
-    for entry in opened(root).list(inside):
+    for entry in opened(start.root).list(start.key):
         if should_stop():
             raise StopRequestedError(f"stopped on request while listing {uri}")
-        full = entry.key if bucket is not None else posixpath.join(posixpath.dirname(start), entry.key)
-        if matches(full):
+        name = start.uri_of(entry.key)
+        if matches(name):
             found = True
-            yield f"s3://{bucket}/{full}" if bucket is not None else f"file://{full}"
+            yield name
     if not found:
         raise NotFoundError(f"{uri}: matches no object; correct the URI, or put the data there")

@@ -52,7 +52,7 @@ class StoredObject:
     version: str | None
     """The version's id, where the bucket keeps versions."""
     md5: str | None = None
-    """Of the content, where the store tells it; not part of its identity."""
+    """The content's MD5, where the store gives it; not part of its identity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ class ObjectStore(Protocol):
         Raises:
             DataError: the object is not (or no longer) the one with this `etag` or `sha256`.
             LocalDiskError: `path` cannot be written.
-            StopRequestedError: `should_stop` said so.
+            StopRequestedError: `should_stop` became true.
         """
         ...
 
@@ -150,14 +150,14 @@ class ObjectStore(Protocol):
         Raises:
             LocalDiskError: `path` cannot be read.
             PreconditionError: as `write`; also when only the answer was lost, and our own object stands there.
-            StopRequestedError: `should_stop` said so.
+            StopRequestedError: `should_stop` became true.
         """
         ...
 
     def clear_unfinished(self, prefix: str) -> int:
-        """Remove what unfinished uploads below a prefix left, and say how many there were.
+        """Remove what unfinished uploads below a prefix left, and return how many there were.
 
-        Only for who knows that nobody uploads there.
+        Only for a caller that knows that nobody uploads there.
         """
         ...
 

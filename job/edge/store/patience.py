@@ -21,3 +21,7 @@ class Patience:
         """Exponential with full jitter: many jobs that failed together do not come back together."""
         bound = min(self.longest_pause_seconds, self.first_pause_seconds * 2 ** (failures - 1))
         return random.uniform(0, bound)  # noqa: S311 - no secret
+
+
+STORE_PATIENCE = Patience()
+"""With a store that fails."""

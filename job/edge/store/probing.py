@@ -1,4 +1,4 @@
-"""TODO job.edge.store.probing."""
+"""What a store lets us do, found out by trying: conditional writes that hold, and deletion."""
 
 import contextlib
 import secrets
@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from job.core.errors import DeniedError, UsageError
-from job.edge.store.objects import (
-    ObjectStore,
-    PreconditionError,
-)
+from job.edge.store.objects import ObjectStore, PreconditionError
 
 _RACES = 3
 """Rounds of the probe: a store that is only sometimes atomic shows it in most of them."""
 _RACERS = 8
+"""Writers at once in each round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What a store let us do under a root; that it let us write is why there is a probe at all."""
+    """What a store let us do under a root. That it let us write needs no field: otherwise there is no probe."""
 
     conditional: bool
     """Create-only and If-Match hold, and of many at once one wins: a lock and a swap can be trusted."""

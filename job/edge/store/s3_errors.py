@@ -44,7 +44,7 @@ _PASSING = (
     ResponseParserError,  # half an answer, or a proxy's page instead of one
     ChecksumError,
     FlexibleChecksumError,
-    # The service that hands out credentials is away; when it stays away it is said as DeniedError.
+    # The service that hands out credentials is away; when it stays away that becomes a DeniedError.
     CredentialRetrievalError,
     MetadataRetrievalError,
 )
@@ -66,7 +66,7 @@ _BUSY_CODES = {
     "IncompleteBody",
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
-    # Two conditional writes at once: one of them is told to try again.
+    # Two conditional writes at once: one of them has to try again.
     "ConditionalRequestConflict",
     "OperationAborted",
 }
@@ -129,31 +129,31 @@ def understood(error: Exception, *, uri: str, endpoint: str) -> JobError | Preco
 
 def _refusal(error: ClientError, uri: str, endpoint: str) -> JobError | PreconditionError:  # noqa: PLR0911 - a table
     status, code = status_and_code(error)
-    said = f"{uri}: {endpoint} answered {summary(error)}"
+    refusal = f"{uri}: {endpoint} answered {summary(error)}"
     if status in {412, 416}:
-        return PreconditionError(said)
+        return PreconditionError(refusal)
     if status in {401, 403} or code in _DENIED_HINTS or code.startswith("KMS."):
-        return DeniedError(f"{said}; {_DENIED_HINTS.get(code, _DENIED_HINT)}")
+        return DeniedError(f"{refusal}; {_DENIED_HINTS.get(code, _DENIED_HINT)}")
     if status == 404:  # noqa: PLR2004 - HTTP's own number
         if error.operation_name == "PutObject" and code != "NoSuchBucket":
-            return PreconditionError(said)  # If-Match on a key that does not exist
-        return NotFoundError(f"{said}; correct the URI")
+            return PreconditionError(refusal)  # If-Match on a key that does not exist
+        return NotFoundError(f"{refusal}; correct the URI")
     if code in _WRONG_REGION or status in {301, 307}:
-        return UsageError(f"{said}; set AWS_REGION to the bucket's region")
+        return UsageError(f"{refusal}; set AWS_REGION to the bucket's region")
     if status in {411, 501}:
-        return UsageError(f"{said}; if the store cannot take checksums, set store.checksums: false")
-    return UsageError(f"{said}; correct the URI or the AWS settings")
+        return UsageError(f"{refusal}; if the store cannot take checksums, set store.checksums: false")
+    return UsageError(f"{refusal}; correct the URI or the AWS settings")
 
 
 def key_refused(code: str, message: str) -> ClientError:
-    """The failure of one key in a batch, which S3 tells inside an answer of 200, as the request's own."""
+    """The failure of one key in a batch, which S3 reports inside an answer of 200, as the request's own."""
     status = 403 if code == "AccessDenied" else 400
     refusal = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return ClientError(refusal, "DeleteObjects")  # type: ignore[arg-type] # the stubs want every header of an answer
 
 
 def status_and_code(error: ClientError) -> tuple[int, str]:
-    """The HTTP status and the store's own word for the failure ("404" and so on when the answer had no body)."""
+    """The HTTP status and the store's own code for the failure ("404" and so on when the answer had no body)."""
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status, str(error.response.get("Error", {}).get("Code", ""))
 
@@ -163,8 +163,8 @@ def summary(error: Exception) -> str:
     if isinstance(error, ClientError):
         status, code = status_and_code(error)
         message = error.response.get("Error", {}).get("Message")
-        words = [str(status), code if code != str(status) else "", f"({message})" if message else ""]
-        return " ".join([*filter(None, words), "to", error.operation_name])
+        parts = [str(status), code if code != str(status) else "", f"({message})" if message else ""]
+        return " ".join([*filter(None, parts), "to", error.operation_name])
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -184,7 +184,7 @@ class Upload:
                 lanes.run(partial(self._complete, upload_id, parts, size, lanes))
         except BaseException:
             # Parts that are never completed are paid for, invisibly. A store that is away keeps them: its lifecycle
-            # rule for incomplete uploads has to remove them then, and the first error is the one to tell.
+            # rule for incomplete uploads has to remove them then, and the first error is the one to raise.
             with contextlib.suppress(JobError):
                 self.bucket.ask(partial(self.bucket.abort, self.key, upload_id), key=self.key)
             raise

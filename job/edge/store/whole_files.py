@@ -1,4 +1,4 @@
-"""Local files that appear whole or not at all: written beside their place, synced, then renamed."""
+"""Local files that appear whole or not at all: written beside their place, synced, then renamed; and their sha256."""
 
 import contextlib
 import errno
@@ -10,10 +10,12 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from job.core.errors import JobError, LocalDiskError
+from job.core.errors import JobError, LocalDiskError, StopRequestedError
 
 TEMPORARY = ".incoming-"
 """What the name of every file begins with while it is being written."""
+_CHUNK_BYTES = 1 << 20
+"""Hashed at once: a stop request is seen between two chunks."""
 
 
 def local_trouble(error: OSError, path: Path) -> JobError:
@@ -32,7 +34,7 @@ class WholeFile:
         self._sha256 = hashlib.sha256()
 
     def write(self, data: bytes | bytearray) -> None:
-        """Append; a full disk is said as the operator's error."""
+        """Append; a full disk becomes the operator's error."""
         try:
             rest = memoryview(data)
             while rest:
@@ -58,8 +60,8 @@ def whole_file(
 ) -> Iterator[WholeFile]:
     """A file that takes its place at the end of the block; after any exception nothing of it is left.
 
-    `trouble` says what an OSError means; `place` moves the finished file, and may raise what is not an OSError. What is
-    not `durable` does not wait for the disk, and may be torn by a power failure: for what is verified when it is read.
+    `trouble` translates an OSError; `place` moves the finished file, and may raise what is not an OSError. What is not
+    `durable` does not wait for the disk, and may be torn by a power failure: for what is verified when it is read.
     """
 
     def fail(error: OSError) -> JobError:
@@ -87,7 +89,7 @@ def whole_file(
 
 
 def _begun(path: Path) -> tuple[Path, io.FileIO]:
-    """A new file beside the path, under a lock that tells it from one whose writer died: see `remove_dead`."""
+    """A new file beside the path, under a lock that distinguishes it from one whose writer died: see `remove_dead`."""
     while True:
         temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
         # Unbuffered: a buffer that meets a full disk fails once more, untranslated, when the file is closed.
@@ -118,6 +120,22 @@ def remove_dead(folder: Path) -> int:
                 temporary.unlink()
                 removed += 1
     return removed
+
+
+def file_sha256(path: Path, should_stop: Callable[[], bool]) -> str:
+    """The sha256 of a file, as hex digits.
+
+    Raises:
+        OSError: it cannot be read.
+        StopRequestedError: asked to stop while it is read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            if should_stop():
+                raise StopRequestedError(f"stopped on request while reading {path}")
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ PATIENCE = 60
 class Watched:
     """A watchdog whose clock moves by half a second with each of its looks, whatever the machine does."""
 
-    def __init__(self, *, allowed=10.0, grace=30.0, on_stalled=None, on_deaf=None, tell_seconds=PATIENCE):
+    def __init__(self, *, allowed=10.0, grace=30.0, on_stalled=None, on_deaf=None, report_seconds=PATIENCE):
         self.now = 0.0
         self.looks = 0
         self.at_look = {}
@@ -39,7 +39,7 @@ class Watched:
             clock=lambda: self.now,
             end_process=self._end,
             pause_seconds=0.001,
-            tell_seconds=tell_seconds,
+            report_seconds=report_seconds,
         )
 
     def _look(self):
@@ -150,7 +150,7 @@ def never_ends(*_said):
 
 
 def test_a_store_that_hangs_cannot_hold_the_end():
-    watched = Watched(on_stalled=never_ends, tell_seconds=0.05)
+    watched = Watched(on_stalled=never_ends, report_seconds=0.05)
 
     watched.run()
 
@@ -159,7 +159,7 @@ def test_a_store_that_hangs_cannot_hold_the_end():
 
 def test_telling_of_a_stop_takes_no_longer_than_the_grace():
     """Half a second is left of it, and the five minutes are not waited for."""
-    watched = Watched(allowed=900.0, grace=30.0, on_deaf=never_ends, tell_seconds=300.0)
+    watched = Watched(allowed=900.0, grace=30.0, on_deaf=never_ends, report_seconds=300.0)
     watched.asked = True
 
     watched.run()

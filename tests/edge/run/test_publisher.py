@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from job.core.errors import DeniedError, JobError, UnavailableError
-from job.edge.run.artifacts import Artifacts, Checkpoint
+from job.edge.run.artifacts import Artifacts
+from job.edge.run.checkpoints import Checkpoint
 from job.edge.run.publisher import Publisher
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store

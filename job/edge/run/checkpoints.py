@@ -1,0 +1,251 @@
+"""The committed checkpoints of a run: publish, list, fetch, and delete those that are no longer needed.
+
+checkpoints/step-000050-a01/...   the state after a step, by attempt: keys are never reused
+latest.json                       a hint for people; resuming lists the manifests
+"""
+
+import contextlib
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from job.core.crash_points import crash_point
+from job.core.errors import DataError, LocalDiskError, NotFoundError
+from job.edge.run.run_store import ROUNDS, RunStore, never
+from job.edge.store.folder import MANIFEST, Facts, FileEntry, StoredFolder, refuse_if_full, total_bytes
+from job.edge.store.json_objects import json_bytes, json_object
+from job.edge.store.objects import PreconditionError
+
+log = structlog.get_logger(__name__)
+
+_LEFTOVER_SECONDS = 24 * 3600.0
+"""What was uploaded but never committed is kept this long: a person may want to look, and clocks differ."""
+_KEY = re.compile(r"checkpoints/step-(\d+)-a(\d+)/(.+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Checkpoint:
+    """A committed checkpoint; ordered by step, then by attempt."""
+
+    step: int
+    attempt: int
+
+    @property
+    def name(self) -> str:
+        """Its folder below checkpoints/."""
+        return f"step-{self.step:06d}-a{self.attempt:02d}"
+
+
+class Checkpoints:
+    """The checkpoints of one run in the store."""
+
+    def __init__(self, run: RunStore) -> None:
+        """Nothing is asked of the store yet."""
+        self._run = run
+        self.latest = Latest(run)
+        self._inherited: frozenset[Checkpoint] | None = None
+        """Committed when we took the lock. Another one of an earlier attempt is an orphan: it came after."""
+
+    def take_over(self) -> None:
+        """Note what earlier attempts committed, and shut them out of latest.json; the lock must be ours."""
+        self._inherited = frozenset(self.committed())
+        self.latest.take_over()
+
+    def sweep(self) -> list[str]:
+        """Delete checkpoints that were never committed and are old; their names."""
+        begun, committed = self._begun_and_committed()
+        swept = []
+        for checkpoint in begun:
+            if checkpoint not in committed and self._is_old(checkpoint):
+                self._run.confirm()
+                self._folder(checkpoint).delete()
+                swept.append(checkpoint.name)
+        return swept
+
+    def publish(self, folder: Path, checkpoint: Checkpoint) -> None:
+        """Upload a folder, then commit it by its manifest.
+
+        Raises:
+            PreconditionError: this very checkpoint is committed already.
+        """
+        stored = self._folder(checkpoint)
+        with stored.commit(_facts(checkpoint, fence=self._run.fence), create_only=True) as files:
+            for path in sorted(folder.iterdir()):
+                crash_point("checkpoint.before_file")
+                files[path.name] = stored.upload(path, path.name, should_stop=never)
+                crash_point("checkpoint.after_file")
+            crash_point("checkpoint.before_manifest")
+            self._run.confirm()
+        crash_point("checkpoint.after_manifest")
+        crash_point("checkpoint.before_latest")
+        self.latest.write({"checkpoint": checkpoint.name, "step": checkpoint.step})
+        crash_point("checkpoint.after_latest")
+
+    def committed(self) -> list[Checkpoint]:
+        """The committed checkpoints, oldest first."""
+        return self._begun_and_committed()[1]
+
+    def fetch(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        *,
+        should_stop: Callable[[], bool],
+        only: Collection[str] | None = None,
+    ) -> dict[str, FileEntry]:
+        """Bring a checkpoint's files, or `only` some, into the folder, each verified against the manifest.
+
+        Raises:
+            DataError: a file is not what the manifest says or does not fit here, or the manifest does not name it.
+            NotFoundError: a file or the manifest is gone.
+        """
+        stored = self._folder(checkpoint)
+        named = stored.manifest(lambda facts: facts == _facts(checkpoint, fence=facts.get("fence"))).files
+        if only is not None and (missing := sorted({*only} - named.keys())):
+            raise DataError(f"{stored.uri}/{MANIFEST} does not name {', '.join(missing)}")
+        wanted = {name: entry for name, entry in named.items() if only is None or name in only}
+        try:
+            refuse_if_full(folder, needed_bytes=total_bytes(wanted))
+        except LocalDiskError as error:
+            # A manifest comes from a bucket and may name any size: that makes the checkpoint unusable, not the disk.
+            raise DataError(f"{stored.uri}: does not fit here ({error})") from error
+        stored.refuse_other_sizes(wanted)
+        stored.download(wanted, folder, should_stop=should_stop, on_file=lambda: crash_point("resume.middle"))
+        return wanted
+
+    def fetch_newest(
+        self, folder: Path, *, should_stop: Callable[[], bool], only: Collection[str] | None = None
+    ) -> tuple[Checkpoint | None, list[dict[str, str]]]:
+        """Bring the newest checkpoint that verifies into the folder.
+
+        Args:
+            folder: gets a folder by the checkpoint's name.
+            should_stop: polled while files arrive.
+            only: the files that make a checkpoint; one whose manifest names fewer is passed over.
+
+        Returns:
+            Which one it is (None: there is none), and those passed over, each with the reason.
+        """
+        passed_over: list[dict[str, str]] = []
+        begun, committed = self._begun_and_committed()
+        # The last attempt first: what an earlier one committed after it had lost its lock is no part of the run.
+        for checkpoint in sorted(begun, key=_by_attempt, reverse=True):
+            reason = f"no {MANIFEST}: its upload was not finished, or it is being deleted"
+            if checkpoint in committed:
+                try:
+                    self.fetch(checkpoint, folder / checkpoint.name, should_stop=should_stop, only=only)
+                except (DataError, NotFoundError) as error:
+                    shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
+                    reason = str(error)
+                else:
+                    return checkpoint, passed_over
+            log.warning("checkpoint_passed_over", checkpoint=checkpoint.name, reason=reason)
+            passed_over.append({"checkpoint": checkpoint.name, "reason": reason})
+        return None, passed_over
+
+    def retain(self, steps: Collection[int], *, newest: int, attempt: int) -> None:
+        """Delete the checkpoints that are neither among the newest nor of one of these steps.
+
+        The manifest goes first: a checkpoint is either whole or does not exist. An orphan, which an earlier attempt
+        committed after it had lost the lock, goes too, and so does what earlier attempts left without a manifest: they
+        were killed while they uploaded or deleted it, and without the lock they cannot commit it.
+
+        Args:
+            steps: their checkpoints stay.
+            newest: how many of the last steps stay.
+            attempt: our number; 0: we are no attempt.
+        """
+        begun, committed = self._begun_and_committed()
+        last_attempt = attempt or max((checkpoint.attempt for checkpoint in committed), default=0)
+        ours = [checkpoint for checkpoint in committed if not self._is_orphan(checkpoint, attempt)]
+        kept = _kept(ours, steps, newest=newest)
+        for checkpoint in begun:
+            if checkpoint not in kept if checkpoint in committed else checkpoint.attempt < last_attempt:
+                self._run.confirm()
+                crash_point("retain.before_delete")
+                self._folder(checkpoint).delete(on_withdrawn=lambda: crash_point("retain.after_manifest"))
+
+    def _folder(self, checkpoint: Checkpoint) -> StoredFolder:
+        return self._run.folder(f"checkpoints/{checkpoint.name}")
+
+    def _begun_and_committed(self) -> tuple[list[Checkpoint], list[Checkpoint]]:
+        """Those with a file in the store, and those of them with a manifest; each oldest first."""
+        begun, committed = set(), set()
+        for entry in self._run.store.list(f"{self._run.root}checkpoints/"):
+            match = _KEY.fullmatch(entry.key.removeprefix(self._run.root))
+            if match:
+                checkpoint = Checkpoint(step=int(match[1]), attempt=int(match[2]))
+                begun.add(checkpoint)
+                if match[3] == MANIFEST:
+                    committed.add(checkpoint)
+        return sorted(begun), sorted(committed)
+
+    def _is_old(self, checkpoint: Checkpoint) -> bool:
+        entries = self._run.store.list(f"{self._run.root}checkpoints/{checkpoint.name}/")
+        return all(time.time() - entry.modified > _LEFTOVER_SECONDS for entry in entries)
+
+    def _is_orphan(self, checkpoint: Checkpoint, attempt: int) -> bool:
+        known = self._inherited
+        return known is not None and checkpoint not in known and checkpoint.attempt != attempt
+
+
+class Latest:
+    """latest.json, the one object of a run that is swapped again and again."""
+
+    def __init__(self, run: RunStore) -> None:
+        """Nothing is asked of the store yet."""
+        self._run = run
+        self._key = run.root + "latest.json"
+        self._etag: str | None = None
+        """As we know it; None: there is none."""
+
+    def take_over(self) -> None:
+        """Write it anew: an earlier owner's write, on condition of the old one, fails from now on."""
+        with contextlib.suppress(NotFoundError):
+            data, self._etag = self._run.store.read(self._key)
+            try:
+                content = json_object(data)
+            except ValueError:
+                content = {}
+            self.write(content)
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Swap it; what an attempt that died wrote in between is replaced, what a living one wrote is not."""
+        data = json_bytes({**content, "fence": self._run.fence})
+        for _ in range(ROUNDS):
+            self._run.confirm()
+            try:
+                self._etag = self._write_once(data)
+            except (PreconditionError, NotFoundError):
+                self._etag = self._run.etag(self._key)
+            else:
+                return
+        log.warning("latest_not_written", reason="it changes all the time; nothing depends on it")
+
+    def _write_once(self, data: bytes) -> str:
+        if not self._run.conditional:
+            return self._run.store.write(self._key, data)
+        if self._etag is None:
+            return self._run.store.write(self._key, data, create_only=True)
+        return self._run.store.write(self._key, data, if_match=self._etag)
+
+
+def _facts(checkpoint: Checkpoint, *, fence: Any) -> Facts:
+    return {"step": checkpoint.step, "attempt": checkpoint.attempt, "fence": fence}
+
+
+def _kept(ours: Sequence[Checkpoint], steps: Collection[int], *, newest: int) -> set[Checkpoint]:
+    """Those that stay: one a step, the last attempt's, where the step is among these or among the newest."""
+    last_of_step = {checkpoint.step: checkpoint for checkpoint in ours}
+    newest_ones = sorted(last_of_step.values(), key=_by_attempt)[-newest:]
+    return {*newest_ones, *(checkpoint for step, checkpoint in last_of_step.items() if step in steps)}
+
+
+def _by_attempt(checkpoint: Checkpoint) -> tuple[int, int]:
+    return checkpoint.attempt, checkpoint.step
