@@ -4,8 +4,8 @@
         [--steps 8] [--warm-up 3] [--results bench/RESULTS.md]
 
 `--tokens` is the most of a micro-batch; without it the memory plan decides. Every step has the same examples. A part
-that is off is done as it would be without us: by torch's own operations, by bitsandbytes, by PEFT, or not at all. What
-then no longer fits is recomputed, as in a run, and the row says so.
+that is off is done as it would be without us: by torch's own operations, by bitsandbytes, by PEFT, or not at all. Where
+memory then runs out the cut gets smaller, as in a run, and the row says so.
 """
 
 import contextlib
@@ -45,11 +45,11 @@ _OPS = [name for name in vars(Ops) if not name.startswith("_")]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variation:
-    """An engine with one part otherwise."""
+    """An engine with one part switched off or replaced."""
 
     name: str
     cut: dict[str, Any] = field(default_factory=dict)
-    """What differs from the plan."""
+    """What differs from the planned cut."""
     engine: Callable[[Any], Any] | None = None
     """Makes the engine from what is loaded; None: the one that was chosen."""
     meanwhile: Callable[[Any], AbstractContextManager[Any]] = lambda _loaded: nullcontext()
@@ -57,10 +57,11 @@ class Variation:
     optimizer: Callable[[Any], Any] | None = None
     """Makes the optimizer; None: over the flat adapter, as in a run."""
     look: Callable[[], bool] = go_on
+    """Called after each micro-batch; true would drop the step."""
 
 
 class ByDocument(Attention):
-    """Each document through scaled_dot_product_attention, there and back by autograd."""
+    """Each document through scaled_dot_product_attention, with autograd's backward."""
 
     def forward(self, query, key, value, documents):
         """See `Attention`."""
@@ -93,7 +94,7 @@ def dequantise_by_bitsandbytes(weight, out):
 
 
 def _with(**ops):
-    """A fast engine with these parts instead of its own."""
+    """Makes a fast engine with these ops instead of its own."""
 
     def make(loaded):
         own = ops_of(loaded.device)
@@ -148,7 +149,7 @@ def _peft(loaded):
 
 
 def variations_of(engine, layers):
-    """The engine as it is, then one part after another otherwise."""
+    """The engine as it is, then with one part after another switched off or replaced."""
     as_it_is = Variation(name="as it is")
     if engine == "generic":
         return (
@@ -156,7 +157,7 @@ def variations_of(engine, layers):
             Variation(name="no dequantised weights kept", cut={"kept_layers": 0}),
             Variation(name="attention by torch's variable-length kernels", meanwhile=_torch_s_attention),
             Variation(name="layers not compiled", meanwhile=_not_compiled),
-            Variation(name="nor one op a linear layer: PEFT's and bitsandbytes' own", meanwhile=_peft),
+            Variation(name="nor fused linear layers: PEFT's and bitsandbytes' own", meanwhile=_peft),
         )
     return (
         as_it_is,
@@ -191,13 +192,13 @@ class Result:
     """Real tokens a second, median."""
     peak_bytes: int | None
     ran_out: dict[str, Any]
-    """What changed in the plan when memory ran out."""
+    """What changed in the cut when memory ran out."""
     loss: float
-    """Of the last step, in nats a target: a part that is done otherwise does the same."""
+    """Loss of the last step, in nats a target: the same for all variations, but for rounding."""
 
 
 def measure(loaded, variation, *, members, steps, warm_up):
-    """Some steps with this variation."""
+    """Rate, peak and loss of some steps with this variation."""
     loaded.choice.engine.adopt(loaded.cut(tokens=loaded.planned.micro_batch_tokens))  # it keeps nothing meanwhile
     if variation.engine is not None:
         loaded = replace(loaded, choice=replace(loaded.choice, engine=variation.engine(loaded)))
@@ -221,7 +222,7 @@ def section(results):
     best = next(iter(results.values())).rate
     rows = [
         (
-            name if not result.ran_out else f"{name} (memory ran out, then {_said(result.ran_out)})",
+            name if not result.ran_out else f"{name} (memory ran out, then {_listed(result.ran_out)})",
             f"{result.rate:,.0f}",
             f"{result.rate / best - 1:+.1%}",
             "not counted here" if result.peak_bytes is None else f"{result.peak_bytes / GIB:.1f}",
@@ -232,7 +233,7 @@ def section(results):
     return table(("", "real tok/s", "against the engine as it is", "peak GiB", "loss of the last step"), rows)
 
 
-def _said(change):
+def _listed(change):
     return ", ".join(f"{key} {value}" for key, value in change.items())
 
 
@@ -263,7 +264,7 @@ def main(arguments=None):
 
 
 def _write(options, loaded, members, results):
-    """After each row: what is measured by then is kept when the rest is not."""
+    """Written after each row: what is measured by then is kept when the rest fails."""
     command = (
         f"    python -m bench.attribution --base FOLDER --train TRAIN.jsonl --engine {options.engine} "
         f"--batch {options.batch} --steps {options.steps} --warm-up {options.warm_up}"
@@ -275,7 +276,7 @@ def _write(options, loaded, members, results):
         f"tokens, at most {cut.micro_batch_tokens:,} in a micro-batch; {cut.recomputed_layers} of "
         f"{loaded.shape.layers} layers recomputed, {cut.kept_layers} with dequantised weights kept."
     )
-    heading = f"## What each part is worth: {options.engine} path, {options.batch} examples"
+    heading = f"## What each part is worth: {options.engine} engine, {options.batch} examples"
     name = f"attribution-{options.engine}-{options.batch}"
     text = f"{heading}\n\n{command}\n\n{device_and_versions()}\n\n{about}\n\n{section(results)}"
     write_section(options.results, name, text)

@@ -41,7 +41,7 @@ def measure():
 
 
 def _median_seconds(act):
-    """Of one call, while it is called without a pause."""
+    """Median seconds of one call, while it is called without a pause."""
     on_gpu = torch.cuda.is_available()
     act()
     began, times = time.perf_counter(), []
@@ -51,7 +51,7 @@ def _median_seconds(act):
 
 
 def _group_seconds(act, size=20):
-    """Of each of `size` calls, by the GPU's own clock."""
+    """Seconds of each of `size` calls, by the GPU's own clock."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(size + 1)]
     marks[0].record()
     for mark in marks[1:]:

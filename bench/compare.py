@@ -66,8 +66,8 @@ def data_of(comparison, options, folder):
     return Data(base=base, train=train, text=text, max_length=limit, shape=shape, lengths=lengths)
 
 
-def compare(comparison, options, folder, *, tell: Callable[[str], None]):
-    """Measure one contestant after another; `tell` gets the text of the section each time."""
+def compare(comparison, options, folder, *, write: Callable[[str], None]):
+    """Measure one contestant after another; `write` gets the text of the section each time."""
     data, wanted = data_of(comparison, options, folder), comparison.contestants
     if options.only:
         wanted = tuple(each for each in wanted if each.name in options.only)
@@ -79,7 +79,7 @@ def compare(comparison, options, folder, *, tell: Callable[[str], None]):
             found[contestant.name] = _measure(contestant, data, options, folder)
         except NoResultError as error:
             found[contestant.name] = str(error)
-        tell(section(wanted, found, data, rates))
+        write(section(wanted, found, data, rates))
 
 
 def _measure(contestant, data, options, folder):
@@ -131,13 +131,13 @@ def _about(contestant, result):
 
 
 def arguments(names):
-    """Of the command line."""
+    """Parser of the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("comparison", choices=names)
     parser.add_argument("--only", action="append", metavar="NAME", help="of the contestants; may be repeated")
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of each contestant")
     parser.add_argument("--rivals-python", default=sys.executable, metavar="FILE")
-    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep what each has said and written there")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the output and the files of each there")
     return parser
 
 
@@ -148,7 +148,7 @@ def main(arguments_given=None, comparisons=COMPARISONS):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     command = f"    python -m bench.compare {options.comparison} --base FOLDER --train TRAIN.jsonl"
 
-    def tell(text):
+    def write(text):
         text = f"## {comparison.title}\n\n{command}\n\n{text}"
         write_section(options.results, f"compare-{options.comparison}", text)
         print(text, flush=True)
@@ -157,7 +157,7 @@ def main(arguments_given=None, comparisons=COMPARISONS):
         options.logs.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{options.comparison}-", dir=options.logs)).resolve()
     try:
-        compare(comparison, options, folder, tell=tell)
+        compare(comparison, options, folder, write=write)
     finally:
         if options.logs is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,7 @@ class Ours:
     head: bool = True
     """Whether lm_head is adapted too."""
     free_gib: float | None = None
-    """Of the GPU's memory when it starts, because something else holds the rest; None: all that there is."""
+    """GiB of the GPU's memory that are free when it starts, where something else holds the rest; None: all of them."""
     training: dict[str, Any] = field(default_factory=dict)
     """Other keys of the recipe's train section."""
     steps: int = 10
@@ -167,7 +167,7 @@ COMPARISONS = {
     # 36 layers and 152k words: a fourth row would not fit into 80 GB.
     "qwen3": Comparison(title="Qwen3-8B's shape", contestants=(_OURS, _unsloth_packed(rows=3))),
     "generic": Comparison(
-        title="The generic path",
+        title="The generic engine",
         contestants=(_OURS, Ours(name="ours-generic", about="the same with `--engine generic`", engine="generic")),
     ),
 }

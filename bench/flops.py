@@ -17,6 +17,6 @@ def per_token(shape, lengths, adapter_parameters):
 
 
 def attention(shape, lengths):
-    """Of whole documents, both ways: 4 a pair of tokens that see each other and unit of width forward, 8 back."""
+    """Operations: for each pair of tokens that see each other and unit of width, 4 forward and 8 backward."""
     exact = np.asarray(lengths, dtype=np.float64)
     return 12 * shape.layers * shape.heads * shape.head_width * float((exact * (exact + 1) / 2).sum())

@@ -7,11 +7,11 @@ from bench import flops
 
 _BF16 = 2
 _NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-"""Of a weight: itself and its shares of two scales. QLoRA, arXiv 2305.14314, section 3."""
+"""Bytes of a weight in NF4: itself and its shares of two scales. QLoRA, arXiv 2305.14314, section 3."""
 _UPDATE_BYTES = 36
-"""Of an adapter's parameter, fp32 with 8-bit AdamW: weight in and out (8), gradient in for the norm and for the update
-(8), gradient cleared (4), two states in and out (4), a copy kept until the update has proved finite, and the choice
-between both (12).
+"""Bytes of one parameter's update, fp32 with 8-bit AdamW: weight in and out (8), gradient in for the norm and for the
+update (8), gradient cleared (4), two states in and out (4), a copy kept until the update has proved finite, and the
+choice between both (12).
 """
 
 
@@ -19,7 +19,7 @@ def ideal_seconds(shape, rates, *, lengths, targets, micro_batches, cut, adapter
     """Seconds of each part of a step.
 
     shape: of the base. rates: from `bench.ceiling`. lengths: tokens of each document. targets: tokens the loss is over.
-    cut: the plan of the step. products: by part, how often each (rows, inner, columns) came.
+    cut: that of the step. products: by part, how often each (rows, inner, columns) came.
     """
     tokens, copy = int(lengths.sum()), rates["copy_bytes"]
     return {
@@ -29,19 +29,19 @@ def ideal_seconds(shape, rates, *, lengths, targets, micro_batches, cut, adapter
             attention_bytes(shape, tokens, cut) / copy,
         ),
         "elementwise": elementwise_bytes(shape, tokens, targets, cut) / copy,
-        "decoding": decoding_bytes(shape, micro_batches, cut) / copy,
+        "dequantising": dequantising_bytes(shape, micro_batches, cut) / copy,
         "optimizer": _UPDATE_BYTES * adapter_parameters / copy,
     }
 
 
 def all_products_seconds(shape, rates, *, lengths, targets, micro_batches, cut, adapter_parameters):
-    """Of all products of a step together, where their shapes are not known; arguments as above.
+    """Seconds of all products of a step together, where their shapes are not known; arguments as above.
 
-    Their operations, or the decoded weights once a micro-batch in each direction.
+    Their operations, or reading the dequantised weights once a micro-batch in the forward and in the backward each.
     """
     tokens, head = int(lengths.sum()), shape.vocabulary * shape.hidden
-    again = 2 * shape.linear_parameters * tokens * _forward(shape, cut)
-    operations = 4 * (shape.linear_parameters * tokens + head * targets) + 6 * adapter_parameters * tokens + again
+    recomputed = 2 * shape.linear_parameters * tokens * _forward(shape, cut)
+    operations = 4 * (shape.linear_parameters * tokens + head * targets) + 6 * adapter_parameters * tokens + recomputed
     read = _BF16 * micro_batches * ((2 + _forward(shape, cut)) * shape.linear_parameters + 2 * head)
     return max(operations / rates["gemm_flops"], read / rates["copy_bytes"])
 
@@ -52,30 +52,30 @@ def _product(rates, rows, inner, columns):
 
 
 def _forward(shape, cut):
-    """Share of the layers that go forward twice."""
+    """Share of the layers that recompute their forward."""
     return cut.recomputed_layers / shape.layers
 
 
 def elementwise_bytes(shape, tokens, targets, cut):
-    """Norms, rotation, activation and loss, both ways; what a layer computes again counts again."""
+    """Norms, rotation, activation and loss, forward and backward; what a layer recomputes counts twice."""
     hidden, wide = shape.hidden, shape.intermediate
     turned = (shape.heads + shape.key_heads) * shape.head_width
     forward = 2 * 2 * hidden + 2 * turned + 3 * wide
     # Norms read a gradient, their result and the stream's gradient, and write that; the activation reads gate, up and a
     # gradient, and writes two gradients and itself; rotation reads and writes, the value's gradient is moved.
-    back = 2 * 4 * hidden + 6 * wide + 2 * (turned + shape.key_heads * shape.head_width)
-    layers = shape.layers * (forward * (1 + _forward(shape, cut)) + back)
+    backward = 2 * 4 * hidden + 6 * wide + 2 * (turned + shape.key_heads * shape.head_width)
+    layers = shape.layers * (forward * (1 + _forward(shape, cut)) + backward)
     loss = 3 * shape.vocabulary * targets
     return _BF16 * (tokens * (layers + 6 * hidden) + loss)
 
 
 def attention_bytes(shape, tokens, cut):
-    """Query, key, value and result in or out; on the way back these, their gradients and nothing else."""
+    """Query, key, value and result in or out; in the backward these and their gradients."""
     width = (shape.heads + shape.key_heads) * shape.head_width
     return _BF16 * tokens * shape.layers * width * (2 * (1 + _forward(shape, cut)) + 4)
 
 
-def decoding_bytes(shape, micro_batches, cut):
-    """NF4 to bf16 once for each use; layers that keep their decoded weights have none."""
+def dequantising_bytes(shape, micro_batches, cut):
+    """NF4 to bf16 once for each use; layers that keep their dequantised weights have none."""
     uses = micro_batches * (2 + _forward(shape, cut)) * (1 - cut.kept_layers / shape.layers)
     return shape.linear_parameters * (_NF4_BYTES + _BF16) * uses

@@ -7,9 +7,9 @@ import numpy as np
 
 COUNT = 4000
 MEAN_LOG, SPREAD_LOG = np.log(600) - 0.5, 1.0
-"""Of the natural logarithm of the tokens."""
+"""Mean and standard deviation of the natural logarithm of the tokens."""
 SHORTEST, LONGEST = 16, 4090
-"""Tokens; BOS and EOS come on top, and a text does not always become the tokens again that it was made from."""
+"""Tokens; BOS and EOS come on top, and a text does not always become the tokens that it was made from."""
 
 
 def lengths_of(count):

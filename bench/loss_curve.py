@@ -3,11 +3,11 @@
     python -m bench.loss_curve --base FOLDER --train TRAIN.jsonl [--engine fast] [--steps 200] [--batch 16]
         [--learning-rate 2e-3] [--seeds 3] [--curves FILE] [--plot bench/loss-curve.png] [--results bench/RESULTS.md]
 
-The curves: the product's trainer; the plain loop (`bench.plain`) from the same first values of the adapter; the plain
+The curves: the product's own steps; the plain loop (`bench.plain`) from the same first values of the adapter; the plain
 loop from those of other seeds. The batches are the same for all, so that nothing but what is asked about differs. The
 product is right where it is no farther from the plain loop than two seeds of the plain loop are from each other, all
 smoothed; several seeds, for two of them may happen to lie near each other. Curves that --curves has already are taken
-from there, so that an interrupted run goes on.
+from there, so that an interrupted measurement is resumed.
 """
 
 import gc
@@ -128,7 +128,7 @@ def _shown(curve):
 
 
 def measure(recipe, engine, device, kept, *, seeds):
-    """All curves, the plain loop's also of so many other seeds; `kept` is a file that has some of them, or None."""
+    """All curves, the plain loop's also for `seeds` other seeds; `kept` is a file that has some of them, or None."""
     curves = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
     seed = recipe.train.seed
     makers = {

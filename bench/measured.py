@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Times of the steps after the warm-up, and what was seen meanwhile."""
+    """Rates of the steps after the warm-up, and what was measured beside them."""
 
     rates: tuple[float, ...]
     """Real tokens a second, one for each step that was timed (or each group of steps)."""
     steps: int
-    """How many were timed."""
+    """Steps that were timed."""
     tokens_per_step: float
-    """Real tokens."""
+    """Real tokens of a step."""
     real_share: float
-    """Of the tokens that were computed, those that are real."""
+    """Share of the tokens computed that are real, and no padding."""
     losses: tuple[float, float]
-    """Of the first and the last step, nats a target: one that does not move, or is not near the others', is wrong."""
+    """Loss of the first and the last step, nats a target: one that stays, or is far from the others', is wrong."""
     peak_bytes: int | None
     adapter_parameters: int
     about: str = ""
-    """What it chose by itself."""
+    """What it chose by itself, in words."""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -2,8 +2,8 @@
 
     python -m bench.memory_hog GIB [--below GIB]
 
-It begins when it is given a line; with `--below` in the moment in which less than so much is free. The product plans
-with what is free when it starts: this is how it is given less, and nothing in it knows of the bench.
+It begins when it reads a line; with `--below` it then waits until less than that is free. The product plans with what
+is free when it starts: this is how it is given less, and nothing in it knows of the bench.
 """
 
 import argparse
@@ -32,18 +32,18 @@ def hold_all_but(gib):
 
 
 class Hog:
-    """One that waits to be told."""
+    """A hog in a process of its own, which holds nothing until `hold`."""
 
     def __init__(self, process):
         self._process = process
 
     def hold(self):
-        """From now on, until the end."""
+        """Hold the memory from now on, until the end."""
         self._process.stdin.write("now\n")
         self._process.stdin.flush()
 
     def wait(self):
-        """Until it holds what it should.
+        """Wait for its next line: that it is ready, or that it holds the memory.
 
         Raises:
             NoResultError: it cannot.
@@ -54,7 +54,7 @@ class Hog:
 
 @contextlib.contextmanager
 def waiting_hog(gib, *, below=None):
-    """A hog that is there, with the memory that any process on the GPU takes, and holds no more until it is told."""
+    """A hog that has only the memory that any process on the GPU takes, and holds no more until `hold`."""
     command = [sys.executable, "-m", "bench.memory_hog", str(gib)]
     command += [] if below is None else ["--below", str(below)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -69,7 +69,7 @@ def waiting_hog(gib, *, below=None):
 
 @contextlib.contextmanager
 def only_free(gib):
-    """Meanwhile no more of the GPU's memory is free; None: nothing is held.
+    """Meanwhile no more than `gib` of the GPU's memory are free; None: nothing is held.
 
     Raises:
         NoResultError: it cannot be held.

@@ -28,14 +28,14 @@ def measure(contestant, *, data, device, limit_seconds, folder):
     recipe.write_text(json.dumps(content))  # JSON is YAML
     command = command_of(contestant, recipe, device, folder)
     with only_free(contestant.free_gib):
-        said = run(command, limit_seconds=limit_seconds, log=folder / "process")
-    events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        output = run(command, limit_seconds=limit_seconds, log=folder / "process")
+    events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     report = json.loads((folder / "store/runs" / contestant.name / "report.json").read_text())
     return _read(contestant, [event for event in events if event.get("event") == "step"], report)
 
 
 def recipe_content(contestant, *, base, train, text, max_length, folder):
-    """What its run is told. It is judged before the first step and at the end, on a few examples."""
+    """The recipe of its run, with an evaluation before the first step and at the end, on a few examples."""
     training = {"steps": contestant.steps, "batch_size": contestant.batch} | contestant.training
     data = {"text": text, "max_length": max_length}
     content = recipe_of(base, train, **data, dropout=contestant.dropout, head=contestant.head, **training).model_dump(

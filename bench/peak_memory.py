@@ -26,11 +26,11 @@ from job.tune.device.device import choose_device
 STEPS = 3
 """The optimizer's state is made in the first."""
 _SHARES = {"none": 0.0, "half": 0.5, "all": 1.0}
-"""Of the layers, that recompute their activations."""
+"""Share of the layers that recompute their activations."""
 
 
 def peak_of(loaded, cut, members):
-    """Most bytes that were allocated in the steps; None where nobody counts them; a word when memory ran out."""
+    """Most bytes that were allocated in the steps; None where nobody counts them; `out of memory` where it ran out."""
     on_gpu = loaded.device.type == "cuda"
     state = loaded.state(cut)
     if on_gpu:
@@ -82,7 +82,7 @@ def row_of(point):
 def main():
     parser = parser_of(__doc__, several_bases=True)
     parser.add_argument("--tokens", type=_whole, default=[4096, 8192, 16384, 32768], metavar="N,...")
-    parser.add_argument("--recomputed", type=lambda said: said.split(","), default=["none", "all"], metavar="SHARE,...")
+    parser.add_argument("--recomputed", type=lambda text: text.split(","), default=["none", "all"], metavar="SHARE,...")
     parser.add_argument("--engine", choices=["fast", "generic"], default="fast")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -94,13 +94,13 @@ def main():
     text = table(header, [row_of(point) for point in points])
     print(text)
     command = "    python -m bench.peak_memory --base FOLDER... --train TRAIN.jsonl"
-    heading = f"## Predicted and measured memory, {options.engine} path"
+    heading = f"## Predicted and measured memory, {options.engine} engine"
     name = f"peak-memory-{options.engine}"
     write_section(options.results, name, f"{heading}\n\n{command}\n\n{device_and_versions()}\n\n{text}")
 
 
 def _in_own_process(base):
-    """Points of one base; what the process says beside them goes to stderr."""
+    """Points of one base, from a process of its own."""
     command = [sys.executable, "-m", "bench.peak_memory", *sys.argv[1:], "--in-this-process", "--base", str(base)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -108,8 +108,8 @@ def _in_own_process(base):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def _whole(said):
-    return [int(each) for each in said.split(",")]
+def _whole(text):
+    return [int(each) for each in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ class NoResultError(Exception):
 
 
 def run(command, *, limit_seconds, log, environment=()):
-    """What the command wrote to stdout. Everything that it says stays in `log`.out and `log`.err.
+    """What the command wrote to stdout. All its output stays in `log`.out and `log`.err.
 
     Raises:
         NoResultError: it failed, or was killed at the limit.
@@ -30,10 +30,10 @@ def run(command, *, limit_seconds, log, environment=()):
             raise NoResultError(f"no result within {limit_seconds:g} s") from None
         finally:
             _end(child)
-    said = out.read_text(errors="replace")
+    output = out.read_text(errors="replace")
     if code:
-        raise NoResultError(f"ended with {code}: {_reason(err.read_text(errors='replace') or said)}")
-    return said
+        raise NoResultError(f"ended with {code}: {_reason(err.read_text(errors='replace') or output)}")
+    return output
 
 
 def _end(child):
@@ -45,8 +45,8 @@ def _end(child):
     child.wait()
 
 
-def _reason(said, longest=300):
+def _reason(output, longest=300):
     """The last line that looks like an exception, or the last line."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
     return (errors or lines)[-1][:longest]

@@ -1,4 +1,4 @@
-"""Where a step of the product's trainer goes: its kernels by part, each beside the time that it could take.
+"""Where a step of the product goes: its kernels by part, each beside the time that it could take.
 
     python -m bench.profile_step --base FOLDER --train TRAIN.jsonl [--batch 256] [--tokens 16384] [--engine fast]
         [--results bench/RESULTS.md]
@@ -7,7 +7,7 @@
 operations at the rate that large products sustain here, or its bytes at the rate of a copy, whichever is longer; of
 everything else its bytes alone (`bench.ideal`). Both rates are measured first, in the same process. Every step has the
 same examples, so that what is made once for a size (kernels, CUDA graphs) is made before. Products inside a CUDA graph
-do not tell their shapes and stand in one row. Kernels of the update that torch has no name for (the copy that is kept
+do not show their shapes and stand in one row. Kernels of the update that torch has no name for (the copy that is kept
 until an update has proved finite) count as elementwise.
 """
 
@@ -35,7 +35,7 @@ LARGE, THIN, UNSORTED = "large products", "thin products", "products of unknown 
 THIN_SIDE = 256
 """A product with a side of at most this is one of an adapter's ranks."""
 _PARTS = {
-    "decoding": ("_dequantise", "dequantize"),
+    "dequantising": ("_dequantise", "dequantize"),
     "adapters under dropout": ("_masked_",),
     "attention": ("_attention_", "flash", "fmha", "scaled_dot_product"),
     "optimizer": ("adam", "optimizer", "multi_tensor", "lpnorm", "lion"),
@@ -77,7 +77,7 @@ class Profiled:
 
 
 class OneStep:
-    """Profiles the step after the warm-up, then stops the trainer."""
+    """Profiles the step after the warm-up."""
 
     def __init__(self, device):
         self._steps = 0
@@ -86,7 +86,7 @@ class OneStep:
         self.profile = profile(activities=activities, record_shapes=True)
 
     def before_step(self):
-        """Asked by the trainer before each step, whether to stop."""
+        """To be called before each step; true once the profiled step is done."""
         if self._steps in {WARM_UP, WARM_UP + 1} and self._on_gpu:
             torch.cuda.synchronize()
         if self._steps == WARM_UP:
@@ -140,13 +140,13 @@ def _size_of(event):
 
 def part_of(name):
     """The part that a kernel belongs to by its name; products are sorted later, by their shapes."""
-    said = name.lower()
+    lower = name.lower()
     for part, words in _PARTS.items():
-        if part != "elementwise" and any(word in said for word in words):
+        if part != "elementwise" and any(word in lower for word in words):
             return part
-    if any(word in said for word in _PRODUCT_WORDS):
+    if any(word in lower for word in _PRODUCT_WORDS):
         return UNSORTED
-    return "elementwise" if any(word in said for word in _PARTS["elementwise"]) else "other"
+    return "elementwise" if any(word in lower for word in _PARTS["elementwise"]) else "other"
 
 
 def _times(kernels):

@@ -18,10 +18,10 @@ def measure(contestant, *, data, python, limit_seconds, folder):
     command = [python, "-m", contestant.module, "--base", str(data.base), "--train", str(data.train)]
     command += ["--text", data.text, "--max-length", str(data.max_length)]
     command += ["--steps", str(contestant.steps), "--warm-up", str(contestant.warm_up), *contestant.arguments]
-    said = run(
+    output = run(
         command, limit_seconds=limit_seconds, log=folder / "process", environment=_QUIET | {"TMPDIR": str(folder)}
     )
-    results = [line for line in said.splitlines() if line.startswith('{"seconds"')]
+    results = [line for line in output.splitlines() if line.startswith('{"seconds"')]
     if not results:
         raise NoResultError("ended well, but printed no result")
     return _read(json.loads(results[-1]))

@@ -68,7 +68,7 @@ def documents_of(recipe, tokenizer, positions, folder):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """Base, adapter and data on the device: what several trainers can be made from."""
+    """Base, adapter and data on the device: what several steppers can be made from."""
 
     recipe: Recipe
     device: torch.device
@@ -86,7 +86,7 @@ class Loaded:
 
     @property
     def parts(self) -> MemoryParts:
-        """What the plan says of memory, part by part."""
+        """Memory that the plan counts with, part by part."""
         return memory_parts(self.shape, self.adapter_shape, self.choice.name, compiled=self.choice.compiled)
 
     def cut(self, *, tokens, recomputed=0, kept=0):
@@ -100,7 +100,7 @@ class Loaded:
         )
 
     def state(self, cut, optimizer=None):
-        """That of a run that has made no step; the adapter stays as it is. Without an optimizer: a run's own."""
+        """The state of a run before its first step; the adapter stays as it is. Without an optimizer: a run's own."""
         train = self.recipe.train
         optimizer = optimizer or make_optimizer(self.adapter.vectors, train)
         return State(
@@ -111,7 +111,7 @@ class Loaded:
         )
 
     def stepper(self, state, course):
-        """Moves this state step by step."""
+        """A stepper of this state, whose cut the engine adopts."""
         self.choice.engine.adopt(state.progress.cut)
         self.choice.engine.refresh()
         self.model.train()
@@ -127,7 +127,7 @@ class Loaded:
         )
 
     def steps(self, state, course, *, look=go_on):
-        """The records of all steps of a course; `look` comes between two micro-batches."""
+        """The records of all steps of a course; `look` is called after each micro-batch."""
         stepper = self.stepper(state, course)
         for number in range(1, course.steps + 1):
             record = stepper.step(number, cut_short=look)

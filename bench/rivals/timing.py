@@ -1,4 +1,4 @@
-"""Times whole steps of a Hugging Face Trainer and tells them as one JSON line, which `bench.compare` reads."""
+"""Times whole steps of a Hugging Face Trainer and prints them as one JSON line, which `bench.compare` reads."""
 
 import json
 import time

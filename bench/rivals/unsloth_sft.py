@@ -4,8 +4,8 @@
     python -m bench.rivals.unsloth_sft --base FOLDER --train TRAIN.jsonl --text TEMPLATE [--rows 32] [--row-tokens N]
         [--keep-activations] [--varlen]
 
-With --row-tokens examples are packed into rows of so many tokens; without, --rows examples make a step. It has no LoRA
-on the head here, as in its own notebooks.
+With --row-tokens examples are packed into rows of that many tokens; without, --rows examples make a step. It has no
+LoRA on the head here, as in its own notebooks.
 """
 
 import os
@@ -30,7 +30,7 @@ from bench.rivals.workload import PROJECTIONS, RANK, arguments, texts, training
 
 
 def load(options, length):
-    """Base and adapter, by Unsloth's own words."""
+    """Base and adapter, made by Unsloth."""
     recomputing = False if options.keep_activations else "unsloth"
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(options.base),
@@ -56,7 +56,7 @@ def load(options, length):
 def main():
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=32, help="examples, or packed rows, of a step")
-    parser.add_argument("--row-tokens", type=int, help="pack into rows of so many tokens")
+    parser.add_argument("--row-tokens", type=int, help="pack into rows of this many tokens")
     parser.add_argument("--keep-activations", action="store_true", help="recompute nothing")
     parser.add_argument("--varlen", action="store_true", help="let it see torch's variable-length kernel")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ def register():
 
 
 def with_bounds(collate):
-    """A collator that also says where documents begin: once a batch, on the host, so that no layer has to ask."""
+    """A collator that adds cu_seqlens: once a batch, on the host, so that no layer has to compute it."""
 
     def collate_with_bounds(examples):
         batch = collate(examples)

@@ -1,1 +1,1 @@
-"""Hand-written forward and backward pairs: what both engines compute with. Stages and measurements: README.md."""
+"""Hand-written forward and backward pairs: what both engines compute with. Rules and stages: README.md."""

@@ -1,6 +1,6 @@
-"""Causal attention inside each document of a row, by torch's variable-length kernels, or by ours where those win.
+"""Causal attention inside each document of a row, by torch's variable-length kernels, or by our own.
 
-The boundaries are computed once for a micro-batch. Where no kernels run: SDPA, document by document.
+`cu_seqlens` is computed once for a micro-batch. Where no kernel takes the heads: SDPA, document by document.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 WIDEST_HEAD, _WIDTH_STEP = 256, 8
-"""Of torch's kernels: numbers a head, and what they are a multiple of."""
+"""Widest head that torch's kernels take, and what a width is a multiple of."""
 OWN_WIDTHS = (16, 32, 64, 128)
-"""Of a head, that our kernels take."""
+"""Widths of a head that our kernels take."""
 
 
 def has_kernel(query: Tensor) -> bool:
@@ -47,26 +47,26 @@ class Segments:
     cu_seqlens: Tensor
     """[D + 1] int32 on the device: 0, then where each document ends."""
     lengths: tuple[int, ...]
-    """The same on the host."""
+    """Tokens of each document, on the host; of a row that a CUDA graph reads, one entry: the most that any may have."""
     blocks: Tensor | None = None
-    """From `blocks_of`, where attention is by our own kernels; None: by torch's."""
+    """From `blocks_of`, for our own kernels; None: torch's."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest."""
+        """Tokens of the longest document."""
         return max(self.lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """How scores are made."""
+    """Attention of one layer, forward and backward: the scale and the window of its scores."""
 
     scale: float
     window: int | None
     """How many tokens back a token sees, itself included; None: all."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Any]:
-        """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what the way back needs."""
+        """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what `backward` needs."""
         if segments.blocks is not None and has_own_kernel(query, segments.blocks):
             from job.kernels import triton_attention
 
@@ -104,7 +104,7 @@ class Attention:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value, from that of the result.
 
-        In the room for them where the kernel writes into given places (three tensors, whose tokens may lie apart).
+        Our own kernels write them into `room`, three tensors whose tokens may lie apart; others return new tensors.
         """
         if segments.blocks is not None and has_own_kernel(query, segments.blocks):
             from job.kernels import triton_attention
@@ -140,7 +140,7 @@ class Attention:
         return result
 
     def _limits(self, longest: int) -> dict[str, int]:
-        # The kernel counts the tokens before a token; a window that no document reaches is none.
+        # The kernel's window does not count the token itself; a window that no document reaches is none.
         if self.window is None or self.window >= longest:
             return {}
         return {"window_size_left": self.window - 1, "window_size_right": 0}
@@ -153,7 +153,7 @@ class Attention:
     def _plain_backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Segments
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The formula, a document and a key head at a time: of all weights, at most those exist."""
+        """By the formula, a document and a key head at a time: no more attention weights exist at once."""
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         groups, start = query.shape[1] // key.shape[1], 0
         for length in segments.lengths:
@@ -166,7 +166,7 @@ class Attention:
         return grads
 
     def _one_backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of [t, heads, width] twice and [t, width] twice, fp32.
+        """One document and key head, fp32: grad and query [t, heads, width], key and value [t, width].
 
         With weights P = softmax(scale Q K^T) and result P V: dV = P^T dO, dS = P * (dO V^T - rowsum(P * dO V^T)),
         dQ = scale dS K, dK = scale dS^T Q.
@@ -200,10 +200,10 @@ class Attention:
 
 @contextmanager
 def _same_order() -> Iterator[None]:
-    """Sums of the kernel's gradient in one order always: a run that is resumed is the run that was not stopped."""
+    """Fix the order of sums in the kernel's gradients: a resumed run equals an uninterrupted one to the bit."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined] # torch has no types here
-    torch.use_deterministic_algorithms(True, warn_only=False)  # with True it would only warn, and take any order
+    torch.use_deterministic_algorithms(True, warn_only=False)  # with True it would only warn, and sum in any order
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # as above
     try:
         yield

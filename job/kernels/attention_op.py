@@ -1,4 +1,4 @@
-"""Attention per document as one op: autograd has its way back from here, and compilers do not look inside."""
+"""Attention per document as a fused op with a backward of its own; compilers do not look inside."""
 
 # ruff: noqa: PLR0913, PLR0917 - an op takes tensors and numbers by position
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from job.kernels.attention import Attention, Segments, has_kernel, has_own_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-"""Of query, key and value."""
+"""Gradients of query, key and value."""
 
 
 @torch.library.custom_op(
@@ -36,13 +36,14 @@ def document_attention(
         key: [T, key heads, width].
         value: [T, key heads, width].
         cu_seqlens: [D + 1] int32 on the device: 0, then where each document ends.
-        lengths: [D] int64 on the host: tokens of each document. A tensor, for a number would be part of compiled code.
+        lengths: [D] int64 on the host: tokens of each document. A tensor, because numbers would become part of
+            compiled code.
         blocks: from `blocks_of`, for our own kernels; None: torch's.
         scale: of the scores.
         window: how many tokens back a token sees, itself included; None: all.
 
     Returns:
-        [T, heads, width], and three that its way back needs; empty where it needs none.
+        [T, heads, width], and three tensors that the backward needs, empty where it needs none.
     """
     out, kept = Attention(scale=scale, window=window).forward(
         query.contiguous(), key.contiguous(), value.contiguous(), _segments(cu_seqlens, lengths, blocks)

@@ -1,23 +1,24 @@
-"""How a row of documents is cut for our attention kernels: into blocks that no two documents share."""
+"""Blocks of a row for our attention kernels: each block belongs to one document."""
 
 import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Tokens of a block, at most; the keys of a step are as many."""
+"""Tokens of a block at most, and keys that a program reads at a time."""
 
 
 def blocks_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Blocks of at most `BLOCK` tokens that no two documents share: where its document begins, itself, and both end.
+    """Divide each document into blocks of at most `BLOCK` tokens.
 
-    As many as any documents of so many tokens could need, so that the host need not know; those too many are empty.
+    There are as many rows as D documents of T tokens could need at most, so that the host need not wait for the real
+    number. The rows left over are empty blocks: they start at the end of the last document, or after it.
 
     Args:
         cu_seqlens: [D + 1] int32 on the device: 0, then where each document ends; the last is T.
         tokens: T.
 
     Returns:
-        [B, 3] int32: the document's start, the block's, the document's end.
+        [B, 3] int32: start of the block's document, start of the block, end of the document.
     """
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     counts = (ends - starts + (BLOCK - 1)) // BLOCK

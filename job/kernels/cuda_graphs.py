@@ -1,9 +1,8 @@
-"""Small micro-batches as CUDA graphs: asking for a step's three thousand kernels takes longer than they run.
+"""Small micro-batches as CUDA graphs: launching a step's three thousand kernels takes longer than running them.
 
-A step is recorded once for each size and played back with other numbers in the same places. Sizes are rounded up, with
-tokens that are no target in a document of their own, so that there are few. Whether a micro-batch is played back
-depends on its size alone, and the first of a size is played back too: a run that is resumed has the bits of one that
-was not stopped.
+A step is recorded once for each size and replayed with other values in the same memory. Sizes are rounded up, so that
+there are few; the padding is a document without targets. Whether a micro-batch is replayed depends on its size alone,
+and the first of a size is replayed too: a resumed run equals an uninterrupted one to the bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +17,15 @@ from job.kernels.decoder import PackedRow
 from job.kernels.llama_step import Step
 
 _MOST_TOKENS = 4096
-"""Beyond this the GPU takes longer for a step than the host for asking."""
+"""Tokens beyond which a step runs longer than its launches take."""
 _MOST_MEMORY = 0.2
-"""Share of the GPU's memory that recordings may hold back from everything else."""
+"""Share of the GPU's memory that recordings may hold for themselves."""
 _NO_TARGET = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What recordings are told apart by."""
+    """What a recording is made for: each size has its own."""
 
     tokens: int
     segments: int
@@ -37,25 +36,25 @@ class Size:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Recording:
     row: PackedRow
-    """Where its numbers are read."""
-    played: Callable[[], Tensor]
-    """Does the step once, and gives its losses."""
+    """The memory that the step reads: a micro-batch is copied there."""
+    replay: Callable[[], Tensor]
+    """Runs the step once and returns its losses."""
 
 
 class Replay:
-    """Does what a `Step` does, with small micro-batches played back."""
+    """Does what a `Step` does, and replays small micro-batches."""
 
     def __init__(
         self, step: Step, parameters: Sequence[nn.Parameter], *, most_tokens: int, on_failure: Callable[[str], None]
     ) -> None:
-        """Parameters and their gradients stay where they are in memory, for as long as this is used.
+        """Parameters and their gradients must stay where they are in memory, for as long as this is used.
 
         Args:
             step: what is recorded.
             parameters: the adapter's, each with its gradient.
-            most_tokens: of a micro-batch that is played back.
-            on_failure: told once, why nothing is recorded any more; small micro-batches are still filled up, so that
-                their numbers stay the same.
+            most_tokens: of a micro-batch that is replayed; 0: none is.
+            on_failure: called once with the reason why nothing is recorded any more; small micro-batches are padded
+                all the same, so that their results do not change.
         """
         self._step = step
         self._parameters = parameters
@@ -75,7 +74,7 @@ class Replay:
             self._recordings[size] = self._record(size, row)
         recording = self._recordings[size]
         fill(recording.row, row)
-        return recording.played()[: len(row.places)].clone()
+        return recording.replay()[: len(row.places)].clone()
 
     def refresh(self) -> None:
         """See `Step.refresh`."""
@@ -94,16 +93,16 @@ class Replay:
 
         graph = self._recorded_beside_gradients(work)
         if graph is None:
-            return _Recording(row=row, played=lambda: self._step.accumulate(row))
+            return _Recording(row=row, replay=lambda: self._step.accumulate(row))
 
-        def played() -> Tensor:
+        def replay() -> Tensor:
             graph.replay()
-            return results[-1]  # what the recording gives, always in the same place
+            return results[-1]  # the recording's output, always the same memory
 
-        return _Recording(row=row, played=played)
+        return _Recording(row=row, replay=replay)
 
     def _recorded_beside_gradients(self, work: Callable[[], None]) -> Any:
-        """Recorded after a first run, which compiles kernels and sets libraries up, and leaves the gradients alone."""
+        """Record after a first run, which compiles kernels and sets libraries up; gradients are left as they were."""
         if self._failed:
             return None
         before = [_gradient(parameter).clone() for parameter in self._parameters]
@@ -119,7 +118,7 @@ class Replay:
         try:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # Other threads copy to the host meanwhile: only this one's forbidden calls matter.
+            # Other threads copy to the host meanwhile: only the forbidden calls of this one may end the recording.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:  # running out of memory is one, and a step that is not recorded needs less
@@ -130,9 +129,9 @@ class Replay:
 
 
 def rounded(row: PackedRow) -> Size:
-    """The size that a micro-batch is filled up to: at least one token, and one document, more than it has."""
+    """The size that a micro-batch is padded to: at least one token, and one document, more than it has."""
     tokens, segments = len(row.ids) + 1, len(row.segments.lengths) + 1
-    unit = max(128, (1 << (tokens - 1).bit_length()) // 8)  # an eighth at most is filling
+    unit = max(128, (1 << (tokens - 1).bit_length()) // 8)  # four sizes from one power of two to the next
     return Size(
         tokens=-(-tokens // unit) * unit,
         segments=max(4, 1 << (segments - 1).bit_length()),
@@ -141,13 +140,13 @@ def rounded(row: PackedRow) -> Size:
 
 
 def most_tokens(step: Step) -> int:
-    """Of micro-batches that are played back: their activations stay taken."""
+    """Tokens of a micro-batch that is replayed, at most: a recording keeps the memory of its activations."""
     memory = torch.cuda.get_device_properties(step.device).total_memory
     return min(_MOST_TOKENS, int(_MOST_MEMORY * memory / step.token_bytes))
 
 
 def empty_row(size: Size, like: PackedRow) -> PackedRow:
-    """Room for micro-batches of up to this size."""
+    """Memory for micro-batches of up to this size."""
     tokens = size.tokens
     return PackedRow(
         ids=like.ids.new_empty(tokens),
@@ -161,7 +160,7 @@ def empty_row(size: Size, like: PackedRow) -> PackedRow:
 
 
 def fill(room: PackedRow, row: PackedRow) -> None:
-    """Put a micro-batch there; what is left is one more document, without targets."""
+    """Copy a micro-batch into the memory of a recording; the rest becomes a document without targets."""
     tokens, targets = len(row.ids), len(row.places)
     room.ids[:tokens].copy_(row.ids)
     room.ids[tokens:].zero_()
@@ -180,5 +179,5 @@ def fill(room: PackedRow, row: PackedRow) -> None:
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None, "a recording adds to a gradient that is there"
+    assert parameter.grad is not None, "a recording adds to a gradient that exists already"
     return parameter.grad

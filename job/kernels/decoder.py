@@ -1,4 +1,4 @@
-"""What the step works on: a decoder of the Llama family as tensors, a packed row, and what is recomputed."""
+"""What the step works on: a decoder of the Llama family as tensors, a packed row, and what layers keep or recompute."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,30 +11,31 @@ from job.kernels.weights import Group
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecoderLayer:
-    """One decoder layer."""
+    """A decoder layer: its linear layers in groups, its norms, its attention."""
 
     qkv: Group
     out: Group
     gate_up: Group
     down: Group
     attention_norm: Tensor
-    """[hidden]."""
+    """[hidden]: weight of the norm before attention."""
     mlp_norm: Tensor
-    """[hidden]."""
+    """[hidden]: weight of the norm before the MLP."""
     query_norm: Tensor | None
-    """[head width], of each query head (Qwen 3)."""
+    """[head width]: weight of the norm of each query head (Qwen 3); None: there is no such norm."""
     key_norm: Tensor | None
+    """[head width]: the same of each key head."""
     attention: Attention
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """All of them, in the order of their use."""
+        """All groups, in the order of their use."""
         return self.qkv, self.out, self.gate_up, self.down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Decoder:
-    """A model of the family: what its step is made of."""
+    """A decoder of the Llama family as tensors, with its head."""
 
     embeddings: Tensor
     """[vocabulary, hidden]."""
@@ -45,14 +46,14 @@ class Decoder:
     key_heads: int
     head_width: int
     epsilon: float
-    """Of every norm."""
+    """Added to the mean square, in every norm."""
     rotation: Callable[[Tensor], tuple[Tensor, Tensor]]
     """Positions [T] -> cos and sin, each [T, head width / 2] fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedRow:
-    """Segments in a row: T tokens, N targets, on the device."""
+    """Documents packed into a row: T tokens, N targets, on the device."""
 
     ids: Tensor
     """[T] int64."""
@@ -62,18 +63,18 @@ class PackedRow:
     places: Tensor
     """[N] int64: places in T whose next token is a target."""
     targets: Tensor
-    """[N] int64: those next tokens; below 0: none, and then its place is no other target's, or that of such a one."""
+    """[N] int64: those next tokens; -1: no target. Places without a target may repeat, but are no target's place."""
     weight_per_target: Tensor
     """[1] fp32: one over the targets of the whole step."""
     seed: Tensor | None
-    """[1] int64, below 2**31, of the dropout masks; None: no dropout."""
+    """[1] int64, below 2**31: seed of the dropout masks; None: no dropout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saving:
-    """What is computed again to save memory."""
+    """What layers keep and what they recompute: memory against time."""
 
     kept_layers: int
-    """So many layers keep their decoded weights; the others decode them at each use."""
+    """Layers that keep their dequantised weights, from the first one on; the others dequantise them at each use."""
     recomputed_layers: int
-    """So many layers keep only their input, and go forward again on the way back."""
+    """Layers that keep only their input, from the first one on; the backward recomputes their activations."""

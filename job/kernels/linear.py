@@ -1,8 +1,8 @@
-"""One linear layer with its adapter, there and back: y = x W^T + bias + s dropout(x) A^T B^T.
+"""One linear layer with its adapter, forward and backward: y = x W^T + bias + s dropout(x) A^T B^T.
 
-W is decoded from NF4 where it is used, if it does not come decoded; an adapter in fp32 is rounded there to what is
-computed in. The adapter's product comes first and the large one is added to it, which reads it while it multiplies: the
-other way round a thin product would read and write all of the result once more.
+A quantised W is dequantised at each use; an adapter in fp32 is rounded to the dtype of x. The adapter's product comes
+first and the large product is added to it, which reads it while it multiplies: in the other order the thin product
+would read and write the whole result once more.
 LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.
 """
 
@@ -15,24 +15,24 @@ from job.kernels.which_ops import ops_of
 
 
 def forward(x: Tensor, layer: Linear, masks: Masks | None) -> tuple[Tensor, Tensor]:
-    """The layer's result and the input of its ranks.
+    """The layer's result, and the low-rank activations of its adapter.
 
     Args:
         x: [T, K].
-        layer: whose weight is [N, K].
-        masks: of x, for the adapter's dropout; None: there is none.
+        layer: with a weight of [N, K].
+        masks: dropout masks of x; None: no dropout.
 
     Returns:
-        [T, N], and h = dropout(x) A^T [T, r]; r is 0 without an adapter.
+        y [T, N], and h = dropout(x) A^T [T, r]; r is 0 without an adapter.
     """
-    across = _values(layer, x).t()
+    w_t = _values(layer, x).t()
     if layer.adapter is None:
-        y = torch.mm(x, across) if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, across)
+        y = torch.mm(x, w_t) if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, w_t)
         return y, x.new_empty(len(x), 0)
     a, b = _rounded(layer.adapter, x)
     h = _ranks(x, a, masks)
     y = torch.mm(h, b.t()) if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), h, b.t())
-    return y.addmm_(x, across), h
+    return y.addmm_(x, w_t), h
 
 
 def backward(
@@ -40,8 +40,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x [T, K], A [r, K] and B [N, r] from that of y [T, N]; the adapter's are summed in fp32.
 
-    With g = s dy B: dx = dy W + dropout(g A), dA = g^T dropout(x), dB = s dy^T h. Without an adapter there are no dA
-    and dB, and dx is left out where nobody wants it.
+    With g = s dy B: dx = dy W + dropout(g A), dA = g^T dropout(x), dB = s dy^T h. dA and dB are None without an
+    adapter, dx is None unless `wants_x`.
     """
     adapter = layer.adapter
     if adapter is None:
@@ -59,12 +59,12 @@ def backward(
 
 
 def masks_of(adapter: Adapter | None, seed: Tensor | None, *, site: int = 0) -> Masks | None:
-    """Masks of an adapter's input; None where nothing is dropped.
+    """Dropout masks of an adapter's input; None where nothing is dropped.
 
     Args:
-        adapter: one layer's.
-        seed: [1] int64 on the device, of the layer in this micro-batch; None: not training.
-        site: which of its inputs this is.
+        adapter: the layer's; None: it has none.
+        seed: [1] int64 on the device, the layer's in this micro-batch; None: no dropout, as when evaluating.
+        site: number of the input among those that share the seed.
     """
     if seed is None or adapter is None or not adapter.dropout:
         return None
@@ -72,7 +72,7 @@ def masks_of(adapter: Adapter | None, seed: Tensor | None, *, site: int = 0) -> 
 
 
 def _values(layer: Linear, x: Tensor) -> Tensor:
-    """W [N, K] in x's type."""
+    """W [N, K] in the dtype of x, dequantised where it is quantised."""
     if not isinstance(layer.weight, Quantised):
         return layer.weight.to(x.dtype)
     values = x.new_empty(layer.height, layer.width)
@@ -81,7 +81,7 @@ def _values(layer: Linear, x: Tensor) -> Tensor:
 
 
 def _rounded(adapter: Adapter, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A, and s B."""
+    """A and s B in the dtype of x."""
     return adapter.a.detach().to(x.dtype), (adapter.b.detach() * adapter.scaling).to(x.dtype)
 
 

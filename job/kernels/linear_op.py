@@ -1,4 +1,4 @@
-"""A linear layer with its adapter as one op: autograd has its way back from here, and compilers do not look inside."""
+"""A linear layer with its adapter as a fused op with a backward of its own; compilers do not look inside."""
 
 # ruff: noqa: PLR0913, PLR0917 - an op takes tensors and numbers by position
 
@@ -17,8 +17,8 @@ def linear(x: Tensor, of: Linear, mask_seed: Tensor | None) -> Tensor:
     Args:
         x: [..., K].
         of: the layer.
-        mask_seed: [1] int64 on the device, of the adapter's dropout; None: there is none. A tensor, for a number would
-            be part of compiled code.
+        mask_seed: [1] int64 on the device: seed of the adapter's dropout; None: no dropout. A tensor, because a number
+            would become part of compiled code.
 
     Returns:
         [..., N].

@@ -1,7 +1,7 @@
-"""One micro-batch through a decoder of the Llama family, there and back, without autograd.
+"""One micro-batch through a decoder of the Llama family, forward and backward, without autograd.
 
-What is kept for the way back is kept once, where the next product reads it; the residual stream is one tensor that
-layers add to. README.md has the stages and what each costs.
+What the backward needs is kept once, where the next product reads it; the residual stream is one tensor that layers
+add to. README.md has the stages.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from job.kernels.weights import Group, exact_product
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Kept:
-    """Of one layer, for the way back. [x | h]: an input with the ranks of its adapters beside it."""
+    """What one layer's backward needs. The `x_*` are [x | h]: an input with its low-rank activations beside it."""
 
     x_attention: Tensor
     rstd_attention: Tensor
@@ -38,7 +38,7 @@ class _Kept:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _StepContext:
-    """What one micro-batch carries along."""
+    """What all layers need of one micro-batch."""
 
     row: PackedRow
     segments: Segments
@@ -46,23 +46,23 @@ class _StepContext:
     sin: Tensor
 
     def masks(self, group: Group, site: int) -> Masks | None:
-        """Of a group's input; None where nothing is dropped."""
+        """Dropout masks of a group's input; None where nothing is dropped."""
         if self.row.seed is None or not group.dropout or not group.rank:
             return None
         return Masks(seed=self.row.seed, site=site, adapters=group.adapters, rate=group.dropout)
 
 
 _HEAD_SITE = 2**20
-"""Beyond the sites of any decoder's layers."""
+"""The head's first site of masks, beyond those of any decoder's layers."""
 
 
 class Step:
-    """Adds the gradients of a micro-batch to the adapters."""
+    """Adds the gradients of a micro-batch to those of the adapters."""
 
     def __init__(
         self, decoder: Decoder, ops: Ops, *, dtype: torch.dtype, saving: Saving, own_attention: bool = False
     ) -> None:
-        """Decoded weights are made here, so that running out of memory shows before the first step."""
+        """Dequantise the weights that are kept, so that running out of memory shows before the first step."""
         self._decoder = decoder
         self._ops = ops
         self._dtype = dtype
@@ -76,14 +76,14 @@ class Step:
             for group, matrix in zip(layer.groups, self._kept_matrices[index], strict=True):
                 group.fill_weights(matrix)
         self._shared: dict[tuple[int, int], Tensor] = {}
-        """By the place in the layer and the ranks: every layer has the same targets, so each place has one."""
+        """M by place in the layer and ranks, filled anew for each layer; layers with the same targets share one."""
         self._head_matrix = decoder.head.make(dtype, self.device)
         decoder.head.fill_weights(self._head_matrix)
         self.refresh()
 
     @property
     def token_bytes(self) -> int:
-        """Of the activations that a token leaves for the way back, about."""
+        """Bytes of the activations that a token leaves for the backward, about."""
         widths = (
             group.width + group.height
             for layer in self._decoder.layers
@@ -92,7 +92,7 @@ class Step:
         return sum(widths) * self._dtype.itemsize
 
     def refresh(self) -> None:
-        """Bring the adapters' new values into what is kept: after each change of them."""
+        """Copy the adapters' new values into the kept matrices: after each change of them."""
         self._decoder.head.fill_adapters(self._head_matrix)
         for index, matrices in self._kept_matrices.items():
             for group, matrix in zip(self._decoder.layers[index].groups, matrices, strict=True):
@@ -100,7 +100,7 @@ class Step:
 
     @torch.no_grad()
     def accumulate(self, row: PackedRow) -> Tensor:
-        """Add the gradients of share * (sum of the losses) to the adapters.
+        """Add the gradients of weight_per_target * (sum of the losses) to those of the adapters.
 
         Returns:
             Loss of each target, in nats: [N] fp32.
@@ -132,7 +132,7 @@ class Step:
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def _layer_forward(self, index: int, stream: Tensor, context: _StepContext) -> _Kept:
-        """Adds the layer's two parts to the stream."""
+        """Add attention and MLP to the stream; returns what the backward needs."""
         layer, tokens = self._decoder.layers[index], len(stream)
         x_attention, rstd_attention = self._normed(stream, layer.attention_norm, layer.qkv)
         matrix = self._matrix(index, 0)
@@ -172,14 +172,14 @@ class Step:
         )
 
     def _normed(self, stream: Tensor, weight: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-        """The normed stream with room for the group's ranks beside it, and each row's inverse root mean square."""
+        """The normed stream with room for the low-rank activations beside it, and each row's rstd."""
         x = self._empty(len(stream), group.width + group.padded_rank)
         rstd = self._empty_exact(len(stream))
         self._ops.rms_forward(stream, weight, x[:, : group.width], rstd, self._decoder.epsilon)
         return x, rstd
 
     def _ranks(self, group: Group, matrix: Tensor, x: Tensor, out: Tensor, context: _StepContext, *, site: int) -> None:
-        """Input of the ranks: h = dropout(x) A^T, into out [T, ranks]."""
+        """Low-rank activations: h = dropout(x) A^T, into out [T, R]."""
         if not group.rank:
             return
         x, a, masks = x[:, : group.width], matrix[group.height :, : group.width], context.masks(group, site)
@@ -189,13 +189,13 @@ class Step:
             self._ops.masked_ranks(x, a, out[:, : group.rank], masks)
 
     def _product(self, group: Group, matrix: Tensor, x: Tensor) -> Tensor:
-        """[x h] [W sB]^T."""
+        """[x h] [W sB]^T, and the bias where there is one."""
         used = group.width + group.rank
-        across = matrix[: group.height, :used].t()
-        return torch.mm(x[:, :used], across) if group.bias is None else torch.addmm(group.bias, x[:, :used], across)
+        w_t = matrix[: group.height, :used].t()
+        return torch.mm(x[:, :used], w_t) if group.bias is None else torch.addmm(group.bias, x[:, :used], w_t)
 
     def _add_product(self, group: Group, matrix: Tensor, x: Tensor, h: Tensor, stream: Tensor) -> None:
-        """The same added to the stream, where x and h stand apart."""
+        """Add [x h] [W sB]^T to the stream, where x and h are two tensors."""
         stream.addmm_(x, matrix[: group.height, : group.width].t())
         if group.rank:
             stream.addmm_(h[:, : group.rank], matrix[: group.height, group.width : group.width + group.rank].t())
@@ -315,13 +315,13 @@ class Step:
     def _group_backward(
         self, group: Group, matrix: Tensor, grad: Tensor, x: Tensor, h: Tensor, context: _StepContext, *, site: int
     ) -> Tensor:
-        """Gradient of x [T, K] from that of the result, which has room for the ranks beside it: [T, N + ranks]."""
+        """Gradient of x [T, K] from that of the result, which has room for g beside it: [T, N + R]."""
         self._thin_backward(group, matrix, grad)
         self._adapter_gradients(group, grad, x, h, context, site=site)
         return self._input_gradient(group, matrix, grad, context, site=site)
 
     def _thin_backward(self, group: Group, matrix: Tensor, grad: Tensor) -> None:
-        """Gradient of the ranks: g = dy sB, beside dy."""
+        """Gradient of the low-rank activations: g = dy sB, written beside dy."""
         for rows, ranks in zip(group.rows, group.ranks, strict=True):
             if ranks is not None:
                 corner = matrix[rows, group.width + ranks.start : group.width + ranks.stop]
@@ -330,7 +330,7 @@ class Step:
     def _input_gradient(
         self, group: Group, matrix: Tensor, grad: Tensor, context: _StepContext, *, site: int
     ) -> Tensor:
-        """[dy g] [W ; A]; with dropout each adapter's share comes through its own mask."""
+        """[dy g] [W ; A]; with dropout each adapter's share passes through its own mask."""
         masks = context.masks(group, site)
         used = group.height + (group.rank if masks is None else 0)
         result = torch.mm(grad[:, :used], matrix[:used, : group.width])
@@ -356,7 +356,7 @@ class Step:
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def _matrix(self, index: int, place: int) -> Tensor:
-        """M of a layer's group: kept, or made now where the same group of the layer before stood."""
+        """M of a layer's group: kept, or filled now, over that of the layer before."""
         kept = self._kept_matrices.get(index)
         if kept is not None:
             return kept[place]
@@ -369,7 +369,7 @@ class Step:
         return self._shared[key]
 
     def _empty(self, *shape: int) -> Tensor:
-        # A CPU's products in bf16 (oneDNN with AMX) read beyond a row's end, into its padding, and multiply by zero.
+        # On CPUs with AMX bf16 products (oneDNN) read a row's padding and multiply it by zero: it must hold numbers.
         make = torch.zeros if self.device.type == "cpu" else torch.empty
         return make(*shape, dtype=self._dtype, device=self.device)
 

@@ -1,6 +1,6 @@
-"""What the step asks of its elementwise parts; their meaning, shapes and formulas stand in `reference`."""
+"""The ops that have two implementations, plain torch and Triton; their shapes and formulas stand in `reference`."""
 
-# ruff: noqa: D102 - said in `reference`
+# ruff: noqa: D102 - documented in `reference`
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,20 +12,20 @@ from job.kernels.weights import Quantised
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Masks:
-    """Which elements of an input [T, K] each of its adapters sees: drawn from the seed wherever they are needed."""
+    """Dropout masks of an input [T, K], one for each adapter that reads it: a hash, computed where it is needed."""
 
     seed: Tensor
-    """[1] int64 on the device, below 2**31: of the micro-batch."""
+    """[1] int64 on the device, below 2**31: of the micro-batch, or of one layer in it."""
     site: int
-    """The input's own number in the model."""
+    """Number of the input among those that share the seed."""
     adapters: int
-    """Each has its own mask."""
+    """Adapters that read the input; each has its own mask."""
     rate: float
-    """Share of elements that are dropped; the others are divided by what is left."""
+    """Share of elements that are dropped; the others are divided by 1 - rate."""
 
 
 class Ops(Protocol):
-    """The elementwise parts: `reference`, or `kernels` where Triton runs."""
+    """Implemented by `reference`, and by `triton_elementwise` where Triton runs."""
 
     def dequantise(self, weight: Quantised, out: Tensor) -> None: ...
     def rms_forward(self, x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, epsilon: float) -> None: ...

@@ -1,6 +1,7 @@
-"""The elementwise parts of the step in plain torch: what runs where Triton does not, and what its kernels are held to.
+"""The ops in plain torch: what runs where Triton does not, and what its kernels are tested against.
 
-Each writes into memory that the caller gives. Sums are in fp32; results are rounded to the type of where they land.
+All but `masked_gradient` write into memory that the caller provides. Sums are in fp32; results are rounded to the dtype
+of that memory.
 """
 
 import torch
@@ -22,7 +23,7 @@ def dequantise(weight: Quantised, out: Tensor) -> None:
 
 
 def rms_forward(x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, epsilon: float) -> None:
-    """Root mean square norm, as transformers does it: x [T, K] -> out [T, K], inverse [T] fp32.
+    """Root mean square norm, as transformers does it: x [T, K] -> out [T, K], rstd [T] fp32.
 
     Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4.
     """
@@ -32,9 +33,9 @@ def rms_forward(x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, epsilon: f
 
 
 def rms_backward_add(grad: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, into: Tensor) -> None:
-    """Adds the gradient of the norm's input: x is not needed, for x * inverse = y / weight.
+    """Add the gradient of the norm's input: x is not needed, because x * rstd = y / weight.
 
-    With n = x * inverse and g = grad * weight: inverse * (g - n * mean(g * n)).
+    With n = x * rstd and g = grad * weight: rstd * (g - n * mean(g * n)).
     """
     normed = y.float() / weight.float()
     scaled = grad.float() * weight.float()
@@ -54,7 +55,7 @@ def rotate_forward(
         cos: [T, width / 2] fp32.
         sin: [T, width / 2] fp32.
         weight: [width], of the norm.
-        rstd: [T, heads] fp32, where the norm's inverse root mean squares go.
+        rstd: [T, heads] fp32, written: the norm's inverse root mean squares.
         epsilon: of the norm.
     """
     exact = x.float()
@@ -69,26 +70,26 @@ def rotate_forward(
 def rotate_backward(
     grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, rstd: Tensor | None, out: Tensor
 ) -> None:
-    """Gradient of what `rotate_forward` was given, from that of its result; x is the result.
+    """Gradient of the input of `rotate_forward`, from that of its result.
 
     Args:
         grad: [T, heads, width].
-        x: [T, heads, width].
+        x: [T, heads, width], the result of `rotate_forward`.
         cos: [T, width / 2] fp32.
         sin: [T, width / 2] fp32.
         weight: [width], of the norm.
-        rstd: [T, heads] fp32, from the way forward.
+        rstd: [T, heads] fp32, from `rotate_forward`.
         out: [T, heads, width].
     """
     cos, sin = cos[:, None], sin[:, None]
 
-    def turned_back(rotated: Tensor) -> Tensor:
+    def unrotated(rotated: Tensor) -> Tensor:
         first, second = rotated.float().chunk(2, dim=-1)
         return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
-    result = turned_back(grad)
+    result = unrotated(grad)
     if weight is not None and rstd is not None:
-        normed, result = turned_back(x) / weight.float(), result * weight.float()
+        normed, result = unrotated(x) / weight.float(), result * weight.float()
         result = rstd[:, :, None] * (result - normed * (result * normed).mean(dim=-1, keepdim=True))
     out.copy_(result)
 
@@ -100,7 +101,7 @@ def swiglu_forward(gate_up: Tensor, out: Tensor) -> None:
 
 
 def swiglu_backward(gate_up: Tensor, grad: Tensor, d_gate_up: Tensor, out: Tensor) -> None:
-    """Gradient of gate and up, [T, 2 I], and the result once more, [T, I], which was not kept."""
+    """Gradient of gate and up [T, 2 I], and the result [T, I] recomputed, since it was not kept."""
     width = out.shape[1]
     gate, up = gate_up[:, : 2 * width].float().chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
@@ -111,31 +112,31 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, d_gate_up: Tensor, out: Tenso
 
 
 def cross_entropy_in_place(logits: Tensor, targets: Tensor, losses: Tensor, weight_per_target: Tensor) -> None:
-    """Loss of each row into `losses` [N] fp32; the logits [N, V] become the gradient of share * (sum of the losses).
+    """Loss of each row into `losses` [N] fp32; the logits [N, V] become the gradient of their weighted sum.
 
-    A target below 0 is none: its loss and its gradient are 0.
+    Each loss is weighted by `weight_per_target` [1]. A target of -1 is none: its loss and its gradient are 0.
     """
-    exact, there = logits.float(), targets >= 0
+    exact, is_target = logits.float(), targets >= 0
     losses.copy_(cross_entropy(exact, targets, reduction="none", ignore_index=-1))
-    chances = exact.softmax(dim=-1)
-    chances[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
-    logits.copy_(chances * (weight_per_target * there[:, None]))
+    probabilities = exact.softmax(dim=-1)
+    probabilities[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1.0
+    logits.copy_(probabilities * (weight_per_target * is_target[:, None]))
 
 
 _WORD = 2**32 - 1
 MASK_STEPS = 2**16
-"""A mask is drawn from 16 bits an element: the rate is rounded to a multiple of one over this."""
+"""An element of a mask is drawn from 16 bits: the rate is rounded to a multiple of one over this."""
 
 
 def _mixed(word: Tensor) -> Tensor:
-    """A permutation of 32-bit words without pattern: lowbias32, Wellons 2018 (nullprogram.com/blog/2018/07/31)."""
+    """A hash that maps 32-bit words one to one: lowbias32, Wellons 2018 (nullprogram.com/blog/2018/07/31)."""
     word = (word ^ (word >> 16)) * 0x7FEB352D & _WORD
     word = (word ^ (word >> 15)) * 0x846CA68B & _WORD
     return word ^ (word >> 16)
 
 
 def kept(shape: torch.Size, masks: Masks, adapter: int) -> Tensor:
-    """Which elements of an input [T, K] one adapter sees: by the seed and the element's place alone."""
+    """Which elements of an input [T, K] one adapter sees: a hash of seed, site, adapter and the element's place."""
     first = _mixed((masks.seed + (8 * masks.site + adapter) * 0x9E3779B9) & _WORD)
     second = _mixed(first ^ 0x85EBCA6B)
     place = torch.arange(shape.numel(), device=masks.seed.device).view(shape)
@@ -153,7 +154,7 @@ def _rows(matrix: Tensor, masks: Masks, adapter: int) -> Tensor:
 
 
 def masked_ranks(x: Tensor, a: Tensor, out: Tensor, masks: Masks) -> None:
-    """Input of the ranks: dropout(x) A^T of each adapter side by side.
+    """Low-rank activations: dropout(x) A^T of each adapter, side by side.
 
     Args:
         x: [T, K].
@@ -169,7 +170,7 @@ def masked_gradient(thin: Tensor, x: Tensor, masks: Masks) -> Tensor:
     """Gradient of A: g^T dropout(x) of each adapter, one below the other: [R, K] fp32.
 
     Args:
-        thin: [T, R], gradient of the ranks.
+        thin: [T, R], gradient g of the low-rank activations.
         x: [T, K].
         masks: of x.
     """
@@ -178,10 +179,10 @@ def masked_gradient(thin: Tensor, x: Tensor, masks: Masks) -> Tensor:
 
 
 def masked_add(thin: Tensor, a: Tensor, into: Tensor, masks: Masks) -> None:
-    """Adds the gradient of x through each adapter's mask: into [T, K] += dropout(g A).
+    """Add the gradient of x through each adapter's mask: into [T, K] += dropout(g A).
 
     Args:
-        thin: [T, R], gradient of the ranks.
+        thin: [T, R], gradient g of the low-rank activations.
         a: [R, K].
         into: [T, K].
         masks: of x.

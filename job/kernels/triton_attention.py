@@ -1,11 +1,11 @@
-"""Causal attention inside each document as Triton kernels of our own, made for many short segments.
+"""Causal attention inside each document as Triton kernels of our own, made for many short documents.
 
-A block of queries belongs to one document, so that nothing is computed for a neighbour and tiles are as small as the
-documents; a gradient is summed by one program, so it has one order and needs no atomic sum. Loaded only where Triton
-runs. FlashAttention-2: Dao 2023, arXiv 2307.08691, algorithms 1 and 2.
+A block of queries belongs to one document, so that nothing is computed for its neighbours; each gradient is summed by
+one program, in a fixed order and without atomics. Imported only where Triton runs. FlashAttention-2: Dao 2023, arXiv
+2307.08691, algorithms 1 and 2.
 """
 
-# Triton's own language: capitals for what is known when a kernel is compiled, pointers and strides by position.
+# Triton's own language: capitals for pointers and compile-time constants, many arguments by position.
 # ruff: noqa: N803, PLR0913, PLR0917, ANN001, ANN202
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -20,12 +20,12 @@ from job.kernels.blocks import BLOCK
 _LOG2_E = 1.4426950408889634
 _FORWARD = {"num_warps": 4, "num_stages": 3}
 _BACKWARD = {"num_warps": 4, "num_stages": 2}
-"""Of the variants tried on an H100 (32 to 128 queries a block, 2 to 8 warps, 1 to 3 stages) the fastest."""
+"""The fastest of the variants tried on an H100 (32 to 128 queries a block, 2 to 8 warps, 1 to 3 stages)."""
 
 
 @triton.jit
 def _block(BLOCKS):
-    """Where this program's document begins, its block, and where both end."""
+    """This program's block: start of its document, start of the block, end of the document."""
     at = BLOCKS + tl.program_id(0) * 3
     return tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
@@ -54,7 +54,7 @@ def _sees(query, key, window, WINDOWED: tl.constexpr):
 
 @triton.jit
 def _first_key(start, first, window, SIZE: tl.constexpr, WINDOWED: tl.constexpr):
-    """Where the keys begin that a block of queries needs: the document's start, or some blocks after it."""
+    """First key that a block of queries reads: the document's start or, with a window, whole blocks after it."""
     if WINDOWED:
         start += tl.maximum(first - window + 1 - start, 0) // SIZE * SIZE
     return start
@@ -107,7 +107,7 @@ def _attention_forward(
 
 @triton.jit
 def _attention_row_sums(OUT, GRAD, SUMS, grad_stride, tokens, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """Of result times its gradient, for each head."""
+    """Row sums of the result times its gradient, for each head."""
     row, head = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.program_id(1)
     out = _rows(OUT, row, tokens, tl.num_programs(1) * WIDTH, head, WIDTH).to(tl.float32)
     grad = _rows(GRAD, row, tokens, grad_stride, head, WIDTH).to(tl.float32)
@@ -142,9 +142,9 @@ def _attention_backward(
     SIZE: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """Of one block: its keys and values from the queries after them, then its queries from the keys before them.
+    """Gradients of one block: of keys and values from the queries after them, then of queries from the keys before.
 
-    The first part is the longer the earlier the block, the second the later: all programs have the same work.
+    The first part is the longer the earlier the block, the second the later: all programs of a document do equal work.
     """
     start, first, end = _block(BLOCKS)
     key_head = tl.program_id(1)
@@ -195,10 +195,10 @@ def _attention_backward(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """Attention, and what its way back needs.
+    """Attention, and the log sums that its backward needs.
 
     Args:
-        q: [T, heads, width]; a token's heads lie together, tokens may lie apart.
+        q: [T, heads, width]; a token's heads are contiguous, tokens may lie apart.
         k: [T, key heads, width].
         v: [T, key heads, width].
         blocks: from `blocks_of`.
@@ -245,7 +245,7 @@ def backward(
     window: int | None,
     room: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Gradients of query, key and value into the room for them, tensors of their shapes whose tokens may lie apart."""
+    """Gradients of query, key and value, written into `room`: tensors of their shapes whose tokens may lie apart."""
     tokens, heads, width = q.shape
     key_heads = k.shape[1]
     sums = torch.empty_like(log_sums)

@@ -1,6 +1,6 @@
-"""Dropout as Triton kernels: an adapter's mask is drawn again wherever it is needed, and never written."""
+"""Thin products through dropout masks as Triton kernels: a mask is recomputed wherever it is needed, never stored."""
 
-# As in `kernels`.
+# As in `triton_elementwise`.
 # ruff: noqa: N803, PLR0913, PLR0917, ANN001, ANN202, D103
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
@@ -50,15 +50,15 @@ def _masked_ranks(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    adapter = tl.program_id(0)  # neighbours read the same rows
+    adapter = tl.program_id(0)  # neighbouring programs read the same rows
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     source = X + row.to(tl.int64)[:, None] * x_stride
     ranks = tl.arange(0, RANKS)
     total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        there = (row < rows)[:, None] & (column < width)[None, :]
-        x = tl.load(source + column[None, :], mask=there, other=0.0)
+        valid = (row < rows)[:, None] & (column < width)[None, :]
+        x = tl.load(source + column[None, :], mask=valid, other=0.0)
         place = (row[:, None] * width + column[None, :]).to(tl.uint32)
         x = tl.where(_kept(SEED, number + adapter, place, threshold), x, 0.0).to(X.dtype.element_ty)
         a = tl.load(
@@ -68,8 +68,8 @@ def _masked_ranks(
         )
         total = tl.dot(x, tl.trans(a), total, input_precision="ieee")
     place = OUT + row.to(tl.int64)[:, None] * out_stride + (adapter * rank + ranks)[None, :]
-    there = (row < rows)[:, None] & (ranks < rank)[None, :]
-    tl.store(place, (total * scale).to(OUT.dtype.element_ty), mask=there)
+    valid = (row < rows)[:, None] & (ranks < rank)[None, :]
+    tl.store(place, (total * scale).to(OUT.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["number", "threshold", "rows"])
@@ -99,14 +99,14 @@ def _masked_gradient(
     total = tl.zeros((RANKS, COLUMNS), dtype=tl.float32)
     for start in range(0, share, ROWS):
         row = part * share + start + tl.arange(0, ROWS)
-        there = row < tl.minimum((part + 1) * share, rows)
+        valid = row < tl.minimum((part + 1) * share, rows)
         far = row.to(tl.int64)[:, None]
-        x = tl.load(X + far * x_stride + column[None, :], mask=there[:, None] & (column < width)[None, :], other=0.0)
+        x = tl.load(X + far * x_stride + column[None, :], mask=valid[:, None] & (column < width)[None, :], other=0.0)
         place = (row[:, None] * width + column[None, :]).to(tl.uint32)
         x = tl.where(_kept(SEED, number + adapter, place, threshold), x, 0.0).to(X.dtype.element_ty)
         thin = tl.load(
             THIN + far * thin_stride + (adapter * rank + ranks)[None, :],
-            mask=there[:, None] & (ranks < rank)[None, :],
+            mask=valid[:, None] & (ranks < rank)[None, :],
             other=0.0,
         )
         total = tl.dot(tl.trans(thin), x, total, input_precision="ieee")
@@ -138,7 +138,7 @@ def _masked_add(
     far = row.to(tl.int64)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     ranks = tl.arange(0, RANKS)
-    there = (row < rows)[:, None] & (column < width)[None, :]
+    valid = (row < rows)[:, None] & (column < width)[None, :]
     place = (row[:, None] * width + column[None, :]).to(tl.uint32)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for adapter in tl.static_range(ADAPTERS):
@@ -155,13 +155,14 @@ def _masked_add(
         kept = _kept(SEED, number + adapter, place, threshold)
         total += tl.where(kept, tl.dot(thin, a, input_precision="ieee"), 0.0)
     into = INTO + far * into_stride + column[None, :]
-    value = tl.load(into, mask=there, other=0.0).to(tl.float32) + total * scale
-    tl.store(into, value.to(INTO.dtype.element_ty), mask=there)
+    value = tl.load(into, mask=valid, other=0.0).to(tl.float32) + total * scale
+    tl.store(into, value.to(INTO.dtype.element_ty), mask=valid)
 
 
 _PROGRAMS = 512
-"""So many keep any GPU busy."""
+"""Programs that keep any GPU busy."""
 _FEW_ROWS = 2048
+"""Rows up to which a program takes fewer of them at once."""
 
 
 def _facts(masks: Masks) -> tuple[Tensor, int, int, float]:
@@ -169,7 +170,7 @@ def _facts(masks: Masks) -> tuple[Tensor, int, int, float]:
 
 
 def _block(rank: int) -> int:
-    """Ranks that tensor cores take at once."""
+    """Ranks rounded up to what tensor cores take."""
     return max(16, int(triton.next_power_of_2(rank)))
 
 

@@ -1,11 +1,11 @@
-"""What `reference` computes, as Triton kernels: one pass over memory each, sums in fp32. Loaded only where Triton runs.
+"""What `reference` computes, as Triton kernels: one kernel each, sums in fp32. Imported only where Triton runs.
 
 Rows may lie apart (a stride for rows, none inside one), so that results land where the next product reads them.
 """
 
-# Triton's own language: capitals for what is known when a kernel is compiled, pointers and strides by position.
+# Triton's own language: capitals for pointers and compile-time constants, many arguments by position.
 # ruff: noqa: N803, PLR0913, PLR0917, ANN001, ANN202
-# ruff: noqa: D103 - said in `reference`
+# ruff: noqa: D103 - documented in `reference`
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
@@ -31,7 +31,7 @@ __all__ = [
     "swiglu_forward",
 ]
 _BLOCK, _OUTER = tl.constexpr(NF4_BLOCK), tl.constexpr(NF4_OUTER_BLOCK)
-"""Known when a kernel is compiled."""
+"""NF4's blocks, as compile-time constants."""
 
 
 @triton.jit
@@ -50,12 +50,12 @@ def _dequantise(
     IN_ONE_ROW: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = block < blocks
-    at = tl.load(SCALES + block, mask=there, other=0).to(tl.int32)
-    outer = tl.load(OUTER_SCALES + block // _OUTER, mask=there, other=0.0)
-    scale = tl.load(SCALES_CODE + at, mask=there, other=0.0) * outer + tl.load(OFFSET)
+    valid = block < blocks
+    at = tl.load(SCALES + block, mask=valid, other=0).to(tl.int32)
+    outer = tl.load(OUTER_SCALES + block // _OUTER, mask=valid, other=0.0)
+    scale = tl.load(SCALES_CODE + at, mask=valid, other=0.0) * outer + tl.load(OFFSET)
     pairs = tl.load(
-        PACKED + block[:, None] * (_BLOCK // 2) + tl.arange(0, _BLOCK // 2)[None, :], mask=there[:, None], other=0
+        PACKED + block[:, None] * (_BLOCK // 2) + tl.arange(0, _BLOCK // 2)[None, :], mask=valid[:, None], other=0
     ).to(tl.int32)
     first = tl.load(CODE + (pairs >> 4)) * scale[:, None]
     second = tl.load(CODE + (pairs & 15)) * scale[:, None]
@@ -68,7 +68,7 @@ def _dequantise(
         element = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
         row = element // width
         place = row * row_stride + element - row * width
-    tl.store(OUT + place, values, mask=there[:, None])
+    tl.store(OUT + place, values, mask=valid[:, None])
 
 
 def dequantise(weight: Quantised, out: Tensor) -> None:
@@ -95,12 +95,12 @@ def dequantise(weight: Quantised, out: Tensor) -> None:
 def _rms_forward(X, x_stride, WEIGHT, Y, y_stride, RSTD, width, epsilon, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    there = column < width
-    x = tl.load(X + row * x_stride + column, mask=there, other=0.0).to(tl.float32)
+    valid = column < width
+    x = tl.load(X + row * x_stride + column, mask=valid, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x) / width + epsilon)
-    weight = tl.load(WEIGHT + column, mask=there, other=0.0).to(tl.float32)
+    weight = tl.load(WEIGHT + column, mask=valid, other=0.0).to(tl.float32)
     normed = (x * rstd).to(Y.dtype.element_ty).to(tl.float32)
-    tl.store(Y + row * y_stride + column, (normed * weight).to(Y.dtype.element_ty), mask=there)
+    tl.store(Y + row * y_stride + column, (normed * weight).to(Y.dtype.element_ty), mask=valid)
     tl.store(RSTD + row, rstd)
 
 
@@ -114,13 +114,13 @@ def rms_forward(x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, epsilon: f
 def _rms_backward(DY, dy_stride, Y, y_stride, WEIGHT, RSTD, DX, dx_stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    there = column < width
-    weight = tl.load(WEIGHT + column, mask=there, other=1.0).to(tl.float32)
-    normed = tl.load(Y + row * y_stride + column, mask=there, other=0.0).to(tl.float32) / weight
-    scaled = tl.load(DY + row * dy_stride + column, mask=there, other=0.0).to(tl.float32) * weight
+    valid = column < width
+    weight = tl.load(WEIGHT + column, mask=valid, other=1.0).to(tl.float32)
+    normed = tl.load(Y + row * y_stride + column, mask=valid, other=0.0).to(tl.float32) / weight
+    scaled = tl.load(DY + row * dy_stride + column, mask=valid, other=0.0).to(tl.float32) * weight
     change = tl.load(RSTD + row) * (scaled - normed * (tl.sum(scaled * normed) / width))
     place = DX + row * dx_stride + column
-    tl.store(place, (tl.load(place, mask=there, other=0.0).to(tl.float32) + change).to(DX.dtype.element_ty), mask=there)
+    tl.store(place, (tl.load(place, mask=valid, other=0.0).to(tl.float32) + change).to(DX.dtype.element_ty), mask=valid)
 
 
 def rms_backward_add(grad: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, into: Tensor) -> None:
@@ -148,10 +148,10 @@ def _rotate_forward(
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     column = tl.arange(0, HALF)
-    there = (head < heads)[:, None] & (column < HALF)[None, :]
+    valid = (head < heads)[:, None] & (column < HALF)[None, :]
     place = X + token * x_stride + head[:, None] * (2 * HALF) + column[None, :]
-    first = tl.load(place, mask=there, other=0.0).to(tl.float32)
-    second = tl.load(place + HALF, mask=there, other=0.0).to(tl.float32)
+    first = tl.load(place, mask=valid, other=0.0).to(tl.float32)
+    second = tl.load(place + HALF, mask=valid, other=0.0).to(tl.float32)
     if NORM:
         rstd = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + epsilon)
         tl.store(RSTD + token * heads + head, rstd, mask=head < heads)
@@ -161,8 +161,8 @@ def _rotate_forward(
         second = second * tl.load(WEIGHT + HALF + column).to(tl.float32)[None, :]
     cos = tl.load(COS + token * HALF + column)[None, :]
     sin = tl.load(SIN + token * HALF + column)[None, :]
-    tl.store(place, (first * cos - second * sin).to(X.dtype.element_ty), mask=there)
-    tl.store(place + HALF, (second * cos + first * sin).to(X.dtype.element_ty), mask=there)
+    tl.store(place, (first * cos - second * sin).to(X.dtype.element_ty), mask=valid)
+    tl.store(place + HALF, (second * cos + first * sin).to(X.dtype.element_ty), mask=valid)
 
 
 def rotate_forward(
@@ -205,19 +205,19 @@ def _rotate_backward(
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     column = tl.arange(0, HALF)
-    there = (head < heads)[:, None] & (column < HALF)[None, :]
+    valid = (head < heads)[:, None] & (column < HALF)[None, :]
     inside = head[:, None] * (2 * HALF) + column[None, :]
     cos = tl.load(COS + token * HALF + column)[None, :]
     sin = tl.load(SIN + token * HALF + column)[None, :]
     source = DY + token * dy_stride + inside
-    a = tl.load(source, mask=there, other=0.0).to(tl.float32)
-    b = tl.load(source + HALF, mask=there, other=0.0).to(tl.float32)
+    a = tl.load(source, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(source + HALF, mask=valid, other=0.0).to(tl.float32)
     first = a * cos + b * sin
     second = b * cos - a * sin
     if NORM:
         place = X + token * x_stride + inside
-        a = tl.load(place, mask=there, other=0.0).to(tl.float32)
-        b = tl.load(place + HALF, mask=there, other=0.0).to(tl.float32)
+        a = tl.load(place, mask=valid, other=0.0).to(tl.float32)
+        b = tl.load(place + HALF, mask=valid, other=0.0).to(tl.float32)
         left = tl.load(WEIGHT + column).to(tl.float32)[None, :]
         right = tl.load(WEIGHT + HALF + column).to(tl.float32)[None, :]
         normed_first = (a * cos + b * sin) / left
@@ -229,8 +229,8 @@ def _rotate_backward(
         first = rstd * (first - normed_first * mean[:, None])
         second = rstd * (second - normed_second * mean[:, None])
     target = DX + token * dx_stride + inside
-    tl.store(target, first.to(DX.dtype.element_ty), mask=there)
-    tl.store(target + HALF, second.to(DX.dtype.element_ty), mask=there)
+    tl.store(target, first.to(DX.dtype.element_ty), mask=valid)
+    tl.store(target + HALF, second.to(DX.dtype.element_ty), mask=valid)
 
 
 def rotate_backward(
@@ -260,10 +260,10 @@ def rotate_backward(
 def _swiglu_forward(GU, gu_stride, OUT, out_stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    gate = tl.load(GU + row * gu_stride + column, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(GU + row * gu_stride + width + column, mask=there, other=0.0).to(tl.float32)
-    tl.store(OUT + row * out_stride + column, (gate * tl.sigmoid(gate) * up).to(OUT.dtype.element_ty), mask=there)
+    valid = column < width
+    gate = tl.load(GU + row * gu_stride + column, mask=valid, other=0.0).to(tl.float32)
+    up = tl.load(GU + row * gu_stride + width + column, mask=valid, other=0.0).to(tl.float32)
+    tl.store(OUT + row * out_stride + column, (gate * tl.sigmoid(gate) * up).to(OUT.dtype.element_ty), mask=valid)
 
 
 def swiglu_forward(gate_up: Tensor, out: Tensor) -> None:
@@ -278,16 +278,16 @@ def swiglu_forward(gate_up: Tensor, out: Tensor) -> None:
 def _swiglu_backward(GU, gu_stride, DA, da_stride, DGU, dgu_stride, OUT, out_stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    gate = tl.load(GU + row * gu_stride + column, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(GU + row * gu_stride + width + column, mask=there, other=0.0).to(tl.float32)
-    grad = tl.load(DA + row * da_stride + column, mask=there, other=0.0).to(tl.float32)
+    valid = column < width
+    gate = tl.load(GU + row * gu_stride + column, mask=valid, other=0.0).to(tl.float32)
+    up = tl.load(GU + row * gu_stride + width + column, mask=valid, other=0.0).to(tl.float32)
+    grad = tl.load(DA + row * da_stride + column, mask=valid, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    tl.store(OUT + row * out_stride + column, (silu * up).to(OUT.dtype.element_ty), mask=there)
+    tl.store(OUT + row * out_stride + column, (silu * up).to(OUT.dtype.element_ty), mask=valid)
     d_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(DGU + row * dgu_stride + column, d_gate.to(DGU.dtype.element_ty), mask=there)
-    tl.store(DGU + row * dgu_stride + width + column, (grad * silu).to(DGU.dtype.element_ty), mask=there)
+    tl.store(DGU + row * dgu_stride + column, d_gate.to(DGU.dtype.element_ty), mask=valid)
+    tl.store(DGU + row * dgu_stride + width + column, (grad * silu).to(DGU.dtype.element_ty), mask=valid)
 
 
 def swiglu_backward(gate_up: Tensor, grad: Tensor, d_gate_up: Tensor, out: Tensor) -> None:
@@ -312,10 +312,10 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, d_gate_up: Tensor, out: Tenso
 def _cross_entropy(LOGITS, stride, TARGETS, LOSSES, WEIGHT, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
-    there = target >= 0
-    weight_per_target = tl.where(there, tl.load(WEIGHT), 0.0)
+    is_target = target >= 0
+    weight_per_target = tl.where(is_target, tl.load(WEIGHT), 0.0)
     logits = LOGITS + row * stride
-    own = tl.load(logits + target, mask=there, other=0.0).to(tl.float32)  # first: below it is written over
+    own = tl.load(logits + target, mask=is_target, other=0.0).to(tl.float32)  # first: it is overwritten below
     highest = -float("inf")
     total = 0.0
     for start in range(0, width, BLOCK):
@@ -325,12 +325,12 @@ def _cross_entropy(LOGITS, stride, TARGETS, LOSSES, WEIGHT, width, BLOCK: tl.con
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher))
         highest = higher
     normaliser = highest + tl.log(total)
-    tl.store(LOSSES + row, tl.where(there, normaliser - own, 0.0))
+    tl.store(LOSSES + row, tl.where(is_target, normaliser - own, 0.0))
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < width, other=-float("inf")).to(tl.float32)
-        chance = tl.exp(x - normaliser)
-        gradient = tl.where(column == target, chance - 1.0, chance) * weight_per_target
+        probability = tl.exp(x - normaliser)
+        gradient = tl.where(column == target, probability - 1.0, probability) * weight_per_target
         tl.store(logits + column, gradient.to(LOGITS.dtype.element_ty), mask=column < width)
 
 

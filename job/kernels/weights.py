@@ -1,11 +1,12 @@
-"""Linear layers as the step uses them: what reads the same input is one matrix, and LoRA rides along in it.
+"""Linear layers as the step uses them: layers that read the same input are one matrix, their LoRA adapters in it.
 
 For layers with weights W (N rows in all, K columns) and adapters A, B of R ranks in all, the matrix is
 
     M = [ W  sB ]      forward    y  = [x  h] [W sB]^T    with h  = x A^T
         [ A   0 ]      backward   dx = [dy g] [W ; A]     with g  = dy sB
 
-so each direction is one large product, and two thin ones for h and g. LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.
+so forward and backward are one large product each, with a thin one for h or g. LoRA: Hu et al. 2021, arXiv
+2106.09685, eq. 3.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,17 +23,17 @@ class Quantised:
     """A weight [N, K] in NF4 with double quantisation, as bitsandbytes lays it out.
 
     Dettmers et al. 2023, arXiv 2305.14314, section 3: blocks of 64 elements share a scale, which is itself an entry of
-    an 8-bit code times an outer scale of 256 of them, plus an offset.
+    an 8-bit code times an outer scale that 256 blocks share, plus an offset.
     """
 
     packed: Tensor
     """[N K / 2] uint8: two elements a byte, the first in the upper half."""
     scales: Tensor
-    """[N K / 64] uint8: places in `scales_code`."""
+    """[N K / 64] uint8: indices into `scales_code`."""
     scales_code: Tensor
-    """[256] fp32."""
+    """[256] fp32: the values of the 8-bit code."""
     outer_scales: Tensor
-    """[N K / 64 / 256, rounded up] fp32."""
+    """[N K / 64 / 256, rounded up] fp32: one for 256 blocks."""
     offset: Tensor
     """[1] fp32, added to each scale."""
     code: Tensor
@@ -60,7 +61,7 @@ class Linear:
     """One layer: frozen weight, perhaps a bias, perhaps an adapter."""
 
     weight: Quantised | Tensor
-    """[N, K]; a tensor where the base has it unquantised, or where it is kept decoded."""
+    """[N, K]; a tensor where the base has it unquantised, or where it is kept dequantised."""
     bias: Tensor | None
     adapter: Adapter | None
 
@@ -87,9 +88,9 @@ class Group:
         self.layers = tuple(layers)
         self.width = layers[0].width
         self.rows: list[slice] = []
-        """Of each layer, in W."""
+        """Rows of each layer in W."""
         self.ranks: list[slice | None] = []
-        """Of each layer's adapter, in A; None without one."""
+        """Rows of each layer's adapter in A; None without an adapter."""
         self.height = self.rank = 0
         for layer in layers:
             self.rows.append(slice(self.height, self.height + layer.height))
@@ -98,19 +99,19 @@ class Group:
             self.ranks.append(slice(self.rank, self.rank + rank) if rank else None)
             self.rank += rank
         self.padded_rank = -(-self.rank // RANK_ALIGNMENT) * RANK_ALIGNMENT
-        """Ranks with what keeps the next row aligned."""
+        """Ranks in all, rounded up so that the rows of M are aligned."""
         self.adapters = sum(layer.adapter is not None for layer in layers)
         self.dropout = max((layer.adapter.dropout for layer in layers if layer.adapter is not None), default=0.0)
         biases = [layer.bias for layer in layers]
         self.bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
 
     def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An empty M: [N + R, K + R, padded]."""
+        """An M of zeros: [N + R, K + R rounded up]."""
         return torch.zeros(self.height + self.rank, self.width + self.padded_rank, dtype=dtype, device=device)
 
     @torch.no_grad()
     def fill_weights(self, matrix: Tensor) -> None:
-        """Put W into M."""
+        """Write W into M, dequantised."""
         for layer, rows in zip(self.layers, self.rows, strict=True):
             part = matrix[rows, : self.width]
             if isinstance(layer.weight, Quantised):
@@ -120,7 +121,7 @@ class Group:
 
     @torch.no_grad()
     def fill_adapters(self, matrix: Tensor) -> None:
-        """Put the adapters as they are now into M."""
+        """Write the adapters' present values into M."""
         for layer, rows, ranks in zip(self.layers, self.rows, self.ranks, strict=True):
             if layer.adapter is not None and ranks is not None:
                 corner = matrix[rows, self.width + ranks.start : self.width + ranks.stop]
@@ -129,7 +130,7 @@ class Group:
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, summed and given in fp32."""
+    """left^T right, summed and returned in fp32."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return torch.mm(left.t().float(), right.float())

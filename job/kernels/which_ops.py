@@ -1,4 +1,4 @@
-"""Which of the elementwise parts' two forms runs on a device."""
+"""Which implementation of the ops a device runs: Triton's kernels or the reference."""
 
 import importlib.util
 from functools import cache
@@ -10,7 +10,7 @@ from job.kernels.ops import Ops
 
 
 def ops_of(device: torch.device) -> Ops:
-    """The kernels on a GPU where Triton is installed, else the reference."""
+    """Triton's kernels on a GPU where Triton is installed, else the reference."""
     return _kernels_or_reference(device.type)
 
 
@@ -24,5 +24,5 @@ def _kernels_or_reference(kind: str) -> Ops:
 
 
 def has_triton() -> bool:
-    """Whether it is installed."""
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None

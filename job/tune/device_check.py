@@ -14,21 +14,21 @@ from job.tune.device.failures import reason_of
 from job.tune.model.four_bit import COMPUTE_DTYPE, four_bit
 
 _LEAST_CAPABILITY = (7, 5)
-"""Of the 4-bit kernels."""
+"""Compute capability that the 4-bit kernels need."""
 _NO_KERNEL = 209
 """CUDA's code for a program that was built for other GPUs."""
 _NEARLY_NOTHING = 0.05
 """Share of the GPU's memory: with less than this free no base fits, and this process did not take it."""
 _MUCH_TAKEN = 0.10
-"""Share that is worth a word; what CUDA takes for itself is well below it."""
+"""Share of the GPU's memory: with more than this taken a warning is due; what CUDA takes for itself is well below."""
 _WIDTH = 256
-"""Of the test's sums: with factors of 1 and -1 every partial sum is a whole number of at most 256, which bf16 holds."""
+"""Terms of the test's sums: with factors of 1 and -1 all partial sums are whole numbers up to 256, which bf16 holds."""
 _SIZES = {"cuda": 2048, "cpu": 512}
-"""Rows of the test's matrices: all of a large GPU has a part of the product."""
+"""Rows of the test's matrices: enough that every part of a large GPU computes some of the product."""
 _ROWS = 64
-"""That the 4-bit product is tried with."""
+"""Rows that the 4-bit product is tried with."""
 _ROUNDING = 2.0**-8
-"""Of bf16, as a share of the number."""
+"""Rounding to bf16, as a share of the number."""
 _FOUR_BIT_TOLERANCE = 8 * _ROUNDING
 """How far an output in 4 bits may be off, as a share of its size, both as root mean squares over random rows.
 
@@ -56,10 +56,10 @@ class DeviceFacts:
     capability: str | None
     total_bytes: int | None
     free_bytes: int | None
-    """Of the GPU's memory, before the base is loaded."""
+    """Free memory of the GPU before the base is loaded."""
     driver: str | None
     cuda: str | None
-    """That torch is built for; None for a torch without CUDA."""
+    """CUDA version that torch is built for; None: a torch without CUDA."""
     torch: str
     warnings: tuple[str, ...]
     """Sentences for the log and the report."""
@@ -70,10 +70,10 @@ def look_at_device(device: torch.device, *, held_by: str | None = None) -> Devic
 
     Args:
         device: from `choose_device`.
-        held_by: who else is on the GPU, where somebody knows.
+        held_by: who else is on the GPU; None: not known.
 
     Raises:
-        SickDeviceError: another process has nearly all of its memory, it fails, or it computes something else.
+        SickDeviceError: another process has nearly all of its memory, it fails, or it computes wrongly.
         CannotFitError: it is older or newer than the kernels are built for.
     """
     name = device_name(device)
@@ -112,7 +112,7 @@ def look_at_device(device: torch.device, *, held_by: str | None = None) -> Devic
 
 @contextmanager
 def _translated(name: str) -> Iterator[None]:
-    """Nothing here can go wrong by the recipe: whatever CUDA refuses is the device's or the installation's doing."""
+    """Translate CUDA's errors: the recipe has no part in this, so the device or the installation is at fault."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -169,10 +169,10 @@ def _check_products(device: torch.device, name: str) -> None:
     weight = _four_bit_weight(size, generator)
     multiply = four_bit(weight.to(device, COMPUTE_DTYPE))
     rows = torch.randn(_ROWS, _WIDTH, generator=generator).to(COMPUTE_DTYPE)
-    for count in (1, _ROWS):  # two kernels: one for writing an answer word by word, one for training
+    for count in (1, _ROWS):  # two kernels: one row, as in generating, and many, as in training
         product = torch.cat([multiply(part) for part in torch.split(rows.to(device), count)])
         off = _largest_difference(product.float().cpu(), rows.float() @ weight.T)
-        if not off <= _FOUR_BIT_TOLERANCE:  # so that what is no number fails too
+        if not off <= _FOUR_BIT_TOLERANCE:  # so that NaN fails too
             raise _computes_wrong(name, f"a 4-bit product of {count} rows is off by {off:.3f} of itself")
 
 
@@ -190,7 +190,7 @@ def _four_bit_weight(rows: int, generator: torch.Generator) -> Tensor:
 
 
 def _largest_difference(product: Tensor, expected: Tensor) -> float:
-    """Of the output that is furthest off: [_ROWS, outputs] each."""
+    """Relative difference of the output that is furthest off; both are [_ROWS, outputs]."""
     return float(((product - expected).norm(dim=0) / expected.norm(dim=0)).max())
 
 

@@ -1,4 +1,4 @@
-"""The generic engine on a real GPU: attention per document, one op a layer, compiled layers; elsewhere these say so.
+"""The generic engine on a real GPU: fused attention and linear layers, compiled layers; elsewhere these are skipped.
 
 python -m pytest tests/gpu -s -rs
 """
@@ -37,7 +37,7 @@ ROUNDING = 2.0**-8
 
 
 def off(found, expected):
-    """As a share of its size."""
+    """Difference as a share of the expected norm."""
     found, expected = found.detach().float(), expected.detach().float()
     return float((found - expected).norm() / expected.norm())
 
@@ -86,7 +86,7 @@ def test_attention_is_that_of_each_document_alone_and_the_same_bits_each_time(ke
         assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
 
 
-def test_compilers_are_told_the_truth_about_our_attention():
+def test_our_attention_passes_torch_s_opcheck():
     parts, cu_seqlens, lengths = attention_inputs(2, 64)
     limits = (cu_seqlens, lengths, blocks_of(cu_seqlens, sum(LENGTHS)), 0.125, None)
     opcheck(document_attention, (*parts, *limits))
@@ -127,7 +127,7 @@ def test_a_layer_agrees_with_itself_in_fp32(tmp_path, seed):
             assert off(found, expected) < 4 * ROUNDING
 
 
-def test_weights_are_decoded_to_the_bit_as_by_the_reference(tmp_path):
+def test_weights_are_dequantised_to_the_bit_as_by_the_reference(tmp_path):
     from job.kernels import triton_elementwise as kernels
 
     model = model_of(write_base(tmp_path / "base", config_of("llama")))
@@ -143,7 +143,7 @@ def test_weights_are_decoded_to_the_bit_as_by_the_reference(tmp_path):
 
 
 def documents_of(tokens, *, seed, vocabulary, mean=200):
-    """A micro-batch of so many tokens, of documents as long as GSM8K's."""
+    """A micro-batch of `tokens` tokens, of documents as long as GSM8K's."""
     generator = torch.Generator().manual_seed(seed)
     lengths = []
     while (left := tokens - sum(lengths)) > 1:
@@ -166,7 +166,7 @@ def compiled(model):
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gpt_neox"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_are_as_near_to_fp32_as_they_are_and_compiled_once(tmp_path, architecture, checkpointing):
+def test_compiled_layers_are_as_near_to_fp32_as_others_and_compiled_once(tmp_path, architecture, checkpointing):
     torch._dynamo.reset()
     base = write_base(tmp_path / "base", config_of(architecture))
     adapter = {"dropout": 0.05, "targets": "all-linear" if architecture == "gpt_neox" else EVERY_LINEAR}
@@ -213,7 +213,7 @@ def test_the_host_waits_for_nothing(tmp_path):
 
 @pytest.mark.parametrize("tokens", [8192, 16384])
 def test_how_many_tokens_a_second(tmp_path, tokens):
-    """Four layers as wide as Llama-2-7B's, and its head; printed for each way."""
+    """Four layers as wide as Llama-2-7B's, and its head; printed for layers compiled and not."""
     torch._dynamo.reset()
     config = LlamaConfig(num_hidden_layers=4, vocab_size=32000, hidden_size=4096, intermediate_size=11008)
     with torch.device(CUDA):

@@ -1,4 +1,4 @@
-"""The look before a run on a real GPU with its real driver; elsewhere these say that they need one.
+"""The look before a run on a real GPU with its real driver; elsewhere these are skipped.
 
 python -m pytest tests/gpu -s -rs
 """
@@ -84,7 +84,7 @@ sys.stdin.read()
 
 
 def test_a_gpu_that_another_process_fills_is_refused(gpu):
-    """With the other's name where the driver tells it."""
+    """With the other's name where the driver names it."""
     holder = in_a_process(HOLD)
     try:
         assert holder.stdout.readline() == "held\n", holder.stderr.read()
@@ -96,7 +96,7 @@ def test_a_gpu_that_another_process_fills_is_refused(gpu):
         holder.wait(timeout=60)
     print(f"\n{caught.value}")
     assert "GiB are free; others hold the rest" in str(caught.value)
-    look_at_device(gpu)  # once it is gone, all is well
+    look_at_device(gpu)  # once it is gone, nothing is refused
 
 
 FAIL = """
@@ -112,9 +112,9 @@ except RuntimeError as error:
 def test_a_real_cuda_error_carries_the_code_that_is_decided_by(gpu):
     """A kernel's assertion: no fault of the GPU's."""
     failing = in_a_process(FAIL)
-    said, errors = failing.communicate(timeout=120)
+    output, errors = failing.communicate(timeout=120)
 
-    assert said == "AcceleratorError 710 None\n", errors[-2000:]
+    assert output == "AcceleratorError 710 None\n", errors[-2000:]
 
 
 CHOOSE = """

@@ -1,4 +1,4 @@
-"""The fast engine's kernels and its step on a real GPU; elsewhere these say that they need one.
+"""The fast engine's kernels and its step on a real GPU; elsewhere these are skipped.
 
 python -m pytest tests/gpu -s -rs
 """
@@ -100,7 +100,7 @@ def test_the_same_step_gives_the_same_bits(tmp_path, documents, saving):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_what_is_played_back_is_the_step(tmp_path, documents, dropout):
+def test_what_is_replayed_is_the_step(tmp_path, documents, dropout):
     """To the bit the same each time, and within rounding what the step gives unrecorded."""
     model = model_of(tmp_path, "qwen3", dropout=dropout)
     model.train()
@@ -121,7 +121,7 @@ def test_what_is_played_back_is_the_step(tmp_path, documents, dropout):
         assert float((one - other).norm() / one.norm()) < 0.02
 
 
-def test_a_changed_adapter_is_played_back_too(tmp_path, documents):
+def test_a_changed_adapter_is_replayed_too(tmp_path, documents):
     model = model_of(tmp_path, "llama")
     adapter = FlatAdapter(model)
     engine = fast(model)

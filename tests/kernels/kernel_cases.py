@@ -24,7 +24,7 @@ def off(one, other):
 
 
 def both(run):
-    """What `run` gives with the kernels and with the reference."""
+    """Largest difference of what `run` returns with the kernels and with the reference."""
     results = []
     for ops in (kernels, reference):
         torch.manual_seed(0)
@@ -132,7 +132,7 @@ LENGTHS = (1, 64, 0, 130, 63, 65)
 
 
 def attention(*, heads, key_heads, width, window):
-    """Both ways, in the rows of a wider tensor, beside the formula."""
+    """Forward and backward, in the rows of a wider tensor, beside the formula."""
     tokens, counts = sum(LENGTHS), (heads, key_heads, key_heads)
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     plain = Segments(cu_seqlens=cu_seqlens, lengths=LENGTHS)

@@ -1,4 +1,4 @@
-"""Attention per document as one op: its values and gradients are those of each document by itself, in fp32."""
+"""Attention per document as a fused op: its values and gradients are those of each document by itself, in fp32."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_each_document_has_the_attention_that_it_has_alone(key_heads, window):
         torch.testing.assert_close(gradient, other)
 
 
-def test_compilers_are_told_the_truth_about_it_there_and_back():
+def test_forward_and_backward_pass_torch_s_opcheck():
     parts, cu_seqlens, lengths = inputs(2)
     limits = (cu_seqlens, lengths, None, SCALE, 3)
     opcheck(document_attention, (*parts, *limits))

@@ -1,4 +1,4 @@
-"""What is played back and when, with a step that adds up its tokens; the real one is played back in tests/gpu."""
+"""What is replayed and when, with a step that adds up its tokens; the real one is replayed in tests/gpu."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from job.kernels.decoder import PackedRow
 
 
 class AddingStep:
-    """Adds the tokens to the gradient, and gives the targets back."""
+    """Adds the tokens to the gradient, and returns the targets."""
 
     def __init__(self):
         self.parameter = nn.Parameter(torch.zeros(1))
@@ -86,7 +86,7 @@ def test_masks_have_recordings_of_their_own():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted while capturing"), torch.OutOfMemoryError("full")])
-def test_what_cannot_be_recorded_is_told_once_and_done_in_the_same_size(step, monkeypatch, error):
+def test_what_cannot_be_recorded_is_reported_once_and_run_in_the_same_size(step, monkeypatch, error):
     def refuse():
         raise error
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_recorded_is_told_once_and_done_in_the_same_size(step, mo
     assert step.refreshed
 
 
-def test_a_changed_adapter_is_brought_in_each_time(step):
+def test_a_changed_adapter_is_taken_over_each_time(step):
     replay = replay_of(Played, step, [])
     counts = []
     for _change in range(3):

@@ -1,4 +1,4 @@
-"""A linear layer with its adapter as one op: values and gradients of the formula under autograd, in fp32."""
+"""A linear layer with its adapter as a fused op: values and gradients of the formula under autograd, in fp32."""
 
 import bitsandbytes as bnb
 import pytest
@@ -63,7 +63,7 @@ def formula(x, layer, seed):
     "kind", [{}, {"four_bits": False}, {"bias": False}, {"adapter": False}, {"adapter": False, "four_bits": False}]
 )
 @pytest.mark.parametrize("seed", [None, torch.tensor([7])])
-def test_it_is_the_formula_there_and_back(kind, seed):
+def test_values_and_gradients_are_the_formula_s(kind, seed):
     layer = layer_of(**kind)
     x = torch.randn(2, T // 2, K, requires_grad=True)
     learning = [x, *([layer.adapter.a, layer.adapter.b] if layer.adapter else [])]
@@ -115,7 +115,7 @@ def test_what_a_young_adapter_adds_is_not_lost_in_rounding():
 @pytest.mark.parametrize("adapter", [True, False])
 @pytest.mark.parametrize("four_bits", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compilers_are_told_the_truth_about_it_there_and_back(adapter, four_bits, dtype):
+def test_forward_and_backward_pass_torch_s_opcheck(adapter, four_bits, dtype):
     layer, x = layer_of(adapter=adapter, four_bits=four_bits), torch.randn(T, K, dtype=dtype, requires_grad=True)
     weight, scales = layer.weight, []
     if four_bits:
@@ -126,7 +126,7 @@ def test_compilers_are_told_the_truth_about_it_there_and_back(adapter, four_bits
     facts = (weight, scales, layer.bias, a, b, seed, 0.5, RATE, N)
     opcheck(layer_op._forward_op, (x, *facts))
 
-    x, *learning = (None if each is None else each.detach() for each in (x, a, b))  # it has no way back of its own
+    x, *learning = (None if each is None else each.detach() for each in (x, a, b))  # it has no backward of its own
     y, h = (each.detach() for each in layer_op._forward_op(x, *facts))
     for wants_x in (True, False) if adapter else (True,):  # without an adapter nothing else is asked for
         opcheck(layer_op._backward_op, (y, x, h, weight, scales, *learning, seed, 0.5, RATE, N, wants_x))

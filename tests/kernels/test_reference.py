@@ -1,4 +1,4 @@
-"""The elementwise parts and their gradients, against formulas of torch and autograd: fp32, small."""
+"""The ops and their gradients, against formulas of torch and autograd: fp32, small."""
 
 import bitsandbytes as bnb
 import pytest
@@ -23,7 +23,7 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (48, 192), (130, 256), (64, 172)])
-def test_nf4_is_decoded_as_bitsandbytes_does(shape):
+def test_nf4_is_dequantised_as_by_bitsandbytes(shape):
     weight = torch.randn(shape)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     quantised = Quantised(
@@ -120,7 +120,7 @@ def test_a_mask_keeps_its_share_everywhere(rate):
 
 
 def test_masks_have_nothing_to_do_with_each_other():
-    """Of seeds, sites, adapters, and of neighbours in one."""
+    """Masks of other seeds, sites and adapters, and neighbours in one mask."""
     first = reference.kept(SHAPE, masks_of(11), 0).float() - 0.75
     others = [
         reference.kept(SHAPE, masks_of(12), 0),

@@ -14,7 +14,7 @@ from job.kernels.blocks import BLOCK
 
 
 class OwnKernels:
-    """For the engine's own attention kernels, which need a GPU: the formula, for the documents that blocks are of."""
+    """In place of our own attention kernels, which need a GPU: the formula, for the documents that blocks are of."""
 
     def __init__(self):
         self.calls = 0
@@ -42,7 +42,7 @@ def _segments_in(blocks):
 
 @pytest.fixture
 def own_kernels(monkeypatch):
-    """They are asked wherever a model's attention is the engine's own."""
+    """They are called wherever a model's attention is our own."""
     kernels = OwnKernels()
     monkeypatch.setattr(job.kernels, "triton_attention", kernels, raising=False)
     monkeypatch.setitem(sys.modules, "job.kernels.triton_attention", kernels)

@@ -1,4 +1,4 @@
-"""The look at the device before a run: what it says, and that each way of computing wrongly is seen."""
+"""The look at the device before a run: what it finds out, and that each way of computing wrongly is seen."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def cuda_error(text, code=None):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU as torch.cuda would tell of it, which computes on the CPU; its numbers can be changed."""
+    """A GPU as torch.cuda would describe it, which computes on the CPU; its numbers can be changed."""
     told = SimpleNamespace(count=1, capability=(9, 0), memory=(139 * GIB, 140 * GIB), name="NVIDIA H200")
     fakes = {
         "device_count": lambda: told.count,
@@ -130,10 +130,10 @@ def test_a_kernel_that_gives_nonsense_is_seen_whichever_it_is(monkeypatch, rows,
         look_at_device(CPU)
 
 
-# --- what torch tells of a GPU ---------------------------------------------------------------------------------------
+# --- what torch knows of a GPU ---------------------------------------------------------------------------------------
 
 
-def test_a_free_gpu_is_told_with_its_facts(gpu):
+def test_a_free_gpu_is_described_by_its_facts(gpu):
     facts = look_at_device(gpu.device)
 
     assert (facts.name, facts.count, facts.capability) == ("NVIDIA H200", 1, "9.0")
@@ -142,7 +142,7 @@ def test_a_free_gpu_is_told_with_its_facts(gpu):
     assert gpu.checks == [1]
 
 
-def test_more_than_one_visible_gpu_is_worth_a_word(gpu):
+def test_more_than_one_visible_gpu_gives_a_warning(gpu):
     gpu.count = 4
 
     (warning,) = look_at_device(gpu.device).warnings
@@ -176,7 +176,7 @@ def test_a_gpu_that_others_fill_is_refused_with_their_names(gpu, free, held_by, 
 
 
 @pytest.mark.parametrize(("free", "warned"), [(7.1, True), (125.9, True), (126.1, False)])
-def test_a_gpu_that_others_use_is_worth_a_word_from_a_tenth_on(gpu, free, warned):
+def test_a_gpu_that_others_use_gives_a_warning_from_a_tenth_on(gpu, free, warned):
     gpu.memory = (int(free * GIB), 140 * GIB)
 
     facts = look_at_device(gpu.device, held_by="process 77 with 20.0 GiB")

@@ -63,7 +63,7 @@ from job.tune.model.base import load_base
 CPU = torch.device("cpu")
 ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma2", "gpt_neox")
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
-"""What the fast path knows."""
+"""What the fast engine knows."""
 EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 WINDOW = 7
 """Tokens that a sliding window sees: fewer than any document here has."""

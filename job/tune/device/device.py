@@ -47,7 +47,7 @@ def _start_cuda() -> None:
 
 
 def _too_old_driver(error: Exception) -> str | None:
-    """Who supports what, when torch says that the driver is older than it needs."""
+    """What the driver supports and torch needs, where torch says that the driver is too old; else None."""
     found = re.search(r"driver on your system is too old \(found version (\d+)\)", str(error))
     if found is None:
         return None
@@ -57,7 +57,7 @@ def _too_old_driver(error: Exception) -> str | None:
 
 
 def driver_version() -> str | None:
-    """Of the NVIDIA driver that this kernel runs; None where there is none."""
+    """Version of the NVIDIA driver that this kernel runs; None where there is none."""
     try:
         text = _DRIVER_VERSION.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -92,7 +92,7 @@ def gpu_bus_id(device: torch.device) -> str | None:
 
 
 def device_memory(device: torch.device) -> DeviceMemory:
-    """What is free now."""
+    """The device's memory that is free now."""
     if device.type != "cuda":
         return DeviceMemory(kind="cpu", name=device_name(device), free_bytes=0)
     return DeviceMemory(kind="cuda", name=device_name(device), free_bytes=torch.cuda.mem_get_info(device)[0])
@@ -109,7 +109,7 @@ def allocation_retries(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most that was allocated on the GPU, or resident on the CPU, since the process began."""
+    """Most bytes that were allocated on the GPU, or resident on the CPU, since the process began."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     # Linux counts KiB, macOS bytes.

@@ -7,10 +7,10 @@ _LONGEST_REASON = 200
 
 
 def reason_of(error: Exception) -> str:
-    """What CUDA or torch refused, in one line: torch's own texts go on with advice for people at a desk."""
-    said = hardware_failure(error)
-    if said is not None:
-        return said
+    """What CUDA or torch refused, in one line: torch's own texts continue with advice for people at a desk."""
+    named = hardware_failure(error)
+    if named is not None:
+        return named
     first = str(error).strip().splitlines()[:1]
     return first[0][:_LONGEST_REASON].rstrip(".") if first else type(error).__name__
 
@@ -43,7 +43,7 @@ _HARDWARE: dict[int, tuple[str, str]] = {
 Not here, since a wrong kernel causes them far more often than a broken GPU: 700 illegal address, 702 launch time-out (a
 screen's watchdog), 714 hardware stack error (by name only: it is a kernel's call stack), 715 to 718 illegal
 instruction and its kin, 719 unspecified launch failure, 201 invalid context, 999 unknown. After one of these the GPU's
-own counters tell whether it is broken: job.edge.gpu.
+own counters show whether it is broken: job.edge.host.gpu.
 """
 _LOST = (
     ("gpu is lost", "the GPU is lost"),
@@ -53,7 +53,7 @@ _LOST = (
     ("gpu requires restart", "the GPU needs a reset"),
     ("device lost", "the GPU is lost"),
 )
-"""Without a code of CUDA's: what the driver's management library says, and others quote."""
+"""Words of an error without a CUDA code, and what they mean: the driver's management library's, which others quote."""
 _XID = re.compile(r"\bxid(?: \(pci:[0-9a-f:.]+\))?:? *(\d+)", re.IGNORECASE)
 _HARDWARE_XIDS = {48, 62, 63, 64, 74, 79, 92, 94, 95, 119, 120, 140}
 """The driver's own numbers: memory errors (48, 63, 64, 92, 94, 95, 140), links and bus (74, 79), the GPU's own
@@ -68,9 +68,9 @@ def hardware_failure(error: BaseException) -> str | None:
     """
     for each in _chain(error):
         if isinstance(each, RuntimeError):  # torch's, and Triton's: an example that quotes such words is none
-            said = _by_code(each) if isinstance(getattr(each, "error_code", None), int) else _by_text(each)
-            if said is not None:
-                return said
+            named = _by_code(each) if isinstance(getattr(each, "error_code", None), int) else _by_text(each)
+            if named is not None:
+                return named
     return None
 
 
@@ -83,7 +83,7 @@ def _by_text(error: BaseException) -> str | None:
     text = str(error).lower()
     if (xid := _XID.search(text)) and int(xid[1]) in _HARDWARE_XIDS:
         return f"the driver reports a hardware error (Xid {xid[1]})"
-    return next((said for words, said in (*_HARDWARE.values(), *_LOST) if words in text), None)
+    return next((meaning for words, meaning in (*_HARDWARE.values(), *_LOST) if words in text), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

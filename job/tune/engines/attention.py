@@ -19,12 +19,12 @@ PER_DOCUMENT = "per_document"
 
 
 def register() -> None:
-    """Make it known to transformers; saying it twice does no harm."""
+    """Register this attention with transformers; twice does no harm."""
     AttentionInterface.register(PER_DOCUMENT, per_document_attention)
 
 
 def reason_against_fused_attention(config: Any) -> str | None:
-    """Why a model's attention goes document by document; None: it is one op."""
+    """Why a model's attention runs document by document; None: it is fused."""
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention scores are capped"
     if getattr(config, "attention_dropout", 0.0):
@@ -49,17 +49,17 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
     s_aux: Tensor | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document: one op for all, where scores are neither capped nor dropped.
+    """Causal attention inside each document: fused, where scores are neither capped nor dropped.
 
     Args:
-        module: the attention layer, which says by its mode whether dropout applies.
+        module: the attention layer; dropout applies in training mode.
         query: [1, heads, T, width].
         key: [1, key heads, T, width].
         value: [1, key heads, T, width].
-        attention_mask: None; the documents say it all.
+        attention_mask: None; the documents take its place.
         document_cu_seqlens: [D + 1] int32 on the device: 0, then where each document ends; the last is T.
         document_lengths: [D] int64 on the host: tokens of each document.
-        document_blocks: from `blocks_of`, for the engine's own kernels; None: torch's.
+        document_blocks: from `blocks_of`, for our own kernels; None: torch's.
         scaling: of the scores; 1 / sqrt(width) when None.
         dropout: of the attention weights.
         sliding_window: how many tokens back a token sees, itself included.

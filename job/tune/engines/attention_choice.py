@@ -1,4 +1,4 @@
-"""Whose attention kernels a device runs: the engine's where they are known to win and give what the formula gives."""
+"""Whose attention kernels a device runs: ours where they were measured to be faster and agree with the formula."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +16,7 @@ from job.tune.engines.attention import reason_against_fused_attention
 
 log = structlog.get_logger(__name__)
 _MEASURED_CAPABILITY = 9
-"""Hopper's: where they were measured to be faster than torch's."""
+"""Hopper's: where ours were measured to be faster than torch's."""
 _ATTENDED = (1, 63, 64, 65, 200, 3)
 """Tokens of the documents that attention is tried with: below, at and above a block, and several blocks."""
 _WINDOW = 70
@@ -26,15 +26,15 @@ _ATTENTION_TOLERANCE = 0.03
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionChoice:
-    """The engine's own kernels, or torch's, and why torch's."""
+    """Our own kernels or torch's, and why torch's."""
 
     own: bool
     reason: str | None
-    """Why a GPU has torch's."""
+    """Why a GPU runs torch's; None: it runs ours, or there is none."""
 
 
 def choose_attention(config: Any, device: torch.device) -> AttentionChoice:
-    """Of a model with such a config; the same for every model of its shape in this process."""
+    """Whose kernels a model with this config runs; the same for every model of its shape in this process."""
     if device.type != "cuda":
         return AttentionChoice(own=False, reason=None)
     against = _reason_against(config, device)
@@ -44,7 +44,7 @@ def choose_attention(config: Any, device: torch.device) -> AttentionChoice:
 def _reason_against(config: Any, device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != _MEASURED_CAPABILITY:
-        return "the engine's were measured on compute capability {}.x, and this is {}.{}".format(
+        return "our kernels were measured on compute capability {}.x, and this is {}.{}".format(
             _MEASURED_CAPABILITY, *capability
         )
     if not has_triton():
@@ -54,17 +54,17 @@ def _reason_against(config: Any, device: torch.device) -> str | None:
         return against
     heads = getattr(config, "num_attention_heads", None)
     if heads is None:
-        return "its config does not tell how many heads there are"
+        return "its config does not name the number of heads"
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     if width not in OWN_WIDTHS:
-        return f"heads are {width} wide, and the engine's take {', '.join(map(str, OWN_WIDTHS))}"
+        return f"heads are {width} wide, and our kernels take {', '.join(map(str, OWN_WIDTHS))}"
     return _tried(device, heads, key_heads, width)
 
 
 @cache
 def _tried(device: torch.device, heads: int, key_heads: int, width: int) -> str | None:
-    """Once: the adapter is proved by another model, which must have what was trained with."""
+    """Tried once: the model that proves the published adapter must run the kernels that it was trained with."""
     try:
         against = difference_from_formula(device, heads=heads, key_heads=key_heads, width=width)
     except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
@@ -76,7 +76,7 @@ def _tried(device: torch.device, heads: int, key_heads: int, width: int) -> str 
 
 @torch.no_grad()
 def difference_from_formula(device: torch.device, *, heads: int, key_heads: int, width: int) -> str | None:
-    """What the engine's own attention kernels do otherwise than the formula in fp32, on made-up documents in bf16.
+    """How our own attention kernels differ from the formula in fp32, on made-up documents in bf16.
 
     Returns:
         The first difference that rounding does not explain; None where there is none.
@@ -103,8 +103,8 @@ def difference_from_formula(device: torch.device, *, heads: int, key_heads: int,
 
 
 def _attended(
-    attention: Attention, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, documents: Segments
+    attention: Attention, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Segments
 ) -> tuple[Tensor, ...]:
     """The result, and the gradients of query, key and value."""
-    out, kept = attention.forward(query, key, value, documents)
-    return out, *attention.backward(grad, query, key, value, out, kept, documents)
+    out, kept = attention.forward(query, key, value, segments)
+    return out, *attention.backward(grad, query, key, value, out, kept, segments)

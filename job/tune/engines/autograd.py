@@ -16,7 +16,7 @@ from job.tune.model.adapter import trainable
 
 
 class AutogradEngine:
-    """See `Engine`. Layers are compiled from the first cut on that says so."""
+    """See `Engine`. Layers are compiled once it adopts a cut that says so."""
 
     def __init__(self, model: PackedModel, backward: Callable[[Tensor], Any], *, compiler: str | None = None) -> None:
         """Nothing is compiled yet.
@@ -24,7 +24,7 @@ class AutogradEngine:
         Args:
             model: base and adapter, on the device.
             backward: autograd's, or accelerate's.
-            compiler: torch.compile's backend for the decoder's layers; None: they run as they are.
+            compiler: torch.compile's backend for the decoder's layers; None: they run uncompiled.
         """
         self._model = model
         self._backward = backward
@@ -44,13 +44,13 @@ class AutogradEngine:
         return losses
 
     def _by_compiled_code(self, batch: MicroBatch, targets: int, seed: int) -> Tensor | None:
-        """None where compiling failed: from now on layers run as they are, and nothing was added."""
+        """Losses by compiled layers; None where compiling failed: nothing was added, and layers stay uncompiled."""
         before: _Gradients | None = []
         self._model.seed_dropout(seed)
         try:
             size = padded_size(batch.tokens, self._grain)
             total, losses = self._model.summed_loss(batch, weight_per_target=1 / targets, padded_to=size)
-            # What was just compiled compiles its backward in the backward, where a failure leaves half a gradient.
+            # The backward of new code is compiled during the backward, where a failure leaves half a gradient.
             before = _gradients(self._model) if variants_compiled() > self._proved else None
             self._backward(total)
             self._proved = variants_compiled()
@@ -66,7 +66,7 @@ class AutogradEngine:
         return losses
 
     def refresh(self) -> None:
-        """Nothing is kept of the adapter."""
+        """Nothing to do: no copy of the adapter is kept."""
 
     def adopt(self, cut: Cut) -> None:
         """See `Engine`."""
@@ -81,12 +81,12 @@ _Gradients = list[tuple[nn.Parameter, Tensor | None]]
 
 
 def _gradients(model: PackedModel) -> _Gradients:
-    """A copy."""
+    """A copy of the adapter's gradients."""
     return [(each, None if each.grad is None else each.grad.clone()) for each in trainable(model)]
 
 
 def _restore(gradients: _Gradients) -> None:
-    """In place: they may be views."""
+    """Put a copy back, in place: gradients may be views."""
     for parameter, gradient in gradients:
         if gradient is None or parameter.grad is None:
             parameter.grad = gradient

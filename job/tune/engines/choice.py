@@ -43,15 +43,15 @@ def choose_engine(
     backward: Callable[[Tensor], Any],
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Choice:
-    """The fast engine where it knows the model and gives on this device what the generic one gives.
+    """The fast engine where it knows the model and agrees with the generic one on this device.
 
-    Else the generic one, with our linear layers where those give what PEFT's own give.
+    Else the generic one, with our linear layers where those agree with PEFT's own.
 
     Args:
         model: base and adapter, on the device.
         wanted: `auto`, or one of the two.
         backward: autograd's, or accelerate's.
-        dtype: what is computed in.
+        dtype: to compute in.
 
     Raises:
         UsageError: `fast` is asked for, and does not know the model or differs.
@@ -85,15 +85,15 @@ def choose_engine(
 
 
 def _generic(model: PackedModel, why: str, *, backward: Callable[[Tensor], Any]) -> Choice:
-    """The generic engine, with our linear layers where they give what PEFT's own give, else with PEFT's own."""
+    """The generic engine, with our linear layers where they agree with PEFT's own, else with PEFT's own."""
     against = _reason_against_ops(model, AutogradEngine(model, backward))
     if against is not None:
         log.warning("linear_layers_left_to_peft", reason=against, then="slower, and more memory is needed")
         model.linears.leave_to_peft()
         why = f"{why}; linear layers are PEFT's own: {against}"
-    as_they_are = _reason_against_compiling(model)
-    compiler = "inductor" if as_they_are is None else None
-    how = "layers compiled" if as_they_are is None else f"layers not compiled: {as_they_are}"
+    against_compiling = _reason_against_compiling(model)
+    compiler = "inductor" if against_compiling is None else None
+    how = "layers compiled" if against_compiling is None else f"layers not compiled: {against_compiling}"
     return Choice(
         engine=AutogradEngine(model, backward, compiler=compiler),
         name="generic",

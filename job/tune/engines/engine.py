@@ -35,7 +35,7 @@ class Engine(Protocol):
         ...
 
     def refresh(self) -> None:
-        """The adapter changed: after each update, and after a checkpoint was loaded."""
+        """Take over the adapter's new values: after each update, and after a checkpoint was loaded."""
         ...
 
     def adopt(self, cut: Cut) -> None:
@@ -48,13 +48,13 @@ class Engine(Protocol):
 
 
 def adopt_or_shrink(engine: Engine, cut: Cut) -> Cut:
-    """Let an engine adopt a cut; when memory has gone since that was planned, one without dequantised weights.
+    """Let an engine adopt a cut or, where it no longer fits, the same without dequantised weights kept.
 
     Returns:
         The cut that it adopted.
 
     Raises:
-        torch.OutOfMemoryError: nor does it fit without them.
+        torch.OutOfMemoryError: it does not fit without them either.
     """
     try:
         engine.adopt(cut)

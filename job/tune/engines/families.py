@@ -1,4 +1,4 @@
-"""The adapted model as the engine sees it: takes the tensors out of transformers' and PEFT's modules."""
+"""The families that the hand-written step knows: their tensors, taken out of transformers' and PEFT's modules."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +21,7 @@ def reason_against(model: PeftModel) -> str | None:
 
 
 def is_supported(config: Any) -> bool:
-    """Whether it fits models with such a config, as far as that can be told without their weights."""
+    """Whether the hand-written step fits models with this config, as far as it shows without their weights."""
     return next(_reasons_of_config(config), None) is None
 
 
@@ -55,7 +55,7 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
 
 
 def decoder_of(model: PeftModel, *, dequantise: Dequantise) -> Decoder:
-    """What the step is made of; `reason_against` has found nothing."""
+    """The model's decoder as tensors; `reason_against` has found nothing."""
     causal_lm: Any = model.get_base_model()
     config, trunk = causal_lm.config, causal_lm.model
 
@@ -77,7 +77,7 @@ def decoder_of(model: PeftModel, *, dequantise: Dequantise) -> Decoder:
         )
 
     def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
-        exact = torch.empty(0, device=positions.device)  # says only that cos and sin are wanted in fp32
+        exact = torch.empty(0, device=positions.device)  # only its dtype counts: cos and sin come in fp32
         cos, sin = trunk.rotary_emb(exact, positions[None])
         half = cos.shape[-1] // 2  # the second half repeats the first
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
@@ -107,7 +107,7 @@ def _window(attention: Any, config: Any) -> int | None:
 
 
 def is_in_whole_blocks(module: Any) -> bool:
-    """Whether the engine can decode a layer's weight: its rows are whole blocks, or it is not quantised."""
+    """Whether the kernels can dequantise a layer's weight: in whole blocks of the usual sizes, or not quantised."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     if state is None:
         return True
@@ -120,7 +120,7 @@ def _base_of(module: nn.Module) -> Any:
 
 
 def linear_of(module: Any) -> Linear:
-    """A linear layer as the engine sees it, with its adapter where it has one."""
+    """A linear layer as the kernels take it, with its adapter where it has one."""
     base = _base_of(module)
     adapter = None
     if hasattr(module, "lora_A"):

@@ -23,7 +23,7 @@ _MakeStep = Callable[[Saving], Step]
 
 
 class HandwrittenEngine:
-    """See `Engine`."""
+    """See `Engine`. Small micro-batches are replayed as CUDA graphs on a GPU, once a cut is adopted."""
 
     compiler_failure: str | None = None
 
@@ -32,9 +32,9 @@ class HandwrittenEngine:
 
         Args:
             model: base and adapter, on the device; `families.reason_against` has found nothing.
-            ops: the elementwise parts for this device.
-            dtype: what is computed in.
-            saving: until a cut is adopted.
+            ops: those of this device, from `ops_of`.
+            dtype: to compute in.
+            saving: what layers keep and recompute until a cut is adopted.
         """
         self._model = model
         self._decoder = decoder_of(model.model, dequantise=ops.dequantise)

@@ -1,4 +1,4 @@
-"""How the decoder's layers run: as they are or compiled, with activations kept or computed again on the way back."""
+"""How the decoder's layers run: compiled or not, with activations kept or recomputed in the backward."""
 
 from functools import partial
 from hashlib import sha256
@@ -12,20 +12,20 @@ from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from job import kernels as engine
+from job import kernels
 
 _MOST_VARIANTS = 192
-"""Of a layer's code, by size and by kind of layer; a model that needs more would be compiled all the time."""
+"""Variants of a layer's code, by size and by kind of layer; a model that needs more would be compiled all the time."""
 
 
 class LayerForwards:
-    """Swaps the forward of single layers of one model; compiled code runs only where there is a way back."""
+    """Replaces the forward of a model's layers; compiled code runs only where there will be a backward."""
 
     def __init__(self, causal_lm: Any) -> None:
         self._layers = [module for module in causal_lm.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._run = _as_it_is
         self.recomputing = False
-        """Whether activations are computed again on the way back."""
+        """Whether activations are recomputed in the backward."""
         self.compiled = False
         for layer in self._layers:
             layer.forward = partial(self._forward, layer)
@@ -41,22 +41,22 @@ class LayerForwards:
         return self._run(layer, *args, **kwargs)
 
     def compile(self, backend: str) -> None:
-        """From now on; all layers of one kind share their code.
+        """Compile the layers from now on; all layers of one kind share their code.
 
-        Compiled at the first call: that raises where the compiler refuses, or at one variant too many.
+        Each variant is compiled at its first call, which raises where the compiler fails or variants are too many.
         """
         compiler.recompile_limit = _MOST_VARIANTS
-        # A cache on disk is keyed by what the compiler saw, and our ops' ways back are not part of that.
-        torch.compiler.config.cache_key_tag = digest_of(Path(engine.__path__[0]))
+        # A cache on disk is keyed by what the compiler saw, and the backwards of our ops are not part of that.
+        torch.compiler.config.cache_key_tag = digest_of(Path(kernels.__path__[0]))
         options: Any = None
         if backend == "inductor" and hasattr(inductor, "deterministic"):
-            # By rule, not by the clock: another start must choose the same kernels, whose sums have the same order.
+            # By rule, not by timing: another start must choose the same kernels, whose sums have the same order.
             options = {"deterministic": True}
         self._run = torch.compile(_as_it_is, backend=backend, dynamic=False, fullgraph=True, options=options)
         self.compiled = True
 
     def stop_compiling(self) -> None:
-        """From now on as they are."""
+        """Run the layers uncompiled from now on."""
         self._run, self.compiled = _as_it_is, False
 
 
@@ -65,7 +65,7 @@ def _as_it_is(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def digest_of(folder: Path) -> str:
-    """Of a package's own sources."""
+    """Hash of the sources in a package's folder."""
     digest = sha256()
     for source in sorted(folder.glob("*.py")):
         digest.update(source.read_bytes())
@@ -73,5 +73,5 @@ def digest_of(folder: Path) -> str:
 
 
 def variants_compiled() -> int:
-    """So far in this process."""
+    """Variants of code that were compiled so far in this process."""
     return int(counters["stats"]["unique_graphs"])

@@ -1,4 +1,4 @@
-"""The adapted model's linear layers, each as one op in the place of PEFT's and bitsandbytes' own forward."""
+"""The adapted model's linear layers, each a fused op in the place of PEFT's and bitsandbytes' own forward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +20,9 @@ _MOST_SEEDS = 2**31
 
 
 class FusedLinears:
-    """Swaps the forward of single modules of one model; their classes, parameters and what is saved stay as they are.
+    """Replaces the forward of a model's linear modules; their classes, parameters and what is saved stay as they are.
 
-    PEFT's own forward casts each input to fp32 and back, copies each result, and keeps what it need not keep.
+    PEFT's own forward casts each input to fp32 and back, copies each result, and keeps activations without need.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -33,7 +33,7 @@ class FusedLinears:
             module.mask_seed = None
         self._swapped = False
         self.keeps_dequantised = False
-        """Whether weights are decoded once, not at each use."""
+        """Whether weights are dequantised once and kept, not at each use."""
         self._swap_in()
 
     def __bool__(self) -> bool:
@@ -41,7 +41,7 @@ class FusedLinears:
 
     def _swap_in(self) -> None:
         for module, (its_forward, layer) in self._modules.items():
-            # The same objects each time: compiled code may look at which they are.
+            # The same objects each time: compiled code may guard on their identity.
             module.forward, module.fused = its_forward, layer
         self._swapped = True
 
@@ -52,7 +52,7 @@ class FusedLinears:
         self._swapped = False
 
     def keep_dequantised(self, *, wanted: bool) -> None:
-        """Decode each weight once, or at each use; kept, they take what the base has in 16 bits."""
+        """Dequantise each weight once and keep it, or at each use; those kept take what the base takes in 16 bits."""
         if wanted == self.keeps_dequantised:
             return
         layers = {module: linear_of(module) for module in self._modules}
@@ -64,12 +64,12 @@ class FusedLinears:
             self._swap_in()
 
     def leave_to_peft(self) -> None:
-        """From now on and for good, with PEFT's own forward; the head's loss then goes through it too."""
+        """Give the modules PEFT's own forward back, for good; the head's loss then goes through it too."""
         self._swap_out()
         self._modules.clear()
 
     def seed_masks(self, seed: int) -> None:
-        """Dropout masks of the next micro-batch: each layer's own, by the seed alone."""
+        """Seed the dropout masks of the next micro-batch: each layer has its own, by the seed alone."""
         dropping = [module for module, (_, layer) in self._modules.items() if module.training and _rate(layer)]
         if dropping:
             generator = torch.Generator().manual_seed(seed)
@@ -80,7 +80,7 @@ class FusedLinears:
 
     @contextmanager
     def as_peft_has_them(self) -> Iterator[None]:
-        """With PEFT's own forward: it writes an answer word by word without decoding a weight for each."""
+        """Meanwhile PEFT's own forward, which generates token by token without dequantising a weight for each."""
         was_swapped = self._swapped
         self._swap_out()
         try:

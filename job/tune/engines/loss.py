@@ -1,7 +1,7 @@
 """Memory-lean cross-entropy that honours LoRA on lm_head, a chunk of targets at a time.
 
-Where the head is a plain layer, logits are made once and their gradient is written over them. Where a model bounds or
-scales its logits, they are made again on the way back.
+Where the head is a layer of ours, logits are computed once and their gradient is written over them. Where a model caps
+or scales its logits, or PEFT's own forward is the head's, they are recomputed in the backward.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,12 @@ class Head:
     scale: float
     """Factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling)."""
     layer: Linear | None = None
-    """The same as the engine sees it; None where it does not know it."""
+    """The same as the kernels take it; None: `module` computes the logits."""
     mask_seed: Tensor | None = None
-    """[1] int64 on the device, of its adapter's dropout; None: there is none."""
+    """[1] int64 on the device: seed of its adapter's dropout; None: no dropout."""
 
     def logits(self, hidden: Tensor, mask_seed: Tensor | None = None) -> Tensor:
-        """[N, hidden] -> [N, vocabulary] fp32; in PEFT's hands it draws its own masks."""
+        """[N, hidden] -> [N, vocabulary] fp32; PEFT's own forward draws its own masks."""
         logits = (self.module(hidden) if self.layer is None else linear(hidden, self.layer, mask_seed)).float()
         if self.scale != 1:
             logits = logits * self.scale
@@ -59,7 +59,7 @@ def head_of(causal_lm: Any) -> Head:
 
 
 def summed_loss(hidden: Tensor, target_ids: Tensor, head: Head, *, weight_per_target: float) -> tuple[Tensor, Tensor]:
-    """The sum of all losses times a share, for its gradients; and each target's loss in nats, [N] fp32, without any.
+    """The weighted sum of all losses, for its gradients; and each target's loss in nats, [N] fp32, detached.
 
     Args:
         hidden: [N, hidden], only the places whose next token is a target.
@@ -78,23 +78,23 @@ def summed_loss(hidden: Tensor, target_ids: Tensor, head: Head, *, weight_per_ta
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Its gradients are computed on the way there, while the logits exist."""
+    """Its gradients are computed in the forward, while the logits exist."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
-        a: Tensor | None,  # noqa: ARG004 - autograd sees by it who learns; its values are the layer's
+        a: Tensor | None,  # noqa: ARG004 - for autograd to see that it is trained; its values are the layer's
         b: Tensor | None,  # noqa: ARG004 - as above
         target_ids: Tensor,
         layer: Linear,
         weight_per_target: float,
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        found = head_loss(hidden, target_ids, layer, weight_per_target=weight_per_target, seed=seed)
-        ctx.save_for_backward(found.hidden, found.a, found.b)
-        ctx.mark_non_differentiable(found.losses)
-        return found.losses.sum() * weight_per_target, found.losses
+        result = head_loss(hidden, target_ids, layer, weight_per_target=weight_per_target, seed=seed)
+        ctx.save_for_backward(result.hidden, result.a, result.b)
+        ctx.mark_non_differentiable(result.losses)
+        return result.losses.sum() * weight_per_target, result.losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,7 +111,7 @@ def token_losses(hidden: Tensor, target_ids: Tensor, head: Head) -> Tensor:
         head: from `head_of`.
 
     Returns:
-        [N] fp32. Logits are computed again in the backward pass, so at most a chunk of them exists.
+        [N] fp32. Logits are recomputed in the backward, so at most a chunk of them exists.
     """
 
     def losses(part: Tensor, ids: Tensor, number: int) -> Tensor:

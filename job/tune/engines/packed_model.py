@@ -24,11 +24,13 @@ class DocumentScores:
     """Held-out result of the documents of one micro-batch, on the host."""
 
     nll: list[float]
+    """Summed loss of each document, in nats."""
     correct: int
+    """Targets that were the model's first choice."""
 
 
 class PackedModel(nn.Module):
-    """The adapted model as the training loop sees it: a micro-batch in, the loss of each target out."""
+    """The adapted model with our attention, linear layers and loss in it, and its layers compiled or not."""
 
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class PackedModel(nn.Module):
 
     @cached_property
     def attention(self) -> AttentionChoice:
-        """Whose kernels attention is by; they are tried when it is first asked for."""
+        """Whose attention kernels it runs; ours are tried when this is first read."""
         return choose_attention(self._causal_lm().config, next(self.parameters()).device)
 
     def _causal_lm(self) -> Any:
@@ -52,7 +54,7 @@ class PackedModel(nn.Module):
         return head_of(self._causal_lm())
 
     def seed_dropout(self, seed: int) -> None:
-        """Dropout masks of the next micro-batch, whoever draws them: by the seed alone."""
+        """Seed the dropout masks of the next micro-batch, whoever draws them."""
         if self.training:
             torch.manual_seed(seed)  # what PEFT's own layers and attention draw from
             self.linears.seed_masks(seed)
@@ -72,7 +74,7 @@ class PackedModel(nn.Module):
     def summed_loss(
         self, batch: MicroBatch, *, weight_per_target: float, padded_to: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The sum of all losses times a share, for its gradients; and the loss of each target in nats, [N] fp32."""
+        """The weighted sum of all losses, for its gradients; and each target's loss in nats, [N] fp32, detached."""
         return summed_loss(
             self.hidden(batch, padded_to=padded_to), batch.target_ids, self.head, weight_per_target=weight_per_target
         )

@@ -1,4 +1,4 @@
-"""A micro-batch as the decoder takes it: as long as it is, or filled up to one of few sizes that compiled code fits."""
+"""A micro-batch as the decoder takes it: as it is, or padded to one of the few sizes that code is compiled for."""
 
 import torch
 from torch import Tensor
@@ -8,28 +8,27 @@ from job.kernels.blocks import blocks_of
 from job.tune.data.micro_batch import MicroBatch
 
 _SIZES, _MULTIPLE = 32, 64
-"""Sizes up to a full micro-batch, at most, and what each is a multiple of: 64 tokens and a thirty-second of a full
-micro-batch are always more than the padding."""
+"""Sizes up to a full micro-batch, at most, and what each is a multiple of: the padding is less than 64 tokens and a
+thirty-second of a full micro-batch together."""
 
 
 def grain_of(micro_batch_tokens: int) -> int:
-    """Tokens that padded sizes and full micro-batches are a multiple of: by the plan alone, as a resumed run has it."""
+    """Tokens that padded sizes and full micro-batches are a multiple of: by the cut, which a resumed run keeps."""
     return -(-micro_batch_tokens // (_SIZES * _MULTIPLE)) * _MULTIPLE
 
 
 def padded_size(tokens: int, grain: int) -> int:
-    """The least size that holds so many tokens."""
+    """The smallest size that holds this many tokens."""
     return -(-tokens // grain) * grain
 
 
 def decoder_inputs(batch: MicroBatch, *, tokens: int | None = None, in_blocks: bool = False) -> dict[str, Tensor]:
-    """What the decoder and our attention are given by name.
+    """Keyword arguments of the decoder and of our attention.
 
     Args:
         batch: a micro-batch, on the device.
-        tokens: filled up to so many, with a last document of token 0 that nobody learns from and that may be empty;
-            None: as it is.
-        in_blocks: whether attention is by the engine's own kernels.
+        tokens: size to pad to, with a last document of token 0 that has no targets and may be empty; None: as it is.
+        in_blocks: whether attention is by our own kernels.
     """
     if tokens is None:
         return {
@@ -45,7 +44,7 @@ def decoder_inputs(batch: MicroBatch, *, tokens: int | None = None, in_blocks: b
     lengths = torch.tensor([*batch.document_lengths, rest])
     blocks = {"document_blocks": blocks_of(cu_seqlens, tokens)} if in_blocks else {}
     for each in (cu_seqlens, lengths, *blocks.values()):
-        torch._dynamo.mark_dynamic(each, 0)  # noqa: SLF001 - its public name: how many documents there are differs
+        torch._dynamo.mark_dynamic(each, 0)  # noqa: SLF001 - its public name; the number of documents differs
     return {
         **blocks,
         "input_ids": pad(batch.input_ids, (0, rest)),

@@ -1,8 +1,8 @@
 """Before the first step: is the loss the model's own, is a pack isolated, does every adapter learn?
 
-Each of these has failed silently in a known tool; here each ends the job before it costs anything. Our linear layers,
-attention and loss are compared with PEFT's own layers in the same way, by the engine that is to train, and left out
-where they differ.
+Each of these has failed silently in a known tool; here each ends the job before it costs anything. An engine, with our
+linear layers, attention and loss in it, is compared with PEFT's own layers on the same documents; what differs is left
+out.
 """
 
 import math
@@ -29,8 +29,8 @@ _TOLERANCE = 0.05
 Token by token: over a document differences would cancel. In bf16 at most 0.0007 is seen on the CPU.
 """
 _DIRECTION_TOLERANCE = 0.35
-"""Distance of an adapter's gradients by two engines, each scaled to a norm of 1. In bf16 with random weights two are up
-to 0.18 apart, each as far from fp32; in fp32 1e-5. A gradient of something else is more than 1 away.
+"""Distance of an adapter's gradients by two engines, each scaled to a norm of 1. In bf16 with random weights they are
+up to 0.18 apart, and as far from fp32; in fp32 1e-5. A gradient of something else is more than 1 away.
 """
 _LAYER = re.compile(r"\.\d+\.")
 """A layer's number in the name of its adapter."""
@@ -44,7 +44,7 @@ _ONE_NORM_TOLERANCE = 0.15
 def check_model(model: PackedModel) -> None:
     """Run the three checks on made-up documents; random generators and gradients are left as they were.
 
-    They look at the architecture, in PEFT's own layers; `difference` says whether ours may stand for them.
+    They concern the architecture, in PEFT's own layers; `difference` finds out whether ours may replace those.
 
     Raises:
         UsageError: this architecture cannot be trained by this job; the message says what is wrong.
@@ -71,7 +71,7 @@ def _undisturbed(model: PackedModel, device: torch.device) -> Iterator[None]:
 
 
 def difference(model: PackedModel, engine: Engine, reference: Engine) -> str | None:
-    """What an engine does otherwise than another one in PEFT's own layers, on made-up documents and a moved adapter.
+    """How an engine differs from another one in PEFT's own layers, on made-up documents and with a moved adapter.
 
     An engine may be its own reference: then our layers in it are compared with PEFT's.
 
@@ -84,7 +84,7 @@ def difference(model: PackedModel, engine: Engine, reference: Engine) -> str | N
     with _undisturbed(model, device), _moved_adapter(model, engine, reference):
         documents = _documents(model, device)
         batch = _micro_batch(documents)
-        with model.linears.as_peft_has_them():  # our layers would agree with themselves
+        with model.linears.as_peft_has_them():  # ours would agree with themselves
             theirs, their_gradients = _losses_and_gradients(model, reference, batch)
         ours, our_gradients = _losses_and_gradients(model, engine, batch)
         off = float((ours - theirs).abs().mean() / theirs.mean())
@@ -101,14 +101,14 @@ def difference(model: PackedModel, engine: Engine, reference: Engine) -> str | N
 
 
 def _gradient_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str | None:
-    """Direction and norm apart: a gradient that is too long points the right way."""
+    """Direction and norm are compared apart: a gradient that is too long points the right way."""
     squares: dict[str, list[float]] = {}
     for name, gradient in theirs.items():
         if name not in ours:
             return f"{name} gets no gradient"
         our_norm, their_norm = ours[name].norm(), gradient.norm()
         turned = float((ours[name] / our_norm - gradient / their_norm).norm())
-        if not turned <= _DIRECTION_TOLERANCE:  # so that what is no number fails too
+        if not turned <= _DIRECTION_TOLERANCE:  # so that NaN fails too
             return f"the gradient of {name} points elsewhere (by {turned:.1%})"
         ratio = float(our_norm / their_norm)
         if abs(ratio - 1) > _ONE_NORM_TOLERANCE:
@@ -177,7 +177,7 @@ def _check_loss(model: PackedModel, device: torch.device) -> None:
         logits: Any = own(input_ids=document[None], use_cache=False).logits[0, :-1].float()
     theirs = cross_entropy(logits, document[1:], reduction="none")
     difference = (ours - theirs).abs().mean()
-    if not difference <= _TOLERANCE * theirs.mean():  # so that a loss that is no number fails too
+    if not difference <= _TOLERANCE * theirs.mean():  # so that NaN fails too
         raise UsageError(
             f"{type(model.model.get_base_model()).__name__}: the loss of this job is {float(ours.mean()):.4f} where "
             f"the model's own is {float(theirs.mean()):.4f} (a token differs by {float(difference):.4f}), so it does "
@@ -202,7 +202,7 @@ def _check_isolation(model: PackedModel, device: torch.device) -> None:
 def _check_gradients(model: PackedModel, device: torch.device) -> None:
     batch = _micro_batch(_documents(model, device))
     torch.autograd.backward(model.summed_loss(batch, weight_per_target=1 / batch.targets)[0])
-    # lora_B starts at zero, which keeps lora_A's first gradient at zero too: B tells for both.
+    # lora_B starts at zero, which keeps lora_A's first gradient at zero too: B stands for both.
     dead = [
         name
         for name, parameter in model.named_parameters()

@@ -1,1 +1,1 @@
-"""One step, its optimizer and its state; evaluation and answers."""
+"""One step, its optimizer and its state; checkpoints, evaluation and answers, trackers."""

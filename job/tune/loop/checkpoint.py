@@ -30,7 +30,7 @@ _OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE = (
 FILES = (*ADAPTER_FILES, _OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE)
 """What a checkpoint is made of."""
 _FORMAT = 2
-"""Of the state. The first one named none, kept the cut as `plan`, and drew dropout from the generators' state."""
+"""Format of the state. The first had no number, held the cut as `plan`, and drew dropout from the generators' state."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,16 +48,16 @@ class Progress:
     """Time spent in training steps, over all attempts."""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     base_answers: list[str] | None = None
-    """What the base answered before training; None until it was asked."""
+    """What the base answered before training; None: it was not asked yet."""
     cut: Cut
     """How batches are cut from here on."""
     changes: list[str] = field(default_factory=list)
-    """What made this run differ from an undisturbed one, over all attempts, in sentences; empty: to the bit."""
+    """What made this run differ from an undisturbed one, over all attempts, in sentences; empty: equal to the bit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What a checkpoint holds and gives back."""
+    """What a checkpoint holds and restores."""
 
     model: PeftModel
     optimizer: torch.optim.Optimizer
@@ -93,7 +93,7 @@ def save(state: State, folder: Path) -> None:
 
 
 def _order_targets(config: Path) -> None:
-    """PEFT keeps the targets in a set, whose order differs from process to process: the same adapter, another hash."""
+    """Sort the targets: PEFT keeps them in a set, whose order, and so the file's hash, each process draws anew."""
     content = json.loads(config.read_text(encoding="utf-8"))
     if isinstance(content["target_modules"], list):
         content["target_modules"].sort()
@@ -102,19 +102,19 @@ def _order_targets(config: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """What a checkpoint was, beside the state that it gave back."""
+    """What a checkpoint says about itself, beside the state that it restored."""
 
     draws_as_we_do: bool
-    """Whether dropout is a function of seed, step and micro-batch in it, as it is now."""
+    """Whether its dropout is a function of seed, step and micro-batch, as it is now."""
 
 
 def load(state: State, folder: Path, *, layers: int) -> Loaded:
-    """Put the state of a folder back into model, optimizer, scheduler, progress and random generators.
+    """Restore model, optimizer, scheduler, progress and random generators from a folder.
 
     Args:
-        state: of a run with the same recipe; its cut is what is planned now.
+        state: of a run with the same recipe; its cut is the one planned now.
         folder: a whole checkpoint, of this version of the job or of an earlier one.
-        layers: of the decoder.
+        layers: number of the decoder's layers.
 
     Raises:
         DataError: it holds another kind of state, or that of another model.
@@ -139,10 +139,10 @@ def load(state: State, folder: Path, *, layers: int) -> Loaded:
 
 
 def _cut_of_format_1(plan: Mapping[str, Any], planned: Cut, layers: int) -> Cut:
-    """What it does not say, an even earlier version did not know: then as planned now."""
+    """The cut in a state of format 1; what an even older version did not hold yet is as planned now."""
     known = {name: plan[name] for name in Cut.__slots__ if name in plan}
     if plan.get("checkpointing") and not plan.get("recomputed_layers"):
-        known["recomputed_layers"] = layers  # autograd recomputes all or none, which stood in the switch alone
+        known["recomputed_layers"] = layers  # autograd recomputes all or none, which only the switch recorded
     return replace(planned, **known)
 
 
@@ -177,7 +177,7 @@ def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def _unwrapped(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Entries of one parameter; bitsandbytes hides its 8-bit tensors in an inner dict, and takes them back without."""
+    """Entries of one parameter; bitsandbytes saves its 8-bit tensors in an inner dict, and loads them without it."""
     for name, value in entries.items():
         if isinstance(value, Mapping):
             yield from value.items()

@@ -1,4 +1,4 @@
-"""What the model says of held-out documents: their loss, and its own answers."""
+"""How good the model is on held-out documents: their loss, and its own answers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.packed_model import PackedModel
 
 _PROMPTS_AT_ONCE = 32
-"""Prompts answered together: at so few tokens the device waits for its memory, so more cost nothing."""
+"""Prompts answered together: generation is bound by memory bandwidth, so that more of them cost next to nothing."""
 _TOKENS_AT_ONCE = 16384
-"""Tokens, of prompts and answers together, whose keys and values are kept at once: 8.6 GB for Llama-2-7B."""
+"""Tokens of prompts and answers whose keys and values are kept at once, at most: 8.6 GB for Llama-2-7B."""
 
 
 def evaluate(
@@ -32,15 +32,15 @@ def evaluate(
     should_stop: Callable[[], bool],
     on_progress: Callable[[int], None],
 ) -> Evaluation:
-    """Loss of each held-out document. Draws no random number, so training goes on as if it had not been.
+    """Loss of each held-out document. Draws no random numbers, so that training continues as without it.
 
     Args:
         model: base and adapter.
         documents: held out.
-        step: that the adapter is of.
-        tokens_at_once: of a pass, at most; a longer document has one to itself.
-        should_stop: asked before each pass.
-        on_progress: told how many documents are done.
+        step: the adapter's.
+        tokens_at_once: of a forward, at most; raised to the documents' `max_length` where that is more.
+        should_stop: asked before each forward.
+        on_progress: called with the number of documents that are done.
 
     Raises:
         StopRequestedError: asked to stop; the result so far is of no use and is dropped.
@@ -78,7 +78,7 @@ def questions_of_prompts(prompts: Sequence[str], tokenizer: Any, rules: TokenRul
 
 
 def questions_of_documents(documents: Documents, tokenizer: Any, *, most: int) -> list[Question]:
-    """The first held-out documents that were not cut: an answer that is, no right one is equal to.
+    """Questions from the first held-out documents that are whole: no right answer equals one that was cut off.
 
     The last learned part is the answer; what stands before it is the prompt.
     """
@@ -105,7 +105,7 @@ def answer(
     seed: int,
     should_stop: Callable[[], bool],
 ) -> list[str]:
-    """The model's own answers, the most likely token each time; training's random numbers stay where they were.
+    """The model's own answers, generated greedily; training's random generators are left as they were.
 
     Raises:
         StopRequestedError: asked to stop.
@@ -129,7 +129,7 @@ def answer(
 
 
 def _together(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places in `lengths`, alike lengths together, as many at once as the memory is meant for."""
+    """Groups of indices into `lengths`, similar lengths together, each group within both limits."""
     members: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         # The longest so far sets the width of all.
@@ -154,7 +154,7 @@ def _greedy(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
 
 
 def _left_padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, each [B, longest]: `generate` goes on from the right end."""
+    """Token ids and attention mask, each [B, longest]: `generate` continues at the right end."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), filler)
     mask = torch.zeros((len(rows), width), dtype=torch.long)

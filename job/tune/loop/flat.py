@@ -1,7 +1,7 @@
 """The adapter as one vector: its parameters are views of it, and their gradients are views of another.
 
-An adapter has hundreds of small tensors. Clipping, checking, updating and clearing them one by one is thousands of
-kernels a step, longer than a small step's own work; on a vector each is one.
+An adapter has hundreds of small tensors. Clipping, checking, updating and clearing them one by one launches thousands
+of kernels a step, which takes longer than a small step's own work; on a vector each is one.
 """
 
 import torch
@@ -14,7 +14,7 @@ _MOST = 2**30
 
 
 class FlatAdapter:
-    """Vectors that hold what is trained; the model goes on using its own parameters."""
+    """Vectors that hold the trained parameters; the model still uses its own, which are views of them."""
 
     def __init__(self, model: nn.Module, *, most: int = _MOST) -> None:
         """Move the model's trainable parameters, all of one type, into vectors of at most `most` elements.
@@ -30,7 +30,7 @@ class FlatAdapter:
             self._members[-1].append(parameter)
             size += parameter.numel()
         self.vectors = [self._joined(members) for members in self._members]
-        """What the optimizer moves; each has its gradient."""
+        """What the optimizer updates; each has its gradient."""
         self.clear()
 
     @staticmethod
@@ -42,7 +42,7 @@ class FlatAdapter:
         return vector
 
     def clear(self) -> None:
-        """Set the gradients to zero, and the parameters' to views of them where they are not."""
+        """Zero the vectors' gradients, and make the parameters' gradients views of them where they are not."""
         for vector, members in zip(self.vectors, self._members, strict=True):
             assert vector.grad is not None
             vector.grad.zero_()

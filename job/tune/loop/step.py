@@ -27,7 +27,7 @@ from job.tune.loop.flat import FlatAdapter
 log = structlog.get_logger(__name__)
 
 _NAMED_EXAMPLES = 64
-"""Of a step that diverged: more would make a message that nobody reads."""
+"""Examples that the message about a diverged step names: nobody reads a longer one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,9 @@ class StepRecord:
 
     step: int
     of: int
+    """Steps of the whole run."""
     loss: float
+    """In nats a target token."""
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -47,25 +49,25 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setbacks:
-    """What made a step's numbers other ones than planned."""
+    """What made a step's numbers differ from those planned."""
 
     cuts: tuple[Cut, ...] = ()
-    """The smaller cuts that it was tried with after running out of memory, in order."""
+    """Smaller cuts that the step was tried with after running out of memory, in order."""
     compiler_failure: str | None = None
-    """Why layers that were compiled are not since this step."""
+    """Why compiled layers run uncompiled from this step on; None: nothing has failed."""
 
 
 class StepCutShortError(Exception):
     """The step under way was dropped on request; weights and optimizer are those before it."""
 
     def __init__(self, setbacks: Setbacks) -> None:
-        """Until it was dropped."""
+        """With the setbacks of the step until then."""
         super().__init__("dropped on request")
         self.setbacks = setbacks
 
 
 def go_on() -> bool:
-    """A look between micro-batches that lets the step run to its end."""
+    """A `cut_short` that lets each step run to its end."""
     return False
 
 
@@ -75,7 +77,7 @@ class _Unread:
 
     step: int
     numbers: Tensor
-    """Loss and gradient norm, on the host: [2] fp32; there once `ended` is past."""
+    """[2] fp32 on the host: loss and gradient norm, valid once `ended` has passed."""
     learning_rate: float
     tokens: int
     began: "Mark"
@@ -84,7 +86,7 @@ class _Unread:
 
 
 class Stepper:
-    """Moves the state of a run step by step; it knows neither the store nor the log's reader."""
+    """Moves the state of a run step by step; it knows neither the store nor who reads its records."""
 
     def __init__(
         self,
@@ -103,12 +105,12 @@ class Stepper:
         Args:
             engine: computes the gradients.
             adapter: holds what is trained; its gradients are cleared.
-            state: is moved on.
+            state: is updated by each step.
             documents: to train on.
             course: which of them make each step.
             accelerator: clips the gradients.
             train: the recipe's section.
-            layers: of the decoder.
+            layers: number of the decoder's layers.
         """
         self._engine = engine
         self._adapter = adapter
@@ -122,23 +124,23 @@ class Stepper:
         self._targets = documents.targets
         self._unread: _Unread | None = None
         self._mark: Mark | None = None
-        """When the last step ended; None: what came since was no training."""
+        """When the last step ended; None: the time since was not training."""
         self._setbacks = Setbacks()
-        """Of the step under way."""
-        adapter.clear()  # whatever was tried before
+        """Those of the step under way."""
+        adapter.clear()  # what was tried before left gradients
 
     def step(self, number: int, *, cut_short: Callable[[], bool] = go_on) -> StepRecord | None:
         """One optimizer step. Nothing here waits for its own numbers: they are read one step later.
 
         Args:
             number: from 1.
-            cut_short: looked at between two micro-batches; true drops the step.
+            cut_short: asked after each micro-batch; true drops the step.
 
         Returns:
-            The record of the step before; None: it was read already.
+            The record of the step before; None: there is none, or it was read already.
 
         Raises:
-            StepCutShortError: `cut_short` said so; nothing has moved.
+            StepCutShortError: `cut_short` was true; weights and optimizer are those before the step.
             DivergedError: the step before is not finite; the weights are those before it.
             CannotFitError: one example alone does not fit the device.
         """
@@ -153,7 +155,7 @@ class Stepper:
         crash_point("step.before_update")
         self._update(torch.isfinite(numbers).all())
         crash_point("step.after_update")
-        # Copied, not read: reading waits for all that the device was given, this copy only for what came before it.
+        # Copied now, read one step later: reading from the device then would wait for all that is queued by then.
         numbers = numbers.to("cpu", non_blocking=True)
         self._mark = _mark(self._accelerator.device)
         self._unread = _Unread(
@@ -170,12 +172,12 @@ class Stepper:
         return record
 
     def wait(self) -> None:
-        """Until the last step is done on the device."""
+        """Wait until the device has done the last step."""
         if self._mark is not None:
             _wait(self._mark)
 
     def finish(self) -> StepRecord | None:
-        """The record of the last step, once it is there; what comes until the next step is no training.
+        """Wait for the last step and return its record; the time until the next step is not training.
 
         Raises:
             DivergedError: it is not finite; the weights are those before it.
@@ -197,7 +199,7 @@ class Stepper:
     def _backward(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
         """Loss and gradients of a batch: the sum over all its targets, divided by their number.
 
-        When memory runs out the batch is computed again in smaller micro-batches, which changes no sum.
+        When memory runs out the batch is tried anew in smaller micro-batches, which changes no sum.
         """
         while True:
             try:
@@ -227,7 +229,7 @@ class Stepper:
         return total
 
     def _notice_compiler_failure(self) -> None:
-        """Kept with the run: an attempt that resumes it does not compile again, which would round otherwise."""
+        """Note it in the cut: an attempt that resumes the run must not compile, which would round differently."""
         progress, failure = self._state.progress, self._engine.compiler_failure
         if failure is not None and progress.cut.compiled:
             log.warning("layers_no_longer_compiled", reason=failure)
@@ -240,7 +242,7 @@ class Stepper:
         self._setbacks = replace(self._setbacks, cuts=(*self._setbacks.cuts, cut))
 
     def _read(self) -> StepRecord | None:
-        """Bring the last step's numbers to the host, and end the run when they are not finite."""
+        """The last step's record, waited for; raises when its numbers are not finite."""
         unread, self._unread = self._unread, None
         if unread is None:
             return None

@@ -13,7 +13,7 @@ from job.core.recipe import TrackSection
 
 
 def refuse_trackers(track: TrackSection) -> None:
-    """Look for the trackers' packages before anything is begun.
+    """Look for the trackers' packages before anything begins.
 
     Raises:
         UsageError: one is not installed.
@@ -30,7 +30,7 @@ def make_accelerator(track: TrackSection, *, on_cpu: bool, folder: Path) -> Acce
 
 
 class Tracking:
-    """Sends numbers to the trackers; one that fails is told once and left out, for it is a courtesy, not the run."""
+    """Sends numbers to the trackers; the first failure is reported once and ends tracking, never the run."""
 
     def __init__(self, accelerator: Accelerator, track: TrackSection, *, on_failure: Callable[[str], None]) -> None:
         self._accelerator = accelerator
@@ -39,15 +39,15 @@ class Tracking:
         self._on = bool(track.trackers)
 
     def begin(self, *, run_id: str, folder: Path, facts: Mapping[str, Any]) -> None:
-        """Open the tracked run, or go on with the one of an earlier attempt."""
+        """Open the tracked run, or continue that of an earlier attempt."""
         self._attempt(lambda: self._open(run_id, folder, facts))
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
-        """Numbers of one step."""
+        """Send the numbers of one step."""
         self._attempt(lambda: self._accelerator.log(dict(values), step=step))
 
     def end(self) -> None:
-        """Let the trackers finish their sending."""
+        """Let the trackers finish sending."""
         self._attempt(self._accelerator.end_training)
 
     def _open(self, run_id: str, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -79,13 +79,13 @@ class Tracking:
 
 
 def _mlflow_run(experiment: str, run_id: str) -> str | None:
-    """MLflow gives its own ids: the run of an earlier attempt is found by its name."""
+    """Id of the run of an earlier attempt, found by its name: MLflow chooses ids itself."""
     import mlflow
 
-    found = mlflow.search_runs(
+    runs = mlflow.search_runs(
         experiment_names=[experiment],
         filter_string=f"attributes.run_name = '{run_id}'",
         max_results=1,
         output_format="list",
     )
-    return str(found[0].info.run_id) if found else None
+    return str(runs[0].info.run_id) if runs else None

@@ -54,7 +54,7 @@ def parameter_counts(model: PeftModel) -> tuple[int, int]:
 
 
 def refuse_targets(config: Any, lora: LoraSection) -> int:
-    """Look at the recipe's targets by the base's config alone: no weight is read.
+    """Check the recipe's targets against the base's config alone: no weight is read.
 
     Returns:
         Parameters of the adapter.

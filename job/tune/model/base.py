@@ -70,7 +70,7 @@ def quantised_files(base: Any, folder: Path, *, dtype: torch.dtype = COMPUTE_DTY
 
 
 def quantised_bytes(base: Any) -> int:
-    """What those files hold."""
+    """Bytes of the tensors in those files."""
     return tensors_bytes(_tensors(base))
 
 
@@ -80,7 +80,7 @@ def is_quantised(folder: Path) -> bool:
 
 
 def _tensors(base: Any) -> dict[str, Tensor]:
-    """Packed weights with what they are unpacked by, and all that is not in 4 bits; a tied head is not there twice."""
+    """Packed weights with their quantisation state, and all that is not in 4 bits; a tied head only once."""
     once = {name for name, _ in base.named_parameters()}
     twice = {name for name, _ in base.named_parameters(remove_duplicate=False)} - once
     return {name: tensor for name, tensor in base.state_dict().items() if name not in twice}

@@ -72,7 +72,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def softcap_and_scale(config: Any) -> tuple[float | None, float]:
-    """What a model with this config does to its logits: their bound, and before it the factor on them."""
+    """What a model with this config does to its logits: their cap (None: none), and the factor on them before it."""
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return getattr(config, "final_logit_softcapping", None), scale / divisor

@@ -31,7 +31,7 @@ def quantised_form(device: torch.device) -> dict[str, str]:
 
 
 def quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The same as transformers is told it."""
+    """The same form as a config of transformers."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

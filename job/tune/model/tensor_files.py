@@ -15,14 +15,14 @@ from torch import Tensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 64 * 2**20
-"""Of a file that is written. It stands in memory twice, and several are made at once: a gigabyte for eight."""
+"""Bytes of a file that is written. It is in memory twice, and several are made at once: a gigabyte for eight."""
 Files = Iterator[tuple[str, Callable[[], bytes]]]
-"""Name, and what makes the content: on any thread, and several at once."""
+"""Name of each file, and what makes its content: callable on any thread, and several at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor in a file. It is mapped when it is read, and the mapping goes as soon as the tensor went to its device.
+    """A tensor in a file. It is mapped while it is read, and no longer than until the tensor is on its device.
 
     With one mapping for all of a file, as is usual, each page that was touched counts as this process's memory until
     the last tensor is loaded: in the end all of the model. Reading in place of mapping takes twice the time.
@@ -33,7 +33,7 @@ class StoredTensor:
     dtype: str
     """As the format writes it: `BF16`."""
     on_cpu: bool
-    """It stays on the host: copied out of its mapping, or the model would stand on the file's own pages."""
+    """Whether it stays on the host: then it is copied, or the model would live in the file's own pages."""
 
     def __getitem__(self, index: Any) -> Tensor:
         if self.on_cpu:
@@ -43,13 +43,13 @@ class StoredTensor:
         return part.clone() if self.on_cpu else part
 
     def get_dtype(self) -> str:
-        """The dtype; by the name that safetensors has for it, as transformers asks for it."""
+        """The dtype, under the name by which transformers asks a slice of safetensors for it."""
         return self.dtype
 
 
 def _give_back_freed_memory() -> None:
-    # Where the CPU quantises, what it needs on the way lies between the packed weights, and glibc would keep all of
-    # it once it is freed: three times the packed model.
+    # Where the CPU quantises, its temporary memory lies between the packed weights, and glibc would keep all of it
+    # once it is freed: three times the packed model.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -69,17 +69,17 @@ def stored_tensors(folder: Path, device: torch.device) -> dict[str, StoredTensor
     names = [_SINGLE]
     if not (folder / _SINGLE).is_file():
         names = sorted({*json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()})
-    found = {}
+    tensors = {}
     for path in (folder / name for name in names):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - no dict
                 dtype = file.get_slice(name).get_dtype()
-                found[name] = StoredTensor(file=path, name=name, dtype=dtype, on_cpu=device.type == "cpu")
-    return found
+                tensors[name] = StoredTensor(file=path, name=name, dtype=dtype, on_cpu=device.type == "cpu")
+    return tensors
 
 
 def tensors_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What the files of `sharded` hold, but for their headers."""
+    """Bytes of what the files of `sharded` hold, but for their headers."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -194,7 +194,7 @@ TOO_OLD = RuntimeError(
         (None, "(version not known)"),
     ],
 )
-def test_a_driver_that_is_too_old_is_told_in_one_line_with_all_three_versions(cuda, version, told):
+def test_a_driver_that_is_too_old_is_named_in_one_line_with_all_three_versions(cuda, version, told):
     cuda.error = TOO_OLD
     if version is not None:
         cuda.driver.write_text(version + "GCC version:  gcc version 12.2.0\n")
@@ -272,5 +272,5 @@ def test_the_generators_of_host_and_gpu_are_put_back_together(monkeypatch):
     assert torch.equal(torch.rand(3), drawn)
     assert [int(state) for state in set_to] == [7]
     monkeypatch.setattr(generators, "cuda_in_use", lambda: False)
-    restore_random_state(before)  # a checkpoint of a GPU, gone on with on the CPU
+    restore_random_state(before)  # a checkpoint of a GPU, resumed on the CPU
     assert len(set_to) == 1

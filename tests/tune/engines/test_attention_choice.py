@@ -1,4 +1,4 @@
-"""The engine's own attention kernels run where they are known to win and give what the formula gives, else torch's."""
+"""Our own attention kernels run where they were measured to be faster and agree with the formula, else torch's."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def config_with(**config):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A GPU on which kernels are tried without one; says what they were tried with."""
+    """In place of a GPU: the list of what kernels are tried with on it."""
     asked = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(attention_choice, "has_triton", lambda: True)
@@ -29,13 +29,13 @@ def hopper(monkeypatch):
     attention_choice._tried.cache_clear()
 
 
-def test_attention_is_the_engine_s_own_where_it_is_known_to_win_and_tried_once(hopper):
+def test_attention_is_our_own_where_it_was_measured_to_be_faster_and_tried_once(hopper):
     assert choose_attention(config_with(), CUDA) == OWN
     assert choose_attention(config_with(), CUDA) == OWN
     assert hopper == [{"heads": 4, "key_heads": 2, "width": 64}]
 
 
-def test_heads_that_a_config_does_not_tell_of_are_worked_out(hopper):
+def test_heads_that_a_config_does_not_name_are_worked_out(hopper):
     assert choose_attention(config_with(head_dim=None, num_key_value_heads=None, hidden_size=128), CUDA) == OWN
     assert hopper == [{"heads": 4, "key_heads": 4, "width": 32}]
 
@@ -43,22 +43,22 @@ def test_heads_that_a_config_does_not_tell_of_are_worked_out(hopper):
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"head_dim": 96}, "heads are 96 wide, and the engine's take 16, 32, 64, 128"),
-        ({"num_attention_heads": None}, "its config does not tell how many heads there are"),
+        ({"head_dim": 96}, "heads are 96 wide, and our kernels take 16, 32, 64, 128"),
+        ({"num_attention_heads": None}, "its config does not name the number of heads"),
         ({"attn_logit_softcapping": 50.0}, "its attention scores are capped"),
     ],
 )
-def test_attention_that_the_engine_s_kernels_do_not_take_is_torch_s(hopper, config, told):
+def test_attention_that_our_kernels_do_not_take_is_torch_s(hopper, config, told):
     assert choose_attention(config_with(**config), CUDA) == AttentionChoice(own=False, reason=told)
     assert hopper == []
 
 
-def test_attention_is_torch_s_where_the_engine_s_was_not_measured(hopper, monkeypatch):
+def test_attention_is_torch_s_where_ours_was_not_measured(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 9))
     found = choose_attention(config_with(), CUDA)
 
     assert found.own is False
-    assert found.reason == "the engine's were measured on compute capability 9.x, and this is 8.9"
+    assert found.reason == "our kernels were measured on compute capability 9.x, and this is 8.9"
 
 
 def test_attention_is_torch_s_without_triton(hopper, monkeypatch):
@@ -79,7 +79,7 @@ def no_kernel(*_, **__):
         (no_kernel, "RuntimeError: no kernel here"),
     ],
 )
-def test_attention_that_differs_or_does_not_compile_is_torch_s_and_said_once(hopper, monkeypatch, tried, told):
+def test_attention_that_differs_or_does_not_compile_is_torch_s_and_logged_once(hopper, monkeypatch, tried, told):
     monkeypatch.setattr(attention_choice, "difference_from_formula", tried)
     with capture_logs() as logs:
         found = [choose_attention(config_with(), CUDA) for _ in range(2)]
@@ -90,7 +90,7 @@ def test_attention_that_differs_or_does_not_compile_is_torch_s_and_said_once(hop
     assert found == [AttentionChoice(own=False, reason=warning["reason"])] * 2
 
 
-def test_on_the_cpu_nothing_is_said():
+def test_on_the_cpu_no_reason_is_given():
     assert choose_attention(config_with(), torch.device("cpu")) == AttentionChoice(own=False, reason=None)
 
 
@@ -100,7 +100,7 @@ def test_on_the_cpu_nothing_is_said():
 HEADS = {"heads": 4, "key_heads": 2, "width": 16}
 
 
-def test_own_attention_kernels_that_give_what_the_formula_gives_pass(own_kernels):
+def test_our_attention_kernels_pass_where_they_agree_with_the_formula(own_kernels):
     assert difference_from_formula(torch.device("cpu"), **HEADS) is None
     assert own_kernels.calls
 
@@ -124,7 +124,7 @@ def one_document(forward):
 
 
 @pytest.mark.parametrize("wrong", [longer_window, other_scale, one_document])
-def test_another_attention_is_told(own_kernels, wrong):
+def test_another_attention_is_found(own_kernels, wrong):
     own_kernels.forward = wrong(own_kernels.forward)
 
     assert "the result differs by" in difference_from_formula(torch.device("cpu"), **HEADS)
@@ -132,7 +132,7 @@ def test_another_attention_is_told(own_kernels, wrong):
 
 @pytest.mark.parametrize(("place", "name"), [(0, "query"), (1, "key"), (2, "value")])
 @pytest.mark.parametrize("value", [1.1, float("nan")])
-def test_another_gradient_of_attention_is_told(own_kernels, place, name, value):
+def test_another_gradient_of_attention_is_found(own_kernels, place, name, value):
     right = own_kernels.backward
 
     def wrong(*arguments):

@@ -1,4 +1,4 @@
-"""The generic path is taken with the engine's ops only where they give what PEFT's own layers give."""
+"""The generic engine has our fused linear layers and loss only where they agree with PEFT's own."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def chosen(model, wanted="generic"):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_keeps_the_engine_s_ops_in_bf16_and_is_left_as_it_was(bases, architecture):
+def test_every_architecture_keeps_our_ops_in_bf16_and_is_left_as_it_was(bases, architecture):
     model = model_of(bases, architecture, dtype=torch.bfloat16, dropout=0.1)
     model.train()
     before, state = [parameter.clone() for parameter in trainable(model)], torch.get_rng_state()
@@ -100,7 +100,7 @@ def test_ops_that_compute_something_else_are_left_for_peft_s_own(
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_a_model_left_to_peft_still_answers_and_is_not_looked_at_again(bases, documents, monkeypatch):
+def test_a_model_left_to_peft_still_answers_and_is_not_compared_twice(bases, documents, monkeypatch):
     model, batch = model_of(bases), micro_batch(documents, range(3))
     before = model(batch)
     model.linears.leave_to_peft()

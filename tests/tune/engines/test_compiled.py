@@ -1,4 +1,4 @@
-"""Compiled layers give what they give as they are, once for any documents, and give way where they cannot."""
+"""Compiled layers give what uncompiled ones give, are compiled once for any documents, and give way on failure."""
 
 from pathlib import Path
 
@@ -132,7 +132,7 @@ def fails_in_the_backward(graph, inputs):
 
 
 @pytest.mark.parametrize("backend", [fails_forward, fails_in_the_backward])
-def test_where_the_compiler_fails_layers_run_as_they_are_and_gradients_are_whole(bases, documents, backend):
+def test_where_the_compiler_fails_layers_run_uncompiled_and_gradients_are_whole(bases, documents, backend):
     model = model_of(bases, "llama", dropout=0.3)
     batch, other = micro_batch(documents, range(3)), micro_batch(documents, range(3, 6))
     plain = AutogradEngine(model, torch.Tensor.backward)
@@ -182,8 +182,8 @@ def test_a_model_that_needs_too_many_variants_is_not_compiled_all_the_time(bases
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
-def test_compiled_layers_may_have_the_engine_s_own_attention(bases, documents, own_kernels, architecture):
-    """Their blocks are those of the documents as they are filled up; how many there are is no part of the code."""
+def test_compiled_layers_may_have_our_own_attention(bases, documents, own_kernels, architecture):
+    """Blocks are those of the padded micro-batch; their number is no part of the code."""
     model = model_of(bases, architecture)
     batches = [micro_batch(documents, members) for members in OF_A_FEW]
     expected = [done(AutogradEngine(model, torch.Tensor.backward), model, batch) for batch in batches]

@@ -70,8 +70,8 @@ def test_losses_and_gradients_are_autograd_s(family, documents, architecture, ta
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
-def test_the_engine_s_own_attention_changes_nothing(family, documents, own_kernels, architecture):
-    """Their gradients land where the next product reads them, and are rotated there."""
+def test_our_own_attention_changes_nothing(family, documents, own_kernels, architecture):
+    """Its gradients land where the next product reads them, and are rotated in that memory."""
     model = adapted(family[architecture], lora_of(), moved=True)
     batch = micro_batch(documents, range(len(documents)))
     expected = done(fast(model), model, batch)
@@ -205,7 +205,7 @@ def test_dropout_is_peft_s_with_the_same_masks(family, documents):
 
 @pytest.mark.parametrize("own_attention", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_micro_batch_that_is_filled_up_is_the_same(family, documents, own_kernels, dropout, own_attention):
+def test_a_padded_micro_batch_is_the_same(family, documents, own_kernels, dropout, own_attention):
     """As it is recorded on a GPU: more tokens, more documents, more places, none of them a target."""
     model = adapted(family["qwen3"], lora_of(dropout=dropout), moved=True)
     model.attention = AttentionChoice(own=own_attention, reason=None)
@@ -229,11 +229,11 @@ def test_a_micro_batch_that_is_filled_up_is_the_same(family, documents, own_kern
 
 
 def lengths_in(cu_seqlens):
-    """What the GPU's kernel reads off the bounds, where the CPU's attention goes by lengths."""
+    """What the GPU's kernel reads from cu_seqlens, where the CPU's attention takes lengths."""
     return tuple(int(length) for length in cu_seqlens.diff())
 
 
-def test_what_is_filled_up_has_few_sizes(family, documents):
+def test_padded_micro_batches_have_few_sizes(family, documents):
     row = _row(micro_batch(documents, range(3)), targets=1, seed=None)
     small = replay.rounded(row)
 
@@ -308,7 +308,7 @@ def with_config(tmp_path, **changes):
         ({"hidden_size": 40, "intermediate_size": 99}, "no whole blocks of 64"),
     ],
 )
-def test_what_it_cannot_do_is_told(tmp_path, changes, reason):
+def test_what_it_cannot_do_is_named(tmp_path, changes, reason):
     assert reason in reason_against(with_config(tmp_path, **changes).model)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers as one op each: the losses and gradients of PEFT's own, the masks of its dropout, and nothing else."""
+"""Fused linear layers: the losses and gradients of PEFT's own, the formula under dropout, and what PEFT saves."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def test_losses_and_gradients_are_peft_s_own(bases, documents, architecture):
 
 
 def test_nothing_of_the_base_or_of_peft_runs(bases, documents, monkeypatch):
-    """Neither an adapter's own layers nor a base layer: each linear module is one op, the untargeted ones too."""
+    """Neither an adapter's own layers nor a base layer: each linear module is fused, the untargeted ones too."""
     model = adapted(bases["llama"], LoraSection(r=4, targets=("q_proj", "lm_head")), moved=True)
     for module in model.modules():
         if "lora" in type(module).__module__ or "bitsandbytes" in type(module).__module__:
@@ -143,7 +143,7 @@ def test_an_adapter_of_another_kind_is_right_and_left_to_peft_where_it_must_be(b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_weights_that_are_kept_decoded_change_no_bit(bases, documents, architecture, dtype):
+def test_weights_that_are_kept_dequantised_change_no_bit(bases, documents, architecture, dtype):
     model, batch = model_of(bases, architecture, dtype=dtype), micro_batch(documents, range(3))
     packed = {module.fused for module in model.modules() if hasattr(module, "fused")}
     before = backward(model, [batch])

@@ -64,11 +64,11 @@ def test_at_most_a_chunk_of_logits_exists_at_once(llama, documents, monkeypatch)
     batch = micro_batch(documents, range(len(documents)))
     backward(llama, [batch])
     assert max(rows) == 9
-    assert sum(rows) == 2 * batch.targets  # forward, and again in the backward pass; no other token is projected
+    assert sum(rows) == 2 * batch.targets  # in the forward, and recomputed in the backward; no other token is projected
 
 
 def both_ways(model, batch):
-    """Gradients of the mean loss: logits made once, and by autograd through the head."""
+    """Gradients of the mean loss: with logits computed once, and by autograd through the head."""
     total, losses = model.summed_loss(batch, weight_per_target=1 / batch.targets)
     total.backward()
     once = losses, gradients(model)
@@ -78,7 +78,7 @@ def both_ways(model, batch):
 
 
 @pytest.mark.parametrize("at_once", [2**27, 7 * 300])
-def test_logits_made_once_give_autograd_s_losses_and_gradients(any_model, documents, monkeypatch, at_once):
+def test_logits_computed_once_give_autograd_s_losses_and_gradients(any_model, documents, monkeypatch, at_once):
     """With an adapter on the head, with bounds on the logits (Gemma 2), in one chunk and in many."""
     monkeypatch.setattr(head, "LOGITS_AT_ONCE", at_once)
     any_model.eval()

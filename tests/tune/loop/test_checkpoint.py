@@ -1,4 +1,4 @@
-"""A checkpoint: what is in the folder, and that stopping and going on equals not stopping, to the bit."""
+"""A checkpoint: what is in the folder, and that stopping and resuming equals not stopping, to the bit."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ RESUMED = [
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize(("architecture", "optimizer"), RESUMED)
-def test_stopping_and_going_on_equals_not_stopping_to_the_bit(architecture, optimizer, bases, documents, tmp_path):
+def test_stopping_and_resuming_equals_not_stopping_to_the_bit(architecture, optimizer, bases, documents, tmp_path):
     whole = prepare(bases, documents, tmp_path, architecture, optimizer, steps=STEPS).run(evaluate_every=4)
 
     first = prepare(bases, documents, tmp_path, architecture, optimizer, steps=STEPS)

@@ -77,7 +77,7 @@ def test_evaluating_and_answering_leave_random_numbers_mode_and_attention_as_the
         assert config.use_cache is False
 
 
-def test_an_evaluation_can_be_stopped_and_tells_its_progress(llama, documents):
+def test_an_evaluation_can_be_stopped_and_reports_its_progress(llama, documents):
     done, was_training = [], llama.training
     judged(llama, documents, 1, on_progress=done.append)
     assert done[-1] == len(documents)
@@ -129,7 +129,7 @@ def test_an_answer_is_the_most_likely_token_each_time_whatever_the_base_suggests
     assert found == tokenizer.decode(ids[len(questions[0].ids) :], skip_special_tokens=True).strip()
 
 
-def test_a_stop_is_heard_between_two_tokens(llama, questions, tokenizer):
+def test_a_stop_is_noticed_between_two_tokens(llama, questions, tokenizer):
     asked = []
 
     def stop_at_the_third():

@@ -178,8 +178,8 @@ def test_a_cut_that_fits_no_more_is_adopted_without_dequantised_weights_or_not_a
     scarce.assert_called_once()
 
 
-def test_micro_batches_are_full_to_a_multiple_of_what_compiled_code_is_filled_up_to(start, documents):
-    """64 tokens, with plans as small as these; packed without it they would be others."""
+def test_micro_batches_are_full_to_a_multiple_of_what_compiled_code_is_padded_to(start, documents):
+    """64 tokens, with cuts as small as these; packed without it they would differ."""
     lengths = documents.lengths.tolist()
     most = next(n for n in range(64, 128) if pack_evenly(lengths, most=n, grain=64) != pack_evenly(lengths, most=n))
     made, seen = start(batch_size=8, steps=1, micro_batch_tokens=most), []

@@ -1,4 +1,4 @@
-"""Trackers and device: one tracked run over all attempts; what is missing is said."""
+"""Trackers and device: one tracked run over all attempts; what is missing is named."""
 
 import importlib.util
 
@@ -30,7 +30,7 @@ def losses(folder):
     return [(event.step, round(event.value, 3)) for event in events.Scalars("train/loss")]
 
 
-def test_a_second_attempt_goes_on_in_the_same_tensorboard_run(tmp_path):
+def test_a_second_attempt_continues_the_same_tensorboard_run(tmp_path):
     tracked(tmp_path, [(1, 3.0), (2, 2.5)])
     assert losses(tmp_path / "notes") == [(1, 3.0), (2, 2.5)]
     tracked(tmp_path, [(3, 2.25)])
@@ -45,7 +45,7 @@ def test_a_tracker_that_is_not_installed_is_named():
         refuse_trackers(TrackSection(trackers=("tensorboard", absent)))
 
 
-def test_a_tracker_that_fails_is_told_once_and_costs_no_training(tmp_path):
+def test_a_tracker_that_fails_is_reported_once_and_costs_no_training(tmp_path):
     accelerator = make_accelerator(TENSORBOARD, on_cpu=True, folder=tmp_path / "file" / "below")
     (tmp_path / "file").write_text("a file where a folder is wanted")
     told = []
@@ -66,7 +66,7 @@ def test_without_trackers_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_that_is_asked_for_and_not_visible_is_said(monkeypatch):
+def test_a_gpu_that_is_asked_for_and_not_visible_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SickDeviceError, match="no GPU is visible"):
         choose_device("cuda")

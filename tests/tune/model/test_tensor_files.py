@@ -131,7 +131,7 @@ def test_the_host_holds_one_tensor_at_a_time_and_not_all_shards(tmp_path, monkey
 
 
 def resident_bytes(folder):
-    """Of the files in a folder, as far as they are mapped and in memory."""
+    """Bytes of the files in a folder that are mapped and in memory."""
     total, counts = 0, False
     with Path("/proc/self/smaps").open(encoding="utf-8") as lines:
         for line in lines:
@@ -143,7 +143,7 @@ def resident_bytes(folder):
 
 
 @pytest.mark.parametrize("most_bytes", [1, 100, 10**9])
-def test_tensors_are_cut_into_files_in_their_order_and_found_again(most_bytes, tmp_path):
+def test_tensors_are_divided_into_files_in_their_order_and_read_from_them(most_bytes, tmp_path):
     tensors = {
         "a": torch.arange(10.0),
         "b": torch.arange(5, dtype=torch.uint8),
