@@ -250,7 +250,7 @@ def main(arguments=None):
     with tempfile.TemporaryDirectory(prefix="attribution-") as folder:
         loaded = load(recipe, options.engine, choose_device(options.device), Path(folder))
         if options.tokens is not None:
-            loaded = replace(loaded, planned=loaded.planned | {"micro_batch_tokens": options.tokens})
+            loaded = replace(loaded, planned=replace(loaded.planned, micro_batch_tokens=options.tokens))
         members = loaded.course.batch(1)
         first = [parameter.detach().clone() for parameter in trainable(loaded.model)]
         for variation in variations_of(options.engine, loaded.shape.layers):

@@ -33,8 +33,8 @@ def test_what_changed_when_memory_ran_out_is_reported(tmp_path, base, examples, 
     monkeypatch.setattr(HandwrittenEngine, "accumulate", once_too_much)
     monkeypatch.setattr(attribution, "variations_of", lambda *_: (attribution.Variation(name="as it is"),))
     options = ["--base", base, "--train", examples, "--text", "{t}", "--results", results, "--device", "cpu"]
-    main([*map(str, options), "--batch", "4", "--steps", "2", "--warm-up", "1"])
-    assert "as it is (memory ran out, then micro_batch_tokens 2048)" in results.read_text()
+    main([*map(str, options), "--batch", "4", "--tokens", "256", "--steps", "2", "--warm-up", "1"])
+    assert "as it is (memory ran out, then micro_batch_tokens 128)" in results.read_text()
 
 
 def test_bitsandbytes_dequantises_what_the_reference_does(base):
