@@ -105,7 +105,7 @@ def draw(curves, path):
     plt.close(figure)
 
 
-def tell(curves):
+def summary(curves):
     """The table and the verdict."""
     rows = [
         (name, *(f"{curve[step - 1]:.4f}" for step in _shown(curve)), f"{apart(curve, curves[PLAIN]):.5f}")
@@ -185,7 +185,7 @@ def main(arguments=None):
         f"--batch {options.batch} --steps {options.steps} --learning-rate {options.learning_rate:g} "
         f"--seeds {options.seeds}"
     )
-    text = f"{device_and_versions()}\n\n{about}\n\n{tell(curves)}\n\n![losses]({plot.name})"
+    text = f"{device_and_versions()}\n\n{about}\n\n{summary(curves)}\n\n![losses]({plot.name})"
     print(text)
     write_section(options.results, name, f"{heading}\n\n{command}\n\n{text}")
 

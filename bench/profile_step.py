@@ -171,7 +171,7 @@ def profile_step(loaded, cut):
     return read(step.profile.events(), loaded.device)
 
 
-def tell(loaded, cut, profiled, rates):
+def summary(loaded, cut, profiled, rates):
     """The section's text: the numbers of the step, and a row for each part."""
     batch = loaded.course.batch(1)
     lengths = loaded.documents.lengths[batch]
@@ -230,7 +230,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="profile-step-") as folder:
         loaded = load(recipe, options.engine, device, Path(folder))
         cut = loaded.planned if options.tokens is None else loaded.cut(tokens=options.tokens)
-        text = tell(loaded, cut, profile_step(loaded, cut), rates)
+        text = summary(loaded, cut, profile_step(loaded, cut), rates)
     print(text)
     command = f"    python -m bench.profile_step --base FOLDER --train TRAIN.jsonl --batch {options.batch}"
     command += "" if options.tokens is None else f" --tokens {options.tokens}"

@@ -139,7 +139,7 @@ class Rounds:
             self.bytes_held[bool(self.publisher.under_way)].append(pages * os.sysconf("SC_PAGE_SIZE"))
             time.sleep(0.02)
 
-    def tell(self):
+    def report(self):
         medians = [[statistics.median(each[kind]) for kind in (True, False)] for each in self.steps[1:]]
         ratios = [busy / quiet for busy, quiet in medians]
         busy, quiet = (statistics.median(s for each in self.steps[1:] for s in each[kind]) for kind in (True, False))
@@ -186,7 +186,7 @@ def main():
                 if rounds.is_done():
                     break
             rounds.publisher.close()
-            rounds.tell()
+            rounds.report()
     finally:
         shutil.rmtree(folder)
 

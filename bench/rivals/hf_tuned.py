@@ -35,7 +35,7 @@ def main():
     timer = StepTimer(warm_up=options.warm_up)
     timer.attach(trainer)
     trainer.train()
-    timer.tell(model, ("transformers", "peft", "bitsandbytes", *(["liger-kernel"] if on_gpu else [])))
+    timer.report(model, ("transformers", "peft", "bitsandbytes", *(["liger-kernel"] if on_gpu else [])))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class StepTimer(TrainerCallback):
             self._ends.append(time.perf_counter())
             self._batches.append([])
 
-    def tell(self, model, packages):
+    def report(self, model, packages):
         """Print the line: times and tokens after the warm-up, loss of the first and the last step, peak, versions."""
         first = max(1, self._warm_up // self._together)
         counts = [[sum(int(batch[kind]) for batch in group) for group in self._batches] for kind in (0, 1)]

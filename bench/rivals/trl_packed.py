@@ -47,7 +47,7 @@ def main():
     timer = StepTimer(warm_up=options.warm_up)
     timer.attach(trainer)
     trainer.train()
-    timer.tell(trainer.model, ("trl", "transformers", "peft", *(["liger-kernel"] if on_gpu else [])))
+    timer.report(trainer.model, ("trl", "transformers", "peft", *(["liger-kernel"] if on_gpu else [])))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main():
     timer = StepTimer(warm_up=options.warm_up, together=5)
     timer.attach(trainer)
     trainer.train()
-    timer.tell(model, ("transformers", "peft", "bitsandbytes"))
+    timer.report(model, ("transformers", "peft", "bitsandbytes"))
 
 
 if __name__ == "__main__":

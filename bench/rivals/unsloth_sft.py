@@ -76,7 +76,7 @@ def main():
     timer = StepTimer(warm_up=options.warm_up)
     timer.attach(trainer)
     trainer.train()
-    timer.tell(model, ("unsloth", "unsloth_zoo", "trl", "transformers", "datasets"))
+    timer.report(model, ("unsloth", "unsloth_zoo", "trl", "transformers", "datasets"))
 
 
 if __name__ == "__main__":

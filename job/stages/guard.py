@@ -35,7 +35,7 @@ class Guard:
         self._watchdog = Watchdog(
             allowed_seconds=self._allowed,
             on_stalled=self._stalled,
-            on_told=self._leave_word,
+            on_reported=self._leave_word,
             stopping=Stopping(
                 asked=self._asked,
                 # Nobody said when the kill comes: then what is under way may take its time.

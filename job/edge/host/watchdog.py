@@ -44,7 +44,7 @@ class Watchdog:
         allowed_seconds: Callable[[str], float],
         on_stalled: Callable[[str, float, str], int | None],
         stopping: Stopping | None = None,
-        on_told: Callable[[], None] = lambda: None,
+        on_reported: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         end_process: Callable[[int], None] = os._exit,
         pause_seconds: float = _PAUSE_SECONDS,
@@ -57,7 +57,7 @@ class Watchdog:
             on_stalled: called with phase, seconds of silence and the stacks of all threads, before the process ends
                 with the exit code that it returns, or 83.
             stopping: None: nobody asks to stop.
-            on_told: called once the exit code is known and reported: whatever it does may hang without changing it.
+            on_reported: called once the exit code is known and reported: whatever it does may hang without changing it.
             clock: seconds that never go back.
             end_process: ends it at once, without cleaning up: whatever hangs would hang that too.
             pause_seconds: between two looks.
@@ -66,7 +66,7 @@ class Watchdog:
         self._allowed_seconds = allowed_seconds
         self._on_stalled = on_stalled
         self._stopping = stopping
-        self._on_told = on_told
+        self._on_reported = on_reported
         self._clock = clock
         self._end_process = end_process
         self._pause_seconds = pause_seconds
@@ -139,7 +139,7 @@ class Watchdog:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # closed: nobody reads it
                 stream.flush()
-        self._on_told()
+        self._on_reported()
 
 
 def stacks(*, leave_out: Collection[threading.Thread] = ()) -> str:

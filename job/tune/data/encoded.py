@@ -90,7 +90,7 @@ def encode(
         rules: from `token_rules`.
         folder: where the files stand; it belongs to one run, so its files can only hold this run's data.
         should_stop: polled between batches.
-        on_progress: told the number of encoded examples.
+        on_progress: called with the number of encoded examples.
 
     Raises:
         StopRequestedError: asked to stop; the next attempt writes over what is there so far.

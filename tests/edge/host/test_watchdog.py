@@ -170,7 +170,7 @@ def test_telling_of_a_stop_takes_no_longer_than_the_grace():
 def test_what_hangs_after_the_telling_does_not_change_the_exit_code():
     watched = Watched(on_deaf=lambda _phase: 83)
     known = []
-    watched.dog._on_told = lambda: known.append(watched.dog._code)
+    watched.dog._on_reported = lambda: known.append(watched.dog._code)
     watched.dog.phase("load_model")
     watched.asked = True
 
