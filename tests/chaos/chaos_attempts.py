@@ -5,17 +5,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-PATIENCE_SECONDS = 900
-"""Longest that anything here may take; nothing depends on how fast it is."""
+from warm_image import PATIENCE_SECONDS, WarmImage
+
 _LOOK_SECONDS = 0.001
-WARM_PROGRAM = Path(__file__).with_name("warm.py")
 
 
 class Attempt:
@@ -104,66 +102,11 @@ class Attempt:
         return (self.folder / "stdout").read_text()[-6000:] + (self.folder / "stderr").read_text()[-3000:]
 
 
-class Warm:
-    """A process that has loaded the libraries; each attempt is a fork of it."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        # A background thread would not live through the fork; nothing here needs it.
-        settings = {**environment, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-        self._child = subprocess.Popen(
-            [sys.executable, str(WARM_PROGRAM)], env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._begun: dict[int, Future[int]] = {}
-        self._ended: dict[int, Future[int]] = {}
-        self._lock = threading.Lock()
-        assert json.loads(self._child.stdout.readline() or "{}").get("ready"), "the warm image did not come up"
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def begin(self, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> Attempt:
-        """Fork one; it has begun when this returns."""
-        begun: Future[int] = Future()
-        with self._lock:
-            number = len(self._begun)
-            self._begun[number] = begun
-            order = {
-                "order": number,
-                "arguments": list(arguments),
-                "environment": dict(environment),
-                "folder": str(folder),
-                "stdout": str(folder / "stdout"),
-                "stderr": str(folder / "stderr"),
-            }
-            for name in ("stdout", "stderr"):
-                (folder / name).touch()
-            self._child.stdin.write(json.dumps(order) + "\n")
-            self._child.stdin.flush()
-        pid = begun.result(PATIENCE_SECONDS)
-        return Attempt(pid, self._ended[number], folder)
-
-    def close(self) -> None:
-        """End it, and with it whatever it started."""
-        self._child.stdin.close()
-        self._child.wait(PATIENCE_SECONDS)
-
-    def _listen(self) -> None:
-        orders: dict[int, int] = {}
-        for line in self._child.stdout:
-            news = json.loads(line)
-            if "begun" in news:
-                number = orders[news["begun"]] = news["order"]
-                self._ended[number] = Future()
-                self._begun[number].set_result(news["begun"])
-            else:
-                self._ended[orders.pop(news["ended"])].set_result(os.waitstatus_to_exitcode(news["status"]))
-
-
-@contextlib.contextmanager
-def warm_image(environment: Mapping[str, str]) -> Iterator[Warm]:
-    image = Warm(environment)
-    try:
-        yield image
-    finally:
-        image.close()
+def begin_fork(image: WarmImage, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> Attempt:
+    """A fork of the warm image."""
+    with (folder / "stdout").open("ab") as out, (folder / "stderr").open("ab") as err:
+        child = image.begin(arguments, environment=environment, cwd=folder, stdout=out, stderr=err)
+    return Attempt(child.pid, child.ended, folder)
 
 
 def begin_command(command: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> Attempt:

@@ -37,7 +37,7 @@ def done(job):
 
 def unknown_key(job):
     job.recipe["train"]["learningrate"] = 1
-    return job.start("run")
+    return job.start("run", cold=True)
 
 
 def no_json(job):
@@ -176,9 +176,9 @@ def answering(answer):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def away(tmp_path_factory, base):
+def away(tmp_path_factory, base, warm):
     """A job whose store is away. It is patient for half a minute: begun first, looked at when its turn comes."""
-    job = Job(tmp_path_factory.mktemp("away"), base)
+    job = Job(tmp_path_factory.mktemp("away"), base, warm)
     with socket.socket() as closed:  # bound and not listening: nobody else gets the port, and nobody answers
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -223,9 +223,12 @@ def ends(job):
 
 
 def test_the_third_stop_in_a_row_without_a_new_step_ends_83(job):
-    """Whatever stops it so early will do it again; the schedulers do not count a 75."""
+    """Whatever stops it so early will do it again; the schedulers do not count a 75.
+
+    The third is the real command, stopped among its imports: that is where its handlers must stand already.
+    """
     assert [stopped(job, "download"), stopped(job, "encode")] == [75, 75]
-    with job.begun("run") as running:
+    with job.begun("run", cold=True) as running:
         running.until(lambda event: event["event"] == "phase" and event["name"] == "load_libraries")
         running.child.send_signal(signal.SIGTERM)
         third = running.end()
