@@ -6,10 +6,12 @@ status when it ends. What a process does after the fork is what entrypoint.py do
 and folder; or the code that the order brings.
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -20,6 +22,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +30,8 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 ORDER_BYTES = 1 << 18
 STANDARD = 3
 """Input, output, error."""
+FAILED_FLUSH = 120
+"""Python's own exit code for it."""
 
 
 def load() -> None:
@@ -37,8 +42,9 @@ def load() -> None:
     import datasets
     import matplotlib.backends.backend_agg
     import matplotlib.figure
-    import peft
-    import transformers
+    import peft.tuners.lora.bnb
+    import transformers.integrations.bitsandbytes
+    import transformers.models.llama.modeling_llama
     from botocore_tables import read_once
 
     import job
@@ -47,6 +53,7 @@ def load() -> None:
         with contextlib.suppress(ImportError):  # those for Triton load only where it is
             importlib.import_module(module.name)
     read_once()
+    matplotlib.figure.Figure().savefig(io.BytesIO())  # it looks for its fonts
     boto3.session.Session().client(
         "s3", region_name="us-east-1", aws_access_key_id="nobody", aws_secret_access_key="nothing"
     )
@@ -69,7 +76,10 @@ def serve(orders: socket.socket) -> dict:
                 continue
             packet, standard, _, _ = socket.recv_fds(orders, ORDER_BYTES, STANDARD)
             if not packet:
-                os._exit(0)  # the children go with us
+                for pid in children.values():
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                os._exit(0)
             order = json.loads(packet)
             pid = os.fork()
             if not pid:
@@ -116,10 +126,11 @@ def begin(order: dict) -> None:
         del sys.modules[name]
 
 
-def run_code(order: dict) -> None:
+def run_code(order: dict) -> int:
     """As `python -c` does."""
     sys.argv = ["-c", *order["arguments"]]
     exec(compile(order["code"], "<string>", "exec"), {"__name__": "__main__"})
+    return 0
 
 
 def run_entrypoint(order: dict) -> int:
@@ -135,6 +146,18 @@ def run_entrypoint(order: dict) -> int:
     return code
 
 
+def end(code: int) -> None:
+    """As the interpreter ends, but for taking every library apart: that would copy all their pages into each child."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = FAILED_FLUSH
+    os._exit(code)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     load()
@@ -143,4 +166,4 @@ if __name__ == "__main__":
     order = serve(control)
     control.close()
     begin(order)
-    sys.exit(run_entrypoint(order) if order["code"] is None else run_code(order))
+    end(run_entrypoint(order) if order["code"] is None else run_code(order))
