@@ -93,6 +93,11 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
 
 
+def contents_under_way(folder):
+    """Without what a writer is about to put in place of a file: that is no file of the copy, and soon gone."""
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*") if path.name != MANIFEST}
+
+
 def test_what_was_kept_is_found_with_all_that_is_small_of_the_base(copies, told):
     assert copies.found() is None
     copies.keep()
@@ -304,7 +309,7 @@ def test_two_that_make_the_same_copy_at_once_leave_a_whole_one_and_show_no_half_
     def look():
         while not over.is_set():
             model = copies.found()
-            seen.append(None if model is None else contents(model.folder))
+            seen.append(None if model is None else contents_under_way(model.folder))
 
     writers = [threading.Thread(target=lambda: copies.keep(files=files, store=copies.store)) for _ in range(2)]
     reader = threading.Thread(target=look)
