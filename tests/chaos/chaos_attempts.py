@@ -13,7 +13,7 @@ from pathlib import Path
 
 from warm_image import PATIENCE_SECONDS, WarmImage
 
-_LOOK_SECONDS = 0.001
+_LOOK_SECONDS = 0.002
 
 
 class Attempt:
@@ -27,7 +27,7 @@ class Attempt:
             self._handle = os.pidfd_open(pid)
         except ProcessLookupError:  # ended already
             self._handle = None
-        self._read_to = 0
+        self._read_to = self._seen_bytes = 0
         self._events: list[dict] = []
 
     @property
@@ -53,7 +53,11 @@ class Attempt:
 
     def events(self) -> list[dict]:
         """Its JSON lines so far; the last line of a killed process may be a part of one."""
-        with (self.folder / "stdout").open("rb") as file:
+        path = self.folder / "stdout"
+        if path.stat().st_size == self._seen_bytes:  # as nearly always: it is asked hundreds of times a second
+            return self._events
+        with path.open("rb") as file:
+            self._seen_bytes = os.fstat(file.fileno()).st_size
             file.seek(self._read_to)
             *lines, _part = file.read().split(b"\n")
         self._read_to += sum(len(line) + 1 for line in lines)
