@@ -1,8 +1,19 @@
-"""Fixtures that several rooms share: S3 servers over http and https, and a proxy that injures requests."""
+"""Fixtures that several rooms share: a warm image, S3 servers over http and https, a proxy that injures requests."""
+
+import gc
+import sys
+from pathlib import Path
 
 import pytest
 from faults import faulty_proxy
 from servers import KINDS, S3Server, make_certificates, new_bucket, serve
+
+# The job as a process, for every room that begins one.
+sys.path.append(str(Path(__file__).parent / "run"))
+
+from botocore_tables import read_once
+from job_process import environment_without_job
+from warm_image import warm_image
 
 _LONG = ("slurm", "chaos", "run")
 """Rooms with files of a minute and more: they begin first, so that no worker waits for another one at the end."""
@@ -10,6 +21,20 @@ _LONG = ("slurm", "chaos", "run")
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.parent.name not in _LONG)
+
+
+def pytest_collection_finish():
+    read_once()
+    # What collection has imported stays; the collector would look through it again and again.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """A process that has loaded every library; attempts are forks of it, one image a pytest worker."""
+    with warm_image(environment_without_job({"OMP_WAIT_POLICY": "PASSIVE"})) as image:
+        yield image
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The rooms and floors of design: imports point down, each effect has one owner, what need not load does not load."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -124,10 +125,17 @@ SOURCES = sources()
 # --- the checkers ----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def tree(source):
+    """Parsed once, however many rules look at it."""
+    return ast.parse(source)
+
+
+@functools.cache
 def imports(name, source):
     """Every dotted name that a module imports, wherever in the module: `from a import b` gives a and a.b."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -145,11 +153,12 @@ def _called(node):
     return getattr(node.func, "attr", None) or getattr(node.func, "id", None)
 
 
+@functools.cache
 def named(name, source):
     """What a module imports, and each `module.attribute` that it writes."""
     attributes = {
         f"{node.value.id}.{node.attr}"
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree(source))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     }
     return imports(name, source) | attributes
@@ -214,7 +223,7 @@ def impurities(name, source):
     """What a module that only decides must not import or do."""
     roots = {found.split(".")[0] for found in imports(name, source)}
     foreign = {root for root in roots if root not in CORE_LIBRARIES and root not in sys.stdlib_module_names}
-    opened = any(isinstance(node, ast.Call) and _called(node) == "open" for node in ast.walk(ast.parse(source)))
+    opened = any(isinstance(node, ast.Call) and _called(node) == "open" for node in ast.walk(tree(source)))
     return sorted(foreign | (roots & IMPURE) | ({"open()"} if opened else set()))
 
 
@@ -328,7 +337,7 @@ def test_the_job_knows_no_scheduler(name):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_module_says_its_job_in_one_line(name):
-    said = ast.get_docstring(ast.parse(SOURCES[name]))
+    said = ast.get_docstring(tree(SOURCES[name]))
 
     assert said
     assert said.splitlines()[0].endswith((".", ":", "?"))
@@ -337,7 +346,7 @@ def test_every_module_says_its_job_in_one_line(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_imports_are_absolute_and_written_out(name):
     """So that the checkers above see all of them."""
-    relative = [n for n in ast.walk(ast.parse(SOURCES[name])) if isinstance(n, ast.ImportFrom) and n.level]
+    relative = [n for n in ast.walk(tree(SOURCES[name])) if isinstance(n, ast.ImportFrom) and n.level]
 
     assert relative == []
     assert "<computed>" not in imports(name, SOURCES[name])

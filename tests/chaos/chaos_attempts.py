@@ -5,17 +5,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-PATIENCE_SECONDS = 900
-"""Longest that anything here may take; nothing depends on how fast it is."""
-_LOOK_SECONDS = 0.001
-WARM_PROGRAM = Path(__file__).with_name("warm.py")
+from warm_image import PATIENCE_SECONDS, WarmImage
+
+_LOOK_SECONDS = 0.002
 
 
 class Attempt:
@@ -29,7 +27,7 @@ class Attempt:
             self._handle = os.pidfd_open(pid)
         except ProcessLookupError:  # ended already
             self._handle = None
-        self._read_to = 0
+        self._read_to = self._seen_bytes = 0
         self._events: list[dict] = []
 
     @property
@@ -55,7 +53,11 @@ class Attempt:
 
     def events(self) -> list[dict]:
         """Its JSON lines so far; the last line of a killed process may be a part of one."""
-        with (self.folder / "stdout").open("rb") as file:
+        path = self.folder / "stdout"
+        if path.stat().st_size == self._seen_bytes:  # as nearly always: it is asked hundreds of times a second
+            return self._events
+        with path.open("rb") as file:
+            self._seen_bytes = os.fstat(file.fileno()).st_size
             file.seek(self._read_to)
             *lines, _part = file.read().split(b"\n")
         self._read_to += sum(len(line) + 1 for line in lines)
@@ -104,66 +106,11 @@ class Attempt:
         return (self.folder / "stdout").read_text()[-6000:] + (self.folder / "stderr").read_text()[-3000:]
 
 
-class Warm:
-    """A process that has loaded the libraries; each attempt is a fork of it."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        # A background thread would not live through the fork; nothing here needs it.
-        settings = {**environment, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-        self._child = subprocess.Popen(
-            [sys.executable, str(WARM_PROGRAM)], env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._begun: dict[int, Future[int]] = {}
-        self._ended: dict[int, Future[int]] = {}
-        self._lock = threading.Lock()
-        assert json.loads(self._child.stdout.readline() or "{}").get("ready"), "the warm image did not come up"
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def begin(self, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> Attempt:
-        """Fork one; it has begun when this returns."""
-        begun: Future[int] = Future()
-        with self._lock:
-            number = len(self._begun)
-            self._begun[number] = begun
-            order = {
-                "order": number,
-                "arguments": list(arguments),
-                "environment": dict(environment),
-                "folder": str(folder),
-                "stdout": str(folder / "stdout"),
-                "stderr": str(folder / "stderr"),
-            }
-            for name in ("stdout", "stderr"):
-                (folder / name).touch()
-            self._child.stdin.write(json.dumps(order) + "\n")
-            self._child.stdin.flush()
-        pid = begun.result(PATIENCE_SECONDS)
-        return Attempt(pid, self._ended[number], folder)
-
-    def close(self) -> None:
-        """End it, and with it whatever it started."""
-        self._child.stdin.close()
-        self._child.wait(PATIENCE_SECONDS)
-
-    def _listen(self) -> None:
-        orders: dict[int, int] = {}
-        for line in self._child.stdout:
-            news = json.loads(line)
-            if "begun" in news:
-                number = orders[news["begun"]] = news["order"]
-                self._ended[number] = Future()
-                self._begun[number].set_result(news["begun"])
-            else:
-                self._ended[orders.pop(news["ended"])].set_result(os.waitstatus_to_exitcode(news["status"]))
-
-
-@contextlib.contextmanager
-def warm_image(environment: Mapping[str, str]) -> Iterator[Warm]:
-    image = Warm(environment)
-    try:
-        yield image
-    finally:
-        image.close()
+def begin_fork(image: WarmImage, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> Attempt:
+    """A fork of the warm image."""
+    with (folder / "stdout").open("ab") as out, (folder / "stderr").open("ab") as err:
+        child = image.begin(arguments, environment=environment, cwd=folder, stdout=out, stderr=err)
+    return Attempt(child.pid, child.ended, folder)
 
 
 def begin_command(command: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> Attempt:

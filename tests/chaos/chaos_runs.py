@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from chaos_attempts import Attempt, Warm, begin_command
+from chaos_attempts import Attempt, begin_command, begin_fork
 from job_process import ROOT, environment_without_job
+from warm_image import WarmImage
 
 STEPS = 12
 FILES = {"adapter_config.json", "adapter_model.safetensors", "evaluations.safetensors", "optimizer.safetensors"}
@@ -60,7 +61,7 @@ def chaos_recipe(recipe: Mapping) -> dict:
 class Run:
     """One output and the attempts at it, one after another or at once."""
 
-    def __init__(self, folder: Path, place: Place, recipe: Mapping, image: Warm) -> None:
+    def __init__(self, folder: Path, place: Place, recipe: Mapping, image: WarmImage) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         self.place = place
@@ -85,7 +86,7 @@ class Run:
         if cold:
             command = [sys.executable, str(ROOT / "entrypoint.py"), *arguments]
             return begin_command(command, environment=surroundings, folder=folder)
-        return self._image.begin(arguments, environment=surroundings, folder=folder)
+        return begin_fork(self._image, arguments, environment=surroundings, folder=folder)
 
     # --- what stands in the store -------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ class MortalServer:
         deadline = time.monotonic() + _START_SECONDS
         while self._has_orphaned_connections():
             assert time.monotonic() < deadline, "a connection of a process that was killed stays open"
-            time.sleep(0.002)
+            time.sleep(0.05)  # a look costs the kernel ten milliseconds
         with contextlib.suppress(OSError, http.client.HTTPException):  # it is answered after what came before it
             connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_START_SECONDS)
             with contextlib.closing(connection):

@@ -1,19 +1,13 @@
-"""What the chaos is made of: a warm image, a server that dies, data and base in a bucket, an undisturbed run."""
+"""What the chaos is made of: a server that dies, data and base in a bucket, an undisturbed run."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-# The job as a process, and what its runs are made of.
-sys.path.append(str(Path(__file__).parents[1] / "run"))
-
-from chaos_attempts import warm_image
 from chaos_results import Results, write_block
 from chaos_runs import ENGINE, Place, Run, chaos_recipe
 from chaos_server import mortal_server
-from job_process import Job, environment_without_job
+from job_process import Job
 from run_material import make_base
 
 
@@ -38,12 +32,6 @@ def results(request, seed):
     yield collected
     if (path := os.environ.get("CHAOS_RESULTS")) and not request.session.testsfailed:
         write_block(Path(path), "chaos" if ENGINE == "auto" else f"chaos-{ENGINE}", collected.text())
-
-
-@pytest.fixture(scope="session")
-def image():
-    with warm_image(environment_without_job({"OMP_WAIT_POLICY": "PASSIVE"})) as warm:
-        yield warm
 
 
 @pytest.fixture(scope="session")
@@ -90,17 +78,17 @@ def s3_recipe(material, s3_place):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, s3_place, s3_recipe, image):
+def undisturbed(tmp_path_factory, s3_place, s3_recipe, warm):
     """A run that nothing happens to, and its attempt."""
-    run = Run(tmp_path_factory.mktemp("undisturbed") / "run", s3_place.below("undisturbed"), s3_recipe, image)
+    run = Run(tmp_path_factory.mktemp("undisturbed") / "run", s3_place.below("undisturbed"), s3_recipe, warm)
     attempt = run.begin()
     assert attempt.wait() == 0, attempt.told()
     return run, attempt
 
 
 @pytest.fixture(scope="session")
-def undisturbed_in_a_folder(tmp_path_factory, folder_place, folder_recipe, image):
-    run = Run(tmp_path_factory.mktemp("in-a-folder") / "run", folder_place.below("undisturbed"), folder_recipe, image)
+def undisturbed_in_a_folder(tmp_path_factory, folder_place, folder_recipe, warm):
+    run = Run(tmp_path_factory.mktemp("in-a-folder") / "run", folder_place.below("undisturbed"), folder_recipe, warm)
     attempt = run.begin()
     assert attempt.wait() == 0, attempt.told()
     return run, attempt

@@ -131,18 +131,18 @@ IN_SHORT = {"a byte of optimizer.safetensors", "a manifest cut short", "a key wi
 
 
 @pytest.fixture(scope="session")
-def killed_in_a_folder(tmp_path_factory, folder_place, folder_recipe, image, undisturbed_in_a_folder):
+def killed_in_a_folder(tmp_path_factory, folder_place, folder_recipe, warm, undisturbed_in_a_folder):
     place = folder_place.below("killed")
-    return _killed(tmp_path_factory, place, folder_recipe, image), folder_recipe, undisturbed_in_a_folder[0]
+    return _killed(tmp_path_factory, place, folder_recipe, warm), folder_recipe, undisturbed_in_a_folder[0]
 
 
 @pytest.fixture(scope="session")
-def killed_on_s3(tmp_path_factory, s3_place, s3_recipe, image, undisturbed):
-    return _killed(tmp_path_factory, s3_place.below("killed"), s3_recipe, image), s3_recipe, undisturbed[0]
+def killed_on_s3(tmp_path_factory, s3_place, s3_recipe, warm, undisturbed):
+    return _killed(tmp_path_factory, s3_place.below("killed"), s3_recipe, warm), s3_recipe, undisturbed[0]
 
 
-def _killed(tmp_path_factory, place, recipe, image):
-    run = Run(tmp_path_factory.mktemp("killed") / "run", place, recipe, image)
+def _killed(tmp_path_factory, place, recipe, warm):
+    run = Run(tmp_path_factory.mktemp("killed") / "run", place, recipe, warm)
     attempt = run.begin("--crash-at", BEFORE_KILL)
     assert attempt.wait() == -9, attempt.told()
     assert len(run.committed()) >= 2
@@ -157,7 +157,7 @@ CASES = [
 
 
 @pytest.fixture
-def victim(request, tmp_path, image):
+def victim(request, tmp_path, warm):
     """A killed run, copied, to be damaged and gone on with."""
 
     def make(where):
@@ -172,7 +172,7 @@ def victim(request, tmp_path, image):
             environment=killed.place.environment,
         )
         Stored(killed.place, server).copy(place)
-        return Run(tmp_path / "run", place, recipe, image), Stored(place, server), undisturbed
+        return Run(tmp_path / "run", place, recipe, warm), Stored(place, server), undisturbed
 
     return make
 

@@ -122,7 +122,7 @@ def short_lived_credentials(faults: Faults) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def carried(tmp_path, s3_place, s3_recipe, server, image, undisturbed):
+def carried(tmp_path, s3_place, s3_recipe, server, warm, undisturbed):
     """Carry a run to its end through the faults, in one attempt."""
 
     def carry(name: str, faults: Faults, **environment: str) -> None:
@@ -131,7 +131,7 @@ def carried(tmp_path, s3_place, s3_recipe, server, image, undisturbed):
             place = s3_place.below(f"{tmp_path.name}-{name}")
             given = {k: v for k, v in place.environment.items() if not (environment and k.startswith("AWS_ACCESS"))}
             place = dataclasses.replace(place, environment={**given, **environment, "AWS_ENDPOINT_URL": proxy.endpoint})
-            run = Run(tmp_path / name, place, s3_recipe, image)
+            run = Run(tmp_path / name, place, s3_recipe, warm)
             attempt = run.begin()
             code = attempt.wait()
             run.look(attempt, set())

@@ -276,8 +276,8 @@ def kills_at_points(siege: Siege, specs, *, name: str) -> list[str]:
 
 
 @pytest.fixture
-def siege(tmp_path_factory, server, s3_place, s3_recipe, image, undisturbed, seed):
-    return Siege(tmp_path_factory.mktemp("siege"), server, s3_place, s3_recipe, image, undisturbed, seed=seed)
+def siege(tmp_path_factory, server, s3_place, s3_recipe, warm, undisturbed, seed):
+    return Siege(tmp_path_factory.mktemp("siege"), server, s3_place, s3_recipe, warm, undisturbed, seed=seed)
 
 
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(siege, server):
@@ -308,8 +308,8 @@ class TestAll:
     """One ledger for all of it."""
 
     @pytest.fixture(scope="class")
-    def siege(self, tmp_path_factory, s3_place, s3_recipe, image, undisturbed, seed, results, server):
-        siege = Siege(tmp_path_factory.mktemp("all"), server, s3_place, s3_recipe, image, undisturbed, seed=seed)
+    def siege(self, tmp_path_factory, s3_place, s3_recipe, warm, undisturbed, seed, results, server):
+        siege = Siege(tmp_path_factory.mktemp("all"), server, s3_place, s3_recipe, warm, undisturbed, seed=seed)
         say(f"seed {seed}")
         with dying_at_random(server, random.Random(f"{seed}/server"), between_seconds=(5.0, 20.0)):
             yield siege

@@ -7,10 +7,10 @@ import signal
 import time
 
 import pytest
-from chaos_attempts import PATIENCE_SECONDS
 from chaos_runs import STEPS, Run, step_of
 from chaos_strikes import Durations, reach
 from job_process import Job
+from warm_image import PATIENCE_SECONDS
 
 from job.core.errors import LockedError
 
@@ -29,29 +29,25 @@ def scene(request):
 
 
 @pytest.fixture
-def begun_run(tmp_path, scene, image):
+def begun_run(tmp_path, scene, warm):
     def make(name):
         place, recipe, _ = scene
-        return Run(tmp_path / name, place.below(f"{tmp_path.name}-{name}"), recipe, image)
+        return Run(tmp_path / name, place.below(f"{tmp_path.name}-{name}"), recipe, warm)
 
     return make
 
 
-def at_once(folder, base, place, count):
-    """Start the real command so many times; whoever works waits, for its output is read only when the others ended.
+def at_once(job, place, count):
+    """Start it so many times; whoever works waits, for its output is read only when the others ended.
 
     Returns:
         The pid of the one that worked and how it ended, and how the others did.
     """
-    job = Job(folder, base)
-    job.recipe["output"] = f"{place.uri}/{folder.name}"
+    job.recipe["output"] = f"{place.uri}/{job.folder.name}"
+    environment = {**place.environment, "JOB_LEASE_SECONDS": LEASE_SECONDS}
     with contextlib.ExitStack() as stack:
         started = [
-            stack.enter_context(
-                job.begun(
-                    "run", "--workdir", str(folder / f"work-{n}"), JOB_LEASE_SECONDS=LEASE_SECONDS, **place.environment
-                )
-            )
+            stack.enter_context(job.begun("run", "--workdir", str(job.folder / f"work-{n}"), **environment))
             for n in range(count)
         ]
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -64,9 +60,9 @@ def at_once(folder, base, place, count):
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.chaos)])
-def test_of_several_started_at_once_one_works_and_the_others_end_84(tmp_path, material, scene, count, results):
+def test_of_several_started_at_once_one_works_and_the_others_end_84(tmp_path, material, scene, warm, count, results):
     place, _, _ = scene
-    pid, worked, others = at_once(tmp_path, material.recipe["model"]["base"], place, count)
+    pid, worked, others = at_once(Job(tmp_path, material.recipe["model"]["base"], warm), place, count)
     assert worked.code == 0, worked.stdout + worked.stderr
     assert [ended.code for ended in others] == [LockedError.code] * (count - 1)
     for ended in others:

@@ -1,7 +1,7 @@
 """The trainer of k8s/job.yaml as a process: its arguments, its variables, its user, its volumes; a folder is the node.
 
-In a root of its own, where we may mount: the container's paths and user, read-only but for its volumes. Elsewhere each
-path of a volume is replaced by a folder's, and the user is the pod's where that one can read our files.
+In a root of its own: the container's paths and user, read-only but for its volumes. Elsewhere it is a fork of a warm
+image, each path of a volume is replaced by a folder's, and the user is the pod's where that one can read our files.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import yaml
 from job_process import Ended, Running
 from k8s_manifests import ROOT, standalone
 from k8s_parts import pod_specs, quantity, trainer
+from warm_image import PAGE_BYTES, Forked, WarmImage
 
 # What kubelet and runtime do, short of an image: its code is this checkout, its packages are our virtual environment.
 _OWN_ROOT = """
@@ -62,14 +63,14 @@ def _readable_by_others() -> bool:
 
 
 class Node:
-    """Where one pod after the other runs."""
+    """Where one pod after the other runs; `image` None: each in a root of its own."""
 
-    def __init__(self, folder: Path, recipe: Mapping[str, Any], *, own_root: bool) -> None:
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], image: WarmImage | None) -> None:
         (self._pod,) = pod_specs(standalone())
         self._trainer = trainer(self._pod)
         self._folder = folder
-        self._own_root = own_root
-        as_others = own_root or (os.geteuid() == 0 and _readable_by_others())
+        self._image = image
+        as_others = image is None or (os.geteuid() == 0 and _readable_by_others())
         self.user = self._pod["securityContext"]["runAsUser"] if as_others else os.geteuid()
         self.log = folder / "termination-log"
         self._put_recipe(yaml.safe_dump(dict(recipe)))
@@ -103,25 +104,23 @@ class Node:
             child.stdout.close()
             child.wait()
 
-    def _start(self, environment: dict[str, str], stderr: Any) -> subprocess.Popen[str]:
+    def _start(self, environment: dict[str, str], stderr: Any) -> subprocess.Popen[str] | Forked:
         # What only we can write holds the message, as /dev does on a real node.
         self._folder.chmod(0o555)
-        pipes = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": stderr,
-            "text": True,
-            "pipesize": 4096,
-        }
-        if self._own_root:
-            script = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _OWN_ROOT, "sh"]
-            here = [str(self._folder), str(ROOT), sys.prefix, sys.base_prefix, str(self.user)]
-            command = ["/opt/venv/bin/python", "/app/entrypoint.py", *self._trainer["args"]]
-            return subprocess.Popen([*script, *here, *command], env=environment, **pipes)
-        command = [sys.executable, str(ROOT / "entrypoint.py"), *map(self._here, self._trainer["args"])]
-        environment = {name: self._here(value) for name, value in environment.items()}
-        drop = {} if self.user == os.geteuid() else {"user": self.user, "group": self.user, "extra_groups": []}
-        return subprocess.Popen(command, env=environment, cwd="/", **drop, **pipes)
+        output = {"stdout": subprocess.PIPE, "stderr": stderr}
+        if self._image is not None:
+            return self._image.begin(
+                [self._here(word) for word in self._trainer["args"]],
+                environment={name: self._here(value) for name, value in environment.items()},
+                cwd=Path("/"),
+                user=None if self.user == os.geteuid() else self.user,
+                **output,
+            )
+        script = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _OWN_ROOT, "sh"]
+        here = [str(self._folder), str(ROOT), sys.prefix, sys.base_prefix, str(self.user)]
+        command = ["/opt/venv/bin/python", "/app/entrypoint.py", *self._trainer["args"]]
+        pipes = {"stdin": subprocess.DEVNULL, "text": True, "pipesize": PAGE_BYTES, **output}
+        return subprocess.Popen([*script, *here, *command], env=environment, **pipes)
 
     def _here(self, text: str) -> str:
         """A path of the container as one of ours."""

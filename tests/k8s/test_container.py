@@ -65,8 +65,8 @@ def stored(moto, recipe, name):
     return json.loads(moto.client().get_object(Bucket=bucket, Key=keys[0])["Body"].read()) if keys else None
 
 
-def test_a_pod_that_is_deleted_ends_75_and_the_next_one_ends_the_run(node_folder, recipe, moto_http):
-    node = Node(node_folder, recipe, own_root=may_mount())
+def test_a_pod_that_is_deleted_ends_75_and_the_next_one_ends_the_run(node_folder, recipe, moto_http, warm):
+    node = Node(node_folder, recipe, warm)
     given = {**moto_http.environment(), "JOB_DEVICE": "cpu", "HOME": "/nonexistent"}
     with node.pod(**given) as running:
         running.until(lambda event: event["event"] == "step" and event["step"] >= 5)
@@ -92,12 +92,17 @@ def test_a_pod_that_is_deleted_ends_75_and_the_next_one_ends_the_run(node_folder
 
 @pytest.mark.skipif(not may_mount(), reason="NO MOUNTS HERE: the container's read-only root is not tried")
 def test_the_container_s_own_paths_on_a_root_that_is_read_only(node_folder, recipe, moto_http):
-    """Nothing but /work, /dev/shm and the message can be written; another attempt then has nothing to do."""
+    """Nothing but /work, /dev/shm and the message can be written; another attempt then has nothing to do.
+
+    No home is needed; the image's own is /work.
+    """
     recipe["train"] = {**recipe["train"], "steps": 4}
-    node = Node(node_folder, recipe, own_root=True)
+    node = Node(node_folder, recipe, None)
     given = {**moto_http.environment(), "JOB_DEVICE": "cpu"}
-    for nothing_left in (False, True):
-        with node.pod(**given) as running:
+    for nothing_left, home in ((False, {"HOME": "/nonexistent"}), (True, {})):
+        with node.pod(**given, **home) as running:
+            running.until(lambda event: event["event"] == "phase")
+            assert Path(f"/proc/{running.child.pid}").stat().st_uid == node.user
             done = ended(running, node)
         assert done.code == message(node)["code"] == 0, done.stdout + done.stderr
         assert done.stderr == ""
@@ -106,9 +111,9 @@ def test_the_container_s_own_paths_on_a_root_that_is_read_only(node_folder, reci
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible here")
-def test_a_node_without_a_visible_gpu_ends_82(node_folder, recipe, moto_http):
+def test_a_node_without_a_visible_gpu_ends_82(node_folder, recipe, moto_http, warm):
     """JOB_DEVICE as the manifest says it."""
-    node = Node(node_folder, recipe, own_root=False)
+    node = Node(node_folder, recipe, warm)
     with node.pod(**moto_http.environment()) as running:
         done = ended(running, node)
 

@@ -12,12 +12,15 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
-def job(tmp_path, base):
-    return Job(tmp_path, base)
+def job(tmp_path, base, warm):
+    return Job(tmp_path, base, warm)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, base):
-    """An undisturbed run and how its process ended; look, do not touch."""
+    """An undisturbed run by the real command, and how its process ended; look, do not touch.
+
+    It is what the runs that are stopped and gone on with, forks of a warm image, are compared with to the bit.
+    """
     job = long_recipe(Job(tmp_path_factory.mktemp("finished"), base))
-    return job, job.start("run", **SECRETS)
+    return job, job.start("run", cold=True, **SECRETS)

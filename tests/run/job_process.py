@@ -1,4 +1,4 @@
-"""The job as an operator starts it: a recipe, a file:// store, `python entrypoint.py` in a process of its own."""
+"""The job as an operator starts it: a recipe, a file:// store, a process of its own, from a warm image or cold."""
 
 import contextlib
 import io
@@ -8,20 +8,19 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import yaml
+from warm_image import PAGE_BYTES, PATIENCE_SECONDS, Forked, WarmImage
 
 from job.cli import main
 from job.edge.host.interrupt import Interrupt
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 900
-"""Longest that anything here may take; the tests never depend on how fast it is."""
 LEASE_SECONDS = "2"
 """A killed attempt holds the run no longer; here nobody works beside another one unless a test says so."""
 COLOURS = ("red", "blue", "green", "black", "white", "brown")
@@ -65,10 +64,14 @@ class Ended:
 
 
 class Job:
-    """One recipe, one store and one work folder; every start is a new process."""
+    """One recipe, one store and one work folder; every start is a new process.
 
-    def __init__(self, folder: Path, base: Path) -> None:
+    With an image it is forked from there, unless a test wants it cold: `python entrypoint.py`, as an operator types it.
+    """
+
+    def __init__(self, folder: Path, base: Path, image: WarmImage | None = None) -> None:
         self.folder = folder
+        self._image = image
         self.data = folder / "data"
         self.store = folder / "store"
         self.workdir = folder / "work"
@@ -99,15 +102,17 @@ class Job:
         places = ["--workdir", str(self.workdir), "--device", "cpu", "--outcome-file", str(self.outcome_file)]
         return [sys.executable, str(ROOT / "entrypoint.py"), name, str(self.write()), *places, *options]
 
-    def start(self, name: str, *options: str, **environment: str) -> Ended:
+    def start(self, name: str, *options: str, cold: bool = False, **environment: str) -> Ended:
         """Run it to its end."""
-        with self.begun(name, *options, **environment) as running:
+        with self.begun(name, *options, cold=cold, **environment) as running:
             return running.end()
 
     @contextmanager
-    def begun(self, name: str, *options: str, **environment: str) -> "Iterator[Running]":
+    def begun(self, name: str, *options: str, cold: bool = False, **environment: str) -> "Iterator[Running]":
         """Start it and go on; whatever happens, it does not outlive the block."""
-        with process(self.command(name, *options), cwd=self.folder, environment=environment) as running:
+        image = None if cold else self._image
+        command = self.command(name, *options)
+        with process(command, cwd=self.folder, environment=environment, image=image) as running:
             running.outcome_file = self.outcome_file
             yield running
 
@@ -136,7 +141,7 @@ class Job:
 class Running:
     """A process under way. Its output comes through a pipe of a dozen lines: while nobody reads it cannot run far."""
 
-    def __init__(self, child: subprocess.Popen, err: Path) -> None:
+    def __init__(self, child: subprocess.Popen | Forked, err: Path) -> None:
         self.child = child
         self.outcome_file: Path | None = None
         self._lines: list[str] = []
@@ -196,19 +201,41 @@ class StopIn(Interrupt):
 
 
 @contextmanager
-def process(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]) -> Iterator[Running]:
+def process(
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str],
+    image: WarmImage | None = None,
+    forget: Collection[str] = (),
+) -> Iterator[Running]:
+    """A command under way: `python entrypoint.py ...`; with an image a fork that does the same.
+
+    Args:
+        command: word by word.
+        cwd: where it is begun, and where its errors are kept.
+        environment: besides our own.
+        image: None: the real command.
+        forget: packages that a fork imports anew.
+    """
     err = cwd / f"process-{len(list(cwd.glob('process-*.err')))}.err"
+    environment = environment_without_job(environment)
     with err.open("wb") as stderr:
-        child = subprocess.Popen(
-            command,
-            env=environment_without_job(environment),
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            pipesize=4096,
-        )
+        if image is None:
+            child = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                pipesize=PAGE_BYTES,
+            )
+        else:
+            child = image.begin(
+                command[2:], environment=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, forget=forget
+            )
     try:
         yield Running(child, err)
     finally:

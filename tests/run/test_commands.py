@@ -194,7 +194,7 @@ def test_try_ends_at_ctrl_c_on_a_terminal(finished, tmp_path, monkeypatch):
     assert ended.code in (0, 75)  # at the prompt, or on the way to it
 
 
-def test_what_was_fetched_runs_without_the_original_data_and_without_a_hub(job, monkeypatch):
+def test_what_was_fetched_runs_without_the_original_data_and_without_a_hub(job, warm):
     write_lines(job.data / "train-2.jsonl", records(3, seed=4))
     folder = job.folder / "fetched"
     ended = job.call("fetch", "--to", str(folder))
@@ -205,7 +205,7 @@ def test_what_was_fetched_runs_without_the_original_data_and_without_a_hub(job, 
         path.unlink()
     command = job.command("run", "--set", "train.steps=1")
     command[command.index(str(job.recipe_path))] = str(folder / "recipe.yaml")
-    with process(command, cwd=job.folder, environment={"HF_HUB_OFFLINE": "1"}) as running:
+    with process(command, cwd=job.folder, environment={"HF_HUB_OFFLINE": "1"}, image=warm) as running:
         ran = running.end()
     assert ran.code == 0, ran.stdout
     assert job.report()["data"]["train"]["rows"] == 27

@@ -37,7 +37,7 @@ def done(job):
 
 def unknown_key(job):
     job.recipe["train"]["learningrate"] = 1
-    return job.start("run")
+    return job.start("run", cold=True)
 
 
 def no_json(job):
@@ -49,10 +49,6 @@ def no_json(job):
 def no_data(job):
     (job.data / "train.jsonl").unlink()
     return job.start("run")
-
-
-def no_server(job):
-    return job.away.end()
 
 
 def a_bug(job):
@@ -103,6 +99,20 @@ def silent_server(job):
         return job.start("run", "--output", "s3://bucket/prefix", "--stall-seconds", "3", **s3(endpoint))
 
 
+# --- two that wait ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_server(job):
+    """Its store is away: it is patient for half a minute."""
+    with socket.socket() as closed:  # bound and not listening: nobody else gets the port, and nobody answers
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        with job.begun("run", "--output", "s3://bucket/prefix", **s3(endpoint)) as running:
+            yield running
+
+
+@contextlib.contextmanager
 def held_by_another(job):
     store = open_store(f"file://{job.store}", StoreSettings())
     owner = {"host": "another-node", "pid": 1}
@@ -118,11 +128,23 @@ def held_by_another(job):
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        return job.start("run", "--run-id", "mine")
+        with job.begun("run", "--run-id", "mine") as running:
+            yield running
     finally:
         over.set()
         thread.join()
         lock.release()
+
+
+WAITING = {84: held_by_another, 69: no_server}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def waiting(tmp_path_factory, base, warm):
+    """Code -> job and process: begun before the first test of this file, looked at by the last ones."""
+    with contextlib.ExitStack() as stack:
+        jobs = {code: Job(tmp_path_factory.mktemp("waiting"), base, warm) for code in WAITING}
+        yield {code: (job, stack.enter_context(WAITING[code](job))) for code, job in jobs.items()}
 
 
 PRODUCED = {
@@ -130,7 +152,6 @@ PRODUCED = {
     64: unknown_key,
     65: no_json,
     66: no_data,
-    69: no_server,
     70: a_bug,
     74: no_folder,
     75: asked_to_stop,
@@ -140,9 +161,8 @@ PRODUCED = {
     81: no_memory,
     82: no_gpu,
     83: silent_server,
-    84: held_by_another,
 }
-"""Code -> what ends with it."""
+"""Code -> what ends with it at once."""
 SAID = {69: "failed 8 times", 81: "lower data.max_length", 83: "nothing moved", 84: "process 1 on another-node"}
 
 
@@ -175,41 +195,6 @@ def answering(answer):
             thread.join()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def away(tmp_path_factory, base):
-    """A job whose store is away. It is patient for half a minute: begun first, looked at when its turn comes."""
-    job = Job(tmp_path_factory.mktemp("away"), base)
-    with socket.socket() as closed:  # bound and not listening: nobody else gets the port, and nobody answers
-        closed.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        with job.begun("run", "--output", "s3://bucket/prefix", **s3(endpoint)) as running:
-            yield running
-
-
-def test_every_code_of_the_table_is_produced_here():
-    assert PRODUCED.keys() == {row.code for row in ENDINGS}
-
-
-@pytest.mark.parametrize("code", PRODUCED)
-def test_the_process_ends_with_the_code_and_says_the_same_everywhere(job, away, code):
-    """In its exit status, in the last line of its log, in its outcome file; with what to do."""
-    job.away = away
-    ended = PRODUCED[code](job)
-    assert ended.code == code, ended.stdout + ended.stderr
-    row = ending(code)
-    assert ended.outcome["state"] == "ended"
-    assert (ended.outcome["code"], ended.outcome["again"]) == (code, row.again.value)
-    if not code:
-        assert job.report()["attempts"][-1]["exit_code"] == 0
-        return
-    assert ended.outcome["action"] == row.action
-    last = ended.events[-1]
-    assert (last["event"], last["exit_code"], last["again"]) == ("ended", code, row.again.value)
-    assert SAID.get(code, "") in last["reason"]
-    assert last["reason"] == ended.outcome["reason"]
-    assert not list(job.store.glob("runs/*/report.json"))
-
-
 # --- what earlier attempts mean ---------------------------------------------------------------------------------------
 
 
@@ -223,9 +208,12 @@ def ends(job):
 
 
 def test_the_third_stop_in_a_row_without_a_new_step_ends_83(job):
-    """Whatever stops it so early will do it again; the schedulers do not count a 75."""
+    """Whatever stops it so early will do it again; the schedulers do not count a 75.
+
+    The third is the real command, stopped among its imports: that is where its handlers must stand already.
+    """
     assert [stopped(job, "download"), stopped(job, "encode")] == [75, 75]
-    with job.begun("run") as running:
+    with job.begun("run", cold=True) as running:
         running.until(lambda event: event["event"] == "phase" and event["name"] == "load_libraries")
         running.child.send_signal(signal.SIGTERM)
         third = running.end()
@@ -249,7 +237,7 @@ def test_too_little_time_each_time_is_a_stop_in_vain(job):
 
 def test_a_deadline_ends_training_with_75_and_all_of_it_committed(job):
     job.recipe["train"]["steps"] = 100_000
-    ended = job.call("run", "--deadline", str(time.time() + 15), "--grace-seconds", "1")
+    ended = job.call("run", "--deadline", str(time.time() + 8), "--grace-seconds", "1")
     assert ended.code == 75, ended.stdout
     if told := ended.named("step"):  # a machine that is slow enough is stopped before
         assert ended.outcome["last_committed_step"] == told[-1]["step"]
@@ -297,3 +285,33 @@ def test_the_same_failure_at_another_step_is_tried_again(job):
     assert [failed(job, "step.middle:2").code, failed(job, "step.middle:5").code] == [70, 70]
     third = job.call("run")
     assert third.code == 0, third.stdout
+
+
+# --- the table; last, as some wait meanwhile --------------------------------------------------------------------------
+
+
+def test_every_code_of_the_table_is_produced_here():
+    assert PRODUCED.keys() | WAITING.keys() == {row.code for row in ENDINGS}
+
+
+@pytest.mark.parametrize("code", [*PRODUCED, *WAITING])
+def test_the_process_ends_with_the_code_and_says_the_same_everywhere(job, waiting, code):
+    """In its exit status, in the last line of its log, in its outcome file; with what to do."""
+    if code in WAITING:
+        job, running = waiting[code]
+        ended = running.end()
+    else:
+        ended = PRODUCED[code](job)
+    assert ended.code == code, ended.stdout + ended.stderr
+    row = ending(code)
+    assert ended.outcome["state"] == "ended"
+    assert (ended.outcome["code"], ended.outcome["again"]) == (code, row.again.value)
+    if not code:
+        assert job.report()["attempts"][-1]["exit_code"] == 0
+        return
+    assert ended.outcome["action"] == row.action
+    last = ended.events[-1]
+    assert (last["event"], last["exit_code"], last["again"]) == ("ended", code, row.again.value)
+    assert SAID.get(code, "") in last["reason"]
+    assert last["reason"] == ended.outcome["reason"]
+    assert not list(job.store.glob("runs/*/report.json"))

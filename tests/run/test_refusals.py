@@ -393,11 +393,12 @@ def test_a_secret_in_the_reason_of_an_attempt_is_hidden_in_the_store(job, monkey
     assert not any(secret in text for text in kept)
 
 
-def test_an_answer_to_a_bug_is_70_with_its_traceback_in_one_event(job, tmp_path):
+def test_an_answer_to_a_bug_is_70_with_its_traceback_in_one_event(job, tmp_path, warm):
     """A library that fails in a way nobody foresaw, an end of file at that: click takes those for its own."""
     (tmp_path / "datasets.py").write_text("raise EOFError('odd')\n")
     command = [sys.executable, str(ROOT / "entrypoint.py"), "run", str(job.write()), "--workdir", str(job.workdir)]
-    with process(command, cwd=job.folder, environment={"PYTHONPATH": str(tmp_path)}) as running:
+    planted = {"environment": {"PYTHONPATH": str(tmp_path)}, "forget": ("datasets", "job")}
+    with process(command, cwd=job.folder, image=warm, **planted) as running:
         ended = running.end()
     assert ended.code == 70, ended.stdout
     (event,) = ended.named("ended")

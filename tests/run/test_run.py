@@ -1,4 +1,4 @@
-"""A run from its start to its committed report, in processes of its own."""
+"""A run from its start to its committed report, in a process of its own."""
 
 import hashlib
 import json
@@ -180,7 +180,7 @@ def test_a_reader_who_goes_away_does_not_end_the_run(job):
     assert job.report()["evaluations"][-1]["step"] == 6
 
 
-def test_every_option_comes_from_the_environment_too(job, moto_place, tmp_path):
+def test_every_option_comes_from_the_environment_too(job, moto_place, tmp_path, warm):
     """And on an S3 server."""
     job.recipe["output"] = "s3://nowhere/at-all"
     settings = {
@@ -194,7 +194,7 @@ def test_every_option_comes_from_the_environment_too(job, moto_place, tmp_path):
         **moto_place.server.environment(),
     }
     command = [sys.executable, str(ROOT / "entrypoint.py"), "run", str(job.write())]
-    with process(command, cwd=tmp_path, environment=settings) as running:
+    with process(command, cwd=tmp_path, environment=settings, image=warm) as running:
         running.outcome_file = tmp_path / "outcome-elsewhere.json"
         ended = running.end()
     assert ended.code == 0, ended.stdout + ended.stderr

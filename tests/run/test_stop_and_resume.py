@@ -160,9 +160,9 @@ def test_a_damaged_checkpoint_is_not_chosen_and_the_report_says_so(job):
     assert [note for note in report["notes"] if note.startswith(f"{passed_over[0]} would have been chosen")]
 
 
-def test_a_resume_on_another_device_goes_on_within_rounding_and_every_later_report_says_so(job, tmp_path, base):
+def test_a_resume_on_another_device_goes_on_within_rounding_and_every_later_report_says_so(job, tmp_path, base, warm):
     """Another number of threads is another device. The third attempt changes nothing, and knows what the second did."""
-    undisturbed = Job(tmp_path / "undisturbed", base)
+    undisturbed = Job(tmp_path / "undisturbed", base, warm)
     for each in (job, undisturbed):
         each.recipe["lora"]["dropout"], each.recipe["train"]["steps"] = 0.0, 12
     assert undisturbed.start("run").code == 0

@@ -1,13 +1,6 @@
 """A real Slurm for these tests: two of them run wherever Slurm and root are, the rest with -m slurm."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-# The job as a process, and what its runs are made of.
-sys.path.append(str(Path(__file__).parents[1] / "run"))
-
 from cluster import slurm, staged_recipe, why_not
 from job_process import Job
 from run_material import make_base

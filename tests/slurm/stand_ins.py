@@ -62,6 +62,9 @@ if [[ -e $DESK/outcome.json ]]; then cp "$DESK/outcome.json" "$JOB_OUTCOME_FILE"
 source "$DESK/behaviour"
 """
 
+LOOKS_OFTEN = '() { [[ $* != "-r -t 1 -u "* ]] || set -- -r -t 0.05 "${@:4}"; builtin read "$@"; }'
+"""bash's `read` for the scripts: where they look once a second whether the job goes on, they look twenty times."""
+
 RUNNING = "JobState=RUNNING Reason=None Restarts={restarts} TimeLimit=08:00:00 StartTime=2025-01-31T10:00:00 EndTime=2025-01-31T18:00:00 PreemptTime=None ExcNodeList={excluded}"  # noqa: E501
 """What a real `scontrol show job --oneliner` shows of a job that ended by itself, as far as the script reads it."""
 CANCELLED = "JobState=COMPLETING Reason=None Restarts={restarts} TimeLimit=08:00:00 StartTime=2025-01-31T10:00:00 EndTime=2025-01-31T11:00:00 PreemptTime=None ExcNodeList={excluded}"  # noqa: E501
@@ -131,7 +134,8 @@ class Desk:
         slurm |= {"SLURMD_NODENAME": "n1"} | ({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {})
         ours = {"QLORA_VENV": str(self.folder / "venv"), "QLORA_SCRATCH": str(self.folder / "scratch")}
         ours |= {"DESK": str(self.folder), "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
-        return kept | slurm | ours | {"QLORA_HOME": str(ROOT)} | dict(extra)
+        ours |= {"QLORA_HOME": str(ROOT), "BASH_FUNC_read%%": LOOKS_OFTEN}
+        return kept | slurm | ours | dict(extra)
 
     def start(self, *words: str, job: str = RUNNING, restarts: int = 0, excluded: str = "(null)", **extra: str) -> Done:
         """Run train.sbatch as Slurm does; `job` is what Slurm shows of it when it has ended."""

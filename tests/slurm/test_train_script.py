@@ -270,8 +270,8 @@ def test_a_comment_is_as_long_as_slurm_takes(desk):
 
 def test_where_comments_are_not_allowed_it_is_asked_once(desk):
     desk.refuse("update")
-    desk.behave('for n in 1 2 3; do echo $n > "$JOB_OUTCOME_FILE"; sleep 1.5; done; exit 0', outcome="0")
-    done = desk.start(QLORA_TELL_SECONDS="1")
+    desk.behave('for n in 1 2 3; do echo $n > "$JOB_OUTCOME_FILE"; sleep 0.5; done; exit 0', outcome="0")
+    done = desk.start(QLORA_TELL_SECONDS="0")
 
     assert done.code == 0
     assert len(done.comments) == 1

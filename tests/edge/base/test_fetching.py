@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_image import WarmImage
 
 from job.core.errors import DataError, NotFoundError, StopRequestedError, UsageError
 from job.edge.base.fetching import BaseModel, fetch, identify
@@ -135,7 +136,7 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-# The library reads its environment when it is imported, so each fetch has a process of its own.
+# The library reads its environment when it is imported, so each fetch has a process of its own that imports it anew.
 FETCH = """
 import json, os, resource, sys
 from pathlib import Path
@@ -167,43 +168,56 @@ except JobError as error:
 
 
 class Fetcher:
-    """Fetches REPO at COMMIT in a fresh process, as a job on a fresh node would."""
+    """Fetches REPO at COMMIT in a fresh process, as a job on a fresh node would: a fork of the warm image, or cold."""
 
-    def __init__(self, hub: Hub, folder: Path) -> None:
-        self.hub, self.folder = hub, folder
+    def __init__(self, hub: Hub, folder: Path, image: WarmImage) -> None:
+        self.hub, self.folder, self.image = hub, folder, image
         self.models = folder / "models"
 
     def __call__(
-        self, *more: str, budget: float = 30, stop_after: int = 0, env: dict[str, str] | None = None
+        self,
+        *more: str,
+        budget: float = 30,
+        stop_after: int = 0,
+        env: dict[str, str] | None = None,
+        cold: bool = False,
     ) -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, "-c", FETCH, self.models, str(budget), str(stop_after), REPO, COMMIT, *more],
-            env={
-                "PATH": os.environ["PATH"],
-                "HOME": str(self.folder),
-                "PYTHONPATH": str(ROOT),
-                "HF_ENDPOINT": self.hub.url,
-                "HF_HOME": str(self.folder / "hf"),
-                "HF_TOKEN": TOKEN,
-                **(env or {}),
-            },
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder),
+            "PYTHONPATH": str(ROOT),
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HOME": str(self.folder / "hf"),
+            "HF_TOKEN": TOKEN,
+            **(env or {}),
+        }
+        code, said, errors = self._run(
+            [str(self.models), str(budget), str(stop_after), REPO, COMMIT, *more], environment, cold=cold
         )
-        assert TOKEN not in done.stdout + done.stderr
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1]) | {"output": done.stdout + done.stderr}
+        assert TOKEN not in said + errors
+        assert code == 0, errors
+        return json.loads(said.splitlines()[-1]) | {"output": said + errors}
+
+    def _run(self, arguments: list[str], environment: dict[str, str], *, cold: bool) -> tuple[int, str, str]:
+        paths = self.folder / "fetch.out", self.folder / "fetch.err"
+        with paths[0].open("wb") as out, paths[1].open("wb") as err:
+            files = {"cwd": self.folder, "stdout": out, "stderr": err}
+            if cold:
+                child = subprocess.Popen([sys.executable, "-c", FETCH, *arguments], env=environment, **files)
+            else:
+                own = {"code": FETCH, "forget": ("huggingface_hub",)}
+                child = self.image.begin(arguments, environment=environment, **own, **files)
+            code = child.wait(120)
+        return code, *(path.read_text() for path in paths)
 
 
 @pytest.fixture
-def fetcher(hub: Hub, tmp_path: Path) -> Fetcher:
-    return Fetcher(hub, tmp_path)
+def fetcher(hub: Hub, tmp_path: Path, warm: WarmImage) -> Fetcher:
+    return Fetcher(hub, tmp_path, warm)
 
 
 def test_a_hub_model_arrives_with_all_it_needs_and_nothing_that_could_run(hub, fetcher):
-    result = fetcher()
+    result = fetcher(cold=True)
 
     assert result["code"] == 0
     assert {path.name for path in Path(result["folder"]).iterdir()} == set(MODEL)
