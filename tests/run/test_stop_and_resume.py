@@ -139,7 +139,7 @@ def test_a_stop_outside_of_training_is_resumed_too(job, phase):
 
 def test_a_damaged_checkpoint_is_not_chosen_and_the_report_says_so(job):
     """All but the newest are damaged once training is over; without that the first would have been chosen."""
-    job.recipe["train"]["learning_rate"] = 1e-6  # so no evaluation is better than another, and the first one counts
+    job.recipe["train"]["learning_rate"] = 1e-12  # so all evaluations are equal, and the first one counts
     try:
         assert job.call("run", "--crash-at", "adapter.before_file=error").code == 70
     finally:

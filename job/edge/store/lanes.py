@@ -45,7 +45,8 @@ class Lanes:
         self.cancelled.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if error is not None:
-            wait(self._window, timeout=self._settle_seconds)
+            # Without those that never began: to `wait` a cancelled one is done only once a thread has taken it up.
+            wait([each for each in self._window if not each.cancelled()], timeout=self._settle_seconds)
 
     def moved(self) -> None:
         """Bytes arrived: the silence begins anew."""
