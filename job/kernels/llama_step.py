@@ -1,7 +1,7 @@
 """One micro-batch through a decoder of the Llama family, forward and backward, without autograd.
 
 What the backward needs is kept once, where the next product reads it; the residual stream is one tensor that layers
-add to. README.md has the stages.
+add to. docs/engine.md has the stages.
 """
 
 from dataclasses import dataclass, replace

@@ -33,6 +33,9 @@ def _reasons_of_config(config: Any) -> Iterator[str]:
         yield f"its activation is {config.hidden_act}, not silu"
     if config.attention_dropout:
         yield f"it has attention dropout ({config.attention_dropout})"
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(config, name, False):
+            yield f"it has a bias in its projections ({name})"
     width = _head_width(config)
     if width % 8 or width > WIDEST_HEAD:
         yield f"its heads are {width} wide"

@@ -20,7 +20,6 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "paged_lion_8bit": bnb.optim.PagedLion8bit,
     "sgd": torch.optim.SGD,
 }
-
 """By the recipe's names; what each keeps for a parameter stands in `core/memory.py`."""
 _SCHEDULE_ENDS = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "polynomial": {"lr_end": 0.0}}
 """Where a schedule ends, for those that ask: a tenth of the peak, and zero."""

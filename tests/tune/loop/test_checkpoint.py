@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tiny import ARCHITECTURES, CPU, LAYERS, attempt, cut_of, micro_batch, own_l
 from transformers import AutoModelForCausalLM
 
 from job.core.errors import DataError, StopRequestedError
-from job.core.recipe import LoraSection
+from job.core.recipe import LoraSection, Optimizer
 from job.tune.loop import checkpoint as checkpoints
 from job.tune.model.adapter import trainable
 from job.tune.model.base import load_base
@@ -132,6 +133,10 @@ def flat(state):
         else:
             found[name] = value
     return found
+
+
+def test_each_of_the_recipe_s_optimizers_is_tried():
+    assert set(OPTIMIZERS) == set(get_args(Optimizer))
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
