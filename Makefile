@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 
-.PHONY: demo test chaos test-stores test-slurm image sbom test-image lint types docs lock templates clean
+.PHONY: demo test chaos test-stores test-slurm test-slurm-short image sbom test-image lint types docs lock templates clean
 
 # The CPU lock pins every package. Where pip finds a CPU build of torch (an extra index in PIP_EXTRA_INDEX_URL, or a
 # wheel in PIP_FIND_LINKS) it is taken; otherwise the CUDA build comes, which runs on the CPU as well.
@@ -37,9 +37,12 @@ test-stores: $(VENV)/installed
 	$(BIN)/python -m pytest -m stores tests/stores
 
 # On a real Slurm of two nodes, which tests/slurm/ installs and starts here (root, Debian or Ubuntu) and takes down again.
-test-slurm: $(VENV)/installed
+# The short one takes four minutes: a job to its end, its time limit, a more important job, a cancellation, wrong data.
+test-slurm: SLURM_TESTS := slurm or not slurm
+test-slurm-short: SLURM_TESTS := slurm_short
+test-slurm test-slurm-short: $(VENV)/installed
 	tests/slurm/install.sh
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "slurm or not slurm" tests/slurm
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "$(SLURM_TESTS)" tests/slurm
 
 # The image and its bill of materials; docs/image.md has the variables (make IMAGE=... hands them on).
 image:

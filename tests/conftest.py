@@ -15,12 +15,35 @@ from botocore_tables import read_once
 from job_process import environment_without_job
 from warm_image import warm_image
 
-_LONG = ("slurm", "chaos", "run")
-"""Rooms with files of a minute and more: they begin first, so that no worker waits for another one at the end."""
+_TOGETHER = ("tests/run/", "tests/chaos/")
+"""Rooms whose files share a run that takes as long as a file of theirs: one pytest worker has all of a room."""
+_LONG = (
+    *_TOGETHER,
+    *("tests/edge/run/test_lock", "tests/edge/store/test_stores", "tests/edge/base/test_fetching"),
+    *("tests/k8s/test_container", "tests/bench/", "tests/tune/", "tests/slurm/"),
+)
+"""What takes half a minute and more, the longest first, so that no worker waits for another one at the end."""
+
+
+def _place(item):
+    return next((place for place, start in enumerate(_LONG) if item.nodeid.startswith(start)), len(_LONG))
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.parent.name not in _LONG)
+    items.sort(key=_place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileOrRoom(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return next((room for room in _TOGETHER if nodeid.startswith(room)), super()._split_scope(nodeid))
+
+    return ByFileOrRoom(config, log)
 
 
 def pytest_collection_finish():

@@ -28,6 +28,7 @@ def finished_as_if_undisturbed(job, undisturbed, codes):
     return True
 
 
+@pytest.mark.slurm_short
 def test_from_submission_to_the_report_of_the_demo(real_slurm, tmp_path):
     """As the README says it, from a folder of the user's own; the script is found by the path it was submitted with."""
     base = tmp_path / "base"
@@ -140,6 +141,7 @@ def test_two_nightly_ticks_at_once_make_one_run(real_slurm, job):
     assert len([j for j in jobs if j.named("step")]) == 1
 
 
+@pytest.mark.slurm_short
 def test_a_cancelled_job_saves_and_stays_cancelled(real_slurm, job):
     run = real_slurm.submit(job.folder, TRAIN, "recipe.yaml", **frozen_once(job.folder))
     run.until_frozen()
@@ -171,6 +173,7 @@ def test_a_node_that_goes_down_takes_the_job_to_another(real_slurm, job, undistu
     assert result(report) == result(undisturbed)
 
 
+@pytest.mark.slurm_short
 def test_wrong_data_ends_65_and_is_not_started_again(real_slurm, job):
     with (job.data / "train.jsonl").open("a") as file:
         file.write("oops\n")

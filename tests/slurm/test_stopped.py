@@ -3,7 +3,10 @@
 import os
 import signal
 
+import pytest
 from cluster import FROZEN_STEP, TRAIN, frozen_once, result
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slurm_short]
 
 
 def test_at_the_time_limit_the_job_saves_is_queued_again_and_ends_as_if_nothing_had_been(real_slurm, job, undisturbed):
