@@ -19,12 +19,12 @@ def test_after_a_failure_only_jobs_under_way_are_waited_for(monkeypatch):
         gate.set()
         return real(futures, timeout)
 
-    real = module.wait
-    with pytest.raises(KeyError), Lanes("reading", never, settle_seconds=600) as lanes:
-        jobs = [lanes._submit(gate.wait) for _ in range(PARALLEL + 3)]
-        while not all(job.running() for job in jobs[:PARALLEL]):
-            pass
-        monkeypatch.setattr(module, "wait", wait)
+    real, lanes = module.wait, Lanes("reading", never, settle_seconds=600)
+    jobs = [lanes._submit(gate.wait) for _ in range(PARALLEL + 3)]
+    while not all(job.running() for job in jobs[:PARALLEL]):
+        pass
+    monkeypatch.setattr(module, "wait", wait)
+    with pytest.raises(KeyError), lanes:
         raise KeyError
 
     assert waited == jobs[:PARALLEL]
