@@ -3,8 +3,10 @@
 import sys
 
 from job.edge.host.interrupt import Interrupt
+from job.edge.host.output import open_standard_streams
 
 if __name__ == "__main__":
+    open_standard_streams()
     # Before the heavy imports: as PID 1 a process without handlers ignores SIGTERM.
     interrupt = Interrupt()
     interrupt.install()

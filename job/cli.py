@@ -275,7 +275,7 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
 def main(interrupt: Interrupt) -> int:
     """Run the command line; every way to end has a code of the table."""
     session = Session(interrupt=interrupt)
-    with contextlib.redirect_stdout(cast("TextIO", LastingOutput(sys.stdout))):
+    with _lasting_output():
         try:
             cli.main(obj=session, standalone_mode=False)
         except click.ClickException as error:
@@ -288,9 +288,22 @@ def main(interrupt: Interrupt) -> int:
         except click.exceptions.Abort as error:
             # click's word for an EOFError, which here comes from a library: it is a failure like others.
             return session.end(error.__cause__ or error, shown=False)
-        except Exception as error:  # noqa: BLE001 - the one place where every failure gets its code
+        except BaseException as error:  # noqa: BLE001 - the one place where every failure gets its code
+            # A panic in a library's Rust is no Exception, and nor is a library's own exit.
             return session.end(error, shown=False)
         return session.end(session.failure, shown=True)
+
+
+@contextlib.contextmanager
+def _lasting_output() -> Iterator[None]:
+    """Whoever reads what we write may go, and its disk may be full."""
+    out, err = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
+    with contextlib.redirect_stdout(cast("TextIO", out)), contextlib.redirect_stderr(cast("TextIO", err)):
+        try:
+            yield
+        finally:
+            out.end()
+            err.end()
 
 
 def _gpus(options: Mapping[str, Any]) -> "list[Gpu]":

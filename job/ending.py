@@ -1,5 +1,6 @@
 """How a process ends: every failure gets its code of the table, in the log and in the outcome file."""
 
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from job.edge.host.interrupt import Interrupt
 if TYPE_CHECKING:
     from job.edge.host.outcome import Outcome
     from job.stages.attempt import Attempt, Standing
+
+_FILE_FIRST_SECONDS = 5.0
+"""How long the log waits for the outcome file: a healthy disk takes milliseconds."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,7 +36,9 @@ class Session:
     """What a command that showed all it found ends with."""
 
     def end(self, error: BaseException | None, *, shown: bool) -> int:
-        """Log how it ended, and write it into the outcome file; returns the exit code.
+        """Write how it ended into the outcome file, and log it; returns the exit code.
+
+        Neither waits for the other for long: the file's disk may hang, and nobody may read the log.
 
         Args:
             error: None: it did not fail.
@@ -43,8 +49,15 @@ class Session:
             error = LocalDiskError(f"{error}; give the work folder more room, or name another one with --workdir")
         standing = self.attempt.standing if self.attempt else None
         again = "no" if standing and standing.final else ending(code).again.value
+        writer = threading.Thread(target=self._write_outcome, args=(error, code, again, standing), daemon=True)
+        writer.start()
+        writer.join(_FILE_FIRST_SECONDS)
         if error is not None and not shown:
             self._log(error, code, again, standing)
+        writer.join()
+        return code
+
+    def _write_outcome(self, error: BaseException | None, code: int, again: str, standing: "Standing | None") -> None:
         if self.outcome:
             self.outcome.end(
                 code=code,
@@ -54,7 +67,6 @@ class Session:
                 run_uri=standing.run_uri if standing else None,
                 action=ending(code).action,
             )
-        return code
 
     def _log(self, error: BaseException, code: int, again: str, standing: "Standing | None") -> None:
         stopped = code == StopRequestedError.code

@@ -1,6 +1,8 @@
 """Watches over an attempt: nothing moves, a request to stop is not heard, the deadline is near."""
 
+import contextvars
 import math
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -19,6 +21,8 @@ OnEnd = Callable[[BaseException], None]
 """Gets how the attempt ended."""
 _DEAF_PHASES = frozenset({"load_libraries", "load_model", "self_test"})
 """One call into a library each, with nothing to save: a request is answered for them."""
+_LOG_SECONDS = 5.0
+"""How long the outcome file waits for the log: a reader that reads takes milliseconds."""
 
 
 class Guard:
@@ -69,7 +73,13 @@ class Guard:
         return False
 
     def _stalled(self, phase: str, seconds: float, stacks: str) -> int:
-        log.error("stalled", name=phase, seconds=round(seconds, 1), stacks=stacks)
+        facts = {"name": phase, "seconds": round(seconds, 1), "stacks": stacks}
+        # It may be the log that hangs, unread, and the outcome file is to say so all the same.
+        logger = threading.Thread(
+            target=contextvars.copy_context().run, args=(log.error, "stalled"), kwargs=facts, daemon=True
+        )
+        logger.start()
+        logger.join(_LOG_SECONDS)
         return self._end(
             StalledError(
                 f"nothing moved for {seconds:.0f} s in phase {phase}; the stacks of all threads are in the log. Look "

@@ -5,11 +5,20 @@ import os
 import signal
 from types import FrameType
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGXCPU,
+)
+"""Each ends a process that has no handler for it: a terminal that goes, a limit of CPU time, a scheduler's notice."""
 
 
 class Interrupt:
-    """A flag that SIGTERM, SIGINT and SIGUSR2 set; every long loop polls it.
+    """A flag that a signal to stop sets; every long loop polls it.
 
     The handler does nothing but set the flag: it runs between two bytecodes of whatever is under way, a save included,
     and so a second signal cannot break a save either.
@@ -24,6 +33,8 @@ class Interrupt:
     def install(self) -> None:
         """Set the handlers; call it first of all, on the main thread."""
         for number in _STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup has started us, to go on without a terminal
             signal.signal(number, self._remember)
         # A handler runs only once the main thread is back from C code, which may take minutes. The byte that Python
         # writes here at the signal itself is seen at once by any other thread that asks.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from job.edge.host.interrupt import _STOP_SIGNALS
+
 ROOT = Path(__file__).parents[3]
 WORK = """
 import sys, time
@@ -36,7 +38,7 @@ def worker():
     child.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", _STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_asks_to_stop_and_a_second_one_breaks_nothing(worker, number):
     assert worker.stdout.readline() == "ready False None False\n"
     worker.send_signal(number)
@@ -49,3 +51,19 @@ def test_a_signal_asks_to_stop_and_a_second_one_breaks_nothing(worker, number):
     worker.send_signal(number)  # the exit code is decided
     worker.communicate("\n", timeout=60)
     assert worker.returncode == 75
+
+
+def test_what_nohup_started_outlives_its_terminal():
+    child = subprocess.Popen(
+        ["/bin/sh", "-c", "trap '' HUP; exec \"$@\"", "sh", sys.executable, "-c", WORK],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout.readline() == "ready False None False\n"
+    child.send_signal(signal.SIGHUP)
+    child.send_signal(signal.SIGTERM)
+    assert child.stdout.readline() == "saving\n"
+    assert child.communicate("\n\n", timeout=60)[0] == "saved SIGTERM\nending\n"
+    assert child.returncode == 75
