@@ -14,6 +14,7 @@ import structlog
 
 from job import __version__
 from job.core.errors import UsageError
+from job.core.visible import visible
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import LastingOutput
 from job.ending import Session
@@ -92,7 +93,7 @@ def run(session: Session, /, recipe: Path, **options: Any) -> None:
         report=f"{report.run_uri}/report.json",
     )
     if not session.as_json:
-        click.echo("\n" + "\n".join(report_lines(report)) + f"\n\nreport: {report.run_uri}/report.json")
+        _say("\n" + "\n".join(report_lines(report)) + f"\n\nreport: {report.run_uri}/report.json")
 
 
 @cli.command()
@@ -110,9 +111,9 @@ def check(session: Session, /, recipe: Path, **options: Any) -> None:
 
     def show(row: Row) -> None:
         first, *rest = session.hide(row.found).splitlines()
-        click.echo(f"{'ok ' if row.error is None else 'NO '} {row.name:<11} {first}")
+        _say(f"{'ok ' if row.error is None else 'NO '} {row.name:<11} {first}")
         for line in rest:
-            click.echo(f"{'':<16}{line}")
+            _say(f"{'':<16}{line}")
 
     show(Row(name="recipe", found=f"{recipe}: run would write to {attempt.worker.recipe.output}"))
     session.failure = look(attempt.worker, run_id=attempt.run_id, phases=attempt.phases, on_row=show)
@@ -171,7 +172,7 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
         text = plan_json(*facts, usd_per_hour=usd_per_hour).model_dump_json(indent=2)
     else:
         text = "\n".join(plan_lines(*facts, templates=ask_templates(), usd_per_hour=usd_per_hour))
-    click.echo(session.hide(text))
+    _say(session.hide(text))
 
 
 @cli.command(name="try")
@@ -208,7 +209,7 @@ def try_run(
     only_warnings()
 
     def show(prompt: str, base: str, tuned: str) -> None:
-        click.echo(f"prompt  {prompt}\nbase    {base}\ntuned   {tuned}\n")
+        _say(f"prompt  {prompt}\nbase    {base}\ntuned   {tuned}\n")
 
     try_out(
         run_uri,
@@ -243,12 +244,12 @@ def report(session: Session, /, runs: tuple[str, ...], **options: Any) -> None:
         uris = [uri for name in runs for uri in run_uris(name)]
         if tuple(uris) != runs or len(uris) > 1:
             rows = [look_at(uri) for uri in uris]
-            click.echo("\n".join(runs_table(rows)))
+            _say("\n".join(runs_table(rows)))
             session.failure = unfinished(rows)
             return
         artifacts, found = open_run(uris[0])
-    click.echo("\n".join(report_lines(found)))
-    click.echo(leave_pictures(artifacts, found))
+    _say("\n".join(report_lines(found)))
+    _say(leave_pictures(artifacts, found))
 
 
 @cli.command()
@@ -269,7 +270,7 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
     from job.commands.fetch import fetch as bring
 
     path = bring(attempt.worker, attempt.phases, folder)
-    click.echo(f"fetched; on the node without internet: python entrypoint.py run {path}")
+    _say(f"fetched; on the node without internet: python entrypoint.py run {path}")
 
 
 def main(interrupt: Interrupt) -> int:
@@ -292,6 +293,11 @@ def main(interrupt: Interrupt) -> int:
             # A panic in a library's Rust is no Exception, and nor is a library's own exit.
             return session.end(error, shown=False)
         return session.end(session.failure, shown=True)
+
+
+def _say(text: str) -> None:
+    """To standard output; records, answers and names in it are by strangers."""
+    click.echo(visible(text))
 
 
 @contextlib.contextmanager

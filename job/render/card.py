@@ -1,9 +1,11 @@
 """The adapter's README: where it comes from, what it was trained on, how it is loaded; with front matter for hubs."""
 
+import json
 from dataclasses import dataclass
 
 from job.core.recipe import LoraSection, is_hub_id
 from job.core.report import DataReport
+from job.core.visible import code_span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,21 +30,23 @@ class Card:
 def adapter_card(card: Card) -> str:
     """README.md, in Markdown."""
     data, on_hub = card.data, is_hub_id(card.base)
-    hashes = "\n".join(f"- `{o.uri}` sha256 `{o.sha256}`" for o in (*data.train.objects, *data.validation.objects))
-    licence = card.licence or "not known; look at the base model"
+    hashes = "\n".join(
+        f"- {code_span(o.uri)} sha256 `{o.sha256}`" for o in (*data.train.objects, *data.validation.objects)
+    )
+    licence = code_span(card.licence) if card.licence else "not known; look at the base model"
     loaded = card.base if on_hub else "path/to/base"
-    revision = f', revision="{card.revision}"' if on_hub else ""
+    revision = f", revision={json.dumps(card.revision)}" if on_hub else ""
     return f"""---
-base_model: {card.base}
+base_model: {json.dumps(card.base)}
 library_name: peft
 tags: [lora, qlora]
 ---
-# LoRA adapter for {card.base}
+# LoRA adapter for {code_span(card.base)}
 
 Run `{card.run_id}`, step {card.step} of {card.steps}: validation loss
 {card.base_loss:.4f} (base) -> {card.tuned_loss:.4f}.
 
-- Base: `{card.base}`, revision `{card.revision}`
+- Base: {code_span(card.base)}, revision {code_span(card.revision)}
 - Licence of the base: {licence}. It holds for what is made from the base too.
 - Base read in 4 bits (NF4, double quantisation); LoRA r {card.lora.r}, alpha {card.lora.alpha:g}
 

@@ -18,6 +18,9 @@ _DOCUMENTS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _TOKENIZER = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt")
 _SMALL = ("*.json", "*.jinja", *_TOKENIZER, *_DOCUMENTS)
 _CHAT_TEMPLATES = "additional_chat_templates"
+_CARD_CHARACTERS = 1 << 16
+"""Of a model's card: front matter is shorter, and what follows it is not read."""
+_MOST_LICENCES, _LONGEST_LICENCE = 8, 200
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -181,20 +184,31 @@ def present_files(folder: Path) -> dict[str, int]:
 
 def licence(folder: Path) -> str | None:
     """What the model's card says, or the name of its licence file; None when there is neither."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    if text.startswith("---"):
-        try:
-            front = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---"))
-        except yaml.YAMLError:
-            front = None  # a card is prose by strangers; the licence file below may still name it
-        named = front.get("license") if isinstance(front, dict) else None
-        if named == "other":
-            named = front.get("license_name") or named
-        if named:
-            return ", ".join(map(str, named)) if isinstance(named, list) else str(named)
+    front = _front_matter(folder / "README.md")
+    named = front.get("license")
+    if named == "other":
+        named = front.get("license_name") or named
+    words = [each for each in (named if isinstance(named, list) else [named]) if isinstance(each, str) and each]
+    if words:
+        return ", ".join(words[:_MOST_LICENCES])[:_LONGEST_LICENCE]
     files = [name for name in sorted(present_files(folder)) if _matches(name, ("LICENSE*", "LICENCE*"))]
     return f"see {files[0]}" if files else None
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """A card is prose by strangers: what cannot be read of it is empty."""
+    if not card.is_file():
+        return {}
+    with card.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(_CARD_CHARACTERS)
+    matter = text.split("\n---", 1)[0].removeprefix("---") if text.startswith("---") else ""
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(matter)):
+            return {}  # repeated by name: a few lines would become gigabytes
+        front = yaml.safe_load(matter)
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that does not exist is a ValueError
+        return {}
+    return front if isinstance(front, dict) else {}
 
 
 def _read_json(path: Path, *, source: str) -> dict[str, Any]:

@@ -527,6 +527,13 @@ def test_hashing_a_local_folder_can_be_stopped(tmp_path):
         identify(str(tmp_path), None, settings=StoreSettings(), should_stop=lambda: True)
 
 
+BOMB = b"---\n" + b"".join(
+    b"a%d: &a%d {<<: [%s], k%d: 1}\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9) if n else b"{x: 1}", n)
+    for n in range(12)
+) + b"license: mit\n---\n"  # fmt: skip
+"""Merged, nine times as many keys on each line."""
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
@@ -535,6 +542,13 @@ def test_hashing_a_local_folder_can_be_stopped(tmp_path):
         ({"README.md": b"---\nlicense: [mit, apache-2.0]\n---\n"}, "mit, apache-2.0"),
         ({"README.md": b"---\n: [broken\n---\n", "LICENSE.txt": b""}, "see LICENSE.txt"),
         ({"README.md": b"no front matter"}, None),
+        ({"README.md": b"---\ndate: 2023-02-30\nlicense: mit\n---\n", "LICENSE": b""}, "see LICENSE"),
+        ({"README.md": b"---\nlicense: {a: {b: c}}\n---\n"}, None),
+        ({"README.md": b"---\nlicense: [1, mit, [2]]\n---\n"}, "mit"),
+        ({"README.md": b"---\nlicense: " + b"x" * 5000 + b"\n---\n"}, "x" * 200),
+        ({"README.md": b"---\nlicense: mit\nmore: " + b"[" * 60000 + b"\n---\n", "LICENSE": b""}, "see LICENSE"),
+        ({"README.md": BOMB, "LICENSE": b""}, "see LICENSE"),
+        ({"README.md": b"---\nlicense: mit\n---\n" + b"\0" * 10_000_000}, "mit"),
     ],
 )
 def test_the_licence_comes_from_the_card_or_from_the_files_name(tmp_path, files, said):
