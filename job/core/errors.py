@@ -5,7 +5,7 @@ JobError
 ├── DataError           65  the dataset's content is wrong
 ├── NotFoundError       66  dataset, base model or revision does not exist
 ├── UnavailableError    69  store or hub down after our own retries
-├── LocalDiskError      74  local disk full or read-only
+├── LocalDiskError      74  local disk full or read-only, or the store has no room
 ├── StopRequestedError  75  someone asked us to stop
 ├── DeniedError         77  no permission; a gated model
 ├── RunConflictError    78  the run id belongs to another recipe or other data
@@ -79,7 +79,7 @@ class UnavailableError(JobError):
 
 
 class LocalDiskError(JobError):
-    """The local disk is full or read-only."""
+    """The local disk is full or read-only, or the store has no room."""
 
     code = 74
 
@@ -171,7 +171,7 @@ ENDINGS: tuple[Ending, ...] = (
     ),
     Ending(
         code=74,
-        meaning="local disk full or read-only",
+        meaning="local disk full or read-only, or the store has no room",
         again=Again.COUNTED,
         action="give the work folder more room, or name another one with --workdir",
     ),

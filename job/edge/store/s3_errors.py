@@ -21,7 +21,7 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from job.core.errors import DeniedError, JobError, NotFoundError, UsageError
+from job.core.errors import DeniedError, JobError, LocalDiskError, NotFoundError, UsageError
 from job.edge.store.objects import PreconditionError
 
 S3_FAILURES = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
@@ -48,7 +48,11 @@ _PASSING = (
     CredentialRetrievalError,
     MetadataRetrievalError,
 )
-_BUSY_STATUSES = {408, 425, 429, 500, 502, 503, 504, 507, 509}
+_BUSY_STATUSES = {408, 425, 429, 500, 502, 503, 504, 509}
+_NO_ROOM_STATUS = 507
+_NO_ROOM_CODES = {"InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull"}
+"""Of Ceph, Swift and MinIO; AWS has no such thing."""
+_LONGEST_MESSAGE = 300
 _BUSY_CODES = {
     "BandwidthLimitExceeded",
     "IDPCommunicationError",
@@ -91,7 +95,9 @@ def is_passing(error: Exception) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, ClientError):
         status, code = status_and_code(error)
-        return code in _BUSY_CODES or (status in _BUSY_STATUSES and code != "NotImplemented")
+        return code in _BUSY_CODES or (
+            code not in _NO_ROOM_CODES and status in _BUSY_STATUSES and code != "NotImplemented"
+        )
     return isinstance(error, _PASSING) and not _is_certificate(error)
 
 
@@ -132,6 +138,8 @@ def _refusal(error: ClientError, uri: str, endpoint: str) -> JobError | Precondi
     refusal = f"{uri}: {endpoint} answered {summary(error)}"
     if status in {412, 416}:
         return PreconditionError(refusal)
+    if status == _NO_ROOM_STATUS or code in _NO_ROOM_CODES:
+        return LocalDiskError(f"{refusal}: the store has no room; raise the quota or delete what is not needed")
     if status in {401, 403} or code in _DENIED_HINTS or code.startswith("KMS."):
         return DeniedError(f"{refusal}; {_DENIED_HINTS.get(code, _DENIED_HINT)}")
     if status == 404:  # noqa: PLR2004 - HTTP's own number
@@ -162,10 +170,10 @@ def summary(error: Exception) -> str:
     """One line about a failure, for the operator."""
     if isinstance(error, ClientError):
         status, code = status_and_code(error)
-        message = error.response.get("Error", {}).get("Message")
+        message = " ".join(str(error.response.get("Error", {}).get("Message") or "").split())[:_LONGEST_MESSAGE]
         parts = [str(status), code if code != str(status) else "", f"({message})" if message else ""]
         return " ".join([*filter(None, parts), "to", error.operation_name])
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:_LONGEST_MESSAGE]
 
 
 def _is_certificate(error: Exception) -> bool:

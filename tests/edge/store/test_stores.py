@@ -4,16 +4,18 @@ import contextlib
 import uuid
 
 import pytest
+from botocore.exceptions import ClientError
 from faults import NO_FAULT, Fault
 from servers import KINDS, Place, S3Server, free_port, new_bucket, serve
 from store_contract import QUICK, SETTINGS, StoreContract, never
 from store_places import MIB, first, opened, put_behind
 
-from job.core.errors import DeniedError, NotFoundError, UnavailableError, UsageError
+from job.core.errors import DeniedError, LocalDiskError, NotFoundError, UnavailableError, UsageError
 from job.edge.store.objects import PreconditionError, StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.patience import Patience
 from job.edge.store.probing import probe
+from job.edge.store.s3_errors import summary
 
 
 class TestEveryStore(StoreContract):
@@ -87,6 +89,26 @@ def test_the_reason_of_a_refusal_is_told_even_where_head_has_no_body(faulty_plac
     for call in (lambda: store.stat("k"), lambda: store.write("k", b"", create_only=True), lambda: probe(store)):
         with pytest.raises(DeniedError, match=f"{code}.*{advice}"):
             call()
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "QuotaExceeded"), (507, "InsufficientStorage"), (507, "")])
+def test_a_store_without_room_is_not_denied_and_not_asked_again(faulty_place, proxy, tmp_path, status, code):
+    proxy.rule = lambda request: Fault(status=status, code=code) if request.method == "PUT" else NO_FAULT
+    (tmp_path / "out").write_bytes(b"x")
+    store = opened(faulty_place)
+    for call in (lambda: store.write("k", b""), lambda: store.upload(tmp_path / "out", "k", should_stop=never)):
+        before = proxy.times("PUT")
+        with pytest.raises(LocalDiskError, match="the store has no room; raise the quota"):
+            call()
+        assert proxy.times("PUT") == before + 1
+
+
+def test_what_a_store_says_is_one_line_and_not_a_page():
+    error = ClientError({"Error": {"Code": "X", "Message": "a\n\nb " + "c" * 9999}, "ResponseMetadata": {}}, "Get")
+
+    assert "a b ccc" in summary(error)
+    assert "\n" not in summary(error)
+    assert len(summary(error)) < 400
 
 
 def test_credentials_that_expire_are_taken_anew_from_where_they_came(faulty_place, proxy, tmp_path, monkeypatch):
