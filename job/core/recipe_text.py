@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from job.core.errors import UsageError
 from job.core.given import Given
-from job.core.mistakes import reason, shown
+from job.core.mistakes import keys_of, reason, shown
 from job.core.recipe import Recipe
 
 
@@ -99,7 +99,7 @@ def _override(raw: dict[str, Any], override: Given) -> None:
 
 
 def _mistake(detail: ErrorDetails, *, node: yaml.Node | None, source: str, overrides: Sequence[Given]) -> str:
-    keys = [part for part in detail["loc"] if not (isinstance(part, str) and part.startswith("<"))]
+    keys = keys_of(detail)
     path = ".".join(str(key) for key in keys)
     sources = [override.source for override in overrides if _sets(override.key, path, detail["type"])]
     where = f"{sources[-1]} {path}" if sources else f"{source}:{_line(node, keys)}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from job.core.close_names import closest
 from job.core.errors import DataError
 from job.core.recipe import DataSection
 
@@ -211,7 +212,7 @@ def _not_json(error: ValueError) -> str:
 
 def _field_reason(record: dict[str, object], name: str) -> str | None:
     if name not in record:
-        return "is missing" + (f" (the record has {_listed(record)})" if record else " (the record is empty)")
+        return "is missing" + (f" (the record has {_listed(record, name)})" if record else " (the record is empty)")
     value = record[name]
     if not isinstance(value, str):
         return f"is {_json_kind(value)}, not a string"
@@ -232,10 +233,17 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _listed(record: dict[str, object], most: int = 6) -> str:
-    # As JSON, so that a line stays a line; half a surrogate pair could not be written into the report.
-    names = [json.dumps(name[:40], ensure_ascii=not _is_text(name)) for name in list(record)[:most]]
-    return ", ".join(names) + (", ..." if len(record) > most else "")
+def _listed(record: dict[str, object], wanted: str, most: int = 6) -> str:
+    """The record's names, and the one that looks like the name that was looked for."""
+    names = {_as_json(name): name[:40] for name in list(record)[:most]}
+    meant = closest(wanted, names.values())
+    hint = "" if meant is None else f"; did you mean {_as_json(meant)}?"
+    return ", ".join(names) + (", ..." if len(record) > most else "") + hint
+
+
+def _as_json(name: str) -> str:
+    # So that a line stays a line; half a surrogate pair could not be written into the report.
+    return json.dumps(name[:40], ensure_ascii=not _is_text(name))
 
 
 def _json_kind(value: object) -> str:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from job.core.errors import UsageError
 from job.core.given import Given, set_lines
+from job.core.mistakes import OTHER_WORDS, known_keys
 from job.core.recipe import DataSection, Fraction, Recipe, identity_of, is_hub_id, template_fields
 from job.core.recipe_text import _Loader, load_recipe
 
@@ -305,6 +306,36 @@ def test_a_wrong_override_is_named_by_where_it_came_from():
     assert "JOB_SET lora.rank: lora.rank: unknown key" in told
     assert "--set lora.r: lora.r: input should be greater than 0" in told
     assert "JOB_SET lora.r: write section.key=value" in refusal(SMALL, Given(text="lora.r", source="JOB_SET"))
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("train.learningrate=1", "train.learning_rate"),
+        ("train.batchsize=1", "train.batch_size"),
+        ("trian.steps=1", "train"),
+        ("data.validation.fractoin=0.1", "data.validation.fraction"),
+        ("lora.learning_rate=1", "train.learning_rate"),
+        ("max_lenght=512", "data.max_length"),
+        ("data.every_step=5", "checkpoint.every_steps or evaluate.every_steps"),
+        ("train.lr=1", "train.learning_rate"),
+        ("lora.rank=8", "lora.r"),
+        ("train.optimizer=adamw8bit", "adamw_8bit"),
+        ("train.schedule=linaer", "linear"),
+    ],
+)
+def test_the_key_or_choice_that_was_meant_is_told(override, meant):
+    assert f"; did you mean {meant}?" in refusal(SMALL, override)
+
+
+def test_nothing_is_suggested_for_what_looks_like_no_key():
+    assert "did you mean" not in refusal(SMALL, "train.zzz=1", "train.optimizer=zzz")
+
+
+def test_what_other_trainers_call_a_key_is_none_here_and_names_one_of_ours():
+    known = {*known_keys()}
+    assert {*OTHER_WORDS.values()} <= known
+    assert {*OTHER_WORDS} & {key.rpartition(".")[2] for key in known} == set()
 
 
 def test_what_overruled_an_override_is_told():

@@ -59,7 +59,7 @@ def reason(raw, data=TEXT):
         (b"true", "not a JSON object but a boolean"),
         (b"null", "not a JSON object but null"),
         (b"{}", '"text" is missing (the record is empty)'),
-        (b'{"Text": "x", "b": 1}', '"text" is missing (the record has "Text", "b")'),
+        (b'{"Text": "x", "b": 1}', '"text" is missing (the record has "Text", "b"; did you mean "Text"?)'),
         (b'{"text": ""}', '"text" is empty'),
         (b'{"text": " \\t\\n"}', '"text" is empty'),
         ('{"text": "\u00a0\u2003"}'.encode(), '"text" is empty'),
@@ -157,7 +157,7 @@ def test_a_wrong_line_ends_the_job_with_file_line_reason_and_what_to_do():
 
     assert str(caught.value) == (
         "1 wrong line of 3\n"
-        '  train.jsonl:2: "text" is missing (the record has "txet")\n'
+        '  train.jsonl:2: "text" is missing (the record has "txet"; did you mean "txet"?)\n'
         "correct them, or set data.on_bad_record: skip"
     )
 

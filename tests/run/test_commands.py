@@ -138,7 +138,10 @@ def test_plan_finds_the_templates_beside_entrypoint_and_nowhere_else(tmp_path, m
     assert plan.ask_templates() == []
 
 
-@pytest.mark.parametrize(("gpu", "code", "told"), [("v100", 81, "has no bf16"), ("h900", 64, "not known; one of")])
+@pytest.mark.parametrize(
+    ("gpu", "code", "told"),
+    [("v100", 81, "has no bf16"), ("h900", 64, "another one; did you mean h200?"), ("zzz", 64, "not known; one of")],
+)
 def test_plan_refuses_a_gpu_that_cannot(job, gpu, code, told):
     ended = job.call("plan", "--gpu", gpu)
     assert ended.code == code
