@@ -149,7 +149,7 @@ ENDINGS: tuple[Ending, ...] = (
         code=65,
         meaning='data is wrong: `train.jsonl:17: "output" is missing`',
         again=Again.NEVER,
-        action="do what the message says; wrong lines can also be left out with data.on_bad_record: skip",
+        action="do what the message says",
     ),
     Ending(
         code=66,

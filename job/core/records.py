@@ -71,6 +71,11 @@ class BadRecord:
         """`file:line: reason`."""
         return f"{self.where}: {self.reason}"
 
+    @property
+    def kind(self) -> str:
+        """The reason without what differs from line to line."""
+        return self.reason.partition(" (")[0]
+
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
@@ -82,10 +87,13 @@ class Tally:
     bad: int = 0
     first_bad: list[BadRecord] = field(default_factory=list)
     """The first wrong lines, at most REPORTED_AT_ONCE."""
+    kinds: set[str] = field(default_factory=set)
+    """Of all wrong lines; there are few."""
 
     def add_bad(self, record: BadRecord) -> None:
         """Count a wrong line and keep it when it is among the first."""
         self.bad += 1
+        self.kinds.add(record.kind)
         if len(self.first_bad) < REPORTED_AT_ONCE:
             self.first_bad.append(record)
 
@@ -94,10 +102,14 @@ class Tally:
         self.lines += other.lines
         self.good += other.good
         self.bad += other.bad
+        self.kinds |= other.kinds
         self.first_bad = (self.first_bad + other.first_bad)[:REPORTED_AT_ONCE]
 
     def message(self) -> str:
-        """The wrong lines as one message: a line each, then the total."""
+        """The wrong lines as one message: a line each, then the total; one for all, if all are wrong in one way."""
+        if self.lines == self.bad > 1 and len(self.kinds) == 1:
+            first = self.first_bad[0]
+            return f"{self.bad} wrong lines of {self.lines}\n  in all {self.lines} lines: {first.reason}"
         lines = [str(record) for record in self.first_bad]
         if self.bad > len(lines):
             lines.append(f"... and {self.bad - len(lines)} more")
@@ -142,13 +154,26 @@ def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
     for side in sides:
         tally.merge(side)
         share = max(share, side.bad / side.lines if side.lines else 0.0)
+    is_noise = share <= data.bad_record_limit
     if tally.bad and data.on_bad_record == "fail":
-        raise DataError(f"{tally.message()}\ncorrect them, or set data.on_bad_record: skip")
-    if share > data.bad_record_limit:
+        raise DataError(f"{tally.message()}\n{_advice(tally, data, can_skip=is_noise)}")
+    if not is_noise:
         raise DataError(
             f"{tally.message()}\n{share:.2%} of the lines are wrong, more than data.bad_record_limit "
-            f"({data.bad_record_limit:.2%}) accepts as noise"
+            f"({data.bad_record_limit:.2%}) accepts as noise; {_advice(tally, data, can_skip=False)}"
         )
+
+
+def _advice(tally: Tally, data: DataSection, *, can_skip: bool) -> str:
+    """What helps, and nothing else: too many wrong lines are not left out."""
+    ways = ["correct them"]
+    missing = [name for name in data.fields if f'"{name}" is missing' in tally.kinds]
+    if missing:
+        templates = [f"data.{name}" for name in ("text", "prompt", "completion") if getattr(data, name) is not None]
+        ways.append(f"name in {' and '.join(templates)} the fields that the records have")
+    if can_skip:
+        ways.append("set data.on_bad_record: skip")
+    return ", or ".join(ways)
 
 
 def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRecord:
