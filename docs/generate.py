@@ -93,8 +93,9 @@ Everything else has a default. [`recipes/`](../recipes) has commented ones to st
 each with its line, before anything is fetched (exit code 64). `python entrypoint.py check RECIPE` looks at the data,
 the base model and the permissions as well, and needs no GPU.
 
-**One key for one run.** `--set lora.r=16` overrides a key; the value is YAML. `--set` may come several times, or as
-lines of the variable `JOB_SET`. `--output URI` does the same for `output`.
+**One key for one run.** `--set lora.r=16` overrides a key; the value is YAML. `--set` may come several times, and
+`JOB_SET` holds one override a line. Both add up, and where they name the same key the command line wins. `--output URI`
+does the same for `output`. The log, `check`, `run.json` and the attempt's record name each override and its source.
 
 **Places.** A URI is `s3://bucket/key`, `file:///folder/file` or a local path, relative to the folder that the job is
 started in. It holds no credentials: those come from where the AWS tools look for them (environment, profile, role).
@@ -202,7 +203,8 @@ _COMMANDS_HEAD = """\
 # The commands
 
 Each option can also come from the environment, by the name in the second column; an option on the command line wins
-over it.
+over it. One that may come several times adds up instead: first the lines of its variable, then what the command line
+gives.
 
 What the exit codes mean, and whether starting the same job again helps, stands in the [README](../README.md).
 """
@@ -264,7 +266,7 @@ def _option(option: "click.Option") -> str:
     value = "" if option.is_flag else f" {wanted}"
     default = f"`{option.default}`" if option.show_default else "**required**" if option.required else "none"
     variable = f"`{option.envvar}`" if option.envvar else "-"
-    often = " May come several times." if option.multiple else ""
+    often = f" May come several times; the lines of {option.envvar} come first." if option.multiple else ""
     return f"| `{option.opts[0]}{value}` | {variable} | {default} | {option.help}{often} |"
 
 

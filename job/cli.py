@@ -14,12 +14,13 @@ import structlog
 
 from job import __version__
 from job.core.errors import UsageError
+from job.core.given import Given, set_lines, told
 from job.core.visible import visible
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import LastingOutput
 from job.ending import Session
 from job.options import (
-    Lines,
+    AddedUp,
     device_option,
     engine_option,
     make_attempt,
@@ -32,6 +33,7 @@ from job.options import (
 if TYPE_CHECKING:
     from job.core.gpus import Gpu
 
+log = structlog.get_logger(__name__)
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$", re.IGNORECASE)
 
 
@@ -81,11 +83,13 @@ def run(session: Session, /, recipe: Path, **options: Any) -> None:
         from job.edge.host.crashing import arm
 
         arm(options["crash_at"])
+    for override in told(attempt.overrides):
+        log.info("override", **override)
     from job.commands.run import run as carry_out
     from job.render.report_text import report_lines
 
     report = carry_out(attempt)
-    structlog.get_logger(__name__).info(
+    log.info(
         "finished",
         base_loss=round(report.sweet_spot.base_loss, 4),
         tuned_loss=round(report.sweet_spot.loss, 4),
@@ -115,7 +119,8 @@ def check(session: Session, /, recipe: Path, **options: Any) -> None:
         for line in rest:
             _say(f"{'':<16}{line}")
 
-    show(Row(name="recipe", found=f"{recipe}: run would write to {attempt.worker.recipe.output}"))
+    found = f"{recipe}: run would write to {attempt.worker.recipe.output}"
+    show(Row(name="recipe", found="\n".join([found, *set_lines(attempt.overrides)])))
     session.failure = look(attempt.worker, run_id=attempt.run_id, phases=attempt.phases, on_row=show)
 
 
@@ -126,11 +131,10 @@ def check(session: Session, /, recipe: Path, **options: Any) -> None:
 @click.option(
     "--gpu",
     "gpus",
-    multiple=True,
-    type=Lines(),
+    cls=AddedUp,
     envvar="JOB_GPU",
     metavar="NAME",
-    help="Kind of GPU: h200, h100, a100, a100-40, a10g, l4, ...; may be repeated. Without it, all that are known.",
+    help="Kind of GPU: h200, h100, a100, a100-40, a10g, l4, ... Without it, all that are known.",
 )
 @click.option(
     "--gpu-memory",
@@ -180,8 +184,7 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
 @click.option(
     "--prompt",
     "prompts",
-    multiple=True,
-    type=Lines(),
+    cls=AddedUp,
     envvar="JOB_PROMPT",
     help="Prompt, taken as it is; asks on stdin without it, where \\n stands for a line break.",
 )
@@ -197,7 +200,7 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
 def try_run(
     session: Session,
     run_uri: str,
-    prompts: tuple[str, ...],
+    prompts: tuple[Given, ...],
     max_new_tokens: int | None,
     workdir: Path,
     device: str,
@@ -213,7 +216,7 @@ def try_run(
 
     try_out(
         run_uri,
-        prompts or _typed(session.interrupt),
+        [prompt.text for prompt in prompts] or _typed(session.interrupt),
         workdir=workdir,
         device=device,
         max_new_tokens=max_new_tokens,
@@ -317,7 +320,8 @@ def _gpus(options: Mapping[str, Any]) -> "list[Gpu]":
     from job.core.gpus import GPUS, Gpu, gpu_named
 
     memory = options["gpu_memory"]
-    named = [gpu_named(name.strip(), memory_gib=memory) for name in options["gpus"]]
+    names = dict.fromkeys(given.text.strip() for given in options["gpus"])
+    named = [gpu_named(name, memory_gib=memory) for name in names]
     if named:
         return named
     return [*GPUS] if memory is None else [Gpu(name="your GPU", memory_gib=memory, dense_tflops=None)]

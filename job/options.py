@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from job.core.errors import UsageError
+from job.core.given import Given
 from job.core.memory import WantedEngine
 from job.ending import Session
 
@@ -31,6 +32,33 @@ class Lines(click.ParamType):  # type: ignore[type-arg] # generic only in newer 
     def split_envvar_value(self, rv: str) -> list[str]:
         """Blank lines are none."""
         return [line for line in rv.splitlines() if line.strip()]
+
+
+class AddedUp(click.Option):
+    """A repeatable option: the lines of its variable come first, then what the command line gives; each a `Given`.
+
+    click lets the command line replace the variable as a whole, and a site's values would be lost without a word.
+    """
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        """As a click.Option of several texts."""
+        super().__init__(*args, **attributes | {"multiple": True, "type": Lines()})
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> Any:
+        """From both, and where the last one came from."""
+        value, source = super().consume_value(ctx, opts)
+        by_variable = self.value_from_envvar(ctx) or []
+        ctx.meta[f"{__name__}.{self.name}"] = len(by_variable)
+        if source is click.core.ParameterSource.COMMANDLINE:
+            value = [*by_variable, *value]
+        return value, source
+
+    def process_value(self, ctx: click.Context, value: Any) -> tuple[Given, ...]:
+        """The texts, each with its source."""
+        texts = super().process_value(ctx, value) or ()
+        by_variable = ctx.meta[f"{__name__}.{self.name}"]
+        sources = [str(self.envvar)] * by_variable + [self.opts[0]] * (len(texts) - by_variable)
+        return tuple(Given(text=text, source=source) for text, source in zip(texts, sources, strict=True))
 
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
@@ -86,11 +114,10 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--set",
             "overrides",
-            multiple=True,
-            type=Lines(),
+            cls=AddedUp,
             envvar="JOB_SET",
             metavar="KEY=VALUE",
-            help="Override one key of the recipe, e.g. lora.r=16. In JOB_SET one to a line.",
+            help="Override one key of the recipe, e.g. lora.r=16.",
         ),
         workdir_option,
         device_option,
@@ -152,16 +179,15 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
     """
     from job.core.recipe_text import load_recipe
     from job.edge.host.process import age_seconds
+    from job.edge.relative_paths import located
     from job.stages.attempt import Attempt, Phases, Worker
 
     assert session.outcome is not None, "its option is eager"
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the recipe cannot be read ({error})") from error
-    overrides = [*options["overrides"]]
-    if options["output"]:
-        overrides.append(f"output={json.dumps(options['output'], ensure_ascii=False)}")  # as YAML, whatever is in it
+        raise UsageError(f"{located(path)}: the recipe cannot be read ({error}); correct the path") from error
+    overrides = (*options["overrides"], *_output(options["output"]))
     run_id = options["run_id"]
     if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", run_id):
         raise UsageError(f"--run-id {run_id}: use letters, digits, '.', '_' and '-', at most 64")
@@ -175,6 +201,7 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
     session.attempt = Attempt(
         worker=worker,
         run_id=run_id,
+        overrides=overrides,
         ask_to_stop=session.interrupt.ask,
         is_kill_near=lambda: session.interrupt.signalled,
         report_end=lambda error: session.end(error, shown=False),
@@ -190,6 +217,15 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
         step_events_seconds=0.0 if session.as_json else 1.0,
     )
     return session.attempt
+
+
+def _output(uri: str | None) -> list[Given]:
+    """The output as the last override: it wins over the recipe's, and over one that was set."""
+    if not uri:
+        return []
+    by_variable = click.get_current_context().get_parameter_source("output") is click.core.ParameterSource.ENVIRONMENT
+    source = "JOB_OUTPUT" if by_variable else "--output"
+    return [Given(text=f"output={json.dumps(uri, ensure_ascii=False)}", source=source)]  # as YAML, whatever is in it
 
 
 def _limits(options: Mapping[str, Any]) -> "Limits":

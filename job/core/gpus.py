@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from job.core.close_names import did_you_mean
 from job.core.errors import CannotFitError, UsageError
 
 _SUSTAINED_SHARE = 0.693
@@ -55,7 +56,8 @@ def gpu_named(name: str, *, memory_gib: float | None = None) -> Gpu:
     found = next((gpu for gpu in GPUS if gpu.name == name), None)
     if found is None:
         known = ", ".join(gpu.name for gpu in GPUS)
-        raise UsageError(f"--gpu {name}: not known; one of {known}, or --gpu-memory GIB for another one")
+        meant = did_you_mean(name, [gpu.name for gpu in GPUS])
+        raise UsageError(f"--gpu {name}: not known; one of {known}, or --gpu-memory GIB for another one{meant}")
     if memory_gib is None:
         return found
     return Gpu(name=name, memory_gib=memory_gib, dense_tflops=found.dense_tflops)

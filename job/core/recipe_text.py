@@ -11,11 +11,12 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from job.core.errors import UsageError
-from job.core.mistakes import reason, shown
+from job.core.given import Given
+from job.core.mistakes import keys_of, reason, shown
 from job.core.recipe import Recipe
 
 
-def load_recipe(text: str, *, source: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(text: str, *, source: str, overrides: Sequence[Given] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
@@ -79,28 +80,29 @@ def _parse(text: str, source: str) -> tuple[yaml.Node | None, dict[str, Any]]:
     return node, raw
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
+def _override(raw: dict[str, Any], override: Given) -> None:
+    path, equals, value = override.text.partition("=")
+    told = f"{override.source} {override.text}"
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise UsageError(f"--set {override}: write section.key=value, for example --set lora.r=16")
+        raise UsageError(f"{told}: write section.key=value, for example --set lora.r=16")
     place = raw
     for key in keys[:-1]:
         inner = place.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise UsageError(f"--set {override}: {key} is {shown(inner)} in the recipe, not a section")
+            raise UsageError(f"{told}: {key} is {shown(inner)} in the recipe, not a section")
         place = inner
     try:
         place[keys[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 looks like a date
-        raise UsageError(f"--set {override}: the value is not valid YAML; quote it") from error
+        raise UsageError(f"{told}: the value is not valid YAML; quote it") from error
 
 
-def _mistake(detail: ErrorDetails, *, node: yaml.Node | None, source: str, overrides: Sequence[str]) -> str:
-    keys = [part for part in detail["loc"] if not (isinstance(part, str) and part.startswith("<"))]
+def _mistake(detail: ErrorDetails, *, node: yaml.Node | None, source: str, overrides: Sequence[Given]) -> str:
+    keys = keys_of(detail)
     path = ".".join(str(key) for key in keys)
-    set_here = any(_sets(override.partition("=")[0].strip(), path, detail["type"]) for override in overrides)
-    where = f"--set {path}" if set_here else f"{source}:{_line(node, keys)}"
+    sources = [override.source for override in overrides if _sets(override.key, path, detail["type"])]
+    where = f"{sources[-1]} {path}" if sources else f"{source}:{_line(node, keys)}"
     message = reason(detail)
     return f"{where}: {path}: {message}" if path else f"{where}: {message}"
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from job.core.close_names import closest
 from job.core.errors import DataError
 from job.core.recipe import DataSection
 
@@ -70,6 +71,11 @@ class BadRecord:
         """`file:line: reason`."""
         return f"{self.where}: {self.reason}"
 
+    @property
+    def kind(self) -> str:
+        """The reason without what differs from line to line."""
+        return self.reason.partition(" (")[0]
+
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
@@ -81,10 +87,13 @@ class Tally:
     bad: int = 0
     first_bad: list[BadRecord] = field(default_factory=list)
     """The first wrong lines, at most REPORTED_AT_ONCE."""
+    kinds: set[str] = field(default_factory=set)
+    """Of all wrong lines; there are few."""
 
     def add_bad(self, record: BadRecord) -> None:
         """Count a wrong line and keep it when it is among the first."""
         self.bad += 1
+        self.kinds.add(record.kind)
         if len(self.first_bad) < REPORTED_AT_ONCE:
             self.first_bad.append(record)
 
@@ -93,10 +102,14 @@ class Tally:
         self.lines += other.lines
         self.good += other.good
         self.bad += other.bad
+        self.kinds |= other.kinds
         self.first_bad = (self.first_bad + other.first_bad)[:REPORTED_AT_ONCE]
 
     def message(self) -> str:
-        """The wrong lines as one message: a line each, then the total."""
+        """The wrong lines as one message: a line each, then the total; one for all, if all are wrong in one way."""
+        if self.lines == self.bad > 1 and len(self.kinds) == 1:
+            first = self.first_bad[0]
+            return f"{self.bad} wrong lines of {self.lines}\n  in all {self.lines} lines: {first.reason}"
         lines = [str(record) for record in self.first_bad]
         if self.bad > len(lines):
             lines.append(f"... and {self.bad - len(lines)} more")
@@ -141,13 +154,26 @@ def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
     for side in sides:
         tally.merge(side)
         share = max(share, side.bad / side.lines if side.lines else 0.0)
+    is_noise = share <= data.bad_record_limit
     if tally.bad and data.on_bad_record == "fail":
-        raise DataError(f"{tally.message()}\ncorrect them, or set data.on_bad_record: skip")
-    if share > data.bad_record_limit:
+        raise DataError(f"{tally.message()}\n{_advice(tally, data, can_skip=is_noise)}")
+    if not is_noise:
         raise DataError(
             f"{tally.message()}\n{share:.2%} of the lines are wrong, more than data.bad_record_limit "
-            f"({data.bad_record_limit:.2%}) accepts as noise"
+            f"({data.bad_record_limit:.2%}) accepts as noise; {_advice(tally, data, can_skip=False)}"
         )
+
+
+def _advice(tally: Tally, data: DataSection, *, can_skip: bool) -> str:
+    """What helps, and nothing else: too many wrong lines are not left out."""
+    ways = ["correct them"]
+    missing = [name for name in data.fields if f'"{name}" is missing' in tally.kinds]
+    if missing:
+        templates = [f"data.{name}" for name in ("text", "prompt", "completion") if getattr(data, name) is not None]
+        ways.append(f"name in {' and '.join(templates)} the fields that the records have")
+    if can_skip:
+        ways.append("set data.on_bad_record: skip")
+    return ", or ".join(ways)
 
 
 def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRecord:
@@ -211,7 +237,7 @@ def _not_json(error: ValueError) -> str:
 
 def _field_reason(record: dict[str, object], name: str) -> str | None:
     if name not in record:
-        return "is missing" + (f" (the record has {_listed(record)})" if record else " (the record is empty)")
+        return "is missing" + (f" (the record has {_listed(record, name)})" if record else " (the record is empty)")
     value = record[name]
     if not isinstance(value, str):
         return f"is {_json_kind(value)}, not a string"
@@ -232,10 +258,17 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _listed(record: dict[str, object], most: int = 6) -> str:
-    # As JSON, so that a line stays a line; half a surrogate pair could not be written into the report.
-    names = [json.dumps(name[:40], ensure_ascii=not _is_text(name)) for name in list(record)[:most]]
-    return ", ".join(names) + (", ..." if len(record) > most else "")
+def _listed(record: dict[str, object], wanted: str, most: int = 6) -> str:
+    """The record's names, and the one that looks like the name that was looked for."""
+    names = {_as_json(name): name[:40] for name in list(record)[:most]}
+    meant = closest(wanted, names.values())
+    hint = "" if meant is None else f"; did you mean {_as_json(meant)}?"
+    return ", ".join(names) + (", ..." if len(record) > most else "") + hint
+
+
+def _as_json(name: str) -> str:
+    # So that a line stays a line; half a surrogate pair could not be written into the report.
+    return json.dumps(name[:40], ensure_ascii=not _is_text(name))
 
 
 def _json_kind(value: object) -> str:

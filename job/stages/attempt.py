@@ -1,13 +1,14 @@
 """What the stages share: what every worker needs, what the owner of the run needs, and a clock by phase."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
+from job.core.given import Given
 from job.core.limits import Limits
 from job.core.memory import WantedEngine
 from job.core.recipe import Recipe
@@ -131,6 +132,8 @@ class Attempt:
     worker: Worker
     run_id: str | None
     """The one that was asked for; None: the run's identity gives it."""
+    overrides: Sequence[Given]
+    """What was set over the recipe's keys, later ones winning."""
     ask_to_stop: Callable[[str], None]
     """Asks for it from within, with the reason."""
     is_kill_near: Callable[[], bool]

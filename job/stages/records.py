@@ -17,6 +17,7 @@ from job.core.errors import (
     StopRequestedError,
     exit_code,
 )
+from job.core.given import told
 from job.core.history import FINAL_WHEN_REPEATED, gained, repeated_failure, same_failure, stopped_in_vain
 from job.edge.host.logs import bind
 from job.edge.run.lock import Lock
@@ -63,7 +64,7 @@ class AttemptRecords:
     def begin(self) -> int:
         """Freeze the run if it is new, and take an attempt number; the second call returns the same one."""
         if self.number is None:
-            self._found.artifacts.begin_run(self._found.record)
+            self._found.artifacts.begin_run(self._found.record, overrides=self._overrides())
             self._attempt.standing.run_uri = self._found.artifacts.uri
             self._take_number()
             log.info("attempt", number=self.number, run_uri=self._found.artifacts.uri)
@@ -127,9 +128,18 @@ class AttemptRecords:
     def _take_number(self) -> None:
         artifacts = self._found.artifacts
         self.number = artifacts.begin_attempt(
-            {"started": self._attempt.started, "host": platform.node(), "fence": self._lock.fence}
+            {
+                "started": self._attempt.started,
+                "host": platform.node(),
+                "fence": self._lock.fence,
+                "overrides": self._overrides(),
+            }
         )
         bind(attempt=self.number)
+
+    def _overrides(self) -> list[dict[str, str]]:
+        hide = self._attempt.hide
+        return [{name: hide(value) for name, value in row.items()} for row in told(self._attempt.overrides)]
 
     def _facts(self, code: int, error: BaseException | None) -> Mapping[str, Any]:
         standing = self._attempt.standing

@@ -8,6 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from job.core.errors import UsageError
+from job.core.given import Given, set_lines
+from job.core.mistakes import OTHER_WORDS, known_keys
 from job.core.recipe import DataSection, Fraction, Recipe, identity_of, is_hub_id, template_fields
 from job.core.recipe_text import _Loader, load_recipe
 
@@ -27,7 +29,8 @@ output: s3://models/notes
 
 
 def load(text=SMALL, *overrides):
-    return load_recipe(text, source="recipe.yaml", overrides=overrides)
+    given = [each if isinstance(each, Given) else Given(text=each, source="--set") for each in overrides]
+    return load_recipe(text, source="recipe.yaml", overrides=given)
 
 
 def refusal(text=SMALL, *overrides):
@@ -296,6 +299,59 @@ def test_a_wrong_override_is_named_as_such(override, told):
     assert told in refusal(SMALL, override)
 
 
+def test_a_wrong_override_is_named_by_where_it_came_from():
+    wrong = [Given(text="lora.rank=5", source="JOB_SET"), Given(text="lora.r=0", source="--set")]
+    told = refusal(SMALL, *wrong)
+
+    assert "JOB_SET lora.rank: lora.rank: unknown key" in told
+    assert "--set lora.r: lora.r: input should be greater than 0" in told
+    assert "JOB_SET lora.r: write section.key=value" in refusal(SMALL, Given(text="lora.r", source="JOB_SET"))
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("train.learningrate=1", "train.learning_rate"),
+        ("train.batchsize=1", "train.batch_size"),
+        ("trian.steps=1", "train"),
+        ("data.validation.fractoin=0.1", "data.validation.fraction"),
+        ("lora.learning_rate=1", "train.learning_rate"),
+        ("max_lenght=512", "data.max_length"),
+        ("data.every_step=5", "checkpoint.every_steps or evaluate.every_steps"),
+        ("train.lr=1", "train.learning_rate"),
+        ("lora.rank=8", "lora.r"),
+        ("train.optimizer=adamw8bit", "adamw_8bit"),
+        ("train.schedule=linaer", "linear"),
+    ],
+)
+def test_the_key_or_choice_that_was_meant_is_told(override, meant):
+    assert f"; did you mean {meant}?" in refusal(SMALL, override)
+
+
+def test_nothing_is_suggested_for_what_looks_like_no_key():
+    assert "did you mean" not in refusal(SMALL, "train.zzz=1", "train.optimizer=zzz")
+
+
+def test_what_other_trainers_call_a_key_is_none_here_and_names_one_of_ours():
+    known = {*known_keys()}
+    assert {*OTHER_WORDS.values()} <= known
+    assert {*OTHER_WORDS} & {key.rpartition(".")[2] for key in known} == set()
+
+
+def test_what_overruled_an_override_is_told():
+    given = [
+        Given(text="lora.r=8", source="JOB_SET"),
+        Given(text="lora.alpha=8", source="JOB_SET"),
+        Given(text="lora.r=16", source="--set"),
+    ]
+
+    assert set_lines(given) == [
+        "lora.r = 8, by JOB_SET, overruled by --set",
+        "lora.alpha = 8, by JOB_SET",
+        "lora.r = 16, by --set",
+    ]
+
+
 def test_a_recipe_is_frozen():
     recipe = load()
 
@@ -363,4 +419,4 @@ def test_the_json_schema_refuses_what_the_recipe_refuses(wrong):
 
 def test_a_warm_up_that_would_not_happen_is_a_mistake():
     with pytest.raises(UsageError, match="constant_with_warmup"):
-        load_recipe(SMALL, source="r.yaml", overrides=["train.warmup_steps=5", "train.schedule=constant"])
+        load(SMALL, "train.warmup_steps=5", "train.schedule=constant")

@@ -59,7 +59,7 @@ def reason(raw, data=TEXT):
         (b"true", "not a JSON object but a boolean"),
         (b"null", "not a JSON object but null"),
         (b"{}", '"text" is missing (the record is empty)'),
-        (b'{"Text": "x", "b": 1}', '"text" is missing (the record has "Text", "b")'),
+        (b'{"Text": "x", "b": 1}', '"text" is missing (the record has "Text", "b"; did you mean "Text"?)'),
         (b'{"text": ""}', '"text" is empty'),
         (b'{"text": " \\t\\n"}', '"text" is empty'),
         ('{"text": "\u00a0\u2003"}'.encode(), '"text" is empty'),
@@ -157,8 +157,8 @@ def test_a_wrong_line_ends_the_job_with_file_line_reason_and_what_to_do():
 
     assert str(caught.value) == (
         "1 wrong line of 3\n"
-        '  train.jsonl:2: "text" is missing (the record has "txet")\n'
-        "correct them, or set data.on_bad_record: skip"
+        '  train.jsonl:2: "text" is missing (the record has "txet"; did you mean "txet"?)\n'
+        "correct them, or name in data.text the fields that the records have"
     )
 
 
@@ -184,6 +184,21 @@ def test_as_many_wrong_lines_as_the_limit_says_are_noise_and_one_more_is_not(lim
     assert (len(found), tally.good, tally.bad, tally.lines) == (of - bad, of - bad, bad, of)
     with pytest.raises(DataError, match=r"more than data\.bad_record_limit"):
         read(*[b"oops"] * (bad + 1), *[GOOD] * (of - bad - 1), data=skipping(limit))
+
+
+def test_leaving_out_is_advised_while_the_limit_allows_it():
+    data = TEXT.model_copy(update={"bad_record_limit": 0.5})
+    with pytest.raises(DataError, match=r"\ncorrect them, or set data\.on_bad_record: skip$"):
+        read(b"oops", GOOD, data=data)
+    with pytest.raises(DataError, match=r"\ncorrect them$"):
+        read(b"oops", b"oops", GOOD, data=data)
+
+
+def test_a_reason_that_all_lines_share_is_told_once_whatever_else_the_records_hold():
+    with pytest.raises(DataError, match=r'3 lines: "text" is missing \(the record has "a"\)\n'):
+        read(b'{"a": 1}', b'{"b": 1}', b"{}")
+    with pytest.raises(DataError, match=r"train\.jsonl:1: not JSON.*\n  train\.jsonl:2: .*a list"):
+        read(b"oops", b"[]")
 
 
 def test_skipped_lines_are_kept_for_the_report():

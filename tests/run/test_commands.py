@@ -81,6 +81,23 @@ def test_plan_for_one_gpu_or_a_part_of_it(job):
     assert "calibrated" not in unknown.stdout
 
 
+def test_gpus_of_the_environment_and_the_command_line_add_up(job, monkeypatch):
+    monkeypatch.setenv("JOB_GPU", "l4\nh100")
+    told = job.call("plan", "--gpu", "a100", "--gpu", "h100").stdout
+    assert [line.split()[0] for line in told.splitlines() if line.startswith(("l4 ", "h100 ", "a100 "))] == [
+        "l4",
+        "h100",
+        "a100",
+    ]
+
+
+def test_check_tells_what_overrides_the_recipe_and_where_it_came_from(job, monkeypatch):
+    monkeypatch.setenv("JOB_SET", "lora.r=2\ntrain.steps=3")
+    told = job.call("check", "--set", "lora.r=8").stdout
+    for line in ("lora.r = 2, by JOB_SET, overruled by --set", "train.steps = 3, by JOB_SET", "lora.r = 8, by --set"):
+        assert f"                {line}\n" in told
+
+
 def test_plan_knows_which_layers_are_compiled(job, tmp_path):
     compiled = job.call("plan", "--gpu", "h100", "--engine", "generic")
     assert "generic engine, layers compiled\n" in compiled.stdout
@@ -121,7 +138,10 @@ def test_plan_finds_the_templates_beside_entrypoint_and_nowhere_else(tmp_path, m
     assert plan.ask_templates() == []
 
 
-@pytest.mark.parametrize(("gpu", "code", "told"), [("v100", 81, "has no bf16"), ("h900", 64, "not known; one of")])
+@pytest.mark.parametrize(
+    ("gpu", "code", "told"),
+    [("v100", 81, "has no bf16"), ("h900", 64, "another one; did you mean h200?"), ("zzz", 64, "not known; one of")],
+)
 def test_plan_refuses_a_gpu_that_cannot(job, gpu, code, told):
     ended = job.call("plan", "--gpu", gpu)
     assert ended.code == code

@@ -66,7 +66,44 @@ def test_a_wrong_line_is_named_with_its_file_and_number(job, kind):
     line, words = WRONG_LINES[kind]
     with (job.data / "train.jsonl").open("ab") as file:
         file.write(line)
-    refused(job, job.call("run"), 65, *words, "on_bad_record: skip")
+    refused(job, job.call("run"), 65, *words, "\ncorrect them")
+
+
+def test_leaving_wrong_lines_out_is_advised_only_where_it_can_help(job):
+    """Nor does the word for the exit code advise it."""
+    with (job.data / "train.jsonl").open("a") as file:
+        file.write("oops\n")
+    ended = job.call("run")
+    assert "skip" not in ended.outcome["reason"] + ended.outcome["action"]
+    job.recipe["data"]["bad_record_limit"] = 0.04
+    assert "correct them, or set data.on_bad_record: skip" in job.call("run").outcome["reason"]
+
+
+def test_a_reason_that_all_lines_share_is_told_in_one_line(job):
+    job.recipe["data"]["prompt"] = "{questoin}\n"
+    ended = job.call("run")
+    assert ended.outcome["reason"].splitlines() == [
+        "30 wrong lines of 30",
+        '  in all 30 lines: "questoin" is missing (the record has "question", "answer"; did you mean "question"?)',
+        "correct them, or name in data.prompt and data.completion the fields that the records have",
+    ]
+
+
+@pytest.mark.parametrize("key", ["model.base", "data.train", "data.validation"])
+@pytest.mark.parametrize("path", ["./not/here", "nowhere/", "no/*.jsonl"])
+def test_a_relative_path_that_names_nothing_is_told_with_the_folder_it_counts_from(job, monkeypatch, key, path):
+    monkeypatch.chdir(job.folder)
+    reason = job.call("run", "--set", f"{key}={path}").outcome["reason"]
+    assert f"(relative to {job.folder}, where the job was started)" in reason
+    assert path in reason or f"{job.folder}/{path.removeprefix('./')}" in reason
+    assert "relative to" not in job.call("run", "--set", f"{key}={job.folder}/{path}").outcome["reason"]
+
+
+def test_a_recipe_or_run_at_a_relative_path_is_told_so_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["run", "no.yaml"], ["report", "runs.txt"], ["report", "out/runs/x"], ["report", "out/runs"]):
+        (ended,) = call(*command).named("ended")
+        assert f"(relative to {tmp_path}, where the job was started)" in ended["reason"], command
 
 
 def test_wrong_data_is_refused_before_the_weights_are_fetched(job):

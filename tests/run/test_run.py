@@ -211,3 +211,35 @@ def test_every_option_comes_from_the_environment_too(job, moto_place, tmp_path, 
     assert report["recipe"]["lora"]["r"] == 2
     assert len(report["curve"]["loss"]) == 3
     assert moto_place.server.secret not in ended.stdout + json.dumps(report)
+
+
+def test_overrides_of_the_environment_and_the_command_line_add_up_and_are_recorded(job):
+    """Key by key: a site's own survive what one run sets besides, and give way where both name a key."""
+    site = "train.steps=3\nlora.r=2\nevaluate.prompts=[]"
+    ended = job.start(
+        "run", "--set", "lora.r=8", "--set", "train.seed=1", "--output", f"file://{job.store}", JOB_SET=site
+    )
+    assert ended.code == 0, ended.stdout
+    recipe = job.report()["recipe"]
+    assert (recipe["train"]["steps"], recipe["lora"]["r"], recipe["evaluate"]["prompts"]) == (3, 8, [])
+    assert recipe["train"]["seed"] == 1
+    wanted = [
+        {"key": "train.steps", "value": "3", "source": "JOB_SET"},
+        {"key": "lora.r", "value": "2", "source": "JOB_SET", "overruled_by": "--set"},
+        {"key": "evaluate.prompts", "value": "[]", "source": "JOB_SET"},
+        {"key": "lora.r", "value": "8", "source": "--set"},
+        {"key": "train.seed", "value": "1", "source": "--set"},
+        {"key": "output", "value": f'"file://{job.store}"', "source": "--output"},
+    ]
+    facts = ("key", "value", "source", "overruled_by")
+    assert [{f: e[f] for f in facts if f in e} for e in ended.named("override")] == wanted
+    for record in ("run.json", "attempts/01.json"):
+        assert json.loads((job.only_run() / record).read_text())["overrides"] == wanted
+
+
+def test_where_an_override_came_from_is_no_part_of_what_the_run_is(job):
+    """One that was begun with overrides is resumed by a recipe that says the same itself."""
+    assert job.call("run", "--set", "lora.r=2", stop_in="train").code == 75
+    job.recipe["lora"]["r"] = 2
+    assert job.call("run").code == 0
+    assert len(job.runs()) == 1

@@ -365,6 +365,7 @@ def stages_attempt(recipe: Recipe, folder: Path, *, should_stop: Callable[[], bo
     return StagesAttempt(
         worker=Worker(recipe=recipe, workdir=folder, device="cpu", engine="generic", should_stop=should_stop),
         run_id=None,
+        overrides=(),
         ask_to_stop=lambda _reason: None,
         is_kill_near=lambda: False,
         report_end=lambda _error: 70,

@@ -11,6 +11,7 @@ from typing import Protocol
 from job.core.errors import DeniedError, NotFoundError, StopRequestedError
 from job.edge.base import files as model_files
 from job.edge.base.hub import HubRepo
+from job.edge.relative_paths import located
 from job.edge.store.objects import ObjectStore, StoredObject, StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.patience import STORE_PATIENCE, Patience
@@ -155,6 +156,7 @@ def content_hash(folder: Path, *, source: str, complete: bool, should_stop: Call
         UsageError: the weights are pickles only.
         DeniedError: a file cannot be read.
     """
+    source = located(source)
     if not folder.is_dir():
         raise NotFoundError(f"{source}: no such folder; correct model.base (a hub id is written owner/name)")
     try:

@@ -31,6 +31,7 @@ from job.edge.store.json_objects import json_bytes, json_object
 from job.edge.store.objects import ObjectStore, PreconditionError
 
 log = structlog.get_logger(__name__)
+_REPORT = re.compile(r"runs/([^/]+)/report\.json")
 _ATTEMPT = re.compile(r"attempts/(\d+)\.json")
 
 
@@ -87,22 +88,27 @@ class Artifacts:
     # --- what the run is ---------------------------------------------------------------------------------------------
 
     def run_record(self) -> dict[str, Any] | None:
-        """run.json, or None for a run that was not begun."""
-        return self._run.read_json("run.json")
+        """What run.json says the run is, or None for a run that was not begun."""
+        record = self._run.read_json("run.json")
+        return None if record is None else {name: part for name, part in record.items() if name != "overrides"}
 
-    def begin_run(self, record: Mapping[str, Any]) -> None:
+    def begin_run(self, record: Mapping[str, Any], *, overrides: Sequence[Mapping[str, str]] = ()) -> None:
         """Freeze what the run is.
+
+        Args:
+            record: what the run is.
+            overrides: of the recipe, and where each came from; for people, and no part of what the run is.
 
         Raises:
             RunConflictError: another process began it in this moment, and as something else.
         """
-        data = json_bytes(record)
+        data = json_bytes({**record, "overrides": overrides})
         crash_point("run.before_record")
         self._run.confirm()
         try:
             self._store.write(self._run.root + "run.json", data, create_only=True)
         except PreconditionError as error:
-            if self.run_record() != json_object(data):
+            if self.run_record() != json_object(json_bytes(record)):
                 raise RunConflictError(
                     f"{self.uri}: was begun with another recipe or other data; leave --run-id out, or choose another"
                 ) from error
@@ -218,6 +224,12 @@ class Artifacts:
     def fetch_adapter(self, folder: Path, files: Mapping[str, FileEntry], *, should_stop: Callable[[], bool]) -> None:
         """As `PublishedAdapter.fetch`."""
         self._adapter.fetch(folder, files, should_stop=should_stop)
+
+
+def finished_runs(store: ObjectStore) -> list[str]:
+    """The ids of the runs that have a report, newest first."""
+    reports = [(entry.modified, match[1]) for entry in store.list("runs/") if (match := _REPORT.fullmatch(entry.key))]
+    return [run_id for _, run_id in sorted(reports, reverse=True)]
 
 
 def runs_of(store: ObjectStore, prefix: str) -> Iterator[Artifacts]:

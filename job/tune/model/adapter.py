@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from job.core.close_names import closest
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
 
@@ -84,9 +85,11 @@ def _check_targets(base: Any, lora: LoraSection) -> str | list[str]:
     linear = {name.rpartition(".")[2]: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     unknown = [target for target in lora.targets if target not in linear]
     if unknown:
+        meant = {target: found for target in unknown if (found := closest(target, linear)) is not None}
+        hint = f"; did you mean {', '.join(f'{found} for {wrong}' for wrong, found in meant.items())}?" if meant else ""
         raise UsageError(
             f"lora.targets: {', '.join(unknown)}: no linear module of {type(base).__name__} has this name; "
-            f"it has {', '.join(sorted(linear))}"
+            f"it has {', '.join(sorted(linear))}{hint}"
         )
     tied = base.config.tie_word_embeddings
     if tied and any(linear[target] is head for target in lora.targets):

@@ -89,6 +89,14 @@ def test_an_unknown_target_is_named_with_those_that_exist(bases):
         attach_lora(base, LoraSection(targets=("q_proj", "c_attn")), source="x", revision=None, seed=0)
 
 
+def test_a_target_that_looks_like_one_of_the_base_s_is_told(bases):
+    config = read_config(bases["llama"])
+    with pytest.raises(UsageError, match=r"did you mean q_proj for q_porj, gate_proj for gate\?$"):
+        refuse_targets(config, LoraSection(targets=("q_porj", "v_proj", "gate")))
+    with pytest.raises(UsageError, match=r"up_proj, v_proj$"):
+        refuse_targets(config, LoraSection(targets=("xyz",)))
+
+
 def test_the_seed_sets_the_first_values(bases):
     def first(seed):
         return trainable(adapted(bases["llama"], LoraSection(r=4, targets=("q_proj",)), seed=seed))[0]
