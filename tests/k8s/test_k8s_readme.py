@@ -1,12 +1,13 @@
 """What k8s/README.md says is what the manifests and the table do."""
 
 import json
+import os
 import re
 import subprocess
 
 import pytest
 import yaml
-from k8s_manifests import COMPONENTS, K8S, KUBECTL, OVERLAYS, documents, overlay, standalone
+from k8s_manifests import COMPONENTS, JOB, K8S, KUBECTL, OVERLAYS, documents, overlay, standalone
 from k8s_parts import environment, job_labels, job_specs, of_kind, pod_specs
 from k8s_schemas import VERSIONS, invalid
 
@@ -57,6 +58,41 @@ def test_the_secrets_that_are_made_are_those_that_the_components_read():
     }
 
     assert made == read == {"qlora-job-s3", "qlora-job-hub"}
+
+
+def test_the_secret_of_the_registry_is_the_one_that_pods_pull_with():
+    (made,) = re.findall(r"create secret docker-registry (\S+)", README)
+    (switched_on,) = pod_specs(documents(JOB.read_text().replace("# imagePullSecrets:", "imagePullSecrets:")))
+    (pod,) = pod_specs(overlay("once"))
+
+    assert pod["imagePullSecrets"] == switched_on["imagePullSecrets"] == [{"name": made}]
+
+
+def test_all_that_cannot_be_changed_is_deleted_before_an_edited_job_yaml_is_applied():
+    """Else `kubectl apply` makes a Job with the recipe of before, or none."""
+    (line,) = re.findall(r"^kubectl delete (.*) && kubectl apply -f k8s/job.yaml$", README, re.MULTILINE)
+    kept = {f"{each['kind'].lower()}/{each['metadata']['name']}" for each in standalone()} - {
+        "serviceaccount/qlora-job"
+    }
+
+    assert set(line.split()) == kept | {"--cascade=foreground", "--ignore-not-found"}
+
+
+def test_the_line_that_waits_for_the_pod_waits_until_there_is_a_log(tmp_path):
+    """Word by word, with a kubectl that tells of no pod, then of one that waits."""
+    (block,) = [block for block in blocks() if "status.phase" in block]
+    (tmp_path / "kubectl").write_text(
+        "#!/bin/bash\ncase $1 in\n  get) n=$(cat n 2> /dev/null); echo $((n + 1)) > n\n"
+        '    case $n in "") ;; [1-3]) printf Pending ;; *) printf "Failed Running" ;; esac ;;\n'
+        '  logs) echo "$@ after $(cat n)" ;;\nesac\n'
+    )
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    for name in ("kubectl", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", block], cwd=tmp_path, env=path, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "logs -f job/qlora-job after 5\n"
 
 
 def test_the_variable_of_a_gated_model_is_in_job_yaml_to_be_switched_on():

@@ -1,5 +1,7 @@
 """What `kubectl apply` sends is right for every Kubernetes from the floor on, and means what the job means."""
 
+import re
+
 import pytest
 import yaml
 from k8s_manifests import (
@@ -122,6 +124,14 @@ def test_once_has_a_name_of_its_own_and_its_recipe_in_the_name_of_the_configmap(
     assert pod["volumes"][-3]["configMap"]["name"] == found["metadata"]["name"]
 
 
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_configmap_s_name_ends_in_a_hash_of_the_recipe(name):
+    """An edited one is another object; the Job, which names it, is refused and not left as it is without a word."""
+    (found,) = of_kind(overlay(name), "ConfigMap")
+
+    assert re.fullmatch(rf"{CONFIGMAP}-[a-z0-9]{{10}}", found["metadata"]["name"])
+
+
 def test_nightly_makes_the_job_that_would_run_once():
     (nightly,) = of_kind(overlay("nightly"), "CronJob")
     (base,) = job_specs(standalone())
@@ -209,7 +219,8 @@ def test_components_go_together_in_any_order_and_leave_each_other_alone(tmp_path
 @needs_kubectl
 def test_another_recipe_is_another_configmap(tmp_path):
     """So a Job, and the pods that it makes later, keep the recipe that they were made with."""
-    more = f"configMapGenerator: [{{name: {CONFIGMAP}, behavior: replace, files: [recipe.yaml]}}]"
+    own = "behavior: replace, files: [recipe.yaml], options: {immutable: true}"
+    more = f"configMapGenerator: [{{name: {CONFIGMAP}, {own}}}]"
     text = (K8S / "base" / "recipe.yaml").read_text(encoding="utf-8")
     names = []
     for learning_rate in ("2.0e-4", "3.0e-4"):

@@ -46,6 +46,13 @@ def variable(name, value):
     return lambda variables: [*without(name)(variables), {"name": name, "value": value}]
 
 
+def source(name, kind, **fields):
+    return plus({"name": name, "valueFrom": {kind: fields}})
+
+
+TOKEN = {"serviceAccountToken": {"path": "token", "audience": "x"}}
+
+
 def plus(*more):
     return lambda items: [*items, *more]
 
@@ -137,6 +144,9 @@ JOB_ERRORS = [
     (f"{TRAINER}.env", variable("JOB_OUTCOME_FILE", "/work/o.json"), "is not terminationMessagePath"),
     (f"{TRAINER}.terminationMessagePolicy", GONE, "terminationMessagePolicy"),
     (f"{TRAINER}.env", variable("HF_TOKEN", "hf_x"), "a secret in the open"),
+    (f"{TRAINER}.env", source("A", "resourceFieldRef", resource="limits.memory"), "no divisor"),
+    (f"{TRAINER}.env", source("A", "fieldRef", fieldPath="spec.nodeName"), "no apiVersion"),
+    (f"{POD}.volumes", plus({"name": "t", "projected": {"sources": [TOKEN]}}), "no expirationSeconds"),
     # what is named
     (f"{POD}.serviceAccountName", "default", "ServiceAccount default: none is made"),
     (f"{POD}.volumes.0.configMap.name", "recipe", "ConfigMap recipe: none is made"),
@@ -202,6 +212,8 @@ OTHER_ERRORS = [
     ("ConfigMap", "data", {"recipe.yaml": "output: 5\n"}, "model"),
     ("ConfigMap", "data", {"other.yaml": ""}, "no ConfigMap puts a recipe there"),
     ("ConfigMap", "metadata.name", "other", "none is made"),
+    ("ConfigMap", "immutable", GONE, "can be edited while a Job goes by it"),
+    ("ConfigMap", "immutable", False, "can be edited while a Job goes by it"),
     ("ServiceAccount", "automountServiceAccountToken", GONE, "gives its token away"),
     ("ServiceAccount", "metadata.name", "other", "ServiceAccount qlora-job: none is made"),
 ]
