@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import yaml
-from k8s_manifests import COMPONENTS, JOB, K8S, KUBECTL, OVERLAYS, documents, overlay, standalone
+from k8s_manifests import COMPONENTS, JOB, K8S, KUBECTL, OVERLAYS, composed, documents, overlay, standalone
 from k8s_parts import environment, job_labels, job_specs, of_kind, pod_specs
 from k8s_schemas import VERSIONS, invalid
 
@@ -113,11 +113,26 @@ def test_the_labels_that_are_selected_by_are_those_of_the_jobs():
 def test_manifests_that_are_shown_are_valid():
     shown = [document for block in blocks("yaml") for document in documents(block) if "apiVersion" in document]
 
-    assert [document["kind"] for document in shown] == ["NetworkPolicy"]
+    assert [document["kind"] for document in shown] == ["PriorityClass"]
     assert [wrong for v in VERSIONS for document in shown if (wrong := invalid(document, v))] == []
-    (job,) = of_kind(standalone(), "Job")
-    labels = job["spec"]["template"]["metadata"]["labels"]
-    assert shown[0]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    (pod,) = pod_specs(overlay("kueue"))
+    assert pod["priorityClassName"] == shown[0]["metadata"]["name"]
+
+
+@needs_kubectl
+def test_the_patch_for_gitops_keeps_the_job(tmp_path):
+    (patch,) = [block for block in blocks("yaml") if block.startswith("patches:")]
+    (spec,) = job_specs(composed(tmp_path, more=patch))
+
+    assert "ttlSecondsAfterFinished" not in spec
+
+
+def test_the_hours_of_a_night_are_those_of_the_manifests():
+    (night,) = of_kind(overlay("nightly"), "CronJob")
+    hours = night["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] / 3600
+
+    assert f"A night ends after {hours:.0f} hours" in README
+    assert night["spec"]["startingDeadlineSeconds"] == 3600  # "within an hour"
 
 
 @needs_kubectl

@@ -139,7 +139,7 @@ def test_nightly_makes_the_job_that_would_run_once():
 
     assert of_kind(overlay("nightly"), "Job") == []
     assert base.keys() - made.keys() == {"ttlSecondsAfterFinished"}
-    for field in ("podFailurePolicy", "podReplacementPolicy", "backoffLimit", "activeDeadlineSeconds"):
+    for field in ("podFailurePolicy", "podReplacementPolicy", "backoffLimit"):
         assert made[field] == base[field]
     assert environment(made["template"]["spec"]).items() >= environment(base["template"]["spec"]).items()
 
@@ -169,6 +169,17 @@ def test_kueue_decides_when_and_counts_the_time_over_all_admissions():
     assert labels["kueue.x-k8s.io/queue-name"]
     assert labels["kueue.x-k8s.io/max-exec-time-seconds"] == str(base["activeDeadlineSeconds"])
     assert not {"activeDeadlineSeconds", "suspend"} & spec.keys()
+
+
+def test_with_the_network_policy_the_pod_reaches_names_and_https_and_nothing_reaches_the_pod():
+    (policy,) = of_kind(overlay("nightly"), "NetworkPolicy")
+    (spec,) = job_specs(overlay("nightly"))
+    open_ports = [(port["protocol"], port["port"]) for rule in policy["spec"]["egress"] for port in rule["ports"]]
+
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+    assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+    assert "ingress" not in policy["spec"]
+    assert open_ports == [("UDP", 53), ("TCP", 53), ("TCP", 443)]
 
 
 # --- components ------------------------------------------------------------------------------------------------------
@@ -214,6 +225,14 @@ def test_components_go_together_in_any_order_and_leave_each_other_alone(tmp_path
     assert {volume["name"] for volume in pod["volumes"]} == {"recipe", "work", "shm", "models", "identity"}
     assert "eks.amazonaws.com/role-arn" in of_kind(one, "ServiceAccount")[0]["metadata"]["annotations"]
     assert "kueue.x-k8s.io/queue-name" in job_labels(one)[0]
+
+
+@needs_kubectl
+def test_a_night_in_a_queue_has_the_bound_of_the_queue_alone(tmp_path):
+    (spec,), (labels,) = (f(composed(tmp_path, "kueue", "nightly")) for f in (job_specs, job_labels))
+
+    assert "activeDeadlineSeconds" not in spec
+    assert labels["kueue.x-k8s.io/max-exec-time-seconds"]
 
 
 @needs_kubectl

@@ -219,6 +219,12 @@ OTHER_ERRORS = [
 ]
 
 
+def test_a_port_of_a_network_policy_that_the_server_would_complete_is_seen():
+    wrong = complaints(planted(overlay("nightly"), "NetworkPolicy", "spec.egress.1.ports.0.protocol", GONE))
+
+    assert wrong == ["NetworkPolicy: a port without protocol"]
+
+
 @pytest.mark.parametrize(("kind", "path", "value", "told"), OTHER_ERRORS, ids=shown)
 def test_an_error_beside_the_job_is_seen(kind, path, value, told):
     wrong = complaints(planted(standalone(), kind, path, value))
@@ -232,6 +238,10 @@ NIGHTLY_ERRORS = [
     ("spec.startingDeadlineSeconds", 5, "at least 10"),
     ("spec.schedule", "*/30 * * * *", "less than the schedule's 1800 s"),
     ("spec.timeZone", GONE, "timeZone"),
+    ("spec.jobTemplate.spec.activeDeadlineSeconds", 172800, "the next comes after 86400 s"),
+    ("spec.jobTemplate.spec.activeDeadlineSeconds", 82800, "the next comes after 86400 s"),
+    ("spec.schedule", "17 2,14 * * *", "the next comes after 43200 s"),
+    ("spec.jobTemplate.spec.activeDeadlineSeconds", GONE, "no activeDeadlineSeconds"),
     ("spec.successfulJobsHistoryLimit", GONE, "successfulJobsHistoryLimit"),
     ("spec.failedJobsHistoryLimit", 0, "failedJobsHistoryLimit"),
     ("spec.jobTemplate.spec.ttlSecondsAfterFinished", 60, "ttlSecondsAfterFinished"),
