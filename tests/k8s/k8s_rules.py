@@ -39,6 +39,8 @@ WHOLE_RULES: tuple[Rule, ...] = (
     of_pods.no_secret_stands_in_the_manifests,
     of_pods.the_recipe_is_right_and_where_the_arguments_say,
     of_pods.what_is_named_is_made,
+    of_safety.a_recipe_never_changes_under_a_job,
+    of_safety.what_the_server_fills_in_is_written_out,
     of_safety.service_accounts_give_no_token_away,
     of_safety.objects_carry_names_and_labels_that_the_server_takes,
 )

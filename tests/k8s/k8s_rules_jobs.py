@@ -138,6 +138,16 @@ def a_cronjob_never_overlaps_or_piles_up(documents: list[Document]) -> Iterator[
         interval = shortest_interval_seconds(spec["schedule"])
         if not 10 <= spec.get("startingDeadlineSeconds", 0) < interval:
             yield f"startingDeadlineSeconds: at least 10 and less than the schedule's {interval} s"
+        yield from _blocks_the_next(spec, interval)
+
+
+def _blocks_the_next(spec: dict[str, Any], interval: int) -> Iterator[str]:
+    """A night that starts late, and waits for a node until its deadline, has stopped before the next one."""
+    job = spec["jobTemplate"]["spec"]
+    grace = job["template"]["spec"].get("terminationGracePeriodSeconds", 30)
+    longest = spec.get("startingDeadlineSeconds", 0) + job.get("activeDeadlineSeconds", 0) + grace
+    if longest >= interval:
+        yield f"activeDeadlineSeconds: a night may last {longest} s, and the next comes after {interval} s"
 
 
 def shortest_interval_seconds(schedule: str) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from k8s_manifests import ROOT, Document
-from k8s_parts import containers, job_specs, of_kind, trainer
+from k8s_parts import containers, job_specs, of_kind, pod_specs, trainer
 
 POD_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral"}
 POD_VOLUMES |= {"persistentVolumeClaim", "projected", "secret"}
@@ -76,6 +76,28 @@ def the_user_is_the_image_s(pod: dict[str, Any]) -> Iterator[str]:
 def the_image_is_always_the_same(pod: dict[str, Any]) -> Iterator[str]:
     if not re.fullmatch(IMAGE, trainer(pod)["image"]):
         yield "image: neither a tag that stays nor a digest"
+
+
+def a_recipe_never_changes_under_a_job(documents: list[Document]) -> Iterator[str]:
+    for document in of_kind(documents, "ConfigMap"):
+        if document.get("immutable") is not True:
+            yield f"ConfigMap {document['metadata']['name']}: can be edited while a Job goes by it"
+
+
+def what_the_server_fills_in_is_written_out(documents: list[Document]) -> Iterator[str]:
+    """In fields that have one owner as a whole: a default there is a conflict for server-side apply."""
+    for pod in pod_specs(documents):
+        sources = [each.get("valueFrom", {}) for container in containers(pod) for each in container.get("env", [])]
+        tokens = [s for volume in pod["volumes"] for s in volume.get("projected", {}).get("sources", [])]
+        for kind, field in (("resourceFieldRef", "divisor"), ("fieldRef", "apiVersion")):
+            yield from (f"{kind}: no {field}" for each in sources if kind in each and field not in each[kind])
+        for each in (each["serviceAccountToken"] for each in tokens if "serviceAccountToken" in each):
+            if "expirationSeconds" not in each:
+                yield "serviceAccountToken: no expirationSeconds"
+    for policy in of_kind(documents, "NetworkPolicy"):
+        rules = [rule for way in ("ingress", "egress") for rule in policy["spec"].get(way, [])]
+        if any("protocol" not in port for rule in rules for port in rule.get("ports", [])):
+            yield "NetworkPolicy: a port without protocol"
 
 
 def service_accounts_give_no_token_away(documents: list[Document]) -> Iterator[str]:

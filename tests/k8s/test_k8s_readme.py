@@ -1,12 +1,13 @@
 """What k8s/README.md says is what the manifests and the table do."""
 
 import json
+import os
 import re
 import subprocess
 
 import pytest
 import yaml
-from k8s_manifests import COMPONENTS, K8S, KUBECTL, OVERLAYS, documents, overlay, standalone
+from k8s_manifests import COMPONENTS, JOB, K8S, KUBECTL, OVERLAYS, composed, documents, overlay, standalone
 from k8s_parts import environment, job_labels, job_specs, of_kind, pod_specs
 from k8s_schemas import VERSIONS, invalid
 
@@ -45,8 +46,6 @@ def test_the_numbers_that_are_named_are_those_of_the_manifests():
 
     assert f"`backoffLimit: {spec['backoffLimit']}`" in README
     assert spec["backoffLimit"] == 3  # "Failed with the fourth"
-    assert "16 GiB is what we expect" in README
-    assert pod["containers"][0]["resources"]["limits"]["memory"] == "16Gi"
     assert pod["serviceAccountName"] == "qlora-job"
 
 
@@ -59,6 +58,41 @@ def test_the_secrets_that_are_made_are_those_that_the_components_read():
     }
 
     assert made == read == {"qlora-job-s3", "qlora-job-hub"}
+
+
+def test_the_secret_of_the_registry_is_the_one_that_pods_pull_with():
+    (made,) = re.findall(r"create secret docker-registry (\S+)", README)
+    (switched_on,) = pod_specs(documents(JOB.read_text().replace("# imagePullSecrets:", "imagePullSecrets:")))
+    (pod,) = pod_specs(overlay("once"))
+
+    assert pod["imagePullSecrets"] == switched_on["imagePullSecrets"] == [{"name": made}]
+
+
+def test_all_that_cannot_be_changed_is_deleted_before_an_edited_job_yaml_is_applied():
+    """Else `kubectl apply` makes a Job with the recipe of before, or none."""
+    (line,) = re.findall(r"^kubectl delete (.*) && kubectl apply -f k8s/job.yaml$", README, re.MULTILINE)
+    kept = {f"{each['kind'].lower()}/{each['metadata']['name']}" for each in standalone()} - {
+        "serviceaccount/qlora-job"
+    }
+
+    assert set(line.split()) == kept | {"--cascade=foreground", "--ignore-not-found"}
+
+
+def test_the_line_that_waits_for_the_pod_waits_until_there_is_a_log(tmp_path):
+    """Word by word, with a kubectl that tells of no pod, then of one that waits."""
+    (block,) = [block for block in blocks() if "status.phase" in block]
+    (tmp_path / "kubectl").write_text(
+        "#!/bin/bash\ncase $1 in\n  get) n=$(cat n 2> /dev/null); echo $((n + 1)) > n\n"
+        '    case $n in "") ;; [1-3]) printf Pending ;; *) printf "Failed Running" ;; esac ;;\n'
+        '  logs) echo "$@ after $(cat n)" ;;\nesac\n'
+    )
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    for name in ("kubectl", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", block], cwd=tmp_path, env=path, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "logs -f job/qlora-job after 5\n"
 
 
 def test_the_variable_of_a_gated_model_is_in_job_yaml_to_be_switched_on():
@@ -79,11 +113,26 @@ def test_the_labels_that_are_selected_by_are_those_of_the_jobs():
 def test_manifests_that_are_shown_are_valid():
     shown = [document for block in blocks("yaml") for document in documents(block) if "apiVersion" in document]
 
-    assert [document["kind"] for document in shown] == ["NetworkPolicy"]
+    assert [document["kind"] for document in shown] == ["PriorityClass"]
     assert [wrong for v in VERSIONS for document in shown if (wrong := invalid(document, v))] == []
-    (job,) = of_kind(standalone(), "Job")
-    labels = job["spec"]["template"]["metadata"]["labels"]
-    assert shown[0]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    (pod,) = pod_specs(overlay("kueue"))
+    assert pod["priorityClassName"] == shown[0]["metadata"]["name"]
+
+
+@needs_kubectl
+def test_the_patch_for_gitops_keeps_the_job(tmp_path):
+    (patch,) = [block for block in blocks("yaml") if block.startswith("patches:")]
+    (spec,) = job_specs(composed(tmp_path, more=patch))
+
+    assert "ttlSecondsAfterFinished" not in spec
+
+
+def test_the_hours_of_a_night_are_those_of_the_manifests():
+    (night,) = of_kind(overlay("nightly"), "CronJob")
+    hours = night["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] / 3600
+
+    assert f"A night ends after {hours:.0f} hours" in README
+    assert night["spec"]["startingDeadlineSeconds"] == 3600  # "within an hour"
 
 
 @needs_kubectl

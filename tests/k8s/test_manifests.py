@@ -1,5 +1,7 @@
 """What `kubectl apply` sends is right for every Kubernetes from the floor on, and means what the job means."""
 
+import re
+
 import pytest
 import yaml
 from k8s_manifests import (
@@ -122,6 +124,14 @@ def test_once_has_a_name_of_its_own_and_its_recipe_in_the_name_of_the_configmap(
     assert pod["volumes"][-3]["configMap"]["name"] == found["metadata"]["name"]
 
 
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_configmap_s_name_ends_in_a_hash_of_the_recipe(name):
+    """An edited one is another object; the Job, which names it, is refused and not left as it is without a word."""
+    (found,) = of_kind(overlay(name), "ConfigMap")
+
+    assert re.fullmatch(rf"{CONFIGMAP}-[a-z0-9]{{10}}", found["metadata"]["name"])
+
+
 def test_nightly_makes_the_job_that_would_run_once():
     (nightly,) = of_kind(overlay("nightly"), "CronJob")
     (base,) = job_specs(standalone())
@@ -129,7 +139,7 @@ def test_nightly_makes_the_job_that_would_run_once():
 
     assert of_kind(overlay("nightly"), "Job") == []
     assert base.keys() - made.keys() == {"ttlSecondsAfterFinished"}
-    for field in ("podFailurePolicy", "podReplacementPolicy", "backoffLimit", "activeDeadlineSeconds"):
+    for field in ("podFailurePolicy", "podReplacementPolicy", "backoffLimit"):
         assert made[field] == base[field]
     assert environment(made["template"]["spec"]).items() >= environment(base["template"]["spec"]).items()
 
@@ -159,6 +169,17 @@ def test_kueue_decides_when_and_counts_the_time_over_all_admissions():
     assert labels["kueue.x-k8s.io/queue-name"]
     assert labels["kueue.x-k8s.io/max-exec-time-seconds"] == str(base["activeDeadlineSeconds"])
     assert not {"activeDeadlineSeconds", "suspend"} & spec.keys()
+
+
+def test_with_the_network_policy_the_pod_reaches_names_and_https_and_nothing_reaches_the_pod():
+    (policy,) = of_kind(overlay("nightly"), "NetworkPolicy")
+    (spec,) = job_specs(overlay("nightly"))
+    open_ports = [(port["protocol"], port["port"]) for rule in policy["spec"]["egress"] for port in rule["ports"]]
+
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+    assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+    assert "ingress" not in policy["spec"]
+    assert open_ports == [("UDP", 53), ("TCP", 53), ("TCP", 443)]
 
 
 # --- components ------------------------------------------------------------------------------------------------------
@@ -207,9 +228,18 @@ def test_components_go_together_in_any_order_and_leave_each_other_alone(tmp_path
 
 
 @needs_kubectl
+def test_a_night_in_a_queue_has_the_bound_of_the_queue_alone(tmp_path):
+    (spec,), (labels,) = (f(composed(tmp_path, "kueue", "nightly")) for f in (job_specs, job_labels))
+
+    assert "activeDeadlineSeconds" not in spec
+    assert labels["kueue.x-k8s.io/max-exec-time-seconds"]
+
+
+@needs_kubectl
 def test_another_recipe_is_another_configmap(tmp_path):
     """So a Job, and the pods that it makes later, keep the recipe that they were made with."""
-    more = f"configMapGenerator: [{{name: {CONFIGMAP}, behavior: replace, files: [recipe.yaml]}}]"
+    own = "behavior: replace, files: [recipe.yaml], options: {immutable: true}"
+    more = f"configMapGenerator: [{{name: {CONFIGMAP}, {own}}}]"
     text = (K8S / "base" / "recipe.yaml").read_text(encoding="utf-8")
     names = []
     for learning_rate in ("2.0e-4", "3.0e-4"):

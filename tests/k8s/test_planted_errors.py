@@ -46,6 +46,13 @@ def variable(name, value):
     return lambda variables: [*without(name)(variables), {"name": name, "value": value}]
 
 
+def source(name, kind, **fields):
+    return plus({"name": name, "valueFrom": {kind: fields}})
+
+
+TOKEN = {"serviceAccountToken": {"path": "token", "audience": "x"}}
+
+
 def plus(*more):
     return lambda items: [*items, *more]
 
@@ -137,6 +144,9 @@ JOB_ERRORS = [
     (f"{TRAINER}.env", variable("JOB_OUTCOME_FILE", "/work/o.json"), "is not terminationMessagePath"),
     (f"{TRAINER}.terminationMessagePolicy", GONE, "terminationMessagePolicy"),
     (f"{TRAINER}.env", variable("HF_TOKEN", "hf_x"), "a secret in the open"),
+    (f"{TRAINER}.env", source("A", "resourceFieldRef", resource="limits.memory"), "no divisor"),
+    (f"{TRAINER}.env", source("A", "fieldRef", fieldPath="spec.nodeName"), "no apiVersion"),
+    (f"{POD}.volumes", plus({"name": "t", "projected": {"sources": [TOKEN]}}), "no expirationSeconds"),
     # what is named
     (f"{POD}.serviceAccountName", "default", "ServiceAccount default: none is made"),
     (f"{POD}.volumes.0.configMap.name", "recipe", "ConfigMap recipe: none is made"),
@@ -202,9 +212,17 @@ OTHER_ERRORS = [
     ("ConfigMap", "data", {"recipe.yaml": "output: 5\n"}, "model"),
     ("ConfigMap", "data", {"other.yaml": ""}, "no ConfigMap puts a recipe there"),
     ("ConfigMap", "metadata.name", "other", "none is made"),
+    ("ConfigMap", "immutable", GONE, "can be edited while a Job goes by it"),
+    ("ConfigMap", "immutable", False, "can be edited while a Job goes by it"),
     ("ServiceAccount", "automountServiceAccountToken", GONE, "gives its token away"),
     ("ServiceAccount", "metadata.name", "other", "ServiceAccount qlora-job: none is made"),
 ]
+
+
+def test_a_port_of_a_network_policy_that_the_server_would_complete_is_seen():
+    wrong = complaints(planted(overlay("nightly"), "NetworkPolicy", "spec.egress.1.ports.0.protocol", GONE))
+
+    assert wrong == ["NetworkPolicy: a port without protocol"]
 
 
 @pytest.mark.parametrize(("kind", "path", "value", "told"), OTHER_ERRORS, ids=shown)
@@ -220,6 +238,10 @@ NIGHTLY_ERRORS = [
     ("spec.startingDeadlineSeconds", 5, "at least 10"),
     ("spec.schedule", "*/30 * * * *", "less than the schedule's 1800 s"),
     ("spec.timeZone", GONE, "timeZone"),
+    ("spec.jobTemplate.spec.activeDeadlineSeconds", 172800, "the next comes after 86400 s"),
+    ("spec.jobTemplate.spec.activeDeadlineSeconds", 82800, "the next comes after 86400 s"),
+    ("spec.schedule", "17 2,14 * * *", "the next comes after 43200 s"),
+    ("spec.jobTemplate.spec.activeDeadlineSeconds", GONE, "no activeDeadlineSeconds"),
     ("spec.successfulJobsHistoryLimit", GONE, "successfulJobsHistoryLimit"),
     ("spec.failedJobsHistoryLimit", 0, "failedJobsHistoryLimit"),
     ("spec.jobTemplate.spec.ttlSecondsAfterFinished", 60, "ttlSecondsAfterFinished"),

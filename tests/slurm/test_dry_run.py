@@ -1,12 +1,17 @@
-"""The commands that train.sbatch would run, word by word; and that they fit the image and the other scripts."""
+"""What train.sbatch --dry-run shows, the command word by word, and what it checks; and that the scripts fit each other
+and the image."""
 
 import os
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
-from stand_ins import PATIENCE_SECONDS, ROOT, TRAIN
+from job_process import Job
+from stand_ins import PATIENCE_SECONDS, ROOT, TRAIN, Desk, bash
+
+from job.cli import cli
 
 SRUN = ["srun", "--nodes=1", "--ntasks=1", "--cpus-per-task=8", "--input=none", "--kill-on-bad-exit=1", "--export=ALL"]
 SECRETS = {
@@ -22,27 +27,45 @@ PASSED = [
 
 
 @pytest.fixture
-def dry(tmp_path):
-    """The words of the command, from a folder that a user submits from."""
+def desk(tmp_path):
+    (tmp_path / "desk").mkdir()
+    return Desk(tmp_path / "desk")
+
+
+@pytest.fixture
+def rehearsal(tmp_path, desk):
+    """A dry run from a folder that a user submits from; the job's check is a stand-in."""
     folder = tmp_path / "my project"
     folder.mkdir()
     (folder / "recipe.yaml").write_text("output: s3://models/notes\n")
-    environment = {"PATH": os.environ["PATH"], "HOME": "/home/me", "SLURM_CPUS_PER_TASK": "8", "TMPDIR": "/local"}
+    environment = {"PATH": f"{desk.folder}/bin:{os.environ['PATH']}", "HOME": "/home/me", "DESK": str(desk.folder)}
+    environment |= {"QLORA_SCRATCH": "/local", "QLORA_VENV": f"{desk.folder}/venv"}
     environment |= SECRETS | {"AWS_ACCESS_KEY_ID": "AKIA", "HF_HOME": "/gpfs/hf", "https_proxy": "http://proxy:3128"}
     environment |= {"PYTHONPATH": "/gpfs/old", "SECRET": "none of the job's"}
 
-    def words(runtime, *arguments, **extra):
-        done = subprocess.run(
-            ["bash", TRAIN, "--dry-run", "recipe.yaml", *arguments],
+    def rehearse(*arguments, recipe="recipe.yaml", **extra):
+        return subprocess.run(
+            ["bash", TRAIN, "--dry-run", recipe, *arguments],
             cwd=folder,
-            env=environment | {"QLORA_RUNTIME": runtime} | extra,
+            env=environment | extra,
             capture_output=True,
             text=True,
             timeout=PATIENCE_SECONDS,
             check=False,
         )
-        assert (done.returncode, done.stderr) == (0, "")
-        return folder, shlex.split(done.stdout)
+
+    return rehearse
+
+
+@pytest.fixture
+def dry(tmp_path, rehearsal):
+    """The words of the command."""
+
+    def words(runtime, *arguments, **extra):
+        done = rehearsal(*arguments, QLORA_RUNTIME=runtime, **extra)
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("srun ")]
+        return tmp_path / "my project", shlex.split(line)
 
     return words
 
@@ -50,8 +73,14 @@ def dry(tmp_path):
 def test_in_a_virtual_environment(dry):
     folder, words = dry("venv", "--set", "lora.r=16")
 
-    program = [str(ROOT / ".venv/bin/python"), str(ROOT / "entrypoint.py")]
+    program = [f"{folder.parent}/desk/venv/bin/python", str(ROOT / "entrypoint.py")]
     assert words == [*SRUN, *program, "run", f"{folder}/recipe.yaml", "--set", "lora.r=16"]
+
+
+def test_the_virtual_environment_is_that_of_the_checkout():
+    script = "QLORA_VENV= QLORA_RUNTIME=venv home=/here; build_command report r.yaml; echo ${program[@]}"
+
+    assert bash(script).split() == ["/here/.venv/bin/python", "/here/entrypoint.py", "report", "r.yaml"]
 
 
 def test_under_apptainer(dry):
@@ -81,10 +110,12 @@ def test_under_pyxis(dry):
 
 
 @pytest.mark.parametrize("runtime", ["venv", "apptainer", "pyxis"])
-def test_no_secret_stands_on_a_command_line(dry, runtime):
-    _folder, words = dry(runtime, QLORA_IMAGE="x")
+def test_no_secret_stands_on_a_command_line_or_is_shown(rehearsal, runtime):
+    done = rehearsal(QLORA_RUNTIME=runtime, QLORA_IMAGE="x")
+    shown = done.stdout + done.stderr
 
-    assert not [word for word in words for secret in SECRETS.values() if secret in word]
+    assert "HF_TOKEN (yours)" in shown
+    assert not [secret for value in SECRETS.values() for secret in value.splitlines() if secret in shown]
 
 
 def test_folders_that_the_job_needs_besides_are_seen_in_the_container_once(dry):
@@ -116,21 +147,125 @@ def test_apptainer_gets_the_job_s_variables_by_its_own_prefix(tmp_path):
     }
 
 
-def test_a_dry_run_can_be_asked_for_by_variable_and_leaves_nothing(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("{}")
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "QLORA_DRY_RUN": "1", "TMPDIR": str(tmp_path)}
+def test_a_dry_run_can_be_asked_for_by_variable_and_leaves_nothing(tmp_path, desk):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.yaml").write_text("{}")
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "QLORA_DRY_RUN": "1", "DESK": str(desk.folder)}
     done = subprocess.run(
         ["bash", TRAIN, "recipe.yaml"],
-        cwd=tmp_path,
-        env=environment,
+        cwd=tmp_path / "mine",
+        env=environment | {"TMPDIR": str(tmp_path / "mine"), "QLORA_VENV": f"{desk.folder}/venv"},
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
         check=True,
     )
 
-    assert done.stdout.startswith("srun --nodes=1")
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert "\nsrun --nodes=1" in done.stdout
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["recipe.yaml"]
+
+
+# --- what else is shown, and the check -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 64, 65, 69, 77])
+def test_the_check_s_exit_code_is_that_of_the_dry_run(rehearsal, desk, code):
+    desk.behave(f"echo 'ok  recipe'; exit {code}")
+    done = rehearsal("--set", "lora.r=8")
+
+    assert done.returncode == code
+    assert done.stdout.endswith("# the check\nok  recipe\n")
+    asked = (desk.folder / "arguments").read_text().splitlines()
+    assert asked == [f"{ROOT}/entrypoint.py", "check", "recipe.yaml", "--set", "lora.r=8"]
+
+
+def test_what_fails_in_a_dry_run_within_a_job_is_not_started_again(desk):
+    desk.behave("exit 69")
+    done = desk.start(QLORA_DRY_RUN="1")
+
+    assert (done.code, done.calls) == (69, [])
+
+
+def options_of(command):
+    return {name for each in cli.commands[command].params for name in each.opts if name.startswith("--")}
+
+
+def test_the_check_gets_all_that_it_knows_of_the_arguments_of_run(rehearsal, desk):
+    """Whatever only `run` knows would be refused by `check` as a mistake in the command line."""
+    only_run = sorted(options_of("run") - options_of("check") - {"--crash-at"})
+    flags = {name for each in cli.commands["run"].params for name in each.opts if getattr(each, "is_flag", False)}
+    kept = ["--set", "lora.r=8", "--output=s3://x/y"]
+    arguments = [word for name in only_run for word in ([name] if name in flags else [name, "1", f"{name}=1"])]
+    assert rehearsal(*arguments, *kept).returncode == 0
+
+    assert (desk.folder / "arguments").read_text().splitlines()[2:] == ["recipe.yaml", *kept]
+
+
+def test_what_sbatch_reads_is_shown(rehearsal):
+    lines = [line for line in rehearsal().stdout.splitlines() if line.startswith("#SBATCH")]
+
+    assert lines == [line for line in header("train.sbatch") if not line.startswith("##")]
+
+
+def test_the_environment_that_the_job_has_is_shown(rehearsal, desk):
+    """All that the scripts set, with its value, as a job that runs finds it."""
+    shown = rehearsal().stdout.split("# the environment of the job\n")[1].split("# the command")[0].splitlines()
+    desk.start(SLURM_CPUS_PER_TASK="8", OMP_NUM_THREADS="")
+    found = desk.seen()
+    values = dict(line.split("=", 1) for line in shown if "=" in line)
+
+    assert values["OMP_NUM_THREADS"] == found["OMP_NUM_THREADS"] == "8"
+    assert values["JOB_DEVICE"] == found["JOB_DEVICE"] == "cuda"
+    there = f"{desk.folder}/scratch/qlora-job-7"
+    places = {name: value for name, value in found.items() if value.startswith(there)}
+    assert {name: value.replace(there, "/local/qlora-job-JOBID") for name, value in places.items()}.items() <= (
+        values.items()
+    )
+    assert {line.split(" ")[0] for line in shown if "=" not in line} == {
+        *SECRETS,
+        *("AWS_ACCESS_KEY_ID", "https_proxy", "JOB_DEADLINE", "JOB_GRACE_SECONDS"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("runtime", "extra", "told"),
+    [
+        ("pyxis", {}, "not checked: only a job can start containers of Pyxis"),
+        ("apptainer", {"PATH": "/usr/bin:/bin"}, "not checked: apptainer is not on this machine"),
+    ],
+)
+def test_where_nothing_can_be_checked_it_says_so(rehearsal, desk, runtime, extra, told):
+    done = rehearsal(QLORA_RUNTIME=runtime, QLORA_IMAGE="x", **extra)
+
+    assert told in done.stderr
+    assert not (desk.folder / "arguments").exists()
+
+
+def test_a_container_is_checked_in_the_container(rehearsal, desk):
+    desk.behave("exit 65")
+    done = rehearsal(QLORA_RUNTIME="apptainer", QLORA_IMAGE="/images/qlora-job.sif")
+
+    assert done.returncode == 65
+    arguments = (desk.folder / "arguments").read_text().splitlines()
+    assert arguments[-5:] == [
+        *("/images/qlora-job.sif", "/opt/venv/bin/python", "/app/entrypoint.py"),
+        *("check", "recipe.yaml"),
+    ]
+
+
+def test_the_real_check_needs_no_gpu_and_refuses_wrong_data(tmp_path, tiny_base, rehearsal):
+    job = Job(tmp_path, tiny_base)
+    job.write()
+    venv = {"QLORA_VENV": sys.prefix, "HOME": str(tmp_path)}
+    right = rehearsal("--output", f"file://{tmp_path}/out", **venv, recipe=str(job.recipe_path), JOB_SET="")
+    (job.data / "train.jsonl").write_text('{"question": "1"}\n')
+    wrong = rehearsal(**venv, recipe=str(job.recipe_path), JOB_SET="")
+
+    assert right.returncode == 0, right.stdout + right.stderr
+    assert "ok  data" in right.stdout
+    assert wrong.returncode == 65, wrong.stdout + wrong.stderr
+    assert "train.jsonl:1" in wrong.stdout
+    assert not job.store.exists() or not list(job.store.rglob("run.json"))
 
 
 # --- the scripts fit each other and the image ------------------------------------------------------------------------
