@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 
-.PHONY: demo test chaos test-stores test-slurm test-slurm-short image sbom test-image lint types docs lock templates clean
+.PHONY: demo test test-hostile chaos test-stores test-slurm test-slurm-short image sbom test-image lint types docs lock templates clean
 
 # The CPU lock pins every package. Where pip finds a CPU build of torch (an extra index in PIP_EXTRA_INDEX_URL, or a
 # wheel in PIP_FIND_LINKS) it is taken; otherwise the CUDA build comes, which runs on the CPU as well.
@@ -23,6 +23,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Every attack by what is read from outside, each in a process that may take little memory; `make test` has those that
+# take seconds.
+test-hostile: $(VENV)/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "hostile or not hostile" tests/hostile
 
 # Attempts killed, stopped, frozen, started twice, on a store that dies and lies: forty minutes on two cores. What was
 # done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments; CHAOS_ENGINE=fast trains by the engine's step.

@@ -151,8 +151,8 @@ def _lines(worker: Worker, phases: Phases) -> tuple[str, None]:
             should_stop=worker.should_stop,
             on_progress=lambda done: phases.progress(bytes=done),
         )
-        tally = Tally()
-        for _example in examples(read_lines(files), worker.recipe.data, tally=tally):
+        tally, data = Tally(), worker.recipe.data
+        for _example in examples(read_lines(files, max_record=data.max_record), data, tally=tally):
             pass
     return f"{tally.good} right lines, {tally.bad} wrong ones; lengths need the base model", None
 

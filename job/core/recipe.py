@@ -140,6 +140,8 @@ class DataSection(Section):
     """Longest example in tokens, BOS and EOS included; `auto` chooses from the lengths and says why."""
     too_long: Literal["truncate", "drop", "fail"] = "truncate"
     """What happens to an example beyond `max_length`; a truncated one gets no EOS, since it did not end there."""
+    max_record: Annotated[int, Field(strict=True, gt=0, le=2**26)] = 2**20
+    """Longest record in bytes, as its line stands in the file; a longer one is a wrong line."""
     on_bad_record: Literal["fail", "skip"] = "fail"
     """Whether a wrong line ends the job (exit 65) or is left out and reported."""
     bad_record_limit: Share = 0.01
@@ -313,4 +315,7 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that can change the weights or their evaluation, as JSON values."""
     part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
     del part["model"]["quantised_copies"]
+    if recipe.data.on_bad_record == "fail":
+        # It decides whether the job ends, and not what is trained on: a run that it ended goes on once it is raised.
+        del part["data"]["max_record"]
     return part

@@ -10,8 +10,6 @@ from job.core.close_names import closest
 from job.core.errors import DataError
 from job.core.recipe import DataSection
 
-MAX_LINE_BYTES = 64 * 2**20
-"""Longest line that is read, in bytes: a file without line ends must not fill the memory."""
 REPORTED_AT_ONCE = 20
 """Wrong lines named in one message."""
 _BOM = b"\xef\xbb\xbf"
@@ -178,7 +176,7 @@ def _advice(tally: Tally, data: DataSection, *, can_skip: bool) -> str:
 
 def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRecord:
     """One line -> an example, or why it is none."""
-    fields = _fields(raw, data.fields)
+    fields = _fields(raw, data)
     if isinstance(fields, str):
         return BadRecord(where=where, reason=fields)
     return Example(parts=_parts(fields, data), where=where)
@@ -198,13 +196,15 @@ def _parts(fields: dict[str, str], data: DataSection) -> tuple[Part, ...]:
     )
 
 
-def _fields(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:
+def _fields(raw: bytes, data: DataSection) -> dict[str, str] | str:
     """The named fields of one record, or the reason why they are not there."""
+    if len(raw) > data.max_record:
+        return f"longer than data.max_record ({data.max_record:,} bytes); split the record, or raise data.max_record"
     record = _record(raw)
     if isinstance(record, str):
         return record
     fields = {}
-    for name in names:
+    for name in data.fields:
         reason = _field_reason(record, name)
         if reason is not None:
             return f'"{name}" {reason}'
@@ -214,8 +214,6 @@ def _fields(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:
 
 def _record(raw: bytes) -> dict[str, Any] | str:
     """The JSON object of one line, or the reason why it is none."""
-    if len(raw) > MAX_LINE_BYTES:
-        return f"longer than {MAX_LINE_BYTES // 2**20} MiB; is this JSON lines?"
     if b"\0" in raw:
         return "holds a NUL byte"
     try:

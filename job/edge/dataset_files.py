@@ -1,22 +1,33 @@
 """The dataset's objects on the local disk, and their lines: plain, gzip or zstd, recognised by their first bytes."""
 
+import codecs
+import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 
 from job.core.errors import DataError
-from job.core.records import MAX_LINE_BYTES
 from job.edge.store.lanes import Lanes
 from job.edge.store.objects import PART_BYTES, ObjectStore, StoredObject, StoreSettings
 from job.edge.store.opening import open_store, store_and_key
 
 _CHUNK_BYTES = 2**20
+"""Of a file's content, taken apart into lines at once."""
+_PACKED_BYTES = 2**10
+"""Of a compressed file, unpacked at once: 4 bytes of zstd give up to 128 KiB, so that these give 32 MiB at most."""
+_WINDOW_BYTES = 2**27
+"""Longest look back of a zstd frame, which is kept in memory: that of `zstd --ultra -22`."""
+_UNPACKED_BYTES, _UNPACKED_TIMES = 2**24, 100
+"""A compressed file may unpack to so many bytes, and to so many times its size more. Text shrinks to a tenth; what
+shrinks to a thousandth was made to fill a disk."""
+_MARK_BYTES = len(codecs.BOM_UTF8)
+"""May stand before the first record of a file, and are none of it."""
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
@@ -107,16 +118,20 @@ def _names(uris: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(uris)
 
 
-def read_lines(files: Iterable[DataFile]) -> Iterator[tuple[str, int, bytes]]:
+def read_lines(files: Iterable[DataFile], *, max_record: int) -> Iterator[tuple[str, int, bytes]]:
     """File name, line number (from 1) and bytes of each line, without its end: LF or CRLF, nothing else.
 
+    Args:
+        files: one after the other.
+        max_record: bytes; of a longer line no more than just beyond them is kept.
+
     Raises:
-        DataError: a compressed file is damaged or ends early.
+        DataError: a compressed file is damaged, ends early, or unpacks to far more than its size.
     """
     for file in files:
         number = 0
         try:
-            for number, line in enumerate(_split(_chunks(file.path)), start=1):
+            for number, line in enumerate(_split(_chunks(file), max_record), start=1):
                 yield file.name, number, line
         except (zlib.error, zstandard.ZstdError, EOFError) as error:
             raise DataError(
@@ -124,7 +139,7 @@ def read_lines(files: Iterable[DataFile]) -> Iterator[tuple[str, int, bytes]]:
             ) from error
 
 
-def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def _split(chunks: Iterable[bytes], max_record: int) -> Iterator[bytes]:
     """Lines of a stream; one that is too long is cut just beyond the limit, so that its length still shows."""
     rest, skipping = b"", False
     for chunk in chunks:
@@ -133,25 +148,40 @@ def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
             if not skipping:
                 yield line.removesuffix(b"\r")
             skipping = False
-        if len(rest) > MAX_LINE_BYTES:
+        if len(rest) > max_record + _MARK_BYTES:
             if not skipping:
-                yield rest[: MAX_LINE_BYTES + 1]
+                yield rest[: max_record + _MARK_BYTES + 1]
             rest, skipping = b"", True
     if rest and not skipping:
         yield rest.removesuffix(b"\r")
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as stream:
+def _chunks(file: DataFile) -> Iterator[bytes]:
+    with file.path.open("rb") as stream:
         head = stream.read(4)
         stream.seek(0)
-        raw = iter(lambda: stream.read(_CHUNK_BYTES), b"")
         if head.startswith(_GZIP):
-            yield from _decompressed(raw, lambda: zlib.decompressobj(wbits=31))
+            yield from _unpacked(stream, lambda: zlib.decompressobj(wbits=31), name=file.name)
         elif head == _ZSTD:
-            yield from _decompressed(raw, lambda: zstandard.ZstdDecompressor().decompressobj())
+            unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+            yield from _unpacked(stream, unpacker.decompressobj, name=file.name)
         else:
-            yield from raw
+            yield from iter(partial(stream.read, _CHUNK_BYTES), b"")
+
+
+def _unpacked(stream: BinaryIO, new: Callable[[], Any], *, name: str) -> Iterator[bytes]:
+    """The content of a compressed file in chunks, no more of it than its size allows."""
+    size = os.fstat(stream.fileno()).st_size
+    left = _UNPACKED_BYTES + _UNPACKED_TIMES * size
+    for content in _decompressed(iter(partial(stream.read, _PACKED_BYTES), b""), new):
+        left -= len(content)
+        if left < 0:
+            raise DataError(
+                f"{name}: unpacks to more than {_UNPACKED_BYTES + _UNPACKED_TIMES * size:,} bytes, from {size:,}; "
+                "if that is what it shall hold, write it again without compression"
+            )
+        for start in range(0, len(content), _CHUNK_BYTES):
+            yield content[start : start + _CHUNK_BYTES]
 
 
 def _decompressed(raw: Iterable[bytes], new: Callable[[], Any]) -> Iterator[bytes]:

@@ -161,10 +161,10 @@ def _routed(
 ) -> Iterator[tuple[Side, Example]]:
     """Each checked example with its side."""
     own = Tally()
-    for example in checked_lines(read_lines(train), data, tally=tally):
+    for example in checked_lines(read_lines(train, max_record=data.max_record), data, tally=tally):
         held_out = isinstance(data.validation, Fraction) and is_held_out(example.digest, data.validation.fraction)
         yield ("validation" if held_out else "train"), example
-    for example in checked_lines(read_lines(validation), data, tally=own):
+    for example in checked_lines(read_lines(validation, max_record=data.max_record), data, tally=own):
         yield "validation", example
     judge_lines([tally, own], data)
     tally.merge(own)

@@ -364,12 +364,15 @@ def test_a_recipe_is_frozen():
 def test_the_identity_is_what_can_change_weights_or_their_evaluation():
     same = ("checkpoint.every_steps=7", "store.checksums=false", "track.project=x", "output=s3://elsewhere/x")
     same += ("model.quantised_copies=s3://elsewhere/copies",)
+    same += ("data.max_record=2000",)  # a record that is too long ends the job; where it is left out it does matter
     other = ("train.seed=1", "lora.r=8", "data.text='{x}'", "evaluate.max_examples=5", "model.base=./other")
 
     for override in same:
         assert identity_of(load(SMALL, override)) == identity_of(load()), override
     for override in other:
         assert identity_of(load(SMALL, override)) != identity_of(load()), override
+    skipping = load(SMALL, "data.on_bad_record=skip")
+    assert identity_of(load(SMALL, "data.on_bad_record=skip", "data.max_record=2000")) != identity_of(skipping)
 
 
 def test_a_default_that_is_written_out_leaves_the_identity_alone():

@@ -104,11 +104,11 @@ def test_a_right_line_is_an_example(raw, text):
     assert parse_line(raw, TEXT, where="train.jsonl:17") == text_example(text, where="train.jsonl:17")
 
 
-def test_a_line_that_is_too_long_is_told_so():
-    longest = b" " * (records.MAX_LINE_BYTES - len(GOOD)) + GOOD
+def test_a_record_that_is_too_long_is_told_so():
+    longest = b" " * (2**20 - len(GOOD)) + GOOD
 
     assert isinstance(parse_line(longest, TEXT, where=""), Example)
-    assert reason(b" " + longest) == "longer than 64 MiB; is this JSON lines?"
+    assert reason(b" " + longest).startswith("longer than data.max_record (1,048,576 bytes); ")
 
 
 def test_names_of_other_fields_are_shown_on_one_line_and_can_be_written_anywhere():

@@ -7,10 +7,11 @@ import pytest
 import zstandard
 
 from job.core.errors import DataError
-from job.core.records import MAX_LINE_BYTES
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
 from job.edge.store.listing import expand
 from job.edge.store.objects import StoredObject, StoreSettings
+
+MAX_RECORD = 4 * 2**20
 
 
 def never():
@@ -21,7 +22,7 @@ def lines(path, content):
     path.write_bytes(content)
     source = StoredObject(uri=f"file://{path}", key="k", size=0, etag="", version=None)
     file = DataFile(name="t.jsonl", path=path, source=source, sha256="")
-    return [(number, line) for name, number, line in read_lines([file]) if name == "t.jsonl"]
+    return [(number, line) for name, number, line in read_lines([file], max_record=MAX_RECORD) if name == "t.jsonl"]
 
 
 PLAIN = {
@@ -89,8 +90,8 @@ def test_the_kind_is_told_by_the_content_not_by_the_name(tmp_path):
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path):
     """It is cut just beyond the limit, so that its length still shows, and the next line is found again."""
-    found = lines(tmp_path / "x", b"a\n" + b"x" * (MAX_LINE_BYTES + 5 * 2**20) + b"\nb\n")
-    assert [len(line) for _, line in found] == [1, MAX_LINE_BYTES + 1, 1]
+    found = lines(tmp_path / "x", b"a\n" + b"x" * (MAX_RECORD + 5 * 2**20) + b"\nb\n")
+    assert [len(line) for _, line in found] == [1, MAX_RECORD + 4, 1]  # the first line may begin with a mark of 3
     assert [number for number, _ in found] == [1, 2, 3]
 
 

@@ -15,6 +15,7 @@ from botocore.exceptions import BotoCoreError, ChecksumError, ClientError, HTTPC
 from job.core.errors import DataError, DeniedError, StopRequestedError, UnavailableError, UsageError
 from job.edge.store.objects import PARALLEL, StoreSettings
 from job.edge.store.patience import Patience
+from job.edge.store.s3_answers import bound_answers
 from job.edge.store.s3_errors import (
     S3_FAILURES,
     is_about_content,
@@ -221,6 +222,8 @@ def _client(settings: StoreSettings) -> "S3Client":
         **checksums,
     )
     try:
-        return boto3.session.Session().client("s3", config=config)
+        client = boto3.session.Session().client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
         raise UsageError(f"S3 client: {summary(error)}; correct the AWS settings") from error
+    bound_answers(client)
+    return client

@@ -1,7 +1,7 @@
 """Examples -> token ids with target spans in Arrow files, written once and read memory-mapped."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,9 @@ from job.tune.data.frame import Framed, TokenRules, encode_examples
 Side = Literal["train", "validation"]
 _SIDES: tuple[Side, ...] = ("train", "validation")
 _BATCH = 1000
-"""Examples handed to the tokenizer at once."""
+"""Examples handed to the tokenizer at once, ..."""
+_BATCH_CHARACTERS = 2**20
+"""... and characters, unless one has more by itself: while it is encoded a token takes hundreds of bytes."""
 FORMAT = 3
 """What `encode` writes: files of another format are encoded anew."""
 
@@ -105,6 +107,8 @@ def encode(
         rows = encode_examples([example for _, example in batch], tokenizer, rules)
         for (side, example), framed in zip(batch, rows, strict=True):
             writers[side].write(_row(example, framed))
+        for writer in writers.values():
+            writer.write_examples_on_file()  # else it keeps a thousand, whatever their length
         done += len(batch)
         on_progress(done)
     for side, writer in writers.items():
@@ -146,6 +150,14 @@ def _path(folder: Path, side: Side) -> Path:
 
 
 def _batches(examples: Iterable[tuple[Side, Example]]) -> Iterator[list[tuple[Side, Example]]]:
-    iterator = iter(examples)
-    while batch := list(islice(iterator, _BATCH)):
+    batch: list[tuple[Side, Example]] = []
+    characters = 0
+    for side, example in examples:
+        size = sum(len(part.text) for part in example.parts)
+        if batch and (len(batch) == _BATCH or characters + size > _BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append((side, example))
+        characters += size
+    if batch:
         yield batch

@@ -1,0 +1,74 @@
+"""A store that answers with gigabytes where kilobytes are meant: its status still counts, and no more is read."""
+
+import contextlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+ASK = """
+import sys
+from job.core.errors import JobError
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
+from job.edge.store.patience import Patience
+patience = Patience(attempts=2, first_pause_seconds=0.01)
+store = open_store("s3://bucket/prefix", StoreSettings(), patience=patience)
+limit()
+ask = {"read": lambda: store.read("key"), "list": lambda: list(store.list()), "write": lambda: store.write("key", b"")}
+try:
+    ask[sys.argv[1]]()
+except JobError as error:
+    print(error.code, error)
+"""
+
+
+@pytest.fixture
+def flood(monkeypatch):
+    """An endpoint that answers every request with 4 GiB, under the status that is set."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            self.send_response(server.status)
+            self.send_header("Content-Length", str(2**32))
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("ETag", '"e"')
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"<Error><Code>AccessDenied</Code><Message>")
+                for _ in range(4096):
+                    self.wfile.write(b"x" * 2**20)
+
+        do_GET = do_PUT = answer  # noqa: N815 - as http.server looks for them
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    names = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_REGION": "us-east-1"}
+    for name, value in (names | {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}).items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "ask", "code", "words"),
+    [
+        (403, "read", 77, "403"),
+        (403, "list", 77, "403"),
+        (403, "write", 77, "403"),
+        (404, "read", 66, "404"),
+        (503, "read", 69, "failed 2 times"),
+        (200, "list", 69, "an answer of more than 33,554,432 bytes"),
+        (200, "read", 65, "larger than the 16777216 bytes"),
+    ],
+)
+def test_an_answer_of_gigabytes_is_read_no_further_than_it_counts(flood, limited, status, ask, code, words):
+    flood.status = status
+    told = limited(ASK, ask, mib=256)
+    assert told.startswith(f"{code} s3://bucket/prefix"), told
+    assert words in told
