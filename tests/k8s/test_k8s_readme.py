@@ -46,6 +46,7 @@ def test_the_numbers_that_are_named_are_those_of_the_manifests():
 
     assert f"`backoffLimit: {spec['backoffLimit']}`" in README
     assert spec["backoffLimit"] == 3  # "Failed with the fourth"
+    assert spec["ttlSecondsAfterFinished"] == 3 * 86400  # "three days after its end"
     assert pod["serviceAccountName"] == "qlora-job"
 
 
