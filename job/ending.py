@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from job.core.errors import JobError, LocalDiskError, StopRequestedError, ending, exit_code
+from job.core.errors import JobError, LocalDiskError, StopRequestedError, action_for, ending, exit_code
 from job.edge.host.interrupt import Interrupt
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Session:
                 reason="done" if error is None else self.hide(_reason(error)),
                 last_committed_step=standing.last_committed_step if standing else None,
                 run_uri=standing.run_uri if standing else None,
-                action=ending(code).action,
+                action=action_for(error),
             )
         return code
 
@@ -62,7 +62,7 @@ class Session:
             "exit_code": code,
             "reason": _reason(error),
             "again": again,
-            "action": ending(code).action,
+            "action": action_for(error),
             "signal": self.interrupt.reason if stopped else None,
             "last_committed_step": standing.last_committed_step if standing else None,
             "run_uri": standing.run_uri if standing else None,

@@ -179,13 +179,14 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
     """
     from job.core.recipe_text import load_recipe
     from job.edge.host.process import age_seconds
+    from job.edge.relative_paths import located
     from job.stages.attempt import Attempt, Phases, Worker
 
     assert session.outcome is not None, "its option is eager"
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the recipe cannot be read ({error})") from error
+        raise UsageError(f"{located(path)}: the recipe cannot be read ({error}); correct the path") from error
     overrides = (*options["overrides"], *_output(options["output"]))
     run_id = options["run_id"]
     if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", run_id):

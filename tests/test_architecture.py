@@ -49,6 +49,7 @@ FLOORS = {
         ("job.edge.base", "job.edge.base.*"),
         ("job.edge.dataset_files", "job.edge.run", "job.edge.run.*"),
         ("job.edge.host", "job.edge.host.*", "job.edge.store", "job.edge.store.*"),
+        ("job.edge.relative_paths",),
     ),
 }
 """Of each house, from the front door down: a module imports its floor and those below. A room may be a house itself."""

@@ -4,15 +4,19 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from job.core.errors import DeniedError, LocalDiskError, NotFoundError
+from job.core.errors import DeniedError, JobError, LocalDiskError, NotFoundError
 from job.core.report import Report
-from job.edge.run.artifacts import Artifacts, runs_of
+from job.edge.relative_paths import located
+from job.edge.run.artifacts import Artifacts, finished_runs, runs_of
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
 from job.render.pictures import draw
 from job.render.runs_table import RunRow
 from job.stages.attempt import Worker
 from job.stages.identity import find_run
+
+_LISTED = 10
+"""Finished runs that a message names, newest first."""
 
 
 def open_run(run_uri: str) -> tuple[Artifacts, Report]:
@@ -22,7 +26,7 @@ def open_run(run_uri: str) -> tuple[Artifacts, Report]:
         NotFoundError: there is no report.
     """
     output, run_id = _parts(run_uri)
-    report = _report(Artifacts(open_store(output, StoreSettings()), run_id), run_uri)
+    report = _report(Artifacts(open_store(output, StoreSettings()), run_id), output)
     settings = StoreSettings(**report.recipe["store"])
     return Artifacts(open_store(output, settings), run_id), report
 
@@ -35,7 +39,7 @@ def run_of_recipe(worker: Worker, run_id: str | None) -> tuple[Artifacts, Report
     """
     run = find_run(worker.recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop)
     artifacts = run.artifacts
-    return artifacts, _report(artifacts, artifacts.uri)
+    return artifacts, _report(artifacts, worker.recipe.output, named_by_recipe=True)
 
 
 def leave_pictures(artifacts: Artifacts, report: Report) -> str:
@@ -66,7 +70,7 @@ def run_uris(name: str) -> list[str]:
         runs = runs_of(open_store(output, StoreSettings()), "")
         found = [run.uri for run in runs if fnmatchcase(run.run_id, run_id)]
     if not found:
-        raise NotFoundError(f"{name}: no run is named there")
+        raise NotFoundError(f"{located(name)}: no run is named there", action="name a run, or wait until one is begun")
     return found
 
 
@@ -89,7 +93,9 @@ def look_at(run_uri: str) -> RunRow:
 def unfinished(rows: Sequence[RunRow]) -> NotFoundError | None:
     """The failure that the table stands for, if a run in it has no report."""
     missing = [row.run_id for row in rows if row.report is None]
-    return NotFoundError(f"no report of {', '.join(missing)}") if missing else None
+    if not missing:
+        return None
+    return NotFoundError(f"no report of {', '.join(missing)}", action="see in the table how far each of them is")
 
 
 def _standing(artifacts: Artifacts) -> str:
@@ -107,13 +113,38 @@ def _parts(run_uri: str) -> tuple[str, str]:
     """The output and the run id."""
     output, marker, run_id = run_uri.rstrip("/").removesuffix("/report.json").rpartition("/runs/")
     if not marker or "/" in run_id:
-        raise NotFoundError(f"{run_uri}: not a run's URI; it looks like s3://bucket/prefix/runs/RUN_ID")
+        raise NotFoundError(
+            f"{located(run_uri)}: neither a file nor a run's URI, which looks like s3://bucket/prefix/runs/RUN_ID",
+            action="correct the URI or the path",
+        )
     return output, run_id
 
 
-def _report(artifacts: Artifacts, name: str) -> Report:
+def _report(artifacts: Artifacts, output: str, *, named_by_recipe: bool = False) -> Report:
     content = artifacts.report()
-    if content is None:
-        state = "not finished yet" if artifacts.run_record() is not None else "not there"
-        raise NotFoundError(f"{name}: no report.json; the run is {state}")
-    return Report.model_validate(content)
+    if content is not None:
+        return Report.model_validate(content)
+    if artifacts.run_record() is not None:
+        raise NotFoundError(
+            f"{located(artifacts.uri)}: no report.json; the run is not finished yet ({_standing(artifacts)})",
+            action="wait for its end, or start it again: `run` with its recipe goes on where it stands",
+        )
+    finished = _finished(output)
+    if named_by_recipe:
+        state = "the run is not there: the recipe and its data, as they are now, have not been begun"
+        action = "start `run` with the recipe, or ask for `report` of a finished run by its URI"
+    else:
+        state, action = "no report.json; the run is not there", "correct the URI"
+    raise NotFoundError(f"{located(artifacts.uri)}: {state}; {finished}", action=action)
+
+
+def _finished(output: str) -> str:
+    """The finished runs of an output, for a message."""
+    try:
+        runs = finished_runs(open_store(output, StoreSettings()))
+    except JobError as error:
+        return f"its finished runs could not be listed ({error})"
+    if not runs:
+        return f"no run is finished in {located(output)}"
+    more = f" and {len(runs) - _LISTED} more" if len(runs) > _LISTED else ""
+    return f"finished in {located(output)}: {', '.join(runs[:_LISTED])}{more}"

@@ -53,6 +53,11 @@ class JobError(Exception):
 
     code: ClassVar[int] = 70
 
+    def __init__(self, *said: object, action: str | None = None) -> None:
+        """With the message; `action`: what a person does, where the table's word for the code does not fit."""
+        super().__init__(*said)
+        self.action = action
+
 
 class UsageError(JobError):
     """The command line or the recipe is wrong."""
@@ -245,6 +250,12 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
         return LocalDiskError.code
     return JobError.code
+
+
+def action_for(error: BaseException | None) -> str:
+    """What a person does about this ending, in one sentence; None: nothing failed."""
+    own = error.action if isinstance(error, JobError) else None
+    return own or ending(0 if error is None else exit_code(error)).action
 
 
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)

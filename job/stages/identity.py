@@ -13,6 +13,7 @@ from job.core.errors import DeniedError, NotFoundError, RunConflictError
 from job.core.recipe import DataSection, Fraction, Recipe, identity_of
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
+from job.edge.relative_paths import relative_note
 from job.edge.run.artifacts import Artifacts, runs_of
 from job.edge.store.listing import expand
 from job.edge.store.objects import StoredObject, StoreSettings
@@ -176,10 +177,19 @@ def list_data(data: DataSection, settings: StoreSettings, *, should_stop: Callab
     Raises:
         NotFoundError: a URI names nothing.
     """
-    train = expand(data.train, settings, should_stop=should_stop)
+    train = _expanded(data.train, settings, should_stop=should_stop)
     if isinstance(data.validation, Fraction):
-        return tuple(train), ()
-    return tuple(train), tuple(expand(data.validation, settings, should_stop=should_stop))
+        return train, ()
+    return train, _expanded(data.validation, settings, should_stop=should_stop)
+
+
+def _expanded(
+    uris: Sequence[str], settings: StoreSettings, *, should_stop: Callable[[], bool]
+) -> tuple[StoredObject, ...]:
+    try:
+        return tuple(expand(uris, settings, should_stop=should_stop))
+    except NotFoundError as error:
+        raise NotFoundError(f"{error}{relative_note(uris)}") from error
 
 
 def _stands(wanted: _Wanted, run: Run) -> bool:

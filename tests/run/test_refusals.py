@@ -89,6 +89,23 @@ def test_a_reason_that_all_lines_share_is_told_in_one_line(job):
     ]
 
 
+@pytest.mark.parametrize("key", ["model.base", "data.train", "data.validation"])
+@pytest.mark.parametrize("path", ["./not/here", "nowhere/", "no/*.jsonl"])
+def test_a_relative_path_that_names_nothing_is_told_with_the_folder_it_counts_from(job, monkeypatch, key, path):
+    monkeypatch.chdir(job.folder)
+    reason = job.call("run", "--set", f"{key}={path}").outcome["reason"]
+    assert f"(relative to {job.folder}, where the job was started)" in reason
+    assert path in reason or f"{job.folder}/{path.removeprefix('./')}" in reason
+    assert "relative to" not in job.call("run", "--set", f"{key}={job.folder}/{path}").outcome["reason"]
+
+
+def test_a_recipe_or_run_at_a_relative_path_is_told_so_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["run", "no.yaml"], ["report", "runs.txt"], ["report", "out/runs/x"], ["report", "out/runs"]):
+        (ended,) = call(*command).named("ended")
+        assert f"(relative to {tmp_path}, where the job was started)" in ended["reason"], command
+
+
 def test_wrong_data_is_refused_before_the_weights_are_fetched(job):
     (job.data / "train.jsonl").write_bytes(b"oops\n")
     ended = job.call("run")

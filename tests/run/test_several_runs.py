@@ -1,10 +1,13 @@
 """report of several runs, of a recipe's run, and of runs that are not finished."""
 
 import json
+import os
 import shutil
 
 import pytest
 from job_process import call
+
+from job.commands import report
 
 
 @pytest.fixture
@@ -133,8 +136,10 @@ def test_with_other_data_or_another_override_that_run_is_not_there(finished, tmp
     finally:
         more.unlink()
     assert ended.code == 66
-    assert "the run is not there" in ended.named("ended")[0]["reason"]
-    assert len(job.runs()) == 1
+    said = ended.named("ended")[0]
+    assert "the run is not there: the recipe and its data, as they are now, have not been begun" in said["reason"]
+    assert said["reason"].endswith(f"finished in file://{job.store}: {job.only_run().name}")
+    assert said["action"] == "start `run` with the recipe, or ask for `report` of a finished run by its URI"
 
 
 def test_an_unfinished_run_of_the_recipe_is_told_as_such(job):
@@ -142,7 +147,27 @@ def test_an_unfinished_run_of_the_recipe_is_told_as_such(job):
     ended = call("report", str(job.recipe_path))
 
     assert ended.code == 66
-    assert "not finished yet" in ended.named("ended")[0]["reason"]
+    said = ended.named("ended")[0]
+    assert "not finished yet (nothing is committed, attempt 1: exit 75)" in said["reason"]
+    assert "goes on where it stands" in said["action"]
+
+
+def test_a_recipe_of_no_run_yet_is_told_as_such(job):
+    said = call("report", str(job.write())).named("ended")[0]
+
+    assert said["exit_code"] == 66
+    assert "have not been begun" in said["reason"]
+    assert said["reason"].endswith(f"no run is finished in file://{job.store}")
+
+
+def test_the_finished_runs_are_named_newest_first_and_not_without_end(two, monkeypatch):
+    newer, older = sorted(path.name for path in two.iterdir())[:2]
+    os.utime(two / newer / "report.json", (2e9, 2e9))
+    os.utime(two / older / "report.json", (1e9, 1e9))
+    said = call("report", f"file://{two}/nothing").named("ended")[0]["reason"]
+    assert said.endswith(f"finished in file://{two.parent}: {newer}, {older}")
+    monkeypatch.setattr(report, "_LISTED", 1)
+    assert call("report", f"file://{two}/nothing").named("ended")[0]["reason"].endswith(f": {newer} and 1 more")
 
 
 def test_a_wrong_recipe_ends_64(job):

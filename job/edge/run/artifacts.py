@@ -31,6 +31,7 @@ from job.edge.store.json_objects import json_bytes, json_object
 from job.edge.store.objects import ObjectStore, PreconditionError
 
 log = structlog.get_logger(__name__)
+_REPORT = re.compile(r"runs/([^/]+)/report\.json")
 _ATTEMPT = re.compile(r"attempts/(\d+)\.json")
 
 
@@ -223,6 +224,12 @@ class Artifacts:
     def fetch_adapter(self, folder: Path, files: Mapping[str, FileEntry], *, should_stop: Callable[[], bool]) -> None:
         """As `PublishedAdapter.fetch`."""
         self._adapter.fetch(folder, files, should_stop=should_stop)
+
+
+def finished_runs(store: ObjectStore) -> list[str]:
+    """The ids of the runs that have a report, newest first."""
+    reports = [(entry.modified, match[1]) for entry in store.list("runs/") if (match := _REPORT.fullmatch(entry.key))]
+    return [run_id for _, run_id in sorted(reports, reverse=True)]
 
 
 def runs_of(store: ObjectStore, prefix: str) -> Iterator[Artifacts]:
