@@ -178,7 +178,7 @@ def _advice(tally: Tally, data: DataSection, *, can_skip: bool) -> str:
 
 def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRecord:
     """One line -> an example, or why it is none."""
-    fields = _fields(raw, data.fields)
+    fields = fields_of(raw, data.fields)
     if isinstance(fields, str):
         return BadRecord(where=where, reason=fields)
     return Example(parts=_parts(fields, data), where=where)
@@ -198,7 +198,7 @@ def _parts(fields: dict[str, str], data: DataSection) -> tuple[Part, ...]:
     )
 
 
-def _fields(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:
+def fields_of(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:
     """The named fields of one record, or the reason why they are not there."""
     record = _record(raw)
     if isinstance(record, str):
