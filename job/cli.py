@@ -186,7 +186,25 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     "prompts",
     cls=AddedUp,
     envvar="JOB_PROMPT",
-    help="Prompt, taken as it is; asks on stdin without it, where \\n stands for a line break.",
+    metavar="TEXT",
+    help="Prompt, taken as it is but for \\n, which is a line break. Without --prompt, --field and --record it asks on "
+    "stdin.",
+)
+@click.option(
+    "--field",
+    "fields",
+    cls=AddedUp,
+    envvar="JOB_FIELD",
+    metavar="NAME=VALUE",
+    help="A field of a record; the run's template makes the prompt of all that are given.",
+)
+@click.option(
+    "--record",
+    "record_file",
+    envvar="JOB_RECORD",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Records as JSON lines, or one JSON object; the run's template makes a prompt of each.",
 )
 @click.option(
     "--max-new-tokens",
@@ -201,12 +219,15 @@ def try_run(
     session: Session,
     run_uri: str,
     prompts: tuple[Given, ...],
+    fields: tuple[Given, ...],
+    record_file: Path | None,
     max_new_tokens: int | None,
     workdir: Path,
     device: str,
 ) -> None:
     """Prompt the adapter of a finished run and its base, side by side."""
-    from job.commands.try_out import try_out
+    from job.commands.try_out import Asked, try_out
+    from job.core.asking import typed
     from job.edge.host.logs import only_warnings
 
     only_warnings()
@@ -214,9 +235,15 @@ def try_run(
     def show(prompt: str, base: str, tuned: str) -> None:
         _say(f"prompt  {prompt}\nbase    {base}\ntuned   {tuned}\n")
 
+    written = [typed(prompt.text) for prompt in prompts]
+    asked = Asked(
+        prompts=written if written or fields or record_file else map(typed, _typed(session.interrupt)),
+        fields=[field.text for field in fields],
+        record_file=record_file,
+    )
     try_out(
         run_uri,
-        [prompt.text for prompt in prompts] or _typed(session.interrupt),
+        asked,
         workdir=workdir,
         device=device,
         max_new_tokens=max_new_tokens,
@@ -340,7 +367,7 @@ def _typed(should_stop: Callable[[], bool]) -> Iterator[str]:
             click.echo()
             return
         if line.strip():
-            yield line.rstrip("\n").replace("\\n", "\n")
+            yield line.rstrip("\n")
 
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:

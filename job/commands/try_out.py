@@ -1,24 +1,42 @@
 """Prompts the adapter of a finished run and its base, side by side."""
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from job.commands.report import open_run
-from job.core.errors import NotFoundError
-from job.core.recipe import Recipe, is_hub_id
+from job.core.asking import asked_fields, fields_given, prompt_of
+from job.core.errors import DataError, NotFoundError, UsageError
+from job.core.recipe import DataSection, Recipe, is_hub_id
+from job.core.records import fields_of
 from job.core.report import Report
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.host.logs import quiet_libraries
+from job.edge.relative_paths import located
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.folder import FileEntry
 from job.edge.store.objects import StoreSettings
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is to be answered."""
+
+    prompts: Iterable[str]
+    """Taken as they are, one by one, so that a person can type them."""
+    fields: Sequence[str]
+    """Of one record, `name=value`: the run's template makes its prompt."""
+    record_file: Path | None
+    """Records as JSON lines, or one JSON object: a prompt each."""
+
+
 def try_out(
     run_uri: str,
-    prompts: Iterable[str],
+    asked: Asked,
     *,
     workdir: Path,
     device: str,
@@ -30,7 +48,7 @@ def try_out(
 
     Args:
         run_uri: of a finished run.
-        prompts: taken one by one, so that a person can type them.
+        asked: the prompts.
         workdir: where the base model is kept.
         device: `auto`, `cuda` or `cpu`.
         max_new_tokens: longest answer; None: as in the run's recipe.
@@ -44,6 +62,7 @@ def try_out(
     quiet_libraries()
     artifacts, report = open_run(run_uri)
     recipe = Recipe.model_validate(report.recipe)
+    prompts = chain(asked.prompts, [*_made_prompts(asked, recipe.data)])  # before a base is loaded for a wrong one
     folder, model = _load(artifacts, report, recipe, workdir=workdir, device=device, should_stop=should_stop)
     tokenizer = load_tokenizer(folder)
     rules = token_rules(tokenizer, recipe.data)
@@ -58,6 +77,40 @@ def try_out(
         with model.model.disable_adapter():
             untuned = reply(prompt)
         on_answer(prompt, untuned, reply(prompt))
+
+
+def _made_prompts(asked: Asked, data: DataSection) -> Iterator[str]:
+    """By the run's template."""
+    if asked.fields:
+        yield prompt_of(fields_given(asked.fields, data), data)
+    if asked.record_file is not None:
+        for where, raw in _record_lines(asked.record_file):
+            fields = fields_of(raw, asked_fields(data))
+            if isinstance(fields, str):
+                raise DataError(f"{where}: {fields}")
+            yield prompt_of(fields, data)
+
+
+def _record_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Where each record stands, and its bytes."""
+    try:
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UsageError(f"--record {located(path)}: cannot be read ({error.strerror}); correct the path") from error
+    if _is_json(content):
+        yield str(path), content
+        return
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _load(

@@ -176,7 +176,10 @@ def _advice(tally: Tally, data: DataSection, *, can_skip: bool) -> str:
 
 def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRecord:
     """One line -> an example, or why it is none."""
-    fields = _fields(raw, data)
+    if len(raw) > data.max_record:
+        too_long = f"longer than data.max_record ({data.max_record:,} bytes)"
+        return BadRecord(where=where, reason=f"{too_long}; split the record, or raise data.max_record")
+    fields = fields_of(raw, data.fields)
     if isinstance(fields, str):
         return BadRecord(where=where, reason=fields)
     return Example(parts=_parts(fields, data), where=where)
@@ -196,10 +199,8 @@ def _parts(fields: dict[str, str], data: DataSection) -> tuple[Part, ...]:
     )
 
 
-def _fields(raw: bytes, data: DataSection) -> dict[str, str] | str:
+def fields_of(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:
     """The named fields of one record, or the reason why they are not there."""
-    if len(raw) > data.max_record:
-        return f"longer than data.max_record ({data.max_record:,} bytes); split the record, or raise data.max_record"
     record = _record(raw)
     if isinstance(record, str):
         return record

@@ -201,6 +201,57 @@ def test_try_asks_for_prompts_on_stdin(finished, tmp_path, monkeypatch):
     assert f"tuned   {expected['tuned']}\n" in ended.stdout
 
 
+def test_try_reads_a_typed_line_break_alike_from_the_command_line_the_environment_and_stdin(
+    finished, tmp_path, monkeypatch
+):
+    job, _ended = finished
+    words = ["try", f"file://{job.only_run()}", "--workdir", str(tmp_path), "--max-new-tokens", "1"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("12 red hats\\n\n"))
+    on_stdin = call(*words).stdout.removeprefix("prompt> ").removesuffix("prompt> \n")
+    assert on_stdin.startswith("prompt  12 red hats\n\nbase ")
+    assert call(*words, "--prompt", "12 red hats\\n").stdout == on_stdin
+    monkeypatch.setenv("JOB_PROMPT", "12 red hats\\n")
+    assert call(*words).stdout == on_stdin
+    both = call(*words, "--prompt", "30 blue hats").stdout
+    assert both.startswith(on_stdin + "prompt  30 blue hats\n")  # they add up
+
+
+def test_try_makes_the_prompt_of_fields_and_records_by_the_run_s_template(finished, tmp_path):
+    job, _ended = finished
+    words = ["try", f"file://{job.only_run()}", "--workdir", str(tmp_path), "--max-new-tokens", "1"]
+    as_prompt = call(*words, "--prompt", "12 red hats\n", "--prompt", "30 blue hats\n").stdout
+    assert as_prompt.count("tuned ") == 2
+    file = write_lines(
+        tmp_path / "records.jsonl",
+        [{"question": "12 red hats", "answer": "red 12"}, {"question": "30 blue hats", "more": 5}],
+    )
+    assert call(*words, "--record", str(file)).stdout == as_prompt
+    (tmp_path / "one.json").write_text(json.dumps({"question": "30 blue hats"}, indent=2))
+    asked = ("--field", "question=12 red hats", "--record", str(tmp_path / "one.json"))
+    assert call(*words, *asked).stdout == as_prompt
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--field", "questoin=x"], 64, "--field questoin: the prompt of this run is made of question; did you mean"),
+        (["--field", "question"], 64, "--field question: write name=value"),
+        (["--record", "no.jsonl"], 64, "where the job was started): cannot be read"),
+        (["--record", "wrong.jsonl"], 65, 'wrong.jsonl:2: "question" is missing (the record has "questoin"; did'),
+    ],
+)
+def test_try_refuses_a_wrong_field_or_record_before_it_loads_the_base(
+    finished, tmp_path, monkeypatch, words, code, told
+):
+    job, _ended = finished
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "wrong.jsonl", [{"question": "a"}, {"questoin": "b"}])
+    ended = call("try", f"file://{job.only_run()}", "--workdir", str(tmp_path / "work"), *words)
+    assert ended.code == code
+    assert told in ended.named("ended")[0]["reason"]
+    assert not (tmp_path / "work").exists()
+
+
 def test_try_ends_at_ctrl_c_on_a_terminal(finished, tmp_path, monkeypatch):
     """The signal only sets a flag: nobody types, and the prompt must not wait for ever."""
     job, _ended = finished

@@ -11,7 +11,7 @@ from typing import Protocol
 from job.core.errors import DeniedError, NotFoundError, StopRequestedError
 from job.edge.base import files as model_files
 from job.edge.base.hub import HubRepo
-from job.edge.relative_paths import located
+from job.edge.relative_paths import located, relative_note
 from job.edge.store.objects import ObjectStore, StoredObject, StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.patience import STORE_PATIENCE, Patience
@@ -156,12 +156,13 @@ def content_hash(folder: Path, *, source: str, complete: bool, should_stop: Call
         UsageError: the weights are pickles only.
         DeniedError: a file cannot be read.
     """
-    source = located(source)
     if not folder.is_dir():
-        raise NotFoundError(f"{source}: no such folder; correct model.base (a hub id is written owner/name)")
+        raise NotFoundError(
+            f"{source}: no such folder{relative_note([source])}; correct model.base (a hub id is written owner/name)"
+        )
     try:
         names = model_files.present_files(folder)
-        model_files.refuse_unusable(names, source=source, complete=complete)
+        model_files.refuse_unusable(names, source=located(source), complete=complete)
         wanted = model_files.identifying_files(names)
         with ThreadPoolExecutor(_WORKERS) as pool:
             hashes = list(pool.map(lambda name: file_sha256(folder / name, should_stop), wanted))
