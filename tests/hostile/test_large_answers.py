@@ -55,6 +55,32 @@ def flood(monkeypatch):
     server.server_close()
 
 
+ASK_HUB = """
+import huggingface_hub, sys
+from job.core.errors import JobError
+from job.edge.base.hub import HubRepo
+from job.edge.store.patience import Patience
+patience = Patience(attempts=2, first_pause_seconds=0.01)
+repo = HubRepo(repo_id="some/model", revision="0" * 40, should_stop=lambda: False, patience=patience)
+huggingface_hub.HfApi, huggingface_hub.get_session()
+limit()
+try:
+    repo.files()
+except JobError as error:
+    print(error.code, error)
+"""
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, 77), (404, 66), (400, 69), (503, 69)])
+def test_a_hub_that_refuses_with_gigabytes_is_understood_by_its_status(flood, limited, monkeypatch, status, code):
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{flood.server_port}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    flood.status = status
+    told = limited(ASK_HUB, mib=256).splitlines()[-1]  # before it a warning of each try
+    assert told.startswith(f"{code} some/model at 000000000000"), told
+    assert str(status) in told
+
+
 @pytest.mark.parametrize(
     ("status", "ask", "code", "words"),
     [
@@ -64,7 +90,7 @@ def flood(monkeypatch):
         (404, "read", 66, "404"),
         (503, "read", 69, "failed 2 times"),
         (200, "list", 69, "an answer of more than 33,554,432 bytes"),
-        (200, "read", 65, "larger than the 16777216 bytes"),
+        (200, "read", 65, "larger than the 16,777,216 bytes"),
     ],
 )
 def test_an_answer_of_gigabytes_is_read_no_further_than_it_counts(flood, limited, status, ask, code, words):

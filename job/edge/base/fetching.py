@@ -123,7 +123,7 @@ def fetch(
         place = _place(identity, models_folder, settings, should_stop, complete=complete, patience=patience)
         folder = _bring(place, source=source, weights=weights, complete=complete, on_progress=on_progress)
     else:
-        model_files.refuse_unknown_architecture(folder, source=source)
+        _refuse_strange(folder, source=source)
     names = model_files.present_files(folder)
     shards = model_files.weight_files(folder, names, source=source) if weights else []
     model_files.refuse_broken_weights(folder, shards, source=source)
@@ -149,9 +149,16 @@ def _bring(place: Place, *, source: str, weights: bool, complete: bool, on_progr
 
 def _bring_small_files(place: Place, files: Mapping[str, int], *, source: str, complete: bool) -> Path:
     model_files.refuse_unusable(files, source=source, complete=complete)
+    model_files.refuse_large(files, source=source)
     folder = place.bring(model_files.small_files(files), on_bytes=lambda _count: None)
-    model_files.refuse_unknown_architecture(folder, source=source)
+    _refuse_strange(folder, source=source)
     return folder
+
+
+def _refuse_strange(folder: Path, *, source: str) -> None:
+    # Of the files as they came: a hub's list of their sizes is not all that they are.
+    model_files.refuse_large(model_files.present_files(folder), source=source)
+    model_files.refuse_unknown_architecture(folder, source=source)
 
 
 def _weights(folder: Path, files: Mapping[str, int], *, source: str) -> dict[str, int]:

@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -22,7 +23,23 @@ _CARD_CHARACTERS = 1 << 16
 """Of a model's card: front matter is shorter, and what follows it is not read."""
 _MOST_LICENCES, _LONGEST_LICENCE = 8, 200
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
+_LONGEST_HEADER_BYTES = 2**24
+"""A tensor takes a hundred bytes of it; the format itself would allow six times as many."""
+_MOST_BYTES = (((_CONFIG,), 2**20), (_TOKENIZER, 2**27), (("*.json", "*.jinja"), 2**25))
+"""Of the small files by kind, the first that matches: several times the largest that are published."""
+_LARGEST = MappingProxyType(
+    {
+        **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1000),
+        **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 2**17),
+        **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner"), 2**20),
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), 2**13),
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 2**13),
+        "vocab_size": 2**23,
+        "max_position_embeddings": 2**30,
+    }
+)
+"""Numbers of a config that memory or time follow as soon as a library reads it; ten times those of the largest models.
+"""
 
 
 def _matches(name: str, patterns: Collection[str]) -> bool:
@@ -75,6 +92,25 @@ def refuse_unusable(names: Collection[str], *, source: str, complete: bool) -> N
         raise NotFoundError(f"{source}: neither {_SINGLE} nor {_INDEX}; correct model.base")
 
 
+def refuse_large(sizes: Mapping[str, int], *, source: str) -> None:
+    """Look at the small files' sizes: they are read into memory as a whole.
+
+    Args:
+        sizes: name -> bytes.
+        source: what the recipe calls the model.
+
+    Raises:
+        DataError: one is larger than any of its kind.
+    """
+    for name in small_files(sizes):
+        most = next((most for kind, most in _MOST_BYTES if _matches(name, kind)), None)
+        if most is not None and sizes[name] > most:
+            raise DataError(
+                f"{source}: {name} has {sizes[name]:,} bytes, and such a file no more than {most:,}; copy the model "
+                "again, or choose another model.base"
+            )
+
+
 def weight_files(folder: Path, names: Collection[str], *, source: str) -> list[str]:
     """The safetensors files that the loader will open, from a folder that has the small files.
 
@@ -108,9 +144,15 @@ def refuse_unknown_architecture(folder: Path, *, source: str) -> None:
 
     Raises:
         UsageError: only code from the model's own repository, or no code at all, could build it.
-        DataError: the file is broken.
+        DataError: the file is broken, or describes a model larger than any.
     """
     config = _read_json(folder / _CONFIG, source=source)
+    for name, value in _numbers(config):
+        if value > _LARGEST.get(name, value):
+            raise DataError(
+                f"{source}: {_CONFIG}: {name} is {value:,}, and no model has more than {_LARGEST[name]:,}; "
+                "copy the model again, or choose another model.base"
+            )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     model_type = config.get("model_type")
@@ -124,6 +166,17 @@ def refuse_unknown_architecture(folder: Path, *, source: str) -> None:
     raise UsageError(
         f"{source}: model type {model_type!r} is unknown to the installed transformers; correct model.base"
     )
+
+
+def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number with its name, those of the models inside this one too."""
+    inside = [config]
+    while inside:
+        for name, value in inside.pop().items():
+            if isinstance(value, dict):
+                inside.append(value)
+            elif isinstance(value, int | float):
+                yield name, value
 
 
 def refuse_broken_weights(folder: Path, names: Collection[str], *, source: str) -> None:

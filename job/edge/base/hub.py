@@ -28,6 +28,7 @@ from job.edge.store.patience import Patience
 
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG})
 _LISTING_TIMEOUT_SECONDS = 30.0
+_REFUSAL_BYTES = 64 * 1024
 _POLL_SECONDS = 0.2
 _WORKERS = 4
 _Result = TypeVar("_Result")
@@ -37,7 +38,10 @@ HUB_PATIENCE = Patience(attempts=20, budget_seconds=300.0, first_pause_seconds=1
 
 
 class TryLaterError(Exception):
-    """The hub answered 429 or 5xx; raised before the library sleeps on it, where no stop request would be seen."""
+    """The hub answered 429 or 5xx; raised before the library sleeps on it, where no stop request would be seen.
+
+    Or it refused with a body that is no sentence, which the library would read to its end: the headers say all.
+    """
 
     def __init__(self, response: Any) -> None:
         super().__init__(f"the hub answered {response.status_code}")
@@ -198,6 +202,12 @@ class HubRepo:
         return None
 
 
+def _is_large(response: Any) -> bool:
+    """Whether an answer's body is larger than a refusal takes, or does not say how large it is."""
+    length = response.headers.get("Content-Length", "")
+    return response.request.method != "HEAD" and not (length.isdecimal() and int(length) <= _REFUSAL_BYTES)
+
+
 def _is_passing(status: int) -> bool:
     # 416: the library asked to resume beyond the end of a file; the next try starts afresh.
     return status in {408, 416, 429} or status >= 500  # noqa: PLR2004 the HTTP class of server errors
@@ -348,6 +358,8 @@ class _Watch:
 
     def _on_response(self, response: Any) -> None:
         if response.status_code == 429 or response.status_code >= 500:  # noqa: PLR2004 Too Many Requests, server errors
+            raise TryLaterError(response)
+        if response.status_code >= 400 and _is_large(response):  # noqa: PLR2004 the HTTP class of refusals
             raise TryLaterError(response)
 
 

@@ -28,7 +28,7 @@ from job.edge.run.lock import Lock
 from job.edge.run.run_store import RunStore, never
 from job.edge.store.folder import FileEntry
 from job.edge.store.json_objects import json_bytes, json_object
-from job.edge.store.objects import ObjectStore, PreconditionError
+from job.edge.store.objects import ATTEMPT_BYTES, ObjectStore, PreconditionError
 
 log = structlog.get_logger(__name__)
 _REPORT = re.compile(r"runs/([^/]+)/report\.json")
@@ -176,8 +176,8 @@ class Artifacts:
         """
         numbers = self.attempt_numbers()
         return [
-            (self._run.read_json(f"attempts/{number:02d}.json") or {})
-            | {"number": number, "end": self._run.read_json(f"attempts/{number:02d}-end.json")}
+            (self._run.read_json(f"attempts/{number:02d}.json", max_bytes=ATTEMPT_BYTES) or {})
+            | {"number": number, "end": self._run.read_json(f"attempts/{number:02d}-end.json", max_bytes=ATTEMPT_BYTES)}
             for number in (numbers if newest is None else numbers[-newest:])
         ]
 

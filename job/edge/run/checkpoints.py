@@ -20,7 +20,7 @@ from job.core.errors import DataError, LocalDiskError, NotFoundError
 from job.edge.run.run_store import ROUNDS, RunStore, never
 from job.edge.store.folder import MANIFEST, Facts, FileEntry, StoredFolder, refuse_if_full, total_bytes
 from job.edge.store.json_objects import json_bytes, json_object
-from job.edge.store.objects import PreconditionError
+from job.edge.store.objects import SMALL_BYTES, PreconditionError
 
 log = structlog.get_logger(__name__)
 
@@ -208,7 +208,10 @@ class Latest:
     def take_over(self) -> None:
         """Write it anew: an earlier owner's write, on condition of the old one, fails from now on."""
         with contextlib.suppress(NotFoundError):
-            data, self._etag = self._run.store.read(self._key)
+            try:
+                data, self._etag = self._run.store.read(self._key, max_bytes=SMALL_BYTES)
+            except DataError:  # a hint is never so large, and nothing depends on it
+                data, self._etag = b"", self._run.etag(self._key)
             try:
                 content = json_object(data)
             except ValueError:

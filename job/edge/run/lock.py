@@ -16,9 +16,9 @@ from typing import Any
 import structlog
 
 from job.core.crash_points import crash_point
-from job.core.errors import JobError, LockedError, NotFoundError, StopRequestedError
+from job.core.errors import DataError, JobError, LockedError, NotFoundError, StopRequestedError
 from job.edge.store.json_objects import json_bytes, json_object
-from job.edge.store.objects import ObjectStore, PreconditionError
+from job.edge.store.objects import SMALL_BYTES, ObjectStore, PreconditionError
 
 log = structlog.get_logger(__name__)
 _RENEWALS = 4
@@ -221,9 +221,11 @@ class Lock:
 
     def _look(self) -> Found | None:
         try:
-            data, etag = self._store.read(self._key)
+            data, etag = self._store.read(self._key, max_bytes=SMALL_BYTES)
         except NotFoundError:
             return None
+        except DataError:  # no attempt writes one so large: it is watched, and then replaced, like any other nonsense
+            return {}, self._store.stat(self._key).etag
         try:
             return json_object(data), etag
         except ValueError:

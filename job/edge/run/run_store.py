@@ -6,7 +6,7 @@ from job.core.errors import DataError, NotFoundError
 from job.edge.run.lock import Lock
 from job.edge.store.folder import StoredFolder
 from job.edge.store.json_objects import json_object
-from job.edge.store.objects import ObjectStore
+from job.edge.store.objects import CONTROL_BYTES, ObjectStore
 
 ROUNDS = 5
 """How often a conditional write is tried anew against leftovers of attempts that died."""
@@ -57,14 +57,14 @@ class RunStore:
         except NotFoundError:
             return None
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
+    def read_json(self, name: str, *, max_bytes: int = CONTROL_BYTES) -> dict[str, Any] | None:
         """A record of the run; None: it does not exist.
 
         Raises:
-            DataError: it is no JSON object.
+            DataError: it is no JSON object, or larger than `max_bytes`.
         """
         try:
-            return json_object(self.store.read(self.root + name)[0])
+            return json_object(self.store.read(self.root + name, max_bytes=max_bytes)[0])
         except NotFoundError:
             return None
         except ValueError as error:

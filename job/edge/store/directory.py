@@ -95,7 +95,9 @@ class DirectoryStore:
         for chunk in _chunks(path, store_trouble):
             data += chunk
             if len(data) > max_bytes:
-                raise DataError(f"file://{path}: larger than the {max_bytes} bytes expected of it")
+                raise DataError(
+                    f"file://{path}: larger than the {max_bytes:,} bytes expected of it, so not of this job"
+                )
         return data, hashlib.sha256(data).hexdigest()
 
     def write(self, key: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from job.core.errors import DataError, LocalDiskError, NotFoundError
 from job.edge.store.json_objects import json_bytes, json_object
-from job.edge.store.objects import ObjectStore, PreconditionError
+from job.edge.store.objects import MANIFEST_BYTES, ObjectStore, PreconditionError
 from job.edge.store.whole_files import file_sha256, whole_file
 
 MANIFEST = "MANIFEST.json"
@@ -68,7 +68,7 @@ class StoredFolder:
             NotFoundError: the folder is not committed.
             DataError: the manifest is damaged, or its facts are not ours.
         """
-        data = self._store.read(self._prefix + MANIFEST)[0]
+        data = self._store.read(self._prefix + MANIFEST, max_bytes=MANIFEST_BYTES)[0]
         return _parsed(data, is_ours, where=self.uri)
 
     @contextlib.contextmanager
@@ -172,8 +172,8 @@ class StoredFolder:
 
     def _has_manifest(self, content: Mapping[str, Any]) -> bool:
         try:
-            return json_object(self._store.read(self._prefix + MANIFEST)[0]) == content
-        except (NotFoundError, ValueError):
+            return json_object(self._store.read(self._prefix + MANIFEST, max_bytes=MANIFEST_BYTES)[0]) == content
+        except (NotFoundError, DataError, ValueError):
             return False
 
 
@@ -201,9 +201,12 @@ class LocalFolder:
             DataError: the manifest is damaged, or its facts are not ours.
         """
         try:
-            data = self.manifest_path.read_bytes()
+            with self.manifest_path.open("rb") as file:
+                data = file.read(MANIFEST_BYTES + 1)
         except OSError as error:
             raise NotFoundError(f"{self.manifest_path}: {error.strerror or error}") from error
+        if len(data) > MANIFEST_BYTES:
+            raise DataError(f"{self.manifest_path}: larger than the {MANIFEST_BYTES:,} bytes of a manifest; delete it")
         return _parsed(data, is_ours, where=str(self.path))
 
     @contextlib.contextmanager

@@ -13,7 +13,13 @@ PART_BYTES = 16 * 1024 * 1024
 PARALLEL = 8
 """Requests under way at once: fills a 10 Gbit/s link, and holds at most PARALLEL * PART_BYTES (128 MiB) in memory."""
 CONTROL_BYTES = 16 * 1024 * 1024
-"""Most that `read` takes into memory: control objects (lock, manifest, report) are far below it."""
+"""Most that `read` takes into memory: reports and run records, which name every object of the data."""
+MANIFEST_BYTES = 2 * 1024 * 1024
+"""Most of a manifest: ten thousand files."""
+ATTEMPT_BYTES = 1024 * 1024
+"""Most of a record of an attempt, which may hold the stacks of all threads."""
+SMALL_BYTES = 64 * 1024
+"""Most of a lock and of a hint: a dozen short values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,9 @@ class S3Store:
         name = self._name(key)
         data, etag = self._bucket.ask(partial(self._bucket.get, name, limit=max_bytes), key=name)
         if len(data) > max_bytes:
-            raise DataError(f"{self._bucket.uri(name)}: larger than the {max_bytes} bytes expected of it")
+            raise DataError(
+                f"{self._bucket.uri(name)}: larger than the {max_bytes:,} bytes expected of it, so not of this job"
+            )
         return bytes(data), etag
 
     def write(self, key: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> str:

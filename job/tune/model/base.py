@@ -1,6 +1,7 @@
 """The base model in 4 bits: loaded tensor by tensor, and written as files that load without quantising."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConf
 from job.core.errors import DataError
 from job.tune.model.config import CONFIG, read_config
 from job.tune.model.four_bit import COMPUTE_DTYPE, quantisation, without_cpu_repacking
-from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
+from job.tune.model.tensor_files import Files, StoredTensor, sharded, stored_tensors, tensors_bytes
 
 
 def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUTE_DTYPE) -> Any:
@@ -25,7 +26,7 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
     and larger, and turn on checkpointing.
 
     Raises:
-        DataError: the weights cannot be read.
+        DataError: the weights cannot be read, or the config describes a model that they are far too small for.
     """
     if device.type == "cuda":
         # The adapter multiplies in fp32: with TF32 a step on an H200 is six times faster. Its inputs come from bf16,
@@ -36,10 +37,12 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
     config = config if isinstance(config, kind.config_class) else config.get_text_config()
     done = getattr(config, "quantization_config", None) == quantised.to_dict()
     try:
+        tensors = stored_tensors(folder, device)
+        _refuse_other_sizes(config.get_text_config(), tensors, folder)
         model = kind.from_pretrained(
             None,
             config=config,
-            state_dict=stored_tensors(folder, device),
+            state_dict=tensors,
             quantization_config=None if done else quantised,
             dtype=dtype,
             device_map={"": device},
@@ -54,6 +57,23 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
     # `generate` takes what we leave open from here: a base's own sampling rules or repetition penalty.
     model.generation_config = GenerationConfig()
     return model
+
+
+def _refuse_other_sizes(config: Any, tensors: Mapping[str, StoredTensor], folder: Path) -> None:
+    """What the files lack would be made up at random, and takes memory: hold the config against their headers.
+
+    The embedding is never in 4 bits, and a layer has a tensor at least: both hold for every decoder.
+    """
+    largest = max((tensor.values for tensor in tensors.values()), default=0)
+    embedding = config.vocab_size * config.hidden_size
+    if embedding > largest:
+        told = f"an embedding of {config.vocab_size:,} x {config.hidden_size:,} numbers"
+        found = f"the largest tensor of the weights has {largest:,}"
+    elif config.num_hidden_layers > len(tensors):
+        told, found = f"{config.num_hidden_layers:,} layers", f"the weights are {len(tensors):,} tensors"
+    else:
+        return
+    raise DataError(f"{folder}/{CONFIG}: describes {told}, but {found}; copy the model again")
 
 
 def quantised_files(base: Any, folder: Path, *, dtype: torch.dtype = COMPUTE_DTYPE) -> Files:

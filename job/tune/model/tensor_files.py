@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,8 @@ class StoredTensor:
     name: str
     dtype: str
     """As the format writes it: `BF16`."""
+    values: int
+    """How many, as they are stored."""
     on_cpu: bool
     """Whether it stays on the host: then it is copied, or the model would live in the file's own pages."""
 
@@ -73,8 +76,14 @@ def stored_tensors(folder: Path, device: torch.device) -> dict[str, StoredTensor
     for path in (folder / name for name in names):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - no dict
-                dtype = file.get_slice(name).get_dtype()
-                tensors[name] = StoredTensor(file=path, name=name, dtype=dtype, on_cpu=device.type == "cpu")
+                tensor = file.get_slice(name)
+                tensors[name] = StoredTensor(
+                    file=path,
+                    name=name,
+                    dtype=tensor.get_dtype(),
+                    values=math.prod(tensor.get_shape()),
+                    on_cpu=device.type == "cpu",
+                )
     return tensors
 
 
