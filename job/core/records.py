@@ -205,7 +205,7 @@ def fields_of(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:
     if isinstance(record, str):
         return record
     fields = {}
-    for name in data.fields:
+    for name in names:
         reason = _field_reason(record, name)
         if reason is not None:
             return f'"{name}" {reason}'
