@@ -10,8 +10,8 @@ NESTED = {"Regex": "(a|aa|a?a)+(a|aa)+(aa|a)+b$"}
 
 
 @pytest.mark.parametrize("place", ["pre_tokenizer", "normalizer"])
-def test_an_expression_that_never_ends_is_ended_by_the_watchdog(job, place):
-    """With its outcome: the library lets other threads run meanwhile."""
+def test_an_expression_that_never_ends_ends_the_run_with_its_outcome(job, place):
+    """By the library's own limit, or where that is farther away by the watchdog: other threads run meanwhile."""
     base = shutil.copytree(job.recipe["model"]["base"], job.folder / "own-base")
     job.recipe["model"]["base"] = str(base)
     path = base / "tokenizer.json"
@@ -20,5 +20,6 @@ def test_an_expression_that_never_ends_is_ended_by_the_watchdog(job, place):
     path.write_text(json.dumps(json.loads(path.read_text()) | {place: split if place == "pre_tokenizer" else replace}))
     write_lines(job.data / "train.jsonl", [{"question": "a" * 20_000, "answer": "red"}] * 20)
     ended = job.attacked("run", "--stall-seconds", "3", mib=1024)
-    assert ended.code == ended.outcome["code"] == 83, ended.stdout
+    assert ended.code == ended.outcome["code"], ended.stdout
+    assert ended.code in {65, 83}, ended.stdout
     assert ended.outcome["phase"] == "encode"

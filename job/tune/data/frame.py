@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
-from job.core.errors import UsageError
+from job.core.errors import DataError, UsageError
 from job.core.recipe import DataSection
 from job.core.records import Example
+
+_PANIC = "PanicException"
+"""What a panic in Rust is in Python, by its name, for no module exports it; it is no Exception. Errors of the library
+are bare Exceptions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +51,27 @@ def token_rules(tokenizer: Any, data: DataSection) -> TokenRules:
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, rules: TokenRules) -> list[list[int]]:
-    """Token ids without frame."""
+    """Token ids without frame.
+
+    Raises:
+        DataError: the tokenizer gives up: an expression in its files takes too long, say.
+    """
     if not texts:
         return []
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=not rules.literal_special,
-        return_attention_mask=False,
-        verbose=False,  # length is judged later, on purpose
-    )
+    try:
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=not rules.literal_special,
+            return_attention_mask=False,
+            verbose=False,  # length is judged later, on purpose
+        )
+    except BaseException as error:
+        if type(error) is Exception or type(error).__name__ == _PANIC:
+            raise DataError(
+                f"the base model's tokenizer cannot encode the data ({error}); correct its files"
+            ) from error
+        raise
     return [list(ids) for ids in encoded.input_ids]
 
 
