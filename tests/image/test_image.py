@@ -217,7 +217,7 @@ def copy(tmp_path):
 
 def test_a_change_of_code_makes_only_the_last_thin_layer_anew(engine, image, base_image, copy, secret):
     """Who has the image pulls about a megabyte."""
-    with (copy / "job" / "run.py").open("a") as source:
+    with (copy / "job" / "commands" / "run.py").open("a") as source:
         source.write("# changed\n")
     changed = f"{IMAGE}-changed"
     done = build(copy, base_image, secret, image=changed)
