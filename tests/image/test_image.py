@@ -212,6 +212,9 @@ def copy(tmp_path):
         shutil.copy2(ROOT / name, folder)
     for name in ("image", "job", "recipes", "locks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("k8s", "slurm"):
+        (folder / name).mkdir()
+        shutil.copy2(ROOT / name / "ask.txt", folder / name)
     return folder
 
 
