@@ -212,12 +212,15 @@ def copy(tmp_path):
         shutil.copy2(ROOT / name, folder)
     for name in ("image", "job", "recipes", "locks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("k8s", "slurm"):
+        (folder / name).mkdir()
+        shutil.copy2(ROOT / name / "ask.txt", folder / name)
     return folder
 
 
 def test_a_change_of_code_makes_only_the_last_thin_layer_anew(engine, image, base_image, copy, secret):
     """Who has the image pulls about a megabyte."""
-    with (copy / "job" / "run.py").open("a") as source:
+    with (copy / "job" / "commands" / "run.py").open("a") as source:
         source.write("# changed\n")
     changed = f"{IMAGE}-changed"
     done = build(copy, base_image, secret, image=changed)

@@ -94,8 +94,10 @@ class Job:
         }
 
     def write(self) -> Path:
-        self.recipe_path.write_text(yaml.safe_dump(self.recipe), encoding="utf-8")
-        return self.recipe_path
+        # As a whole: of several that begin at once, one reads while the next one's is written.
+        whole = self.recipe_path.with_name(f".recipe-{threading.get_ident()}.yaml")
+        whole.write_text(yaml.safe_dump(self.recipe), encoding="utf-8")
+        return whole.replace(self.recipe_path)
 
     def command(self, name: str, *options: str) -> list[str]:
         """`run`, `check` or `fetch` on the recipe."""
