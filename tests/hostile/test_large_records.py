@@ -24,7 +24,7 @@ def test_a_long_first_record_behind_a_byte_order_mark_is_told_as_long(job):
     assert "train.jsonl:1: longer than data.max_record" in ended.outcome["reason"]
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(40, marks=pytest.mark.hostile)])
+@pytest.mark.parametrize("count", [24, pytest.param(40, marks=pytest.mark.hostile)])
 def test_many_records_just_below_the_limit_are_encoded_a_few_at_a_time(job, count):
     """A thousand at once would take tens of gigabytes."""
     with (job.data / "train.jsonl").open("a") as file:
