@@ -14,7 +14,7 @@ import structlog
 
 from job import __version__
 from job.core.errors import UsageError
-from job.core.given import Given, set_lines, told
+from job.core.given import Given, as_records, set_lines
 from job.core.visible import visible
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import LastingOutput
@@ -83,7 +83,7 @@ def run(session: Session, /, recipe: Path, **options: Any) -> None:
         from job.edge.host.crashing import arm
 
         arm(options["crash_at"])
-    for override in told(attempt.overrides):
+    for override in as_records(attempt.overrides):
         log.info("override", **override)
     from job.commands.run import run as carry_out
     from job.render.report_text import report_lines

@@ -4,10 +4,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from job.core.course import plan_course
 from job.core.forecast import Candidate, Forecast, Workload, candidates, forecast
 from job.core.gpus import Gpu
+from job.core.lengths import Lengths
 from job.core.memory import AdapterShape, EngineName
 from job.core.report import DataReport
 from job.edge.base import fetching
@@ -36,8 +38,6 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
         JobError: as a run would, for what a run would refuse without a GPU; the base may be without weights.
     """
     from job.stages.dataset import prepare_dataset
-    from job.tune.engines.attention import reason_against_fused_attention
-    from job.tune.engines.families import is_supported
     from job.tune.model.adapter import refuse_targets
     from job.tune.model.config import load_tokenizer, read_config, shape_of
 
@@ -66,32 +66,45 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
         )
         every, trained = dataset.train.encoded.lengths[:], dataset.train.lengths[:]
         validation_tokens = int(dataset.validation.lengths.sum())
-    course = plan_course(
-        examples=len(trained),
-        batch_size=recipe.train.batch_size,
-        steps=recipe.train.steps,
-        epochs=recipe.train.epochs,
-        seed=recipe.train.seed,
-    )
-    engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
-    work = Workload(
-        shape=shape,
-        adapter=AdapterShape(parameters=parameters, rank=recipe.lora.r, optimizer=recipe.train.optimizer),
-        engine=engine,
-        compiled=engine == "generic" and reason_against_fused_attention(config) is None,
-        course=course,
-        lengths=trained,
-        targets=dataset.report.train.targets,
-        validation_tokens=validation_tokens,
-        evaluations=1 + -(-course.steps // recipe.evaluate.every_steps),
-        max_length=dataset.report.max_length,
-        kept_checkpoints=recipe.checkpoint.keep,
+    work = _workload(
+        worker, config, dataset.report, trained, parameters=parameters, validation_tokens=validation_tokens
     )
     return Plan(
         data=dataset.report,
         candidates=candidates(every, chosen=dataset.report.max_length, positions=shape.positions),
         work=work,
         forecasts=[forecast(work, gpu) for gpu in gpus],
+    )
+
+
+def _workload(
+    worker: Worker, config: Any, data: DataReport, lengths: Lengths, *, parameters: int, validation_tokens: int
+) -> Workload:
+    from job.tune.engines.attention import reason_against_fused_attention
+    from job.tune.engines.families import is_supported
+    from job.tune.model.config import shape_of
+
+    recipe = worker.recipe
+    course = plan_course(
+        examples=len(lengths),
+        batch_size=recipe.train.batch_size,
+        steps=recipe.train.steps,
+        epochs=recipe.train.epochs,
+        seed=recipe.train.seed,
+    )
+    engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
+    return Workload(
+        shape=shape_of(config),
+        adapter=AdapterShape(parameters=parameters, rank=recipe.lora.r, optimizer=recipe.train.optimizer),
+        engine=engine,
+        compiled=engine == "generic" and reason_against_fused_attention(config) is None,
+        course=course,
+        lengths=lengths,
+        targets=data.train.targets,
+        validation_tokens=validation_tokens,
+        evaluations=1 + -(-course.steps // recipe.evaluate.every_steps),
+        max_length=data.max_length,
+        kept_checkpoints=recipe.checkpoint.keep,
     )
 
 

@@ -18,7 +18,7 @@ class Given:
         return self.text.partition("=")[0].strip()
 
 
-def told(overrides: Sequence[Given]) -> list[dict[str, str]]:
+def as_records(overrides: Sequence[Given]) -> list[dict[str, str]]:
     """Each override with its source, and what overruled it if a later one did, for the log and the records."""
     rows = []
     for number, given in enumerate(overrides):
@@ -34,5 +34,5 @@ def set_lines(overrides: Sequence[Given]) -> list[str]:
     return [
         f"{row['key']} = {row['value']}, by {row['source']}"
         + (f", overruled by {row['overruled_by']}" if "overruled_by" in row else "")
-        for row in told(overrides)
+        for row in as_records(overrides)
     ]

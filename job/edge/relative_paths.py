@@ -1,4 +1,4 @@
-"""Relative paths in messages: whoever reads a log or an outcome elsewhere is told relative to what."""
+"""Relative paths in messages: whoever reads a log or an outcome elsewhere learns relative to what."""
 
 from collections.abc import Iterable
 from pathlib import Path

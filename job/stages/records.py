@@ -17,7 +17,7 @@ from job.core.errors import (
     StopRequestedError,
     exit_code,
 )
-from job.core.given import told
+from job.core.given import as_records
 from job.core.history import FINAL_WHEN_REPEATED, gained, repeated_failure, same_failure, stopped_in_vain
 from job.edge.host.logs import bind
 from job.edge.run.lock import Lock
@@ -139,7 +139,7 @@ class AttemptRecords:
 
     def _overrides(self) -> list[dict[str, str]]:
         hide = self._attempt.hide
-        return [{name: hide(value) for name, value in row.items()} for row in told(self._attempt.overrides)]
+        return [{name: hide(value) for name, value in row.items()} for row in as_records(self._attempt.overrides)]
 
     def _facts(self, code: int, error: BaseException | None) -> Mapping[str, Any]:
         standing = self._attempt.standing
