@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from job.edge.host.interrupt import Interrupt
 from job.edge.host.outcome import Outcome
 from job.ending import Session
 
+PATIENCE_LOOKS = 600
+"""Ten a second: as long as a slow machine may take."""
 STREAMS = {
     "closed": ">&-",
     "all closed": "<&- >&- 2>&-",
@@ -92,8 +95,10 @@ def test_the_outcome_does_not_wait_for_a_log_that_nobody_reads(tmp_path):
     try:
         ending = threading.Thread(target=session.end, args=(StalledError("nothing moved"),), kwargs={"shown": False})
         ending.start()
-        while not outcome.exists():
-            pass
+        for _ in range(PATIENCE_LOOKS):
+            if outcome.exists():
+                break
+            time.sleep(0.1)
         assert ended(outcome)["code"] == 83
         assert ending.is_alive()
     finally:
