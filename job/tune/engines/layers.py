@@ -9,6 +9,7 @@ import torch
 from torch._dynamo import config as compiler
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,6 +37,8 @@ class LayerForwards:
     def _forward(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return _as_it_is(layer, *args, **kwargs)
+        if self.compiled:
+            _mark_tokens((args, kwargs))
         if self.recomputing:
             return checkpoint(self._run, layer, *args, use_reentrant=False, **kwargs)
         return self._run(layer, *args, **kwargs)
@@ -62,6 +65,15 @@ class LayerForwards:
 
 def _as_it_is(layer: Any, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
+
+
+def _mark_tokens(arguments: Any) -> None:
+    """Make the number of tokens a variable of compiled code: as a constant, each would have its own code."""
+    tensors = [each for each in tree_leaves(arguments) if isinstance(each, torch.Tensor)]
+    tokens = tensors[0].shape[1]  # the first is the hidden states: [1, T, hidden]
+    for each in tensors:
+        if each.ndim > 1 and each.shape[1] == tokens:
+            torch._dynamo.maybe_mark_dynamic(each, 1)  # noqa: SLF001 - its public name
 
 
 def digest_of(folder: Path) -> str:
