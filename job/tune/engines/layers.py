@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import config as compiler
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import counters, get_compilation_metrics
 from torch._inductor import config as inductor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job import kernels
 
-_MOST_VARIANTS = 192
-"""Variants of a layer's code, by size and by kind of layer; a model that needs more would be compiled all the time."""
+_MOST_VARIANTS = 64
+"""Variants of a layer's code, by kind of layer; a model that needs more would be compiled all the time."""
 
 
 class LayerForwards:
@@ -44,7 +44,7 @@ class LayerForwards:
         return self._run(layer, *args, **kwargs)
 
     def compile(self, backend: str) -> None:
-        """Compile the layers from now on; all layers of one kind share their code.
+        """Compile the layers from now on; all layers of one kind share their code, whatever a micro-batch's size.
 
         Each variant is compiled at its first call, which raises where the compiler fails or variants are too many.
         """
@@ -87,3 +87,9 @@ def digest_of(folder: Path) -> str:
 def variants_compiled() -> int:
     """Variants of code that were compiled so far in this process."""
     return int(counters["stats"]["unique_graphs"])
+
+
+def reason_for_last(variants: int) -> str:
+    """Why the code that was there did not do and so many more variants were compiled, in the compiler's words."""
+    reasons = [" ".join(made.recompile_reason.split()) for made in get_compilation_metrics() if made.recompile_reason]
+    return "; ".join(dict.fromkeys(reasons[-variants:])) or "the compiler names no reason"
