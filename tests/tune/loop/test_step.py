@@ -261,7 +261,7 @@ def test_code_is_compiled_by_the_longest_example_of_the_next_step_and_changes_no
     assert engine.ahead == [(longest,), (longest,)]
     assert all(not vector.grad.any() for vector in made.flat.vectors)
 
-    records = [stepper.step(number) for number in range(1, 5)][1:] + [stepper.finish()]
+    records = [*(stepper.step(number) for number in range(1, 5)), stepper.finish()][1:]
     assert made.progress.losses == plain.progress.losses
     assert records[0].setbacks.cuts == (cut_of(7500),)  # what ran out before the first step is counted with it
     assert [record.setbacks.recompilations for record in records] == [(), ("0/1: other sizes",), (), ()]
