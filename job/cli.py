@@ -351,7 +351,7 @@ def _gpus(options: Mapping[str, Any]) -> "list[Gpu]":
     named = [gpu_named(name, memory_gib=memory) for name in names]
     if named:
         return named
-    return [*GPUS] if memory is None else [Gpu(name="your GPU", memory_gib=memory, dense_tflops=None)]
+    return [*GPUS] if memory is None else [Gpu(name="your GPU", memory_gib=memory, speed=None)]
 
 
 def _typed(should_stop: Callable[[], bool]) -> Iterator[str]:

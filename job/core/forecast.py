@@ -7,27 +7,35 @@ from dataclasses import dataclass
 import numpy as np
 
 from job.core.course import Course
-from job.core.cut import MemoryPlan, cost_of, plan_memory
-from job.core.gpus import Gpu
+from job.core.cut import Cut, MemoryPlan, cost_of, plan_memory
+from job.core.gpus import Gpu, Speed
 from job.core.lengths import Lengths
 from job.core.memory import GIB, AdapterShape, DeviceMemory, EngineName, MemoryParts, ModelShape, memory_parts
 from job.core.recipe import Section
 
 _CONTEXT_GIB = 0.7
 """What CUDA and its libraries take of a GPU before a model is loaded."""
-_SHARE = {"fast": 0.839, "generic": 0.75}
-"""The share of what large products alone sustain, in endless micro-batches; measured with Llama-2-7B, the fast engine
-on an H200, the generic one on an H100."""
+_OTHER_WORK = 0.122
+"""What attention, the adapter and the head take beside the large products, as a share of theirs."""
+_PASSES = {"fast": 13.8, "generic": 33.0}
+"""How often what a layer makes of a token, hidden and intermediate, passes the GPU's memory outside the products.
+
+Both from Llama-2-7B's shape, in endless micro-batches: the fast engine on an H200 (0.839 of what the products sustain)
+and on an H100 (0.814), the generic one on an H100 (0.73).
+"""
+_HOST_SECONDS = {"fast": 160e-6, "generic": 370e-6}
+"""What an example takes of the host, which a small model waits for: of 256 in a step, two layers 64 wide, H100."""
 _FORWARD_SHARE = 1 / 3
 """What evaluating as many tokens takes of a step's time: there is no backward."""
-_START_SECONDS = 90.0
-"""Libraries, base and first step, with the base on the local disk."""
+_START_SECONDS, _BASE_BYTES_PER_SECOND = 55.0, 1.5e9
+"""Libraries, the GPU's check, self-tests and the first step; and the base from the local disk, into 4 bits."""
 _HOST_GIB = 8.0
 """Python, torch, CUDA's host side, the encoded data's pages."""
 _LARGEST_SHARD_GIB = 9.4
 """transformers writes shards of at most this; one at a time is in the host's memory."""
 _SPARE_DISK_GIB = 5.0
 _ROUND_GIB = 4
+_BF16_BYTES = 2
 _GPU_HEADROOM = 0.85
 
 
@@ -64,8 +72,15 @@ class Forecast:
     """By estimate; the job tries one example at a time before it gives up."""
     tokens_per_second: float | None
     """Real ones, in training."""
-    seconds: float | None
-    """From start to report."""
+    start_seconds: float
+    """Until the first step is done, with the base on the local disk."""
+    training_seconds: float | None
+    """All steps and evaluations."""
+
+    @property
+    def seconds(self) -> float | None:
+        """From start to report."""
+        return None if self.training_seconds is None else self.start_seconds + self.training_seconds
 
     def usd(self, per_hour: float | None) -> float | None:
         """Cost of the run; None: the price or the time is not known."""
@@ -96,19 +111,26 @@ def forecast(work: Workload, gpu: Gpu) -> Forecast:
         max_length=work.max_length,
         step_tokens=step_tokens,
     )
-    speed = None
-    if gpu.sustained_flops is not None:
-        mean_step = float(work.lengths.mean()) * work.course.total / work.course.steps
-        slower = cost_of(work.shape, memory.cut, step_tokens=max(1, round(mean_step)))
-        speed = _SHARE[work.engine] * gpu.sustained_flops / flops_per_token(work) / slower
+    speed = None if gpu.speed is None else _tokens_per_second(work, memory.cut, gpu.speed)
     return Forecast(
         gpu=gpu,
         parts=_parts(work),
         memory=memory,
         fits=memory.predicted_peak_bytes is not None and memory.predicted_peak_bytes < free,
         tokens_per_second=speed,
-        seconds=None if speed is None else _START_SECONDS + _busy_tokens(work) / speed,
+        start_seconds=_START_SECONDS + 2 * work.shape.parameters / _BASE_BYTES_PER_SECOND,
+        training_seconds=None if speed is None else _busy_tokens(work) / speed,
     )
+
+
+def _tokens_per_second(work: Workload, cut: Cut, speed: Speed) -> float:
+    """Real ones: as fast as the products, the memory and the host let a token of an average step be."""
+    shape, mean_length = work.shape, float(work.lengths.mean())
+    mean_step = max(1, round(mean_length * work.course.total / work.course.steps))
+    products = (1 + _OTHER_WORK) * flops_per_token(work) / speed.sustained_flops
+    moved = _PASSES[work.engine] * shape.layers * _BF16_BYTES * (shape.hidden + shape.intermediate)
+    on_the_gpu = (products + moved / speed.bytes_per_second) * cost_of(shape, cut, step_tokens=mean_step)
+    return 1 / max(on_the_gpu, _HOST_SECONDS[work.engine] / mean_length)
 
 
 def _parts(work: Workload) -> MemoryParts:

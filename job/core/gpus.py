@@ -1,12 +1,42 @@
 """What is known of kinds of GPUs before one is at hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from job.core.close_names import did_you_mean
 from job.core.errors import CannotFitError, UsageError
 
-_SUSTAINED_SHARE = 0.693
-"""The share of the vendor's dense bf16 figure: 685 of 989 TFLOP/s, large products one after the other on an H200."""
+_Generation = Literal["hopper", "blackwell", "ada", "ampere"]
+_SUSTAINED_SHARE = 0.8
+"""Of the vendor's dense bf16 figure, where power does not set the limit: an A100 keeps up about this."""
+_TFLOPS_PER_WATT: dict[_Generation, float] = {"hopper": 1.3, "blackwell": 1.3, "ada": 0.7, "ampere": 0.7}
+"""What a board's power lets its tensor cores keep up, by generation: an L4 of 72 W stays far below its peak."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What sets the pace of a kind of GPU; figures are the vendor's, but for the measured one."""
+
+    generation: _Generation
+    dense_tflops: float
+    """bf16, dense, sums in fp32."""
+    watts: float
+    """Of the board."""
+    bytes_per_second: float
+    """Of its memory."""
+    measured_tflops: float | None = None
+    """Large bf16 products one after the other, as bench/ measures them; None: derived from the other figures."""
+
+    @property
+    def sustained_flops(self) -> float:
+        """Floating-point operations a second that large bf16 products keep up."""
+        limit = min(_SUSTAINED_SHARE * self.dense_tflops, _TFLOPS_PER_WATT[self.generation] * self.watts)
+        return (self.measured_tflops or limit) * 1e12
+
+    @property
+    def source(self) -> Literal["measured", "derived"]:
+        """Where the pace is from."""
+        return "derived" if self.measured_tflops is None else "measured"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,29 +46,41 @@ class Gpu:
     name: str
     memory_gib: float
     """All of it, as CUDA reports it."""
-    dense_tflops: float | None
-    """bf16, dense, from the vendor's data sheet; None: not known, so no time is forecast."""
+    speed: Speed | None
+    """None: not known, so no time is forecast."""
 
-    @property
-    def sustained_flops(self) -> float | None:
-        """Floating-point operations a second that large bf16 products keep up."""
-        return None if self.dense_tflops is None else _SUSTAINED_SHARE * self.dense_tflops * 1e12
+
+def _gpu(name: str, memory_gib: float, generation: _Generation, *figures: float, measured: float | None = None) -> Gpu:
+    """With its dense TFLOP/s, watts and GB/s."""
+    tflops, watts, gigabytes = figures
+    speed = Speed(
+        generation=generation,
+        dense_tflops=tflops,
+        watts=watts,
+        bytes_per_second=gigabytes * 1e9,
+        measured_tflops=measured,
+    )
+    return Gpu(name=name, memory_gib=memory_gib, speed=speed)
 
 
 GPUS = (
-    Gpu(name="h200", memory_gib=139.8, dense_tflops=989),
-    Gpu(name="b200", memory_gib=178.4, dense_tflops=2250),
-    Gpu(name="h100", memory_gib=79.2, dense_tflops=989),
-    Gpu(name="h100-pcie", memory_gib=79.2, dense_tflops=756),
-    Gpu(name="a100", memory_gib=79.2, dense_tflops=312),
-    Gpu(name="a100-40", memory_gib=39.4, dense_tflops=312),
-    Gpu(name="l40s", memory_gib=44.4, dense_tflops=362),
-    Gpu(name="a6000", memory_gib=47.4, dense_tflops=155),
-    Gpu(name="rtx4090", memory_gib=23.5, dense_tflops=165),
-    Gpu(name="a10g", memory_gib=22.1, dense_tflops=70),
-    Gpu(name="l4", memory_gib=22.1, dense_tflops=121),
+    _gpu("h200", 139.8, "hopper", 989, 700, 4800, measured=685),
+    _gpu("b200", 178.4, "blackwell", 2250, 1000, 8000),
+    _gpu("h100", 79.2, "hopper", 989, 700, 3350, measured=706),
+    _gpu("h100-pcie", 79.2, "hopper", 756, 350, 2000),
+    _gpu("a100", 79.2, "ampere", 312, 400, 2039),
+    _gpu("a100-40", 39.4, "ampere", 312, 400, 1555),
+    _gpu("l40s", 44.4, "ada", 362, 350, 864),
+    _gpu("a6000", 47.4, "ampere", 155, 300, 768),
+    _gpu("rtx5090", 31.4, "blackwell", 209, 575, 1792),
+    _gpu("rtx4090", 23.5, "ada", 165, 450, 1008),
+    _gpu("rtx3090", 23.6, "ampere", 71, 350, 936),
+    _gpu("a10g", 22.1, "ampere", 70, 300, 600),
+    _gpu("l4", 22.1, "ada", 121, 72, 300),
 )
 _WITHOUT_BF16 = ("v100", "t4", "p100", "p40", "rtx2080")
+_WITHOUT_CUDA = ("mi", "gaudi", "tpu", "trn", "trainium", "max1550")
+"""How the names of accelerators begin that are no NVIDIA GPUs."""
 
 
 def gpu_named(name: str, *, memory_gib: float | None = None) -> Gpu:
@@ -46,8 +88,13 @@ def gpu_named(name: str, *, memory_gib: float | None = None) -> Gpu:
 
     Raises:
         UsageError: not known.
-        CannotFitError: it has no bf16.
+        CannotFitError: it has no bf16, or no CUDA.
     """
+    if name.startswith(_WITHOUT_CUDA):
+        raise CannotFitError(
+            f"{name} is no NVIDIA GPU: the 4-bit weights are dequantised by CUDA code alone; use an NVIDIA GPU of "
+            "the Ampere generation or newer (A10G, A100, L4, H100, ...)"
+        )
     if name in _WITHOUT_BF16:
         raise CannotFitError(
             f"{name} has no bf16, and the base would be computed in fp16, which overflows in about one of five 7B "
@@ -60,4 +107,4 @@ def gpu_named(name: str, *, memory_gib: float | None = None) -> Gpu:
         raise UsageError(f"--gpu {name}: not known; one of {known}, or --gpu-memory GIB for another one{meant}")
     if memory_gib is None:
         return found
-    return Gpu(name=name, memory_gib=memory_gib, dense_tflops=found.dense_tflops)
+    return replace(found, memory_gib=memory_gib)

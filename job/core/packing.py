@@ -34,6 +34,17 @@ def pack(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
     return [sorted(members) for members in packs]
 
 
+_GRAINS, _LEAST_GRAIN = 32, 64
+
+
+def grain_of(micro_batch_tokens: int) -> int:
+    """What sizes of micro-batches are rounded up to before they are packed: a thirty-second of the largest, in 64s.
+
+    Best fit needs that room; by the cut, which a resumed run keeps.
+    """
+    return -(-micro_batch_tokens // (_GRAINS * _LEAST_GRAIN)) * _LEAST_GRAIN
+
+
 def pack_evenly(lengths: Sequence[int], *, most: int, grain: int = 1) -> list[list[int]]:
     """A step's documents into as few micro-batches of at most `most` tokens as hold them, about equally full.
 
@@ -42,7 +53,7 @@ def pack_evenly(lengths: Sequence[int], *, most: int, grain: int = 1) -> list[li
     Args:
         lengths: tokens of each document; none is longer than `most`.
         most: tokens of a micro-batch.
-        grain: micro-batches that are filled up to a multiple of it are nearly full by themselves, all but the last.
+        grain: sizes are a multiple of it at most, and nearly that, all but the last.
 
     Returns:
         As `pack`.

@@ -1,6 +1,7 @@
 """What `plan --json` prints: one object for scripts, with the unit in a key's name."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
 from job.core.memory import EngineName
@@ -66,8 +67,14 @@ class ForecastJson(Section):
     """Layers that recompute their activations in the backward pass."""
     tokens_per_second: float | None
     """Real tokens, in training; null: it does not fit, or the GPU's speed is not known."""
+    speed_from: Literal["measured", "derived"] | None
+    """Whether the GPU's pace was measured, or is derived from its data sheet; null: it is not known."""
+    start_seconds: float
+    """Until the first step is done, with the base on the local disk."""
+    training_seconds: float | None
+    """All steps and evaluations; null as above."""
     seconds: float | None
-    """From start to report; null as above."""
+    """From start to report: both together; null as above."""
     usd: float | None
     """Cost of the run; null as above, and without `--usd-per-hour`."""
 
@@ -127,6 +134,9 @@ def _forecast(found: Forecast, usd_per_hour: float | None) -> ForecastJson:
         recomputed_layers=cut.recomputed_layers,
         # What one example alone does not fit into gets no time: it would look like the cheapest choice.
         tokens_per_second=found.tokens_per_second if found.fits else None,
+        speed_from=None if found.gpu.speed is None else found.gpu.speed.source,
+        start_seconds=found.start_seconds,
+        training_seconds=found.training_seconds if found.fits else None,
         seconds=found.seconds if found.fits else None,
         usd=found.usd(usd_per_hour) if found.fits else None,
     )

@@ -105,6 +105,8 @@ class PlanReport(Section):
     """Layers that recomputed their activations in the backward pass."""
     compiled: bool = False
     """Whether the generic engine's layers were compiled, up to the last step."""
+    recompilations: int = 0
+    """How often a step of this attempt waited for the compiler, after layers had been compiled before the first."""
     predicted_peak_bytes: int | None = None
     """The GPU's memory, at the peak of a step; None on the CPU."""
     reason: str

@@ -105,7 +105,7 @@ def _memory(work: Workload, shown: Forecast) -> list[str]:
 
 
 def _table(forecasts: Sequence[Forecast], usd_per_hour: float | None) -> list[str]:
-    head = "gpu          memory    peak  micro-batch  again  tokens/s     time"
+    head = "gpu          memory    peak  micro-batch  again  tokens/s   start    train"
     lines = [head + ("      cost" if usd_per_hour else "")]
     for each in forecasts:
         peak, cut = (each.memory.predicted_peak_bytes or 0) / GIB, each.memory.cut
@@ -114,14 +114,20 @@ def _table(forecasts: Sequence[Forecast], usd_per_hour: float | None) -> list[st
             lines.append(line + "one example alone does not fit, by estimate")
             continue
         line += f"{cut.micro_batch_tokens:>11,}  {cut.recomputed_layers:>5}"
-        if each.tokens_per_second is not None and each.seconds is not None:
-            line += f"  {each.tokens_per_second:>8,.0f}  {_time(each.seconds):>7}"
+        if each.tokens_per_second is not None and each.training_seconds is not None:
+            line += (
+                f"  {each.tokens_per_second:>8,.0f}  {_time(each.start_seconds):>6}  {_time(each.training_seconds):>7}"
+            )
             line += f"  {each.usd(usd_per_hour):>7.2f} $" if usd_per_hour else ""
         lines.append(line)
-    if any(each.tokens_per_second is not None for each in forecasts):
-        lines.append(
-            "speeds are calibrated on an H200 with Llama-2-7B, and scaled to other GPUs by the vendors' figures"
-        )
+    named = {each.gpu.name: each.gpu.speed for each in forecasts if each.gpu.speed is not None}
+    measured = [name for name, speed in named.items() if speed.source == "measured"]
+    if measured:
+        lines.append(f"speed measured with Llama-2-7B: {', '.join(measured)}")
+    if len(named) > len(measured):
+        lines.append("the others' is derived from peak rate, power and memory bandwidth of their data sheets")
+    if named:
+        lines.append("start is without the download of the base")
     return lines
 
 

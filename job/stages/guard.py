@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 OnEnd = Callable[[BaseException], None]
 """Gets how the attempt ended."""
-_DEAF_PHASES = frozenset({"load_libraries", "load_model", "self_test"})
+_DEAF_PHASES = frozenset({"load_libraries", "load_model", "self_test", "compile"})
 """One call into a library each, with nothing to save: a request is answered for them."""
 _LOG_SECONDS = 5.0
 """How long the outcome file waits for the log: a reader that reads takes milliseconds."""

@@ -52,6 +52,7 @@ class TrainingFacts:
     start_seconds: dict[str, float] | None = None
     """From the process's start to the end of the attempt's first step, by phase; None: it made no step."""
     out_of_memory: int = 0
+    recompilations: int = 0
     allocation_retries: int = 0
 
     @property
@@ -159,6 +160,7 @@ class Loop:
     def _note(self, step: int, setbacks: Setbacks) -> None:
         """Counts what ran out of memory, and keeps with the run what made its numbers other ones."""
         self._facts.out_of_memory += len(setbacks.cuts)
+        self._facts.recompilations += len(setbacks.recompilations)
         before, self._tokens = self._tokens, self._progress.cut.micro_batch_tokens
         if self._recipe.lora.dropout and self._tokens != before:
             self._progress.changes.append(

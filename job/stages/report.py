@@ -111,6 +111,7 @@ def _plan(facts: TrainingFacts) -> PlanReport:
         kept_layers=cut.kept_layers,
         recomputed_layers=cut.recomputed_layers,
         compiled=cut.compiled,
+        recompilations=facts.recompilations,
         predicted_peak_bytes=facts.memory.predicted_peak_bytes,
         reason=facts.memory.reason,
         steps=facts.course.steps,

@@ -66,6 +66,8 @@ def _changes(newest: Checkpoint, before: Cut, now: Cut, loaded: checkpoints.Load
     if not is_same_arithmetic(before, now):
         where = f"resumed at step {newest.step} on {described(now)} after {described(before)}"
         return [f"{where}: equal within rounding, not to the bit" + (_OTHER_MASKS if dropout else "")]
-    if dropout and not loaded.draws_as_we_do:
-        return [f"resumed at step {newest.step} from an earlier version's checkpoint: dropout draws other masks"]
-    return []
+    if not loaded.is_of_format_1:
+        return []
+    others = [*["dropout draws other masks"] * dropout, *["layers are compiled otherwise"] * before.compiled]
+    resumed = f"resumed at step {newest.step} from an earlier version's checkpoint"
+    return [f"{resumed}: {' and '.join(others)}"] if others else []

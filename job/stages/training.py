@@ -147,7 +147,6 @@ class TrainingStage:
             tracking = self._begin_tracking(accelerator)
             ends.callback(tracking.end)
             self._ask_base(model, state.progress, facts.questions)
-            ends.enter_context(attempt.phases.phase("train"))
             model.train()
             stepper = Stepper(
                 engine=planned.choice.engine,
@@ -159,6 +158,8 @@ class TrainingStage:
                 train=self._recipe.train,
                 layers=planned.layers,
             )
+            self._compile(stepper, state.progress, planned)
+            ends.enter_context(attempt.phases.phase("train"))
             loop = Loop(
                 attempt,
                 inputs,
@@ -170,6 +171,11 @@ class TrainingStage:
                 facts=facts,
             )
             loop.run()
+
+    def _compile(self, stepper: Stepper, progress: Progress, planned: Planned) -> None:
+        if progress.cut.compiled and progress.step < planned.course.steps:
+            with self._attempt.phases.phase("compile"):
+                stepper.compile_ahead(progress.step + 1)
 
     def _ask_base(self, model: PackedModel, progress: Progress, questions: Sequence[Question]) -> None:
         if progress.base_answers is not None:

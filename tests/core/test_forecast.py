@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from llama_2_7b import WORK
+from llama_2_7b import LLAMA_2_7B, WORK
 
 from job.core.course import plan_course
 from job.core.errors import CannotFitError, UsageError
@@ -25,7 +25,42 @@ def test_the_speed_on_an_h200_is_the_one_that_was_measured():
     found = forecast(WORK, gpu_named("h200"))
 
     assert found.tokens_per_second == pytest.approx(21_000, rel=0.02)  # 16k a micro-batch, weights kept
-    assert found.seconds > trained_tokens(WORK) / found.tokens_per_second
+    assert found.training_seconds > trained_tokens(WORK) / found.tokens_per_second
+    assert found.seconds == found.start_seconds + found.training_seconds
+
+
+@pytest.mark.parametrize(("engine", "measured"), [("fast", 21_080), ("generic", 18_918)])
+def test_the_speeds_on_an_h100_are_those_that_were_measured(engine, measured):
+    found = forecast(replace(WORK, engine=engine, compiled=engine == "generic"), gpu_named("h100"))
+
+    assert found.tokens_per_second == pytest.approx(measured, rel=0.02)
+
+
+def test_power_and_memory_set_the_pace_beside_the_peak_rate():
+    """An L4 has the higher peak of the two, at 72 W and half the memory bandwidth."""
+    names = ["l4", "a10g", "rtx4090", "rtx5090", "l40s", "a100", "h100-pcie", "h100", "b200"]
+    speeds = [forecast(WORK, gpu_named(name)).tokens_per_second for name in names]
+
+    assert speeds == sorted(speeds)
+    assert speeds[1] < speeds[-2] / 10
+    assert {gpu.name for gpu in GPUS if gpu.speed.source == "measured"} == {"h100", "h200"}
+
+
+@pytest.mark.parametrize(("engine", "measured"), [("fast", 1_250_000), ("generic", 550_000)])
+def test_a_tiny_model_waits_for_the_host(engine, measured):
+    tiny = replace(LLAMA_2_7B, layers=2, hidden=64, intermediate=128, heads=4, key_heads=2, head_width=16)
+    work = replace(WORK, shape=tiny, engine=engine, compiled=engine == "generic")
+    h100, b200 = (forecast(work, gpu_named(name)).tokens_per_second for name in ("h100", "b200"))
+
+    assert h100 == pytest.approx(measured, rel=0.05)
+    assert b200 == pytest.approx(measured, rel=0.05)
+
+
+def test_a_large_base_takes_longer_to_begin():
+    large = replace(WORK, shape=replace(LLAMA_2_7B, layers=320))
+
+    assert 50 < forecast(WORK, gpu_named("h100")).start_seconds < 70  # 55 to 67 were measured
+    assert forecast(large, gpu_named("h200")).start_seconds > 140
 
 
 def test_less_memory_is_slower_and_still_fits():
@@ -64,6 +99,12 @@ def test_every_known_gpu_trains_7b():
 @pytest.mark.parametrize("name", ["v100", "t4"])
 def test_a_gpu_without_bf16_is_refused(name):
     with pytest.raises(CannotFitError, match=f"{name} has no bf16"):
+        gpu_named(name)
+
+
+@pytest.mark.parametrize("name", ["mi300x", "mi250", "gaudi2"])
+def test_what_is_no_nvidia_gpu_is_refused_with_the_reason(name):
+    with pytest.raises(CannotFitError, match=f"{name} is no NVIDIA GPU: the 4-bit weights"):
         gpu_named(name)
 
 

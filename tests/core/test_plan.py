@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from job.core.course import Course, plan_course
 from job.core.errors import DataError, UsageError
 from job.core.lengths import choose_max_length, length_statistics
-from job.core.packing import pack, pack_evenly
+from job.core.packing import grain_of, pack, pack_evenly
 
 steady = settings(deadline=None, derandomize=True, database=None)
 many_lengths = st.lists(st.integers(1, 5000), min_size=1, max_size=200).map(lambda v: np.array(v, dtype=np.int32))
@@ -302,6 +302,12 @@ def test_micro_batches_that_are_filled_up_leave_little_to_fill():
         filled = sum(-(-size // 384) * 384 for size in sizes)
         assert filled / sum(tokens) < 1.01
         assert min(sizes) > 0.8 * max(sizes)
+
+
+def test_sizes_are_rounded_up_by_a_little():
+    for most in (300, 1024, 2049, 15360, 24576):
+        assert grain_of(most) % 64 == 0
+        assert most / 32 <= grain_of(most) < 64 + most / 32
 
 
 def test_the_largest_step_is_found():

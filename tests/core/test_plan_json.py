@@ -44,9 +44,9 @@ def test_a_price_of_nothing_is_a_price_and_none_is_none():
 
 def test_a_gpu_that_is_too_small_has_no_time_and_no_cost():
     """It would look like the cheapest."""
-    small, unknown = printed(
-        gpu_named("l4", memory_gib=4), Gpu(name="x", memory_gib=40, dense_tflops=None), usd_per_hour=4
-    )["forecasts"]
+    small, unknown = printed(gpu_named("l4", memory_gib=4), Gpu(name="x", memory_gib=40, speed=None), usd_per_hour=4)[
+        "forecasts"
+    ]
 
     assert (small["fits"], unknown["fits"]) == (False, True)
     for each in (small, unknown):

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from job.core.cut import Cut
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.device.failures import error_line
-from job.tune.engines.layers import variants_compiled
+from job.tune.engines.layers import reason_for_last, variants_compiled
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.padding import grain_of, padded_size
 from job.tune.model.adapter import trainable
 
 
@@ -29,10 +28,17 @@ class AutogradEngine:
         self._model = model
         self._backward = backward
         self._compiler = compiler
-        self._grain = 1
         self._proved = 0
         """Variants of compiled code whose backward is compiled as well."""
+        self._is_ahead = False
         self.compiler_failure: str | None = None
+        self.recompilations: tuple[str, ...] = ()
+
+    def compile_ahead(self, batch: MicroBatch) -> None:
+        """See `Engine`."""
+        if self._model.layers.compiled:
+            self.accumulate(batch, targets=batch.targets, seed=0)
+            self._is_ahead = True
 
     def accumulate(self, batch: MicroBatch, *, targets: int, seed: int) -> Tensor:
         """See `Engine`."""
@@ -48,12 +54,14 @@ class AutogradEngine:
         before: _Gradients | None = []
         self._model.seed_dropout(seed)
         try:
-            size = padded_size(batch.tokens, self._grain)
-            total, losses = self._model.summed_loss(batch, weight_per_target=1 / targets, padded_to=size)
+            total, losses = self._model.summed_loss(batch, weight_per_target=1 / targets)
             # The backward of new code is compiled during the backward, where a failure leaves half a gradient.
             before = _gradients(self._model) if variants_compiled() > self._proved else None
             self._backward(total)
-            self._proved = variants_compiled()
+            if before is not None:
+                more, self._proved = variants_compiled() - self._proved, variants_compiled()
+                if self._is_ahead:
+                    self.recompilations = (*self.recompilations, reason_for_last(more))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -72,7 +80,6 @@ class AutogradEngine:
         """See `Engine`."""
         self._model.layers.recomputing = cut.checkpointing
         self._model.linears.keep_dequantised(wanted=cut.kept_layers > 0)
-        self._grain = grain_of(cut.micro_batch_tokens)
         if self._compiler is not None and cut.compiled and not self._model.layers.compiled:
             self._model.layers.compile(self._compiler)
 

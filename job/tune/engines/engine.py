@@ -21,6 +21,22 @@ class Engine(Protocol):
         """Why layers that were compiled no longer are; None: nothing has failed."""
         ...
 
+    @property
+    def recompilations(self) -> tuple[str, ...]:
+        """Why code was compiled after `compile_ahead`, once for each time."""
+        ...
+
+    def compile_ahead(self, batch: MicroBatch) -> None:
+        """Compile what any micro-batch runs, so that no step waits for it; the gradients have to be cleared.
+
+        Args:
+            batch: a micro-batch, on the device.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit.
+        """
+        ...
+
     def accumulate(self, batch: MicroBatch, *, targets: int, seed: int) -> Tensor:
         """Add the gradients of (sum of the losses) / targets to the adapter's.
 

@@ -26,6 +26,7 @@ class HandwrittenEngine:
     """See `Engine`. Small micro-batches are replayed as CUDA graphs on a GPU, once a cut is adopted."""
 
     compiler_failure: str | None = None
+    recompilations: tuple[str, ...] = ()
 
     def __init__(self, model: PackedModel, ops: Ops, *, dtype: torch.dtype, saving: Saving) -> None:
         """Take the tensors out of the model's modules.
@@ -42,6 +43,9 @@ class HandwrittenEngine:
         own = model.attention.own
         self._make: _MakeStep = lambda saving: Step(self._decoder, ops, dtype=dtype, saving=saving, own_attention=own)
         self._step: Step | Replay | None = self._make(saving)
+
+    def compile_ahead(self, batch: MicroBatch) -> None:
+        """Nothing to do: its kernels are compiled when they are compared, before this engine is chosen."""
 
     def accumulate(self, batch: MicroBatch, *, targets: int, seed: int) -> Tensor:
         """See `Engine`."""

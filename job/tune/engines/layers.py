@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch._dynamo import config as compiler
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import counters, get_compilation_metrics
 from torch._inductor import config as inductor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job import kernels
 
-_MOST_VARIANTS = 192
-"""Variants of a layer's code, by size and by kind of layer; a model that needs more would be compiled all the time."""
+_MOST_VARIANTS = 64
+"""Variants of a layer's code, by kind of layer; a model that needs more would be compiled all the time."""
 
 
 class LayerForwards:
@@ -36,12 +37,14 @@ class LayerForwards:
     def _forward(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return _as_it_is(layer, *args, **kwargs)
+        if self.compiled:
+            _mark_tokens((args, kwargs))
         if self.recomputing:
             return checkpoint(self._run, layer, *args, use_reentrant=False, **kwargs)
         return self._run(layer, *args, **kwargs)
 
     def compile(self, backend: str) -> None:
-        """Compile the layers from now on; all layers of one kind share their code.
+        """Compile the layers from now on; all layers of one kind share their code, whatever a micro-batch's size.
 
         Each variant is compiled at its first call, which raises where the compiler fails or variants are too many.
         """
@@ -64,6 +67,15 @@ def _as_it_is(layer: Any, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
 
 
+def _mark_tokens(arguments: Any) -> None:
+    """Make the number of tokens a variable of compiled code: as a constant, each would have its own code."""
+    tensors = [each for each in tree_leaves(arguments) if isinstance(each, torch.Tensor)]
+    tokens = tensors[0].shape[1]  # the first is the hidden states: [1, T, hidden]
+    for each in tensors:
+        if each.ndim > 1 and each.shape[1] == tokens:
+            torch._dynamo.maybe_mark_dynamic(each, 1)  # noqa: SLF001 - its public name
+
+
 def digest_of(folder: Path) -> str:
     """Hash of the sources in a package's folder."""
     digest = sha256()
@@ -75,3 +87,9 @@ def digest_of(folder: Path) -> str:
 def variants_compiled() -> int:
     """Variants of code that were compiled so far in this process."""
     return int(counters["stats"]["unique_graphs"])
+
+
+def reason_for_last(variants: int) -> str:
+    """Why the code that was there did not do and so many more variants were compiled, in the compiler's words."""
+    reasons = [" ".join(made.recompile_reason.split()) for made in get_compilation_metrics() if made.recompile_reason]
+    return "; ".join(dict.fromkeys(reasons[-variants:])) or "the compiler names no reason"

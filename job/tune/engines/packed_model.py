@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
+from job.tune.engines.decoder_inputs import decoder_inputs
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
-from job.tune.engines.padding import decoder_inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +59,12 @@ class PackedModel(nn.Module):
             torch.manual_seed(seed)  # what PEFT's own layers and attention draw from
             self.linears.seed_masks(seed)
 
-    def hidden(self, batch: MicroBatch, *, padded_to: int | None = None) -> Tensor:
+    def hidden(self, batch: MicroBatch) -> Tensor:
         """Last hidden states at the places whose next token is a target: [N, hidden]."""
         causal_lm = self._causal_lm()
         decoder = getattr(causal_lm, causal_lm.base_model_prefix)
-        inputs = decoder_inputs(batch, tokens=padded_to, in_blocks=self.attention.own)
+        compiled = self.layers.compiled and torch.is_grad_enabled()
+        inputs = decoder_inputs(batch, in_blocks=self.attention.own, for_compiled_code=compiled)
         states: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
         return states[0].index_select(0, batch.target_places)
 
@@ -71,13 +72,9 @@ class PackedModel(nn.Module):
         """Loss of each target, in nats: [N] fp32."""
         return token_losses(self.hidden(batch), batch.target_ids, self.head)
 
-    def summed_loss(
-        self, batch: MicroBatch, *, weight_per_target: float, padded_to: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def summed_loss(self, batch: MicroBatch, *, weight_per_target: float) -> tuple[Tensor, Tensor]:
         """The weighted sum of all losses, for its gradients; and each target's loss in nats, [N] fp32, detached."""
-        return summed_loss(
-            self.hidden(batch, padded_to=padded_to), batch.target_ids, self.head, weight_per_target=weight_per_target
-        )
+        return summed_loss(self.hidden(batch), batch.target_ids, self.head, weight_per_target=weight_per_target)
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> DocumentScores:

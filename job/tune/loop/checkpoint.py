@@ -104,8 +104,8 @@ def _order_targets(config: Path) -> None:
 class Loaded:
     """What a checkpoint says about itself, beside the state that it restored."""
 
-    draws_as_we_do: bool
-    """Whether its dropout is a function of seed, step and micro-batch, as it is now."""
+    is_of_format_1: bool
+    """Whether its dropout drew from the generators' state, and compiled layers had code for each padded size."""
 
 
 def load(state: State, folder: Path, *, layers: int) -> Loaded:
@@ -135,7 +135,7 @@ def load(state: State, folder: Path, *, layers: int) -> Loaded:
         setattr(state.progress, name, value)
     state.progress.evaluations = _evaluations(load_file(folder / _EVALUATIONS), content["correct"])
     _restore_random(load_file(folder / _RANDOM), content)
-    return Loaded(draws_as_we_do=version == _FORMAT)
+    return Loaded(is_of_format_1=version == 1)
 
 
 def _cut_of_format_1(plan: Mapping[str, Any], planned: Cut, layers: int) -> Cut:

@@ -15,12 +15,11 @@ from job.core.course import Course, dropout_seed
 from job.core.crash_points import crash_point
 from job.core.cut import Cut, after_out_of_memory
 from job.core.errors import CannotFitError, DivergedError
-from job.core.packing import pack_evenly
+from job.core.packing import grain_of, pack_evenly
 from job.core.recipe import TrainSection
 from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.engine import Engine, adopt_or_shrink
-from job.tune.engines.padding import grain_of
 from job.tune.loop.checkpoint import State
 from job.tune.loop.flat import FlatAdapter
 
@@ -55,6 +54,8 @@ class Setbacks:
     """Smaller cuts that the step was tried with after running out of memory, in order."""
     compiler_failure: str | None = None
     """Why compiled layers run uncompiled from this step on; None: nothing has failed."""
+    recompilations: tuple[str, ...] = ()
+    """Why the step waited for the compiler, once for each time."""
 
 
 class StepCutShortError(Exception):
@@ -127,7 +128,29 @@ class Stepper:
         """When the last step ended; None: the time since was not training."""
         self._setbacks = Setbacks()
         """Those of the step under way."""
+        self._recompilations = 0
+        """Of the engine's, those that were noticed."""
         adapter.clear()  # what was tried before left gradients
+
+    def compile_ahead(self, number: int) -> None:
+        """Compile what the steps run, where layers are compiled, by the longest example of a step.
+
+        Raises:
+            CannotFitError: that example does not fit the device.
+        """
+        batch = self._course.batch(number)
+        longest = max(batch, key=lambda document: int(self._lengths[document]))
+        part = micro_batch(self._documents, [longest]).to(self._accelerator.device)
+        while True:
+            try:
+                self._engine.compile_ahead(part)
+                break
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # as in `_backward`
+                self._adapter.clear()
+                self._shrink(int(self._lengths[longest]), failure)
+        self._adapter.clear()
+        self._notice_compiler()
 
     def step(self, number: int, *, cut_short: Callable[[], bool] = go_on) -> StepRecord | None:
         """One optimizer step. Nothing here waits for its own numbers: they are read one step later.
@@ -222,19 +245,23 @@ class Stepper:
             part = micro_batch(self._documents, [batch[i] for i in members]).to(self._accelerator.device)
             seed = dropout_seed(self._train.seed, number, place)
             total += self._engine.accumulate(part, targets=targets, seed=seed).sum() / targets
-            self._notice_compiler_failure()
+            self._notice_compiler()
             crash_point("step.middle")
             if cut_short():
                 raise StepCutShortError(self._setbacks)
         return total
 
-    def _notice_compiler_failure(self) -> None:
-        """Note it in the cut: an attempt that resumes the run must not compile, which would round differently."""
+    def _notice_compiler(self) -> None:
+        """Note what it did; a failure in the cut: an attempt that resumes must not compile and round differently."""
         progress, failure = self._state.progress, self._engine.compiler_failure
         if failure is not None and progress.cut.compiled:
             log.warning("layers_no_longer_compiled", reason=failure)
             progress.cut = replace(progress.cut, compiled=False)
             self._setbacks = replace(self._setbacks, compiler_failure=failure)
+        for reason in self._engine.recompilations[self._recompilations :]:
+            log.warning("layers_compiled_again", reason=reason)
+            self._setbacks = replace(self._setbacks, recompilations=(*self._setbacks.recompilations, reason))
+        self._recompilations = len(self._engine.recompilations)
 
     def _shrink(self, longest: int, error: torch.OutOfMemoryError) -> None:
         cut = shrink(self._engine, self._state.progress.cut, "step", longest=longest, layers=self._layers, error=error)

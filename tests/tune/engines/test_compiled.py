@@ -11,8 +11,8 @@ from job.kernels import linear_op as layer_op
 from job.tune.engines import layers
 from job.tune.engines.attention_choice import AttentionChoice
 from job.tune.engines.autograd import AutogradEngine
+from job.tune.engines.decoder_inputs import decoder_inputs
 from job.tune.engines.layers import variants_compiled
-from job.tune.engines.padding import decoder_inputs, grain_of, padded_size
 from job.tune.model.adapter import trainable
 
 BACKEND = "aot_eager"  # all of the compiler but its kernels
@@ -61,24 +61,55 @@ def test_code_compiled_for_other_ops_is_not_taken_from_a_cache(bases, tmp_path):
     assert layers.digest_of(tmp_path) != before
 
 
-def test_sizes_are_few_and_waste_little():
-    for budget in (300, 1024, 2049, 15360, 24576):
-        grain = grain_of(budget)
-        sizes = {padded_size(tokens, grain) for tokens in range(1, budget + 1)}
-        assert len(sizes) <= 32
-        assert all(0 <= padded_size(tokens, grain) - tokens < 64 + budget / 32 for tokens in range(1, budget + 1))
+def test_one_document_is_followed_by_an_empty_one(documents):
+    batch = micro_batch(documents, [0])
+    made = decoder_inputs(batch, in_blocks=True, for_compiled_code=True)
+    assert made["document_cu_seqlens"].tolist() == [0, batch.tokens, batch.tokens]
+    assert made["document_lengths"].tolist() == [batch.tokens, 0]
+    assert made["document_blocks"].shape[0] >= 2  # a number of one would be a constant of compiled code
+    assert made["input_ids"] is batch.input_ids
 
 
-def test_padding_is_a_document_of_its_own_and_changes_no_bit(any_model, documents):
-    batch = micro_batch(documents, range(3))
-    filled = decoder_inputs(batch, tokens=192)
-    assert filled["document_cu_seqlens"].tolist() == [*batch.cu_seqlens.tolist(), 192]
-    assert filled["document_lengths"].tolist() == [*batch.document_lengths, 192 - batch.tokens]
-    any_model.eval()
-    with torch.no_grad():
-        plain = any_model.summed_loss(batch, weight_per_target=1.0)[1]
-        for tokens in (batch.tokens, 192):
-            assert torch.equal(any_model.summed_loss(batch, weight_per_target=1.0, padded_to=tokens)[1], plain)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gpt_neox"])
+def test_one_code_for_any_number_of_tokens_and_documents(bases, documents, architecture):
+    lora = LoraSection(r=4, alpha=8, targets="all-linear")
+    model = adapted(bases[architecture], lora, moved=True)
+    model.train()
+    sizes = [[0], range(3), range(len(documents)), [2, 1], [5, 5, 5, 5, 5]]
+    batches = [micro_batch(documents, members) for members in sizes]
+    assert len({batch.tokens for batch in batches}) == len(batches)
+    expected = [done(AutogradEngine(model, torch.Tensor.backward), model, batch) for batch in batches]
+    engine, before = compiled(model), variants_compiled()
+    engine.compile_ahead(batches[0])
+    gradients(model)
+    assert variants_compiled() - before == 2
+
+    for batch, other in zip(batches, expected, strict=True):
+        assert_same(done(engine, model, batch), other)
+    assert variants_compiled() - before == 2
+    assert engine.recompilations == ()
+
+
+def test_what_is_compiled_after_that_is_noted_with_the_reason(bases, documents):
+    model, batch = model_of(bases, "llama"), micro_batch(documents, range(3))
+    engine = compiled(model)
+    engine.compile_ahead(batch)
+    engine.adopt(cut_of(4096, compiled=True, kept_layers=LAYERS))
+    done(engine, model, batch)
+
+    assert len(engine.recompilations) == 1
+    assert "mismatch" in engine.recompilations[0]  # with what the guard of the code before looks at first
+    assert "\n" not in engine.recompilations[0]
+    done(engine, model, batch)
+    assert len(engine.recompilations) == 1
+
+
+def test_without_compiled_layers_there_is_nothing_to_compile_ahead(bases, documents):
+    model = model_of(bases, "llama")
+    engine = AutogradEngine(model, torch.Tensor.backward)
+    engine.adopt(cut_of(4096))
+    engine.compile_ahead(micro_batch(documents, [0]))
+    assert gradients(model) == {}
 
 
 def test_one_variant_for_the_first_layer_and_one_for_the_others_recomputed_or_not(bases, documents):
@@ -183,7 +214,7 @@ def test_a_model_that_needs_too_many_variants_is_not_compiled_all_the_time(bases
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_compiled_layers_may_have_our_own_attention(bases, documents, own_kernels, architecture):
-    """Blocks are those of the padded micro-batch; their number is no part of the code."""
+    """The number of blocks is no part of the code."""
     model = model_of(bases, architecture)
     batches = [micro_batch(documents, members) for members in OF_A_FEW]
     expected = [done(AutogradEngine(model, torch.Tensor.backward), model, batch) for batch in batches]

@@ -117,6 +117,7 @@ class Scarce:
     """An engine on which nothing fits; which cuts it is asked to adopt."""
 
     compiler_failure = None
+    recompilations = ()
 
     def __init__(self):
         self.asked = []
@@ -178,7 +179,7 @@ def test_a_cut_that_fits_no_more_is_adopted_without_dequantised_weights_or_not_a
     scarce.assert_called_once()
 
 
-def test_micro_batches_are_full_to_a_multiple_of_what_compiled_code_is_padded_to(start, documents):
+def test_micro_batches_are_packed_with_the_grain_of_the_cut(start, documents):
     """64 tokens, with cuts as small as these; packed without it they would differ."""
     lengths = documents.lengths.tolist()
     most = next(n for n in range(64, 128) if pack_evenly(lengths, most=n, grain=64) != pack_evenly(lengths, most=n))
@@ -228,3 +229,39 @@ def test_the_last_batch_of_a_run_by_epochs_is_weighted_by_its_own_tokens(start, 
     [left] = made.course.batch(2)
     alone = backward(made.model, [one_by_one(documents)[left]])[0] / int(documents.targets[left])
     assert made.progress.losses[1] == pytest.approx(alone, rel=1e-5)
+
+
+class Compiling(AutogradEngine):
+    """One that compiles ahead, once there is room; then waits for the compiler in one step."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.ahead, self.steps = [], []
+
+    def compile_ahead(self, batch):
+        self.ahead.append(batch.documents)
+        self.accumulate(batch, targets=batch.targets, seed=0)
+        if len(self.ahead) == 1:
+            raise torch.OutOfMemoryError
+
+    def accumulate(self, batch, *, targets, seed):
+        if len(self.steps) == 3:
+            self.recompilations = ("0/1: other sizes",)
+        self.steps.append(batch.documents)
+        return super().accumulate(batch, targets=targets, seed=seed)
+
+
+def test_code_is_compiled_by_the_longest_example_of_the_next_step_and_changes_nothing(start, documents):
+    plain = start(batch_size=3, steps=4, micro_batch_tokens=15000).run(evaluate_every=100)
+    made = start(batch_size=3, steps=4, micro_batch_tokens=15000)
+    made.engine = engine = Compiling(made.model, made.accelerator.backward)
+    stepper = made.stepper()
+    stepper.compile_ahead(2)
+    longest = max(made.course.batch(2), key=lambda document: documents.lengths[document])
+    assert engine.ahead == [(longest,), (longest,)]
+    assert all(not vector.grad.any() for vector in made.flat.vectors)
+
+    records = [*(stepper.step(number) for number in range(1, 5)), stepper.finish()][1:]
+    assert made.progress.losses == plain.progress.losses
+    assert records[0].setbacks.cuts == (cut_of(7500),)  # what ran out before the first step is counted with it
+    assert [record.setbacks.recompilations for record in records] == [(), ("0/1: other sizes",), (), ()]
