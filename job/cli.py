@@ -15,9 +15,10 @@ import structlog
 from job import __version__
 from job.core.errors import UsageError
 from job.core.given import Given, as_records, set_lines
+from job.core.lines import colours_wanted, hung
 from job.core.visible import visible
 from job.edge.host.interrupt import Interrupt
-from job.edge.host.output import LastingOutput
+from job.edge.host.output import LastingOutput, PassingLine, terminal_width
 from job.ending import Session
 from job.options import (
     AddedUp,
@@ -57,7 +58,12 @@ def cli(session: Session, log_format: str) -> None:
     session.as_json = {"auto": not sys.stdout.isatty(), "json": True, "console": False}[log_format]
     from job.edge.host.logs import configure
 
-    session.hide = configure(secrets=_secrets(os.environ), json=session.as_json)
+    session.hide = configure(
+        secrets=_secrets(os.environ),
+        json=session.as_json,
+        colours=colours_wanted(os.environ, terminal=sys.stdout.isatty()),
+        in_place=os.environ.get("TERM") != "dumb",
+    )
     # Threads that wait by spinning make training eight times slower as soon as anything else wants a core, and eat a
     # container's CPU quota. It is read when torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -326,14 +332,16 @@ def main(interrupt: Interrupt) -> int:
 
 
 def _say(text: str) -> None:
-    """To standard output; records, answers and names in it are by strangers."""
-    click.echo(visible(text))
+    """To standard output, within the terminal's width; records, answers and names in it are by strangers."""
+    width = terminal_width(sys.stdout)
+    click.echo("\n".join(piece for line in visible(text).split("\n") for piece in hung(line, width)))
 
 
 @contextlib.contextmanager
 def _lasting_output() -> Iterator[None]:
     """Whoever reads what we write may go, and its disk may be full."""
-    out, err = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
+    passing = PassingLine()
+    out, err = LastingOutput(sys.stdout, passing), LastingOutput(sys.stderr, passing)
     with contextlib.redirect_stdout(cast("TextIO", out)), contextlib.redirect_stderr(cast("TextIO", err)):
         try:
             yield
