@@ -259,28 +259,36 @@ def try_run(
 
 
 @cli.command(
-    help="Show the report of a finished run and leave its pictures beside report.json; of several runs show a table: "
-    "what differs in the recipes, the losses, which was best. It ends with 66 when one of them is not finished.\n\n"
+    help="Show the report of a finished run and leave its pictures beside report.json; of several runs show a table, "
+    "the newest first: when, for how long, on what data, the losses, what differs in the recipes, which was best. It "
+    "ends with 66 when one of them is not finished.\n\n"
     "RUN is a run's URI; {output}/runs for all of them (its last part may hold `*`); a file with one URI a line; or a "
     "recipe, for the run that it names now (only there the options mean something)."
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option(
+    "--last",
+    envvar="JOB_LAST",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Of several runs only the N that were begun last.",
+)
 @shared_options
 @click.pass_obj
-def report(session: Session, /, runs: tuple[str, ...], **options: Any) -> None:
+def report(session: Session, /, runs: tuple[str, ...], last: int | None, **options: Any) -> None:
     """Show one report, or several runs side by side."""
     from job.commands.report import leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
     from job.render.report_text import report_lines
-    from job.render.runs_table import runs_table
+    from job.render.runs_table import newest_first, runs_table
 
     if len(runs) == 1 and runs[0].endswith((".yaml", ".yml")):
         attempt = make_attempt(session, Path(runs[0]), options)
         artifacts, found = run_of_recipe(attempt.worker, attempt.run_id)
     else:
-        uris = [uri for name in runs for uri in run_uris(name)]
+        uris = [uri for name in runs for uri in run_uris(name, most=last)]
         if tuple(uris) != runs or len(uris) > 1:
-            rows = [look_at(uri) for uri in uris]
-            _say("\n".join(runs_table(rows)))
+            rows = newest_first([look_at(uri) for uri in uris], most=last)
+            _say("\n".join(runs_table(rows, width=terminal_width(sys.stdout))))
             session.failure = unfinished(rows)
             return
         artifacts, found = open_run(uris[0])

@@ -35,7 +35,7 @@ def broken(text: str, width: int | None, *, indent: int = 0, taken: int = 0) -> 
     if width is None or taken + cells(text) <= width:
         return [text]
     pieces, piece, room = [], "", width - taken
-    for space, word in _words(text, most=max(8, width - indent)):
+    for space, word in _words(text, most=width):
         if cells(piece + space + word) <= room:
             piece += space + word
             continue
@@ -47,7 +47,7 @@ def broken(text: str, width: int | None, *, indent: int = 0, taken: int = 0) -> 
 
 
 def hung(text: str, width: int | None) -> list[str]:
-    """A line of a report as pieces that fit the width; each hangs below the column in which the first one's text begins.
+    """A line of a report as pieces that fit the width; each hangs below the column where the first one's text begins.
 
     A column is what follows two spaces, as in `adapter    s3://...`; without one, pieces are set in a little.
     """
@@ -83,7 +83,8 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         if isinstance(value, Mapping) and value:
             yield from ((f"{key}.{inner}", each) for inner, each in _flat(value))
         elif isinstance(value, Sequence) and any(isinstance(each, Mapping) for each in value):
-            yield from ((f"{key}.{inner}", each) for inner, each in _flat(dict(zip(map(str, range(len(value))), value))))
+            numbered = {f"{key}.{number}": each for number, each in enumerate(value)}
+            yield from _flat(numbered)
         else:
             yield key, value
 

@@ -39,7 +39,7 @@ def test_pieces_hang_below_the_column_of_the_first_one():
 def test_a_path_is_kept_whole_and_stands_in_the_first_column():
     uri = "file:///home/somebody/runs/a29da3443a"
 
-    assert hung(f"adapter  {uri} (proven)", 20) == ["adapter ", uri, "         (proven)"]
+    assert hung(f"adapter  {uri} (proven)", 20) == ["adapter", uri, "         (proven)"]
 
 
 def test_a_pipe_gets_lines_of_any_length():

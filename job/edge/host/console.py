@@ -32,6 +32,7 @@ class Console:
     def __call__(
         self, _logger: object, _method: str, event: MutableMapping[str, Any]
     ) -> tuple[tuple[str], dict[str, bool]]:
+        """One event as text, and whether the next one replaces it."""
         clock, level = str(event.pop("timestamp", ""))[11:19], str(event.pop("level", "info"))
         name, trace = str(event.pop("event", "")), event.pop("exception", None)
         for key in self._CONSTANT:

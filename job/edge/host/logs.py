@@ -119,7 +119,7 @@ def configure(
             *last,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=partial(Lines, stream),
+        logger_factory=lambda *_names: Lines(stream),
         cache_logger_on_first_use=False,
     )
     logging.captureWarnings(capture=True)
@@ -140,7 +140,7 @@ def only_warnings() -> None:
 
 def to_stderr() -> None:
     """Send events to stderr from here on, for commands whose output a script reads."""
-    structlog.configure(logger_factory=partial(Lines, sys.stderr))
+    structlog.configure(logger_factory=lambda *_names: Lines(sys.stderr))
 
 
 def quiet_libraries() -> None:

@@ -160,7 +160,7 @@ def test_what_is_no_secret_is_left_alone(text):
 
 def test_a_step_is_pleasant_to_follow_on_a_terminal():
     output = run(
-        'configure(secrets=[]); bind(run_id="r1", attempt=1)\n'
+        'configure(secrets=[], colours=True, in_place=False); bind(run_id="r1", attempt=1)\n'
         'log.info("step", step=20, of=500, loss=1.2341, tokens_per_second=2345.4, eta_seconds=750.9, lr=0.000025)\n'
         'log.info("saved", step=20, text="two words", evil="\\x1b[2J")',
         tty=True,
