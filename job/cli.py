@@ -108,9 +108,16 @@ def run(session: Session, /, recipe: Path, **options: Any) -> None:
 
 @cli.command()
 @recipe_argument
+@click.option(
+    "--quick",
+    envvar="JOB_QUICK",
+    is_flag=True,
+    help="Leave out what needs torch: whether the base takes the adapter, and whether lengths were counted as training "
+    "does.",
+)
 @shared_options
 @click.pass_obj
-def check(session: Session, /, recipe: Path, **options: Any) -> None:
+def check(session: Session, /, recipe: Path, quick: bool, **options: Any) -> None:  # noqa: FBT001 a click option
     """Refuse now what would fail later: recipe, credentials, inputs, output, base model, data. Needs no GPU."""
     attempt = make_attempt(session, recipe, options)
     from job.edge.host.logs import only_warnings
@@ -121,13 +128,22 @@ def check(session: Session, /, recipe: Path, **options: Any) -> None:
 
     def show(row: Row) -> None:
         first, *rest = session.hide(row.found).splitlines()
-        _say(f"{'ok ' if row.error is None else 'NO '} {row.name:<11} {first}")
+        mark = "!! " if row.advice else "ok " if row.error is None else "NO "
+        _say(f"{mark} {row.name:<11} {first}")
         for line in rest:
             _say(f"{'':<16}{line}")
 
     found = f"{recipe}: run would write to {attempt.worker.recipe.output}"
     show(Row(name="recipe", found="\n".join([found, *set_lines(attempt.overrides)])))
-    session.failure = look(attempt.worker, run_id=attempt.run_id, phases=attempt.phases, on_row=show)
+    session.failure = look(
+        attempt.worker,
+        run_id=attempt.run_id,
+        phases=attempt.phases,
+        quick=quick,
+        for_a_person=sys.stdout.isatty(),
+        on_look=lambda name: _say_passing(f"... {name}"),
+        on_row=show,
+    )
 
 
 @cli.command(name="plan")
@@ -343,6 +359,12 @@ def _say(text: str) -> None:
     """To standard output, within the terminal's width; records, answers and names in it are by strangers."""
     width = terminal_width(sys.stdout)
     click.echo("\n".join(piece for line in visible(text).split("\n") for piece in hung(line, width)))
+
+
+def _say_passing(text: str) -> None:
+    """To a terminal alone; the next text replaces it."""
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and isinstance(sys.stdout, LastingOutput):
+        sys.stdout.write_passing(text)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ _CONTEXT_GIB = 0.7
 _SHARE = {"fast": 0.839, "generic": 0.75}
 """The share of what large products alone sustain, in endless micro-batches; measured with Llama-2-7B, the fast engine
 on an H200, the generic one on an H100."""
-_FORWARD_SHARE = 1 / 3
+FORWARD_SHARE = 1 / 3
 """What evaluating as many tokens takes of a step's time: there is no backward."""
 _START_SECONDS = 90.0
 """Libraries, base and first step, with the base on the local disk."""
@@ -122,7 +122,7 @@ def trained_tokens(work: Workload) -> int:
 
 def _busy_tokens(work: Workload) -> float:
     """Tokens of all steps, and those of the evaluations by what they cost."""
-    return trained_tokens(work) + _FORWARD_SHARE * work.validation_tokens * work.evaluations
+    return trained_tokens(work) + FORWARD_SHARE * work.validation_tokens * work.evaluations
 
 
 def flops_per_token(work: Workload) -> float:
