@@ -12,6 +12,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from job_process import Job
+from run_material import make_base
 
 from job.cli import cli
 
@@ -400,6 +402,16 @@ def test_a_wrong_recipe_is_refused_without_the_heavy_libraries(tmp_path):
     assert ended == 64
     assert "pydantic" in roots
     assert roots & {*HEAVY, "boto3", "botocore", "huggingface_hub", "matplotlib"} == set()
+
+
+def test_a_quick_check_counts_the_data_s_tokens_without_torch(tmp_path):
+    """Loading it, and what stands on it, takes longer than all that is checked."""
+    job = Job(tmp_path, make_base(tmp_path / "base"))
+    ended, roots = loaded_by(ENTRYPOINT, *job.command("check", "--quick")[2:])
+
+    assert ended == 0
+    assert {"transformers", "tokenizers", "pyarrow"} <= roots
+    assert roots & {*(set(HEAVY) - {"transformers"}), "boto3", "botocore", "matplotlib", "pandas"} == set()
 
 
 # --- the checkers see what they look for -----------------------------------------------------------------------------

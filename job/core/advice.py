@@ -93,7 +93,7 @@ def _cheaper_evaluation(recipe: Recipe, course: Course, *, held_out: int, share:
         return []
     evaluations = evaluation_count(course.steps, recipe.evaluate.every_steps)
     # As many as take the largest share that is not too much, beside the same training.
-    enough = int(held_out * (1 - share) / share * _MOST_EVALUATION / (1 - _MOST_EVALUATION))
+    enough = int(held_out * (1 - share) / share * _MOST_EVALUATION / (1 - _MOST_EVALUATION) + 1e-6)
     if enough >= _FEWEST_HELD_OUT:
         change = f"set evaluate.max_examples: {enough}"
     elif evaluations > _FEWEST_EVALUATIONS:
@@ -143,8 +143,8 @@ def _literal_start(template: str) -> str:
 def _prompts(recipe: Recipe) -> list[str]:
     """Prompts are taken as they are: a template's field would be asked for by its name."""
     return [
-        f"evaluate.prompts.{number} holds {', '.join(dict.fromkeys(braces))}, and prompts are no templates: it is asked "
-        "with its braces; write out what stands in a record"
+        f"evaluate.prompts.{number} holds {', '.join(dict.fromkeys(braces))}, and prompts are no templates: it is "
+        "asked with its braces; write out what stands in a record"
         for number, prompt in enumerate(recipe.evaluate.prompts)
         if (braces := _BRACES.findall(prompt))
     ]

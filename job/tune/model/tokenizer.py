@@ -9,28 +9,41 @@ import re
 from pathlib import Path
 from typing import Any
 
-_CLASS = re.compile(r"\w+Tokenizer(?:Fast)?|TokenizersBackend")
+_CLASS = re.compile(r"(?P<family>[A-Za-z]+)\d*Tokenizer(?:Fast)?|TokenizersBackend")
+_OF_NO_FAMILY = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
+_LLAMA = "llama"
+"""Bases of this type use the class that they name, whatever it is; ..."""
 _BYTES_NOT_FOR = "LlamaTokenizer"
-"""It makes a pre-tokenizer of its own; a base whose tokenizer.json has one on bytes gets another class."""
+"""... but this one, which makes a pre-tokenizer of its own, is not used where tokenizer.json has one on bytes."""
 
 
 def named_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer of the class that the base's files name; None: they name none, or it cannot be loaded so."""
+    """The tokenizer of the class that the base's files name; None: training may take another one, or it is broken."""
     import transformers
 
-    settings, file = _object(folder / "tokenizer_config.json"), folder / "tokenizer.json"
-    name = settings.get("tokenizer_class")
-    if not isinstance(name, str) or not _CLASS.fullmatch(name) or "auto_map" in settings or not file.is_file():
-        return None
-    if name.removesuffix("Fast") == _BYTES_NOT_FOR and "ByteLevel" in file.read_text(encoding="utf-8"):
-        return None
-    found: Any = getattr(transformers, name, None) or getattr(transformers, name.removesuffix("Fast"), None)
+    name = _class_named(folder)
+    found = name and (getattr(transformers, name, None) or getattr(transformers, name.removesuffix("Fast"), None))
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerFast)):
         return None
+    tokenizer_class: Any = found
     try:
-        return found.from_pretrained(folder)
+        return tokenizer_class.from_pretrained(folder)
     except Exception:  # noqa: BLE001 - whatever is wrong with its files, loading them as training does says it
         return None
+
+
+def _class_named(folder: Path) -> str | None:
+    settings, file = _object(folder / "tokenizer_config.json"), folder / "tokenizer.json"
+    name, model_type = settings.get("tokenizer_class"), _object(folder / "config.json").get("model_type")
+    match = _CLASS.fullmatch(name) if isinstance(name, str) else None
+    if match is None or not isinstance(model_type, str) or "auto_map" in settings or not file.is_file():
+        return None
+    own = model_type == _LLAMA or model_type.startswith((match["family"] or "").lower())
+    if not (own or match[0] in _OF_NO_FAMILY):
+        return None
+    if match[0].removesuffix("Fast") == _BYTES_NOT_FOR and "ByteLevel" in file.read_text(encoding="utf-8"):
+        return None
+    return match[0]
 
 
 def named_positions(folder: Path) -> int | None:
