@@ -1,13 +1,12 @@
 """Front door: arguments and environment in, exit code out. Owner of the environment and the terminal."""
 
-import contextlib
 import os
 import re
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 import structlog
@@ -18,7 +17,7 @@ from job.core.given import Given, as_records, set_lines
 from job.core.lines import colours_wanted, hung
 from job.core.visible import visible
 from job.edge.host.interrupt import Interrupt
-from job.edge.host.output import LastingOutput, PassingLine, terminal_width
+from job.edge.host.output import lasting_output, say_passing, terminal_width
 from job.ending import Session
 from job.options import (
     AddedUp,
@@ -62,7 +61,7 @@ def cli(session: Session, log_format: str) -> None:
         secrets=_secrets(os.environ),
         json=session.as_json,
         colours=colours_wanted(os.environ, terminal=sys.stdout.isatty()),
-        in_place=os.environ.get("TERM") != "dumb",
+        in_place=not _is_dumb(),
     )
     # Threads that wait by spinning make training eight times slower as soon as anything else wants a core, and eat a
     # container's CPU quota. It is read when torch is loaded, so it is set before.
@@ -141,7 +140,7 @@ def check(session: Session, /, recipe: Path, quick: bool, **options: Any) -> Non
         phases=attempt.phases,
         quick=quick,
         for_a_person=sys.stdout.isatty(),
-        on_look=lambda name: _say_passing(f"... {name}"),
+        on_look=lambda name: say_passing(f"... {name}", dumb=_is_dumb()),
         on_row=show,
     )
 
@@ -336,7 +335,7 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
 def main(interrupt: Interrupt) -> int:
     """Run the command line; every way to end has a code of the table."""
     session = Session(interrupt=interrupt)
-    with _lasting_output():
+    with lasting_output():
         try:
             cli.main(obj=session, standalone_mode=False)
         except click.ClickException as error:
@@ -361,23 +360,9 @@ def _say(text: str) -> None:
     click.echo("\n".join(piece for line in visible(text).split("\n") for piece in hung(line, width)))
 
 
-def _say_passing(text: str) -> None:
-    """To a terminal alone; the next text replaces it."""
-    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and isinstance(sys.stdout, LastingOutput):
-        sys.stdout.write_passing(text)
-
-
-@contextlib.contextmanager
-def _lasting_output() -> Iterator[None]:
-    """Whoever reads what we write may go, and its disk may be full."""
-    passing = PassingLine()
-    out, err = LastingOutput(sys.stdout, passing), LastingOutput(sys.stderr, passing)
-    with contextlib.redirect_stdout(cast("TextIO", out)), contextlib.redirect_stderr(cast("TextIO", err)):
-        try:
-            yield
-        finally:
-            out.end()
-            err.end()
+def _is_dumb() -> bool:
+    """Whether the terminal cannot go back on its line."""
+    return os.environ.get("TERM") == "dumb"
 
 
 def _gpus(options: Mapping[str, Any]) -> "list[Gpu]":

@@ -411,7 +411,7 @@ def test_a_quick_check_counts_the_data_s_tokens_without_torch(tmp_path):
 
     assert ended == 0
     assert {"transformers", "tokenizers", "pyarrow"} <= roots
-    assert roots & {*(set(HEAVY) - {"transformers"}), "boto3", "botocore", "matplotlib", "pandas"} == set()
+    assert roots & {*(set(HEAVY) - {"transformers"}), "boto3", "botocore", "matplotlib"} == set()
 
 
 # --- the checkers see what they look for -----------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 import os
 import sys
 import threading
-from contextlib import suppress
-from typing import Any, TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, TextIO, cast
 
 _ERASE = "\r\x1b[K"
 """Back to the first column, and nothing behind it (ECMA-48: CR, EL)."""
@@ -90,6 +91,25 @@ class LastingOutput:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Whoever reads what we write may go, and its disk may be full."""
+    passing = PassingLine()
+    out, err = LastingOutput(sys.stdout, passing), LastingOutput(sys.stderr, passing)
+    with redirect_stdout(cast("TextIO", out)), redirect_stderr(cast("TextIO", err)):
+        try:
+            yield
+        finally:
+            out.end()
+            err.end()
+
+
+def say_passing(text: str, *, dumb: bool) -> None:
+    """Write to a terminal what the next text replaces; nothing to one that cannot do so, and nothing elsewhere."""
+    if isinstance(sys.stdout, LastingOutput) and sys.stdout.isatty() and not dumb:
+        sys.stdout.write_passing(text)
 
 
 class Lines:
