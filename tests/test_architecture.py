@@ -101,7 +101,7 @@ IMPURE = {
     *("subprocess", "sys", "tempfile", "threading", "time", "urllib"),
 }
 """Parts of the standard library that what only decides has no use for."""
-HEAVY = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+HEAVY = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pyarrow")
 SCHEDULER_WORDS = re.compile(r"slurm|sbatch|kubernetes|kubectl|k8s", re.IGNORECASE)
 SCHEDULER_SYNTAX = re.compile(
     r"--(?:gres|gpus|mem|mem-per-\w+|tmp|cpus-per-\w+|ntasks|partition)(?![\w-])"
@@ -314,7 +314,7 @@ def test_core_only_decides(name):
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if within(name, "job.edge")])
 def test_edge_does_not_compute(name):
-    computing = {"torch", "peft", "accelerate", "bitsandbytes", "datasets"}
+    computing = {"torch", "peft", "accelerate", "bitsandbytes", "pyarrow"}
 
     assert {found.split(".")[0] for found in imports(name, SOURCES[name])} & computing == set()
 
@@ -411,7 +411,7 @@ def test_a_quick_check_counts_the_data_s_tokens_without_torch(tmp_path):
 
     assert ended == 0
     assert {"transformers", "tokenizers", "pyarrow"} <= roots
-    assert roots & {*(set(HEAVY) - {"transformers"}), "boto3", "botocore", "matplotlib"} == set()
+    assert roots & {*(set(HEAVY) - {"transformers", "pyarrow"}), "boto3", "botocore", "matplotlib"} == set()
 
 
 # --- the checkers see what they look for -----------------------------------------------------------------------------

@@ -24,7 +24,6 @@ _SHORTEST_SECRET = 8
 _DEEPEST = 12
 _LIBRARIES = (
     "transformers",
-    "datasets",
     "huggingface_hub",
     "accelerate",
     "bitsandbytes",
@@ -154,8 +153,6 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore")
         if "huggingface_hub" in loaded:
             loaded["huggingface_hub.utils"].disable_progress_bars()
-        if "datasets" in loaded:
-            loaded["datasets"].disable_progress_bars()
         if "transformers" in loaded:
             loaded["transformers.utils.logging"].disable_progress_bar()
     _let_through_root()
