@@ -1,13 +1,12 @@
 """Front door: arguments and environment in, exit code out. Owner of the environment and the terminal."""
 
-import contextlib
 import os
 import re
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 import structlog
@@ -15,9 +14,10 @@ import structlog
 from job import __version__
 from job.core.errors import UsageError
 from job.core.given import Given, as_records, set_lines
+from job.core.lines import colours_wanted, hung
 from job.core.visible import visible
 from job.edge.host.interrupt import Interrupt
-from job.edge.host.output import LastingOutput
+from job.edge.host.output import lasting_output, say_passing, terminal_width
 from job.ending import Session
 from job.options import (
     AddedUp,
@@ -57,7 +57,12 @@ def cli(session: Session, log_format: str) -> None:
     session.as_json = {"auto": not sys.stdout.isatty(), "json": True, "console": False}[log_format]
     from job.edge.host.logs import configure
 
-    session.hide = configure(secrets=_secrets(os.environ), json=session.as_json)
+    session.hide = configure(
+        secrets=_secrets(os.environ),
+        json=session.as_json,
+        colours=colours_wanted(os.environ, terminal=sys.stdout.isatty()),
+        in_place=not _is_dumb(),
+    )
     # Threads that wait by spinning make training eight times slower as soon as anything else wants a core, and eat a
     # container's CPU quota. It is read when torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -102,9 +107,16 @@ def run(session: Session, /, recipe: Path, **options: Any) -> None:
 
 @cli.command()
 @recipe_argument
+@click.option(
+    "--quick",
+    envvar="JOB_QUICK",
+    is_flag=True,
+    help="Leave out what needs torch: whether the base takes the adapter, and whether lengths were counted as training "
+    "does.",
+)
 @shared_options
 @click.pass_obj
-def check(session: Session, /, recipe: Path, **options: Any) -> None:
+def check(session: Session, /, recipe: Path, quick: bool, **options: Any) -> None:  # noqa: FBT001 a click option
     """Refuse now what would fail later: recipe, credentials, inputs, output, base model, data. Needs no GPU."""
     attempt = make_attempt(session, recipe, options)
     from job.edge.host.logs import only_warnings
@@ -115,13 +127,22 @@ def check(session: Session, /, recipe: Path, **options: Any) -> None:
 
     def show(row: Row) -> None:
         first, *rest = session.hide(row.found).splitlines()
-        _say(f"{'ok ' if row.error is None else 'NO '} {row.name:<11} {first}")
+        mark = "!! " if row.advice else "ok " if row.error is None else "NO "
+        _say(f"{mark} {row.name:<11} {first}")
         for line in rest:
             _say(f"{'':<16}{line}")
 
     found = f"{recipe}: run would write to {attempt.worker.recipe.output}"
     show(Row(name="recipe", found="\n".join([found, *set_lines(attempt.overrides)])))
-    session.failure = look(attempt.worker, run_id=attempt.run_id, phases=attempt.phases, on_row=show)
+    session.failure = look(
+        attempt.worker,
+        run_id=attempt.run_id,
+        phases=attempt.phases,
+        quick=quick,
+        for_a_person=sys.stdout.isatty(),
+        on_look=lambda name: say_passing(f"... {name}", dumb=_is_dumb()),
+        on_row=show,
+    )
 
 
 @cli.command(name="plan")
@@ -253,28 +274,36 @@ def try_run(
 
 
 @cli.command(
-    help="Show the report of a finished run and leave its pictures beside report.json; of several runs show a table: "
-    "what differs in the recipes, the losses, which was best. It ends with 66 when one of them is not finished.\n\n"
+    help="Show the report of a finished run and leave its pictures beside report.json; of several runs show a table, "
+    "the newest first: when, for how long, on what data, the losses, what differs in the recipes, which was best. It "
+    "ends with 66 when one of them is not finished.\n\n"
     "RUN is a run's URI; {output}/runs for all of them (its last part may hold `*`); a file with one URI a line; or a "
     "recipe, for the run that it names now (only there the options mean something)."
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option(
+    "--last",
+    envvar="JOB_LAST",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Of several runs only the N that were begun last.",
+)
 @shared_options
 @click.pass_obj
-def report(session: Session, /, runs: tuple[str, ...], **options: Any) -> None:
+def report(session: Session, /, runs: tuple[str, ...], last: int | None, **options: Any) -> None:
     """Show one report, or several runs side by side."""
     from job.commands.report import leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
     from job.render.report_text import report_lines
-    from job.render.runs_table import runs_table
+    from job.render.runs_table import newest_first, runs_table
 
     if len(runs) == 1 and runs[0].endswith((".yaml", ".yml")):
         attempt = make_attempt(session, Path(runs[0]), options)
         artifacts, found = run_of_recipe(attempt.worker, attempt.run_id)
     else:
-        uris = [uri for name in runs for uri in run_uris(name)]
+        uris = [uri for name in runs for uri in run_uris(name, most=last)]
         if tuple(uris) != runs or len(uris) > 1:
-            rows = [look_at(uri) for uri in uris]
-            _say("\n".join(runs_table(rows)))
+            rows = newest_first([look_at(uri) for uri in uris], most=last)
+            _say("\n".join(runs_table(rows, width=terminal_width(sys.stdout))))
             session.failure = unfinished(rows)
             return
         artifacts, found = open_run(uris[0])
@@ -306,7 +335,7 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
 def main(interrupt: Interrupt) -> int:
     """Run the command line; every way to end has a code of the table."""
     session = Session(interrupt=interrupt)
-    with _lasting_output():
+    with lasting_output():
         try:
             cli.main(obj=session, standalone_mode=False)
         except click.ClickException as error:
@@ -326,20 +355,14 @@ def main(interrupt: Interrupt) -> int:
 
 
 def _say(text: str) -> None:
-    """To standard output; records, answers and names in it are by strangers."""
-    click.echo(visible(text))
+    """To standard output, within the terminal's width; records, answers and names in it are by strangers."""
+    width = terminal_width(sys.stdout)
+    click.echo("\n".join(piece for line in visible(text).split("\n") for piece in hung(line, width)))
 
 
-@contextlib.contextmanager
-def _lasting_output() -> Iterator[None]:
-    """Whoever reads what we write may go, and its disk may be full."""
-    out, err = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
-    with contextlib.redirect_stdout(cast("TextIO", out)), contextlib.redirect_stderr(cast("TextIO", err)):
-        try:
-            yield
-        finally:
-            out.end()
-            err.end()
+def _is_dumb() -> bool:
+    """Whether the terminal cannot go back on its line."""
+    return os.environ.get("TERM") == "dumb"
 
 
 def _gpus(options: Mapping[str, Any]) -> "list[Gpu]":

@@ -12,6 +12,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from job_process import Job
+from run_material import make_base
 
 from job.cli import cli
 
@@ -99,7 +101,7 @@ IMPURE = {
     *("subprocess", "sys", "tempfile", "threading", "time", "urllib"),
 }
 """Parts of the standard library that what only decides has no use for."""
-HEAVY = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+HEAVY = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pyarrow")
 SCHEDULER_WORDS = re.compile(r"slurm|sbatch|kubernetes|kubectl|k8s", re.IGNORECASE)
 SCHEDULER_SYNTAX = re.compile(
     r"--(?:gres|gpus|mem|mem-per-\w+|tmp|cpus-per-\w+|ntasks|partition)(?![\w-])"
@@ -312,7 +314,7 @@ def test_core_only_decides(name):
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if within(name, "job.edge")])
 def test_edge_does_not_compute(name):
-    computing = {"torch", "peft", "accelerate", "bitsandbytes", "datasets"}
+    computing = {"torch", "peft", "accelerate", "bitsandbytes", "pyarrow"}
 
     assert {found.split(".")[0] for found in imports(name, SOURCES[name])} & computing == set()
 
@@ -400,6 +402,16 @@ def test_a_wrong_recipe_is_refused_without_the_heavy_libraries(tmp_path):
     assert ended == 64
     assert "pydantic" in roots
     assert roots & {*HEAVY, "boto3", "botocore", "huggingface_hub", "matplotlib"} == set()
+
+
+def test_a_quick_check_counts_the_data_s_tokens_without_torch(tmp_path):
+    """Loading it, and what stands on it, takes longer than all that is checked."""
+    job = Job(tmp_path, make_base(tmp_path / "base"))
+    ended, roots = loaded_by(ENTRYPOINT, *job.command("check", "--quick")[2:])
+
+    assert ended == 0
+    assert {"transformers", "tokenizers", "pyarrow"} <= roots
+    assert roots & {*(set(HEAVY) - {"transformers", "pyarrow"}), "boto3", "botocore", "matplotlib"} == set()
 
 
 # --- the checkers see what they look for -----------------------------------------------------------------------------

@@ -1,25 +1,37 @@
-"""Everything that can be refused without a GPU, as a table: what was looked at, and what came of it."""
+"""Everything that can be refused without a GPU, as a table: what was looked at, and what came of it.
+
+What needs torch comes last: loading it takes longer than all the rest.
+"""
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from job.core import advice
+from job.core.course import course_of, evaluation_count
 from job.core.errors import JobError
-from job.core.recipe import Fraction, Recipe
+from job.core.recipe import Fraction, Recipe, is_hub_id
 from job.core.records import Tally, examples
+from job.core.report import DataReport
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.dataset_files import fetch_files, read_lines
 from job.edge.host.logs import quiet_libraries
 from job.edge.store.objects import StoredObject
 from job.edge.store.opening import credentials_source
+from job.edge.store.patience import Patience
 from job.render.report_text import histogram_lines
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import Run, Sides, find_run, list_data, probe_output
 
 T = TypeVar("T")
+
+
+FOR_A_PERSON = Patience(attempts=2, first_pause_seconds=0.5, longest_pause_seconds=0.5, answer_seconds=4.0)
+"""With a hub that does not answer while somebody waits: ten seconds in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,42 +41,131 @@ class Row:
     name: str
     found: str
     error: JobError | None = None
+    advice: bool = False
+    """Nothing is refused for it, but it should be looked at."""
 
 
-def check(worker: Worker, *, run_id: str | None, phases: Phases, on_row: Callable[[Row], None]) -> JobError | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """The dataset, and what its lengths depend on."""
+
+    tokenizer: Any
+    positions: int
+    report: DataReport
+
+
+@dataclass(slots=True, kw_only=True)
+class _Table:
+    """The rows, each handed on as it comes; a failure does not hide the ones after it."""
+
+    on_look: Callable[[str], None]
+    on_row: Callable[[Row], None]
+    failures: dict[str, JobError] = field(default_factory=dict)
+    """By the row's name."""
+
+    def look(self, name: str, action: Callable[[], tuple[str, T]]) -> T | None:
+        """The action's value; None when it failed."""
+        self.on_look(name)
+        try:
+            found, value = action()
+        except JobError as error:
+            self.failures[name] = error
+            self.on_row(Row(name=name, found=str(error), error=error))
+            return None
+        self.on_row(Row(name=name, found=found))
+        return value
+
+    def advise(self, found: Sequence[str]) -> None:
+        """A row for each."""
+        for each in found:
+            self.on_row(Row(name="learning", found=each, advice=True))
+
+
+def check(
+    worker: Worker,
+    *,
+    run_id: str | None,
+    phases: Phases,
+    quick: bool,
+    for_a_person: bool,
+    on_look: Callable[[str], None],
+    on_row: Callable[[Row], None],
+) -> JobError | None:
     """Look at the output, the base model, the inputs and the data; a failure does not hide the ones after it.
 
     Args:
         worker: with a recipe that was read already.
         run_id: as asked for; None: the run's identity gives it.
         phases: the clock.
+        quick: leave out what needs torch.
+        for_a_person: who waits: a hub that is away is not waited for.
+        on_look: gets the name of each row before it is known.
         on_row: gets each row as it comes.
 
     Returns:
         The first failure, if there was one.
     """
-    rows: list[Row] = []
-
-    def look(name: str, action: Callable[[], tuple[str, T]]) -> T | None:
-        try:
-            found, value = action()
-        except JobError as error:
-            rows.append(Row(name=name, found=str(error), error=error))
-            value = None
-        else:
-            rows.append(Row(name=name, found=found))
-        on_row(rows[-1])
-        return value
-
-    look("credentials", lambda: _credentials(worker.recipe))
-    look("output", lambda: _output(worker))
-    base = look("base model", lambda: _base(worker))
-    run = look("input", lambda: _inputs(worker, run_id, base))
+    table = _Table(on_look=on_look, on_row=on_row)
+    table.look("credentials", lambda: _credentials(worker.recipe))
+    table.look("output", lambda: _output(worker))
+    base = table.look("base model", lambda: _base(worker, FOR_A_PERSON if for_a_person else None))
+    run = table.look("input", lambda: _inputs(worker, run_id, base))
+    table.advise(advice.of_recipe(worker.recipe))
+    counted = None
     if run is not None and base is not None:
-        look("data", lambda: _data(worker, phases, run, base))
+        counted = _look_at_data(table, worker, phases, run, base)
     elif base is None:
-        look("data", lambda: _lines(worker, phases))
-    return next((row.error for row in rows if row.error is not None), None)
+        table.look("data", lambda: _lines(worker, phases, because="the base model"))
+    if base is not None and not quick:
+        _look_at_model(table, worker, phases, run, base, counted)
+    return next(iter(table.failures.values()), None)
+
+
+def _look_at_data(table: _Table, worker: Worker, phases: Phases, run: Run, base: BaseModel) -> _Counted | None:
+    """Count with what the base's files name, where that is enough; None: it is not, or something was wrong."""
+    from job.tune.model.tokenizer import named_positions, named_tokenizer
+
+    quiet_libraries()
+    tokenizer, positions = named_tokenizer(base.folder), named_positions(base.folder)
+    if tokenizer is None or positions is None:
+        table.look("data", lambda: _lines(worker, phases, because="the model's own classes"))
+        return None
+    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, positions))
+    if counted is not None:
+        _judge(table, worker.recipe, counted.report)
+    return counted
+
+
+def _look_at_model(
+    table: _Table, worker: Worker, phases: Phases, run: Run | None, base: BaseModel, counted: _Counted | None
+) -> None:
+    """What needs torch; where training's tokenizer is another one than was counted with, the lengths again."""
+    model = table.look("model", lambda: _model(worker, base))
+    if model is None or run is None or "data" in table.failures:
+        return
+    tokenizer, positions = model
+    if counted is not None:
+        from job.tune.model.tokenizer import encodes_alike
+
+        if positions == counted.positions and encodes_alike(tokenizer, counted.tokenizer):
+            return
+    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, positions))
+    if again is not None:
+        _judge(table, worker.recipe, again.report)
+
+
+def _judge(table: _Table, recipe: Recipe, report: DataReport) -> None:
+    """What the run would do with the data, and what it would not learn well."""
+    course, held_out = course_of(recipe.train, examples=report.train.used), report.validation.used
+    tokens = {"training_tokens": report.train.tokens, "validation_tokens": report.validation.tokens}
+    share = advice.evaluation_share(recipe, course, **tokens)
+    evaluations = evaluation_count(course.steps, recipe.evaluate.every_steps)
+    found = (
+        f"{course.steps} steps of {course.batch_size} examples ({course.epochs:.3g} epochs); {evaluations} evaluations "
+        f"of {held_out} examples, about {share:.0%} of the time"
+    )
+    table.look("plan", lambda: (found, None))
+    table.advise(advice.of_data(recipe, course, held_out=held_out, **tokens))
 
 
 def _credentials(recipe: Recipe) -> tuple[str, None]:
@@ -96,7 +197,7 @@ def _size(objects: Sequence[StoredObject]) -> str:
     return f"{len(objects)} objects, {sum(o.size for o in objects):,} bytes"
 
 
-def _base(worker: Worker) -> tuple[str, BaseModel]:
+def _base(worker: Worker, patience: Patience | None) -> tuple[str, BaseModel]:
     model = worker.recipe.model
     identity = fetching.identify(model.base, model.revision, settings=worker.settings)
     base = fetching.fetch(
@@ -105,48 +206,50 @@ def _base(worker: Worker) -> tuple[str, BaseModel]:
         settings=worker.settings,
         should_stop=worker.should_stop,
         weights=False,
+        patience=patience if is_hub_id(model.base) else None,
     )
     return f"{identity.source} ({identity.revision[:12]}), licence {base.licence or 'not known'}", base
 
 
-def _data(worker: Worker, phases: Phases, run: Run, base: BaseModel) -> tuple[str, None]:
-    from job.stages.dataset import prepare_dataset
+def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int]]:
+    """Training's tokenizer and the base's positions; targets and trackers are refused here."""
     from job.tune.loop.track import refuse_trackers
     from job.tune.model.adapter import refuse_targets
     from job.tune.model.config import load_tokenizer, read_config, shape_of
 
     quiet_libraries()
     config = read_config(base.folder)
-    refuse_targets(config, worker.recipe.lora)
+    parameters = refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
-    with tempfile.TemporaryDirectory(dir=_made(worker.workdir), prefix="check-") as scratch:
-        dataset = prepare_dataset(
-            worker,
-            run,
-            load_tokenizer(base.folder),
-            positions=shape_of(config).positions,
-            folder=Path(scratch),
-            phases=phases,
-        )
+    found = f"{config.model_type}: an adapter of {parameters:,} parameters on it"
+    return found, (load_tokenizer(base.folder), shape_of(config).positions)
+
+
+def _count(worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int) -> tuple[str, _Counted]:
+    from job.stages.dataset import prepare_dataset
+
+    with _scratch(worker) as folder:
+        dataset = prepare_dataset(worker, run, tokenizer, positions=positions, folder=folder, phases=phases)
         report = dataset.report
-        train = report.train
-        counted = (
-            f"{train.used} training and {report.validation.used} held-out examples; max_length {report.max_length} "
-            f"({report.max_length_reason}); {report.bad_lines} wrong lines, {train.duplicates} duplicates, "
-            f"{report.overlap} held out and trained on, {train.truncated} truncated, {train.dropped} dropped, "
-            f"{train.without_target} with nothing to learn from"
-        )
-        bars = histogram_lines(train.histogram.edges, train.histogram.counts, mark=report.max_length)
-    return "\n".join([counted, "tokens of a training example:", *bars]), None
+    train = report.train
+    counted = (
+        f"{train.used} training and {report.validation.used} held-out examples; max_length {report.max_length} "
+        f"({report.max_length_reason}); {report.bad_lines} wrong lines, {train.duplicates} duplicates, "
+        f"{report.overlap} held out and trained on, {train.truncated} truncated, {train.dropped} dropped, "
+        f"{train.without_target} with nothing to learn from"
+    )
+    bars = histogram_lines(train.histogram.edges, train.histogram.counts, mark=report.max_length)
+    text = "\n".join([counted, "tokens of a training example:", *bars])
+    return text, _Counted(tokenizer=tokenizer, positions=positions, report=report)
 
 
-def _lines(worker: Worker, phases: Phases) -> tuple[str, None]:
-    """Without a base there is no tokenizer; each line can be checked all the same."""
+def _lines(worker: Worker, phases: Phases, *, because: str) -> tuple[str, None]:
+    """Without a tokenizer each line can be checked all the same."""
     train, validation = _listed(worker)
-    with tempfile.TemporaryDirectory(dir=_made(worker.workdir), prefix="check-") as scratch:
+    with _scratch(worker) as folder:
         files = fetch_files(
             [*train, *validation],
-            Path(scratch),
+            folder,
             worker.settings,
             should_stop=worker.should_stop,
             on_progress=lambda done: phases.progress(bytes=done),
@@ -154,9 +257,11 @@ def _lines(worker: Worker, phases: Phases) -> tuple[str, None]:
         tally, data = Tally(), worker.recipe.data
         for _example in examples(read_lines(files, max_record=data.max_record), data, tally=tally):
             pass
-    return f"{tally.good} right lines, {tally.bad} wrong ones; lengths need the base model", None
+    return f"{tally.good} right lines, {tally.bad} wrong ones; lengths need {because}", None
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@contextmanager
+def _scratch(worker: Worker) -> Iterator[Path]:
+    worker.workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=worker.workdir, prefix="check-") as folder:
+        yield Path(folder)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.core.course import plan_course
+from job.core.course import course_of, evaluation_count
 from job.core.forecast import Candidate, Forecast, Workload, candidates, forecast
 from job.core.gpus import Gpu
 from job.core.lengths import Lengths
@@ -85,13 +85,7 @@ def _workload(
     from job.tune.model.config import shape_of
 
     recipe = worker.recipe
-    course = plan_course(
-        examples=len(lengths),
-        batch_size=recipe.train.batch_size,
-        steps=recipe.train.steps,
-        epochs=recipe.train.epochs,
-        seed=recipe.train.seed,
-    )
+    course = course_of(recipe.train, examples=len(lengths))
     engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
     return Workload(
         shape=shape_of(config),
@@ -102,7 +96,7 @@ def _workload(
         lengths=lengths,
         targets=data.train.targets,
         validation_tokens=validation_tokens,
-        evaluations=1 + -(-course.steps // recipe.evaluate.every_steps),
+        evaluations=evaluation_count(course.steps, recipe.evaluate.every_steps),
         max_length=data.max_length,
         kept_checkpoints=recipe.checkpoint.keep,
     )

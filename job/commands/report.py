@@ -1,13 +1,15 @@
 """Reports of finished runs, for people: one in full, or several side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from job.core.errors import DeniedError, JobError, LocalDiskError, NotFoundError
 from job.core.report import Report
 from job.edge.relative_paths import located
-from job.edge.run.artifacts import Artifacts, finished_runs, runs_of
+from job.edge.run.artifacts import Artifacts, begun_runs, finished_runs
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
 from job.render.pictures import draw
@@ -53,8 +55,10 @@ def leave_pictures(artifacts: Artifacts, report: Report) -> str:
     return f"pictures: {', '.join(f'{artifacts.uri}/{name}' for name in pictures)}"
 
 
-def run_uris(name: str) -> list[str]:
+def run_uris(name: str, *, most: int | None) -> list[str]:
     """The runs that a name means: those below `{output}/runs`, those that a pattern fits, a file's lines, or itself.
+
+    Of an output they are the newest ones, at most `most`: there may be thousands.
 
     Raises:
         NotFoundError: it means none.
@@ -67,8 +71,9 @@ def run_uris(name: str) -> list[str]:
         output, run_id = _parts(f"{whole}/*" if whole.endswith("/runs") else name)
         if not set(run_id) & set("*?["):
             return [name]
-        runs = runs_of(open_store(output, StoreSettings()), "")
-        found = [run.uri for run in runs if fnmatchcase(run.run_id, run_id)]
+        store = open_store(output, StoreSettings())
+        fitting = [each for each in begun_runs(store) if fnmatchcase(each, run_id)]
+        found = [Artifacts(store, each).uri for each in fitting[:most]]
     if not found:
         raise NotFoundError(f"{located(name)}: no run is named there", action="name a run, or wait until one is begun")
     return found
@@ -81,13 +86,28 @@ def look_at(run_uri: str) -> RunRow:
     record = artifacts.run_record()
     if record is None:
         return RunRow(run_id=run_id, recipe={}, report=None, standing="not there")
-    content = artifacts.report()
+    content, attempts = artifacts.report(), artifacts.attempts()
+    objects = [each for side in record["data"].values() for each in side]
     return RunRow(
         run_id=run_id,
         recipe=record["recipe"],
         report=None if content is None else Report.model_validate(content),
         standing="finished" if content is not None else f"not finished: {_standing(artifacts)}",
+        begun=attempts[0]["started"] if attempts else None,
+        seconds=_seconds(attempts),
+        objects=len(objects),
+        bytes=sum(each["size"] for each in objects),
     )
+
+
+def _seconds(attempts: Sequence[Mapping[str, Any]]) -> float | None:
+    """That the attempts took, as far as they left word of their end; None: none did."""
+    took = [
+        (datetime.fromisoformat(each["end"]["ended"]) - datetime.fromisoformat(each["started"])).total_seconds()
+        for each in attempts
+        if each["end"] is not None
+    ]
+    return sum(took) if took else None
 
 
 def unfinished(rows: Sequence[RunRow]) -> NotFoundError | None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.core.lengths import Lengths
+from job.core.recipe import TrainSection
 
 _STEPS_LOOKED_AT = 1000
 
@@ -79,6 +80,11 @@ def _mix(z: Any) -> Any:
     return z ^ (z >> np.uint64(31))
 
 
+def evaluation_count(steps: int, every_steps: int) -> int:
+    """How often a run is judged: before its first step, every `every_steps`, and after the last one."""
+    return 1 + math.ceil(steps / every_steps)
+
+
 def plan_course(*, examples: int, batch_size: int, steps: int | None, epochs: float | None, seed: int) -> Course:
     """Steps and order of a run, from either its steps or its epochs."""
     # As a decimal number: in binary, 1.1 epochs of 100 examples are a bit more than 110.
@@ -89,4 +95,11 @@ def plan_course(*, examples: int, batch_size: int, steps: int | None, epochs: fl
         steps=steps if steps is not None else math.ceil(total / batch_size),
         seed=seed,
         total=total,
+    )
+
+
+def course_of(train: TrainSection, *, examples: int) -> Course:
+    """The steps of a recipe over its training examples."""
+    return plan_course(
+        examples=examples, batch_size=train.batch_size, steps=train.steps, epochs=train.epochs, seed=train.seed
     )

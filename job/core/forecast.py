@@ -25,7 +25,7 @@ and on an H100 (0.814), the generic one on an H100 (0.73).
 """
 _HOST_SECONDS = {"fast": 160e-6, "generic": 370e-6}
 """What an example takes of the host, which a small model waits for: of 256 in a step, two layers 64 wide, H100."""
-_FORWARD_SHARE = 1 / 3
+FORWARD_SHARE = 1 / 3
 """What evaluating as many tokens takes of a step's time: there is no backward."""
 _START_SECONDS, _BASE_BYTES_PER_SECOND = 55.0, 1.5e9
 """Libraries, the GPU's check, self-tests and the first step; and the base from the local disk, into 4 bits."""
@@ -144,7 +144,7 @@ def trained_tokens(work: Workload) -> int:
 
 def _busy_tokens(work: Workload) -> float:
     """Tokens of all steps, and those of the evaluations by what they cost."""
-    return trained_tokens(work) + _FORWARD_SHARE * work.validation_tokens * work.evaluations
+    return trained_tokens(work) + FORWARD_SHARE * work.validation_tokens * work.evaluations
 
 
 def flops_per_token(work: Workload) -> float:

@@ -212,7 +212,7 @@ class TrainSection(Section):
     learning_rate: Positive
     """Peak learning rate."""
     warmup_steps: Whole = 0
-    """Steps of linear warm-up to the peak."""
+    """Steps of linear warm-up to the peak; fewer than the run has."""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up, by transformers' names."""
     optimizer: Optimizer = "adamw_8bit"

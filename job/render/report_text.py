@@ -1,12 +1,15 @@
 """A report, a histogram and a table of checks as plain text for a terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from job.core.lines import worth_naming
 from job.core.report import Report
 
-_BAR = 40
-"""Characters of the longest bar."""
+_BAR = 24
+"""Characters of the longest bar: with the lengths and counts beside it a line has room in 80 columns."""
+_WHOLE_SECONDS = 100
+"""From here on tenths of a second say nothing."""
 
 
 def histogram_lines(edges: Sequence[int], counts: Sequence[int], *, mark: int | None = None) -> list[str]:
@@ -99,8 +102,7 @@ def _cost(report: Report) -> list[str]:
             f"speed: {speed.tokens_per_second:,.0f} real tokens a second, {speed.step_seconds_median:.3f} s a step, "
             f"peak memory {speed.peak_memory_bytes / 2**30:.2f} GiB on {report.device}"
         ),
-        f"time:  {total:.0f} s in this attempt: "
-        + ", ".join(f"{name} {seconds:.0f}" for name, seconds in speed.phase_seconds.items()),
+        f"time:  {_seconds(total)} s in this attempt: {_parts(speed.phase_seconds)}",
         *_start(report),
         *(
             f"attempt {a.number}: "
@@ -111,14 +113,23 @@ def _cost(report: Report) -> list[str]:
     ]
 
 
-def _start(report: Report, least_seconds: float = 0.05) -> list[str]:
-    """What the wait for the first step was spent on, the longest first; what is nothing beside it is left out."""
+def _start(report: Report) -> list[str]:
+    """What the wait for the first step was spent on."""
     if report.start is None:
         return []
-    spent = sorted(report.start.spent.items(), key=lambda part: -part[1])
-    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent if seconds >= least_seconds)
     base = f" (base from {report.model.loaded_from})"
-    return [f"start: {report.start.seconds:.1f} s until the first step was done{base}: {phases}"]
+    spent = _parts(report.start.spent)
+    return [f"start: {report.start.seconds:.1f} s until the first step was done{base}: {spent}"]
+
+
+def _parts(seconds: Mapping[str, float]) -> str:
+    """The longest first; what is nothing beside them is added up."""
+    shown = {name: _seconds(each) for name, each in worth_naming(seconds).items()}
+    return ", ".join(f"{name} {each}" for name, each in shown.items() if each != "0.0")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= _WHOLE_SECONDS else f"{seconds:.1f}"
 
 
 def _answers(report: Report, most: int = 6) -> list[str]:

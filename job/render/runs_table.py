@@ -1,10 +1,17 @@
-"""Several runs side by side as plain text: what differs in their recipes, what came of it, which is best."""
+"""Several runs side by side as plain text: when, on what, what differs, what came of it, which is best."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from job.core.lines import cells
 from job.core.report import Report
+
+_BEST = "  <- best"
+_WORDS = ("run", "begun (UTC)", "data", "differs in")
+_HEAD = (*_WORDS[:2], "minutes", *_WORDS[2:], "base loss", "tuned loss", "step", "exact match", "tokens/s")
+_FIRST = 4
+"""Columns of a run's first line where it has two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,23 +25,51 @@ class RunRow:
     """None: there is none yet."""
     standing: str
     """How far a run without a report is."""
+    begun: str | None = None
+    """When its first attempt started, in UTC, ISO 8601; None: none did."""
+    seconds: float | None = None
+    """That its attempts took, as far as they left word of their end; None: none did."""
+    objects: int = 0
+    """Of its data."""
+    bytes: int = 0
+    """Of its data's objects."""
 
 
-def runs_table(rows: Sequence[RunRow]) -> list[str]:
-    """Runs side by side: what differs in their recipes, what came of it, which is best."""
+def newest_first(rows: Sequence[RunRow], *, most: int | None) -> list[RunRow]:
+    """The rows by the start of their runs, at most `most`; a run that was not begun comes last."""
+    return sorted(rows, key=lambda row: row.begun or "", reverse=True)[:most]
+
+
+def runs_table(rows: Sequence[RunRow], *, width: int | None = None) -> list[str]:
+    """Runs side by side: a line each, or where that is wider than the terminal two, the second one set in.
+
+    Args:
+        rows: in the order in which they are shown.
+        width: the terminal's columns; None: lines may have any length.
+    """
     differences = _differences([row.recipe for row in rows])
-    head = ("run", "differs in", "base loss", "tuned loss", "step", "exact match", "tokens/s")
     best = _best(rows)
-    finished = [
-        (row.run_id, difference, *_figures(row.report)) if row.report else (row.run_id, difference)
-        for row, difference in zip(rows, differences, strict=True)
-    ]
-    widths = [max(len(cells[i]) for cells in (head, *finished) if i < len(cells)) for i in range(len(head))]
-    lines = [_line(head, widths)]
-    for row, cells in zip(rows, finished, strict=True):
-        end = "  <- best" if row is best else "" if row.report else f"  {row.standing}"
-        lines.append(_line(cells, widths) + end)
+    table = [_HEAD, *(_cells(row, each) for row, each in zip(rows, differences, strict=True))]
+    widths = [max(cells(row[i]) for row in table if i < len(row)) for i in range(len(_HEAD))]
+    ends = ["", *(_BEST if row is best else "" if row.report else f"  {row.standing}" for row in rows)]
+    lines = [_line(row, widths) + end for row, end in zip(table, ends, strict=True)]
+    if width is not None and max(map(cells, lines)) > width:
+        lines = [_line(_HEAD[:_FIRST], widths)]
+        for row, end in zip(table[1:], ends[1:], strict=True):
+            mark, standing = (end, "") if end == _BEST else ("", end.strip())
+            lines += [_line(row[:_FIRST], widths) + mark, *_below(row, standing)]
     return [*lines, "", _verdict(rows, best, differences)]
+
+
+def _cells(row: RunRow, differs_in: str) -> tuple[str, ...]:
+    begun = "-" if row.begun is None else row.begun[:16].replace("T", " ")
+    minutes = "-" if row.seconds is None else f"{row.seconds / 60:.1f}"
+    if row.report is None:
+        size = f"{row.bytes / 1e6:,.1f} MB" if row.bytes >= 1e5 else f"{row.bytes:,} bytes"  # noqa: PLR2004 a tenth
+        data = f"{row.objects} files, {size}" if row.objects else "-"
+        return row.run_id, begun, minutes, data, differs_in
+    data = f"{row.report.data.train.used:,}+{row.report.data.validation.used:,} examples"
+    return row.run_id, begun, minutes, data, differs_in, *_figures(row.report)
 
 
 def _figures(report: Report) -> tuple[str, ...]:
@@ -48,10 +83,19 @@ def _figures(report: Report) -> tuple[str, ...]:
     )
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     """Words to the left, figures to the right."""
-    words, figures = zip(cells[:2], widths[:2], strict=True), zip(cells[2:], widths[2:], strict=False)
-    return "  ".join([*(f"{c:<{w}}" for c, w in words), *(f"{c:>{w}}" for c, w in figures)]).rstrip()
+    return "  ".join(
+        f"{cell:<{width}}" if name in _WORDS else f"{cell:>{width}}"
+        for cell, width, name in zip(row, widths, _HEAD, strict=False)
+    ).rstrip()
+
+
+def _below(row: Sequence[str], standing: str) -> list[str]:
+    """What has no room in a run's first line."""
+    differs_in, figures = row[_FIRST], zip(_HEAD[_FIRST + 1 :], row[_FIRST + 1 :], strict=False)
+    said = (", ".join(f"{name} {cell}" for name, cell in figures if cell != "-"), standing, differs_in)
+    return [f"    {each}" for each in said if each]
 
 
 def _verdict(rows: Sequence[RunRow], best: RunRow | None, differences: Sequence[str]) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import structlog
 
+from job.core.advice import refuse_endless_warm_up
+from job.core.course import course_of
 from job.core.crash_points import crash_point
 from job.core.errors import DataError
 from job.core.lengths import choose_max_length, length_statistics
@@ -52,6 +54,7 @@ def prepare_dataset(
 
     Raises:
         DataError: wrong lines, or nothing left to train or judge on.
+        UsageError: data.max_length or the warm-up does not go with the base or the data.
     """
     encoded, audit = _encoded(worker, phases, run, tokenizer, folder)
     data, evaluation = worker.recipe.data, worker.recipe.evaluate
@@ -72,6 +75,8 @@ def prepare_dataset(
                 f"than max_length {limit.tokens}, {documents.without_target} have nothing to learn from); give more "
                 "examples, raise data.max_length, or hold out another share with data.validation"
             )
+    course = course_of(worker.recipe.train, examples=len(train))
+    refuse_endless_warm_up(course, warmup_steps=worker.recipe.train.warmup_steps)
     report = _report(encoded, audit, train, validation, (limit.tokens, limit.reason))
     log.info(
         "dataset",

@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from job.core.course import Course, plan_course
+from job.core.course import Course, course_of
 from job.core.cut import MemoryPlan, plan_memory
 from job.core.memory import AdapterShape, DeviceMemory, WantedEngine
 from job.core.recipe import Recipe
@@ -58,9 +58,7 @@ def plan_training(
     documents, train = inputs.dataset.train, recipe.train
     with phases.phase("self_test"):  # the kernels that it compares are compiled here
         choice = choose_engine(model, engine, backward=backward)
-    course = plan_course(
-        examples=len(documents), batch_size=train.batch_size, steps=train.steps, epochs=train.epochs, seed=train.seed
-    )
+    course = course_of(train, examples=len(documents))
     shape = shape_of(read_config(inputs.base.folder))
     memory = plan_memory(
         shape,

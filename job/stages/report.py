@@ -32,7 +32,7 @@ from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.tune.device.device import device_name, peak_memory_bytes
 
-_NAMED_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy", "boto3")
+_NAMED_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pyarrow", "boto3")
 
 
 def assemble_report(

@@ -79,7 +79,7 @@ def test_a_histogram_has_a_bar_for_each_bin_and_points_at_max_length():
     assert histogram_lines((8, 16, 24, 32), (1, 0, 400), mark=30) == [
         "   8-15       1 #",
         "  16-23       0 ",
-        "  24-31     400 " + "#" * 40 + "  <- max_length",
+        "  24-31     400 " + "#" * 24 + "  <- max_length",
     ]
 
 

@@ -21,7 +21,9 @@ def test_check_is_a_table_with_the_histogram_and_leaves_nothing(job):
     assert ended.code == 0
     assert ended.stderr == ""
     rows = [[line[:3].strip(), line[4:15].strip()] for line in ended.stdout.splitlines() if line[:2] in ("ok", "NO")]
-    assert rows == [["ok", name] for name in ("recipe", "credentials", "output", "base model", "input", "data")]
+    assert rows == [
+        ["ok", name] for name in (*["recipe", "credentials", "output"], "base model", "input", "data", "plan", "model")
+    ]
     assert "write and conditional write work" in ended.stdout
     assert "is new" in ended.stdout
     assert "24 training and 6 held-out examples" in ended.stdout

@@ -432,15 +432,15 @@ def test_a_secret_in_the_reason_of_an_attempt_is_hidden_in_the_store(job, monkey
 
 def test_an_answer_to_a_bug_is_70_with_its_traceback_in_one_event(job, tmp_path, warm):
     """A library that fails in a way nobody foresaw, an end of file at that: click takes those for its own."""
-    (tmp_path / "datasets.py").write_text("raise EOFError('odd')\n")
+    (tmp_path / "pyarrow.py").write_text("raise EOFError('odd')\n")
     command = [sys.executable, str(ROOT / "entrypoint.py"), "run", str(job.write()), "--workdir", str(job.workdir)]
-    planted = {"environment": {"PYTHONPATH": str(tmp_path)}, "forget": ("datasets", "job")}
+    planted = {"environment": {"PYTHONPATH": str(tmp_path)}, "forget": ("pyarrow", "job")}
     with process(command, cwd=job.folder, image=warm, **planted) as running:
         ended = running.end()
     assert ended.code == 70, ended.stdout
     (event,) = ended.named("ended")
     assert event["reason"] == "odd"
-    assert "datasets.py" in event["traceback"]
+    assert "pyarrow.py" in event["traceback"]
     assert [path.name for path in sorted(job.only_run().rglob("*.json"))] == ["01-end.json", "01.json", "lock.json"]
 
 

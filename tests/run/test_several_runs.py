@@ -2,12 +2,22 @@
 
 import json
 import os
+import re
 import shutil
+from datetime import datetime
 
 import pytest
 from job_process import call
 
 from job.commands import report
+
+
+def begun(run, started):
+    """A run as if its first attempt had started then, by its own word and by the store's clock."""
+    record = run / "attempts" / "01.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"started": started}))
+    moment = datetime.fromisoformat(started).timestamp()
+    os.utime(run / "run.json", (moment, moment))
 
 
 @pytest.fixture
@@ -25,6 +35,8 @@ def two(finished, tmp_path):
                 content["sweet_spot"]["loss"] = loss
                 content["run_uri"] = f"file://{run}"
             (run / file).write_text(json.dumps(content))
+    begun(runs / "aa-1", "2025-01-31T04:00:00+00:00")
+    begun(runs / "bb-2", "2025-01-30T04:00:00+00:00")
     return runs
 
 
@@ -72,7 +84,39 @@ def test_a_file_holds_one_run_a_line(two, tmp_path):
     ended = call("report", str(file))
 
     assert ended.code == 0
-    assert [named(line) for line in ended.stdout.splitlines()[1:3]] == ["bb-2", "aa-1"]
+    assert {named(line) for line in ended.stdout.splitlines()[1:3]} == {"bb-2", "aa-1"}
+
+
+def test_the_newest_run_comes_first_with_its_date_its_data_and_its_minutes(two):
+    begun(two / "aa-1", "2025-01-30T04:00:00+00:00")
+    begun(two / "bb-2", "2025-02-01T04:00:30+00:00")
+    end = two / "bb-2" / "attempts" / "01-end.json"
+    end.write_text(json.dumps(json.loads(end.read_text()) | {"ended": "2025-02-01T04:03:00+00:00"}))
+    lines = call("report", f"file://{two}").stdout.splitlines()
+
+    assert [named(line) for line in lines[1:3]] == ["bb-2", "aa-1"]
+    assert re.split(r"  +", lines[1])[1:4] == ["2025-02-01 04:00", "2.5", "24+6 examples"]
+
+
+@pytest.mark.parametrize("name", ["file://{two}", "file://{two}/*", "{file}"])
+def test_the_last_runs_are_those_that_were_begun_last(two, tmp_path, name):
+    begun(two / "aa-1", "2025-01-30T04:00:00+00:00")
+    begun(two / "bb-2", "2025-01-31T04:00:00+00:00")
+    file = tmp_path / "runs.txt"
+    file.write_text(f"file://{two}/aa-1\nfile://{two}/bb-2\n")
+    lines = call("report", name.format(two=two, file=file), "--last", "1").stdout.splitlines()
+
+    assert [named(line) for line in lines[1:]][:2] == ["bb-2", ""]
+
+
+def test_of_many_runs_only_the_last_ones_are_read(two, monkeypatch):
+    for number in range(10):
+        begun(shutil.copytree(two / "aa-1", two / f"cc-{number}"), f"2025-01-{number + 1:02d}T04:00:00+00:00")
+    looked_at = []
+    monkeypatch.setattr(report, "look_at", lambda uri, look=report.look_at: looked_at.append(uri) or look(uri))
+    call("report", f"file://{two}/cc-*", "--last", "2")
+
+    assert looked_at == [f"file://{two}/cc-9", f"file://{two}/cc-8"]
 
 
 def test_a_run_that_is_not_finished_is_told_in_the_table_and_by_the_exit_code(two):

@@ -39,10 +39,10 @@ def load() -> None:
     import accelerate
     import bitsandbytes
     import boto3
-    import datasets
     import matplotlib.backends.backend_agg
     import matplotlib.figure
     import peft.tuners.lora.bnb
+    import pyarrow as pa
     import transformers.integrations.bitsandbytes
     import transformers.models.llama.modeling_llama
     from botocore_tables import read_once
@@ -57,7 +57,7 @@ def load() -> None:
     boto3.session.Session().client(
         "s3", region_name="us-east-1", aws_access_key_id="nobody", aws_secret_access_key="nothing"
     )
-    assert accelerate, (bitsandbytes, datasets, matplotlib, peft, transformers)
+    assert accelerate, (bitsandbytes, matplotlib, pa, peft, transformers)
     threads = len([*Path("/proc/self/task").iterdir()])
     assert threads == 1, f"{threads} threads: a fork would leave the others and what they hold behind"
 

@@ -153,10 +153,8 @@ def refuse_unknown_architecture(folder: Path, *, source: str) -> None:
                 f"{source}: {_CONFIG}: {name} is {value:,}, and no model has more than {_LARGEST[name]:,}; "
                 "copy the model again, or choose another model.base"
             )
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
     model_type = config.get("model_type")
-    if model_type in CONFIG_MAPPING_NAMES:
+    if _is_known(model_type):
         return
     if "auto_map" in config:
         raise UsageError(
@@ -166,6 +164,20 @@ def refuse_unknown_architecture(folder: Path, *, source: str) -> None:
     raise UsageError(
         f"{source}: model type {model_type!r} is unknown to the installed transformers; correct model.base"
     )
+
+
+def _is_known(model_type: object) -> bool:
+    """Whether transformers has code of its own for it."""
+    from transformers.models.auto import auto_mappings
+
+    if not isinstance(model_type, str):
+        return False
+    if model_type in auto_mappings.CONFIG_MAPPING_NAMES:
+        return True
+    # A few more stand where torch is loaded as well.
+    from transformers.models.auto import configuration_auto
+
+    return model_type in configuration_auto.CONFIG_MAPPING_NAMES
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, float]]:

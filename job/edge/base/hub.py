@@ -27,7 +27,6 @@ from job.core.errors import (
 from job.edge.store.patience import Patience
 
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG})
-_LISTING_TIMEOUT_SECONDS = 30.0
 _REFUSAL_BYTES = 64 * 1024
 _POLL_SECONDS = 0.2
 _WORKERS = 4
@@ -68,7 +67,7 @@ class HubRepo:
             from huggingface_hub import HfApi
 
             info = HfApi().model_info(
-                self.repo_id, revision=self.revision, files_metadata=True, timeout=_LISTING_TIMEOUT_SECONDS
+                self.repo_id, revision=self.revision, files_metadata=True, timeout=self.patience.answer_seconds
             )
             return {each.rfilename: each.size or 0 for each in info.siblings or ()}
 

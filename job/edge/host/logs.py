@@ -8,19 +8,22 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, MutableMapping
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 from urllib.parse import quote
 
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor
 
+from job.edge.host.console import Console
+from job.edge.host.output import Lines, terminal_width
+
 HIDDEN = "[hidden]"
 _SHORTEST_SECRET = 8
 _DEEPEST = 12
 _LIBRARIES = (
     "transformers",
-    "datasets",
     "huggingface_hub",
     "accelerate",
     "bitsandbytes",
@@ -74,12 +77,16 @@ def redact(text: str) -> str:
     return text
 
 
-def configure(*, secrets: Collection[str], json: bool | None = None) -> Callable[[str], str]:
+def configure(
+    *, secrets: Collection[str], json: bool | None = None, colours: bool = False, in_place: bool = True
+) -> Callable[[str], str]:
     """Send events, and the libraries' warnings, to stdout.
 
     Args:
         secrets: values that never appear; shorter ones than 8 characters are ignored (they would hide common words).
         json: JSON lines, or lines for people; None: JSON unless stdout is a terminal.
+        colours: whether lines for people are painted.
+        in_place: whether one line stays in place for steps and progress, where stdout is a terminal.
 
     Returns:
         What hides the secrets in a text that is kept elsewhere.
@@ -97,7 +104,11 @@ def configure(*, secrets: Collection[str], json: bool | None = None) -> Callable
             structlog.processors.JSONRenderer(),
         ]
         if as_json
-        else [structlog.processors.format_exc_info, redaction, _Console(colours=stream.isatty())]
+        else [
+            structlog.processors.format_exc_info,
+            redaction,
+            Console(colours=colours, in_place=in_place and stream.isatty(), width=partial(terminal_width, stream)),
+        ]
     )
     structlog.configure(
         processors=[
@@ -107,7 +118,7 @@ def configure(*, secrets: Collection[str], json: bool | None = None) -> Callable
             *last,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=lambda *_names: Lines(stream),
         cache_logger_on_first_use=False,
     )
     logging.captureWarnings(capture=True)
@@ -128,7 +139,7 @@ def only_warnings() -> None:
 
 def to_stderr() -> None:
     """Send events to stderr from here on, for commands whose output a script reads."""
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    structlog.configure(logger_factory=lambda *_names: Lines(sys.stderr))
 
 
 def quiet_libraries() -> None:
@@ -142,8 +153,6 @@ def quiet_libraries() -> None:
         warnings.simplefilter("ignore")
         if "huggingface_hub" in loaded:
             loaded["huggingface_hub.utils"].disable_progress_bars()
-        if "datasets" in loaded:
-            loaded["datasets"].disable_progress_bars()
         if "transformers" in loaded:
             loaded["transformers.utils.logging"].disable_progress_bar()
     _let_through_root()
@@ -234,62 +243,3 @@ def _plain(value: bool | numbers.Real | None) -> bool | int | float | str | None
 def _first_things_first(_logger: object, _method: str, event: MutableMapping[str, Any]) -> EventDict:
     first = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
     return {**first, **event}
-
-
-class _Console:
-    """A line for people: the time, the event, its values; steps as a table, and below it what has lines of its own."""
-
-    _LEVELS: ClassVar[Mapping[str, str]] = {"warning": "\x1b[33m", "error": "\x1b[31m", "critical": "\x1b[31;1m"}
-    # The same on each line of one terminal.
-    _CONSTANT = ("run_id", "attempt")
-
-    def __init__(self, *, colours: bool) -> None:
-        self._colours = colours
-
-    def __call__(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> str:
-        clock, level = str(event.pop("timestamp", ""))[11:19], str(event.pop("level", "info"))
-        name, trace = str(event.pop("event", "")), event.pop("exception", None)
-        for key in self._CONSTANT:
-            event.pop(key, None)
-        long = [key for key, value in event.items() if isinstance(value, str) and "\n" in value]
-        blocks = [_block(key, event.pop(key)) for key in long]
-        parts = _step_parts(event) if name == "step" and "step" in event else [self._paint(name, "\x1b[1m")]
-        if level in self._LEVELS:
-            parts.insert(0, self._paint(level.upper(), self._LEVELS[level]))
-        values = " ".join(f"{key}={_shown(value)}" for key, value in event.items())
-        line = "  ".join(
-            [self._paint(clock, "\x1b[2m"), *parts, *([self._paint(values, "\x1b[36m")] if values else [])]
-        )
-        return "\n".join([line, *blocks, *([] if trace is None else [trace])])
-
-    def _paint(self, text: str, colour: str) -> str:
-        return f"{colour}{text}\x1b[0m" if self._colours and text else text
-
-
-def _step_parts(event: MutableMapping[str, Any]) -> list[str]:
-    """Takes what it shows out of the event; columns keep their width, so that numbers stand under numbers."""
-    step, of = str(event.pop("step")), event.pop("of", None)
-    parts = [f"step {step}" if of is None else f"step {step:>{len(str(of))}}/{of}"]
-    if (loss := event.pop("loss", None)) is not None:
-        parts.append(f"loss {loss:.3f}" if isinstance(loss, int | float) else f"loss {loss}")
-    if isinstance(rate := event.get("tokens_per_second"), int | float):
-        del event["tokens_per_second"]
-        parts.append(f"{rate:,.0f} tok/s")
-    if isinstance(eta := event.get("eta_seconds"), int | float):
-        del event["eta_seconds"]
-        parts.append(f"eta {int(eta) // 3600:02d}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d}")
-    return parts
-
-
-def _block(key: str, text: str) -> str:
-    """A text of several lines, such as all mistakes of a recipe, below its event."""
-    lines = [each if each.isprintable() else repr(each)[1:-1] for each in text.splitlines()]
-    return "\n".join([f"  {key}:", *(f"    {each}" for each in lines)])
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = str(value)
-    # Quoted where it would run into its neighbours, or carry a control character to the terminal.
-    return text if text and text.isprintable() and " " not in text else repr(text)

@@ -232,6 +232,16 @@ def finished_runs(store: ObjectStore) -> list[str]:
     return [run_id for _, run_id in sorted(reports, reverse=True)]
 
 
+def begun_runs(store: ObjectStore) -> list[str]:
+    """The ids of all runs, those that were begun last first; what no run.json names comes last."""
+    began: dict[str, float] = {}
+    for entry in store.list("runs/"):
+        if entry.key.count("/") > 1:
+            run_id, name = entry.key.split("/", 2)[1:]
+            began[run_id] = entry.modified if name == "run.json" else began.get(run_id, 0.0)
+    return sorted(began, key=lambda run_id: (-began[run_id], run_id))
+
+
 def runs_of(store: ObjectStore, prefix: str) -> Iterator[Artifacts]:
     """The runs whose id begins with the prefix, in the order of their ids."""
     start = f"runs/{prefix}"

@@ -16,6 +16,8 @@ class Patience:
     """Upper bound of the first pause; each further bound is twice as long."""
     longest_pause_seconds: float = 20.0
     """Largest upper bound: with 8 attempts a store may restart, about a minute, unnoticed."""
+    answer_seconds: float = 30.0
+    """How long the hub may take to list a model's files."""
 
     def pause_seconds(self, failures: int) -> float:
         """Exponential with full jitter: many jobs that failed together do not come back together."""

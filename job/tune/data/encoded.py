@@ -1,14 +1,14 @@
 """Examples -> token ids with target spans in Arrow files, written once and read memory-mapped."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
 from job.core.errors import StopRequestedError
@@ -22,6 +22,15 @@ _BATCH = 1000
 """Examples handed to the tokenizer at once, ..."""
 _BATCH_CHARACTERS = 2**20
 """... and characters, unless one has more by itself: while it is encoded a token takes hundreds of bytes."""
+_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "target_spans": pa.list_(pa.int32()),
+        "answer_from": pa.int32(),
+        "digest": pa.binary(),
+        "where": pa.string(),
+    }
+)
 FORMAT = 3
 """What `encode` writes: files of another format are encoded anew."""
 
@@ -35,7 +44,7 @@ class EncodedSet:
     """[examples]: position where the last learned part of each begins."""
 
     def __init__(self, path: Path) -> None:
-        self._table = datasets.Dataset.from_file(str(path)).data
+        self._table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         self.lengths = _numpy(pc.list_value_length(self._table.column("input_ids"))).astype(np.int32)
         self.answer_from = _numpy(self._table.column("answer_from"))
 
@@ -99,20 +108,22 @@ def encode(
     """
     partial = {side: folder / f"{side}.partial" for side in _SIDES}
     folder.mkdir(parents=True, exist_ok=True)
-    writers = {side: ArrowWriter(features=_features(), path=str(partial[side])) for side in _SIDES}
     done = 0
-    for batch in _batches(examples):
-        if should_stop():
-            raise StopRequestedError("asked to stop while encoding")
-        rows = encode_examples([example for _, example in batch], tokenizer, rules)
-        for (side, example), framed in zip(batch, rows, strict=True):
-            writers[side].write(_row(example, framed))
-        for writer in writers.values():
-            writer.write_examples_on_file()  # else it keeps a thousand, whatever their length
-        done += len(batch)
-        on_progress(done)
-    for side, writer in writers.items():
-        writer.finalize()
+    with ExitStack() as files:
+        writers = {side: files.enter_context(pa.ipc.new_stream(str(partial[side]), _SCHEMA)) for side in _SIDES}
+        for batch in _batches(examples):
+            if should_stop():
+                raise StopRequestedError("asked to stop while encoding")
+            framed = encode_examples([example for _, example in batch], tokenizer, rules)
+            rows: dict[Side, list[dict[str, Any]]] = {side: [] for side in _SIDES}
+            for (side, example), each in zip(batch, framed, strict=True):
+                rows[side].append(_row(example, each))
+            for side, writer in writers.items():
+                # At once: a writer that keeps them, keeps as many as there are, whatever their length.
+                writer.write_batch(pa.RecordBatch.from_pylist(rows[side], schema=_SCHEMA))
+            done += len(batch)
+            on_progress(done)
+    for side in _SIDES:
         partial[side].replace(_path(folder, side))
     return open_encoded(folder)
 
@@ -120,19 +131,6 @@ def encode(
 def open_encoded(folder: Path) -> dict[Side, EncodedSet]:
     """Both sides as `encode` left them."""
     return {side: EncodedSet(_path(folder, side)) for side in _SIDES}
-
-
-def _features() -> datasets.Features:
-    number, numbers = datasets.Value("int32"), [datasets.Value("int32")]
-    return datasets.Features(
-        {
-            "input_ids": numbers,
-            "target_spans": numbers,
-            "answer_from": number,
-            "digest": datasets.Value("binary"),
-            "where": datasets.Value("string"),
-        }
-    )
 
 
 def _row(example: Example, framed: Framed) -> dict[str, Any]:

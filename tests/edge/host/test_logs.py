@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from terminals import lines_seen, too_wide
 
 from job.edge.host.logs import HIDDEN, redact
 
@@ -160,7 +161,7 @@ def test_what_is_no_secret_is_left_alone(text):
 
 def test_a_step_is_pleasant_to_follow_on_a_terminal():
     output = run(
-        'configure(secrets=[]); bind(run_id="r1", attempt=1)\n'
+        'configure(secrets=[], colours=True, in_place=False); bind(run_id="r1", attempt=1)\n'
         'log.info("step", step=20, of=500, loss=1.2341, tokens_per_second=2345.4, eta_seconds=750.9, lr=0.000025)\n'
         'log.info("saved", step=20, text="two words", evil="\\x1b[2J")',
         tty=True,
@@ -172,6 +173,43 @@ def test_a_step_is_pleasant_to_follow_on_a_terminal():
     assert "\x1b[1msaved\x1b[0m" in saved
     assert "step=20 text='two words' evil='\\x1b[2J'" in saved
     assert "r1" not in output
+
+
+IN_PLACE = """
+import contextlib
+from job.edge.host.output import lasting_output
+with lasting_output():
+    configure(secrets=[], json={json})
+    log.info("phase", name="train")
+    for step in range(1, 201):
+        log.info("step", step=step, of=200, loss=1.2341, tokens_per_second=2345.4, eta_seconds=750.9, grad_norm=0.12345)
+    log.info("progress", evaluated=1, of=9)
+    log.info("evaluation", step=200, loss=1.5, spent={{"encode": 5.0, "lock": 0.001, "self_test": 2}}, files=["a", "b"])
+    log.info("step", step=1, of=2, loss=1.5)
+    log.warning("odd", reason="a sentence that is so long that it does not fit into one line of any usual terminal")
+"""
+
+
+def test_on_a_terminal_steps_and_progress_stay_on_one_line_and_all_else_has_its_own():
+    text = run(IN_PLACE.format(json=False), tty=True)
+    seen = lines_seen(text)
+
+    assert text.count("step ") >= 201
+    assert too_wide(text, 80) == []
+    assert [line[10:] for line in seen[:2]] == [
+        "phase  name=train",
+        "evaluation  step=200 loss=1.5 spent.encode=5 spent.self_test=2",
+    ]
+    assert seen[2].strip() == "spent.other=0.001 files=a,b"
+    assert seen[3].startswith(f"{seen[3][:8]}  WARNING  odd  reason='a sentence")
+    assert not any("step 1/2" in line or "progress" in line for line in seen)
+
+
+def test_json_on_a_terminal_is_what_it_is_in_a_pipe():
+    text = run(IN_PLACE.format(json=True), tty=True)
+
+    assert [json.loads(line)["event"] for line in text.splitlines()].count("step") == 201
+    assert "\x1b" not in text
 
 
 def test_without_a_terminal_lines_for_people_have_no_colours():
@@ -215,10 +253,9 @@ logging.getLogger("urllib3").error("bad %d", "format")
 def test_libraries_draw_no_bars_and_write_nothing_of_their_own():
     output = run("""
 configure(secrets=[])
-import datasets, huggingface_hub, transformers
+import huggingface_hub, transformers
 from transformers.utils import logging as transformers_logging
 quiet_libraries()
-datasets.Dataset.from_dict({"a": [1, 2]}).map(lambda row: row)
 for _ in transformers_logging.tqdm(range(3)): pass
 for _ in huggingface_hub.utils.tqdm(range(3)): pass
 transformers_logging.get_logger("transformers.trainer").warning("once")
@@ -238,7 +275,7 @@ def test_setting_logs_up_loads_no_heavy_library():
     output = run("""
 configure(secrets=[])
 quiet_libraries()
-print(sorted({"torch", "transformers", "datasets", "huggingface_hub", "numpy"} & set(sys.modules)))
+print(sorted({"torch", "transformers", "huggingface_hub", "numpy"} & set(sys.modules)))
 """)
 
     assert output == "[]\n"
