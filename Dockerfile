@@ -77,7 +77,8 @@ ENV PATH=/opt/venv/bin:${PATH} \
     DO_NOT_TRACK=1 \
     HF_HUB_DISABLE_TELEMETRY=1 \
     MLFLOW_DISABLE_TELEMETRY=true \
-    WANDB_ERROR_REPORTING=false
+    WANDB_ERROR_REPORTING=false \
+    GIT_PYTHON_REFRESH=quiet
 USER 10001:10001
 WORKDIR /app
 # -s: also where it is not process 1 (Apptainer, a shared process namespace) it reaps, and says nothing about it.

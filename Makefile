@@ -62,6 +62,13 @@ test-image: $(VENV)/installed
 	tests/image/install.sh
 	$(BIN)/python -m pytest -m image tests/image
 
+# The image as it ships, from the lock for CUDA with its hashes: 4 GB are downloaded, and 30 GB of disk below /var/tmp
+# (or TMPDIR) are needed until it has ended. No GPU. Without BASE_IMAGE it makes a Debian 13 to build on.
+.PHONY: test-image-cuda
+test-image-cuda: $(VENV)/installed
+	tests/image/install.sh
+	$(BIN)/python -m pytest -s -m image_cuda tests/image
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,20 +87,22 @@ templates: $(VENV)/installed
 	$(BIN)/python tests/k8s/k8s_manifests.py
 
 # Both locks from pyproject.toml. The CPU one is for tests and the demo, without the CUDA packages and without hashes
-# (which build of torch comes depends on where it is looked for); the CUDA one is for the image, with hashes.
+# (which build of torch comes depends on where it is looked for); the CUDA one is for the image, with hashes: for the
+# Python 3.12 of its own base, and as it stands for 3.13 as well.
+LOCK_FOR_CUDA = $(BIN)/uv pip compile pyproject.toml --extra gpu --extra tensorboard --extra wandb --extra mlflow \
+	--generate-hashes --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet
 lock: $(VENV)/installed
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --no-header --no-annotate --quiet \
 		| grep -vE '^(nvidia-(cu|nc|nv)|cuda|triton)' > locks/cpu.txt
-	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra tensorboard --extra wandb --extra mlflow --generate-hashes \
-		--python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet \
-		--output-file locks/cuda.txt
+	$(LOCK_FOR_CUDA) --python-version 3.12 --output-file locks/cuda.txt
+	cp locks/cuda.txt $(VENV)/cuda-3.13.txt
+	$(LOCK_FOR_CUDA) --python-version 3.13 --output-file $(VENV)/cuda-3.13.txt
+	cmp locks/cuda.txt $(VENV)/cuda-3.13.txt
 
 # The lock for CUDA 12.6 (make locks/cu126.txt; docs/image.md): the same software, but for PyTorch's own build of torch.
 locks/cu1%.txt: pyproject.toml locks/cuda.txt $(VENV)/installed
 	grep -oE '^[a-z0-9._-]+==[^ ]+' locks/cuda.txt | grep -vE '^(torch|triton|cuda|nvidia-(cu|nc|nv))' > $(VENV)/pins.txt
-	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra tensorboard --extra wandb --extra mlflow --generate-hashes \
-		--constraints $(VENV)/pins.txt --torch-backend cu1$* --python-version 3.12 \
-		--python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet --output-file $@
+	$(LOCK_FOR_CUDA) --constraints $(VENV)/pins.txt --torch-backend cu1$* --python-version 3.12 --output-file $@
 
 clean:
 	rm -rf $(VENV) $(DEMO) work

@@ -220,9 +220,11 @@ def commands_page() -> str:
     page = [_GENERATED.format(source="job/cli.py"), "", _COMMANDS_HEAD]
     page += ["## Before any command", "", *_command("python entrypoint.py [OPTIONS] COMMAND ...", cli)]
     for name, command in cli.commands.items():
-        arguments = [p.human_readable_name for p in command.params if isinstance(p, click.Argument)]
+        words = [p.human_readable_name for p in command.params if isinstance(p, click.Argument)]
+        needed = [p for p in command.params if isinstance(p, click.Option) and p.required]
+        words += [f"{option.opts[0]} {option.make_metavar(click.Context(command))}" for option in needed]
         about = (command.help or "").strip()
-        page += [f"## {name}", "", about, "", *_command(f"python entrypoint.py {name} {' '.join(arguments)}", command)]
+        page += [f"## {name}", "", about, "", *_command(f"python entrypoint.py {name} {' '.join(words)}", command)]
         if name == "plan":
             page += [
                 "The object of `--json`, each key as `jq` takes it:",

@@ -109,11 +109,13 @@ class Engine:
         work: Path | None = None,
         mounts: Sequence[str] = (),
         entrypoint: str | None = None,
+        user: str = str(UID),
+        options: Sequence[str] = (),
         **environment: str,
     ) -> Ended:
         """Run a container to its end: see `begun`."""
-        options = {"work": work, "mounts": mounts, "entrypoint": entrypoint}
-        with self.begun(image, *arguments, **options, **environment) as container:
+        how = {"work": work, "mounts": mounts, "entrypoint": entrypoint, "user": user, "options": options}
+        with self.begun(image, *arguments, **how, **environment) as container:
             return container.end()
 
     @contextmanager
@@ -124,15 +126,17 @@ class Engine:
         work: Path | None,
         mounts: Sequence[str] = (),
         entrypoint: str | None = None,
+        user: str = str(UID),
+        options: Sequence[str] = (),
         **environment: str,
     ) -> Iterator[Container]:
         """A container under way; whatever happens, it does not outlive the block.
 
         It has a user that nobody knows, a read-only root, no network but its own loopback, no capability, and of the
-        machine only `work` at /work, and `mounts` (here:inside, or here:inside:ro).
+        machine only `work` at /work, and `mounts` (here:inside, or here:inside:ro). `options` are more words for `run`.
         """
         name = f"qlora-job-test-{os.getpid()}-{threading.get_ident()}-{os.urandom(4).hex()}"
-        command = [self.program, "run", "--rm", "--name", name, *self.run_options, "--user", str(UID)]
+        command = [self.program, "run", "--rm", "--name", name, *self.run_options, "--user", user, *options]
         command += ["--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
         if work is not None:
             command += ["--volume", f"{work}:/work"]
@@ -170,8 +174,11 @@ def work_folder(path: Path) -> Path:
     return path
 
 
-def find_engine(folder: Path) -> Engine | None:
-    """What runs images here; podman is told to ask of the machine no more than this process may."""
+def find_engine(folder: Path, *, storage: Path | None = None) -> Engine | None:
+    """What runs images here; podman is told to ask of the machine no more than this process may.
+
+    Podman and buildah keep all they make in `storage`, if that is given; docker's daemon has its own place.
+    """
     answers = ["docker", "version", "--format", "{{.Server.Version}}"]
     if shutil.which("docker") and subprocess.run(answers, capture_output=True, check=False).returncode == 0:
         return Engine(program="docker", environment={}, run_options=())
@@ -186,7 +193,18 @@ def find_engine(folder: Path) -> Engine | None:
     )
     # Docker's --read-only leaves /tmp read-only, as clusters do, and adds no line to /etc/passwd.
     options = ("--read-only-tmpfs=false", "--passwd=false")
-    return Engine(program="podman", environment={"CONTAINERS_CONF": str(settings)}, run_options=options)
+    environment = {"CONTAINERS_CONF": str(settings)} | (_kept_in(storage) if storage else {})
+    return Engine(program="podman", environment=environment, run_options=options)
+
+
+def _kept_in(storage: Path) -> dict[str, str]:
+    """Variables by which podman and buildah keep images, containers and caches of builds below a folder."""
+    file = storage / "storage.conf"
+    file.write_text(
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{storage / "images"}"\nrunroot = "{storage / "run"}"\n'
+    )
+    (storage / "tmp").mkdir()
+    return {"CONTAINERS_STORAGE_CONF": str(file), "TMPDIR": str(storage / "tmp")}
 
 
 def _limit(kind: int) -> str:

@@ -55,11 +55,13 @@ def test_the_base_has_the_cuda_that_the_lock_is_resolved_for():
 
 
 def test_the_lock_is_resolved_for_the_python_of_the_base():
-    """Ubuntu 24.04 has 3.12, and nothing else brings a Python into the image."""
+    """Ubuntu 24.04 has 3.12, and nothing else brings a Python into the image; Debian 13 has 3.13."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    rule = re.search(r"--python-version (\S+) .*?--output-file locks/cuda\.txt", makefile.replace("\\\n", " "))
+    rule = makefile.split("\nlock:")[1].split("\n\n")[0]
+    resolved = dict(re.findall(r"--python-version (\S+) --output-file (\S*cuda\S*)", rule))
 
-    assert rule[1] == "3.12"
+    assert resolved == {"3.12": "locks/cuda.txt", "3.13": "$(VENV)/cuda-3.13.txt"}
+    assert "cmp locks/cuda.txt $(VENV)/cuda-3.13.txt" in rule
 
 
 def test_the_default_lock_is_the_one_for_cuda_and_goes_in_by_its_hashes():

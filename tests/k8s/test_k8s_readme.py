@@ -69,6 +69,15 @@ def test_the_secret_of_the_registry_is_the_one_that_pods_pull_with():
     assert pod["imagePullSecrets"] == switched_on["imagePullSecrets"] == [{"name": made}]
 
 
+def test_the_secret_with_keys_is_in_job_yaml_to_be_switched_on():
+    text = JOB.read_text(encoding="utf-8").replace("# envFrom:", "envFrom:")
+    (pod,), (other,) = pod_specs(documents(text)), pod_specs(overlay("once"))
+    (switched_on,), (component,) = ([each["envFrom"] for each in found["containers"]] for found in (pod, other))
+
+    assert switched_on == component
+    assert [wrong for v in VERSIONS for each in documents(text) if (wrong := invalid(each, v))] == []
+
+
 def test_all_that_cannot_be_changed_is_deleted_before_an_edited_job_yaml_is_applied():
     """Else `kubectl apply` makes a Job with the recipe of before, or none."""
     (line,) = re.findall(r"^kubectl delete (.*) && kubectl apply -f k8s/job.yaml$", README, re.MULTILINE)

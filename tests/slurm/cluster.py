@@ -116,7 +116,8 @@ class Slurm:
         return self.submit(self.folder, *words)
 
     def queued(self) -> list[str]:
-        return self.asked("squeue", "--noheader", "--format=%i").split()
+        """Numbers of jobs; an array has one, for scancel does not understand how squeue lists its tasks."""
+        return self.asked("squeue", "--noheader", "--format=%F").split()
 
     def wait_for_all(self) -> None:
         until(lambda: not self.queued(), lambda: self.asked("squeue"))

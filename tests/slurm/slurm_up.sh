@@ -4,6 +4,7 @@
 # nodes, n1 and n2, at the ports after it, each with two GPUs that are character devices. Its partitions:
 #   low     preempted by high: queued again, no grace          grace   the same, with five minutes of grace
 #   cancel  preempted by high: cancelled                       high    preempts the others
+#   gpu     the name in slurm/README.md; like low
 # slurm.conf stands in FOLDER: export SLURM_CONF.
 set -euo pipefail
 folder=$1 port=$2
@@ -84,6 +85,7 @@ NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=4 Real
 PartitionName=low    Nodes=ALL State=UP PriorityTier=1  PreemptMode=REQUEUE Default=YES
 PartitionName=grace  Nodes=ALL State=UP PriorityTier=1  PreemptMode=REQUEUE GraceTime=300
 PartitionName=cancel Nodes=ALL State=UP PriorityTier=1  PreemptMode=CANCEL
+PartitionName=gpu    Nodes=ALL State=UP PriorityTier=1  PreemptMode=REQUEUE
 PartitionName=high   Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 C
 export SLURM_CONF=$conf
