@@ -1,29 +1,30 @@
 """Front door: arguments and environment in, exit code out. Owner of the environment and the terminal."""
 
-import contextlib
 import os
 import re
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 import structlog
 
 from job import __version__
-from job.core.errors import UsageError
+from job.core.errors import NotFoundError, UsageError
 from job.core.given import Given, as_records, set_lines
 from job.core.visible import visible
 from job.edge.host.interrupt import Interrupt
-from job.edge.host.output import LastingOutput
+from job.edge.host.output import lasting_output
 from job.ending import Session
 from job.options import (
     AddedUp,
     device_option,
     engine_option,
+    leave_ending,
     make_attempt,
+    news_options,
     recipe_argument,
     shared_options,
     time_options,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from job.core.gpus import Gpu
 
 log = structlog.get_logger(__name__)
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$|^JOB_NOTIFY_URL$", re.IGNORECASE)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,6 +69,7 @@ def cli(session: Session, log_format: str) -> None:
 @shared_options
 @engine_option
 @time_options
+@news_options
 @click.option(
     "--force",
     envvar="JOB_FORCE",
@@ -78,6 +80,7 @@ def cli(session: Session, log_format: str) -> None:
 @click.pass_obj
 def run(session: Session, /, recipe: Path, **options: Any) -> None:
     """Carry the recipe's run to its committed report; a finished run is left as it is, an unfinished one resumed."""
+    leave_ending(session, recipe, options)
     attempt = make_attempt(session, recipe, options)
     if options["crash_at"]:
         from job.edge.host.crashing import arm
@@ -255,15 +258,17 @@ def try_run(
 @cli.command(
     help="Show the report of a finished run and leave its pictures beside report.json; of several runs show a table: "
     "what differs in the recipes, the losses, which was best. It ends with 66 when one of them is not finished.\n\n"
-    "RUN is a run's URI; {output}/runs for all of them (its last part may hold `*`); a file with one URI a line; or a "
-    "recipe, for the run that it names now (only there the options mean something)."
+    "RUN is a run's URI; {output} or {output}/runs for all of them, and how the last jobs there ended (the last part "
+    "of {output}/runs/* is a pattern); a file with one URI a line; or a recipe, for the run that it names now (only "
+    "there the options mean something)."
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @shared_options
 @click.pass_obj
 def report(session: Session, /, runs: tuple[str, ...], **options: Any) -> None:
     """Show one report, or several runs side by side."""
-    from job.commands.report import leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
+    from job.commands.report import last_endings, leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
+    from job.render.endings_text import endings_lines
     from job.render.report_text import report_lines
     from job.render.runs_table import runs_table
 
@@ -271,10 +276,15 @@ def report(session: Session, /, runs: tuple[str, ...], **options: Any) -> None:
         attempt = make_attempt(session, Path(runs[0]), options)
         artifacts, found = run_of_recipe(attempt.worker, attempt.run_id)
     else:
-        uris = [uri for name in runs for uri in run_uris(name)]
+        ended = endings_lines(last_endings(runs))
+        try:
+            uris = [uri for name in runs for uri in run_uris(name)]
+        except NotFoundError:
+            _say("\n".join(ended))  # what no run came of has endings all the same
+            raise
         if tuple(uris) != runs or len(uris) > 1:
             rows = [look_at(uri) for uri in uris]
-            _say("\n".join(runs_table(rows)))
+            _say("\n".join([*runs_table(rows), *ended]))
             session.failure = unfinished(rows)
             return
         artifacts, found = open_run(uris[0])
@@ -306,40 +316,33 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
 def main(interrupt: Interrupt) -> int:
     """Run the command line; every way to end has a code of the table."""
     session = Session(interrupt=interrupt)
-    with _lasting_output():
-        try:
-            cli.main(obj=session, standalone_mode=False)
-        except click.ClickException as error:
-            error.show()
-            if session.outcome is None and (file := os.environ.get("JOB_OUTCOME_FILE")):
-                from job.edge.host.outcome import Outcome  # the mistake came before the option was looked at
+    with lasting_output():
+        error, shown = _carry_out(session)
+        code = session.end(error, shown=shown)
+        session.leave_word(error)
+        return code
 
-                session.outcome = Outcome(Path(file))
-            return session.end(UsageError(error.format_message()), shown=True)
-        except click.exceptions.Abort as error:
-            # click's word for an EOFError, which here comes from a library: it is a failure like others.
-            return session.end(error.__cause__ or error, shown=False)
-        except BaseException as error:  # noqa: BLE001 - the one place where every failure gets its code
-            # A panic in a library's Rust is no Exception, and nor is a library's own exit.
-            return session.end(error, shown=False)
-        return session.end(session.failure, shown=True)
+
+def _carry_out(session: Session) -> tuple[BaseException | None, bool]:
+    """What the command ended with, and whether that was shown already."""
+    try:
+        cli.main(obj=session, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        session.open_rest(os.environ, is_run="run" in sys.argv)
+        return UsageError(error.format_message()), True
+    except click.exceptions.Abort as error:
+        # click's word for an EOFError, which here comes from a library: it is a failure like others.
+        return error.__cause__ or error, False
+    except BaseException as error:  # noqa: BLE001 - the one place where every failure gets its code
+        # A panic in a library's Rust is no Exception, and nor is a library's own exit.
+        return error, False
+    return session.failure, True
 
 
 def _say(text: str) -> None:
     """To standard output; records, answers and names in it are by strangers."""
     click.echo(visible(text))
-
-
-@contextlib.contextmanager
-def _lasting_output() -> Iterator[None]:
-    """Whoever reads what we write may go, and its disk may be full."""
-    out, err = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
-    with contextlib.redirect_stdout(cast("TextIO", out)), contextlib.redirect_stderr(cast("TextIO", err)):
-        try:
-            yield
-        finally:
-            out.end()
-            err.end()
 
 
 def _gpus(options: Mapping[str, Any]) -> "list[Gpu]":

@@ -1,9 +1,11 @@
 """Standard output and error that outlive their reader: a run does not end because its log cannot be written."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 _STANDARD = (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w"))
 
@@ -51,6 +53,18 @@ class LastingOutput:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Whoever reads what is written within the block may go, and its disk may be full."""
+    out, err = LastingOutput(sys.stdout), LastingOutput(sys.stderr)
+    with contextlib.redirect_stdout(cast("TextIO", out)), contextlib.redirect_stderr(cast("TextIO", err)):
+        try:
+            yield
+        finally:
+            out.end()
+            err.end()
 
 
 def open_standard_streams() -> None:
