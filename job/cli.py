@@ -280,7 +280,8 @@ def report(session: Session, /, runs: tuple[str, ...], **options: Any) -> None:
         try:
             uris = [uri for name in runs for uri in run_uris(name)]
         except NotFoundError:
-            _say("\n".join(ended))  # what no run came of has endings all the same
+            if ended:  # also of what never became a run
+                _say("\n".join(ended))
             raise
         if tuple(uris) != runs or len(uris) > 1:
             rows = [look_at(uri) for uri in uris]

@@ -149,7 +149,8 @@ class Session:
         try:
             endings.leave(open_store(output, settings, patience=patience), ended)
         except JobError as trouble:
-            log.warning("ending_not_written", reason=self.hide(str(trouble)))
+            if trouble.code != ended.code:  # else the job has ended with just that
+                log.warning("ending_not_written", reason=self.hide(str(trouble)))
 
     def _ended(self, error: BaseException | None) -> "Ended":
         from job.core.ended import LONGEST_REASON, Ended

@@ -136,7 +136,7 @@ class AttemptRecords:
         if self._lock.lost:
             return
         if self.number is None:
-            # Bad input and a node without a GPU leave nothing in the store. A stop and a failure that may come again
+            # Bad input and a node without a GPU leave no run in the store. A stop and a failure that may come again
             # are counted, so they leave word; being refused for what was counted before is neither.
             if self._refused or code not in {StopRequestedError.code, *FINAL_WHEN_REPEATED}:
                 return
