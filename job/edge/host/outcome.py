@@ -57,9 +57,9 @@ class Outcome:
         eta_seconds: float | None = None,
         tokens_per_second: float | None = None,
     ) -> None:
-        """Report what the job does now; at most one write a second, a new phase at once."""
+        """Report what the job does now; at most one write a second, a new phase and the last step at once."""
         with self._lock:
-            changed = phase != self._standing.get("phase")
+            changed = phase != self._standing.get("phase") or (step is not None and step == of)
             self._standing = {"phase": phase, "step": step, "of": of, "loss": loss, "eta_seconds": eta_seconds}
             self._standing["tokens_per_second"] = tokens_per_second
             due = time.monotonic() - self._written_at >= _WRITE_EVERY_SECONDS
