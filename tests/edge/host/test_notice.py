@@ -165,7 +165,9 @@ def test_other_urls_are_refused_without_being_repeated(url):
     assert "/x" not in str(refused.value)
 
 
-@pytest.mark.parametrize("url", ["https://example.com/x", "http://localhost:8/x", "http://[::1]/x", "http://127.9.9.9/"])
+@pytest.mark.parametrize(
+    "url", ["https://example.com/x", "http://localhost:8/x", "http://[::1]/x", "http://127.9.9.9/"]
+)
 def test_https_and_this_machine_are_taken(url):
     Notice(url)
 
