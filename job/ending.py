@@ -1,6 +1,7 @@
 """How a process ends: every failure gets its code of the table, and word of it is left wherever somebody may look."""
 
 import contextvars
+import errno
 import platform
 import threading
 import time
@@ -210,7 +211,7 @@ class Session:
 
 def _understood(error: BaseException | None) -> BaseException | None:
     """The failure as one of ours, where it is the machine's: a full disk, memory that ran out."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         # Its frames hold what did not fit, and what follows needs some memory too.
         traceback.clear_frames(error.__traceback__)
         failure = JobError(

@@ -130,19 +130,6 @@ def an_ending(number=0, **facts):
     return Ended(time=moment.isoformat(timespec="seconds"), **known | facts)
 
 
-@pytest.fixture
-def store(tmp_path):
-    return open_store(f"file://{tmp_path}/out", StoreSettings())
-
-
-def test_only_the_newest_stay(store):
-    for number in range(endings.KEPT + 7):
-        endings.leave(store, an_ending(number))
-
-    found = endings.last(store, at_most=1000)
-    assert [ended.reason for ended in found] == [f"reason {n}" for n in reversed(range(7, endings.KEPT + 7))]
-
-
 def test_who_may_not_delete_keeps_more(job, monkeypatch):
     opened = open_store(f"file://{job.store}", StoreSettings())
     for number in range(endings.KEPT):
@@ -244,19 +231,6 @@ def test_names_that_no_utf_8_can_hold_are_written_all_the_same(job):
     (content,) = left(job).values()
 
     assert content["recipe"] == "odd-?.yaml"
-
-
-@pytest.mark.parametrize(
-    "garbage",
-    [b"", b"{", b"[1]", b'{"code": "x"}', b'{"time": 1}', b"\xff", b"[" * 100_000, b'"' + b"x" * 200_000 + b'"'],
-    ids=lambda content: content[:12],
-)
-def test_what_is_no_ending_of_ours_is_passed_over(store, garbage):
-    endings.leave(store, an_ending(1))
-    store.write("endings/20271231T000000Z-65-00000000.json", garbage)
-    store.write("endings/notes.txt", b"of a person")
-
-    assert [ended.reason for ended in endings.last(store, at_most=9)] == ["reason 1"]
 
 
 def test_what_strangers_wrote_into_one_is_not_obeyed_by_the_terminal(job):

@@ -1,6 +1,5 @@
 """Who hears of a run besides its log: a metrics file, a URL that is notified, the store; nobody unless asked for."""
 
-import contextlib
 import json
 import signal
 import threading
@@ -142,5 +141,5 @@ def test_a_stall_that_the_watchdog_ends_is_heard_of(job, received):
     assert ended.code == 83, ended.stdout
     assert [notice["code"] for _path, notice in got] == [83]
     assert len([*job.store.glob("endings/*-83-*")]) == 1
-    with contextlib.suppress(IndexError):  # it may have stalled before it was an attempt
-        assert [*job.store.glob("runs/*/attempts/01.json")][0].with_name("01-end.json").exists()
+    for begun in job.store.glob("runs/*/attempts/01.json"):  # it may have stalled before it was an attempt
+        assert begun.with_name("01-end.json").exists()
