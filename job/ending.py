@@ -117,7 +117,8 @@ class Session:
         try:
             ended = self._ended(_understood(error))
             works: list[Callable[[], None]] = []
-            if self.output is not None:
+            if self.output is not None and (error is not None or ended.attempt is not None):
+                # A run that was done already is left as it is, and so is what stands beside it.
                 works.append(partial(self._leave_ending, self.output, ended, seconds))
             if self.notice is not None:
                 works.append(partial(self.notice.send, _notice(ended), seconds=seconds))
