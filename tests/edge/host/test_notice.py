@@ -69,6 +69,7 @@ def receiving(*codes, **how):
 
 @pytest.fixture
 def said():
+    structlog.reset_defaults()  # a command that was called before may have left warnings only
     with structlog.testing.capture_logs() as events:
         yield events
     assert TOKEN not in str(events)
