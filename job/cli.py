@@ -2,17 +2,16 @@
 
 import os
 import re
-import select
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import structlog
 
 from job import __version__
-from job.core.errors import UsageError
+from job.core.errors import NotFoundError, UsageError
 from job.core.given import Given, as_records, set_lines
 from job.core.lines import colours_wanted, hung
 from job.core.visible import visible
@@ -23,18 +22,17 @@ from job.options import (
     AddedUp,
     device_option,
     engine_option,
+    leave_ending,
     make_attempt,
+    news_options,
     recipe_argument,
     shared_options,
     time_options,
     workdir_option,
 )
 
-if TYPE_CHECKING:
-    from job.core.gpus import Gpu
-
 log = structlog.get_logger(__name__)
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$|^JOB_NOTIFY_URL$", re.IGNORECASE)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -73,6 +71,7 @@ def cli(session: Session, log_format: str) -> None:
 @shared_options
 @engine_option
 @time_options
+@news_options
 @click.option(
     "--force",
     envvar="JOB_FORCE",
@@ -83,6 +82,7 @@ def cli(session: Session, log_format: str) -> None:
 @click.pass_obj
 def run(session: Session, /, recipe: Path, **options: Any) -> None:
     """Carry the recipe's run to its committed report; a finished run is left as it is, an unfinished one resumed."""
+    leave_ending(session, recipe, options)
     attempt = make_attempt(session, recipe, options)
     if options["crash_at"]:
         from job.edge.host.crashing import arm
@@ -186,11 +186,13 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     if options["as_json"]:
         to_stderr()
     attempt = make_attempt(session, recipe, options)
-    gpus, usd_per_hour = _gpus(options), options["usd_per_hour"]
     from job.commands.plan import ask_templates, plan
+    from job.core.gpus import gpus_of
     from job.core.plan_json import plan_json
     from job.render.plan_text import plan_lines
 
+    named, usd_per_hour = [given.text.strip() for given in options["gpus"]], options["usd_per_hour"]
+    gpus = gpus_of(named, memory_gib=options["gpu_memory"])
     found = plan(attempt.worker, gpus, run_id=attempt.run_id, phases=attempt.phases)
     facts = found.data, found.candidates, found.work, found.forecasts
     if options["as_json"]:
@@ -247,7 +249,7 @@ def try_run(
     device: str,
 ) -> None:
     """Prompt the adapter of a finished run and its base, side by side."""
-    from job.commands.try_out import Asked, try_out
+    from job.commands.try_out import Asked, try_out, typed_prompts
     from job.core.asking import typed
     from job.edge.host.logs import only_warnings
 
@@ -258,7 +260,7 @@ def try_run(
 
     written = [typed(prompt.text) for prompt in prompts]
     asked = Asked(
-        prompts=written if written or fields or record_file else map(typed, _typed(session.interrupt)),
+        prompts=written if written or fields or record_file else map(typed, typed_prompts(session.interrupt)),
         fields=[field.text for field in fields],
         record_file=record_file,
     )
@@ -277,8 +279,9 @@ def try_run(
     help="Show the report of a finished run and leave its pictures beside report.json; of several runs show a table, "
     "the newest first: when, for how long, on what data, the losses, what differs in the recipes, which was best. It "
     "ends with 66 when one of them is not finished.\n\n"
-    "RUN is a run's URI; {output}/runs for all of them (its last part may hold `*`); a file with one URI a line; or a "
-    "recipe, for the run that it names now (only there the options mean something)."
+    "RUN is a run's URI; {output} or {output}/runs for all of them, and how the last jobs there ended (the last part "
+    "of {output}/runs/* is a pattern); a file with one URI a line; or a recipe, for the run that it names now (only "
+    "there the options mean something)."
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option(
@@ -292,7 +295,8 @@ def try_run(
 @click.pass_obj
 def report(session: Session, /, runs: tuple[str, ...], last: int | None, **options: Any) -> None:
     """Show one report, or several runs side by side."""
-    from job.commands.report import leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
+    from job.commands.report import last_endings, leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
+    from job.render.endings_text import endings_lines
     from job.render.report_text import report_lines
     from job.render.runs_table import newest_first, runs_table
 
@@ -300,10 +304,16 @@ def report(session: Session, /, runs: tuple[str, ...], last: int | None, **optio
         attempt = make_attempt(session, Path(runs[0]), options)
         artifacts, found = run_of_recipe(attempt.worker, attempt.run_id)
     else:
-        uris = [uri for name in runs for uri in run_uris(name, most=last)]
+        ended = endings_lines(last_endings(runs))
+        try:
+            uris = [uri for name in runs for uri in run_uris(name, most=last)]
+        except NotFoundError:
+            if ended:  # also of what never became a run
+                _say("\n".join(ended))
+            raise
         if tuple(uris) != runs or len(uris) > 1:
             rows = newest_first([look_at(uri) for uri in uris], most=last)
-            _say("\n".join(runs_table(rows, width=terminal_width(sys.stdout))))
+            _say("\n".join([*runs_table(rows, width=terminal_width(sys.stdout)), *ended]))
             session.failure = unfinished(rows)
             return
         artifacts, found = open_run(uris[0])
@@ -336,22 +346,27 @@ def main(interrupt: Interrupt) -> int:
     """Run the command line; every way to end has a code of the table."""
     session = Session(interrupt=interrupt)
     with lasting_output():
-        try:
-            cli.main(obj=session, standalone_mode=False)
-        except click.ClickException as error:
-            error.show()
-            if session.outcome is None and (file := os.environ.get("JOB_OUTCOME_FILE")):
-                from job.edge.host.outcome import Outcome  # the mistake came before the option was looked at
+        error, shown = _carry_out(session)
+        code = session.end(error, shown=shown)
+        session.leave_word(error)
+        return code
 
-                session.outcome = Outcome(Path(file))
-            return session.end(UsageError(error.format_message()), shown=True)
-        except click.exceptions.Abort as error:
-            # click's word for an EOFError, which here comes from a library: it is a failure like others.
-            return session.end(error.__cause__ or error, shown=False)
-        except BaseException as error:  # noqa: BLE001 - the one place where every failure gets its code
-            # A panic in a library's Rust is no Exception, and nor is a library's own exit.
-            return session.end(error, shown=False)
-        return session.end(session.failure, shown=True)
+
+def _carry_out(session: Session) -> tuple[BaseException | None, bool]:
+    """What the command ended with, and whether that was shown already."""
+    try:
+        cli.main(obj=session, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        session.open_rest(os.environ, is_run="run" in sys.argv)
+        return UsageError(error.format_message()), True
+    except click.exceptions.Abort as error:
+        # click's word for an EOFError, which here comes from a library: it is a failure like others.
+        return error.__cause__ or error, False
+    except BaseException as error:  # noqa: BLE001 - the one place where every failure gets its code
+        # A panic in a library's Rust is no Exception, and nor is a library's own exit.
+        return error, False
+    return session.failure, True
 
 
 def _say(text: str) -> None:
@@ -363,34 +378,6 @@ def _say(text: str) -> None:
 def _is_dumb() -> bool:
     """Whether the terminal cannot go back on its line."""
     return os.environ.get("TERM") == "dumb"
-
-
-def _gpus(options: Mapping[str, Any]) -> "list[Gpu]":
-    """The named ones, one by its memory alone, or all that are known."""
-    from job.core.gpus import GPUS, Gpu, gpu_named
-
-    memory = options["gpu_memory"]
-    names = dict.fromkeys(given.text.strip() for given in options["gpus"])
-    named = [gpu_named(name, memory_gib=memory) for name in names]
-    if named:
-        return named
-    return [*GPUS] if memory is None else [Gpu(name="your GPU", memory_gib=memory, speed=None)]
-
-
-def _typed(should_stop: Callable[[], bool]) -> Iterator[str]:
-    """Prompts from the keyboard or a pipe, until its end or Ctrl-C."""
-    while True:
-        click.echo("prompt> ", nl=False)
-        # The signal only sets a flag, and reading a line would go on after it.
-        while sys.stdin.isatty() and not select.select([sys.stdin], [], [], 0.2)[0]:
-            if should_stop():
-                return
-        line = sys.stdin.readline()
-        if not line:
-            click.echo()
-            return
-        if line.strip():
-            yield line.rstrip("\n")
 
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:

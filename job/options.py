@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -90,10 +91,22 @@ engine_option = click.option(
 
 
 def _open_outcome(context: click.Context, _param: click.Parameter, path: Path | None) -> None:
-    from job.edge.host.outcome import Outcome
-
     session: Session = context.obj
-    session.outcome = Outcome(path)
+    session.open_outcome(path)
+
+
+def _open_metrics(context: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    session: Session = context.obj
+    if path is not None:
+        session.open_metrics(path)
+
+
+def _open_notice(context: click.Context, _param: click.Parameter, url: str | None) -> None:
+    session: Session = context.obj
+    if url:
+        from job.edge.host.notice import Notice
+
+        session.notice = Notice(url)
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,6 +184,46 @@ def time_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def news_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Who else hears of `run`; nobody, unless it is asked for."""
+    for option in (
+        click.option(
+            "--metrics-file",
+            envvar="JOB_METRICS_FILE",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            is_eager=True,  # as the outcome file
+            callback=_open_metrics,
+            expose_value=False,
+            help="Metrics in Prometheus' text format, replaced as a whole: step, loss, tokens per second, last commit, "
+            "exit code.",
+        ),
+        click.option(
+            "--notify-url",
+            envvar="JOB_NOTIFY_URL",
+            metavar="URL",
+            is_eager=True,
+            callback=_open_notice,
+            expose_value=False,
+            help="Gets one JSON by POST when the attempt has ended: exit code, reason, run. https, or http on this "
+            "machine alone. A URL that holds a token belongs into the variable.",
+        ),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
+def leave_ending(session: Session, path: Path, options: Mapping[str, Any]) -> None:
+    """From here on the end is written down in the output that the recipe names, be it right or wrong."""
+    from job.core.recipe_text import named_output
+
+    text = ""
+    with suppress(OSError, UnicodeDecodeError):  # said by `make_attempt`
+        text = path.read_text(encoding="utf-8-sig")
+    session.output = named_output(text, (*options["overrides"], *_output(options["output"])))
+    session.recipe = path.name
+
+
 def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "Attempt":
     """Read the recipe and gather what the stages share; the session knows the attempt from here on.
 
@@ -205,6 +258,7 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
         ask_to_stop=session.interrupt.ask,
         is_kill_near=lambda: session.interrupt.signalled,
         report_end=lambda error: session.end(error, shown=False),
+        leave_word=session.leave_word,
         grace_seconds=options.get("grace_seconds"),
         limits=_limits(options),
         stall_seconds=options.get("stall_seconds"),

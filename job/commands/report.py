@@ -6,9 +6,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from job.core.errors import DeniedError, JobError, LocalDiskError, NotFoundError
+from job.core.ended import Ended
+from job.core.errors import DeniedError, JobError, LocalDiskError, NotFoundError, UsageError
 from job.core.report import Report
 from job.edge.relative_paths import located
+from job.edge.run import endings
 from job.edge.run.artifacts import Artifacts, begun_runs, finished_runs
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
@@ -18,7 +20,7 @@ from job.stages.attempt import Worker
 from job.stages.identity import find_run
 
 _LISTED = 10
-"""Finished runs that a message names, newest first."""
+"""Finished runs that a message names, and endings that are shown, newest first."""
 
 
 def open_run(run_uri: str) -> tuple[Artifacts, Report]:
@@ -55,8 +57,14 @@ def leave_pictures(artifacts: Artifacts, report: Report) -> str:
     return f"pictures: {', '.join(f'{artifacts.uri}/{name}' for name in pictures)}"
 
 
+def last_endings(names: Sequence[str]) -> list[Ended]:
+    """How the last jobs ended on each output that is named as a whole, as `{output}` or `{output}/runs`."""
+    outputs = dict.fromkeys(output for name in names if (output := _output(name)) is not None)
+    return [ended for output in outputs for ended in _endings(output)]
+
+
 def run_uris(name: str, *, most: int | None) -> list[str]:
-    """The runs that a name means: those below `{output}/runs`, those that a pattern fits, a file's lines, or itself.
+    """The runs that a name means: all of an output, those that a pattern fits, a file's lines, or itself.
 
     Of an output they are the newest ones, at most `most`: there may be thousands.
 
@@ -67,8 +75,8 @@ def run_uris(name: str, *, most: int | None) -> list[str]:
         lines = (line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines())
         found = [line for line in lines if line and not line.startswith("#")]
     else:
-        whole = name.rstrip("/")
-        output, run_id = _parts(f"{whole}/*" if whole.endswith("/runs") else name)
+        whole = _output(name)
+        output, run_id = _parts(name) if whole is None else (whole, "*")
         if not set(run_id) & set("*?["):
             return [name]
         store = open_store(output, StoreSettings())
@@ -124,9 +132,35 @@ def _standing(artifacts: Artifacts) -> str:
     attempts = artifacts.attempts()
     if attempts:
         last = attempts[-1]
-        ended = "at work, or killed" if last["end"] is None else f"exit {last['end']['exit_code']}"
-        words.append(f"attempt {last['number']}: {ended}")
+        words.append(f"attempt {last['number']}: {_ended(last['end'])}")
     return ", ".join(words)
+
+
+def _ended(end: Mapping[str, Any] | None) -> str:
+    if end is None:
+        return "at work, or killed"
+    return "killed" if end["exit_code"] is None else f"exit {end['exit_code']}"
+
+
+def _output(name: str) -> str | None:
+    """The output that a name means as a whole; None: it means a run, a pattern or a file."""
+    if "://" not in name and Path(name).is_file():
+        return None
+    whole = name.rstrip("/")
+    if whole.endswith("/runs"):
+        return whole.removesuffix("/runs")
+    if "/runs/" in whole or (set(whole) & set("*?[")):
+        return None
+    try:
+        store = open_store(whole, StoreSettings())
+    except UsageError:
+        return None
+    has_any = any(True for folder in ("runs/", "endings/") for _ in store.list(folder))
+    return whole if has_any else None
+
+
+def _endings(output: str) -> Sequence[Ended]:
+    return endings.last(open_store(output, StoreSettings()), at_most=_LISTED)
 
 
 def _parts(run_uri: str) -> tuple[str, str]:

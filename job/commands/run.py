@@ -59,6 +59,6 @@ def _carry_out(attempt: Attempt, held: Held) -> Report:
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:
-    attempt.standing.run_uri = found.artifacts.uri
+    attempt.runs_at(found.artifacts.uri)
     log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
     return Report.model_validate(found.artifacts.report())

@@ -1,6 +1,8 @@
 """Prompts the adapter of a finished run and its base, side by side."""
 
 import json
+import select
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -164,3 +166,20 @@ def _refuse_changed_base(identity: BaseModelIdentity, settings: StoreSettings) -
             f"{identity.source}: another base stands there now than the one this run was trained on "
             f"({identity.revision[:12]}); put the old one back"
         )
+
+
+def typed_prompts(should_stop: Callable[[], bool]) -> Iterator[str]:
+    """Prompts from the keyboard or a pipe, until its end or Ctrl-C."""
+    while True:
+        sys.stdout.write("prompt> ")
+        sys.stdout.flush()
+        # The signal only sets a flag, and reading a line would go on after it.
+        while sys.stdin.isatty() and not select.select([sys.stdin], [], [], 0.2)[0]:
+            if should_stop():
+                return
+        line = sys.stdin.readline()
+        if not line:
+            sys.stdout.write("\n")
+            return
+        if line.strip():
+            yield line.rstrip("\n")

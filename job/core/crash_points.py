@@ -50,7 +50,7 @@ POINTS = MappingProxyType(
     }
 )
 """Each place, and what holds there."""
-Deed = Literal["kill", "freeze", "exit", "error"]
+Deed = Literal["kill", "freeze", "exit", "error", "memory", "panic"]
 _SPEC = re.compile(r"(?P<name>[a-z_.]+)(:(?P<passage>[1-9]\d*))?(=(?P<deed>[a-z]+))?")
 
 
@@ -64,7 +64,7 @@ class CrashOrder:
 
 
 def parse_order(spec: str) -> CrashOrder:
-    """Read `name[:n][=kill|freeze|exit|error]`; without them the first passage, and kill.
+    """Read `name[:n][=kill|freeze|exit|error|memory|panic]`; without them the first passage, and kill.
 
     Raises:
         UsageError: the name or the deed is unknown, or it is written in another way.

@@ -1,5 +1,6 @@
 """What is known of kinds of GPUs before one is at hand."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -108,3 +109,16 @@ def gpu_named(name: str, *, memory_gib: float | None = None) -> Gpu:
     if memory_gib is None:
         return found
     return replace(found, memory_gib=memory_gib)
+
+
+def gpus_of(names: Sequence[str], *, memory_gib: float | None) -> list[Gpu]:
+    """The named ones, one by its memory alone, or all that are known.
+
+    Raises:
+        UsageError: not known.
+        CannotFitError: one has no bf16, or no CUDA.
+    """
+    named = [gpu_named(name, memory_gib=memory_gib) for name in dict.fromkeys(names)]
+    if named:
+        return named
+    return [*GPUS] if memory_gib is None else [Gpu(name="your GPU", memory_gib=memory_gib, speed=None)]

@@ -2,18 +2,17 @@
 
 import re
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from job.core.errors import UsageError
 from job.core.given import Given
 from job.core.mistakes import keys_of, reason, shown
-from job.core.recipe import Recipe
+from job.core.recipe import Recipe, Uri
 
 
 def load_recipe(text: str, *, source: str, overrides: Sequence[Given] = ()) -> Recipe:
@@ -37,6 +36,23 @@ def load_recipe(text: str, *, source: str, overrides: Sequence[Given] = ()) -> R
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         msg = "\n  ".join([f"{source}: {count} in the recipe (docs/recipe.md lists the keys)", *mistakes])
         raise UsageError(msg) from error
+
+
+def named_output(text: str, overrides: Sequence[Given] = ()) -> str | None:
+    """The output that a recipe names, also where the rest of it is wrong: so that this can be said there."""
+    raw: dict[str, Any] = {}
+    with suppress(UsageError):
+        raw = _parse(text, "recipe")[1]
+    if not raw and (line := re.search(r"^output:.*", text, re.MULTILINE)):  # no YAML as a whole
+        with suppress(UsageError):
+            raw = _parse(line.group(), "recipe")[1]
+    for override in overrides:
+        with suppress(UsageError):
+            _override(raw, override)
+    try:
+        return TypeAdapter(Uri).validate_python(raw.get("output"))
+    except ValidationError:
+        return None
 
 
 class _Loader(yaml.SafeLoader):

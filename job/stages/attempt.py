@@ -86,6 +86,8 @@ class Standing:
     """Where the run stands, for the records and the outcome of how the attempt ended."""
 
     run_uri: str | None = None
+    number: int | None = None
+    """Which attempt at the run this is, from 1; None: it has no number yet."""
     device: str | None = None
     from_step: int = 0
     """The step this attempt began with."""
@@ -140,6 +142,8 @@ class Attempt:
     """Whether it was asked for from outside, so that the kill follows after the grace."""
     report_end: Callable[[BaseException], int]
     """Log and outcome file of an end that does not come back to the front door; returns the exit code."""
+    leave_word: Callable[[BaseException], None]
+    """Its ending in the store, and the notice of it: what outlives this machine."""
     grace_seconds: float | None
     """From a request to stop to the kill; None: not known."""
     limits: Limits
@@ -161,6 +165,16 @@ class Attempt:
     standing: Standing = field(default_factory=Standing)
     notes: list[str] = field(default_factory=list)
     """What the report's reader should know."""
+
+    def runs_at(self, uri: str) -> None:
+        """The run is known, and stands in the store."""
+        self.standing.run_uri = uri
+        self.outcome.safe(run_uri=uri, last_committed_step=self.standing.last_committed_step)
+
+    def committed(self, step: int) -> None:
+        """The state after this step is safe."""
+        self.standing.last_committed_step = step
+        self.outcome.safe(run_uri=self.standing.run_uri, last_committed_step=step)
 
     def moves_on(self) -> bool:
         """For loops in which each question is a bit of progress: count it as such, and say whether to stop."""

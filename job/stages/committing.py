@@ -118,7 +118,7 @@ class Committer:
     def _on_committed(self, checkpoint: Checkpoint, seconds: float) -> None:
         """On the thread that uploads."""
         attempt = self._attempt
-        attempt.standing.last_committed_step = checkpoint.step
+        attempt.committed(checkpoint.step)
         attempt.phases.on_beat()
         log.info("checkpoint", step=checkpoint.step, name=checkpoint.name, upload_seconds=round(seconds, 3))
         attempt.limits.cost.add_upload(seconds)

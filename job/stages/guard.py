@@ -98,8 +98,15 @@ class Guard:
 
     def _leave_word(self) -> None:
         """In the store, and so last: it may be what hangs."""
-        if self._ended is not None:
-            self.end_records(self._ended)
+        if self._ended is None:
+            return
+        # Beside each other, for there is little time, and one may hang where the other does not.
+        aside = threading.Thread(
+            target=contextvars.copy_context().run, args=(self._attempt.leave_word, self._ended), daemon=True
+        )
+        aside.start()
+        self.end_records(self._ended)
+        aside.join()
 
 
 def refuse_short_time(attempt: Attempt) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import structlog
 
 from job import __version__
+from job.core.ended import WITHOUT_A_WORD, ended_without_a_word
 from job.core.errors import (
     DivergedError,
     JobError,
@@ -51,6 +52,7 @@ class AttemptRecords:
             JobError: in the same way at the same step, twice: a third time costs as much and ends as they did.
         """
         self._earlier = self._found.artifacts.attempts(newest=_REMEMBERED)
+        self._close_open_ones()
         end = repeated_failure(self._earlier)
         if end is None or self._attempt.force:
             return
@@ -61,11 +63,28 @@ class AttemptRecords:
             f"{end.get('reason')}; correct the cause, then start once with --force"
         )
 
+    def _close_open_ones(self) -> None:
+        """Leave word for earlier attempts that left none: the lock is ours, so they are dead, or shut out."""
+        artifacts = self._found.artifacts
+        for attempt in self._earlier:
+            if attempt["end"] is not None:
+                continue
+            committed = artifacts.checkpoints()
+            ended = ended_without_a_word(
+                attempt, run_uri=artifacts.uri, found=now(), newest_step=committed[-1].step if committed else None
+            )
+            facts = {"exit_code": None, "kind": None, "reason": WITHOUT_A_WORD, "found": ended.time}
+            try:
+                if artifacts.end_attempt(attempt["number"], facts | {"version": __version__}):
+                    artifacts.leave_ending(ended)
+            except JobError as trouble:
+                log.warning("attempt_end_not_written", number=attempt["number"], reason=str(trouble))
+
     def begin(self) -> int:
         """Freeze the run if it is new, and take an attempt number; the second call returns the same one."""
         if self.number is None:
             self._found.artifacts.begin_run(self._found.record, overrides=self._overrides())
-            self._attempt.standing.run_uri = self._found.artifacts.uri
+            self._attempt.runs_at(self._found.artifacts.uri)
             self._take_number()
             log.info("attempt", number=self.number, run_uri=self._found.artifacts.uri)
         assert self.number is not None
@@ -117,7 +136,7 @@ class AttemptRecords:
         if self._lock.lost:
             return
         if self.number is None:
-            # Bad input and a node without a GPU leave nothing in the store. A stop and a failure that may come again
+            # Bad input and a node without a GPU leave no run in the store. A stop and a failure that may come again
             # are counted, so they leave word; being refused for what was counted before is neither.
             if self._refused or code not in {StopRequestedError.code, *FINAL_WHEN_REPEATED}:
                 return
@@ -135,6 +154,7 @@ class AttemptRecords:
                 "overrides": self._overrides(),
             }
         )
+        self._attempt.standing.number = self.number
         bind(attempt=self.number)
 
     def _overrides(self) -> list[dict[str, str]]:

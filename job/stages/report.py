@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from job.core.ended import WITHOUT_A_WORD
 from job.core.recipe import Recipe
 from job.core.report import (
     AdapterFile,
@@ -220,7 +221,7 @@ def _attempts(inputs: Inputs, facts: TrainingFacts) -> tuple[AttemptReport, ...]
                 host=known["host"],
                 device=device_name(inputs.device) if mine else end.get("device"),
                 exit_code=end.get("exit_code"),
-                reason=end.get("reason", "ended without a word: killed, or its node was lost"),
+                reason=end.get("reason", WITHOUT_A_WORD),
                 from_step=end.get("from_step"),
                 last_committed_step=end.get("last_committed_step"),
                 passed_over=facts.resumed.passed_over if mine else (),

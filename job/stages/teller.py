@@ -49,7 +49,9 @@ class StepTeller:
             grad_norm=round(record.grad_norm, 4),
             learning_rate=record.learning_rate,
         )
-        self._attempt.outcome.progress(phase="train", step=record.step, of=record.of, loss=loss, eta_seconds=eta)
+        self._attempt.outcome.progress(
+            phase="train", step=record.step, of=record.of, loss=loss, eta_seconds=eta, tokens_per_second=rate
+        )
         self._pending, self._waited = [], 0.0
 
     def evaluation(self, result: Evaluation) -> None:

@@ -97,8 +97,8 @@ class TrainingStage:
             )
         if resumed.checkpoint is not None:
             step = resumed.checkpoint.step
-            standing = attempt.standing
-            standing.step = standing.from_step = standing.last_committed_step = step
+            attempt.standing.step = attempt.standing.from_step = step
+            attempt.committed(step)
             log.info("resumed", checkpoint=resumed.checkpoint.name, step=step, of=planned.course.steps)
         hidden = tuple(each | {"reason": attempt.hide(each["reason"])} for each in resumed.passed_over)
         return replace(resumed, passed_over=hidden)

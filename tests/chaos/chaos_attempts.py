@@ -106,9 +106,17 @@ class Attempt:
         return (self.folder / "stdout").read_text()[-6000:] + (self.folder / "stderr").read_text()[-3000:]
 
 
-def begin_fork(image: WarmImage, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> Attempt:
-    """A fork of the warm image."""
-    with (folder / "stdout").open("ab") as out, (folder / "stderr").open("ab") as err:
+def begin_fork(
+    image: WarmImage,
+    arguments: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    folder: Path,
+    stdout: Path | None = None,
+) -> Attempt:
+    """A fork of the warm image; `stdout`: another file for its output, of which no event is seen."""
+    (folder / "stdout").touch()
+    with (stdout or folder / "stdout").open("wb") as out, (folder / "stderr").open("ab") as err:
         child = image.begin(arguments, environment=environment, cwd=folder, stdout=out, stderr=err)
     return Attempt(child.pid, child.ended, folder)
 

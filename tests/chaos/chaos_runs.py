@@ -73,8 +73,10 @@ class Run:
         self._report: bytes | None = None
         self.workdir = folder / "work-000"
 
-    def begin(self, *options: str, cold: bool = False, fresh: bool = True, **environment: str) -> Attempt:
-        """Start an attempt; `cold`: by the real command; `fresh`: on an empty disk."""
+    def begin(
+        self, *options: str, cold: bool = False, fresh: bool = True, stdout: Path | None = None, **environment: str
+    ) -> Attempt:
+        """Start an attempt; `cold`: by the real command; `fresh`: on an empty disk; `stdout`: where a fork's goes."""
         self._attempts += 1
         folder = self.folder / f"{self._attempts:03d}"
         folder.mkdir()
@@ -86,7 +88,7 @@ class Run:
         if cold:
             command = [sys.executable, str(ROOT / "entrypoint.py"), *arguments]
             return begin_command(command, environment=surroundings, folder=folder)
-        return begin_fork(self._image, arguments, environment=surroundings, folder=folder)
+        return begin_fork(self._image, arguments, environment=surroundings, folder=folder, stdout=stdout)
 
     # --- what stands in the store -------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ def done():
         ("step.middle=freeze", 1, "freeze"),
         ("step.middle:12=exit", 12, "exit"),
         ("step.middle:1=error", 1, "error"),
+        ("step.middle=memory", 1, "memory"),
+        ("step.middle:2=panic", 2, "panic"),
     ],
 )
 def test_an_order_is_a_name_a_passage_and_a_deed(spec, passage, deed):

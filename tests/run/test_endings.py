@@ -105,3 +105,49 @@ def test_the_outcome_does_not_wait_for_a_log_that_nobody_reads(tmp_path):
         gate.set()
         ending.join()
         structlog.reset_defaults()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory")], ids=repr)
+def test_memory_that_ran_out_is_said_with_what_to_do(tmp_path, monkeypatch, error):
+    held = []
+
+    def fails(*_):
+        large = bytearray(8)
+        held.append(sys._getframe())
+        assert large is not None
+        raise error
+
+    monkeypatch.setattr("job.cli.make_attempt", fails)
+    outcome = tmp_path / "outcome.json"
+    arguments = ["entrypoint.py", "check", str(Path(__file__)), "--outcome-file", str(outcome)]
+    monkeypatch.setattr(sys, "argv", arguments)
+
+    assert main(Interrupt()) == 70
+    assert "ran out" in ended(outcome)["reason"]
+    assert "more memory" in ended(outcome)["action"]
+    assert "large" not in held[0].f_locals  # what did not fit is let go before the end is written
+
+
+def test_the_outcome_is_written_where_no_thread_can_be_begun(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_room)
+    session = Session(interrupt=Interrupt(), outcome=Outcome(tmp_path / "outcome.json"))
+
+    assert session.end(StalledError("nothing moved"), shown=True) == 83
+    assert ended(tmp_path / "outcome.json")["code"] == 83
+
+
+def test_a_log_that_fails_changes_neither_code_nor_outcome(tmp_path):
+    class Failing:
+        def error(self, *_, **__):
+            raise ValueError("no log today")
+
+    session = Session(interrupt=Interrupt(), outcome=Outcome(tmp_path / "outcome.json"))
+    structlog.configure(logger_factory=lambda *_: Failing(), wrapper_class=None, processors=[])
+    try:
+        assert session.end(StalledError("nothing moved"), shown=False) == 83
+    finally:
+        structlog.reset_defaults()
+    assert ended(tmp_path / "outcome.json")["code"] == 83

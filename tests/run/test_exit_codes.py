@@ -163,6 +163,8 @@ PRODUCED = {
     83: silent_server,
 }
 """Code -> what ends with it at once."""
+NO_STORE = {69, 77, 83}
+"""Codes that are produced here by a store that takes nothing."""
 SAID = {69: "failed 8 times", 81: "lower data.max_length", 83: "nothing moved", 84: "process 1 on another-node"}
 
 
@@ -306,6 +308,8 @@ def test_the_process_ends_with_the_code_and_says_the_same_everywhere(job, waitin
     row = ending(code)
     assert ended.outcome["state"] == "ended"
     assert (ended.outcome["code"], ended.outcome["again"]) == (code, row.again.value)
+    endings = [json.loads(path.read_text()) for path in sorted(job.store.glob(f"endings/*-{code}-*.json"))]
+    assert [(each["code"], each["again"]) for each in endings] == [(code, row.again.value)] * (code not in NO_STORE)
     if not code:
         assert job.report()["attempts"][-1]["exit_code"] == 0
         return

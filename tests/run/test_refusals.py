@@ -19,7 +19,7 @@ GOOD = b'{"question": "12 red hats", "answer": "red 12"}\n'
 
 
 def refused(job, ended, code, *words, counted=False):
-    """One message, with these words; no traceback; the same in the outcome file; nothing in the store.
+    """One message, with these words; no traceback; the same in the outcome file; in the store its ending alone.
 
     `counted`: it may be tried again, so the store keeps that it was there.
     """
@@ -36,7 +36,9 @@ def refused(job, ended, code, *words, counted=False):
     assert ended.outcome["code"] == code
     assert ended.outcome["reason"] == event["reason"]
     if job.store.is_dir():
-        left = objects(job.store)
+        endings = [key for key in objects(job.store) if key.startswith("endings/")]
+        assert {key.split("-")[1] for key in endings} <= {str(code)}
+        left = [key for key in objects(job.store) if key not in endings]
         assert [key.partition("/")[2].partition("/")[2] for key in left] == (COUNTED if counted else [])
 
 

@@ -205,7 +205,9 @@ def test_every_option_comes_from_the_environment_too(job, moto_place, tmp_path, 
     prefix = moto_place.root.removeprefix(f"s3://{moto_place.bucket}/")
     client = moto_place.server.client()
     keys = [o["Key"] for o in client.list_objects_v2(Bucket=moto_place.bucket)["Contents"]]
-    assert all(key.startswith(f"{prefix}/runs/from-the-environment/") for key in keys)
+    ours = tuple(f"{prefix}/{name}/" for name in ("runs/from-the-environment", "endings"))
+    assert all(key.startswith(ours) for key in keys)
+    assert len([key for key in keys if key.startswith(ours[1])]) == 1
     key = f"{prefix}/runs/from-the-environment/report.json"
     report = json.loads(client.get_object(Bucket=moto_place.bucket, Key=key)["Body"].read())
     assert report["recipe"]["lora"]["r"] == 2

@@ -11,10 +11,15 @@ KILLED_CODE = 128 + signal.SIGKILL
 """What a shell reports for a killed process. The first process of a container cannot kill itself, but can exit so."""
 
 
-def arm(spec: str) -> CrashOrder:
-    """Arm one crash point: `name[:n][=kill|freeze|exit|error]`, at its n-th passage.
+class Panic(BaseException):
+    """What a panic in Rust becomes: the bindings derive theirs from BaseException too."""
 
-    `kill` is SIGKILL and `freeze` SIGSTOP to this process, `exit` ends it without cleaning up, `error` raises.
+
+def arm(spec: str) -> CrashOrder:
+    """Arm one crash point: `name[:n][=kill|freeze|exit|error|memory|panic]`, at its n-th passage.
+
+    `kill` is SIGKILL and `freeze` SIGSTOP to this process, `exit` ends it without cleaning up; `error` raises, `memory`
+    and `panic` as Python does without memory, and as a panic in a library's Rust does, which is no Exception.
 
     Raises:
         UsageError: there is no such point or deed.
@@ -42,5 +47,9 @@ def _do(order: CrashOrder) -> None:
             os._exit(KILLED_CODE)
         case "error":
             raise RuntimeError(f"crash point {order.name}")
+        case "memory":
+            raise MemoryError
+        case "panic":
+            raise Panic(f"crash point {order.name}")
         case _:
             assert_never(order.deed)

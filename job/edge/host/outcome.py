@@ -6,6 +6,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,8 @@ LIMIT_BYTES = 4096
 """A container's termination message is cut there, in the middle of a character if need be."""
 _WRITE_EVERY_SECONDS = 1.0
 _CUT_FIRST = ("reason", "action", "run_uri", "phase")
+Follower = Callable[[Mapping[str, Any]], None]
+"""Gets what the file says, each time that it is due to be written."""
 log = structlog.get_logger(__name__)
 
 
@@ -32,10 +35,17 @@ class Outcome:
         self._path = None if path is None else Path(os.path.realpath(path))
         self._lock = threading.Lock()
         self._standing: dict[str, Any] = {}
+        self._safe: dict[str, Any] = {}
+        """What a killed process leaves behind: where its run stands, and the last committed step."""
+        self._followers: list[Follower] = []
         self._written_at = -math.inf
         self._in_place = False
         self._given_up = self._path is None
         self._ended = False
+
+    def follow(self, follower: Follower) -> None:
+        """Let another file say the same as this one, also where this one has no path."""
+        self._followers.append(follower)
 
     def progress(
         self,
@@ -45,14 +55,24 @@ class Outcome:
         of: int | None = None,
         loss: float | None = None,
         eta_seconds: float | None = None,
+        tokens_per_second: float | None = None,
     ) -> None:
-        """Report what the job does now; at most one write a second, a new phase at once."""
+        """Report what the job does now; at most one write a second, a new phase and the last step at once."""
         with self._lock:
-            changed = phase != self._standing.get("phase")
+            changed = phase != self._standing.get("phase") or (step is not None and step == of)
             self._standing = {"phase": phase, "step": step, "of": of, "loss": loss, "eta_seconds": eta_seconds}
+            self._standing["tokens_per_second"] = tokens_per_second
             due = time.monotonic() - self._written_at >= _WRITE_EVERY_SECONDS
-            if not self._ended and (changed or due):
-                self._write({"state": "running", **self._standing})
+            if changed or due:
+                self._write_running()
+
+    def safe(self, *, run_uri: str | None, last_committed_step: int | None) -> None:
+        """Report what stays whatever happens, at once: a process that is killed next says nothing more."""
+        facts = {"last_committed_step": last_committed_step, "run_uri": run_uri}
+        with self._lock:
+            if facts != self._safe:
+                self._safe = facts
+                self._write_running()
 
     def end(
         self,
@@ -82,11 +102,17 @@ class Outcome:
                 }
             )
 
+    def _write_running(self) -> None:
+        if not self._ended:
+            self._write({"state": "running", **self._standing, **self._safe})
+
     def _write(self, values: dict[str, Any]) -> None:
+        self._written_at = time.monotonic()
+        for follower in self._followers:
+            follower(values)
         if self._given_up or self._path is None:
             return
-        content = _encode({**values, "time": datetime.now(UTC).isoformat(timespec="seconds")})
-        self._written_at = time.monotonic()
+        content = encode({**values, "time": datetime.now(UTC).isoformat(timespec="seconds")})
         try:
             self._place(self._path, content)
         except OSError as error:
@@ -97,7 +123,7 @@ class Outcome:
     def _place(self, path: Path, content: bytes) -> None:
         if not self._in_place and (not path.exists() or path.is_file()):
             try:
-                _replace(path, content)
+                replace_file(path, content)
             except OSError:
                 # A file that is bind-mounted, or whose folder is read-only, cannot be renamed over.
                 self._in_place = True
@@ -106,7 +132,8 @@ class Outcome:
         _rewrite(path, content)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Put the content in the file's place: who reads it finds all of the old or all of the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -132,7 +159,7 @@ def _rewrite(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
-def _encode(values: dict[str, Any]) -> bytes:
+def encode(values: dict[str, Any]) -> bytes:
     """As JSON of at most LIMIT_BYTES; the long texts are cut, the reason first, never inside a character."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()

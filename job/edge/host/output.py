@@ -1,10 +1,11 @@
 """Standard output and error that outlive their reader: a run does not end because its log cannot be written."""
 
+import contextlib
 import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from typing import Any, TextIO, cast
 
 _ERASE = "\r\x1b[K"
@@ -93,12 +94,12 @@ class LastingOutput:
         return getattr(self._stream, name)
 
 
-@contextmanager
+@contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Whoever reads what we write may go, and its disk may be full."""
+    """Whoever reads what is written within the block may go, and its disk may be full."""
     passing = PassingLine()
     out, err = LastingOutput(sys.stdout, passing), LastingOutput(sys.stderr, passing)
-    with redirect_stdout(cast("TextIO", out)), redirect_stderr(cast("TextIO", err)):
+    with contextlib.redirect_stdout(cast("TextIO", out)), contextlib.redirect_stderr(cast("TextIO", err)):
         try:
             yield
         finally:

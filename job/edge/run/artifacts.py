@@ -12,7 +12,6 @@ Before each write that counts the attempt looks whether the lock is still its ow
 of what the attempt knows: one that was frozen in between fails on what its successor has written since.
 """
 
-import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,9 @@ from typing import Any
 import structlog
 
 from job.core.crash_points import crash_point
+from job.core.ended import Ended
 from job.core.errors import RunConflictError
+from job.edge.run import endings
 from job.edge.run.adapter import PublishedAdapter
 from job.edge.run.checkpoints import Checkpoint, Checkpoints
 from job.edge.run.lock import Lock
@@ -164,10 +165,17 @@ class Artifacts:
                 crash_point("attempt.after_record")
                 return number
 
-    def end_attempt(self, number: int, facts: Mapping[str, Any]) -> None:
-        """Record how an attempt ended; the first record holds."""
-        with contextlib.suppress(PreconditionError):
+    def end_attempt(self, number: int, facts: Mapping[str, Any]) -> bool:
+        """Record how an attempt ended; False: that was known, and the first record holds."""
+        try:
             self._store.write(f"{self._run.root}attempts/{number:02d}-end.json", json_bytes(facts), create_only=True)
+        except PreconditionError:
+            return False
+        return True
+
+    def leave_ending(self, ended: Ended) -> None:
+        """Leave word, beside the runs, of an attempt that could not do it itself."""
+        endings.leave(self._store, ended)
 
     def attempts(self, *, newest: int | None = None) -> list[dict[str, Any]]:
         """What is known of each attempt, or of the newest ones, in order.

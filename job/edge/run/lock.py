@@ -194,6 +194,8 @@ class Lock:
             except (JobError, PreconditionError) as trouble:
                 # Whoever watches takes us for dead after a lease; if nobody does, we go on when the store is back.
                 log.warning("lock_not_renewed", reason=str(trouble))
+            except BaseException as trouble:  # noqa: BLE001 - of a thread nobody hears, and without it the run is lost
+                log.warning("lock_not_renewed", reason=f"{type(trouble).__name__}: {trouble}")
 
     def _renew_once(self) -> None:
         found: Found = ({}, self._etag)

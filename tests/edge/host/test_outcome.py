@@ -204,3 +204,38 @@ def test_without_a_path_nothing_is_written_and_nothing_is_said():
         outcome.end(again="no", code=0, reason="done")
 
     assert not events
+
+
+def test_what_is_safe_is_said_at_once_and_stays_while_it_goes_on(tmp_path, monkeypatch):
+    """A process that is killed next says nothing more."""
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    outcome = Outcome(tmp_path / "o.json")
+    outcome.progress(phase="train", step=1, of=9)
+    outcome.safe(run_uri="s3://b/runs/r", last_committed_step=None)
+    assert read(tmp_path / "o.json")["run_uri"] == "s3://b/runs/r"
+    outcome.safe(run_uri="s3://b/runs/r", last_committed_step=4)
+    outcome.progress(phase="evaluate")
+
+    said = read(tmp_path / "o.json")
+    assert (said["state"], said["phase"]) == ("running", "evaluate")
+    assert (said["run_uri"], said["last_committed_step"]) == ("s3://b/runs/r", 4)
+
+
+def test_what_is_safe_is_said_no_more_after_the_end(tmp_path):
+    outcome = Outcome(tmp_path / "o.json")
+    outcome.end(code=75, again="yes", reason="r", last_committed_step=2)
+    outcome.safe(run_uri="s3://b/runs/r", last_committed_step=4)
+
+    assert read(tmp_path / "o.json")["last_committed_step"] == 2
+
+
+def test_followers_hear_all_of_it_also_without_a_file():
+    heard = []
+    outcome = Outcome(None)
+    outcome.follow(heard.append)
+    outcome.progress(phase="train", step=1, of=3)
+    outcome.progress(phase="train", step=2, of=3)  # within the second
+    outcome.progress(phase="train", step=3, of=3)  # the last one
+    outcome.end(code=0, again="-", reason="done")
+
+    assert [(said["state"], said.get("step")) for said in heard] == [("running", 1), ("running", 3), ("ended", 3)]

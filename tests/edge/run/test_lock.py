@@ -121,3 +121,25 @@ def test_a_renewal_whose_answer_was_lost_does_not_lose_the_lock(owners):
     lock.confirm()
     lock.release()
     assert owners.content()["free"] is True
+
+
+class Panic(BaseException):
+    """What a panic in a library's Rust becomes: no Exception."""
+
+
+@pytest.mark.parametrize("trouble", [MemoryError(), Panic("index out of bounds")], ids=repr)
+def test_the_lock_is_renewed_on_after_whatever_one_renewal_came_to(owners, monkeypatch, trouble):
+    lock = owners.held(lease_seconds=0.4)
+    renew_once, over = lock._renew_once, threading.Event()
+    calls = []
+
+    def fails_once():
+        calls.append(trouble)
+        if len(calls) == 1:
+            raise trouble
+        renew_once()
+        over.set()
+
+    monkeypatch.setattr(lock, "_renew_once", fails_once)
+    assert over.wait(PATIENCE_SECONDS)
+    lock.release()
