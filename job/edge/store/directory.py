@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import stat as modes
 import threading
@@ -230,13 +231,13 @@ class DirectoryStore:
 
 
 def _hold(lock: BinaryIO, path: Path) -> None:
-    # Not by one call that waits: behind a frozen process it would wait for ever.
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
+    # Not by one call that waits: behind a frozen process it would wait for ever. And counted in pauses, not by the
+    # clock: while this process itself is frozen, it does not wait.
+    for pauses in itertools.count():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            if time.monotonic() > deadline:
+            if pauses * _PAUSE_SECONDS > _PATIENCE_SECONDS:
                 raise UnavailableError(
                     f"file://{path}: another process has held it for {_PATIENCE_SECONDS:g} s; is it frozen? End it "
                     f"(`fuser {path}` names it), then start the same job again"

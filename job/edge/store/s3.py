@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from botocore.parsers import ResponseParserError
+
 from job.core.errors import DataError, NotFoundError
 from job.edge.store.lanes import Lanes
 from job.edge.store.objects import (
@@ -22,6 +24,7 @@ from job.edge.store.objects import (
     check_key,
 )
 from job.edge.store.patience import Patience
+from job.edge.store.s3_answers import refuse_without
 from job.edge.store.s3_bucket import Bucket, bare, quoted
 from job.edge.store.s3_errors import key_refused
 from job.edge.store.s3_etags import content_md5
@@ -178,11 +181,15 @@ class S3Store:
         return self._prefix + check_key(key)
 
     def _page(self, start: str, page_token: str) -> "ListObjectsV2OutputTypeDef":
-        if page_token:
-            return self._bucket.client.list_objects_v2(
-                Bucket=self._bucket.name, Prefix=start, ContinuationToken=page_token
-            )
-        return self._bucket.client.list_objects_v2(Bucket=self._bucket.name, Prefix=start)
+        more = {"ContinuationToken": page_token} if page_token else {}
+        try:
+            page = self._bucket.client.list_objects_v2(Bucket=self._bucket.name, Prefix=start, **more)
+        except (KeyError, ValueError) as error:  # botocore's parser: no key; a size or a date that is none
+            raise ResponseParserError(f"a list that cannot be read ({error})") from error
+        refuse_without(page, "IsTruncated", *(["NextContinuationToken"] if page.get("IsTruncated") else []))
+        for found in page.get("Contents", []):
+            refuse_without(found, "Key", "Size", "ETag", "LastModified")
+        return page
 
     def _unfinished(self, start: str) -> Sequence[tuple[str, str]]:
         """Key and id of each unfinished upload; a thousand in one page are more than a run can leave."""

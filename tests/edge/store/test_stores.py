@@ -78,7 +78,6 @@ def test_a_refusal_is_denied_and_never_not_found(tmp_path_factory, certificates,
     [
         (403, "AccessDenied", "allow it for these credentials"),
         (400, "ExpiredToken", "renew the credentials"),
-        (403, "RequestTimeTooSkewed", "clock"),
         (403, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
         (400, "KMS.NotFoundException", "sse_kms_key"),
     ],
