@@ -150,7 +150,7 @@ def _refusal(error: ClientError, uri: str, endpoint: str) -> JobError | Precondi
         return LocalDiskError(f"{refusal}: the store has no room; raise the quota or delete what is not needed")
     if code in _CLOCK_CODES:
         return SickDeviceError(
-            f"{refusal}: this machine's clock is {_clock_difference(error)}; set it, or start the job on another machine"
+            f"{refusal}: this machine's clock is {_clock_difference(error)}; set it, or use another machine"
         )
     if status in {401, 403} or code in _DENIED_HINTS or code.startswith("KMS."):
         return DeniedError(f"{refusal}; {_DENIED_HINTS.get(code, _DENIED_HINT)}")
