@@ -1,4 +1,4 @@
-"""Answers that no S3 store gives, redirects without an end, clocks that differ: each an error of ours, with a sentence."""
+"""Answers that no S3 store gives, redirects without an end, clocks that differ: errors of ours, with a sentence."""
 
 import re
 from datetime import UTC, datetime, timedelta
