@@ -131,7 +131,7 @@ class Publisher:
             self._commit(parcel, began)
         except JobError as error:
             where = f"the checkpoint of step {parcel.checkpoint.step} is kept in {parcel.folder}"
-            raise type(error)(f"{error}; {where}") from error
+            raise type(error)(f"{error}; {where}", action=error.action) from error
         self._under_way -= 1
         self._on_committed(parcel.checkpoint, time.monotonic() - began)
         shutil.rmtree(parcel.folder, ignore_errors=True)

@@ -147,7 +147,8 @@ def _refusal(error: ClientError, uri: str, endpoint: str) -> JobError | Precondi
     if status in {412, 416}:
         return PreconditionError(refusal)
     if status == _NO_ROOM_STATUS or code in _NO_ROOM_CODES:
-        return LocalDiskError(f"{refusal}: the store has no room; raise the quota or delete what is not needed")
+        advice = "raise the store's quota, or delete what is not needed there"
+        return LocalDiskError(f"{refusal}: the store has no room; {advice}", action=advice)
     if code in _CLOCK_CODES:
         return SickDeviceError(
             f"{refusal}: this machine's clock is {_clock_difference(error)}; set it, or use another machine"

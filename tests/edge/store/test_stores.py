@@ -97,7 +97,7 @@ def test_a_store_without_room_is_not_denied_and_not_asked_again(faulty_place, pr
     store = opened(faulty_place)
     for call in (lambda: store.write("k", b""), lambda: store.upload(tmp_path / "out", "k", should_stop=never)):
         before = proxy.times("PUT")
-        with pytest.raises(LocalDiskError, match="the store has no room; raise the quota"):
+        with pytest.raises(LocalDiskError, match="the store has no room; raise the store's quota"):
             call()
         assert proxy.times("PUT") == before + 1
 
