@@ -54,8 +54,8 @@ _CASES = {
         "**Forbidden, full, late, wrong.** {} runs met a policy or an odd store: pictures, card or hint denied, "
         "deleting denied later, no room (507 and 403 QuotaExceeded), listings eight seconds behind or without sizes or "
         "ETags, redirects to nowhere, pages instead of answers, a clock twenty minutes off for a while and for good, a "
-        "bucket with versions. What is not needed cost a note in the report, no room ended with 74 and the clock that stayed "
-        "wrong with 82 until they were mended; every run ended with the same numbers."
+        "bucket with versions. What is not needed cost a note in the report, no room ended with 74 and the clock that "
+        "stayed wrong with 82 until they were mended; every run ended with the same numbers."
     ),
 }
 LEAST_STRIKES = 300

@@ -211,7 +211,7 @@ def test_the_newest_deleted_while_it_is_resumed_is_passed_over(request, tmp_path
 
 @pytest.fixture(scope="session")
 def versioned_place(server, s3_place):
-    """With base and data in it, each of them written twice."""
+    """With the data in it, each file of it written twice."""
     client = server.at.client()
     client.create_bucket(Bucket="versioned")
     client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
@@ -233,7 +233,6 @@ def test_in_a_bucket_with_versions_a_run_is_killed_resumed_and_done_as_in_any_ot
 ):
     recipe = {
         **s3_recipe,
-        "model": {"base": "s3://versioned/base"},
         "data": {
             **s3_recipe["data"],
             "train": "s3://versioned/data/train*.jsonl",
