@@ -33,7 +33,7 @@ _LEFTOVER_SECONDS = 24 * 3600.0
 """What was uploaded but never committed is kept this long: a person may want to look, and clocks differ."""
 _PAGE = 100
 """So many checkpoints fit into a page of a listing (a thousand objects); a store with more is listed less often."""
-_NAME = re.compile(r"step-(\d+)-a(\d+)")
+_NAME = re.compile(r"step-(\d{1,12})-a(\d{1,12})")
 _KEY = re.compile(rf"{CHECKPOINTS}/{_NAME.pattern}/(.+)")
 
 

@@ -218,7 +218,16 @@ def test_what_was_committed_right_before_is_resumed_though_no_listing_shows_it(s
     assert second.fetch_newest(tmp_path / "back", should_stop=never) == (at(4), [])
 
 
-@pytest.mark.parametrize("hint", [b'{"checkpoint": "step-009999-a77"}', b'{"checkpoint": ["x"]}', b"[]", b"\xff"])
+HINTS = {
+    "nothing": b'{"checkpoint": "step-009999-a77"}',
+    "a list": b'{"checkpoint": ["x"]}',
+    "a number beyond all": b'{"checkpoint": "step-%s-a01"}' % (b"9" * 5000),
+    "no object": b"[]",
+    "no text": b"\xff",
+}
+
+
+@pytest.mark.parametrize("hint", HINTS.values(), ids=HINTS)
 def test_a_hint_that_names_nothing_is_no_checkpoint(store, tmp_path, hint):
     first = writer(store)
     first.take_over()
