@@ -137,7 +137,8 @@ class Checkpoints:
         """Bring a checkpoint's files, or `only` some, into the folder, each verified against the manifest.
 
         Raises:
-            DataError: a file is not what the manifest says or does not fit here, or the manifest does not name it.
+            DataError: a file is not what the manifest says, or the manifest does not name it.
+            LocalDiskError: there is no room for it here.
             NotFoundError: a file or the manifest is gone.
         """
         stored = self._folder(checkpoint)
@@ -145,12 +146,15 @@ class Checkpoints:
         if only is not None and (missing := sorted({*only} - named.keys())):
             raise DataError(f"{stored.uri}/{MANIFEST} does not name {', '.join(missing)}")
         wanted = {name: entry for name, entry in named.items() if only is None or name in only}
+        stored.refuse_other_sizes(wanted)
         try:
             refuse_if_full(folder, needed_bytes=total_bytes(wanted))
         except LocalDiskError as error:
-            # A manifest comes from a bucket and may name any size: that makes the checkpoint unusable, not the disk.
+            # A manifest comes from a bucket and may name any size: unless the store holds as much, the checkpoint is at
+            # fault and not the disk.
+            if stored.holds(wanted):
+                raise
             raise DataError(f"{stored.uri}: does not fit here ({error})") from error
-        stored.refuse_other_sizes(wanted)
         stored.download(wanted, folder, should_stop=should_stop, on_file=lambda: crash_point("resume.middle"))
         return wanted
 
@@ -166,6 +170,9 @@ class Checkpoints:
 
         Returns:
             Which one it is (None: there is none), and those passed over, each with the reason.
+
+        Raises:
+            LocalDiskError: there is no room for it here: then none is passed over, or the run would begin anew.
         """
         passed_over: list[dict[str, str]] = []
         stored = self._stored()

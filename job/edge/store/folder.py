@@ -164,6 +164,11 @@ class StoredFolder:
             if sizes.get(name, entry.size) != entry.size:
                 raise DataError(f"{self.uri}/{name}: has {sizes[name]} bytes, {entry.size} in the manifest")
 
+    def holds(self, files: Mapping[str, FileEntry]) -> bool:
+        """Whether each of these files stands in the store, with the size of its entry."""
+        sizes = self.sizes()
+        return all(sizes.get(name) == entry.size for name, entry in files.items())
+
     def remove(self, names: Iterable[str]) -> None:
         """Remove some files of a folder that is not committed."""
         self._store.delete([self._prefix + name for name in names])

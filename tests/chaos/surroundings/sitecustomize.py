@@ -48,15 +48,15 @@ def mount_disk(disk):
 
 
 def before(phase_wanted, do):
-    """Do something when the attempt enters a phase."""
+    """Do something when the attempt enters a phase for the first time."""
     from job.stages.attempt import Phases
 
-    enter = Phases.phase
+    enter, left = Phases.phase, [do]
 
     @contextlib.contextmanager
     def phase(self, name):
-        if name == phase_wanted:
-            do()
+        if name == phase_wanted and left:
+            left.pop()()
         with enter(self, name):
             yield
 
