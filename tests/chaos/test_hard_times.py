@@ -17,7 +17,7 @@ SURROUNDINGS = {"PYTHONPATH": str(Path(__file__).with_name("surroundings"))}
 AWAY = Fault(status=503, code="ServiceUnavailable")
 SHORT = ("train",)
 """Phases of the short part."""
-WRITING = ("fetch_base", "download", "encode", "train", "publish", "prove")
+WRITING = ("fetch_base", "download", "encode", "resume", "train", "publish", "prove")
 """Phases that write to the disk: where it is full, they cannot end."""
 PHASES = (
     *("identify", "try_output", "lock", "load_libraries", "preflight", "fetch_base", "download", "encode"),
@@ -50,6 +50,13 @@ def proxied(tmp_path, s3_place, s3_recipe, server, warm):
         yield Run(tmp_path / "run", dataclasses.replace(place, environment=environment), s3_recipe, warm), proxy
 
 
+def begun(run, phase):
+    """What is committed before the attempt that is struck: something to resume from, where that is what it does."""
+    if phase == "resume":
+        assert run.begin("--crash-at", "checkpoint.after_latest:2").wait() == -signal.SIGKILL
+    return run.committed()
+
+
 def goes_on(run, undisturbed):
     """The next attempt brings the run to its end, and nothing is lost."""
     before = run.committed()
@@ -68,9 +75,7 @@ def test_the_phases_are_those_of_a_run(undisturbed):
 @pytest.mark.parametrize("phase", in_short(PHASES))
 def test_a_store_that_is_away_for_too_long_ends_with_69_in_every_phase(proxied, undisturbed, phase, results):
     run, proxy = proxied
-    if phase == "resume":  # with something to resume from
-        assert run.begin("--crash-at", "checkpoint.after_latest:2").wait() == -signal.SIGKILL
-    before = run.committed()
+    before = begun(run, phase)
     attempt = run.begin(CHAOS_IMPATIENT="1", CHAOS_FREEZES_IN=phase)
     assert attempt.until_frozen(), attempt.told()
     proxy.rule = lambda _: AWAY
@@ -89,9 +94,11 @@ def test_a_store_that_is_away_for_too_long_ends_with_69_in_every_phase(proxied, 
 @pytest.mark.parametrize("phase", in_short(PHASES))
 def test_a_disk_that_fills_ends_with_74_in_every_phase_that_writes(proxied, undisturbed, phase, results):
     run, _ = proxied
-    attempt = run.begin(CHAOS_FILLS_IN=phase, CHAOS_DISK=str(run.folder / "work-001"))
+    before = begun(run, phase)
+    disk = run.folder / f"work-{2 if before else 1:03d}"
+    attempt = run.begin(CHAOS_FILLS_IN=phase, CHAOS_DISK=str(disk))
     code = attempt.wait()
-    run.look(attempt, set())
+    run.look(attempt, before)
     assert code == LocalDiskError.code or (code == 0 and phase not in WRITING), attempt.told()
     assert attempt.outcome["code"] == code
     goes_on(run, undisturbed)
