@@ -29,8 +29,9 @@ test: $(VENV)/installed
 test-hostile: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "hostile or not hostile" tests/hostile
 
-# Attempts killed, stopped, frozen, started twice, on a store that dies and lies: forty minutes on two cores. What was
-# done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments; CHAOS_ENGINE=fast trains by the engine's step.
+# Attempts killed, stopped, frozen, started twice, on a store that dies, lies and forbids, on disks that fill: an
+# hour on two cores. What was done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments; CHAOS_ENGINE=fast
+# trains by the engine's step.
 chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CHAOS_RESULTS=bench/RESULTS.md \
 		$(BIN)/python -m pytest -s -m "chaos or not chaos" tests/chaos

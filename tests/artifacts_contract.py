@@ -105,7 +105,7 @@ DAMAGE = {
     ),
     "a manifest with another word": ("MANIFEST.json", lambda m: m.replace(b'"fence"', b'"fenge"'), "damaged"),
     "a manifest without end": ("MANIFEST.json", lambda _: b'{"files":' + b"[" * 100_000, "damaged"),
-    "a manifest of a size that no disk has": ("MANIFEST.json", sized("state.json", 1 << 60), "does not fit here"),
+    "a manifest of a size that no disk has": ("MANIFEST.json", sized("state.json", 1 << 60), "in the manifest"),
     "a manifest of another size": ("MANIFEST.json", sized("state.json", 1), "1 in the manifest"),
     "a manifest that names too few": ("MANIFEST.json", without("state.json"), "does not name state.json"),
     "a manifest that reaches out": (

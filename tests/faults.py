@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -37,6 +37,10 @@ class Fault:
     """S3's word in the body of that answer."""
     body: str = ""
     """The whole body of that answer, where `code` is not enough."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Of that answer, besides."""
+    rewrite: Callable[[bytes], bytes] | None = None
+    """What becomes of the body of the server's answer."""
     shorten_to_bytes: int | None = None
     """Answer with so many bytes of the body and a Content-Length that agrees."""
     cut_after_bytes: int | None = None
@@ -127,9 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
     def pass_on(self, upstream: str, fault: Fault) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if fault.status is not None:
-            self.answer(
-                fault.status, {"Content-Type": "application/xml"}, (fault.body or _XML.format(fault.code)).encode()
-            )
+            headers = {"Content-Type": "application/xml", **fault.headers}
+            self.answer(fault.status, headers, (fault.body or _XML.format(fault.code)).encode())
             return
         connection = http.client.HTTPConnection(urlsplit(upstream).netloc, timeout=60)
         try:
@@ -139,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
                     connection.putheader(name, value)
             connection.endheaders(body)
             reply = connection.getresponse()
-            content = reply.read()
+            content = reply.read() if fault.rewrite is None else fault.rewrite(reply.read())
             headers = {k: v for k, v in reply.getheaders() if k.lower() not in {"connection", "transfer-encoding"}}
         finally:
             connection.close()

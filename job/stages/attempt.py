@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 
+from job.core.errors import DeniedError, LocalDiskError, UnavailableError, UsageError
 from job.core.given import Given
 from job.core.limits import Limits
 from job.core.memory import WantedEngine
@@ -175,6 +176,15 @@ class Attempt:
         """The state after this step is safe."""
         self.standing.last_committed_step = step
         self.outcome.safe(run_uri=self.standing.run_uri, last_committed_step=step)
+
+    @contextmanager
+    def not_at_the_cost_of_the_run(self, what: str) -> Iterator[None]:
+        """Write something for people alone: where the store refuses it, log and report say so, and the run goes on."""
+        try:
+            yield
+        except (DeniedError, LocalDiskError, UnavailableError, UsageError) as error:
+            log.warning("not_written", what=what, reason=str(error))
+            self.notes.append(f"not written: {what} ({self.hide(str(error))})")
 
     def moves_on(self) -> bool:
         """For loops in which each question is a bit of progress: count it as such, and say whether to stop."""

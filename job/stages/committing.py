@@ -52,6 +52,7 @@ class Committer:
             keep=attempt.worker.recipe.checkpoint.keep,
             on_committed=self._on_committed,
             should_stop=attempt.worker.should_stop,
+            on_note=lambda note: attempt.notes.append(attempt.hide(note)),
             on_beat=attempt.phases.on_beat,
         )
 

@@ -141,13 +141,14 @@ def _listed(objects: Sequence[StoredObject], most: int = 3) -> str:
 
 def _fetch(worker: Worker, phases: Phases, run: Run, folder: Path, side: Side) -> list[DataFile]:
     objects = run.train if side == "train" else run.validation
+    size = sum(o.size for o in objects)  # once: each piece that arrives is reported
     return fetch_files(
         objects,
         folder / "data" / side,
         worker.settings,
         beside=[o.uri for o in (run.validation if side == "train" else run.train)],
         should_stop=worker.should_stop,
-        on_progress=lambda done: _downloading(phases, side, done, of=sum(o.size for o in objects)),
+        on_progress=lambda done: _downloading(phases, side, done, of=size),
     )
 
 

@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -17,11 +19,12 @@ from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.proving import load_published, prove
-from job.stages.report import assemble_report
+from job.stages.report import assemble_report, notes
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import answer
 
 log = structlog.get_logger(__name__)
+_CARD = "README.md"
 
 
 def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
@@ -36,8 +39,8 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
     with phases.phase("publish"):
         chosen, verdict = _fetch_chosen(attempt, inputs, folder / "adapter", facts)
         card = adapter_card(_card(attempt, inputs, facts, step=chosen.step))
-        (folder / "adapter" / "README.md").write_text(card, encoding="utf-8")
-        files = artifacts.publish_adapter(folder / "adapter")
+        (folder / "adapter" / _CARD).write_text(card, encoding="utf-8")
+        files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
     crash_point("prove.before")
     with phases.phase("prove"):
         model = load_published(attempt, inputs, folder / "published", files)
@@ -55,10 +58,17 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
     with phases.phase("report"):
         crash_point("pictures.before")
         for name, picture in draw(report).items():
-            artifacts.publish(name, picture)
+            with attempt.not_at_the_cost_of_the_run(name):
+                artifacts.publish(name, picture)
+        report = report.model_copy(update={"notes": notes(attempt, facts)})  # with what was not written just now
         artifacts.publish_report(report.model_dump_json(indent=2).encode() + b"\n")
     shutil.rmtree(folder, ignore_errors=True)
     return report
+
+
+def _for_people(attempt: Attempt, name: str) -> AbstractContextManager[None]:
+    """The card is for people alone; what PEFT reads must be there."""
+    return attempt.not_at_the_cost_of_the_run(f"adapter/{name}") if name == _CARD else nullcontext()
 
 
 def _card(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, *, step: int) -> Card:

@@ -9,12 +9,12 @@ from typing import Any
 
 import structlog
 
-from job.core.errors import DeniedError, NotFoundError, RunConflictError
+from job.core.errors import NotFoundError, RunConflictError
 from job.core.recipe import DataSection, Fraction, Recipe, identity_of
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.relative_paths import relative_note
-from job.edge.run.artifacts import Artifacts, runs_of
+from job.edge.run.artifacts import Artifacts, unfinished_runs
 from job.edge.store.listing import expand
 from job.edge.store.objects import StoredObject, StoreSettings
 from job.edge.store.opening import open_store
@@ -98,7 +98,7 @@ def find_run(
     if run_id is not None:
         return _named(wanted, Artifacts(store, run_id))
     recipe_part = _hash(identity_of(recipe))  # first: runs of the same recipe stand side by side, whatever their data
-    for artifacts in runs_of(store, recipe_part + "-"):
+    for artifacts in unfinished_runs(store, recipe_part + "-"):
         run = _unfinished(wanted, artifacts)
         if run is not None:
             return run
@@ -112,10 +112,7 @@ def probe_output(uri: str, settings: StoreSettings) -> Probe:
     Raises:
         DeniedError: we may not write or delete there.
     """
-    found = probe(open_store(uri, settings))
-    if not found.deletes:
-        raise DeniedError(f"{uri}: {found.reason}; allow deleting, or old checkpoints stay for ever")
-    return found
+    return probe(open_store(uri, settings))
 
 
 def _named(wanted: _Wanted, artifacts: Artifacts) -> Run:

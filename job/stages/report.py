@@ -82,11 +82,16 @@ def assemble_report(
         start=_start(facts),
         stop=attempt.limits.figures(),
         resume_exact=facts.resume_exact,
-        notes=(*attempt.notes, *facts.progress.changes),
+        notes=notes(attempt, facts),
         versions=_versions(),
         device=device_name(inputs.device),
         attempts=_attempts(inputs, facts),
     )
+
+
+def notes(attempt: Attempt, facts: TrainingFacts) -> tuple[str, ...]:
+    """What the report's reader should know, as far as it is known now."""
+    return (*attempt.notes, *facts.progress.changes)
 
 
 def _model(inputs: Inputs, facts: TrainingFacts) -> ModelReport:

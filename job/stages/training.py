@@ -205,7 +205,8 @@ class TrainingStage:
         """Bring TensorBoard's event files to the store: this machine's disk may be gone tomorrow."""
         if "tensorboard" in self._recipe.track.trackers:
             events = sorted(path for path in self._trackers_folder.rglob("events.out.*") if path.is_file())
-            self._inputs.artifacts.publish_events(events, attempt=self._inputs.attempt_number)
+            with self._attempt.not_at_the_cost_of_the_run("TensorBoard's events"):
+                self._inputs.artifacts.publish_events(events, attempt=self._inputs.attempt_number)
             shutil.rmtree(self._trackers_folder, ignore_errors=True)
 
 

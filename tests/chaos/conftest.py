@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from chaos_results import Results, write_block
+from chaos_results import LEAST_STRIKES, Results, write_block
 from chaos_runs import ENGINE, Place, Run, chaos_recipe
 from chaos_server import mortal_server
 from job_process import Job
@@ -31,6 +31,7 @@ def results(request, seed):
     collected = Results(seed, ENGINE)
     yield collected
     if (path := os.environ.get("CHAOS_RESULTS")) and not request.session.testsfailed:
+        assert collected.strikes >= LEAST_STRIKES
         write_block(Path(path), "chaos" if ENGINE == "auto" else f"chaos-{ENGINE}", collected.text())
 
 

@@ -1,6 +1,7 @@
 """The published adapter of a run: the files that report.json names, and is written after."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import structlog
@@ -24,16 +25,23 @@ class PublishedAdapter:
         self._run = run
         self._folder = run.folder(_NAME)
 
-    def publish(self, folder: Path) -> dict[str, FileEntry]:
+    def publish(
+        self, folder: Path, *, optional: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
+    ) -> dict[str, FileEntry]:
         """Put the chosen adapter where it is read from.
 
         Each file is created, never overwritten unseen: what an attempt left that was killed here, and that no report
         names, is replaced on condition that it is still the same.
+
+        Args:
+            folder: its files.
+            optional: gets each file's name, and may swallow the failure to write it: then it is left out.
         """
         files = {}
         for path in sorted(folder.iterdir()):
             crash_point("adapter.before_file")
-            files[path.name] = self._publish_file(path)
+            with optional(path.name):
+                files[path.name] = self._publish_file(path)
             crash_point("adapter.after_file")
         for name in self._folder.sizes():
             if name not in files:  # another version of the job wrote one more

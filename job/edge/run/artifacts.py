@@ -14,6 +14,7 @@ of what the attempt knows: one that was frozen in between fails on what its succ
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from job.core.ended import Ended
 from job.core.errors import RunConflictError
 from job.edge.run import endings
 from job.edge.run.adapter import PublishedAdapter
-from job.edge.run.checkpoints import Checkpoint, Checkpoints
+from job.edge.run.checkpoints import CHECKPOINTS, Checkpoint, Checkpoints
 from job.edge.run.lock import Lock
 from job.edge.run.run_store import RunStore, never
 from job.edge.store.folder import FileEntry
@@ -190,9 +191,10 @@ class Artifacts:
         ]
 
     def attempt_numbers(self) -> list[int]:
-        """The numbers taken so far, in order."""
+        """The numbers taken so far, in order; ours also while a listing does not show it yet."""
         names = {entry.key.removeprefix(self._run.root) for entry in self._store.list(f"{self._run.root}attempts/")}
-        return sorted(int(match[1]) for name in names if (match := _ATTEMPT.fullmatch(name)))
+        listed = {int(match[1]) for name in names if (match := _ATTEMPT.fullmatch(name))}
+        return sorted(listed | ({self._attempt} if self._attempt else set()))
 
     # --- checkpoints and the adapter ---------------------------------------------------------------------------------
 
@@ -225,9 +227,11 @@ class Artifacts:
         """As `Checkpoints.retain`, for our own attempt."""
         self._checkpoints.retain(steps, newest=newest, attempt=self._attempt)
 
-    def publish_adapter(self, folder: Path) -> dict[str, FileEntry]:
+    def publish_adapter(
+        self, folder: Path, *, optional: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
+    ) -> dict[str, FileEntry]:
         """As `PublishedAdapter.publish`."""
-        return self._adapter.publish(folder)
+        return self._adapter.publish(folder, optional=optional)
 
     def fetch_adapter(self, folder: Path, files: Mapping[str, FileEntry], *, should_stop: Callable[[], bool]) -> None:
         """As `PublishedAdapter.fetch`."""
@@ -236,7 +240,8 @@ class Artifacts:
 
 def finished_runs(store: ObjectStore) -> list[str]:
     """The ids of the runs that have a report, newest first."""
-    reports = [(entry.modified, match[1]) for entry in store.list("runs/") if (match := _REPORT.fullmatch(entry.key))]
+    found = store.list("runs/", without=CHECKPOINTS)
+    reports = [(entry.modified, match[1]) for entry in found if (match := _REPORT.fullmatch(entry.key))]
     return [run_id for _, run_id in sorted(reports, reverse=True)]
 
 
@@ -252,7 +257,18 @@ def begun_runs(store: ObjectStore) -> list[str]:
 
 def runs_of(store: ObjectStore, prefix: str) -> Iterator[Artifacts]:
     """The runs whose id begins with the prefix, in the order of their ids."""
-    start = f"runs/{prefix}"
-    ids = {entry.key.split("/")[1] for entry in store.list(start) if entry.key.count("/") > 1}
-    for run_id in sorted(ids):
+    for run_id in sorted(store.folders(f"runs/{prefix}")):
+        yield Artifacts(store, run_id)
+
+
+def unfinished_runs(store: ObjectStore, prefix: str) -> Iterator[Artifacts]:
+    """As `runs_of`, those that were begun and have no report: one listing, whatever stands beside them."""
+    begun, done = set(), set()
+    for entry in store.list(f"runs/{prefix}", without=CHECKPOINTS):
+        _, run_id, *name = entry.key.split("/")
+        if name == ["run.json"]:
+            begun.add(run_id)
+        elif name == ["report.json"]:
+            done.add(run_id)
+    for run_id in sorted(begun - done):
         yield Artifacts(store, run_id)

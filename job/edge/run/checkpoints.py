@@ -2,6 +2,9 @@
 
 checkpoints/step-000050-a01/...   the state after a step, by attempt: keys are never reused
 latest.json                       a hint for people; resuming lists the manifests
+
+Who holds the lock lists them once, when it takes over, and from then on knows what it commits and deletes: a listing
+that lags behind hides nothing from it, and thousands of checkpoints are not listed anew with each one.
 """
 
 import contextlib
@@ -9,14 +12,14 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from job.core.crash_points import crash_point
-from job.core.errors import DataError, LocalDiskError, NotFoundError
+from job.core.errors import DataError, DeniedError, LocalDiskError, NotFoundError
 from job.edge.run.run_store import ROUNDS, RunStore, never
 from job.edge.store.folder import MANIFEST, Facts, FileEntry, StoredFolder, refuse_if_full, total_bytes
 from job.edge.store.json_objects import json_bytes, json_object
@@ -24,9 +27,14 @@ from job.edge.store.objects import SMALL_BYTES, PreconditionError
 
 log = structlog.get_logger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""Their folder in a run."""
 _LEFTOVER_SECONDS = 24 * 3600.0
 """What was uploaded but never committed is kept this long: a person may want to look, and clocks differ."""
-_KEY = re.compile(r"checkpoints/step-(\d+)-a(\d+)/(.+)")
+_PAGE = 100
+"""So many checkpoints fit into a page of a listing (a thousand objects); a store with more is listed less often."""
+_NAME = re.compile(r"step-(\d{1,12})-a(\d{1,12})")
+_KEY = re.compile(rf"{CHECKPOINTS}/{_NAME.pattern}/(.+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -42,6 +50,16 @@ class Checkpoint:
         return f"step-{self.step:06d}-a{self.attempt:02d}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """What stands in the store."""
+
+    begun: dict[Checkpoint, float] = field(default_factory=dict)
+    """Those with a file, and when the newest was written (Unix seconds, by the store's clock)."""
+    committed: set[Checkpoint] = field(default_factory=set)
+    """Those of them with a manifest."""
+
+
 class Checkpoints:
     """The checkpoints of one run in the store."""
 
@@ -49,22 +67,34 @@ class Checkpoints:
         """Nothing is asked of the store yet."""
         self._run = run
         self.latest = Latest(run)
-        self._inherited: frozenset[Checkpoint] | None = None
+        self._known: _Stored | None = None
+        """What stands there, kept up to date by whoever holds the lock; None: it is not ours."""
+        self._inherited: frozenset[Checkpoint] = frozenset()
         """Committed when we took the lock. Another one of an earlier attempt is an orphan: it came after."""
+        self._commits = 0
+        """Since the last listing."""
 
     def take_over(self) -> None:
         """Note what earlier attempts committed, and shut them out of latest.json; the lock must be ours."""
-        self._inherited = frozenset(self.committed())
-        self.latest.take_over()
+        known = self._listed()
+        hinted = _NAME.fullmatch(str(self.latest.take_over().get("checkpoint")))
+        if hinted is not None:
+            newest = Checkpoint(step=int(hinted[1]), attempt=int(hinted[2]))
+            if newest not in known.committed and self._folder(newest).is_committed():
+                log.info("checkpoint_not_listed", checkpoint=newest.name, message="the store's listing lags behind")
+                known.begun[newest] = time.time()
+                known.committed.add(newest)
+        self._inherited, self._known = frozenset(known.committed), known
 
     def sweep(self) -> list[str]:
         """Delete checkpoints that were never committed and are old; their names."""
-        begun, committed = self._begun_and_committed()
+        stored = self._stored()
         swept = []
-        for checkpoint in begun:
-            if checkpoint not in committed and self._is_old(checkpoint):
+        for checkpoint, written in sorted(stored.begun.items()):
+            if checkpoint not in stored.committed and time.time() - written > _LEFTOVER_SECONDS:
                 self._run.confirm()
                 self._folder(checkpoint).delete()
+                self._forget(checkpoint)
                 swept.append(checkpoint.name)
         return swept
 
@@ -75,6 +105,8 @@ class Checkpoints:
             PreconditionError: this very checkpoint is committed already.
         """
         stored = self._folder(checkpoint)
+        if self._known is not None:
+            self._known.begun[checkpoint] = time.time()
         with stored.commit(_facts(checkpoint, fence=self._run.fence), create_only=True) as files:
             for path in sorted(folder.iterdir()):
                 crash_point("checkpoint.before_file")
@@ -82,6 +114,9 @@ class Checkpoints:
                 crash_point("checkpoint.after_file")
             crash_point("checkpoint.before_manifest")
             self._run.confirm()
+        self._commits += 1
+        if self._known is not None:
+            self._known.committed.add(checkpoint)
         crash_point("checkpoint.after_manifest")
         crash_point("checkpoint.before_latest")
         self.latest.write({"checkpoint": checkpoint.name, "step": checkpoint.step})
@@ -89,7 +124,7 @@ class Checkpoints:
 
     def committed(self) -> list[Checkpoint]:
         """The committed checkpoints, oldest first."""
-        return self._begun_and_committed()[1]
+        return sorted(self._stored().committed)
 
     def fetch(
         self,
@@ -102,7 +137,8 @@ class Checkpoints:
         """Bring a checkpoint's files, or `only` some, into the folder, each verified against the manifest.
 
         Raises:
-            DataError: a file is not what the manifest says or does not fit here, or the manifest does not name it.
+            DataError: a file is not what the manifest says, or the manifest does not name it.
+            LocalDiskError: there is no room for it here.
             NotFoundError: a file or the manifest is gone.
         """
         stored = self._folder(checkpoint)
@@ -110,12 +146,15 @@ class Checkpoints:
         if only is not None and (missing := sorted({*only} - named.keys())):
             raise DataError(f"{stored.uri}/{MANIFEST} does not name {', '.join(missing)}")
         wanted = {name: entry for name, entry in named.items() if only is None or name in only}
+        stored.refuse_other_sizes(wanted)
         try:
             refuse_if_full(folder, needed_bytes=total_bytes(wanted))
         except LocalDiskError as error:
-            # A manifest comes from a bucket and may name any size: that makes the checkpoint unusable, not the disk.
+            # A manifest comes from a bucket and may name any size: unless the store holds as much, the checkpoint is at
+            # fault and not the disk.
+            if stored.holds(wanted):
+                raise
             raise DataError(f"{stored.uri}: does not fit here ({error})") from error
-        stored.refuse_other_sizes(wanted)
         stored.download(wanted, folder, should_stop=should_stop, on_file=lambda: crash_point("resume.middle"))
         return wanted
 
@@ -131,18 +170,23 @@ class Checkpoints:
 
         Returns:
             Which one it is (None: there is none), and those passed over, each with the reason.
+
+        Raises:
+            LocalDiskError: there is no room for it here: then none is passed over, or the run would begin anew.
         """
         passed_over: list[dict[str, str]] = []
-        begun, committed = self._begun_and_committed()
+        stored = self._stored()
         # The last attempt first: what an earlier one committed after it had lost its lock is no part of the run.
-        for checkpoint in sorted(begun, key=_by_attempt, reverse=True):
+        for checkpoint in sorted(stored.begun, key=_by_attempt, reverse=True):
             reason = f"no {MANIFEST}: its upload was not finished, or it is being deleted"
-            if checkpoint in committed:
+            if checkpoint in stored.committed:
                 try:
                     self.fetch(checkpoint, folder / checkpoint.name, should_stop=should_stop, only=only)
                 except (DataError, NotFoundError) as error:
                     shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
                     reason = str(error)
+                    if isinstance(error, NotFoundError):  # deleted while it was read: it does not count as one to keep
+                        stored.committed.discard(checkpoint)
                 else:
                     return checkpoint, passed_over
             log.warning("checkpoint_passed_over", checkpoint=checkpoint.name, reason=reason)
@@ -161,38 +205,46 @@ class Checkpoints:
             newest: how many of the last steps stay.
             attempt: our number; 0: we are no attempt.
         """
-        begun, committed = self._begun_and_committed()
+        stored = self._stored()
+        begun, committed = {*stored.begun}, {*stored.committed}
+        if self._known is not None and self._commits > len(committed) // _PAGE:
+            late = self._listed()  # what an attempt that lost its lock has sent since
+            begun, committed, self._commits = begun | {*late.begun}, committed | late.committed, 0
         last_attempt = attempt or max((checkpoint.attempt for checkpoint in committed), default=0)
-        ours = [checkpoint for checkpoint in committed if not self._is_orphan(checkpoint, attempt)]
+        ours = [checkpoint for checkpoint in sorted(committed) if not self._is_orphan(checkpoint, attempt)]
         kept = _kept(ours, steps, newest=newest)
-        for checkpoint in begun:
+        for checkpoint in sorted(begun):
             if checkpoint not in kept if checkpoint in committed else checkpoint.attempt < last_attempt:
                 self._run.confirm()
                 crash_point("retain.before_delete")
                 self._folder(checkpoint).delete(on_withdrawn=lambda: crash_point("retain.after_manifest"))
+                self._forget(checkpoint)
 
     def _folder(self, checkpoint: Checkpoint) -> StoredFolder:
-        return self._run.folder(f"checkpoints/{checkpoint.name}")
+        return self._run.folder(f"{CHECKPOINTS}/{checkpoint.name}")
 
-    def _begun_and_committed(self) -> tuple[list[Checkpoint], list[Checkpoint]]:
-        """Those with a file in the store, and those of them with a manifest; each oldest first."""
-        begun, committed = set(), set()
-        for entry in self._run.store.list(f"{self._run.root}checkpoints/"):
+    def _stored(self) -> _Stored:
+        return self._listed() if self._known is None else self._known
+
+    def _listed(self) -> _Stored:
+        """What the store lists now."""
+        stored = _Stored()
+        for entry in self._run.store.list(f"{self._run.root}{CHECKPOINTS}/"):
             match = _KEY.fullmatch(entry.key.removeprefix(self._run.root))
             if match:
                 checkpoint = Checkpoint(step=int(match[1]), attempt=int(match[2]))
-                begun.add(checkpoint)
+                stored.begun[checkpoint] = max(entry.modified, stored.begun.get(checkpoint, 0.0))
                 if match[3] == MANIFEST:
-                    committed.add(checkpoint)
-        return sorted(begun), sorted(committed)
+                    stored.committed.add(checkpoint)
+        return stored
 
-    def _is_old(self, checkpoint: Checkpoint) -> bool:
-        entries = self._run.store.list(f"{self._run.root}checkpoints/{checkpoint.name}/")
-        return all(time.time() - entry.modified > _LEFTOVER_SECONDS for entry in entries)
+    def _forget(self, checkpoint: Checkpoint) -> None:
+        if self._known is not None:
+            self._known.begun.pop(checkpoint, None)
+            self._known.committed.discard(checkpoint)
 
     def _is_orphan(self, checkpoint: Checkpoint, attempt: int) -> bool:
-        known = self._inherited
-        return known is not None and checkpoint not in known and checkpoint.attempt != attempt
+        return self._known is not None and checkpoint not in self._inherited and checkpoint.attempt != attempt
 
 
 class Latest:
@@ -204,19 +256,25 @@ class Latest:
         self._key = run.root + "latest.json"
         self._etag: str | None = None
         """As we know it; None: there is none."""
+        self._denied = False
+        """It was said already that we may not write it."""
 
-    def take_over(self) -> None:
-        """Write it anew: an earlier owner's write, on condition of the old one, fails from now on."""
+    def take_over(self) -> dict[str, Any]:
+        """Write it anew: an earlier owner's write, on condition of the old one, fails from now on.
+
+        Returns:
+            What it says; nothing where there is none.
+        """
+        content: dict[str, Any] = {}
         with contextlib.suppress(NotFoundError):
             try:
                 data, self._etag = self._run.store.read(self._key, max_bytes=SMALL_BYTES)
             except DataError:  # a hint is never so large, and nothing depends on it
                 data, self._etag = b"", self._run.etag(self._key)
-            try:
+            with contextlib.suppress(ValueError):
                 content = json_object(data)
-            except ValueError:
-                content = {}
             self.write(content)
+        return content
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Swap it; what an attempt that died wrote in between is replaced, what a living one wrote is not."""
@@ -227,6 +285,11 @@ class Latest:
                 self._etag = self._write_once(data)
             except (PreconditionError, NotFoundError):
                 self._etag = self._run.etag(self._key)
+            except DeniedError as error:
+                if not self._denied:
+                    log.warning("latest_not_written", reason=str(error), message="nothing depends on it")
+                self._denied = True
+                return
             else:
                 return
         log.warning("latest_not_written", reason="it changes all the time; nothing depends on it")

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import structlog
 
-from job.core.errors import JobError, UnavailableError
+from job.core.errors import DeniedError, JobError, SickDeviceError, UnavailableError
 from job.edge.run.artifacts import Artifacts
 from job.edge.run.checkpoints import Checkpoint
 
 log = structlog.get_logger(__name__)
+_AWAY = (UnavailableError, SickDeviceError)
+"""What passes while nothing is lost: the store comes back, and a clock that differs from its own is set."""
 _PATIENCE_SECONDS = 1800.0
 """How long one checkpoint waits for a store that is away, beside the patience of each request."""
 _HELD_UP_SECONDS = 300.0
@@ -42,6 +44,7 @@ class Publisher:
         keep: int,
         on_committed: Callable[[Checkpoint, float], None],
         should_stop: Callable[[], bool],
+        on_note: Callable[[str], None] = lambda _: None,
         on_beat: Callable[[], None] = lambda: None,
         pause_seconds: float = _PAUSE_SECONDS,
     ) -> None:
@@ -51,6 +54,7 @@ class Publisher:
             artifacts: the run.
             keep: newest checkpoints that stay.
             on_committed: called with each one, and the seconds from its first byte to its manifest.
+            on_note: gets what the report's reader should know.
             on_beat: called when something moves, waiting for the store included.
             should_stop: after it a store that is away is not waited for any longer.
             pause_seconds: between two tries with such a store.
@@ -59,12 +63,15 @@ class Publisher:
         self._keep = keep
         self._on_committed = on_committed
         self._should_stop = should_stop
+        self._on_note = on_note
         self._on_beat = on_beat
         self._pause_seconds = pause_seconds
         self._under_way = 0
         self._held_up_since: float | None = None
         """Since when training waits for room in the queue."""
         self._parcels: queue.Queue[_Parcel | None] = queue.Queue(maxsize=_WAITING)
+        self._may_delete = True
+        """Until the store says otherwise, which is said once."""
         self._failure: BaseException | None = None
         self._closing = False
         # Not a daemon: the interpreter must not end under an upload.
@@ -124,21 +131,30 @@ class Publisher:
             self._commit(parcel, began)
         except JobError as error:
             where = f"the checkpoint of step {parcel.checkpoint.step} is kept in {parcel.folder}"
-            raise type(error)(f"{error}; {where}") from error
+            raise type(error)(f"{error}; {where}", action=error.action) from error
         self._under_way -= 1
         self._on_committed(parcel.checkpoint, time.monotonic() - began)
         shutil.rmtree(parcel.folder, ignore_errors=True)
+        if self._may_delete:
+            self._clear(parcel.candidates)
+
+    def _clear(self, candidates: Collection[int]) -> None:
+        """What stays longer than it should costs room, and never the run."""
         try:
-            self._artifacts.retain(parcel.candidates, newest=self._keep)
-        except UnavailableError as error:
+            self._artifacts.retain(candidates, newest=self._keep)
+        except _AWAY as error:
             log.warning("old_checkpoints_wait", reason=str(error), then="the next commit clears them")
+        except DeniedError as error:
+            self._may_delete = False
+            log.warning("old_checkpoints_stay", reason=str(error))
+            self._on_note(f"old checkpoints stay in the store: {error}")
 
     def _commit(self, parcel: _Parcel, began: float) -> None:
         """Training needs the store only for this: while it can go on, a store that is away is waited for."""
         while True:
             try:
                 self._artifacts.publish_checkpoint(parcel.folder, parcel.checkpoint)
-            except UnavailableError as error:
+            except _AWAY as error:
                 if self._should_stop() or self._closing or self._has_waited_enough(began):
                     raise
                 self._on_beat()

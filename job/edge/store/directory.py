@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import stat as modes
 import threading
@@ -70,13 +71,22 @@ class DirectoryStore:
         """The root, as file:///folder."""
         return f"file://{self._root}"
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Every file whose key begins with `prefix`, sorted; nothing is hashed."""
-        folder = prefix.rpartition("/")[0]
+    def list(self, prefix: str = "", *, without: str | None = None) -> Iterator[Entry]:
+        """Every file whose key begins with `prefix`, sorted; nothing is hashed, nothing beside it is looked at."""
+        folder, _, begins = prefix.rpartition("/")
         if folder:
             check_key(folder)
-        found = _walk(self._root / folder, f"{folder}/" if folder else "", above=frozenset())
-        yield from sorted((entry for entry in found if entry.key.startswith(prefix)), key=lambda entry: entry.key)
+        place = f"{folder}/" if folder else ""
+        found = _walk(self._root / folder, place, above=frozenset(), begins=begins, without=without)
+        yield from sorted(found, key=lambda entry: entry.key)
+
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        """The names of the folders that begin with `prefix`."""
+        folder, _, begins = prefix.rpartition("/")
+        if folder:
+            check_key(folder)
+        _, entries = _scan(self._root / folder)
+        yield from sorted(entry.name for entry in entries if entry.name.startswith(begins) and entry.is_dir())
 
     def stat(self, key: str, *, cancelled: threading.Event | None = None) -> StoredObject:
         """Size and sha256 of one file: it is read."""
@@ -230,13 +240,13 @@ class DirectoryStore:
 
 
 def _hold(lock: BinaryIO, path: Path) -> None:
-    # Not by one call that waits: behind a frozen process it would wait for ever.
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
+    # Not by one call that waits: behind a frozen process it would wait for ever. And counted in pauses, not by the
+    # clock: while this process itself is frozen, it does not wait.
+    for pauses in itertools.count():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            if time.monotonic() > deadline:
+            if pauses * _PAUSE_SECONDS > _PATIENCE_SECONDS:
                 raise UnavailableError(
                     f"file://{path}: another process has held it for {_PATIENCE_SECONDS:g} s; is it frozen? End it "
                     f"(`fuser {path}` names it), then start the same job again"
@@ -286,18 +296,22 @@ def _chunks(path: Path, trouble: Callable[[OSError, Path], JobError]) -> Iterato
             yield chunk
 
 
-def _walk(folder: Path, prefix: str, *, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
-    """The files below a folder, in no order; links are followed, but never round in a circle."""
+def _walk(
+    folder: Path, prefix: str, *, above: frozenset[tuple[int, int]], begins: str = "", without: str | None
+) -> Iterator[Entry]:
+    """The files below a folder whose names there begin so, in no order; links are followed, but never in a circle."""
     here, entries = _scan(folder)
     if here in above:
         return
     for entry in entries:
-        if entry.name == _LOCK or entry.name.startswith(TEMPORARY):
+        if entry.name == _LOCK or entry.name.startswith(TEMPORARY) or not entry.name.startswith(begins):
             continue
         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile, or a link to nothing
             mode = entry.stat()
             if modes.S_ISDIR(mode.st_mode):
-                yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", above=above | {here})
+                if entry.name != without:
+                    place = f"{prefix}{entry.name}/"
+                    yield from _walk(folder / entry.name, place, above=above | {here}, without=without)
             elif modes.S_ISREG(mode.st_mode):
                 yield Entry(key=prefix + entry.name, size=mode.st_size, modified=mode.st_mtime)
 

@@ -71,6 +71,14 @@ class StoredFolder:
         data = self._store.read(self._prefix + MANIFEST, max_bytes=MANIFEST_BYTES)[0]
         return _parsed(data, is_ours, where=self.uri)
 
+    def is_committed(self) -> bool:
+        """Whether there is a manifest; it is not verified."""
+        try:
+            self._store.stat(self._prefix + MANIFEST)
+        except NotFoundError:
+            return False
+        return True
+
     @contextlib.contextmanager
     def commit(self, facts: Facts, *, create_only: bool) -> Iterator[dict[str, FileEntry]]:
         """Entries to be filled while the files are uploaded; the end of the block writes them as the manifest.
@@ -155,6 +163,11 @@ class StoredFolder:
         for name, entry in files.items():
             if sizes.get(name, entry.size) != entry.size:
                 raise DataError(f"{self.uri}/{name}: has {sizes[name]} bytes, {entry.size} in the manifest")
+
+    def holds(self, files: Mapping[str, FileEntry]) -> bool:
+        """Whether each of these files stands in the store, with the size of its entry."""
+        sizes = self.sizes()
+        return all(sizes.get(name) == entry.size for name, entry in files.items())
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove some files of a folder that is not committed."""

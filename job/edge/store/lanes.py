@@ -14,6 +14,8 @@ from job.edge.store.objects import PARALLEL
 T = TypeVar("T")
 _POLL_SECONDS = 0.1
 """How late a stop request may be seen."""
+_LONGEST_LOOK_SECONDS = 1.0
+"""More than this is not counted between two looks: the rest of it this process was frozen, and nothing could arrive."""
 
 
 class Lanes:
@@ -34,7 +36,9 @@ class Lanes:
         self._should_stop = should_stop
         self._silence_seconds = silence_seconds
         self._settle_seconds = settle_seconds
-        self._moved_at = time.monotonic()
+        self._silent = 0.0
+        """Seconds without a byte, as far as this process ran."""
+        self._looked_at = time.monotonic()
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="store")
         self._window: deque[Future[Any]] = deque()
 
@@ -50,7 +54,7 @@ class Lanes:
 
     def moved(self) -> None:
         """Bytes arrived: the silence begins anew."""
-        self._moved_at = time.monotonic()
+        self._silent = 0.0
 
     def in_order(self, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
         """The jobs' results in the jobs' order; at most PARALLEL are under way or wait to be taken.
@@ -87,9 +91,10 @@ class Lanes:
     def _check(self) -> None:
         if self._should_stop():
             raise StopRequestedError(f"stopped on request while {self._what}")
-        silence = time.monotonic() - self._moved_at
-        if self._silence_seconds is not None and silence > self._silence_seconds:
+        before, self._looked_at = self._looked_at, time.monotonic()
+        self._silent += min(self._looked_at - before, _LONGEST_LOOK_SECONDS)
+        if self._silence_seconds is not None and self._silent > self._silence_seconds:
             raise UnavailableError(
-                f"nothing arrived for {silence:.0f} s while {self._what}; look at the store and the network, "
+                f"nothing arrived for {self._silent:.0f} s while {self._what}; look at the store and the network, "
                 "then start the same job again"
             )

@@ -99,8 +99,15 @@ class ObjectStore(Protocol):
         """The root: s3://bucket/prefix or file:///folder."""
         ...
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Every object whose key begins with `prefix` (a string, not a folder), sorted by key."""
+    def list(self, prefix: str = "", *, without: str | None = None) -> Iterator[Entry]:
+        """Every object whose key begins with `prefix` (a string, not a folder), sorted by key.
+
+        What stands in a folder named `without`, at any depth, is left out, and costs little however much it is.
+        """
+        ...
+
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        """The names of the folders `prefix...` that hold anything, without looking into them."""
         ...
 
     def stat(self, key: str, *, cancelled: threading.Event | None = None) -> StoredObject:

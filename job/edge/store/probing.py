@@ -2,14 +2,18 @@
 
 import contextlib
 import secrets
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from job.core.errors import DeniedError, UsageError
+from job.core.errors import DeniedError, NotFoundError, UsageError
 from job.edge.store.objects import ObjectStore, PreconditionError
 
+_KEY = ".probe"
+_LEFTOVER_SECONDS = 24 * 3600.0
+"""No probe takes so long, also where clocks differ."""
 _RACES = 3
 """Rounds of the probe: a store that is only sometimes atomic shows it in most of them."""
 _RACERS = 8
@@ -18,12 +22,10 @@ _RACERS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What a store let us do under a root. That it let us write needs no field: otherwise there is no probe."""
+    """What a store let us do under a root. That it let us write and delete needs no field: else there is no probe."""
 
     conditional: bool
     """Create-only and If-Match hold, and of many at once one wins: a lock and a swap can be trusted."""
-    deletes: bool
-    """Old checkpoints can be removed."""
     reason: str
     """What is missing, for the report; empty when nothing is."""
 
@@ -32,16 +34,31 @@ def probe(store: ObjectStore) -> Probe:
     """Write, write on conditions, and delete a scratch object under the root.
 
     Raises:
-        DeniedError: the credentials may not write there.
+        DeniedError: the credentials may not write or delete there.
     """
-    key = f".probe-{secrets.token_hex(8)}"
+    _refuse_without_deleting(store)
+    key = f"{_KEY}-{secrets.token_hex(8)}"  # of its own: another attempt may try the same store in this moment
     races = [f"{key}-{number}" for number in range(_RACES)]
     reason = _missing_conditions(store, key) or _lost_races(store, races)
+    store.delete([key, *races, *_left_behind(store)])
+    return Probe(conditional=not reason, reason=reason)
+
+
+def _refuse_without_deleting(store: ObjectStore) -> None:
+    """By one key that is always the same: where it cannot be deleted, each start would leave some more."""
+    with contextlib.suppress(NotFoundError):  # another attempt has deleted it before its ETag could be asked for
+        store.write(_KEY, b"1")
     try:
-        store.delete([key, *races])
+        store.delete([_KEY])
     except DeniedError as error:
-        return Probe(conditional=not reason, deletes=False, reason="; ".join(filter(None, [reason, str(error)])))
-    return Probe(conditional=not reason, deletes=True, reason=reason)
+        raise DeniedError(f"{error}; without deleting, old checkpoints would stay for ever") from error
+
+
+def _left_behind(store: ObjectStore) -> list[str]:
+    """Keys of probes whose process was killed in their midst."""
+    with contextlib.suppress(DeniedError):  # who may list only runs/ does not find them
+        return [each.key for each in store.list(f"{_KEY}-") if time.time() - each.modified > _LEFTOVER_SECONDS]
+    return []
 
 
 def _missing_conditions(store: ObjectStore, key: str) -> str:

@@ -2,11 +2,13 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from botocore.parsers import ResponseParserError
 
 from job.core.errors import DataError, NotFoundError
 from job.edge.store.lanes import Lanes
@@ -22,6 +24,7 @@ from job.edge.store.objects import (
     check_key,
 )
 from job.edge.store.patience import Patience
+from job.edge.store.s3_answers import refuse_without
 from job.edge.store.s3_bucket import Bucket, bare, quoted
 from job.edge.store.s3_errors import key_refused
 from job.edge.store.s3_etags import content_md5
@@ -49,18 +52,35 @@ class S3Store:
         """The root, as s3://bucket/prefix."""
         return self._bucket.uri(self._prefix).rstrip("/")
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", *, without: str | None = None) -> Iterator[Entry]:
         """Every object whose key begins with `prefix`, sorted; markers of empty folders are left out."""
-        start, page_token = self._prefix + prefix, ""
+        start, left_out = self._prefix + prefix, f"/{without}/"
+        where: dict[str, str] = {}
         while True:
-            page = self._bucket.ask(partial(self._page, start, page_token), key=start)
+            page = self._bucket.ask(partial(self._page, start, where), key=start)
             for found in page.get("Contents", []):
-                if not found["Key"].endswith("/"):
-                    key = found["Key"].removeprefix(self._prefix)
+                key = found["Key"].removeprefix(self._prefix)
+                if not key.endswith("/") and (without is None or left_out not in f"/{key}"):
                     yield Entry(key=key, size=found["Size"], modified=found["LastModified"].timestamp())
-            page_token = page.get("NextContinuationToken", "")
-            if not page_token:
+            if not page.get("IsTruncated"):
                 return
+            where = {"ContinuationToken": page["NextContinuationToken"]}
+            last = page["Contents"][-1]["Key"] if page.get("Contents") else ""
+            above, within, _ = f"/{last.removeprefix(self._prefix)}".partition(left_out)
+            if within and without is not None:  # the rest of it is not asked for: "0" comes right after "/"
+                where = {"StartAfter": f"{self._prefix}{above[1:]}{'/' if above else ''}{without}0"}
+
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        """The names of the folders that begin with `prefix`: pages of their names, not of what is in them."""
+        start = self._prefix + prefix
+        where = {"Delimiter": "/"}
+        while True:
+            page = self._bucket.ask(partial(self._page, start, where), key=start)
+            for found in page.get("CommonPrefixes", []):
+                yield found["Prefix"].removeprefix(self._prefix).removesuffix("/").rpartition("/")[2]
+            if not page.get("IsTruncated"):
+                return
+            where |= {"ContinuationToken": page["NextContinuationToken"]}
 
     def stat(self, key: str, *, cancelled: threading.Event | None = None) -> StoredObject:
         """Size, ETag and version of one object."""
@@ -177,12 +197,20 @@ class S3Store:
     def _name(self, key: str) -> str:
         return self._prefix + check_key(key)
 
-    def _page(self, start: str, page_token: str) -> "ListObjectsV2OutputTypeDef":
-        if page_token:
-            return self._bucket.client.list_objects_v2(
-                Bucket=self._bucket.name, Prefix=start, ContinuationToken=page_token
-            )
-        return self._bucket.client.list_objects_v2(Bucket=self._bucket.name, Prefix=start)
+    def _page(self, start: str, where: Mapping[str, str]) -> "ListObjectsV2OutputTypeDef":
+        """One page of a listing; `where` are ListObjectsV2's own parameters."""
+        try:
+            page = self._bucket.client.list_objects_v2(Bucket=self._bucket.name, Prefix=start, **where)  # type: ignore[arg-type] # the stubs type each one by itself
+        except (KeyError, ValueError) as error:  # botocore's parser: no key; a size or a date that is none
+            raise ResponseParserError(f"a list that cannot be read ({error})") from error
+        refuse_without(page, "IsTruncated", *(["NextContinuationToken"] if page.get("IsTruncated") else []))
+        for found in page.get("Contents", []):
+            refuse_without(found, "Key", "Size", "ETag", "LastModified")
+            if found["Key"] <= where.get("StartAfter", ""):
+                raise ResponseParserError("a list that does not begin where it was asked to")
+        for folder in page.get("CommonPrefixes", []):
+            refuse_without(folder, "Prefix")
+        return page
 
     def _unfinished(self, start: str) -> Sequence[tuple[str, str]]:
         """Key and id of each unfinished upload; a thousand in one page are more than a run can leave."""

@@ -1,5 +1,6 @@
-"""How much of an answer to an S3 request is taken into memory: botocore would read any body to its end."""
+"""What is taken from an answer to an S3 request: so many bytes of it, no redirect in a circle, no gaps."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from botocore.parsers import ResponseParserError
@@ -32,6 +33,26 @@ def bound_answers(client: "S3Client") -> None:
         return answer
 
     session.send = bounded_send
+
+
+def follow_no_endless_redirects(client: "S3Client") -> None:
+    """Have a client ask for a bucket's region once where it is redirected: botocore asks, is redirected, asks, ..."""
+
+    def mark_as_redirected(context: dict[str, Any], **_: object) -> None:
+        context.setdefault("s3_redirect", {})["redirected"] = True
+
+    client.meta.events.register("before-call.s3.HeadBucket", mark_as_redirected)
+
+
+def refuse_without(answer: Mapping[str, Any], *fields: str) -> None:
+    """See that an answer says what every S3 store says.
+
+    Raises:
+        ResponseParserError: it does not.
+    """
+    missing = [field for field in fields if answer.get(field) is None]
+    if missing:
+        raise ResponseParserError(f"an answer without {' and '.join(missing)}, as no S3 store gives it")
 
 
 def _first_bytes(body: Any, most: int) -> bytes:

@@ -12,12 +12,13 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ChecksumError, ClientError, HTTPClientError, IncompleteReadError
 
-from job.core.errors import DataError, DeniedError, StopRequestedError, UnavailableError, UsageError
-from job.edge.store.objects import PARALLEL, StoreSettings
+from job.core.errors import DataError, DeniedError, JobError, StopRequestedError, UnavailableError, UsageError
+from job.edge.store.objects import PARALLEL, PreconditionError, StoreSettings
 from job.edge.store.patience import Patience
-from job.edge.store.s3_answers import bound_answers
+from job.edge.store.s3_answers import bound_answers, follow_no_endless_redirects, refuse_without
 from job.edge.store.s3_errors import (
     S3_FAILURES,
+    is_about_clocks,
     is_about_content,
     is_about_credentials,
     is_expired,
@@ -37,6 +38,8 @@ _CONNECT_SECONDS = 5.0
 """Nothing that is up takes longer to accept a connection."""
 _READ_SECONDS = 20.0
 """Without a byte for so long the request is dead; botocore's 60 s would eat the whole grace period of a stop."""
+_LONGEST_TRY_SECONDS = 60.0
+"""More than this is not counted for one request: connecting and each silence have their own limits, above."""
 _PIECE_BYTES = 256 * 1024
 """Read at once from an answer: between two pieces a cancelled transfer ends."""
 
@@ -65,32 +68,36 @@ class Bucket:
 
     def ask(self, call: Callable[[], T], *, key: str, cancelled: threading.Event | None = None) -> T:
         """The result of a request, sent again while its failure may pass; every failure comes out as one of ours."""
-        began, cancelled = time.monotonic(), cancelled or threading.Event()
+        cancelled, seconds = cancelled or threading.Event(), 0.0
         for attempt in itertools.count(1):
-            client = self.client
+            client, began = self.client, time.monotonic()
             try:
                 return call()
             except S3_FAILURES as error:
-                expired = is_expired(error)
+                # A process that was frozen in a request has not waited for the store meanwhile.
+                seconds += min(time.monotonic() - began, _LONGEST_TRY_SECONDS)
                 pause = self._patience.pause_seconds(attempt)
-                seconds = time.monotonic() - began
-                given_up = attempt == self._patience.attempts or seconds + pause > self._patience.budget_seconds
-                passing = expired or is_passing(error)
-                if not passing or (given_up and (expired or is_about_credentials(error))):
+                if not is_passing(error):
                     raise understood(error, uri=self.uri(key), endpoint=self.endpoint) from error
-                if given_up and is_about_content(error):
-                    raise DataError(f"{self.uri(key)}: came damaged each time ({summary(error)})") from error
-                if given_up:
-                    raise UnavailableError(
-                        f"{self.uri(key)}: {self.endpoint} failed {attempt} times in {seconds:.0f} s, at last with "
-                        f"{summary(error)}; look at the endpoint, the network and the proxy, "
-                        "then start the same job again"
-                    ) from error
+                if attempt == self._patience.attempts or seconds + pause > self._patience.budget_seconds:
+                    raise self._given_up(error, key, f"failed {attempt} times in {seconds:.0f} s") from error
                 if cancelled.wait(pause):
                     raise StopRequestedError(f"{self.uri(key)}: the transfer was cancelled") from error
-                if expired:
+                seconds += pause
+                if is_expired(error):
                     self._renew_credentials(client)
         raise AssertionError("unreachable: the loop has no end")
+
+    def _given_up(self, error: Exception, key: str, how: str) -> JobError | PreconditionError:
+        """Our error for a failure that asking again did not heal."""
+        if is_expired(error) or is_about_credentials(error) or is_about_clocks(error):
+            return understood(error, uri=self.uri(key), endpoint=self.endpoint)
+        if is_about_content(error):
+            return DataError(f"{self.uri(key)}: came damaged each time ({summary(error)})")
+        return UnavailableError(
+            f"{self.uri(key)}: {self.endpoint} {how}, at last with {summary(error)}; look at the endpoint, the network "
+            "and the proxy, then start the same job again"
+        )
 
     def _renew_credentials(self, old: "S3Client") -> None:
         """Go through the chain anew: boto3 renews a role's credentials by itself, but reads a file only once."""
@@ -101,7 +108,7 @@ class Bucket:
     def head(self, key: str) -> "HeadObjectOutputTypeDef":
         """Size and ETag of an object."""
         try:
-            return self.client.head_object(Bucket=self.name, Key=key)
+            found = self.client.head_object(Bucket=self.name, Key=key)
         except ClientError as error:
             status = status_and_code(error)[0]
             if status not in {400, 403}:
@@ -115,6 +122,8 @@ class Bucket:
             if status == 400:  # noqa: PLR2004 - HTTP's own number
                 raise HTTPClientError(error=error) from error  # it has passed: with a GET all is well
             raise
+        refuse_without(found, "ContentLength", "ETag")
+        return found
 
     def get(
         self,
@@ -128,6 +137,7 @@ class Bucket:
     ) -> tuple[bytearray, str]:
         """From `least` to `limit` + 1 bytes of an object and its ETag, in one attempt, on GetObject's `conditions`."""
         answer = self.client.get_object(Bucket=self.name, Key=key, **conditions)  # type: ignore[arg-type] # the stubs type each condition by itself
+        refuse_without(answer, "ContentLength", "ETag")
         data, body = bytearray(), answer["Body"]
         try:
             while piece := body.read(min(_PIECE_BYTES, limit + 1 - len(data))):
@@ -226,4 +236,5 @@ def _client(settings: StoreSettings) -> "S3Client":
     except (BotoCoreError, ValueError) as error:
         raise UsageError(f"S3 client: {summary(error)}; correct the AWS settings") from error
     bound_answers(client)
+    follow_no_endless_redirects(client)
     return client

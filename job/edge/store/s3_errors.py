@@ -1,5 +1,8 @@
 """What a failed S3 request means: try it again, or which error of ours it is. botocore's types end here."""
 
+import time
+from email.utils import parsedate_to_datetime
+
 from botocore.exceptions import (
     BotoCoreError,
     ChecksumError,
@@ -21,7 +24,7 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from job.core.errors import DeniedError, JobError, LocalDiskError, NotFoundError, UsageError
+from job.core.errors import DeniedError, JobError, LocalDiskError, NotFoundError, SickDeviceError, UsageError
 from job.edge.store.objects import PreconditionError
 
 S3_FAILURES = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
@@ -75,6 +78,8 @@ _BUSY_CODES = {
     "OperationAborted",
 }
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
+_CLOCK_CODES = {"RequestExpired", "RequestTimeTooSkewed"}
+_REDIRECTS = {301, 302, 307, 308}
 _DENIED_HINTS = {
     "ExpiredToken": "the session token has expired: renew the credentials",
     "ExpiredTokenException": "the session token has expired: renew the credentials",
@@ -82,8 +87,6 @@ _DENIED_HINTS = {
     "InvalidToken": "the session token is not valid: renew the credentials",
     "KMS.DisabledException": "the encryption key is disabled: enable it, or correct store.sse_kms_key",
     "KMS.NotFoundException": "the encryption key does not exist: correct store.sse_kms_key",
-    "RequestExpired": "the clock of this machine differs from the store's: set it",
-    "RequestTimeTooSkewed": "the clock of this machine differs from the store's: set it",
     "SignatureDoesNotMatch": "the secret key does not fit the access key: correct AWS_SECRET_ACCESS_KEY",
     "TokenRefreshRequired": "the session token has expired: renew the credentials",
 }
@@ -95,9 +98,9 @@ def is_passing(error: Exception) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, ClientError):
         status, code = status_and_code(error)
-        return code in _BUSY_CODES or (
-            code not in _NO_ROOM_CODES and status in _BUSY_STATUSES and code != "NotImplemented"
-        )
+        if code in _BUSY_CODES | _EXPIRED_CODES | _CLOCK_CODES or _is_redirect_to_nowhere(error):
+            return True
+        return code not in _NO_ROOM_CODES and status in _BUSY_STATUSES and code != "NotImplemented"
     return isinstance(error, _PASSING) and not _is_certificate(error)
 
 
@@ -109,6 +112,11 @@ def is_about_credentials(error: Exception) -> bool:
 def is_about_content(error: Exception) -> bool:
     """Whether the bytes that came are not those that the store has a checksum of."""
     return isinstance(error, ChecksumError | FlexibleChecksumError)
+
+
+def is_about_clocks(error: Exception) -> bool:
+    """Whether the store's clock and this machine's are too far apart; what sets clocks may be at it."""
+    return isinstance(error, ClientError) and status_and_code(error)[1] in _CLOCK_CODES
 
 
 def is_expired(error: Exception) -> bool:
@@ -139,14 +147,19 @@ def _refusal(error: ClientError, uri: str, endpoint: str) -> JobError | Precondi
     if status in {412, 416}:
         return PreconditionError(refusal)
     if status == _NO_ROOM_STATUS or code in _NO_ROOM_CODES:
-        return LocalDiskError(f"{refusal}: the store has no room; raise the quota or delete what is not needed")
+        advice = "raise the store's quota, or delete what is not needed there"
+        return LocalDiskError(f"{refusal}: the store has no room; {advice}", action=advice)
+    if code in _CLOCK_CODES:
+        return SickDeviceError(
+            f"{refusal}: this machine's clock is {_clock_difference(error)}; set it, or use another machine"
+        )
     if status in {401, 403} or code in _DENIED_HINTS or code.startswith("KMS."):
         return DeniedError(f"{refusal}; {_DENIED_HINTS.get(code, _DENIED_HINT)}")
     if status == 404:  # noqa: PLR2004 - HTTP's own number
         if error.operation_name == "PutObject" and code != "NoSuchBucket":
             return PreconditionError(refusal)  # If-Match on a key that does not exist
         return NotFoundError(f"{refusal}; correct the URI")
-    if code in _WRONG_REGION or status in {301, 307}:
+    if code in _WRONG_REGION or status in _REDIRECTS:
         return UsageError(f"{refusal}; set AWS_REGION to the bucket's region")
     if status in {411, 501}:
         return UsageError(f"{refusal}; if the store cannot take checksums, set store.checksums: false")
@@ -172,8 +185,27 @@ def summary(error: Exception) -> str:
         status, code = status_and_code(error)
         message = " ".join(str(error.response.get("Error", {}).get("Message") or "").split())[:_LONGEST_MESSAGE]
         parts = [str(status), code if code != str(status) else "", f"({message})" if message else ""]
-        return " ".join([*filter(None, parts), "to", error.operation_name])
+        said = " ".join([*filter(None, parts), "to", error.operation_name])
+        return f"{said}: a redirect that names no region" if _is_redirect_to_nowhere(error) else said
     return (str(error).splitlines() or [type(error).__name__])[0][:_LONGEST_MESSAGE]
+
+
+def _is_redirect_to_nowhere(error: ClientError) -> bool:
+    """Whether the store sends us on and does not say to which region: a new bucket, a proxy, no S3 store at all."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    named = "x-amz-bucket-region" in headers or "Region" in error.response.get("Error", {})
+    return status_and_code(error)[0] in _REDIRECTS and not named
+
+
+def _clock_difference(error: ClientError) -> str:
+    """How far this machine's clock is from the store's, which stands in each of its answers."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    try:
+        theirs = parsedate_to_datetime(str(headers.get("date"))).timestamp()
+    except ValueError:
+        return "not the store's"
+    ahead = round(time.time() - theirs)
+    return f"{abs(ahead):,} s {'ahead of' if ahead > 0 else 'behind'} the store's"
 
 
 def _is_certificate(error: Exception) -> bool:

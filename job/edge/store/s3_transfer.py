@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from job.core.errors import DataError, JobError, NotFoundError
 from job.edge.store.lanes import Lanes
 from job.edge.store.objects import Downloaded, PreconditionError, StoredObject, Uploaded
+from job.edge.store.s3_answers import refuse_without
 from job.edge.store.s3_bucket import Bucket, quoted
 from job.edge.store.s3_etags import new_md5
 from job.edge.store.whole_files import local_trouble, whole_file
@@ -199,7 +200,9 @@ class Upload:
         extra = {**self.bucket.encryption}
         if self.bucket.checksums:
             extra["ChecksumAlgorithm"] = "CRC32"
-        return self.bucket.client.create_multipart_upload(Bucket=self.bucket.name, Key=self.key, **extra)["UploadId"]
+        answer = self.bucket.client.create_multipart_upload(Bucket=self.bucket.name, Key=self.key, **extra)
+        refuse_without(answer, "UploadId")
+        return answer["UploadId"]
 
     def _send(self, upload_id: str, number: int, data: bytes) -> "CompletedPartTypeDef":
         answer = self.bucket.client.upload_part(
@@ -210,6 +213,7 @@ class Upload:
             Body=data,
             **self.bucket.checksum(zlib.crc32(data)),
         )
+        refuse_without(answer, "ETag")
         part: CompletedPartTypeDef = {"PartNumber": number, "ETag": answer["ETag"]}
         if "ChecksumCRC32" in answer:
             part["ChecksumCRC32"] = answer["ChecksumCRC32"]

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from job.core.errors import DeniedError, JobError, UnavailableError
+from job.core.errors import DeniedError, JobError, SickDeviceError, UnavailableError
 from job.edge.run.artifacts import Artifacts
 from job.edge.run.checkpoints import Checkpoint
 from job.edge.run.publisher import Publisher
@@ -25,6 +25,7 @@ class SlowArtifacts(Artifacts):
         self.fails_at: int | None = None
         self.away = 0
         """How often the store is still away."""
+        self.away_as: type[JobError] = UnavailableError
 
     def publish_checkpoint(self, folder, checkpoint):
         self.began.release()
@@ -34,7 +35,7 @@ class SlowArtifacts(Artifacts):
         if self.away:
             self.away -= 1
             self.leave.release()  # for the next try
-            raise UnavailableError("the store is away")
+            raise self.away_as("the store is away")
         super().publish_checkpoint(folder, checkpoint)
 
 
@@ -149,8 +150,9 @@ def test_closing_twice_is_harmless(publisher):
     assert not [t for t in threading.enumerate() if t.name == "publisher"]
 
 
-def test_a_store_that_is_away_is_waited_for(artifacts, publisher, committed, tmp_path):
-    artifacts.away = 3
+@pytest.mark.parametrize("trouble", [UnavailableError, SickDeviceError], ids=["a store", "a clock"])
+def test_a_store_that_is_away_is_waited_for(artifacts, publisher, committed, tmp_path, trouble):
+    artifacts.away, artifacts.away_as = 3, trouble
     artifacts.leave.release()
     submit(publisher, tmp_path, 1)
     for _ in range(4):
@@ -195,3 +197,27 @@ def test_a_failed_clearing_of_old_checkpoints_is_no_failure_of_the_run(artifacts
         submit(publisher, tmp_path, step)
     publisher.close()
     assert [c.step for c in committed] == [1, 2]
+
+
+def test_deleting_that_is_denied_is_said_once_and_tried_once(artifacts, tmp_path, committed):
+    tried, notes = [], []
+
+    def denied(*_args, **_kwargs):
+        tried.append(1)
+        raise DeniedError("403 AccessDenied to DeleteObjects")
+
+    artifacts.retain = denied
+    publisher = Publisher(
+        artifacts,
+        keep=2,
+        on_committed=lambda checkpoint, _: committed.append(checkpoint),
+        should_stop=lambda: False,
+        on_note=notes.append,
+    )
+    for step in (1, 2, 3):
+        artifacts.leave.release()
+        submit(publisher, tmp_path, step)
+    publisher.close()
+    assert [c.step for c in committed] == [1, 2, 3]
+    assert len(tried) == 1
+    assert notes == ["old checkpoints stay in the store: 403 AccessDenied to DeleteObjects"]
