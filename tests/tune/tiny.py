@@ -369,6 +369,7 @@ def stages_attempt(recipe: Recipe, folder: Path, *, should_stop: Callable[[], bo
         ask_to_stop=lambda _reason: None,
         is_kill_near=lambda: False,
         report_end=lambda _error: 70,
+        leave_word=lambda _error: None,
         grace_seconds=None,
         limits=Limits(grace_seconds=30.0),
         stall_seconds=None,
