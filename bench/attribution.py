@@ -84,7 +84,7 @@ def dequantise_by_bitsandbytes(weight, out):
         code=weight.code,
         blocksize=NF4_BLOCK,
         quant_type="nf4",
-        dtype=torch.bfloat16,
+        dtype=out.dtype,
         offset=weight.offset,
         state2=QuantState(
             absmax=weight.outer_scales, code=weight.scales_code, blocksize=NF4_OUTER_BLOCK, dtype=torch.float32

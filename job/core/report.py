@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from job.core.limits import StopFigures
+from job.core.memory import ComputeDtype
 from job.core.recipe import Section
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -105,6 +106,8 @@ class PlanReport(Section):
     """Layers that recomputed their activations in the backward pass."""
     compiled: bool = False
     """Whether the generic engine's layers were compiled, up to the last step."""
+    compute_dtype: ComputeDtype = "bf16"
+    """What the base computed in, up to the last step: fp32 on processors without instructions for bf16."""
     predicted_peak_bytes: int | None = None
     """The GPU's memory, at the peak of a step; None on the CPU."""
     reason: str

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from job.core.memory import NF4_BLOCK
+from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_name
-
-COMPUTE_DTYPE = torch.bfloat16
-"""What the base computes in: fp16 overflows in about one of five 7B runs (QLoRA's own README)."""
 
 
 def quantised_form(device: torch.device) -> dict[str, str]:
@@ -22,7 +20,7 @@ def quantised_form(device: torch.device) -> dict[str, str]:
     """
     versions = {name: importlib.metadata.version(name) for name in ("bitsandbytes", "torch", "transformers")}
     return {
-        **{name: str(value) for name, value in quantisation(COMPUTE_DTYPE).to_dict().items()},
+        **{name: str(value) for name, value in quantisation(compute_dtype(device)).to_dict().items()},
         "block_size": str(NF4_BLOCK),
         "device": device_name(device),
         "vectors": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "",

@@ -22,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 def write_copy(folder, base, *, dtype=torch.bfloat16):
     """The folder that holds what a base becomes in 4 bits."""
     folder.mkdir()
-    for name, content in quantised_files(load_base(base, device=CPU, dtype=dtype), base, dtype=dtype):
+    for name, content in quantised_files(load_base(base, device=CPU, dtype=dtype), base):
         (folder / name).write_bytes(content())
     return folder
 
@@ -107,7 +107,7 @@ def test_a_base_is_what_transformers_itself_makes_of_it(bases):
             base, quantization_config=nf4, dtype=torch.bfloat16, device_map="cpu"
         )
 
-        assert difference(theirs, load_base(base, device=CPU)) == []
+        assert difference(theirs, load_base(base, device=CPU, dtype=torch.bfloat16)) == []
 
 
 def test_the_host_holds_one_tensor_at_a_time_and_not_all_shards(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_the_host_holds_one_tensor_at_a_time_and_not_all_shards(tmp_path, monkey
         return quantise(*args, **kwargs)
 
     monkeypatch.setattr(bnb.functional, "quantize_4bit", looked_at)
-    load_base(base, device=CPU)
+    load_base(base, device=CPU, dtype=torch.bfloat16)
 
     assert len(resident) == 6 * 7
     assert max(resident) <= max(shards)
@@ -166,12 +166,14 @@ def test_tensors_are_divided_into_files_in_their_order_and_read_from_them(most_b
 
 
 def test_a_model_says_how_much_its_files_hold(bases, tied_base):
-    base = load_base(bases["llama"], device=CPU)
+    base = load_base(bases["llama"], device=CPU, dtype=torch.bfloat16)
     files = [content() for name, content in quantised_files(base, bases["llama"]) if name.endswith(".safetensors")]
 
     assert quantised_bytes(base) <= sum(map(len, files)) < quantised_bytes(base) + 20_000
     # The head of a tied model is its embeddings: 300 rows of 64 in bf16.
-    assert quantised_bytes(base) - quantised_bytes(load_base(tied_base, device=CPU)) == 2 * 300 * 64
+    assert (
+        quantised_bytes(base) - quantised_bytes(load_base(tied_base, device=CPU, dtype=torch.bfloat16)) == 2 * 300 * 64
+    )
 
 
 def test_a_damaged_file_of_a_copy_is_named(bases, tmp_path):
@@ -180,4 +182,4 @@ def test_a_damaged_file_of_a_copy_is_named(bases, tmp_path):
     weights.write_bytes(weights.read_bytes()[:3000])
 
     with pytest.raises(DataError, match="damaged"):
-        load_base(copy, device=CPU)
+        load_base(copy, device=CPU, dtype=torch.bfloat16)
