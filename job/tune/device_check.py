@@ -163,13 +163,16 @@ def _warnings(name: str, device: torch.device, free: int, total: int, held_by: s
 
 
 def _check_products(device: torch.device, name: str) -> None:
-    """Compare two products with the CPU's in fp32: one that has no rounding at all, one through the 4-bit kernels."""
+    """Compare two products with the CPU's in fp64: one that has no rounding at all, one through the 4-bit kernels.
+
+    In fp64, so that a processor that computes in fp32 is not its own judge.
+    """
     generator = torch.Generator().manual_seed(0)
     size = _SIZES[device.type]
     left, right = _signs(size, generator), _signs(size, generator)
     dtype = compute_dtype(device)
     product = left.to(device, dtype) @ right.to(device, dtype).T
-    wrong = int((product.float().cpu() != left @ right.T).sum())
+    wrong = int((product.double().cpu() != left.double() @ right.double().T).sum())
     if wrong:
         raise _computes_wrong(
             name, f"{wrong:,} of {product.numel():,} numbers of a product in {dtype_name(dtype)} are wrong"
@@ -179,7 +182,7 @@ def _check_products(device: torch.device, name: str) -> None:
     rows = torch.randn(_ROWS, _WIDTH, generator=generator).to(dtype)
     for count in (1, _ROWS):  # two kernels: one row, as in generating, and many, as in training
         product = torch.cat([multiply(part) for part in torch.split(rows.to(device), count)])
-        off = _largest_difference(product.float().cpu(), rows.float() @ weight.T)
+        off = _largest_difference(product.double().cpu(), rows.double() @ weight.double().T)
         if not off <= _FOUR_BIT_TOLERANCE:  # so that NaN fails too
             raise _computes_wrong(name, f"a 4-bit product of {count} rows is off by {off:.3f} of itself")
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from job.tune.device import compute_dtype
 
-CONVERSIONS = {"aten::_to_copy", "aten::alias", "aten::clone"}
+CONVERSIONS = {"aten::_to_copy", "aten::alias", "aten::clone", "aten::detach", "aten::view"}
 """What reading a base in bf16 and turning it into fp32 takes."""
 
 
@@ -88,7 +88,14 @@ def test_try_answers_in_fp32_there(job, processor):
     job.call("run")
     with Bf16Ops() as ops:
         ended = call(
-            "try", job.report()["run_uri"], "--prompt", "12 red hats\n", "--workdir", str(job.workdir), "--device", "cpu"
+            "try",
+            job.report()["run_uri"],
+            "--prompt",
+            "12 red hats\n",
+            "--workdir",
+            str(job.workdir),
+            "--device",
+            "cpu",
         )
 
     assert (ended.code, ops.computing) == (0, set())

@@ -24,7 +24,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def processor_multiplies_bf16() -> bool:
     """Whether this processor has the instructions, and oneDNN may use them (`ONEDNN_MAX_CPU_ISA` can forbid it)."""
     found = torch.cpu.get_capabilities()
-    if not torch.backends.mkldnn.is_available() or not any(found.get(name) for name in _BF16_INSTRUCTIONS):
+    onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call] # torch has no types here
+    if not onednn or not any(found.get(name) for name in _BF16_INSTRUCTIONS):
         return False
     # Alone it would not do: oneDNN also says yes where AVX-512 has no bf16 and it converts each number.
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 - torch has no other word for it
