@@ -87,7 +87,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model. It is read in 4 bits (NF4, double quantisation) and computes in bf16."""
+    """The base model, read in 4 bits (NF4, double quantisation). It computes in bf16; on processors without bf16 in fp32."""
 
     base: Uri
     """Hub id (`owner/name`), local folder, or `s3://` prefix of a Llama-like causal language model in safetensors."""
