@@ -87,7 +87,10 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model, read in 4 bits (NF4, double quantisation). It computes in bf16; on processors without bf16 in fp32."""
+    """The base model. It is read in 4 bits (NF4, double quantisation) and computes in bf16.
+
+    On processors that have no instructions for bf16 it computes in fp32, which is faster there.
+    """
 
     base: Uri
     """Hub id (`owner/name`), local folder, or `s3://` prefix of a Llama-like causal language model in safetensors."""
