@@ -7,7 +7,6 @@ latest.json                       a hint for people; resuming lists the manifest
 import contextlib
 import re
 import shutil
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,8 +186,12 @@ class Checkpoints:
         return sorted(begun), sorted(committed)
 
     def _is_old(self, checkpoint: Checkpoint) -> bool:
-        entries = self._run.store.list(f"{self._run.root}checkpoints/{checkpoint.name}/")
-        return all(time.time() - entry.modified > _LEFTOVER_SECONDS for entry in entries)
+        store, root = self._run.store, self._run.root
+        # By the clock that dated the files: our lock has just been written too. This machine's may be hours off.
+        now = max((entry.modified for entry in store.list(f"{root}lock.json")), default=0.0)
+        return all(
+            now - entry.modified > _LEFTOVER_SECONDS for entry in store.list(f"{root}checkpoints/{checkpoint.name}/")
+        )
 
     def _is_orphan(self, checkpoint: Checkpoint, attempt: int) -> bool:
         known = self._inherited
