@@ -89,7 +89,8 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model. It is read in 4 bits (NF4, double quantisation) and computes in bf16.
 
-    On processors that have no instructions for bf16 it computes in fp32, which is faster there.
+    On processors without instructions for bf16 (AVX512-BF16, AMX-BF16, Arm's BF16) it computes in fp32, which is many
+    times faster there; log and report say which.
     """
 
     base: Uri
