@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConf
 from job.core.errors import DataError
 from job.tune.device.compute_dtype import dtype_of
 from job.tune.model.config import CONFIG, read_config
-from job.tune.model.four_bit import quantisation, without_cpu_repacking
+from job.tune.model.four_bit import compute_in, quantisation, without_cpu_repacking
 from job.tune.model.tensor_files import Files, StoredTensor, sharded, stored_tensors, tensors_bytes
 
 
@@ -54,6 +54,8 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
         raise DataError(f"{folder}: a weights file is damaged ({error}); fetch the base model again") from error
     model.requires_grad_(False)  # noqa: FBT003 - torch's signature
     without_cpu_repacking(model)
+    if hasattr(config, "quantization_config") and not done:
+        compute_in(model, dtype)
     model.config.use_cache = False
     # `generate` takes what we leave open from here: a base's own sampling rules or repetition penalty.
     model.generation_config = GenerationConfig()

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -46,6 +47,17 @@ def without_cpu_repacking(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Have a base that was published in 4 bits compute in `dtype`, not in the one that its config names."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
+    exact = model._keep_in_fp32_modules_strict or ()  # noqa: SLF001 - transformers' own list
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in exact):
+            parameter.data = parameter.data.to(dtype)
 
 
 def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -76,6 +76,26 @@ def test_a_base_in_4_bits_comes_back_from_its_files_the_same_to_the_bit(
     assert not any(parameter.requires_grad for parameter in again.parameters())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "tied"])
+@pytest.mark.parametrize(
+    ("published", "dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+)
+def test_a_base_that_was_published_in_4_bits_computes_in_what_it_is_asked_to(
+    architecture, published, dtype, tied_and_others, tmp_path
+):
+    """Whoever published it named a dtype, which transformers and bitsandbytes would follow."""
+    copy = write_copy(tmp_path / "copy", tied_and_others[architecture], dtype=published)
+    base, plain = (load_base(folder, device=CPU, dtype=dtype) for folder in (copy, tied_and_others[architecture]))
+
+    assert {m.compute_dtype for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)} == {dtype}
+    assert base.get_input_embeddings().weight.dtype == base.get_output_embeddings().weight.dtype == dtype
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids).logits.float() for model in (base, plain))
+    assert torch.allclose(ours, theirs, atol=0.05 * float(theirs.abs().max()))
+
+
 def test_a_copy_says_of_its_base_what_the_base_itself_says(bases, tmp_path):
     copy = write_copy(tmp_path / "copy", bases["llama"])
     lora = LoraSection(r=4, targets=("q_proj", "lm_head"))
