@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     done = getattr(config, "quantization_config", None) == quantised.to_dict()
     try:
         tensors = stored_tensors(folder, device)
+        if dtype is torch.float32 and not hasattr(config, "quantization_config"):
+            # So that the base in 4 bits is the same on every processor, also one that was published in fp32.
+            tensors = {name: replace(tensor, in_bf16=True) for name, tensor in tensors.items()}
         _refuse_other_sizes(config.get_text_config(), tensors, folder)
         model = kind.from_pretrained(
             None,

@@ -77,6 +77,20 @@ def test_a_base_in_4_bits_comes_back_from_its_files_the_same_to_the_bit(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "tied"])
+def test_a_base_has_the_same_values_whatever_computes(architecture, tied_and_others):
+    """Published in fp32: it is rounded to bf16 before it is put into 4 bits on every processor."""
+    folder = tied_and_others[architecture]
+    assert {tensor.dtype for tensor in stored_tensors(folder, CPU).values()} == {"F32"}
+    of_bf16, of_fp32 = (load_base(folder, device=CPU, dtype=dtype) for dtype in DTYPES)
+
+    for (name, one), (_, other) in zip(of_bf16.named_parameters(), of_fp32.named_parameters(), strict=True):
+        assert torch.equal(one.data.to(other.dtype), other.data), name
+    for one, other in zip(of_bf16.modules(), of_fp32.modules(), strict=True):
+        if isinstance(one, bnb.nn.Linear4bit):
+            assert torch.equal(one.weight.quant_state.absmax, other.weight.quant_state.absmax)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "tied"])
 @pytest.mark.parametrize(
     ("published", "dtype"),
     [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)],
