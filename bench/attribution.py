@@ -32,13 +32,13 @@ from job.kernels.attention import Attention
 from job.kernels.decoder import Saving
 from job.kernels.ops import Ops
 from job.kernels.which_ops import ops_of
+from job.tune.device.compute_dtype import dtype_of
 from job.tune.device.device import choose_device
 from job.tune.engines.attention_choice import AttentionChoice
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.loop.optimizer import make_optimizer
 from job.tune.loop.step import go_on
 from job.tune.model.adapter import trainable
-from job.tune.model.four_bit import COMPUTE_DTYPE
 
 _OPS = [name for name in vars(Ops) if not name.startswith("_")]
 
@@ -84,7 +84,7 @@ def dequantise_by_bitsandbytes(weight, out):
         code=weight.code,
         blocksize=NF4_BLOCK,
         quant_type="nf4",
-        dtype=torch.bfloat16,
+        dtype=out.dtype,
         offset=weight.offset,
         state2=QuantState(
             absmax=weight.outer_scales, code=weight.scales_code, blocksize=NF4_OUTER_BLOCK, dtype=torch.float32
@@ -100,7 +100,7 @@ def _with(**ops):
         own = ops_of(loaded.device)
         parts = SimpleNamespace(**{name: getattr(own, name) for name in _OPS} | ops)
         saving = Saving(kept_layers=0, recomputed_layers=0)
-        return HandwrittenEngine(loaded.model, parts, dtype=COMPUTE_DTYPE, saving=saving)
+        return HandwrittenEngine(loaded.model, parts, dtype=dtype_of(loaded.model.model), saving=saving)
 
     return make
 

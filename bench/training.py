@@ -16,6 +16,7 @@ from job.core.records import Tally, checked_lines
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import encode
 from job.tune.data.frame import token_rules
+from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_memory
 from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
@@ -145,7 +146,7 @@ def load(recipe, engine, device, folder):
     course = plan_course(
         examples=len(documents), batch_size=train.batch_size, steps=train.steps, epochs=train.epochs, seed=train.seed
     )
-    loaded = load_base(base, device=device)
+    loaded = load_base(base, device=device, dtype=compute_dtype(device))
     model = PackedModel(attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=train.seed))
     accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
     choice = choose_engine(model, engine, backward=accelerator.backward)

@@ -1,6 +1,5 @@
 """How much uploads in the background slow training: the job's own steps beside the job's own publisher.
 
-    python recipes/demo_base.py .demo/base
     python -m bench.upload_slowdown recipes/demo.yaml [--set KEY=VALUE]... [--device cuda] [--engine fast]
         [--endpoint URL]
 

@@ -128,6 +128,7 @@ def _load(
     from peft import PeftModel
 
     from job.stages.base_source import BaseSource
+    from job.tune.device.compute_dtype import compute_dtype
     from job.tune.device.device import choose_device
     from job.tune.engines.packed_model import PackedModel
     from job.tune.model.base import load_base
@@ -149,8 +150,8 @@ def _load(
     files = {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in report.adapter.files.items()}
     folder = workdir / "adapters" / report.run_id
     artifacts.fetch_adapter(folder, files, should_stop=should_stop)
-    loaded = PeftModel.from_pretrained(load_base(base.folder, device=chosen), folder)
-    return base.folder, PackedModel(loaded).eval()
+    loaded = load_base(base.folder, device=chosen, dtype=compute_dtype(chosen))
+    return base.folder, PackedModel(PeftModel.from_pretrained(loaded, folder)).eval()
 
 
 def _unseen(_done: int, _of: int) -> None:

@@ -8,9 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from job.core.memory import GIB, AdapterShape, DeviceMemory, EngineName, MemoryParts, ModelShape, memory_parts
+from job.core.memory import (
+    GIB,
+    AdapterShape,
+    ComputeDtype,
+    DeviceMemory,
+    EngineName,
+    MemoryParts,
+    ModelShape,
+    memory_parts,
+)
 
-_CPU_MICRO_BATCH_TOKENS = 4096
+_CPU_MICRO_BATCH_TOKENS: dict[ComputeDtype, int] = {"bf16": 4096, "fp32": 2048}
+"""Activations in fp32 are twice as large: half as many take the same memory."""
 _MOST_MICRO_BATCH_TOKENS = 24576
 """Beyond this the device is no faster: 20.9 k tokens per second at 24,576, 20.8 k at 32,768 (H200, 7B)."""
 _FORWARD_ONLY, _MOST_EVALUATION_TOKENS = 4, 16384
@@ -41,6 +51,8 @@ class Cut:
     """Whether the decoder's layers are compiled."""
     device: str
     """The kind of device, by name."""
+    compute_dtype: ComputeDtype
+    """What the base computes in."""
 
     @property
     def checkpointing(self) -> bool:
@@ -93,11 +105,14 @@ def plan_memory(
             recomputed_layers=recomputed,
             compiled=compiled,
             device=device.name,
+            compute_dtype=device.compute_dtype,
         )
         return MemoryPlan(cut=cut, reason=reason, predicted_peak_bytes=peak)
 
     if device.kind == "cpu":
-        return planned(max(_CPU_MICRO_BATCH_TOKENS, max_length), 0, 0, reason="on the CPU", peak=None)
+        tokens = max(_CPU_MICRO_BATCH_TOKENS[device.compute_dtype], max_length)
+        without = ", in fp32: it has no instructions for bf16" if device.compute_dtype == "fp32" else ""
+        return planned(tokens, 0, 0, reason=f"on the CPU{without}", peak=None)
     parts = memory_parts(shape, adapter, engine, compiled=compiled)
     sizes = list(_sizes(shape, parts, int(_HEADROOM[engine] * device.free_bytes), max_length=max_length, engine=engine))
     if not sizes:
@@ -190,12 +205,14 @@ def _with_tokens(cut: Cut, during: Literal["step", "evaluation"], tokens: int) -
 def is_same_arithmetic(before: Cut, now: Cut) -> bool:
     """Whether both give the same numbers to the bit where micro-batches are alike.
 
-    That is a matter of the device, of the engine, and of compiled code. What is no longer compiled stays so.
+    That is a matter of the device, of what it computes in, of the engine, and of compiled code. What is no longer
+    compiled stays so.
     """
-    return before.device == now.device and before.engine == now.engine and before.compiled <= now.compiled
+    same = (before.device, before.compute_dtype, before.engine) == (now.device, now.compute_dtype, now.engine)
+    return same and before.compiled <= now.compiled
 
 
 def described(cut: Cut) -> str:
     """What makes its numbers equal to the bit, in words."""
     how = " on the fast engine" if cut.engine == "fast" else " with compiled layers" if cut.compiled else ""
-    return f"{cut.device}{how}"
+    return f"{cut.device} in {cut.compute_dtype}{how}"

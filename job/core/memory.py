@@ -10,6 +10,8 @@ EngineName = Literal["fast", "generic"]
 WantedEngine = Literal["auto", EngineName]
 """What a user can ask for."""
 LogitsKind = Literal["plain", "scaled", "capped"]
+ComputeDtype = Literal["bf16", "fp32"]
+"""What the base computes in: fp32 on processors without instructions for bf16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,8 @@ class DeviceMemory:
     """The kind of device, as it stands in the report."""
     free_bytes: int
     """Free before the base model is loaded."""
+    compute_dtype: ComputeDtype = "bf16"
+    """All GPUs that are accepted compute in bf16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

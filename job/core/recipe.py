@@ -87,7 +87,11 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model. It is read in 4 bits (NF4, double quantisation) and computes in bf16."""
+    """The base model. It is read in 4 bits (NF4, double quantisation) and computes in bf16.
+
+    On processors without instructions for bf16 (AVX512-BF16, AMX-BF16, Arm's BF16) it computes in fp32, which is many
+    times faster there; log and report say which.
+    """
 
     base: Uri
     """Hub id (`owner/name`), local folder, or `s3://` prefix of a Llama-like causal language model in safetensors."""

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from job.core.limits import StopFigures
+from job.core.memory import ComputeDtype
 from job.core.recipe import Section
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -107,6 +108,8 @@ class PlanReport(Section):
     """Whether the generic engine's layers were compiled, up to the last step."""
     recompilations: int = 0
     """How often a step of this attempt waited for the compiler, after layers had been compiled before the first."""
+    compute_dtype: ComputeDtype = "bf16"
+    """What the base computed in, up to the last step: fp32 on processors without instructions for bf16."""
     predicted_peak_bytes: int | None = None
     """The GPU's memory, at the peak of a step; None on the CPU."""
     reason: str

@@ -12,6 +12,7 @@ from job.edge.run.artifacts import Artifacts
 from job.stages.attempt import Phases
 from job.stages.base_source import BaseSource
 from job.stages.dataset import Dataset
+from job.tune.device.compute_dtype import compute_dtype
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import check_model
 from job.tune.model.adapter import attach_lora, parameter_counts, trainable
@@ -41,7 +42,7 @@ def load_model(inputs: Inputs, recipe: Recipe, phases: Phases) -> PackedModel:
         DataError: the base's weights cannot be read.
         UsageError: the recipe's targets or the base's architecture cannot be trained.
     """
-    base = load_base(inputs.base.folder, device=inputs.device)
+    base = load_base(inputs.base.folder, device=inputs.device, dtype=compute_dtype(inputs.device))
     if not inputs.base.quantised:
         with phases.phase("keep_copy"):
             inputs.source.keep(base, inputs.base, phases.on_beat)

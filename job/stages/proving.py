@@ -13,6 +13,7 @@ from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
+from job.tune.device.compute_dtype import compute_dtype
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.evaluate import evaluate
 from job.tune.model.base import load_base
@@ -37,7 +38,7 @@ def load_published(attempt: Attempt, inputs: Inputs, folder: Path, files: Mappin
     gc.collect()
     if inputs.device.type == "cuda":
         torch.cuda.empty_cache()
-    base = load_base(inputs.base.folder, device=inputs.device)
+    base = load_base(inputs.base.folder, device=inputs.device, dtype=compute_dtype(inputs.device))
     return PackedModel(PeftModel.from_pretrained(base, folder)).eval()
 
 

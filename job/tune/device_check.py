@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from job.core.errors import CannotFitError, SickDeviceError
-from job.core.memory import GIB, NF4_BLOCK
+from job.core.memory import GIB, NF4_BLOCK, ComputeDtype
+from job.tune.device.compute_dtype import compute_dtype, dtype_name
 from job.tune.device.device import device_name, driver_version
 from job.tune.device.failures import reason_of
-from job.tune.model.four_bit import COMPUTE_DTYPE, four_bit
+from job.tune.model.four_bit import four_bit
 
 _LEAST_CAPABILITY = (7, 5)
 """Compute capability that the 4-bit kernels need."""
@@ -57,6 +58,8 @@ class DeviceFacts:
     total_bytes: int | None
     free_bytes: int | None
     """Free memory of the GPU before the base is loaded."""
+    compute_dtype: ComputeDtype
+    """What the base computes in."""
     driver: str | None
     cuda: str | None
     """CUDA version that torch is built for; None: a torch without CUDA."""
@@ -85,6 +88,7 @@ def look_at_device(device: torch.device, *, held_by: str | None = None) -> Devic
             capability=None,
             total_bytes=None,
             free_bytes=None,
+            compute_dtype=dtype_name(compute_dtype(device)),
             driver=driver_version(),
             cuda=torch.version.cuda,
             torch=torch.__version__,
@@ -103,6 +107,7 @@ def look_at_device(device: torch.device, *, held_by: str | None = None) -> Devic
         capability="{}.{}".format(*capability),
         total_bytes=total,
         free_bytes=free,
+        compute_dtype=dtype_name(compute_dtype(device)),
         driver=driver_version(),
         cuda=torch.version.cuda,
         torch=torch.__version__,
@@ -158,20 +163,26 @@ def _warnings(name: str, device: torch.device, free: int, total: int, held_by: s
 
 
 def _check_products(device: torch.device, name: str) -> None:
-    """Compare two products with the CPU's in fp32: one that has no rounding at all, one through the 4-bit kernels."""
+    """Compare two products with the CPU's in fp64: one that has no rounding at all, one through the 4-bit kernels.
+
+    In fp64, so that a processor that computes in fp32 is not its own judge.
+    """
     generator = torch.Generator().manual_seed(0)
     size = _SIZES[device.type]
     left, right = _signs(size, generator), _signs(size, generator)
-    product = left.to(device, COMPUTE_DTYPE) @ right.to(device, COMPUTE_DTYPE).T
-    wrong = int((product.float().cpu() != left @ right.T).sum())
+    dtype = compute_dtype(device)
+    product = left.to(device, dtype) @ right.to(device, dtype).T
+    wrong = int((product.double().cpu() != left.double() @ right.double().T).sum())
     if wrong:
-        raise _computes_wrong(name, f"{wrong:,} of {product.numel():,} numbers of a bf16 product are wrong")
+        raise _computes_wrong(
+            name, f"{wrong:,} of {product.numel():,} numbers of a product in {dtype_name(dtype)} are wrong"
+        )
     weight = _four_bit_weight(size, generator)
-    multiply = four_bit(weight.to(device, COMPUTE_DTYPE))
-    rows = torch.randn(_ROWS, _WIDTH, generator=generator).to(COMPUTE_DTYPE)
+    multiply = four_bit(weight.to(device, dtype))
+    rows = torch.randn(_ROWS, _WIDTH, generator=generator).to(dtype)
     for count in (1, _ROWS):  # two kernels: one row, as in generating, and many, as in training
         product = torch.cat([multiply(part) for part in torch.split(rows.to(device), count)])
-        off = _largest_difference(product.float().cpu(), rows.float() @ weight.T)
+        off = _largest_difference(product.double().cpu(), rows.double() @ weight.double().T)
         if not off <= _FOUR_BIT_TOLERANCE:  # so that NaN fails too
             raise _computes_wrong(name, f"a 4-bit product of {count} rows is off by {off:.3f} of itself")
 
@@ -185,7 +196,7 @@ def _four_bit_weight(rows: int, generator: torch.Generator) -> Tensor:
     blocks = rows * _WIDTH // NF4_BLOCK
     codes = torch.tensor(_CODES)[torch.randint(0, len(_CODES), (blocks, NF4_BLOCK), generator=generator)]
     codes[:, 0] = 1.0  # the largest of a block is its scale
-    scales = (0.5 + torch.rand(blocks, 1, generator=generator)).to(COMPUTE_DTYPE).float()
+    scales = (0.5 + torch.rand(blocks, 1, generator=generator)).bfloat16().float()  # held exactly, whatever computes
     return (codes * scales).view(rows, _WIDTH)
 
 

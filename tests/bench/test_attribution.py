@@ -40,7 +40,7 @@ def test_what_changed_when_memory_ran_out_is_reported(tmp_path, base, examples, 
 def test_bitsandbytes_dequantises_what_the_reference_does(base):
     from job.tune.model.base import load_base
 
-    module = load_base(base, device=torch.device("cpu")).model.layers[0].mlp.down_proj
+    module = load_base(base, device=torch.device("cpu"), dtype=torch.bfloat16).model.layers[0].mlp.down_proj
     weight = linear_of(module).weight
     assert isinstance(weight, Quantised)
     found, expected = (torch.empty(weight.height, weight.width, dtype=torch.bfloat16) for _ in range(2))

@@ -11,7 +11,7 @@ def test_the_base_is_one_that_the_product_loads(base):
     from job.tune.model.base import load_base
     from job.tune.model.config import load_tokenizer
 
-    loaded = load_base(base, device=torch.device("cpu"))
+    loaded = load_base(base, device=torch.device("cpu"), dtype=torch.bfloat16)
     ids = load_tokenizer(base)("3 5 8", return_tensors="pt").input_ids
 
     assert ids[0].tolist() == [1, 6, 8, 11]

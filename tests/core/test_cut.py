@@ -194,6 +194,7 @@ def test_the_whole_way_down():
         recomputed_layers=3,
         compiled=False,
         device="H100",
+        compute_dtype="bf16",
     )
     seen = []
     while cut is not None:
@@ -208,6 +209,28 @@ def test_the_whole_way_down():
     ]
 
 
+@pytest.mark.parametrize(("dtype", "tokens"), [("bf16", 4096), ("fp32", 2048)])
+def test_on_a_processor_activations_take_as_much_in_fp32_as_in_bf16(dtype, tokens):
+    """Twice as many bytes each, half as many at once; but the longest example is never cut."""
+    short, long = (
+        plan_memory(
+            LLAMA_2_7B,
+            TUTORIAL,
+            engine="generic",
+            device=DeviceMemory(kind="cpu", name="CPU", free_bytes=0, compute_dtype=dtype),
+            max_length=max_length,
+            step_tokens=50_000,
+        )
+        for max_length in (512, 8192)
+    )
+
+    assert (short.cut.micro_batch_tokens, short.cut.evaluation_tokens, long.cut.micro_batch_tokens) == (
+        *(tokens, tokens),
+        8192,
+    )
+    assert (short.cut.compute_dtype, "no instructions for bf16" in short.reason) == (dtype, dtype == "fp32")
+
+
 @pytest.mark.parametrize(
     ("before", "now", "same"),
     [
@@ -217,8 +240,9 @@ def test_the_whole_way_down():
         ({"compiled": True}, {"compiled": False}, False),
         ({"device": "CPU, 2 threads"}, {}, False),
         ({"engine": "fast"}, {"engine": "generic"}, False),
+        ({"compute_dtype": "fp32"}, {}, False),
     ],
 )
-def test_device_engine_and_compiled_code_make_the_arithmetic(before, now, same):
+def test_device_dtype_engine_and_compiled_code_make_the_arithmetic(before, now, same):
     cut = planned(79 * GIB, engine="generic").cut
     assert is_same_arithmetic(replace(cut, **before), replace(cut, **now)) is same

@@ -54,7 +54,9 @@ def documents(tmp_path_factory):
 def model_of(tmp_path, architecture, *, dropout=0.0):
     base = write_base(tmp_path / architecture, config_of(architecture))
     lora = LoraSection(r=8, alpha=16, dropout=dropout, targets=EVERY_LINEAR)
-    model = PackedModel(attach_lora(load_base(base, device=CUDA), lora, source="tiny", revision=None, seed=0))
+    model = PackedModel(
+        attach_lora(load_base(base, device=CUDA, dtype=torch.bfloat16), lora, source="tiny", revision=None, seed=0)
+    )
     torch.manual_seed(1)
     for parameter in trainable(model):
         parameter.data.normal_(std=0.05)

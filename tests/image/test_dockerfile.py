@@ -180,7 +180,8 @@ def checkout(tmp_path):
         *("Dockerfile", "entrypoint.py", "LICENSE", "README.md", "pyproject.toml", ".env", "pip.conf", ".netrc"),
         *(".git/config", ".venv/bin/python", ".demo/store/report.json", "work/models/model.safetensors", ".lab/key"),
         *("job/cli.py", "job/core/errors.py", "job/__pycache__/cli.cpython-312.pyc", "job/core/__pycache__/e.pyc"),
-        *("recipes/demo.yaml", "recipes/shop-orders/train.jsonl", "locks/cuda.txt", "tests/conftest.py"),
+        *("recipes/demo.yaml", "recipes/shop-orders/train.jsonl", "recipes/demo-base/model.safetensors"),
+        *("locks/cuda.txt", "tests/conftest.py"),
         *("k8s/ask.txt", "k8s/secret.yaml", "slurm/ask.txt", "slurm/train.sbatch", "bench/RESULTS.md", "sbom.cdx.json"),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +195,8 @@ def test_only_what_the_image_is_made_of_goes_to_the_builder(checkout):
 
     assert sent - {"Dockerfile"} == {  # which the builder itself needs
         *("entrypoint.py", "LICENSE", "job/cli.py", "job/core/errors.py"),
-        *("recipes/demo.yaml", "recipes/shop-orders/train.jsonl", "locks/cuda.txt"),
+        *("recipes/demo.yaml", "recipes/shop-orders/train.jsonl", "recipes/demo-base/model.safetensors"),
+        "locks/cuda.txt",
         *("k8s/ask.txt", "slurm/ask.txt"),
     }
 

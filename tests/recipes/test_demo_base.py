@@ -1,5 +1,6 @@
 """The demo's base model: a few steps of the real build, then read as any model from the hub is read."""
 
+import hashlib
 import json
 import random
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+SHIPPED = Path(__file__).parents[2] / "recipes/demo-base"
 SMALL = {"steps": 3, "warmup_steps": 2, "stories_per_step": 4, "layers": 1, "hidden": 64}
 
 
@@ -131,3 +133,62 @@ def test_after_the_demos_cue_the_base_has_only_read_plain_sentences(stories):
 
     assert len(cued) > 100
     assert not [line for line in cued if "|" in line]
+
+
+# --- the base that is shipped ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """What stands beside it: by what and on what it was built, and how far it learned."""
+    return json.loads((SHIPPED / "built_by.json").read_text())
+
+
+def test_the_shipped_base_is_of_this_script_and_none_of_its_bytes_is_another_one(demo_base, shipped):
+    """After a change of a script beside the recipes: `python recipes/demo_base.py recipes/demo-base`."""
+    assert shipped["fingerprint"] == demo_base.fingerprint(demo_base.Size())
+    assert shipped["weights_sha256"] == hashlib.sha256(weights_of(SHIPPED)).hexdigest()
+    assert len(weights_of(SHIPPED)) < 2e6
+
+
+def test_its_tokenizer_is_the_one_that_the_script_trains(demo_base, tmp_path):
+    chance = random.Random(demo_base.SEED + 1)
+    stories = [demo_base.write_story(chance) for _ in range(demo_base.STORIES_FOR_THE_TOKENIZER)]
+    demo_base.train_tokenizer(stories, demo_base.Size().vocabulary).save_pretrained(tmp_path)
+
+    assert (tmp_path / "tokenizer.json").read_bytes() == (SHIPPED / "tokenizer.json").read_bytes()
+
+
+def loss_on(folder, stories):
+    """Nats a token, of stories that it has not read."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    losses = []
+    with torch.no_grad():
+        for story in stories:
+            ids = tokenizer(story, return_tensors="pt").input_ids
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+    return sum(losses) / len(losses)
+
+
+def test_it_knows_stories_that_it_has_not_read(stories):
+    assert loss_on(SHIPPED, stories[:64]) < 1.2
+
+
+@pytest.mark.demo_base
+def test_built_anew_it_is_the_same_to_the_bit_on_the_same_kind_of_machine_and_learns_as_well_on_another(
+    demo_base, shipped, stories, tmp_path
+):
+    demo_base.ensure_base(tmp_path / "base", demo_base.Size())
+
+    built = json.loads((tmp_path / "base/built_by.json").read_text())
+    if all(built[name] == shipped[name] for name in demo_base.machine()):
+        assert built == shipped
+        assert weights_of(tmp_path / "base") == weights_of(SHIPPED)
+    else:
+        assert loss_on(tmp_path / "base", stories[:256]) == pytest.approx(loss_on(SHIPPED, stories[:256]), rel=0.1)

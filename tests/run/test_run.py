@@ -125,13 +125,14 @@ def test_plain_peft_loads_the_adapter_and_gives_the_reported_loss(finished, base
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     job, _ended = finished
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job.report()["plan"]["compute_dtype"]]
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
-    plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=torch.bfloat16, device_map="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=dtype, device_map="cpu")
     model = PeftModel.from_pretrained(plain, job.only_run() / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     total, count = 0.0, 0

@@ -73,9 +73,15 @@ def test_without_a_checkpoint_it_begins_at_the_start(start, tmp_path):
 @pytest.mark.parametrize(
     ("before", "now", "said"),
     [
-        ({"compiled": True}, {}, "on CPU after CPU with compiled layers"),
-        ({"compiled": True}, {"engine": "fast"}, "on CPU on the fast engine after CPU with compiled layers"),
-        ({}, {"device": "H100", "compiled": True}, "on H100 with compiled layers after CPU"),
+        ({"compiled": True}, {}, "on CPU in bf16 after CPU in bf16 with compiled layers"),
+        (
+            {"compiled": True},
+            {"engine": "fast"},
+            "on CPU in bf16 on the fast engine after CPU in bf16 with compiled layers",
+        ),
+        ({}, {"device": "H100", "compiled": True}, "on H100 in bf16 with compiled layers after CPU in bf16"),
+        ({}, {"compute_dtype": "fp32"}, "on CPU in fp32 after CPU in bf16"),
+        ({"compute_dtype": "fp32"}, {}, "on CPU in bf16 after CPU in fp32"),
     ],
 )
 @pytest.mark.parametrize(("dropout", "masks"), [(0.0, ""), (0.1, " (and dropout draws other masks)")])
@@ -122,6 +128,29 @@ def test_a_run_that_commit_0d8f748_began_goes_on_and_dropout_s_other_masks_are_r
     assert made.progress.losses == whole.progress.losses
     for mine, theirs in zip(made.adapter(), whole.adapter(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def in_format_2(state):
+    """Every device computed in bf16, and the cut did not say so."""
+    state["format"] = 2
+    del state["progress"]["cut"]["compute_dtype"]
+
+
+@pytest.mark.parametrize("earlier", [in_format_2, as_0d8f748_wrote_it])
+@pytest.mark.parametrize(("now", "changes"), [("bf16", 0), ("fp32", 1)])
+def test_what_an_earlier_version_began_was_in_bf16(start, stored, tmp_path, earlier, now, changes):
+    def wrote(state):
+        earlier(state)
+        state["progress"].get("plan", {}).pop("compute_dtype", None)
+
+    _, artifacts = stored(wrote, lora=LoraSection(r=8, alpha=16, targets=("v_proj",), dropout=0.0))
+    made = start(steps=6, lora=LoraSection(r=8, alpha=16, targets=("v_proj",), dropout=0.0))
+    made.progress.cut = cut_of(64, compute_dtype=now)
+    resumed(made, artifacts, tmp_path)
+
+    assert made.progress.cut == cut_of(64, compute_dtype=now)
+    assert len(made.progress.changes) == changes
+    assert all("in fp32 after CPU in bf16: equal within rounding" in each for each in made.progress.changes)
 
 
 def test_what_its_plan_did_not_say_is_as_it_is_planned_now(start, stored, tmp_path):

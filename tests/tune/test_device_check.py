@@ -8,6 +8,7 @@ import torch
 
 from job.core.errors import CannotFitError, SickDeviceError
 from job.tune import device_check as preflight
+from job.tune.device import compute_dtype
 from job.tune.device_check import look_at_device
 
 CPU = torch.device("cpu")
@@ -56,19 +57,23 @@ def test_a_device_that_computes_right_is_let_through_and_random_numbers_stay_as_
     assert facts.warnings == ()
 
 
-def test_one_wrong_number_in_a_bf16_product_is_seen(monkeypatch):
+@pytest.mark.parametrize(("has_bf16", "name"), [(True, "bf16"), (False, "fp32")])
+def test_one_wrong_number_in_a_product_is_seen(monkeypatch, has_bf16, name):
     """The product has no rounding at all, so the smallest step of bf16 that is possible in it is a fault."""
+    monkeypatch.setattr(compute_dtype, "processor_multiplies_bf16", lambda: has_bf16)
     multiply = torch.Tensor.__matmul__
 
     def wrong(left, right):
         product = multiply(left, right)
-        if product.dtype is torch.bfloat16:
+        if product.dtype is not torch.float64:  # what it is compared with
             product[300, 7] += 2
         return product
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", wrong)
 
-    with pytest.raises(SickDeviceError, match=r"CPU, .* computes wrongly: 1 of 262,144 numbers of a bf16 product"):
+    with pytest.raises(
+        SickDeviceError, match=rf"CPU, .* computes wrongly: 1 of 262,144 numbers of a product in {name}"
+    ):
         look_at_device(CPU)
 
 

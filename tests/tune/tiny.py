@@ -394,6 +394,7 @@ def cut_of(micro_batch_tokens: int, **other: Any) -> Cut:
             recomputed_layers=0,
             compiled=False,
             device="CPU",
+            compute_dtype="bf16",
         ),
         **other,
     )

@@ -268,7 +268,9 @@ def _retry_after_seconds(error: Exception) -> float | None:
     if re.fullmatch(r"\d+", value):
         return float(value)
     with suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        # A moment on the hub's clock, which need not be ours.
+        now = parsedate_to_datetime(response.headers.get("Date", ""))
+        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
     if (match := re.search(r";\s*t=(\d+)", response.headers.get("RateLimit", ""))) and response.status_code == 429:  # noqa: PLR2004 Too Many Requests
         return float(match[1])
     return None

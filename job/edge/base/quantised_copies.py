@@ -212,8 +212,9 @@ class QuantisedCopy:
             return None
 
     def _forget_old_ones(self) -> None:
-        mine = self.folder.parent.glob(f"{self._name.partition('-')[0]}-*")
-        for folder in sorted(map(LocalFolder, mine), key=_used_at, reverse=True)[_KEPT:]:
+        others = (path for path in self.folder.parent.glob(f"{self._name.partition('-')[0]}-*") if path != self.folder)
+        # Ours is the one used last, also on a machine whose clock was set back meanwhile.
+        for folder in sorted(map(LocalFolder, others), key=_used_at, reverse=True)[_KEPT - 1 :]:
             folder.delete()
 
 

@@ -8,9 +8,9 @@ that lags behind hides nothing from it, and thousands of checkpoints are not lis
 """
 
 import contextlib
+import math
 import re
 import shutil
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +55,7 @@ class _Stored:
     """What stands in the store."""
 
     begun: dict[Checkpoint, float] = field(default_factory=dict)
-    """Those with a file, and when the newest was written (Unix seconds, by the store's clock)."""
+    """Those with a file, and when the newest was written (Unix seconds, by the store's clock); ours are never old."""
     committed: set[Checkpoint] = field(default_factory=set)
     """Those of them with a manifest."""
 
@@ -82,16 +82,18 @@ class Checkpoints:
             newest = Checkpoint(step=int(hinted[1]), attempt=int(hinted[2]))
             if newest not in known.committed and self._folder(newest).is_committed():
                 log.info("checkpoint_not_listed", checkpoint=newest.name, message="the store's listing lags behind")
-                known.begun[newest] = time.time()
+                known.begun[newest] = math.inf
                 known.committed.add(newest)
         self._inherited, self._known = frozenset(known.committed), known
 
     def sweep(self) -> list[str]:
         """Delete checkpoints that were never committed and are old; their names."""
         stored = self._stored()
+        # By the clock that dated the files: our lock has just been written too. This machine's may be hours off.
+        now = max((entry.modified for entry in self._run.store.list(f"{self._run.root}lock.json")), default=0.0)
         swept = []
         for checkpoint, written in sorted(stored.begun.items()):
-            if checkpoint not in stored.committed and time.time() - written > _LEFTOVER_SECONDS:
+            if checkpoint not in stored.committed and now - written > _LEFTOVER_SECONDS:
                 self._run.confirm()
                 self._folder(checkpoint).delete()
                 self._forget(checkpoint)
@@ -106,7 +108,7 @@ class Checkpoints:
         """
         stored = self._folder(checkpoint)
         if self._known is not None:
-            self._known.begun[checkpoint] = time.time()
+            self._known.begun[checkpoint] = math.inf
         with stored.commit(_facts(checkpoint, fence=self._run.fence), create_only=True) as files:
             for path in sorted(folder.iterdir()):
                 crash_point("checkpoint.before_file")

@@ -10,6 +10,7 @@ import torch
 
 from job.core.errors import CannotFitError, SickDeviceError
 from job.core.memory import DeviceMemory
+from job.tune.device.compute_dtype import compute_dtype, dtype_name
 from job.tune.device.failures import reason_of
 
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
@@ -94,7 +95,9 @@ def gpu_bus_id(device: torch.device) -> str | None:
 def device_memory(device: torch.device) -> DeviceMemory:
     """The device's memory that is free now."""
     if device.type != "cuda":
-        return DeviceMemory(kind="cpu", name=device_name(device), free_bytes=0)
+        return DeviceMemory(
+            kind="cpu", name=device_name(device), free_bytes=0, compute_dtype=dtype_name(compute_dtype(device))
+        )
     return DeviceMemory(kind="cuda", name=device_name(device), free_bytes=torch.cuda.mem_get_info(device)[0])
 
 

@@ -12,6 +12,7 @@ from job.core.errors import UsageError
 from job.core.memory import EngineName, WantedEngine
 from job.kernels.decoder import Saving
 from job.kernels.which_ops import has_triton, ops_of
+from job.tune.device.compute_dtype import dtype_of
 from job.tune.device.failures import error_line
 from job.tune.engines.attention import reason_against_fused_attention
 from job.tune.engines.autograd import AutogradEngine
@@ -20,7 +21,6 @@ from job.tune.engines.families import reason_against
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import difference
-from job.tune.model.four_bit import COMPUTE_DTYPE
 
 log = structlog.get_logger(__name__)
 
@@ -36,13 +36,7 @@ class Choice:
     """Whether it compiles the decoder's layers."""
 
 
-def choose_engine(
-    model: PackedModel,
-    wanted: WantedEngine,
-    *,
-    backward: Callable[[Tensor], Any],
-    dtype: torch.dtype = COMPUTE_DTYPE,
-) -> Choice:
+def choose_engine(model: PackedModel, wanted: WantedEngine, *, backward: Callable[[Tensor], Any]) -> Choice:
     """The fast engine where it knows the model and agrees with the generic one on this device.
 
     Else the generic one, with our linear layers where those agree with PEFT's own.
@@ -51,7 +45,6 @@ def choose_engine(
         model: base and adapter, on the device.
         wanted: `auto`, or one of the two.
         backward: autograd's, or accelerate's.
-        dtype: to compute in.
 
     Raises:
         UsageError: `fast` is asked for, and does not know the model or differs.
@@ -70,7 +63,7 @@ def choose_engine(
     if against is None:
         try:
             engine = HandwrittenEngine(
-                model, ops_of(device), dtype=dtype, saving=Saving(kept_layers=0, recomputed_layers=0)
+                model, ops_of(device), dtype=dtype_of(model.model), saving=Saving(kept_layers=0, recomputed_layers=0)
             )
             against = difference(model, engine, AutogradEngine(model, backward))
         except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way

@@ -29,8 +29,11 @@ _OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE = (
 )
 FILES = (*ADAPTER_FILES, _OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE)
 """What a checkpoint is made of."""
-_FORMAT = 2
-"""Format of the state. The first had no number, held the cut as `plan`, and drew dropout from the generators' state."""
+_FORMAT = 3
+"""Format of the state. The first had no number, held the cut as `plan`, and drew dropout from the generators' state;
+the second's cut did not hold what is computed in."""
+_BEFORE_FORMAT_3: dict[str, Any] = {"compute_dtype": "bf16"}
+"""What every cut was, on every device."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,13 +124,16 @@ def load(state: State, folder: Path, *, layers: int) -> Loaded:
     """
     content = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     version = content.get("format", 1)
-    if version not in {1, _FORMAT}:
+    if version not in range(1, _FORMAT + 1):
         raise DataError(
             f"{folder}: its state has format {version}, and this version of the job reads up to {_FORMAT}; start it "
             "with the image that wrote the checkpoint, or a newer one"
         )
     progress = dict(content["progress"])
-    cut = _cut_of_format_1(progress.pop("plan"), state.progress.cut, layers) if version == 1 else Cut(**progress["cut"])
+    if version == 1:
+        cut = _cut_of_format_1(progress.pop("plan"), state.progress.cut, layers)
+    else:
+        cut = Cut(**(_BEFORE_FORMAT_3 | progress["cut"]))
     load_adapter(state.model, folder)
     state.optimizer.load_state_dict(_unflatten(load_file(folder / _OPTIMIZER), content["optimizer"]))
     state.scheduler.load_state_dict(content["scheduler"])
@@ -139,11 +145,11 @@ def load(state: State, folder: Path, *, layers: int) -> Loaded:
 
 
 def _cut_of_format_1(plan: Mapping[str, Any], planned: Cut, layers: int) -> Cut:
-    """The cut in a state of format 1; what an even older version did not hold yet is as planned now."""
+    """The cut in a state of format 1; what an even older version did not hold is as planned now."""
     known = {name: plan[name] for name in Cut.__slots__ if name in plan}
     if plan.get("checkpointing") and not plan.get("recomputed_layers"):
         known["recomputed_layers"] = layers  # autograd recomputes all or none, which only the switch recorded
-    return replace(planned, **known)
+    return replace(planned, **(_BEFORE_FORMAT_3 | known))
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

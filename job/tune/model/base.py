@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 from job.core.errors import DataError
+from job.tune.device.compute_dtype import dtype_of
 from job.tune.model.config import CONFIG, read_config
-from job.tune.model.four_bit import COMPUTE_DTYPE, quantisation, without_cpu_repacking
+from job.tune.model.four_bit import compute_in, quantisation, without_cpu_repacking
 from job.tune.model.tensor_files import Files, StoredTensor, sharded, stored_tensors, tensors_bytes
 
 
-def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUTE_DTYPE) -> Any:
+def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     """The base in 4 bits (NF4, double quantisation), frozen; embeddings, norms and head in `dtype`.
 
     Tensor by tensor: from the file to the device, and there into 4 bits, so that the host's memory never holds more
@@ -38,6 +40,9 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
     done = getattr(config, "quantization_config", None) == quantised.to_dict()
     try:
         tensors = stored_tensors(folder, device)
+        if dtype is torch.float32 and not hasattr(config, "quantization_config"):
+            # So that the base in 4 bits is the same on every processor, also one that was published in fp32.
+            tensors = {name: replace(tensor, in_bf16=True) for name, tensor in tensors.items()}
         _refuse_other_sizes(config.get_text_config(), tensors, folder)
         model = kind.from_pretrained(
             None,
@@ -53,6 +58,8 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype = COMPUT
         raise DataError(f"{folder}: a weights file is damaged ({error}); fetch the base model again") from error
     model.requires_grad_(False)  # noqa: FBT003 - torch's signature
     without_cpu_repacking(model)
+    if hasattr(config, "quantization_config") and not done:
+        compute_in(model, dtype)
     model.config.use_cache = False
     # `generate` takes what we leave open from here: a base's own sampling rules or repetition penalty.
     model.generation_config = GenerationConfig()
@@ -76,16 +83,16 @@ def _refuse_other_sizes(config: Any, tensors: Mapping[str, StoredTensor], folder
     raise DataError(f"{folder}/{CONFIG}: describes {told}, but {found}; copy the model again")
 
 
-def quantised_files(base: Any, folder: Path, *, dtype: torch.dtype = COMPUTE_DTYPE) -> Files:
+def quantised_files(base: Any, folder: Path) -> Files:
     """A base that `load_base` has just loaded, as files that it reads again without quantising.
 
     Args:
         base: with nothing added to it yet.
         folder: where it was loaded from.
-        dtype: what it was loaded with.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    yield CONFIG, json.dumps(config | {"quantization_config": quantisation(dtype).to_dict()}, indent=2).encode
+    form = quantisation(dtype_of(base)).to_dict()
+    yield CONFIG, json.dumps(config | {"quantization_config": form}, indent=2).encode
     yield from sharded(_tensors(base))
 
 

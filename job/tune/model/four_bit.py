@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -9,10 +10,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from job.core.memory import NF4_BLOCK
+from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_name
-
-COMPUTE_DTYPE = torch.bfloat16
-"""What the base computes in: fp16 overflows in about one of five 7B runs (QLoRA's own README)."""
 
 
 def quantised_form(device: torch.device) -> dict[str, str]:
@@ -22,7 +21,7 @@ def quantised_form(device: torch.device) -> dict[str, str]:
     """
     versions = {name: importlib.metadata.version(name) for name in ("bitsandbytes", "torch", "transformers")}
     return {
-        **{name: str(value) for name, value in quantisation(COMPUTE_DTYPE).to_dict().items()},
+        **{name: str(value) for name, value in quantisation(compute_dtype(device)).to_dict().items()},
         "block_size": str(NF4_BLOCK),
         "device": device_name(device),
         "vectors": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "",
@@ -48,6 +47,17 @@ def without_cpu_repacking(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Have a base that was published in 4 bits compute in `dtype`, not in the one that its config names."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
+    exact = model._keep_in_fp32_modules_strict or ()  # noqa: SLF001 - transformers' own list
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in exact):
+            parameter.data = parameter.data.to(dtype)
 
 
 def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -37,12 +37,16 @@ class StoredTensor:
     """How many, as they are stored."""
     on_cpu: bool
     """Whether it stays on the host: then it is copied, or the model would live in the file's own pages."""
+    in_bf16: bool = False
+    """Whether its values are rounded to bf16, as they are where bf16 computes."""
 
     def __getitem__(self, index: Any) -> Tensor:
         if self.on_cpu:
             _give_back_freed_memory()
         with safe_open(self.file, framework="pt") as file:
             part: Tensor = file.get_slice(self.name)[index]
+        if self.in_bf16 and part.is_floating_point():
+            return part.bfloat16().to(part.dtype)
         return part.clone() if self.on_cpu else part
 
     def get_dtype(self) -> str:

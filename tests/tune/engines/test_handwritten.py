@@ -322,7 +322,7 @@ def test_a_norm_with_a_zero_is_left_to_autograd(family):
 def test_asked_for_it_is_taken_once_it_agrees(family):
     model = adapted(family["llama"], lora_of())
     before = [parameter.clone() for parameter in trainable(model)]
-    choice = choose_engine(model, "fast", backward=torch.Tensor.backward, dtype=torch.float32)
+    choice = choose_engine(model, "fast", backward=torch.Tensor.backward)
 
     assert (choice.name, type(choice.engine)) == ("fast", HandwrittenEngine)
     assert all(torch.equal(parameter, old) for parameter, old in zip(trainable(model), before, strict=True))
@@ -332,7 +332,7 @@ def test_asked_for_it_is_taken_once_it_agrees(family):
 def test_where_it_does_not_fit_asking_for_it_is_refused(bases):
     model = adapted(bases["gemma2"], LoraSection(r=4, targets="all-linear"))
     with pytest.raises(UsageError, match=r"--engine fast: .* not of the Llama family"):
-        choose_engine(model, "fast", backward=torch.Tensor.backward, dtype=torch.float32)
+        choose_engine(model, "fast", backward=torch.Tensor.backward)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "generic"])

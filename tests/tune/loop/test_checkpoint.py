@@ -204,7 +204,7 @@ def test_the_adapter_file_holds_the_adapter_and_not_the_head(saved):
 
 def test_plain_peft_reads_the_adapter(saved, bases, documents):
     made, folder = saved
-    base = load_base(bases["llama"], device=CPU)
+    base = load_base(bases["llama"], device=CPU, dtype=torch.bfloat16)
     plain = PeftModel.from_pretrained(base, str(folder)).eval()
     batch = micro_batch(documents, [5])
     made.model.eval()

@@ -42,7 +42,8 @@ def test_how_a_batch_is_cut_changes_neither_losses_nor_weights(start, tmp_path, 
         assert other.progress.grad_norms == pytest.approx(runs[8].progress.grad_norms, rel=1e-5)
         for mine, theirs in zip(other.adapter(), runs[8].adapter(), strict=True):
             assert theirs.any()
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+            # Adam divides by the gradient's own size: where that is near zero, rounding shows more than elsewhere.
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=5e-5 * float(theirs.abs().max()))
 
 
 def test_every_target_token_of_a_step_counts_the_same(start, documents):

@@ -63,7 +63,7 @@ def test_an_adapter_on_the_head_gets_a_gradient(any_model, documents):
 
 
 def test_a_tied_head_as_a_target_is_refused(tied_base):
-    base = load_base(tied_base, device=CPU)
+    base = load_base(tied_base, device=CPU, dtype=torch.bfloat16)
     with pytest.raises(UsageError, match=r"tied.*leave lm_head out"):
         attach_lora(base, LoraSection(targets=("q_proj", "lm_head")), source="x", revision=None, seed=0)
 
@@ -84,7 +84,7 @@ def test_a_tied_base_without_its_head_as_a_target_learns(tied_base, documents):
 
 
 def test_an_unknown_target_is_named_with_those_that_exist(bases):
-    base = load_base(bases["llama"], device=CPU)
+    base = load_base(bases["llama"], device=CPU, dtype=torch.bfloat16)
     with pytest.raises(UsageError, match=r"c_attn: no linear module.*it has down_proj, gate_proj, k_proj, lm_head"):
         attach_lora(base, LoraSection(targets=("q_proj", "c_attn")), source="x", revision=None, seed=0)
 
@@ -111,7 +111,7 @@ def test_a_damaged_weights_file_is_named(bases, tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"damaged.*fetch the base model again"):
-        load_base(tmp_path, device=CPU)
+        load_base(tmp_path, device=CPU, dtype=torch.bfloat16)
 
 
 def test_a_folder_that_is_no_base_is_refused(tmp_path):

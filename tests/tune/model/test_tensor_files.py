@@ -22,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 def write_copy(folder, base, *, dtype=torch.bfloat16):
     """The folder that holds what a base becomes in 4 bits."""
     folder.mkdir()
-    for name, content in quantised_files(load_base(base, device=CPU, dtype=dtype), base, dtype=dtype):
+    for name, content in quantised_files(load_base(base, device=CPU, dtype=dtype), base):
         (folder / name).write_bytes(content())
     return folder
 
@@ -76,6 +76,41 @@ def test_a_base_in_4_bits_comes_back_from_its_files_the_same_to_the_bit(
     assert not any(parameter.requires_grad for parameter in again.parameters())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "tied"])
+def test_a_base_has_the_same_values_whatever_computes(architecture, tied_and_others):
+    """Published in fp32: it is rounded to bf16 before it is put into 4 bits on every processor."""
+    folder = tied_and_others[architecture]
+    assert {tensor.dtype for tensor in stored_tensors(folder, CPU).values()} == {"F32"}
+    of_bf16, of_fp32 = (load_base(folder, device=CPU, dtype=dtype) for dtype in DTYPES)
+
+    for (name, one), (_, other) in zip(of_bf16.named_parameters(), of_fp32.named_parameters(), strict=True):
+        assert torch.equal(one.data.to(other.dtype), other.data), name
+    for one, other in zip(of_bf16.modules(), of_fp32.modules(), strict=True):
+        if isinstance(one, bnb.nn.Linear4bit):
+            assert torch.equal(one.weight.quant_state.absmax, other.weight.quant_state.absmax)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "tied"])
+@pytest.mark.parametrize(
+    ("published", "dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+)
+def test_a_base_that_was_published_in_4_bits_computes_in_what_it_is_asked_to(
+    architecture, published, dtype, tied_and_others, tmp_path
+):
+    """Whoever published it named a dtype, which transformers and bitsandbytes would follow."""
+    copy = write_copy(tmp_path / "copy", tied_and_others[architecture], dtype=published)
+    base = load_base(copy, device=CPU, dtype=dtype)
+    plain = load_base(tied_and_others[architecture], device=CPU, dtype=published)
+
+    assert {m.compute_dtype for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)} == {dtype}
+    assert base.get_input_embeddings().weight.dtype == base.get_output_embeddings().weight.dtype == dtype
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids).logits.float() for model in (base, plain))
+    assert torch.allclose(ours, theirs, atol=0.05 * float(theirs.abs().max()))
+
+
 def test_a_copy_says_of_its_base_what_the_base_itself_says(bases, tmp_path):
     copy = write_copy(tmp_path / "copy", bases["llama"])
     lora = LoraSection(r=4, targets=("q_proj", "lm_head"))
@@ -107,7 +142,7 @@ def test_a_base_is_what_transformers_itself_makes_of_it(bases):
             base, quantization_config=nf4, dtype=torch.bfloat16, device_map="cpu"
         )
 
-        assert difference(theirs, load_base(base, device=CPU)) == []
+        assert difference(theirs, load_base(base, device=CPU, dtype=torch.bfloat16)) == []
 
 
 def test_the_host_holds_one_tensor_at_a_time_and_not_all_shards(tmp_path, monkeypatch):
@@ -124,7 +159,7 @@ def test_the_host_holds_one_tensor_at_a_time_and_not_all_shards(tmp_path, monkey
         return quantise(*args, **kwargs)
 
     monkeypatch.setattr(bnb.functional, "quantize_4bit", looked_at)
-    load_base(base, device=CPU)
+    load_base(base, device=CPU, dtype=torch.bfloat16)
 
     assert len(resident) == 6 * 7
     assert max(resident) <= max(shards)
@@ -166,12 +201,14 @@ def test_tensors_are_divided_into_files_in_their_order_and_read_from_them(most_b
 
 
 def test_a_model_says_how_much_its_files_hold(bases, tied_base):
-    base = load_base(bases["llama"], device=CPU)
+    base = load_base(bases["llama"], device=CPU, dtype=torch.bfloat16)
     files = [content() for name, content in quantised_files(base, bases["llama"]) if name.endswith(".safetensors")]
 
     assert quantised_bytes(base) <= sum(map(len, files)) < quantised_bytes(base) + 20_000
     # The head of a tied model is its embeddings: 300 rows of 64 in bf16.
-    assert quantised_bytes(base) - quantised_bytes(load_base(tied_base, device=CPU)) == 2 * 300 * 64
+    assert (
+        quantised_bytes(base) - quantised_bytes(load_base(tied_base, device=CPU, dtype=torch.bfloat16)) == 2 * 300 * 64
+    )
 
 
 def test_a_damaged_file_of_a_copy_is_named(bases, tmp_path):
@@ -180,4 +217,4 @@ def test_a_damaged_file_of_a_copy_is_named(bases, tmp_path):
     weights.write_bytes(weights.read_bytes()[:3000])
 
     with pytest.raises(DataError, match="damaged"):
-        load_base(copy, device=CPU)
+        load_base(copy, device=CPU, dtype=torch.bfloat16)
