@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from job.core.errors import DeniedError, JobError, LocalDiskError, NotFoundError
+from pydantic import ValidationError
+
+from job.core.errors import DataError, DeniedError, JobError, LocalDiskError, NotFoundError
+from job.core.recipe import Recipe
 from job.core.report import Report
+from job.core.run_record import first_mistake
 from job.edge.relative_paths import located
 from job.edge.run.artifacts import Artifacts, finished_runs, runs_of
 from job.edge.store.objects import StoreSettings
@@ -27,8 +31,24 @@ def open_run(run_uri: str) -> tuple[Artifacts, Report]:
     """
     output, run_id = _parts(run_uri)
     report = _report(Artifacts(open_store(output, StoreSettings()), run_id), output)
-    settings = StoreSettings(**report.recipe["store"])
+    store = recipe_of(report).store
+    settings = StoreSettings(sse_kms_key=store.sse_kms_key, checksums=store.checksums)
     return Artifacts(open_store(output, settings), run_id), report
+
+
+def recipe_of(report: Report) -> Recipe:
+    """The recipe that a report holds.
+
+    Raises:
+        DataError: it is none of this version of the job.
+    """
+    try:
+        return Recipe.model_validate(report.recipe)
+    except ValidationError as error:
+        raise DataError(
+            f"{report.run_uri}/report.json: its recipe is none that this version of the job reads "
+            f"({first_mistake(error)}); use the image that wrote it"
+        ) from error
 
 
 def run_of_recipe(worker: Worker, run_id: str | None) -> tuple[Artifacts, Report]:
@@ -81,11 +101,11 @@ def look_at(run_uri: str) -> RunRow:
     record = artifacts.run_record()
     if record is None:
         return RunRow(run_id=run_id, recipe={}, report=None, standing="not there")
-    content = artifacts.report()
+    content = artifacts.read_report()
     return RunRow(
         run_id=run_id,
-        recipe=record["recipe"],
-        report=None if content is None else Report.model_validate(content),
+        recipe=recipe if isinstance(recipe := record.get("recipe"), dict) else {},
+        report=content,
         standing="finished" if content is not None else f"not finished: {_standing(artifacts)}",
     )
 
@@ -104,7 +124,7 @@ def _standing(artifacts: Artifacts) -> str:
     attempts = artifacts.attempts()
     if attempts:
         last = attempts[-1]
-        ended = "at work, or killed" if last["end"] is None else f"exit {last['end']['exit_code']}"
+        ended = "at work, or killed" if last["end"] is None else f"exit {last['end'].get('exit_code')}"
         words.append(f"attempt {last['number']}: {ended}")
     return ", ".join(words)
 
@@ -121,9 +141,9 @@ def _parts(run_uri: str) -> tuple[str, str]:
 
 
 def _report(artifacts: Artifacts, output: str, *, named_by_recipe: bool = False) -> Report:
-    content = artifacts.report()
+    content = artifacts.read_report()
     if content is not None:
-        return Report.model_validate(content)
+        return content
     if artifacts.run_record() is not None:
         raise NotFoundError(
             f"{located(artifacts.uri)}: no report.json; the run is not finished yet ({_standing(artifacts)})",

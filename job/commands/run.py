@@ -61,4 +61,6 @@ def _carry_out(attempt: Attempt, held: Held) -> Report:
 def _already_done(attempt: Attempt, found: Run) -> Report:
     attempt.standing.run_uri = found.artifacts.uri
     log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
-    return Report.model_validate(found.artifacts.report())
+    report = found.artifacts.read_report()
+    assert report is not None, "it is done"
+    return report

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from job.commands.report import open_run
+from job.commands.report import open_run, recipe_of
 from job.core.asking import asked_fields, fields_given, prompt_of
 from job.core.errors import DataError, NotFoundError, UsageError
 from job.core.recipe import DataSection, Recipe, is_hub_id
@@ -61,7 +61,7 @@ def try_out(
 
     quiet_libraries()
     artifacts, report = open_run(run_uri)
-    recipe = Recipe.model_validate(report.recipe)
+    recipe = recipe_of(report)
     prompts = chain(asked.prompts, [*_made_prompts(asked, recipe.data)])  # before a base is loaded for a wrong one
     folder, model = _load(artifacts, report, recipe, workdir=workdir, device=device, should_stop=should_stop)
     tokenizer = load_tokenizer(folder)

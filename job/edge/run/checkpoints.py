@@ -212,11 +212,7 @@ class Latest:
                 data, self._etag = self._run.store.read(self._key, max_bytes=SMALL_BYTES)
             except DataError:  # a hint is never so large, and nothing depends on it
                 data, self._etag = b"", self._run.etag(self._key)
-            try:
-                content = json_object(data)
-            except ValueError:
-                content = {}
-            self.write(content)
+            self.write(_hint(data))
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Swap it; what an attempt that died wrote in between is replaced, what a living one wrote is not."""
@@ -237,6 +233,16 @@ class Latest:
         if self._etag is None:
             return self._run.store.write(self._key, data, create_only=True)
         return self._run.store.write(self._key, data, if_match=self._etag)
+
+
+def _hint(data: bytes) -> Facts:
+    """What latest.json may say, from what stands there."""
+    try:
+        content = json_object(data)
+    except ValueError:
+        return {}
+    kinds = {"checkpoint": str, "step": int}
+    return {name: content[name] for name, kind in kinds.items() if type(content.get(name)) is kind}
 
 
 def _facts(checkpoint: Checkpoint, *, fence: Any) -> Facts:
