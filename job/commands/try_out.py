@@ -123,11 +123,11 @@ def _load(
     should_stop: Callable[[], bool],
 ) -> tuple[Path, Any]:
     """The base's folder, and the base with the run's adapter on it."""
-    from peft import PeftModel
-
     from job.stages.base_source import BaseSource
     from job.tune.device.device import choose_device
     from job.tune.engines.packed_model import PackedModel
+    from job.tune.loop.checkpoint import ADAPTER_FILES, load_adapter
+    from job.tune.model.adapter import attach_lora
     from job.tune.model.base import load_base
 
     settings = StoreSettings(sse_kms_key=recipe.store.sse_kms_key, checksums=recipe.store.checksums)
@@ -146,9 +146,19 @@ def _load(
     base = source.fetch(_unseen)
     files = {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in report.adapter.files.items()}
     folder = workdir / "adapters" / report.run_id
-    artifacts.fetch_adapter(folder, files, should_stop=should_stop)
-    loaded = PeftModel.from_pretrained(load_base(base.folder, device=chosen), folder)
-    return base.folder, PackedModel(loaded).eval()
+    if ADAPTER_FILES[0] not in files:
+        raise DataError(f"{report.run_uri}/report.json: names no {ADAPTER_FILES[0]}; start the run again")
+    artifacts.fetch_adapter(folder, {ADAPTER_FILES[0]: files[ADAPTER_FILES[0]]}, should_stop=should_stop)
+    # By the recipe and the weights alone: a description in a bucket may ask a library for anything.
+    model = attach_lora(
+        load_base(base.folder, device=chosen),
+        recipe.lora,
+        source=identity.source,
+        revision=recipe.model.revision,
+        seed=recipe.train.seed,
+    )
+    load_adapter(model, folder)
+    return base.folder, PackedModel(model).eval()
 
 
 def _unseen(_done: int, _of: int) -> None:

@@ -11,7 +11,7 @@ import structlog
 
 from job.core.errors import DataError, DeniedError, NotFoundError, RunConflictError
 from job.core.recipe import DataSection, Fraction, Recipe, identity_of
-from job.core.run_record import RECORD_VERSION, RecordedObject, read_run_record
+from job.core.run_record import RECORD_VERSION, RecordedObject, RunRecord, read_run_record
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.relative_paths import relative_note
@@ -219,15 +219,7 @@ def _from_record(wanted: _Wanted, artifacts: Artifacts, record: Mapping[str, Any
         DataError: it is not what this job writes there, or names data that the recipe does not.
     """
     try:
-        read = read_run_record({**record})
-        if read.run_id != artifacts.run_id:
-            raise ValueError(f"run_id: it is the record of {read.run_id!a:.80}")
-        data = wanted.recipe.data
-        train = _recorded(read.data.train, data.train, side="train")
-        held_out = () if isinstance(data.validation, Fraction) else data.validation
-        validation = _recorded(read.data.validation, held_out, side="validation")
-        if bool(validation) != bool(held_out):
-            raise ValueError("data.validation: the recipe holds out examples in another way")
+        train, validation = _recorded_sides(read_run_record({**record}), artifacts.run_id, wanted.recipe.data)
     except ValueError as error:
         raise DataError(
             f"{artifacts.uri}/run.json: damaged, or changed by somebody ({error}); look at who can write there, and "
@@ -244,15 +236,26 @@ def _from_record(wanted: _Wanted, artifacts: Artifacts, record: Mapping[str, Any
     )
 
 
+def _recorded_sides(record: RunRecord, run_id: str, data: DataSection) -> Sides:
+    """The record's objects by side, if it is that of this run, and they are within what the recipe names."""
+    if record.run_id != run_id:
+        raise ValueError(f"run_id: it is the record of {record.run_id!a:.80}")
+    held_out = () if isinstance(data.validation, Fraction) else data.validation
+    if bool(record.data.validation) != bool(held_out):
+        raise ValueError("data.validation: the recipe holds out examples in another way")
+    return (
+        _recorded(record.data.train, data.train, side="train"),
+        _recorded(record.data.validation, held_out, side="validation"),
+    )
+
+
 def _recorded(objects: Sequence[RecordedObject], uris: Sequence[str], *, side: str) -> tuple[StoredObject, ...]:
     """The objects of one side, each one that the recipe's own URIs can mean: who chooses the data is the recipe."""
     may = may_name(uris)
     for o in objects:
         if not may(o.uri):
             raise ValueError(f"data.{side}: {o.uri!a:.200} is not within what the recipe's data.{side} names")
-    return tuple(
-        StoredObject(uri=o.uri, key=o.uri, etag=o.etag, version=o.version, size=o.size) for o in objects
-    )
+    return tuple(StoredObject(uri=o.uri, key=o.uri, etag=o.etag, version=o.version, size=o.size) for o in objects)
 
 
 def _objects(objects: Sequence[StoredObject]) -> list[dict[str, Any]]:
@@ -273,8 +276,7 @@ def _hash(content: Mapping[str, Any]) -> str:
 
 def _differences(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The keys in which a record differs, for a message."""
-    pairs = [
-        (name, found if isinstance(found := record.get(name), dict) else {}, wanted[name]) for name in ("base", "recipe")
-    ]
+    parts = {name: part for name, part in record.items() if isinstance(part, Mapping)}
+    pairs = [(name, parts.get(name, {}), wanted[name]) for name in ("base", "recipe")]
     keys = [f"{name}.{key}" for name, old, new in pairs for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return ", ".join(keys) or "its format"

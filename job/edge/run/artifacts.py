@@ -202,12 +202,14 @@ class Artifacts:
     def _attempt_record(self, name: str) -> dict[str, Any] | None:
         try:
             record = self._run.read_json(f"attempts/{name}", max_bytes=ATTEMPT_BYTES)
-            if record is not None and (wrong := wrong_value(record)) is not None:
-                raise DataError(f"{self.uri}/attempts/{name}: damaged ({wrong})")
         except DataError as error:
-            log.warning("attempt_record_passed_over", reason=str(error))
-            return None
-        return record
+            reason: str | None = str(error)
+        else:
+            reason = None if record is None else wrong_value(record)
+            if reason is None:
+                return record
+        log.warning("attempt_record_passed_over", record=f"{self.uri}/attempts/{name}", reason=reason)
+        return None
 
     def attempt_numbers(self) -> list[int]:
         """The numbers taken so far, in order."""
@@ -236,10 +238,15 @@ class Artifacts:
         return self._checkpoints.fetch(checkpoint, folder, should_stop=should_stop, only=only)
 
     def fetch_newest(
-        self, folder: Path, *, should_stop: Callable[[], bool], only: Collection[str] | None = None
+        self,
+        folder: Path,
+        *,
+        should_stop: Callable[[], bool],
+        only: Collection[str] | None = None,
+        refusal: Callable[[Checkpoint, Path], str | None] = lambda _checkpoint, _folder: None,
     ) -> tuple[Checkpoint | None, list[dict[str, str]]]:
         """As `Checkpoints.fetch_newest`."""
-        return self._checkpoints.fetch_newest(folder, should_stop=should_stop, only=only)
+        return self._checkpoints.fetch_newest(folder, should_stop=should_stop, only=only, refusal=refusal)
 
     def retain(self, steps: Collection[int], *, newest: int) -> None:
         """As `Checkpoints.retain`, for our own attempt."""

@@ -120,7 +120,12 @@ class Checkpoints:
         return wanted
 
     def fetch_newest(
-        self, folder: Path, *, should_stop: Callable[[], bool], only: Collection[str] | None = None
+        self,
+        folder: Path,
+        *,
+        should_stop: Callable[[], bool],
+        only: Collection[str] | None = None,
+        refusal: Callable[[Checkpoint, Path], str | None] = lambda _checkpoint, _folder: None,
     ) -> tuple[Checkpoint | None, list[dict[str, str]]]:
         """Bring the newest checkpoint that verifies into the folder.
 
@@ -128,6 +133,7 @@ class Checkpoints:
             folder: gets a folder by the checkpoint's name.
             should_stop: polled while files arrive.
             only: the files that make a checkpoint; one whose manifest names fewer is passed over.
+            refusal: takes one that verifies, in its folder; says why it is no good, or None where it is.
 
         Returns:
             Which one it is (None: there is none), and those passed over, each with the reason.
@@ -141,10 +147,13 @@ class Checkpoints:
                 try:
                     self.fetch(checkpoint, folder / checkpoint.name, should_stop=should_stop, only=only)
                 except (DataError, NotFoundError) as error:
-                    shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
                     reason = str(error)
                 else:
-                    return checkpoint, passed_over
+                    found = refusal(checkpoint, folder / checkpoint.name)
+                    if found is None:
+                        return checkpoint, passed_over
+                    reason = found
+                shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
             log.warning("checkpoint_passed_over", checkpoint=checkpoint.name, reason=reason)
             passed_over.append({"checkpoint": checkpoint.name, "reason": reason})
         return None, passed_over
