@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import select
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -61,6 +62,7 @@ def cli(session: Session, log_format: str) -> None:
     # Threads that wait by spinning make training eight times slower as soon as anything else wants a core, and eat a
     # container's CPU quota. It is read when torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.umask(os.umask(0) | stat.S_IWOTH)  # what we leave is used again as ours: nobody else may change it
 
 
 @cli.command()
@@ -79,6 +81,8 @@ def cli(session: Session, log_format: str) -> None:
 def run(session: Session, /, recipe: Path, **options: Any) -> None:
     """Carry the recipe's run to its committed report; a finished run is left as it is, an unfinished one resumed."""
     attempt = make_attempt(session, recipe, options)
+    # Compiled code is loaded from there, and by itself torch takes a folder in /tmp whose name anybody can guess.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(attempt.worker.workdir / "cache" / "inductor"))
     if options["crash_at"]:
         from job.edge.host.crashing import arm
 

@@ -13,6 +13,7 @@ from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.dataset_files import fetch_files, read_lines
 from job.edge.host.logs import quiet_libraries
+from job.edge.host.planted import refuse_planted
 from job.edge.store.objects import StoredObject
 from job.edge.store.opening import credentials_source
 from job.render.report_text import histogram_lines
@@ -42,7 +43,11 @@ def check(worker: Worker, *, run_id: str | None, phases: Phases, on_row: Callabl
 
     Returns:
         The first failure, if there was one.
+
+    Raises:
+        DeniedError: the work folder holds what others put there.
     """
+    refuse_planted(worker.workdir)
     rows: list[Row] = []
 
     def look(name: str, action: Callable[[], tuple[str, T]]) -> T | None:

@@ -16,6 +16,7 @@ from job.core.report import Report
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.host.logs import quiet_libraries
+from job.edge.host.planted import refuse_planted
 from job.edge.relative_paths import located
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.folder import FileEntry
@@ -60,6 +61,7 @@ def try_out(
     from job.tune.model.config import load_tokenizer
 
     quiet_libraries()
+    refuse_planted(workdir)
     artifacts, report = open_run(run_uri)
     recipe = recipe_of(report)
     prompts = chain(asked.prompts, [*_made_prompts(asked, recipe.data)])  # before a base is loaded for a wrong one
