@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
+from urllib.parse import unquote
 
 import click
 import structlog
@@ -101,7 +102,7 @@ def run(session: Session, /, recipe: Path, **options: Any) -> None:
         report=f"{report.run_uri}/report.json",
     )
     if not session.as_json:
-        _say("\n" + "\n".join(report_lines(report)) + f"\n\nreport: {report.run_uri}/report.json")
+        _say(session, "", *report_lines(report), "", f"report: {report.run_uri}/report.json")
 
 
 @cli.command()
@@ -118,10 +119,10 @@ def check(session: Session, /, recipe: Path, **options: Any) -> None:
     from job.commands.check import check as look
 
     def show(row: Row) -> None:
-        first, *rest = session.hide(row.found).splitlines()
-        _say(f"{'ok ' if row.error is None else 'NO '} {row.name:<11} {first}")
+        first, *rest = row.found.splitlines()
+        _say(session, f"{'ok ' if row.error is None else 'NO '} {row.name:<11} {first}")
         for line in rest:
-            _say(f"{'':<16}{line}")
+            _say(session, f"{'':<16}{line}")
 
     found = f"{recipe}: run would write to {attempt.worker.recipe.output}"
     show(Row(name="recipe", found="\n".join([found, *set_lines(attempt.overrides)])))
@@ -177,10 +178,10 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     found = plan(attempt.worker, gpus, run_id=attempt.run_id, phases=attempt.phases)
     facts = found.data, found.candidates, found.work, found.forecasts
     if options["as_json"]:
-        text = plan_json(*facts, usd_per_hour=usd_per_hour).model_dump_json(indent=2)
+        lines = plan_json(*facts, usd_per_hour=usd_per_hour).model_dump_json(indent=2).splitlines()
     else:
-        text = "\n".join(plan_lines(*facts, templates=ask_templates(), usd_per_hour=usd_per_hour))
-    _say(session.hide(text))
+        lines = plan_lines(*facts, templates=ask_templates(), usd_per_hour=usd_per_hour)
+    _say(session, *lines)
 
 
 @cli.command(name="try")
@@ -237,7 +238,10 @@ def try_run(
     only_warnings()
 
     def show(prompt: str, base: str, tuned: str) -> None:
-        _say(f"prompt  {prompt}\nbase    {base}\ntuned   {tuned}\n")
+        for name, text in (("prompt", prompt), ("base", base), ("tuned", tuned)):
+            first, *rest = text.split("\n")
+            _say(session, f"{name:<7} {first}", *(f"{'':<7} {line}" for line in rest))  # theirs begin further in
+        _say(session, "")
 
     written = [typed(prompt.text) for prompt in prompts]
     asked = Asked(
@@ -278,12 +282,11 @@ def report(session: Session, /, runs: tuple[str, ...], **options: Any) -> None:
         uris = [uri for name in runs for uri in run_uris(name)]
         if tuple(uris) != runs or len(uris) > 1:
             rows = [look_at(uri) for uri in uris]
-            _say("\n".join(runs_table(rows)))
+            _say(session, *runs_table(rows))
             session.failure = unfinished(rows)
             return
         artifacts, found = open_run(uris[0])
-    _say("\n".join(report_lines(found)))
-    _say(leave_pictures(artifacts, found))
+    _say(session, *report_lines(found), leave_pictures(artifacts, found))
 
 
 @cli.command()
@@ -304,7 +307,7 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
     from job.commands.fetch import fetch as bring
 
     path = bring(attempt.worker, attempt.phases, folder)
-    _say(f"fetched; on the node without internet: python entrypoint.py run {path}")
+    _say(session, f"fetched; on the node without internet: python entrypoint.py run {path}")
 
 
 def main(interrupt: Interrupt) -> int:
@@ -329,9 +332,9 @@ def main(interrupt: Interrupt) -> int:
         return session.end(session.failure, shown=True)
 
 
-def _say(text: str) -> None:
-    """To standard output; records, answers and names in it are by strangers."""
-    click.echo(visible(text))
+def _say(session: Session, *lines: str) -> None:
+    """Lines to standard output; records, answers and names in them are by strangers, who shall not begin new ones."""
+    click.echo("\n".join(visible(session.hide(line)).replace("\n", r"\n") for line in lines))
 
 
 @contextlib.contextmanager
@@ -375,5 +378,8 @@ def _typed(should_stop: Callable[[], bool]) -> Iterator[str]:
 
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:
-    """Values that must never be shown."""
-    return [value for name, value in environment.items() if value and _SECRET_NAME.search(name)]
+    """Values that must never be shown; those that a proxy's URL carries among them."""
+    named = [value for name, value in environment.items() if value and _SECRET_NAME.search(name)]
+    pairs = [found[1] for value in environment.values() for found in re.finditer(r"://([^/\s]+)@", value)]
+    passwords = [password for pair in pairs if (password := pair.partition(":")[2])]
+    return [*named, *pairs, *passwords, *map(unquote, passwords)]

@@ -27,6 +27,8 @@ _LONGEST_HEADER_BYTES = 2**24
 """A tensor takes a hundred bytes of it; the format itself would allow six times as many."""
 _MOST_BYTES = (((_CONFIG,), 2**20), (_TOKENIZER, 2**27), (("*.json", "*.jinja"), 2**25))
 """Of the small files by kind, the first that matches: several times the largest that are published."""
+_MOST_DOCUMENT_BYTES = 2**20
+"""Of a card or a licence; the longest licences have a tenth of it."""
 _LARGEST = MappingProxyType(
     {
         **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1000),
@@ -90,6 +92,16 @@ def refuse_unusable(names: Collection[str], *, source: str, complete: bool) -> N
         )
     if complete:
         raise NotFoundError(f"{source}: neither {_SINGLE} nor {_INDEX}; correct model.base")
+
+
+def wanted_files(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The small files that are brought: a card or licence of megabytes is left where it is, for nothing depends on it.
+
+    Args:
+        sizes: name -> bytes.
+    """
+    large = {name for name, size in sizes.items() if size > _MOST_DOCUMENT_BYTES and _matches(name, _DOCUMENTS)}
+    return {name: sizes[name] for name in small_files(sizes) if name not in large}
 
 
 def refuse_large(sizes: Mapping[str, int], *, source: str) -> None:

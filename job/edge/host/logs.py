@@ -15,6 +15,8 @@ import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor
 
+from job.core.visible import visible
+
 HIDDEN = "[hidden]"
 _SHORTEST_SECRET = 8
 _DEEPEST = 12
@@ -46,7 +48,9 @@ _SECRET_SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
     (re.compile(r"\bhf_(?:[a-z]+_)?[A-Za-z0-9]{16,}"), HIDDEN),
-    (re.compile(r"(?<=://)[^/\s'\"@]*:[^/\s'\"]*@"), f"{HIDDEN}@"),
+    # User and password, or one token, before a host. AWS's secret half may hold a slash; a port is no password.
+    (re.compile(r"(?<=://)[^/\s'\"@:]*:(?!\d+/)[^\s'\"@]*@(?:[^/\s'\"@]*@)*"), f"{HIDDEN}@"),
+    (re.compile(r"(?<=://)[^/\s'\"]+@"), f"{HIDDEN}@"),
 )
 _SECRET_NAMES = re.compile(
     r"(?i)(?:.*[_-])?(?:password|passwd|secret|secret[_-](?:access[_-])?key|api[_-]?key|authorization"
@@ -260,7 +264,7 @@ class _Console:
         line = "  ".join(
             [self._paint(clock, "\x1b[2m"), *parts, *([self._paint(values, "\x1b[36m")] if values else [])]
         )
-        return "\n".join([line, *blocks, *([] if trace is None else [trace])])
+        return "\n".join([line, *blocks, *([] if trace is None else [visible(trace)])])
 
     def _paint(self, text: str, colour: str) -> str:
         return f"{colour}{text}\x1b[0m" if self._colours and text else text

@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from job.core.visible import visible
 from job.edge.host.logs import redact
 
 LIMIT_BYTES = 4096
@@ -72,7 +73,7 @@ class Outcome:
                     "state": "ended",
                     "code": code,
                     "again": again,
-                    "reason": redact(reason),
+                    "reason": visible(redact(reason)),
                     "action": action,
                     "last_committed_step": last_committed_step,
                     "run_uri": run_uri,
