@@ -17,7 +17,7 @@ import structlog
 from job import __version__
 from job.core.errors import UsageError
 from job.core.given import Given, as_records, set_lines
-from job.core.visible import visible
+from job.core.visible import one_line
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import LastingOutput
 from job.ending import Session
@@ -334,7 +334,7 @@ def main(interrupt: Interrupt) -> int:
 
 def _say(session: Session, *lines: str) -> None:
     """Lines to standard output; records, answers and names in them are by strangers, who shall not begin new ones."""
-    click.echo("\n".join(visible(session.hide(line)).replace("\n", r"\n") for line in lines))
+    click.echo("\n".join(one_line(session.hide(line)) for line in lines))
 
 
 @contextlib.contextmanager

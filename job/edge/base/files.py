@@ -21,6 +21,7 @@ _SMALL = ("*.json", "*.jinja", *_TOKENIZER, *_DOCUMENTS)
 _CHAT_TEMPLATES = "additional_chat_templates"
 _CARD_CHARACTERS = 1 << 16
 """Of a model's card: front matter is shorter, and what follows it is not read."""
+_DEEPEST_CARD = 20
 _MOST_LICENCES, _LONGEST_LICENCE = 8, 200
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _LONGEST_HEADER_BYTES = 2**24
@@ -268,12 +269,25 @@ def _front_matter(card: Path) -> dict[str, Any]:
         text = file.read(_CARD_CHARACTERS)
     matter = text.split("\n---", 1)[0].removeprefix("---") if text.startswith("---") else ""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(matter)):
-            return {}  # repeated by name: a few lines would become gigabytes
+        if not _is_flat(matter):
+            return {}
         front = yaml.safe_load(matter)
     except (yaml.YAMLError, ValueError, RecursionError):  # a date that does not exist is a ValueError
         return {}
     return front if isinstance(front, dict) else {}
+
+
+def _is_flat(matter: str) -> bool:
+    """Whether nothing is repeated by name, which makes gigabytes of a few lines, or nested for hours of reading.
+
+    It stops reading where that shows.
+    """
+    depth = 0
+    for event in yaml.parse(matter):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST_CARD:
+            return False
+    return True
 
 
 def _read_json(path: Path, *, source: str) -> dict[str, Any]:

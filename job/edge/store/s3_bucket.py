@@ -217,7 +217,7 @@ def credentials_source() -> str:
 
 def _strange_source(error: ResponseParserError) -> UnavailableError:
     return UnavailableError(
-        f"AWS credentials: what should give them (STS, or this node's metadata) sent {summary(error)}; look at it, then "
+        f"AWS credentials: what gives them (STS, or this node's metadata) sent {summary(error)}; look at it, then "
         "start the same job again"
     )
 
