@@ -240,7 +240,7 @@ def try_run(
     def show(prompt: str, base: str, tuned: str) -> None:
         for name, text in (("prompt", prompt), ("base", base), ("tuned", tuned)):
             first, *rest = text.split("\n")
-            _say(session, f"{name:<7} {first}", *(f"{'':<7} {line}" for line in rest))  # theirs begin further in
+            _say(session, f"{name:<7} {first}", *(f"{'':<7} {line}" if line else "" for line in rest))
         _say(session, "")
 
     written = [typed(prompt.text) for prompt in prompts]
