@@ -2,10 +2,12 @@
 
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import click
 import structlog
@@ -14,7 +16,7 @@ from job import __version__
 from job.core.errors import NotFoundError, UsageError
 from job.core.given import Given, as_records, set_lines
 from job.core.lines import colours_wanted, hung
-from job.core.visible import visible
+from job.core.visible import one_line
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import lasting_output, say_passing, terminal_width
 from job.ending import Session
@@ -64,6 +66,7 @@ def cli(session: Session, log_format: str) -> None:
     # Threads that wait by spinning make training eight times slower as soon as anything else wants a core, and eat a
     # container's CPU quota. It is read when torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.umask(os.umask(0) | stat.S_IWOTH)  # what we leave is used again as ours: nobody else may change it
 
 
 @cli.command()
@@ -84,6 +87,8 @@ def run(session: Session, /, recipe: Path, **options: Any) -> None:
     """Carry the recipe's run to its committed report; a finished run is left as it is, an unfinished one resumed."""
     leave_ending(session, recipe, options)
     attempt = make_attempt(session, recipe, options)
+    # Compiled code is loaded from there, and by itself torch takes a folder in /tmp whose name anybody can guess.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(attempt.worker.workdir / "cache" / "inductor"))
     if options["crash_at"]:
         from job.edge.host.crashing import arm
 
@@ -102,7 +107,7 @@ def run(session: Session, /, recipe: Path, **options: Any) -> None:
         report=f"{report.run_uri}/report.json",
     )
     if not session.as_json:
-        _say("\n" + "\n".join(report_lines(report)) + f"\n\nreport: {report.run_uri}/report.json")
+        _say(session, "", *report_lines(report), "", f"report: {report.run_uri}/report.json")
 
 
 @cli.command()
@@ -126,11 +131,11 @@ def check(session: Session, /, recipe: Path, quick: bool, **options: Any) -> Non
     from job.commands.check import check as look
 
     def show(row: Row) -> None:
-        first, *rest = session.hide(row.found).splitlines()
+        first, *rest = row.found.splitlines()
         mark = "!! " if row.advice else "ok " if row.error is None else "NO "
-        _say(f"{mark} {row.name:<11} {first}")
+        _say(session, f"{mark} {row.name:<11} {first}")
         for line in rest:
-            _say(f"{'':<16}{line}")
+            _say(session, f"{'':<16}{line}")
 
     found = f"{recipe}: run would write to {attempt.worker.recipe.output}"
     show(Row(name="recipe", found="\n".join([found, *set_lines(attempt.overrides)])))
@@ -196,10 +201,10 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     found = plan(attempt.worker, gpus, run_id=attempt.run_id, phases=attempt.phases)
     facts = found.data, found.candidates, found.work, found.forecasts
     if options["as_json"]:
-        text = plan_json(*facts, usd_per_hour=usd_per_hour).model_dump_json(indent=2)
+        lines = plan_json(*facts, usd_per_hour=usd_per_hour).model_dump_json(indent=2).splitlines()
     else:
-        text = "\n".join(plan_lines(*facts, templates=ask_templates(), usd_per_hour=usd_per_hour))
-    _say(session.hide(text))
+        lines = plan_lines(*facts, templates=ask_templates(), usd_per_hour=usd_per_hour)
+    _say(session, *lines)
 
 
 @cli.command(name="try")
@@ -256,7 +261,10 @@ def try_run(
     only_warnings()
 
     def show(prompt: str, base: str, tuned: str) -> None:
-        _say(f"prompt  {prompt}\nbase    {base}\ntuned   {tuned}\n")
+        for name, text in (("prompt", prompt), ("base", base), ("tuned", tuned)):
+            first, *rest = text.split("\n")
+            _say(session, f"{name:<7} {first}", *(f"{'':<7} {line}" if line else "" for line in rest))
+        _say(session, "")
 
     written = [typed(prompt.text) for prompt in prompts]
     asked = Asked(
@@ -309,16 +317,15 @@ def report(session: Session, /, runs: tuple[str, ...], last: int | None, **optio
             uris = [uri for name in runs for uri in run_uris(name, most=last)]
         except NotFoundError:
             if ended:  # also of what never became a run
-                _say("\n".join(ended))
+                _say(session, *ended)
             raise
         if tuple(uris) != runs or len(uris) > 1:
             rows = newest_first([look_at(uri) for uri in uris], most=last)
-            _say("\n".join([*runs_table(rows, width=terminal_width(sys.stdout)), *ended]))
+            _say(session, *runs_table(rows, width=terminal_width(sys.stdout)), *ended)
             session.failure = unfinished(rows)
             return
         artifacts, found = open_run(uris[0])
-    _say("\n".join(report_lines(found)))
-    _say(leave_pictures(artifacts, found))
+    _say(session, *report_lines(found), leave_pictures(artifacts, found))
 
 
 @cli.command()
@@ -339,7 +346,7 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
     from job.commands.fetch import fetch as bring
 
     path = bring(attempt.worker, attempt.phases, folder)
-    _say(f"fetched; on the node without internet: python entrypoint.py run {path}")
+    _say(session, f"fetched; on the node without internet: python entrypoint.py run {path}")
 
 
 def main(interrupt: Interrupt) -> int:
@@ -369,10 +376,14 @@ def _carry_out(session: Session) -> tuple[BaseException | None, bool]:
     return session.failure, True
 
 
-def _say(text: str) -> None:
-    """To standard output, within the terminal's width; records, answers and names in it are by strangers."""
+def _say(session: Session, *lines: str) -> None:
+    """Lines to standard output, within the terminal's width.
+
+    Records, answers and names in them are by strangers, who shall not begin new ones.
+    """
     width = terminal_width(sys.stdout)
-    click.echo("\n".join(piece for line in visible(text).split("\n") for piece in hung(line, width)))
+    shown = (piece for line in lines for piece in hung(one_line(session.hide(line)), width))
+    click.echo("\n".join(shown))
 
 
 def _is_dumb() -> bool:
@@ -381,5 +392,8 @@ def _is_dumb() -> bool:
 
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:
-    """Values that must never be shown."""
-    return [value for name, value in environment.items() if value and _SECRET_NAME.search(name)]
+    """Values that must never be shown; those that a proxy's URL carries among them."""
+    named = [value for name, value in environment.items() if value and _SECRET_NAME.search(name)]
+    pairs = [found[1] for value in environment.values() for found in re.finditer(r"://([^/\s]+)@", value)]
+    passwords = [password for pair in pairs if (password := pair.partition(":")[2])]
+    return [*named, *pairs, *passwords, *map(unquote, passwords)]

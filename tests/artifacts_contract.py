@@ -302,10 +302,10 @@ class ArtifactsContract(PlainArtifactsContract):
         def begin(host):
             artifacts = run()
             together.wait()
-            return artifacts.begin_attempt({"host": host, "started": "now"})
+            return artifacts.begin_attempt({"host": str(host), "started": "now"})
 
         with ThreadPoolExecutor(8) as pool:
             numbers = list(pool.map(begin, range(8)))
         assert sorted(numbers) == list(range(1, 9))
         told = {facts["host"]: facts["number"] for facts in run().attempts()}
-        assert [told[host] for host in range(8)] == numbers
+        assert [told[str(host)] for host in range(8)] == numbers

@@ -15,7 +15,7 @@ from botocore_tables import read_once
 from job_process import environment_without_job
 from warm_image import warm_image
 
-_TOGETHER = ("tests/run/", "tests/chaos/")
+_TOGETHER = ("tests/run/", "tests/chaos/", "tests/hostile/")
 """Rooms whose files share a run that takes as long as a file of theirs: one pytest worker has all of a room."""
 _LONG = (
     *_TOGETHER,

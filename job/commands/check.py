@@ -20,6 +20,7 @@ from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.dataset_files import fetch_files, read_lines
 from job.edge.host.logs import quiet_libraries
+from job.edge.host.planted import refuse_planted
 from job.edge.store.objects import StoredObject
 from job.edge.store.opening import credentials_source
 from job.edge.store.patience import Patience
@@ -104,7 +105,11 @@ def check(
 
     Returns:
         The first failure, if there was one.
+
+    Raises:
+        DeniedError: the work folder holds what others put there.
     """
+    refuse_planted(worker.workdir)
     table = _Table(on_look=on_look, on_row=on_row)
     table.look("credentials", lambda: _credentials(worker.recipe))
     table.look("output", lambda: _output(worker))

@@ -14,6 +14,7 @@ from job.core.memory import AdapterShape, EngineName
 from job.core.report import DataReport
 from job.edge.base import fetching
 from job.edge.host.logs import quiet_libraries
+from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import find_run
 
@@ -42,6 +43,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
     from job.tune.model.config import load_tokenizer, read_config, shape_of
 
     quiet_libraries()
+    refuse_planted(worker.workdir)
     recipe = worker.recipe
     run = find_run(recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop, complete=False)
     base = fetching.fetch(

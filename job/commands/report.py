@@ -6,9 +6,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from job.core.ended import Ended
-from job.core.errors import DeniedError, JobError, LocalDiskError, NotFoundError, UsageError
+from job.core.errors import DataError, DeniedError, JobError, LocalDiskError, NotFoundError, UsageError
+from job.core.recipe import Recipe
 from job.core.report import Report
+from job.core.run_record import first_mistake
 from job.edge.relative_paths import located
 from job.edge.run import endings
 from job.edge.run.artifacts import Artifacts, begun_runs, finished_runs
@@ -31,8 +35,24 @@ def open_run(run_uri: str) -> tuple[Artifacts, Report]:
     """
     output, run_id = _parts(run_uri)
     report = _report(Artifacts(open_store(output, StoreSettings()), run_id), output)
-    settings = StoreSettings(**report.recipe["store"])
+    store = recipe_of(report).store
+    settings = StoreSettings(sse_kms_key=store.sse_kms_key, checksums=store.checksums)
     return Artifacts(open_store(output, settings), run_id), report
+
+
+def recipe_of(report: Report) -> Recipe:
+    """The recipe that a report holds.
+
+    Raises:
+        DataError: it is none of this version of the job.
+    """
+    try:
+        return Recipe.model_validate(report.recipe)
+    except ValidationError as error:
+        raise DataError(
+            f"{report.run_uri}/report.json: its recipe is none that this version of the job reads "
+            f"({first_mistake(error)}); use the image that wrote it"
+        ) from error
 
 
 def run_of_recipe(worker: Worker, run_id: str | None) -> tuple[Artifacts, Report]:
@@ -94,12 +114,12 @@ def look_at(run_uri: str) -> RunRow:
     record = artifacts.run_record()
     if record is None:
         return RunRow(run_id=run_id, recipe={}, report=None, standing="not there")
-    content, attempts = artifacts.report(), artifacts.attempts()
+    content, attempts = artifacts.read_report(), artifacts.attempts()
     objects = [each for side in record["data"].values() for each in side]
     return RunRow(
         run_id=run_id,
-        recipe=record["recipe"],
-        report=None if content is None else Report.model_validate(content),
+        recipe=recipe if isinstance(recipe := record.get("recipe"), dict) else {},
+        report=content,
         standing="finished" if content is not None else f"not finished: {_standing(artifacts)}",
         begun=attempts[0]["started"] if attempts else None,
         seconds=_seconds(attempts),
@@ -175,9 +195,9 @@ def _parts(run_uri: str) -> tuple[str, str]:
 
 
 def _report(artifacts: Artifacts, output: str, *, named_by_recipe: bool = False) -> Report:
-    content = artifacts.report()
+    content = artifacts.read_report()
     if content is not None:
-        return Report.model_validate(content)
+        return content
     if artifacts.run_record() is not None:
         raise NotFoundError(
             f"{located(artifacts.uri)}: no report.json; the run is not finished yet ({_standing(artifacts)})",

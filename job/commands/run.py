@@ -7,6 +7,7 @@ import structlog
 from job.core.report import Report
 from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.machine import look_at_machine
+from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Attempt
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
@@ -32,6 +33,7 @@ def run(attempt: Attempt) -> Report:
             return _already_done(attempt, found)
         # First of all that costs nothing: what cannot be written to is refused before the store hears of us.
         log.info("machine", **asdict(look_at_machine(worker.workdir)))
+        refuse_planted(worker.workdir)
         with hold(attempt, found, guard) as held:
             if held.run.done:
                 return _already_done(attempt, held.run)
@@ -61,4 +63,6 @@ def _carry_out(attempt: Attempt, held: Held) -> Report:
 def _already_done(attempt: Attempt, found: Run) -> Report:
     attempt.runs_at(found.artifacts.uri)
     log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
-    return Report.model_validate(found.artifacts.report())
+    report = found.artifacts.read_report()
+    assert report is not None, "it is done"
+    return report

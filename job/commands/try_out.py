@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from job.commands.report import open_run
+from job.commands.report import open_run, recipe_of
 from job.core.asking import asked_fields, fields_given, prompt_of
 from job.core.errors import DataError, NotFoundError, UsageError
 from job.core.recipe import DataSection, Recipe, is_hub_id
@@ -18,6 +18,7 @@ from job.core.report import Report
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.host.logs import quiet_libraries
+from job.edge.host.planted import refuse_planted
 from job.edge.relative_paths import located
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.folder import FileEntry
@@ -62,8 +63,9 @@ def try_out(
     from job.tune.model.config import load_tokenizer
 
     quiet_libraries()
+    refuse_planted(workdir)
     artifacts, report = open_run(run_uri)
-    recipe = Recipe.model_validate(report.recipe)
+    recipe = recipe_of(report)
     prompts = chain(asked.prompts, [*_made_prompts(asked, recipe.data)])  # before a base is loaded for a wrong one
     folder, model = _load(artifacts, report, recipe, workdir=workdir, device=device, should_stop=should_stop)
     tokenizer = load_tokenizer(folder)
@@ -125,12 +127,12 @@ def _load(
     should_stop: Callable[[], bool],
 ) -> tuple[Path, Any]:
     """The base's folder, and the base with the run's adapter on it."""
-    from peft import PeftModel
-
     from job.stages.base_source import BaseSource
     from job.tune.device.compute_dtype import compute_dtype
     from job.tune.device.device import choose_device
     from job.tune.engines.packed_model import PackedModel
+    from job.tune.loop.checkpoint import ADAPTER_FILES, load_adapter
+    from job.tune.model.adapter import attach_lora
     from job.tune.model.base import load_base
 
     settings = StoreSettings(sse_kms_key=recipe.store.sse_kms_key, checksums=recipe.store.checksums)
@@ -149,9 +151,19 @@ def _load(
     base = source.fetch(_unseen)
     files = {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in report.adapter.files.items()}
     folder = workdir / "adapters" / report.run_id
-    artifacts.fetch_adapter(folder, files, should_stop=should_stop)
-    loaded = load_base(base.folder, device=chosen, dtype=compute_dtype(chosen))
-    return base.folder, PackedModel(PeftModel.from_pretrained(loaded, folder)).eval()
+    if ADAPTER_FILES[0] not in files:
+        raise DataError(f"{report.run_uri}/report.json: names no {ADAPTER_FILES[0]}; start the run again")
+    artifacts.fetch_adapter(folder, {ADAPTER_FILES[0]: files[ADAPTER_FILES[0]]}, should_stop=should_stop)
+    # By the recipe and the weights alone: a description in a bucket may ask a library for anything.
+    model = attach_lora(
+        load_base(base.folder, device=chosen, dtype=compute_dtype(chosen)),
+        recipe.lora,
+        source=identity.source,
+        revision=recipe.model.revision,
+        seed=recipe.train.seed,
+    )
+    load_adapter(model, folder)
+    return base.folder, PackedModel(model).eval()
 
 
 def _unseen(_done: int, _of: int) -> None:

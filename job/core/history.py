@@ -13,6 +13,19 @@ Attempt = Mapping[str, Any]
 """An attempt as the store records it: its number, and its `end` with exit_code, reason, from_step, ..."""
 
 
+_TEXTS = ("started", "host", "ended", "kind", "reason", "device", "phase", "version")
+_NUMBERS = ("fence", "exit_code", "step", "from_step", "last_committed_step")
+
+
+def wrong_value(record: Mapping[str, Any]) -> str | None:
+    """What in a record of an attempt is of another type than is written there; None: nothing is."""
+    for names, kind in ((_TEXTS, str), (_NUMBERS, int)):
+        for name in names:
+            if record.get(name) is not None and type(record[name]) is not kind:
+                return f"{name} is a {type(record[name]).__name__}"
+    return None
+
+
 def stopped_in_vain(earlier: Sequence[Attempt]) -> bool:
     """Whether the last two attempts were stopped on request before they had committed a new step."""
     ends = [attempt.get("end") or {} for attempt in earlier[-_LOOKED_AT:]]

@@ -29,7 +29,7 @@ Text = Annotated[str, Field(min_length=1)]
 def _no_credentials(uri: str) -> str:
     # A recipe is copied into run.json and into logs: what stands in it is not secret.
     # The secret half may hold a slash: those of AWS often do.
-    if re.match(r"[a-z0-9+.-]+://[^/@]*:[^@]*@", uri, re.IGNORECASE):
+    if re.match(r"[a-z0-9+.-]+://(?:[^/@]*:[^@]*|[^/@]*)@", uri, re.IGNORECASE):
         raise ValueError("a URI holds no credentials; they come from the default chain (environment, profile, role)")
     return uri
 

@@ -1,12 +1,15 @@
 """Report (versioned schema) -> JSON: what a person and a script act on when the run is done."""
 
-from typing import Any, Literal
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 
 from job.core.limits import StopFigures
 from job.core.memory import ComputeDtype
 from job.core.recipe import Section
+from job.core.run_record import first_mistake
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -28,6 +31,12 @@ class Histogram(Section):
 
     edges: tuple[int, ...]
     counts: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _has_a_count_a_bin(self) -> Self:
+        if len(self.edges) != len(self.counts) + 1 or any(a > b for a, b in itertools.pairwise(self.edges)):
+            raise ValueError("edges and counts do not belong together")
+        return self
 
 
 class SideReport(Section):
@@ -234,6 +243,10 @@ class AttemptReport(Section):
     """Checkpoints that did not verify, with the reason."""
 
 
+_LARGEST = 1e15
+"""Beyond it no number of a report is one that was measured, and what is drawn and counted up has no room."""
+
+
 class Report(Section):
     """One finished run."""
 
@@ -267,3 +280,32 @@ class Report(Section):
     versions: dict[str, str]
     device: str
     attempts: tuple[AttemptReport, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_judged_its_choice(self) -> Self:
+        judged = [e.step for e in self.evaluations]
+        if self.sweet_spot.step not in judged or len(set(judged)) != len(judged):
+            raise ValueError("sweet_spot: its step is none of the evaluations, or one stands there twice")
+        return self
+
+
+def read_report(content: Mapping[str, Any]) -> Report:
+    """The report that a JSON object is.
+
+    Raises:
+        ValueError: it is none, with the first value that is wrong.
+    """
+    measured = {name: part for name, part in content.items() if name != "recipe"}
+    _refuse_absurd_numbers(measured)
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(first_mistake(error)) from error
+
+
+def _refuse_absurd_numbers(content: object, where: str = "") -> None:
+    if isinstance(content, int | float) and not abs(content) < _LARGEST:
+        raise ValueError(f"{where}: {content:g} is no number that was measured")
+    pairs = content.items() if isinstance(content, Mapping) else enumerate(content if isinstance(content, list) else ())
+    for name, part in pairs:
+        _refuse_absurd_numbers(part, f"{where}.{name:.40}" if isinstance(name, str) else where)

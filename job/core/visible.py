@@ -13,6 +13,11 @@ def visible(text: str) -> str:
     return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
+def one_line(text: str) -> str:
+    """The same, and it begins no line: a break in it is written as its escape."""
+    return visible(text).replace("\n", r"\n")
+
+
 def code_span(text: str) -> str:
     """The text as code within a line of Markdown, whatever it holds (CommonMark 0.31, section 6.1)."""
     line = visible(" ".join(text.split()))

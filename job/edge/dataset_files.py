@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from job.core.errors import DataError
+from job.core.visible import one_line
 from job.edge.store.lanes import Lanes
 from job.edge.store.objects import PART_BYTES, ObjectStore, StoredObject, StoreSettings
 from job.edge.store.opening import open_store, store_and_key
@@ -115,7 +116,7 @@ class _Arrived:
 def _names(uris: Sequence[str]) -> list[str]:
     """The last part of each URI, unless two share it."""
     short = [PurePosixPath(uri).name for uri in uris]
-    return short if len(set(short)) == len(short) else list(uris)
+    return [one_line(name) for name in (short if len(set(short)) == len(short) else uris)]
 
 
 def read_lines(files: Iterable[DataFile], *, max_record: int) -> Iterator[tuple[str, int, bytes]]:

@@ -88,16 +88,22 @@ def _card(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, *, step: int) 
 
 
 def _fetch_chosen(attempt: Attempt, inputs: Inputs, folder: Path, facts: TrainingFacts) -> tuple[Checkpoint, Verdict]:
-    """The verdict, and its adapter in the folder; a checkpoint that is damaged is passed over like one that is gone."""
+    """The verdict, and its adapter, written anew into the folder.
+
+    A checkpoint that is damaged is passed over like one that is gone.
+    """
     whole = inputs.artifacts.checkpoints()
     verdict = _choose(attempt, inputs, facts, whole)
     while True:
         chosen = next(c for c in reversed(whole) if c.step == verdict.sweet_spot_step)
-        shutil.rmtree(folder, ignore_errors=True)
+        arrived = folder.with_name("chosen")
+        for old in (folder, arrived):
+            shutil.rmtree(old, ignore_errors=True)
         try:
             inputs.artifacts.fetch_checkpoint(
-                chosen, folder, should_stop=attempt.worker.should_stop, only=ADAPTER_FILES
+                chosen, arrived, should_stop=attempt.worker.should_stop, only=ADAPTER_FILES[:1]
             )
+            facts.adapter.write(arrived / ADAPTER_FILES[0], folder)  # ours: nothing of a bucket is published as it is
         except (DataError, NotFoundError) as error:
             log.warning("checkpoint_passed_over", checkpoint=chosen.name, reason=str(error))
             attempt.notes.append(f"{chosen.name} would have been chosen, but is damaged: {attempt.hide(str(error))}")

@@ -9,13 +9,14 @@ from typing import Any
 
 import structlog
 
-from job.core.errors import NotFoundError, RunConflictError
+from job.core.errors import DataError, NotFoundError, RunConflictError
 from job.core.recipe import DataSection, Fraction, Recipe, identity_of
+from job.core.run_record import RECORD_VERSION, RecordedObject, RunRecord, read_run_record
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.relative_paths import relative_note
 from job.edge.run.artifacts import Artifacts, unfinished_runs
-from job.edge.store.listing import expand
+from job.edge.store.listing import expand, may_name
 from job.edge.store.objects import StoredObject, StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.probing import Probe, probe
@@ -23,7 +24,6 @@ from job.edge.store.probing import Probe, probe
 log = structlog.get_logger(__name__)
 
 
-RECORD_VERSION = 1
 Sides = tuple[tuple[StoredObject, ...], tuple[StoredObject, ...]]
 """Objects to train on, and held out."""
 
@@ -125,7 +125,7 @@ def _named(wanted: _Wanted, artifacts: Artifacts) -> Run:
             f"{artifacts.uri}: this run was begun with another recipe (different: "
             f"{_differences(record, wanted.identity())}); leave --run-id out, or choose another one"
         )
-    run = _from_record(artifacts, record, wanted.base)
+    run = _from_record(wanted, artifacts, record)
     same = _is_listed(wanted, run) if run.done else _stands(wanted, run)
     if not same:
         raise RunConflictError(
@@ -140,7 +140,7 @@ def _unfinished(wanted: _Wanted, artifacts: Artifacts) -> Run | None:
     record = artifacts.run_record()
     if record is None or not wanted.is_recorded_in(record):
         return None
-    run = _from_record(artifacts, record, wanted.base)
+    run = _from_record(wanted, artifacts, record)
     if run.done:
         return None
     if not _stands(wanted, run):
@@ -197,7 +197,7 @@ def _stands(wanted: _Wanted, run: Run) -> bool:
         found = expand(names, wanted.settings, should_stop=wanted.should_stop)
     except NotFoundError:
         return False
-    return {(o.uri, o.etag) for o in found} == {(o.uri, o.etag) for o in objects}
+    return {(o.uri, o.etag, o.size) for o in found} == {(o.uri, o.etag, o.size) for o in objects}
 
 
 def _is_listed(wanted: _Wanted, run: Run) -> bool:
@@ -209,19 +209,50 @@ def _is_listed(wanted: _Wanted, run: Run) -> bool:
     return _objects(train) == _objects(run.train) and _objects(validation) == _objects(run.validation)
 
 
-def _from_record(artifacts: Artifacts, record: Mapping[str, Any], base: BaseModelIdentity) -> Run:
-    sides = {
-        side: tuple(StoredObject(key=o["uri"], **o) for o in record["data"][side]) for side in ("train", "validation")
-    }
+def _from_record(wanted: _Wanted, artifacts: Artifacts, record: Mapping[str, Any]) -> Run:
+    """The run that a run.json of this recipe and base freezes.
+
+    Raises:
+        DataError: it is not what this job writes there, or names data that the recipe does not.
+    """
+    try:
+        train, validation = _recorded_sides(read_run_record({**record}), artifacts.run_id, wanted.recipe.data)
+    except ValueError as error:
+        raise DataError(
+            f"{artifacts.uri}/run.json: damaged, or changed by somebody ({error}); look at who can write there, and "
+            "start again with another --run-id"
+        ) from error
     return Run(
         artifacts=artifacts,
-        base=base,
-        train=sides["train"],
-        validation=sides["validation"],
+        base=wanted.base,
+        train=train,
+        validation=validation,
         record=record,
         begun=True,
         done=artifacts.report() is not None,
     )
+
+
+def _recorded_sides(record: RunRecord, run_id: str, data: DataSection) -> Sides:
+    """The record's objects by side, if it is that of this run, and they are within what the recipe names."""
+    if record.run_id != run_id:
+        raise ValueError(f"run_id: it is the record of {record.run_id!a:.80}")
+    held_out = () if isinstance(data.validation, Fraction) else data.validation
+    if bool(record.data.validation) != bool(held_out):
+        raise ValueError("data.validation: the recipe holds out examples in another way")
+    return (
+        _recorded(record.data.train, data.train, side="train"),
+        _recorded(record.data.validation, held_out, side="validation"),
+    )
+
+
+def _recorded(objects: Sequence[RecordedObject], uris: Sequence[str], *, side: str) -> tuple[StoredObject, ...]:
+    """The objects of one side, each one that the recipe's own URIs can mean: who chooses the data is the recipe."""
+    may = may_name(uris)
+    for o in objects:
+        if not may(o.uri):
+            raise ValueError(f"data.{side}: {o.uri!a:.200} is not within what the recipe's data.{side} names")
+    return tuple(StoredObject(uri=o.uri, key=o.uri, etag=o.etag, version=o.version, size=o.size) for o in objects)
 
 
 def _objects(objects: Sequence[StoredObject]) -> list[dict[str, Any]]:
@@ -242,6 +273,7 @@ def _hash(content: Mapping[str, Any]) -> str:
 
 def _differences(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The keys in which a record differs, for a message."""
-    pairs = [(name, record.get(name) or {}, wanted[name]) for name in ("base", "recipe")]
+    parts = {name: part for name, part in record.items() if isinstance(part, Mapping)}
+    pairs = [(name, parts.get(name, {}), wanted[name]) for name in ("base", "recipe")]
     keys = [f"{name}.{key}" for name, old, new in pairs for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return ", ".join(keys) or "its format"

@@ -22,7 +22,7 @@ from job.stages.resuming import Resumed
 from job.stages.teller import StepTeller
 from job.tune.device.device import allocation_retries
 from job.tune.engines.packed_model import PackedModel
-from job.tune.loop.checkpoint import Progress
+from job.tune.loop.checkpoint import AdapterToPublish, Progress
 from job.tune.loop.evaluate import Question, evaluate
 from job.tune.loop.step import Setbacks, StepCutShortError, Stepper, StepRecord, shrink
 
@@ -47,6 +47,7 @@ class TrainingFacts:
     trainable_parameters: int
     total_parameters: int
     resumed: Resumed
+    adapter: AdapterToPublish
     step_seconds: list[float] = field(default_factory=list)
     """Each step of this attempt."""
     start_seconds: dict[str, float] | None = None

@@ -20,6 +20,7 @@ from job.core.errors import (
 )
 from job.core.given import as_records
 from job.core.history import FINAL_WHEN_REPEATED, gained, repeated_failure, same_failure, stopped_in_vain
+from job.core.visible import visible
 from job.edge.host.logs import bind
 from job.edge.run.lock import Lock
 from job.stages.attempt import Attempt
@@ -167,7 +168,9 @@ class AttemptRecords:
             "ended": now(),
             "exit_code": code,
             "kind": None if error is None else type(error).__name__,
-            "reason": "finished" if error is None else self._attempt.hide(f"{type(error).__name__}: {error}")[:2000],
+            "reason": "finished"
+            if error is None
+            else visible(self._attempt.hide(f"{type(error).__name__}: {error}"))[:2000],
             "device": standing.device,
             "phase": self._attempt.phases.current,
             "step": standing.step,

@@ -222,12 +222,12 @@ def _attempts(inputs: Inputs, facts: TrainingFacts) -> tuple[AttemptReport, ...]
         reports.append(
             AttemptReport(
                 number=known["number"],
-                started=known["started"],
+                started=known.get("started") or "",
                 ended=end.get("ended"),
-                host=known["host"],
+                host=known.get("host") or "",
                 device=device_name(inputs.device) if mine else end.get("device"),
                 exit_code=end.get("exit_code"),
-                reason=end.get("reason", WITHOUT_A_WORD),
+                reason=end.get("reason") or WITHOUT_A_WORD,
                 from_step=end.get("from_step"),
                 last_committed_step=end.get("last_committed_step"),
                 passed_over=facts.resumed.passed_over if mine else (),

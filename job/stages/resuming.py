@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 
 from job.core.crash_points import crash_point
 from job.core.cut import Cut, described, is_same_arithmetic
@@ -15,6 +17,7 @@ from job.edge.run.artifacts import Artifacts
 from job.edge.run.checkpoints import Checkpoint
 from job.tune.loop import checkpoint as checkpoints
 from job.tune.loop.checkpoint import State
+from job.tune.loop.saved_state import DamagedStateError
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +35,14 @@ class Resumed:
 
 
 def resume(
-    state: State, artifacts: Artifacts, recipe: Recipe, scratch: Path, *, layers: int, should_stop: Callable[[], bool]
+    state: State,
+    artifacts: Artifacts,
+    recipe: Recipe,
+    scratch: Path,
+    *,
+    layers: int,
+    targets: NDArray[np.int64],
+    should_stop: Callable[[], bool],
 ) -> Resumed:
     """Bring the state to where the run stands.
 
@@ -42,6 +52,7 @@ def resume(
         recipe: its seed and dropout.
         scratch: a folder for the checkpoint on its way.
         layers: of the decoder.
+        targets: target tokens of each held-out document.
         should_stop: polled while files arrive.
 
     Raises:
@@ -49,10 +60,21 @@ def resume(
     """
     torch.manual_seed(recipe.train.seed)
     planned = state.progress.cut
-    newest, passed_over = artifacts.fetch_newest(scratch, should_stop=should_stop, only=checkpoints.FILES)
+    loaded = checkpoints.Loaded(is_of_format_1=False)
+
+    def refusal(checkpoint: Checkpoint, folder: Path) -> str | None:
+        nonlocal loaded
+        try:
+            loaded = checkpoints.load(state, folder, step=checkpoint.step, layers=layers, targets=targets)
+        except DamagedStateError as error:
+            return str(error)
+        return None
+
+    newest, passed_over = artifacts.fetch_newest(
+        scratch, should_stop=should_stop, only=checkpoints.FILES, refusal=refusal
+    )
     if newest is None:
         return Resumed(checkpoint=None, passed_over=tuple(passed_over))
-    loaded = checkpoints.load(state, scratch / newest.name, layers=layers)
     shutil.rmtree(scratch / newest.name)
     crash_point("resume.after")
     state.progress.changes += _changes(newest, state.progress.cut, planned, loaded, dropout=recipe.lora.dropout > 0)

@@ -22,7 +22,7 @@ from job.tune.data.frame import token_rules
 from job.tune.device.device import device_memory
 from job.tune.engines.engine import adopt_or_shrink
 from job.tune.engines.packed_model import PackedModel
-from job.tune.loop.checkpoint import Progress, State
+from job.tune.loop.checkpoint import Progress, State, adapter_to_publish
 from job.tune.loop.evaluate import Question, answer, questions_of_documents, questions_of_prompts
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer, make_scheduler
@@ -93,6 +93,7 @@ class TrainingStage:
                 self._recipe,
                 self._scratch,
                 layers=planned.layers,
+                targets=self._inputs.dataset.validation.targets,
                 should_stop=attempt.worker.should_stop,
             )
         if resumed.checkpoint is not None:
@@ -120,6 +121,7 @@ class TrainingStage:
             trainable_parameters=trained,
             total_parameters=total,
             resumed=resumed,
+            adapter=adapter_to_publish(model.model),
         )
 
     def _adopt(self, planned: Planned, facts: TrainingFacts) -> None:
@@ -178,7 +180,7 @@ class TrainingStage:
                 stepper.compile_ahead(progress.step + 1)
 
     def _ask_base(self, model: PackedModel, progress: Progress, questions: Sequence[Question]) -> None:
-        if progress.base_answers is not None:
+        if progress.base_answers is not None and len(progress.base_answers) == len(questions):
             return
         with self._attempt.phases.phase("ask_base"), model.model.disable_adapter():
             progress.base_answers = answer(

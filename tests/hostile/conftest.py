@@ -6,8 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from job_process import ROOT, Job
 from run_material import make_base
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tune"))
+
+from tiny_fixtures import bases, documents, start, tokenizer  # noqa: F401 - fixtures
 
 LIMITED = Path(__file__).with_name("limited")
 
@@ -18,6 +23,13 @@ def pytest_collection_modifyitems(config, items):
     chosen = [item for item in items if item.get_closest_marker("hostile") is None]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+@pytest.fixture(params=[40, pytest.param(600, marks=pytest.mark.hostile)])
+def often(request):
+    """Settings of a property that is tried so many times."""
+    quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=request.param, deadline=None, suppress_health_check=quiet)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +63,7 @@ def limited():
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=120,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()

@@ -26,9 +26,16 @@ def test_hint_lock_and_manifest_may_be_large_and_the_run_goes_on(job, stopped):
     assert (stopped / "latest.json").stat().st_size < 1000
 
 
-@pytest.mark.parametrize("name", ["run.json", "attempts/01-end.json"])
-def test_a_record_that_is_large_ends_65_with_its_name(job, stopped, name):
-    blow_up(stopped / name)
+def test_a_run_record_that_is_large_ends_65_with_its_name(job, stopped):
+    blow_up(stopped / "run.json")
     ended = job.attacked(mib=1024)
     assert ended.code == ended.outcome["code"] == 65, ended.stdout
-    assert f"{name}: larger than the" in ended.outcome["reason"]
+    assert "run.json: larger than the" in ended.outcome["reason"]
+
+
+def test_a_record_of_an_attempt_that_is_large_is_passed_over_and_said(job, stopped):
+    blow_up(stopped / "attempts/01-end.json")
+    ended = job.attacked(mib=1536)
+    assert ended.code == 0, ended.stdout
+    (event,) = {e["reason"] for e in ended.named("attempt_record_passed_over")}
+    assert "01-end.json: larger than the" in event

@@ -40,7 +40,15 @@ def stored(start, tmp_path):
 
 
 def resumed(made, artifacts, tmp_path):
-    return resume(made.state, artifacts, made.recipe, tmp_path / "scratch", layers=LAYERS, should_stop=lambda: False)
+    return resume(
+        made.state,
+        artifacts,
+        made.recipe,
+        tmp_path / "scratch",
+        layers=LAYERS,
+        targets=made.documents.targets,
+        should_stop=lambda: False,
+    )
 
 
 def as_0d8f748_wrote_it(state, **plan):

@@ -52,7 +52,7 @@ from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.engine import Engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop import checkpoint as checkpoints
-from job.tune.loop.checkpoint import Progress, State
+from job.tune.loop.checkpoint import Progress, State, adapter_to_publish
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer
 from job.tune.loop.step import Stepper, StepRecord
@@ -330,6 +330,7 @@ class Attempt:
             trainable_parameters=0,
             total_parameters=0,
             resumed=Resumed(checkpoint=None, passed_over=()),
+            adapter=adapter_to_publish(self.model.model),
         )
         planned = SimpleNamespace(choice=SimpleNamespace(engine=self.engine), course=self.course, layers=LAYERS)
         return Loop(

@@ -143,14 +143,14 @@ def _bring(place: Place, *, source: str, weights: bool, complete: bool, on_progr
         progress = _Progress(sum(wanted.values()), _here_bytes(folder, wanted), on_progress)
         _refuse_if_full(folder, needed_bytes=progress.left_bytes, source=source)
         log.info("base_model_fetch", source=source, files=len(wanted), bytes=sum(wanted.values()))
-        place.bring(list(wanted), on_bytes=progress)
+        place.bring(wanted, on_bytes=progress)
     return folder
 
 
 def _bring_small_files(place: Place, files: Mapping[str, int], *, source: str, complete: bool) -> Path:
     model_files.refuse_unusable(files, source=source, complete=complete)
     model_files.refuse_large(files, source=source)
-    folder = place.bring(model_files.small_files(files), on_bytes=lambda _count: None)
+    folder = place.bring(model_files.wanted_files(files), on_bytes=lambda _count: None)
     _refuse_strange(folder, source=source)
     return folder
 

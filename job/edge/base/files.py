@@ -21,12 +21,15 @@ _SMALL = ("*.json", "*.jinja", *_TOKENIZER, *_DOCUMENTS)
 _CHAT_TEMPLATES = "additional_chat_templates"
 _CARD_CHARACTERS = 1 << 16
 """Of a model's card: front matter is shorter, and what follows it is not read."""
+_DEEPEST_CARD = 20
 _MOST_LICENCES, _LONGEST_LICENCE = 8, 200
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _LONGEST_HEADER_BYTES = 2**24
 """A tensor takes a hundred bytes of it; the format itself would allow six times as many."""
 _MOST_BYTES = (((_CONFIG,), 2**20), (_TOKENIZER, 2**27), (("*.json", "*.jinja"), 2**25))
 """Of the small files by kind, the first that matches: several times the largest that are published."""
+_MOST_DOCUMENT_BYTES = 2**20
+"""Of a card or a licence; the longest licences have a tenth of it."""
 _LARGEST = MappingProxyType(
     {
         **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1000),
@@ -90,6 +93,16 @@ def refuse_unusable(names: Collection[str], *, source: str, complete: bool) -> N
         )
     if complete:
         raise NotFoundError(f"{source}: neither {_SINGLE} nor {_INDEX}; correct model.base")
+
+
+def wanted_files(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The small files that are brought: a card or licence of megabytes is left where it is, for nothing depends on it.
+
+    Args:
+        sizes: name -> bytes.
+    """
+    large = {name for name, size in sizes.items() if size > _MOST_DOCUMENT_BYTES and _matches(name, _DOCUMENTS)}
+    return {name: sizes[name] for name in small_files(sizes) if name not in large}
 
 
 def refuse_large(sizes: Mapping[str, int], *, source: str) -> None:
@@ -268,12 +281,25 @@ def _front_matter(card: Path) -> dict[str, Any]:
         text = file.read(_CARD_CHARACTERS)
     matter = text.split("\n---", 1)[0].removeprefix("---") if text.startswith("---") else ""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(matter)):
-            return {}  # repeated by name: a few lines would become gigabytes
+        if not _is_flat(matter):
+            return {}
         front = yaml.safe_load(matter)
     except (yaml.YAMLError, ValueError, RecursionError):  # a date that does not exist is a ValueError
         return {}
     return front if isinstance(front, dict) else {}
+
+
+def _is_flat(matter: str) -> bool:
+    """Whether nothing is repeated by name, which makes gigabytes of a few lines, or nested for hours of reading.
+
+    It stops reading where that shows.
+    """
+    depth = 0
+    for event in yaml.parse(matter):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST_CARD:
+            return False
+    return True
 
 
 def _read_json(path: Path, *, source: str) -> dict[str, Any]:

@@ -28,6 +28,10 @@ from job.edge.store.patience import Patience
 
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG})
 _REFUSAL_BYTES = 64 * 1024
+_ANSWER_BYTES = 32 * 1024 * 1024
+"""Of an answer of the hub's API, unpacked: a list of a hundred thousand files."""
+_SPARE_BYTES = 16 * 1024 * 1024
+"""Beyond a file's size: of one that is fetched again from its beginning a piece may count twice."""
 _POLL_SECONDS = 0.2
 _WORKERS = 4
 _Result = TypeVar("_Result")
@@ -74,11 +78,11 @@ class HubRepo:
         with _Watch(self.should_stop) as watch:
             return self._persist(ask, what="its list of files", stopped=self.should_stop, watch=watch)
 
-    def bring(self, names: Collection[str], *, cache: Path, on_bytes: Callable[[int], None]) -> None:
+    def bring(self, sizes: Mapping[str, int], *, cache: Path, on_bytes: Callable[[int], None]) -> None:
         """Download files into a cache folder in the hub's own layout; what is there already is not asked for again.
 
         Args:
-            names: files of the commit.
+            sizes: files of the commit, and the bytes that each has by the hub's list.
             cache: the cache folder.
             on_bytes: called with the number of new bytes, from several threads.
 
@@ -90,13 +94,13 @@ class HubRepo:
         def stopped() -> bool:
             return giving_up.is_set() or self.should_stop()
 
-        bar = _bar_class(on_bytes, stopped)
         with _Watch(stopped) as watch, ThreadPoolExecutor(_WORKERS, thread_name_prefix="hub") as pool:
 
             def bring_one(name: str) -> None:
+                bar = _bar_class(on_bytes, stopped, most=sizes[name])
                 self._persist(lambda: self._download(name, cache, bar), what=name, stopped=stopped, watch=watch)
 
-            futures = [pool.submit(bring_one, name) for name in names]
+            futures = [pool.submit(bring_one, name) for name in sizes]
             try:
                 _await(futures, self.should_stop)
             except BaseException:
@@ -207,6 +211,18 @@ def _is_large(response: Any) -> bool:
     return response.request.method != "HEAD" and not (length.isdecimal() and int(length) <= _REFUSAL_BYTES)
 
 
+def _read_whole(response: Any) -> None:
+    """Take an answer into memory as the library would, but only so much of it, however small it came packed."""
+    pieces, size = [], 0
+    for piece in response.iter_bytes():
+        pieces.append(piece)
+        size += len(piece)
+        if size > _ANSWER_BYTES:
+            response.close()
+            raise ConnectionError(f"an answer of more than {_ANSWER_BYTES:,} bytes")
+    response._content = b"".join(pieces)  # noqa: SLF001 - where `read` keeps it
+
+
 def _is_passing(status: int) -> bool:
     # 416: the library asked to resume beyond the end of a file; the next try starts afresh.
     return status in {408, 416, 429} or status >= 500  # noqa: PLR2004 the HTTP class of server errors
@@ -298,16 +314,23 @@ def _await(futures: Collection[Future[None]], should_stop: Callable[[], bool]) -
             future.result()
 
 
-def _bar_class(on_bytes: Callable[[int], None], stopped: Callable[[], bool]) -> type:
-    """A progress bar that draws nothing: the one place where the library calls back inside a large file."""
+def _bar_class(on_bytes: Callable[[int], None], stopped: Callable[[], bool], *, most: int) -> type:
+    """A progress bar that draws nothing: the one place where the library calls back inside a large file.
+
+    Beyond the bytes that the file has it ends the download; the library would look only at its end, if it has one.
+    """
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]  # the library is not typed here
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
+            self._bytes = int(kwargs.get("initial") or 0)
 
         def update(self, n: float | None = 1) -> None:
             _raise_if(stopped)
+            self._bytes += int(n or 0)
+            if self._bytes > most + _SPARE_BYTES:
+                raise ConnectionError(f"more than the {most:,} bytes of the hub's list")
             on_bytes(int(n or 0))
 
         # Their presence keeps newer versions from opening a second bar for the same bytes.
@@ -362,6 +385,8 @@ class _Watch:
             raise TryLaterError(response)
         if response.status_code >= 400 and _is_large(response):  # noqa: PLR2004 the HTTP class of refusals
             raise TryLaterError(response)
+        if response.request.method == "GET" and response.request.url.path.startswith("/api/"):
+            _read_whole(response)
 
 
 def _abort_xet() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,8 @@ class Place(Protocol):
         """Name -> bytes."""
         ...
 
-    def bring(self, names: Collection[str], *, on_bytes: Callable[[int], None]) -> Path:
-        """The local folder that then holds the named files; `on_bytes` gets the number of new bytes."""
+    def bring(self, sizes: Mapping[str, int], *, on_bytes: Callable[[int], None]) -> Path:
+        """The local folder that then holds these files, name -> bytes; `on_bytes` gets the number of new bytes."""
         ...
 
 
@@ -44,9 +44,9 @@ class OnHub:
         """Name -> bytes."""
         return self.repo.files()
 
-    def bring(self, names: Collection[str], *, on_bytes: Callable[[int], None]) -> Path:
-        """The local folder that then holds the named files."""
-        self.repo.bring(names, cache=self.cache, on_bytes=on_bytes)
+    def bring(self, sizes: Mapping[str, int], *, on_bytes: Callable[[int], None]) -> Path:
+        """The local folder that then holds these files."""
+        self.repo.bring(sizes, cache=self.cache, on_bytes=on_bytes)
         folder = snapshot(self.repo.repo_id, self.repo.revision, self.cache)
         assert folder is not None, "the library keeps a snapshot of what it downloaded"
         return folder
@@ -62,9 +62,9 @@ class InFolder:
         """Name -> bytes."""
         return model_files.present_files(self.folder)
 
-    def bring(self, names: Collection[str], *, on_bytes: Callable[[int], None]) -> Path:
-        """The local folder that then holds the named files."""
-        del names, on_bytes  # all of them stand here already
+    def bring(self, sizes: Mapping[str, int], *, on_bytes: Callable[[int], None]) -> Path:
+        """The local folder that then holds these files."""
+        del sizes, on_bytes  # all of them stand here already
         return self.folder
 
 
@@ -81,9 +81,9 @@ class InStore:
         """Name -> bytes."""
         return {name: stored.size for name, stored in self.objects.items()}
 
-    def bring(self, names: Collection[str], *, on_bytes: Callable[[int], None]) -> Path:
-        """The local folder that then holds the named files."""
-        for name in names:
+    def bring(self, sizes: Mapping[str, int], *, on_bytes: Callable[[int], None]) -> Path:
+        """The local folder that then holds these files."""
+        for name in sizes:
             stored, target = self.objects[name], self.copy / name
             _raise_if(self.should_stop)
             # A file appears under its name when it is whole, and the folder's name says which one it is.
@@ -96,7 +96,7 @@ class InStore:
                     should_stop=self.should_stop,
                     on_progress=_counting(on_bytes),
                 )
-        if any(name.endswith(".safetensors") for name in names):
+        if any(name.endswith(".safetensors") for name in sizes):
             self._mark_complete()
         return self.copy
 

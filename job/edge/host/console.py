@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 from job.core.lines import broken, worth_naming, written_out
+from job.core.visible import visible
 
 _VALUES = "\x1b[36m"
 _CLOCK = "\x1b[2m"
@@ -47,7 +48,7 @@ class Console:
         head += [(part, "") for part in _step_parts(event)] if name == "step" else [(name, _EVENT)]
         passing = self._in_place and level == "info" and name in _PASSING and not blocks
         lines = self._lines(head, written_out(event), passing=passing)
-        return ("\n".join([*lines, *blocks, *([] if trace is None else [trace])]),), {"passing": passing}
+        return ("\n".join([*lines, *blocks, *([] if trace is None else [visible(trace)])]),), {"passing": passing}
 
     def _lines(self, head: list[tuple[str, str]], values: list[str], *, passing: bool) -> list[str]:
         """The head with as many values beside it as fit, the others below; what passes has one line."""

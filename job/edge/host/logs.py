@@ -49,7 +49,9 @@ _SECRET_SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
     (re.compile(r"\bhf_(?:[a-z]+_)?[A-Za-z0-9]{16,}"), HIDDEN),
-    (re.compile(r"(?<=://)[^/\s'\"@]*:[^/\s'\"]*@"), f"{HIDDEN}@"),
+    # User and password, or one token, before a host. AWS's secret half may hold a slash; a port is no password.
+    (re.compile(r"(?<=://)[^/\s'\"@:]*:(?!\d+/)[^\s'\"@]*@(?:[^/\s'\"@]*@)*"), f"{HIDDEN}@"),
+    (re.compile(r"(?<=://)[^/\s'\"]+@"), f"{HIDDEN}@"),
 )
 _SECRET_NAMES = re.compile(
     r"(?i)(?:.*[_-])?(?:password|passwd|secret|secret[_-](?:access[_-])?key|api[_-]?key|authorization"

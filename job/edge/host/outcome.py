@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from job.core.visible import visible
 from job.edge.host.logs import redact
 
 LIMIT_BYTES = 4096
@@ -92,7 +93,7 @@ class Outcome:
                     "state": "ended",
                     "code": code,
                     "again": again,
-                    "reason": redact(reason),
+                    "reason": visible(redact(reason)),
                     "action": action,
                     "last_committed_step": last_committed_step,
                     "run_uri": run_uri,
@@ -137,7 +138,9 @@ def replace_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_bytes(content)
+        beside.unlink(missing_ok=True)  # of a process that died, or a link that somebody laid there
+        with beside.open("xb") as file:
+            file.write(content)
         beside.replace(path)
     except OSError:
         with suppress(OSError):
@@ -146,8 +149,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _rewrite(path: Path, content: bytes) -> None:
-    # Without O_NONBLOCK a pipe that nobody reads would hold the job.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
+    # Without O_NONBLOCK a pipe that nobody reads would hold the job. Links were followed as it began, and no more.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
     try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):

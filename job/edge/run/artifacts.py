@@ -22,7 +22,9 @@ import structlog
 
 from job.core.crash_points import crash_point
 from job.core.ended import Ended
-from job.core.errors import RunConflictError
+from job.core.errors import DataError, RunConflictError
+from job.core.history import wrong_value
+from job.core.report import Report, read_report
 from job.edge.run import endings
 from job.edge.run.adapter import PublishedAdapter
 from job.edge.run.checkpoints import CHECKPOINTS, Checkpoint, Checkpoints
@@ -119,6 +121,21 @@ class Artifacts:
         """report.json, or None while the run is not done."""
         return self._run.read_json("report.json")
 
+    def read_report(self) -> Report | None:
+        """The same as a report.
+
+        Raises:
+            DataError: what stands there is none of this job.
+        """
+        content = self.report()
+        try:
+            return None if content is None else read_report(content)
+        except ValueError as error:
+            raise DataError(
+                f"{self.uri}/report.json: damaged, or not of this job ({error}); take it away, and the run can be "
+                "finished again"
+            ) from error
+
     def publish_report(self, report: bytes) -> None:
         """Write the report: the run is done.
 
@@ -133,7 +150,7 @@ class Artifacts:
         except PreconditionError:
             self._run.confirm()
             data, etag = self._store.read(key)
-            if json_object(data).get("fence", 0) < self.fence:
+            if _fence(data) < self.fence:
                 self._store.write(key, report, if_match=etag if self._run.conditional else None)
         crash_point("report.after")
 
@@ -181,14 +198,27 @@ class Artifacts:
     def attempts(self, *, newest: int | None = None) -> list[dict[str, Any]]:
         """What is known of each attempt, or of the newest ones, in order.
 
-        `end` is None for one that left no record of its end.
+        `end` is None for one that left no record of its end. A record that is damaged is passed over like one that is
+        missing: what the run is does not depend on it.
         """
         numbers = self.attempt_numbers()
         return [
-            (self._run.read_json(f"attempts/{number:02d}.json", max_bytes=ATTEMPT_BYTES) or {})
-            | {"number": number, "end": self._run.read_json(f"attempts/{number:02d}-end.json", max_bytes=ATTEMPT_BYTES)}
+            (self._attempt_record(f"{number:02d}.json") or {})
+            | {"number": number, "end": self._attempt_record(f"{number:02d}-end.json")}
             for number in (numbers if newest is None else numbers[-newest:])
         ]
+
+    def _attempt_record(self, name: str) -> dict[str, Any] | None:
+        try:
+            record = self._run.read_json(f"attempts/{name}", max_bytes=ATTEMPT_BYTES)
+        except DataError as error:
+            reason: str | None = str(error)
+        else:
+            reason = None if record is None else wrong_value(record)
+            if reason is None:
+                return record
+        log.warning("attempt_record_passed_over", record=f"{self.uri}/attempts/{name}", reason=reason)
+        return None
 
     def attempt_numbers(self) -> list[int]:
         """The numbers taken so far, in order; ours also while a listing does not show it yet."""
@@ -218,10 +248,15 @@ class Artifacts:
         return self._checkpoints.fetch(checkpoint, folder, should_stop=should_stop, only=only)
 
     def fetch_newest(
-        self, folder: Path, *, should_stop: Callable[[], bool], only: Collection[str] | None = None
+        self,
+        folder: Path,
+        *,
+        should_stop: Callable[[], bool],
+        only: Collection[str] | None = None,
+        refusal: Callable[[Checkpoint, Path], str | None] = lambda _checkpoint, _folder: None,
     ) -> tuple[Checkpoint | None, list[dict[str, str]]]:
         """As `Checkpoints.fetch_newest`."""
-        return self._checkpoints.fetch_newest(folder, should_stop=should_stop, only=only)
+        return self._checkpoints.fetch_newest(folder, should_stop=should_stop, only=only, refusal=refusal)
 
     def retain(self, steps: Collection[int], *, newest: int) -> None:
         """As `Checkpoints.retain`, for our own attempt."""
@@ -236,6 +271,15 @@ class Artifacts:
     def fetch_adapter(self, folder: Path, files: Mapping[str, FileEntry], *, should_stop: Callable[[], bool]) -> None:
         """As `PublishedAdapter.fetch`."""
         self._adapter.fetch(folder, files, should_stop=should_stop)
+
+
+def _fence(report: bytes) -> int:
+    """Of a report that stands there already; 0: it is none."""
+    try:
+        fence = json_object(report).get("fence")
+    except ValueError:
+        return 0
+    return fence if type(fence) is int else 0
 
 
 def finished_runs(store: ObjectStore) -> list[str]:

@@ -161,7 +161,12 @@ class Checkpoints:
         return wanted
 
     def fetch_newest(
-        self, folder: Path, *, should_stop: Callable[[], bool], only: Collection[str] | None = None
+        self,
+        folder: Path,
+        *,
+        should_stop: Callable[[], bool],
+        only: Collection[str] | None = None,
+        refusal: Callable[[Checkpoint, Path], str | None] = lambda _checkpoint, _folder: None,
     ) -> tuple[Checkpoint | None, list[dict[str, str]]]:
         """Bring the newest checkpoint that verifies into the folder.
 
@@ -169,6 +174,7 @@ class Checkpoints:
             folder: gets a folder by the checkpoint's name.
             should_stop: polled while files arrive.
             only: the files that make a checkpoint; one whose manifest names fewer is passed over.
+            refusal: takes one that verifies, in its folder; says why it is no good, or None where it is.
 
         Returns:
             Which one it is (None: there is none), and those passed over, each with the reason.
@@ -185,12 +191,15 @@ class Checkpoints:
                 try:
                     self.fetch(checkpoint, folder / checkpoint.name, should_stop=should_stop, only=only)
                 except (DataError, NotFoundError) as error:
-                    shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
                     reason = str(error)
                     if isinstance(error, NotFoundError):  # deleted while it was read: it does not count as one to keep
                         stored.committed.discard(checkpoint)
                 else:
-                    return checkpoint, passed_over
+                    found = refusal(checkpoint, folder / checkpoint.name)
+                    if found is None:
+                        return checkpoint, passed_over
+                    reason = found
+                shutil.rmtree(folder / checkpoint.name, ignore_errors=True)
             log.warning("checkpoint_passed_over", checkpoint=checkpoint.name, reason=reason)
             passed_over.append({"checkpoint": checkpoint.name, "reason": reason})
         return None, passed_over
@@ -261,20 +270,19 @@ class Latest:
         self._denied = False
         """It was said already that we may not write it."""
 
-    def take_over(self) -> dict[str, Any]:
+    def take_over(self) -> Mapping[str, Any]:
         """Write it anew: an earlier owner's write, on condition of the old one, fails from now on.
 
         Returns:
             What it says; nothing where there is none.
         """
-        content: dict[str, Any] = {}
+        content: Mapping[str, Any] = {}
         with contextlib.suppress(NotFoundError):
             try:
                 data, self._etag = self._run.store.read(self._key, max_bytes=SMALL_BYTES)
             except DataError:  # a hint is never so large, and nothing depends on it
                 data, self._etag = b"", self._run.etag(self._key)
-            with contextlib.suppress(ValueError):
-                content = json_object(data)
+            content = _hint(data)
             self.write(content)
         return content
 
@@ -302,6 +310,16 @@ class Latest:
         if self._etag is None:
             return self._run.store.write(self._key, data, create_only=True)
         return self._run.store.write(self._key, data, if_match=self._etag)
+
+
+def _hint(data: bytes) -> Facts:
+    """What latest.json may say, from what stands there."""
+    try:
+        content = json_object(data)
+    except ValueError:
+        return {}
+    kinds = {"checkpoint": str, "step": int}
+    return {name: content[name] for name, kind in kinds.items() if type(content.get(name)) is kind}
 
 
 def _facts(checkpoint: Checkpoint, *, fence: Any) -> Facts:

@@ -1,12 +1,12 @@
 """From URIs with globs and prefixes to the objects that they name."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-from job.core.errors import NotFoundError, StopRequestedError
+from job.core.errors import DataError, NotFoundError, StopRequestedError, UsageError
 from job.edge.store.globs import has_glob, literal_prefix, matcher
 from job.edge.store.lanes import Lanes
-from job.edge.store.objects import ObjectStore, StoredObject, StoreSettings
+from job.edge.store.objects import ObjectStore, StoredObject, StoreSettings, check_key
 from job.edge.store.opening import full_uri, locate, open_store, store_and_key
 from job.edge.store.patience import STORE_PATIENCE, Patience
 
@@ -25,6 +25,7 @@ def expand(
 
     Raises:
         NotFoundError: a URI matches nothing.
+        DataError: a name is no text.
     """
     stores: dict[str, ObjectStore] = {}
 
@@ -36,12 +37,46 @@ def expand(
     names: set[str] = set()
     for uri in uris:
         names.update(_names(uri, opened, should_stop))
+    _refuse_unwritable(names)
 
     wanted = [store_and_key(name) for name in sorted(names)]
     for root, _ in wanted:
         opened(root)
     with Lanes("looking at the data's objects", should_stop) as lanes:
         return [*lanes.in_order(partial(stores[root].stat, key, cancelled=lanes.cancelled) for root, key in wanted)]
+
+
+def _refuse_unwritable(names: Iterable[str]) -> None:
+    """A file's name may be any bytes, but records and reports are JSON."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{name!a}: the name is not UTF-8; give the file another one") from error
+
+
+def may_name(uris: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a full URI is one that `expand` could find for these: nothing is asked of a store.
+
+    For names that were written down earlier, in a place that others can write to.
+    """
+    exact, patterns = set(), []
+    for full in map(full_uri, uris):
+        if has_glob(full) or full.endswith("/"):
+            patterns.append(matcher(full))
+        else:
+            exact.add(full)
+
+    def may(name: str) -> bool:
+        try:
+            check_key(store_and_key(name)[1])
+            if full_uri(name) != name:  # `..` in it would be followed
+                return False
+        except UsageError:
+            return False
+        return name in exact or any(matches(name) for matches in patterns)
+
+    return may
 
 
 def _names(uri: str, opened: Callable[[str], ObjectStore], should_stop: Callable[[], bool]) -> Iterator[str]:

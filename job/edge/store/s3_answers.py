@@ -1,8 +1,9 @@
-"""What is taken from an answer to an S3 request: so many bytes of it, no redirect in a circle, no gaps."""
+"""What is taken from an answer to an AWS request: so many bytes of it, no redirect in a circle, no gaps."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from botocore.httpsession import URLLib3Session
 from botocore.parsers import ResponseParserError
 
 if TYPE_CHECKING:
@@ -14,25 +15,27 @@ ANSWER_BYTES = 32 * 1024 * 1024
 """Of any other body that is no object's content: a thousand keys of the longest kind, escaped, are ten megabytes."""
 _REFUSAL = 300
 """The HTTP status from which on a body is not what was asked for."""
+_send = URLLib3Session.send
 
 
-def bound_answers(client: "S3Client") -> None:
-    """Have a client take no more than that; the content of objects is read piece by piece, by who asked for it."""
-    session = client._endpoint.http_session  # type: ignore[attr-defined] # noqa: SLF001 - botocore has no door to it
-    send = session.send
+def bound_answers() -> None:
+    """Have botocore take no more than that; the content of objects is read piece by piece, by who asked for it.
 
-    def bounded_send(request: Any) -> Any:
-        is_content, request.stream_output = request.stream_output, True
-        answer = send(request)
-        if answer.status_code >= _REFUSAL:
-            answer._content = _first_bytes(answer.raw, ERROR_BYTES)  # noqa: SLF001 - where `content` keeps it
-        elif not is_content:
-            answer._content = _first_bytes(answer.raw, ANSWER_BYTES + 1)  # noqa: SLF001 - same
-            if len(answer._content) > ANSWER_BYTES:  # noqa: SLF001 - same
-                raise ResponseParserError(f"an answer of more than {ANSWER_BYTES:,} bytes")
-        return answer
+    Not of S3 alone: a role's credentials come from STS or a node's metadata, by sessions that botocore makes itself.
+    """
+    URLLib3Session.send = _bounded_send  # type: ignore[assignment,method-assign] # botocore has no door to them
 
-    session.send = bounded_send
+
+def _bounded_send(session: Any, request: Any) -> Any:
+    is_content, request.stream_output = request.stream_output, True
+    answer: Any = _send(session, request)
+    if answer.status_code >= _REFUSAL:
+        answer._content = _first_bytes(answer.raw, ERROR_BYTES)  # noqa: SLF001 - where `content` keeps it
+    elif not is_content:
+        answer._content = _first_bytes(answer.raw, ANSWER_BYTES + 1)  # noqa: SLF001 - same
+        if len(answer._content) > ANSWER_BYTES:  # noqa: SLF001 - same
+            raise ResponseParserError(f"an answer of more than {ANSWER_BYTES:,} bytes")
+    return answer
 
 
 def follow_no_endless_redirects(client: "S3Client") -> None:

@@ -7,10 +7,12 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ChecksumError, ClientError, HTTPClientError, IncompleteReadError
+from botocore.parsers import ResponseParserError
 
 from job.core.errors import DataError, DeniedError, JobError, StopRequestedError, UnavailableError, UsageError
 from job.edge.store.objects import PARALLEL, PreconditionError, StoreSettings
@@ -54,6 +56,11 @@ class Bucket:
         self.client = _client(settings)
         """Look at it for each request: it is another one once the credentials had to be renewed."""
         self.endpoint: str = self.client.meta.endpoint_url
+        if "@" in urlsplit(self.endpoint).netloc:
+            raise UsageError(  # it is not repeated
+                "AWS_ENDPOINT_URL: credentials do not belong into an endpoint; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY"
+            )
         mode = self.client.meta.config.request_checksum_calculation  # type: ignore[attr-defined] # missing in the stubs
         self.checksums: bool = mode == "when_supported"
         self.encryption: dict[str, Any] = {}
@@ -205,13 +212,24 @@ def credentials_source() -> str:
     Raises:
         DeniedError: nowhere.
     """
-    found = boto3.session.Session().get_credentials()
+    bound_answers()
+    try:
+        found = boto3.session.Session().get_credentials()
+    except ResponseParserError as error:
+        raise _strange_source(error) from error
     if found is None:
         raise DeniedError(
             "no AWS credentials: the default chain (environment, profile, role) finds none; "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the job a role"
         )
     return str(found.method)
+
+
+def _strange_source(error: ResponseParserError) -> UnavailableError:
+    return UnavailableError(
+        f"AWS credentials: what gives them (STS, or this node's metadata) sent {summary(error)}; look at it, then "
+        "start the same job again"
+    )
 
 
 def _client(settings: StoreSettings) -> "S3Client":
@@ -231,10 +249,12 @@ def _client(settings: StoreSettings) -> "S3Client":
         user_agent_extra="qlora-job",
         **checksums,
     )
+    bound_answers()
     try:
         client = boto3.session.Session().client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
         raise UsageError(f"S3 client: {summary(error)}; correct the AWS settings") from error
-    bound_answers(client)
+    except ResponseParserError as error:
+        raise _strange_source(error) from error
     follow_no_endless_redirects(client)
     return client

@@ -2,38 +2,41 @@
 
 import json
 import random
+import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from job.core.crash_points import crash_point
 from job.core.cut import Cut
-from job.core.errors import DataError
 from job.core.verdict import Evaluation
 from job.tune.device.random_state import random_state, restore_random_state
-
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-"""What PEFT and vLLM read."""
-_OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE = (
-    "optimizer.safetensors",
-    "random.safetensors",
-    "evaluations.safetensors",
-    "state.json",
+from job.tune.loop.optimizer import set_schedule, state_after_a_step
+from job.tune.loop.saved_state import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    EVALUATIONS,
+    FORMAT,
+    OPTIMIZER,
+    RANDOM,
+    STATE,
+    Expected,
+    read_adapter,
+    read_saved_state,
 )
-FILES = (*ADAPTER_FILES, _OPTIMIZER, _RANDOM, _EVALUATIONS, _STATE)
+
+ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
+"""What PEFT and vLLM read."""
+FILES = (*ADAPTER_FILES, OPTIMIZER, RANDOM, EVALUATIONS, STATE)
 """What a checkpoint is made of."""
-_FORMAT = 3
-"""Format of the state. The first had no number, held the cut as `plan`, and drew dropout from the generators' state;
-the second's cut did not hold what is computed in."""
-_BEFORE_FORMAT_3: dict[str, Any] = {"compute_dtype": "bf16"}
-"""What every cut was, on every device."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,23 +79,23 @@ def save(state: State, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
     _order_targets(folder / ADAPTER_FILES[1])
     tensors, plain = _flatten(state.optimizer.state_dict())
-    save_file(tensors, folder / _OPTIMIZER)
+    save_file(tensors, folder / OPTIMIZER)
     crash_point("save.middle")
-    save_file(random_state(), folder / _RANDOM)
-    save_file(_evaluation_tensors(state.progress.evaluations), folder / _EVALUATIONS)
+    save_file(random_state(), folder / RANDOM)
+    save_file(_evaluation_tensors(state.progress.evaluations), folder / EVALUATIONS)
     progress = {
         f.name: getattr(state.progress, f.name) for f in fields(Progress) if f.name not in {"evaluations", "cut"}
     }
     content = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "progress": progress | {"cut": asdict(state.progress.cut)},
         "correct": {str(step): e.correct for step, e in state.progress.evaluations.items()},
-        "optimizer": plain,
+        "optimizer": plain,  # its groups and the schedule are for earlier versions: they follow from recipe and step
         "scheduler": _plain_schedule(state.scheduler.state_dict()),
         "python_random": random.getstate(),
         "numpy_random": _plain_numpy_state(),
     }
-    (folder / _STATE).write_text(json.dumps(content), encoding="utf-8")
+    (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _order_targets(config: Path) -> None:
@@ -111,59 +114,84 @@ class Loaded:
     """Whether its dropout drew from the generators' state, and compiled layers had code for each padded size."""
 
 
-def load(state: State, folder: Path, *, layers: int) -> Loaded:
-    """Restore model, optimizer, scheduler, progress and random generators from a folder.
+def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray[np.int64]) -> Loaded:
+    """Restore model, optimizer, schedule, progress and random generators; nothing is touched before all is read.
 
     Args:
         state: of a run with the same recipe; its cut is the one planned now.
         folder: a whole checkpoint, of this version of the job or of an earlier one.
+        step: the one that its name says.
         layers: number of the decoder's layers.
+        targets: target tokens of each held-out document.
 
     Raises:
-        DataError: it holds another kind of state, or that of another model.
+        DamagedStateError: it is not what this run writes.
+        DataError: a newer version of the job wrote it.
     """
-    content = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    version = content.get("format", 1)
-    if version not in range(1, _FORMAT + 1):
-        raise DataError(
-            f"{folder}: its state has format {version}, and this version of the job reads up to {_FORMAT}; start it "
-            "with the image that wrote the checkpoint, or a newer one"
-        )
-    progress = dict(content["progress"])
-    if version == 1:
-        cut = _cut_of_format_1(progress.pop("plan"), state.progress.cut, layers)
-    else:
-        cut = Cut(**(_BEFORE_FORMAT_3 | progress["cut"]))
-    load_adapter(state.model, folder)
-    state.optimizer.load_state_dict(_unflatten(load_file(folder / _OPTIMIZER), content["optimizer"]))
-    state.scheduler.load_state_dict(content["scheduler"])
-    for name, value in (progress | {"cut": cut}).items():
+    expected = Expected(
+        adapter=adapter_form(state.model),
+        optimizer=state_after_a_step(state.optimizer),
+        cut=state.progress.cut,
+        layers=layers,
+        targets=targets,
+    )
+    saved = read_saved_state(folder, expected, step=step)
+    set_peft_model_state_dict(state.model, dict(saved.adapter))
+    # What the optimizer is, and its rate at this step, the recipe says; only what it has gathered comes from the file.
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": dict(saved.optimizer), "param_groups": groups})
+    set_schedule(state.scheduler, state.optimizer, step=step)
+    for name, value in saved.progress.items():
         setattr(state.progress, name, value)
-    state.progress.evaluations = _evaluations(load_file(folder / _EVALUATIONS), content["correct"])
-    _restore_random(load_file(folder / _RANDOM), content)
-    return Loaded(is_of_format_1=version == 1)
+    restore_random_state(saved.random)
+    random.setstate(saved.python_random)
+    np.random.set_state(saved.numpy_random)  # noqa: NPY002 - as in _plain_numpy_state
+    return Loaded(is_of_format_1=saved.format == 1)
 
 
-def _cut_of_format_1(plan: Mapping[str, Any], planned: Cut, layers: int) -> Cut:
-    """The cut in a state of format 1; what an even older version did not hold is as planned now."""
-    known = {name: plan[name] for name in Cut.__slots__ if name in plan}
-    if plan.get("checkpointing") and not plan.get("recomputed_layers"):
-        known["recomputed_layers"] = layers  # autograd recomputes all or none, which only the switch recorded
-    return replace(planned, **(_BEFORE_FORMAT_3 | known))
+def adapter_form(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors by the names that they are saved under: shapes and types alone."""
+    return {name: t.to("meta") for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Put the adapter of a folder into the model; every tensor must find its place.
 
     Raises:
-        DataError: it is another model's.
+        DamagedStateError: it is damaged, or another model's.
     """
-    weights = load_file(folder / ADAPTER_FILES[0])
-    result = set_peft_model_state_dict(model, weights)
-    missing = get_peft_model_state_dict(model, save_embedding_layers=False).keys() - weights.keys()
-    if result.unexpected_keys or missing:
-        names = [*result.unexpected_keys[:3], *sorted(missing)[:3]]
-        raise DataError(f"{folder}: the adapter belongs to another model or recipe; look at {', '.join(names)}")
+    set_peft_model_state_dict(model, read_adapter(folder / ADAPTER, adapter_form(model)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterToPublish:
+    """What our adapter looks like, whoever saved its weights."""
+
+    form: Mapping[str, Tensor]
+    config: str
+    """adapter_config.json."""
+
+    def write(self, weights: Path, folder: Path) -> None:
+        """Write both files anew, from weights that come from a store.
+
+        Raises:
+            DamagedStateError: they are not those of this adapter.
+        """
+        tensors = read_adapter(weights, self.form)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+        (folder / ADAPTER_CONFIG).write_text(self.config, encoding="utf-8")
+
+
+def adapter_to_publish(model: PeftModel) -> AdapterToPublish:
+    """What is published of this model once its weights are chosen."""
+    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    with tempfile.TemporaryDirectory() as folder:
+        type(model.peft_config["default"])(**config).save_pretrained(folder)
+        _order_targets(Path(folder) / ADAPTER_CONFIG)
+        return AdapterToPublish(
+            form=adapter_form(model), config=(Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")
+        )
 
 
 def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -191,19 +219,6 @@ def _unwrapped(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in plain["state"].items()}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state[int(index)][name] = tensor
-    return {"state": state, "param_groups": [_tupled(group) for group in plain["groups"]]}
-
-
-def _tupled(group: Mapping[str, Any]) -> dict[str, Any]:
-    # JSON knows no tuples; betas is one.
-    return {name: tuple(value) if name == "betas" else value for name, value in group.items()}
-
-
 def _plain_schedule(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name != "lr_lambdas"} | {
         # LambdaLR asks for the key; its functions are made anew from the recipe.
@@ -216,25 +231,8 @@ def _plain_numpy_state() -> list[Any]:
     return [kind, np.asarray(keys).tolist(), *rest]
 
 
-def _restore_random(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    restore_random_state(tensors)
-    version, internal, gauss = state["python_random"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy_random"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - as above
-
-
 def _evaluation_tensors(evaluations: Mapping[int, Evaluation]) -> dict[str, Tensor]:
     tensors = {f"nll.{step}": torch.from_numpy(e.nll) for step, e in evaluations.items()}
     if evaluations:
         tensors["tokens"] = torch.from_numpy(next(iter(evaluations.values())).tokens)
     return tensors
-
-
-def _evaluations(tensors: Mapping[str, Tensor], correct: Mapping[str, int]) -> dict[int, Evaluation]:
-    return {
-        int(step): Evaluation(
-            step=int(step), nll=tensors[f"nll.{step}"].numpy(), tokens=tensors["tokens"].numpy(), correct=hits
-        )
-        for step, hits in correct.items()
-    }

@@ -34,6 +34,10 @@ def prepare(bases, documents, folder, architecture, optimizer, **options):
     )
 
 
+def load(made, folder, *, step):
+    return checkpoints.load(made.state, folder, step=step, layers=LAYERS, targets=made.documents.targets)
+
+
 def sha256(made, folder):
     checkpoints.save(made.state, folder)
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
@@ -67,7 +71,7 @@ def test_stopping_and_resuming_equals_not_stopping_to_the_bit(architecture, opti
         first.run(evaluate_every=4)
     torch.manual_seed(999)  # another process has other random numbers
     second = prepare(bases, documents, tmp_path, architecture, optimizer, steps=STEPS)
-    checkpoints.load(second.state, tmp_path / "saved" / f"step-{STOP}", layers=LAYERS)
+    load(second, tmp_path / "saved" / f"step-{STOP}", step=STOP)
     assert second.progress.step == STOP
     second.run(evaluate_every=4)
 
@@ -93,7 +97,7 @@ def test_a_step_that_is_dropped_in_its_middle_leaves_no_trace(bases, documents, 
         first.run(evaluate_every=4)
     torch.manual_seed(999)
     second = made()
-    checkpoints.load(second.state, tmp_path / "saved" / f"step-{stop}", layers=LAYERS)
+    load(second, tmp_path / "saved" / f"step-{stop}", step=stop)
     second.run(evaluate_every=4)
 
     assert numbers(second) == numbers(whole)
@@ -146,7 +150,7 @@ def test_the_state_of_every_optimizer_comes_back_to_the_bit(optimizer, bases, do
     assert made.progress.losses[-1] != made.progress.losses[0]
     checkpoints.save(made.state, tmp_path / "saved")
     other = prepare(bases, documents, tmp_path, "llama", optimizer, steps=3)
-    checkpoints.load(other.state, tmp_path / "saved", layers=LAYERS)
+    load(other, tmp_path / "saved", step=3)
 
     before, after = flat(made.state.optimizer.state_dict()), flat(other.state.optimizer.state_dict())
     assert before.keys() - after.keys() <= {"param_groups.0.lr_lambda"}
@@ -232,7 +236,7 @@ def test_an_adapter_of_another_recipe_is_not_loaded(saved, bases, documents, tmp
 def test_evaluations_come_back_to_the_bit(saved, bases, documents, tmp_path):
     made, folder = saved
     other = prepare(bases, documents, tmp_path, "llama", "adamw_8bit", steps=4)
-    checkpoints.load(other.state, folder, layers=LAYERS)
+    load(other, folder, step=4)
     assert other.progress.evaluations.keys() == made.progress.evaluations.keys() == {0, 4}
     for step, evaluation in made.progress.evaluations.items():
         found = other.progress.evaluations[step]
