@@ -19,17 +19,21 @@ from job.core.library_settings import LIBRARY_SETTINGS
 from job.core.lines import colours_wanted, hung
 from job.core.visible import one_line
 from job.edge.host.interrupt import Interrupt
+from job.edge.host.launched import sit_down
 from job.edge.host.output import lasting_output, say_passing, terminal_width
-from job.ending import Session
+from job.ending import Session, log_finished
 from job.options import (
     AddedUp,
+    arm_crash_point,
     device_option,
     engine_option,
     leave_ending,
     make_attempt,
     news_options,
     recipe_argument,
+    run_with_others,
     shared_options,
+    team_options,
     time_options,
     workdir_option,
 )
@@ -75,6 +79,7 @@ def cli(session: Session, log_format: str) -> None:
 @engine_option
 @time_options
 @news_options
+@team_options
 @click.option(
     "--force",
     envvar="JOB_FORCE",
@@ -89,23 +94,16 @@ def run(session: Session, /, recipe: Path, **options: Any) -> None:
     attempt = make_attempt(session, recipe, options)
     # Compiled code is loaded from there, and by itself torch takes a folder in /tmp whose name anybody can guess.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(attempt.worker.workdir / "cache" / "inductor"))
-    if options["crash_at"]:
-        from job.edge.host.crashing import arm
-
-        arm(options["crash_at"])
+    arm_crash_point(session, options["crash_at"])
+    if run_with_others(session, attempt, options, os.environ):
+        return
     for override in as_records(attempt.overrides):
         log.info("override", **override)
     from job.commands.run import run as carry_out
     from job.render.report_text import report_lines
 
-    report = carry_out(attempt)
-    log.info(
-        "finished",
-        base_loss=round(report.sweet_spot.base_loss, 4),
-        tuned_loss=round(report.sweet_spot.loss, 4),
-        chosen_step=report.sweet_spot.step,
-        report=f"{report.run_uri}/report.json",
-    )
+    report = carry_out(attempt, session.seat)
+    log_finished(report)
     if not session.as_json:
         _say(session, "", *report_lines(report), "", f"report: {report.run_uri}/report.json")
 
@@ -351,7 +349,7 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
 
 def main(interrupt: Interrupt) -> int:
     """Run the command line; every way to end has a code of the table."""
-    session = Session(interrupt=interrupt)
+    session = Session(interrupt=interrupt, seat=sit_down(os.environ))
     with lasting_output():
         error, shown = _carry_out(session)
         code = session.end(error, shown=shown)

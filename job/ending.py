@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from job import __version__
-from job.core.errors import JobError, LocalDiskError, StopRequestedError, action_for, ending, exit_code
+from job.core.errors import JobError, LocalDiskError, StopRequestedError, action_for, ending, exit_code, is_effect
 from job.core.limits import ENDING_SECONDS
+from job.core.seat import Seat
 from job.edge.host.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from job.core.ended import Ended
+    from job.core.report import Report
     from job.edge.host.metrics import MetricsFile
     from job.edge.host.notice import Notice
     from job.edge.host.outcome import Outcome
@@ -56,12 +58,14 @@ class Session:
     """Once the recipe was read."""
     failure: JobError | None = None
     """What a command that showed all it found ends with."""
+    seat: Seat | None = None
+    """Among the processes of a run, whose supervisor then speaks for all of them; None: there is no other."""
 
     def open_outcome(self, path: Path | None) -> None:
         """From here on the outcome file is kept current."""
         from job.edge.host.outcome import Outcome
 
-        self.outcome = Outcome(path)
+        self.outcome = Outcome(path if self.seat is None else Path(self.seat.folder) / self.seat.outcome)
         if self.metrics is not None:
             self.outcome.follow(self.metrics.write)
 
@@ -69,6 +73,8 @@ class Session:
         """From here on the metrics file says what the outcome file says."""
         from job.edge.host.metrics import MetricsFile
 
+        if self.seat is not None:
+            return
         self.metrics = MetricsFile(path)
         if self.outcome is not None:
             self.outcome.follow(self.metrics.write)
@@ -99,6 +105,9 @@ class Session:
         standing = self.attempt.standing if self.attempt else None
         written = _aside(partial(self._write_outcome, error, standing))
         written(_FILE_FIRST_SECONDS)
+        if self.seat is not None:
+            shown = shown or code != JobError.code or is_effect(error)  # the supervisor says it, without a traceback
+            _aside(partial(self._tell_others, self.seat, error))(_FILE_FIRST_SECONDS)
         if error is not None and not shown:
             with suppress(Exception):  # the code is decided, and the outcome file has it
                 self._log(error, standing)
@@ -110,7 +119,7 @@ class Session:
 
         Neither can fail the job, and together they take no longer than what is left until a kill.
         """
-        seconds = self._word_seconds()
+        seconds = self._word_seconds() if self.seat is None else 0.0
         if (self.output is None and self.notice is None) or seconds <= 0:
             return
         until = time.monotonic() + seconds
@@ -129,6 +138,12 @@ class Session:
                     )
         except Exception as trouble:  # noqa: BLE001 - the job has ended, and its exit code stands
             log.warning("word_not_left", reason=self.hide(str(trouble)))
+
+    def _tell_others(self, seat: Seat, error: BaseException | None) -> None:
+        from job.stages.company import leave_cause
+
+        with suppress(JobError):  # they are gone, or their launcher is
+            leave_cause(seat, error)
 
     def _word_seconds(self) -> float:
         """How long that may take; the interpreter's own end comes after it, and before the kill."""
@@ -191,7 +206,13 @@ class Session:
                 last_committed_step=standing.last_committed_step if standing else None,
                 run_uri=standing.run_uri if standing else None,
                 action=action_for(error),
+                beside=self._beside(error, standing),
             )
+
+    def _beside(self, error: BaseException | None, standing: "Standing | None") -> dict[str, Any] | None:
+        if self.seat is None:
+            return None
+        return {"effect": is_effect(error) or None, "attempt": standing.number if standing else None}
 
     def _log(self, error: BaseException, standing: "Standing | None") -> None:
         code = _code(error)
@@ -208,6 +229,17 @@ class Session:
         if code == JobError.code:
             facts["traceback"] = "".join(traceback.format_exception(error))
         (log.warning if stopped else log.error)("ended", **{k: v for k, v in facts.items() if v is not None})
+
+
+def log_finished(report: "Report") -> None:
+    """How it ended well, in one event."""
+    log.info(
+        "finished",
+        base_loss=round(report.sweet_spot.base_loss, 4),
+        tuned_loss=round(report.sweet_spot.loss, 4),
+        chosen_step=report.sweet_spot.step,
+        report=f"{report.run_uri}/report.json",
+    )
 
 
 def _understood(error: BaseException | None) -> BaseException | None:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import structlog
 
 from job.core.report import Report
+from job.core.seat import Seat
 from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.machine import look_at_machine
 from job.edge.host.planted import refuse_planted
@@ -16,8 +17,12 @@ from job.stages.identity import Run, find_run
 log = structlog.get_logger(__name__)
 
 
-def run(attempt: Attempt) -> Report:
+def run(attempt: Attempt, seat: Seat | None = None) -> Report:
     """Carry a run to its committed report, or find that it is there already.
+
+    Args:
+        attempt: this process.
+        seat: among the processes that work on the run; None: there is no other.
 
     Raises:
         JobError: the exit code of the table; what is committed stays committed.
@@ -39,25 +44,28 @@ def run(attempt: Attempt) -> Report:
                 return _already_done(attempt, held.run)
             held.records.refuse_repeated_failure()
             refuse_short_time(attempt)  # only now: who never has enough of it is stopped in vain, which is counted
-            return _carry_out(attempt, held)
+            return _carry_out(attempt, held, seat)
 
 
-def _carry_out(attempt: Attempt, held: Held) -> Report:
+def _carry_out(attempt: Attempt, held: Held, seat: Seat | None) -> Report:
     """Gather what training starts from, train, finish."""
     if held.run.begun:
         held.records.begin()  # an unfinished run: this attempt counts from here
     with attempt.phases.phase("load_libraries"):
         # Here and not above: a finished run, a wrong recipe and --help answer without them.
+        from job.stages.company import Company
         from job.stages.finish import finish
         from job.stages.gathering import gather
         from job.stages.hardware import hardware_errors
         from job.stages.training import TrainingStage
 
         quiet_libraries()
-    inputs = gather(attempt, held)
-    with hardware_errors(inputs.device):
-        facts = TrainingStage(attempt, inputs).run()
-        return finish(attempt, inputs, facts)
+    with Company(attempt, seat) as company:
+        company.begin(held.run)
+        inputs = company.in_turn(lambda: gather(attempt, held.run, held.records.begin))
+        with hardware_errors(inputs.device):
+            facts = TrainingStage(attempt, inputs, company).run()
+            return finish(attempt, inputs, facts)
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:

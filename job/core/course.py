@@ -60,17 +60,18 @@ def epoch_order(examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.argsort(keys, kind="stable")
 
 
-def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+def dropout_seed(seed: int, step: int, micro_batch: int, *, rank: int = 0) -> int:
     """Seed of a micro-batch's dropout masks, below 2**31: a run that is resumed draws the masks it would have drawn.
 
     Args:
         seed: the recipe's.
         step: from 1.
-        micro_batch: its place in the step, from 0.
+        micro_batch: its place in the step, from 0; with several ranks in the rank's share.
+        rank: whose share it is.
     """
     with np.errstate(over="ignore"):
         mixed = _mix(np.uint64(seed) * _GOLDEN + np.uint64(step))
-        mixed = _mix(mixed + np.uint64(micro_batch) * _GOLDEN)
+        mixed = _mix(mixed + np.uint64(micro_batch + (rank << 32)) * _GOLDEN)
     return int(mixed >> np.uint64(33))
 
 

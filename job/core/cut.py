@@ -4,7 +4,7 @@ The cut is the hardware's and never changes the sum: it may be another one on an
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -196,6 +196,18 @@ def after_out_of_memory(cut: Cut, *, during: Literal["step", "evaluation"], long
     if cut.recomputed_layers < layers:
         return replace(cut, recomputed_layers=layers)
     return None
+
+
+def common_cut(cuts: Sequence[Cut]) -> Cut:
+    """What fits on every device among those that train together: of each part the smallest; the rest is the first's."""
+    return replace(
+        cuts[0],
+        micro_batch_tokens=min(cut.micro_batch_tokens for cut in cuts),
+        evaluation_tokens=min(cut.evaluation_tokens for cut in cuts),
+        kept_layers=min(cut.kept_layers for cut in cuts),
+        recomputed_layers=max(cut.recomputed_layers for cut in cuts),
+        compiled=all(cut.compiled for cut in cuts),
+    )
 
 
 def _with_tokens(cut: Cut, during: Literal["step", "evaluation"], tokens: int) -> Cut:

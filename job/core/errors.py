@@ -13,7 +13,8 @@ JobError
 ├── CannotFitError      81  this kind of GPU cannot run it
 ├── SickDeviceError     82  this GPU or node is sick, or no GPU is visible
 ├── StalledError        83  no progress for the time allowed
-└── LockedError         84  another live attempt holds the run
+├── LockedError         84  another live attempt holds the run
+└── PeerLostError       70  another process of the run went without a word
 """
 
 import enum
@@ -137,6 +138,10 @@ class LockedError(JobError):
     code = 84
 
 
+class PeerLostError(JobError):
+    """Another of the processes that work on the run is gone; where it left word, that is the cause, and not this."""
+
+
 ENDINGS: tuple[Ending, ...] = (
     Ending(
         code=0,
@@ -250,6 +255,21 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
         return LocalDiskError.code
     return JobError.code
+
+
+def is_effect(error: BaseException | None) -> bool:
+    """Whether it is only what another process's end has done to this one."""
+    while error is not None:
+        if isinstance(error, PeerLostError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def error_of(code: int, said: str, *, action: str | None = None) -> JobError:
+    """The error that another process has ended with, by its code."""
+    kinds = {kind.code: kind for kind in JobError.__subclasses__() if "code" in vars(kind)}
+    return kinds.get(code, JobError)(said, action=action)
 
 
 def action_for(error: BaseException | None) -> str:

@@ -1,5 +1,6 @@
 """When a process in which nothing moves, or which does not hear that it shall stop, is to be ended."""
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -42,6 +43,8 @@ ALLOWED_SECONDS = MappingProxyType(
         "encode": 600.0,
         # No progress in between: 140 GB at 50 MB/s take 2800 s. To prove the adapter, the base is loaded again.
         "load_model": 3600.0,
+        # Each look at the others is a beat; what stays is becoming a group, and a gigabyte of state.
+        "join": 600.0,
         "prove": 3600.0,
         # File by file, and each is sent to the store as well.
         "keep_copy": 900.0,
@@ -57,6 +60,10 @@ ALLOWED_SECONDS = MappingProxyType(
 """Seconds without progress by phase; `train` follows its own steps."""
 
 
+UNLIMITED = frozenset({"follow"})
+"""Waiting for another process's orders, and obeying them: that process is watched."""
+
+
 def allowed_seconds(phase: str, *, longest_step_seconds: float | None, override: float | None = None) -> float:
     """How long a phase may be silent.
 
@@ -65,6 +72,8 @@ def allowed_seconds(phase: str, *, longest_step_seconds: float | None, override:
         longest_step_seconds: of this attempt; None before its first step is done.
         override: the operator's own, for all phases.
     """
+    if phase in UNLIMITED:
+        return math.inf
     if override is not None:
         return override
     if phase == "train":

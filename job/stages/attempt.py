@@ -163,6 +163,8 @@ class Attempt:
     phases: Phases
     step_events_seconds: float
     """Least time between two step events: 0 logs every step."""
+    hear_stop: Callable[[], None] = lambda: None
+    """Another process of the run got a signal to stop: it is ours too."""
     standing: Standing = field(default_factory=Standing)
     notes: list[str] = field(default_factory=list)
     """What the report's reader should know."""

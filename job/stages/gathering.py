@@ -1,26 +1,33 @@
 """What training starts from, in the order of what it costs: the device, the small files, the data, the weights."""
 
+from collections.abc import Callable
+
 from job.core.crash_points import crash_point
 from job.core.errors import StopRequestedError
 from job.stages.attempt import Attempt
 from job.stages.base_source import BaseSource
 from job.stages.dataset import prepare_dataset
 from job.stages.hardware import look_at_hardware
-from job.stages.holding import Held
+from job.stages.identity import Run
 from job.stages.loading import Inputs
 from job.tune.loop.track import refuse_trackers
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.config import load_tokenizer, read_config, shape_of
 
 
-def gather(attempt: Attempt, held: Held) -> Inputs:
+def gather(attempt: Attempt, run: Run, begin: Callable[[], int]) -> Inputs:
     """Refuse what can be refused before gigabytes move, then bring the weights, and begin the attempt.
+
+    Args:
+        attempt: this process.
+        run: the one that is worked on.
+        begin: takes the attempt's number.
 
     Raises:
         JobError: as the stages do.
         StopRequestedError: asked to stop.
     """
-    worker, phases, run = attempt.worker, attempt.phases, held.run
+    worker, phases = attempt.worker, attempt.phases
     _stop_if_asked(attempt)
     device = look_at_hardware(attempt)
     _stop_if_asked(attempt)
@@ -60,7 +67,7 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
         tokenizer=tokenizer,
         dataset=dataset,
         artifacts=run.artifacts,
-        attempt_number=held.records.begin(),
+        attempt_number=begin(),
         device=device,
     )
 

@@ -25,6 +25,7 @@ from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.checkpoint import AdapterToPublish, Progress
 from job.tune.loop.evaluate import Question, evaluate
 from job.tune.loop.step import Setbacks, StepCutShortError, Stepper, StepRecord, shrink
+from job.tune.world import ALONE, LOST, Order, World
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +56,10 @@ class TrainingFacts:
     out_of_memory: int = 0
     recompilations: int = 0
     allocation_retries: int = 0
+    waited_seconds: float = 0.0
+    """Within the steps of this attempt, for other ranks: a rank's, on the average."""
+    bytes_sent: int = 0
+    """By each rank, in the steps of this attempt."""
 
     @property
     def resume_exact(self) -> bool:
@@ -70,7 +75,7 @@ class TrainingFacts:
 class Loop:
     """One attempt at a run's steps."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run's steps are made of
         self,
         attempt: Attempt,
         inputs: Inputs,
@@ -81,6 +86,7 @@ class Loop:
         committer: Committer,
         teller: StepTeller,
         facts: TrainingFacts,
+        world: World = ALONE,
     ) -> None:
         self._attempt = attempt
         self._recipe = attempt.worker.recipe
@@ -91,6 +97,7 @@ class Loop:
         self._committer = committer
         self._teller = teller
         self._facts = facts
+        self._world = world
         self._progress = facts.progress
         self._tokens = self._progress.cut.micro_batch_tokens
         """The micro-batch of the last step that was looked at."""
@@ -103,6 +110,7 @@ class Loop:
             StopRequestedError: asked to stop; the state is committed.
             DivergedError: a loss or gradient is not finite; the weights are those before that step.
             CannotFitError: one example alone does not fit the device.
+            PeerLostError: another rank is gone; the state is committed, where the device still gives it.
         """
         progress, evaluation, checkpoint = self._progress, self._recipe.evaluate, self._recipe.checkpoint
         while True:
@@ -119,11 +127,17 @@ class Loop:
             self._step(progress.step + 1)
 
     def _step(self, number: int) -> None:
+        sent = self._world.bytes_sent
         try:
+            self._world.order(Order.STEP, number)
             self._record(self._stepper.step(number, cut_short=self._committer.must_cut_step))
         except StepCutShortError as dropped:
             self._note(number, dropped.setbacks)
             self._stop()
+        except LOST:
+            self._save_without_the_others()
+            raise
+        self._facts.bytes_sent += self._world.bytes_sent - sent
         if self._facts.start_seconds is None:
             self._stepper.wait()  # this once: it compiled, and is what everybody waited for
             self._record_start()
@@ -137,10 +151,31 @@ class Loop:
 
     def _commit(self) -> None:
         self._record(self._stepper.finish())
+        try:
+            self._settle()
+        except LOST:
+            self._save_without_the_others()
+            raise
         self._committer.commit()
+
+    def _settle(self) -> None:
+        """What is committed, every rank has."""
+        self._world.order(Order.SETTLE)
+        self._facts.waited_seconds = self._stepper.settle()
+
+    def _save_without_the_others(self) -> None:
+        """They are gone, and the state after the last whole step is still here."""
+        self._world.lose()
+        try:
+            self._record(self._stepper.finish())
+        except LOST as error:
+            log.warning("not_saved", reason=f"the device waits for a rank that is gone: {error}")
+        else:
+            self._committer.commit()
 
     def _stop(self) -> NoReturn:
         self._commit()
+        self._world.order(Order.STOP)
         if self._committer.has_nothing:
             raise StopRequestedError("asked to stop before there was anything to commit")
         raise StopRequestedError(
@@ -203,9 +238,14 @@ class Loop:
 
     def _evaluated(self) -> Evaluation:
         """In passes as large as fit; a stop drops what is judged so far and commits the rest."""
+        planned = self._progress.cut.evaluation_tokens
+        self._world.order(Order.EVALUATE, self._progress.step, planned)
         while True:
             try:
-                return self._evaluate()
+                return self._evaluate(planned)
+            except LOST:
+                self._save_without_the_others()
+                raise
             except StopRequestedError:
                 self._stop()
             except torch.OutOfMemoryError as error:
@@ -221,7 +261,7 @@ class Loop:
                 )
                 self._facts.out_of_memory += 1
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self, planned_tokens: int) -> Evaluation:
         validation, step = self._inputs.dataset.validation, self._progress.step
 
         def on_progress(done: int) -> None:
@@ -236,6 +276,8 @@ class Loop:
                 tokens_at_once=self._progress.cut.evaluation_tokens,
                 should_stop=self._attempt.worker.should_stop,
                 on_progress=on_progress,
+                world=self._world,
+                planned_tokens=planned_tokens,
             )
         if not math.isfinite(result.loss):
             # Nothing can be chosen by it, and no later step would heal it.

@@ -43,6 +43,7 @@ def resume(
     layers: int,
     targets: NDArray[np.int64],
     should_stop: Callable[[], bool],
+    ranks: int = 1,
 ) -> Resumed:
     """Bring the state to where the run stands.
 
@@ -54,12 +55,13 @@ def resume(
         layers: of the decoder.
         targets: target tokens of each held-out document.
         should_stop: polled while files arrive.
+        ranks: how many processes make each step from here on.
 
     Raises:
         DataError: a checkpoint of a newer version of the job.
     """
     torch.manual_seed(recipe.train.seed)
-    planned = state.progress.cut
+    planned, state.progress.ranks = state.progress.cut, ranks
     loaded = checkpoints.Loaded(is_of_format_1=False)
 
     def refusal(checkpoint: Checkpoint, folder: Path) -> str | None:
@@ -77,7 +79,13 @@ def resume(
         return Resumed(checkpoint=None, passed_over=tuple(passed_over))
     shutil.rmtree(scratch / newest.name)
     crash_point("resume.after")
-    state.progress.changes += _changes(newest, state.progress.cut, planned, loaded, dropout=recipe.lora.dropout > 0)
+    dropout, before = recipe.lora.dropout > 0, state.progress.ranks
+    state.progress.changes += _changes(newest, state.progress.cut, planned, loaded, dropout=dropout)
+    if before != ranks:
+        where = f"resumed at step {newest.step} in {ranks} processes after {before}"
+        masks = _OTHER_MASKS if dropout else ""
+        state.progress.changes.append(f"{where}: equal within rounding, not to the bit{masks}")
+    state.progress.ranks = ranks
     if not is_same_arithmetic(state.progress.cut, planned):
         state.progress.cut = planned
     return Resumed(checkpoint=newest, passed_over=tuple(passed_over))

@@ -9,26 +9,24 @@ from typing import Any
 import structlog
 from accelerate import Accelerator
 
-from job.core.crash_points import crash_point
 from job.core.recipe import Recipe
 from job.stages.attempt import Attempt
 from job.stages.committing import Committer
-from job.stages.loading import Inputs, load_model
+from job.stages.company import Company
+from job.stages.loading import Inputs
 from job.stages.loop import Loop, TrainingFacts
-from job.stages.planning import Planned, plan_training
+from job.stages.planning import Planned
+from job.stages.preparing import Prepared, make_stepper, prepare, questions_of
 from job.stages.resuming import Resumed, resume
 from job.stages.teller import StepTeller
-from job.tune.data.frame import token_rules
-from job.tune.device.device import device_memory
 from job.tune.engines.engine import adopt_or_shrink
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.checkpoint import Progress, State, adapter_to_publish
-from job.tune.loop.evaluate import Question, answer, questions_of_documents, questions_of_prompts
-from job.tune.loop.flat import FlatAdapter
-from job.tune.loop.optimizer import make_optimizer, make_scheduler
-from job.tune.loop.step import Stepper
-from job.tune.loop.track import Tracking, make_accelerator
+from job.tune.loop.evaluate import Question, answer
+from job.tune.loop.sharing import share_state
+from job.tune.loop.track import Tracking
 from job.tune.model.adapter import parameter_counts
+from job.tune.world import ALONE, Order, World
 
 log = structlog.get_logger(__name__)
 
@@ -36,8 +34,10 @@ log = structlog.get_logger(__name__)
 class TrainingStage:
     """One attempt at training, stage by stage."""
 
-    def __init__(self, attempt: Attempt, inputs: Inputs) -> None:
+    def __init__(self, attempt: Attempt, inputs: Inputs, company: Company) -> None:
         self._attempt = attempt
+        self._company = company
+        self._world: World = ALONE
         self._recipe: Recipe = attempt.worker.recipe
         self._inputs = inputs
         run_id = inputs.artifacts.run_id
@@ -51,38 +51,17 @@ class TrainingStage:
         Raises:
             JobError: as the stages do; what is committed stays committed.
         """
-        inputs, phases = self._inputs, self._attempt.phases
-        with phases.phase("load_model"):
-            free = device_memory(inputs.device)
-            model = load_model(inputs, self._recipe, phases)
-            accelerator = make_accelerator(
-                self._recipe.track, on_cpu=inputs.device.type == "cpu", folder=self._trackers_folder
-            )
-            planned = plan_training(
-                model,
-                inputs,
-                self._recipe,
-                engine=self._attempt.worker.engine,
-                backward=accelerator.backward,
-                free=free,
-                phases=phases,
-            )
-            crash_point("model.loaded")
-            adapter = FlatAdapter(model)
-        state = self._fresh_state(model, adapter, planned)
-        facts = self._facts(model, state, planned, self._resume(state, planned))
-        self._adopt(planned, facts)
-        self._train(model, adapter, state, planned, facts, accelerator)
-        return facts
-
-    def _fresh_state(self, model: PackedModel, adapter: FlatAdapter, planned: Planned) -> State:
-        optimizer = make_optimizer(adapter.vectors, self._recipe.train)
-        return State(
-            model=model.model,
-            optimizer=optimizer,
-            scheduler=make_scheduler(optimizer, self._recipe.train, steps=planned.course.steps),
-            progress=Progress(cut=planned.memory.cut),
+        ready = prepare(
+            self._attempt, self._inputs, trackers_folder=self._trackers_folder, on_loaded=self._company.loaded
         )
+        facts = self._facts(ready.model, ready.state, ready.planned, self._resume(ready.state, ready.planned))
+        if self._company.size > 1:
+            with self._attempt.phases.phase("join"):
+                self._world = self._company.join(self._inputs.device)
+                share_state(self._world, ready.state, ready.adapter)
+        self._adopt(ready.planned, facts)
+        self._train(ready, facts)
+        return facts
 
     def _resume(self, state: State, planned: Planned) -> Resumed:
         attempt, artifacts = self._attempt, self._inputs.artifacts
@@ -95,6 +74,7 @@ class TrainingStage:
                 layers=planned.layers,
                 targets=self._inputs.dataset.validation.targets,
                 should_stop=attempt.worker.should_stop,
+                ranks=self._company.size,
             )
         if resumed.checkpoint is not None:
             step = resumed.checkpoint.step
@@ -105,11 +85,7 @@ class TrainingStage:
         return replace(resumed, passed_over=hidden)
 
     def _facts(self, model: PackedModel, state: State, planned: Planned, resumed: Resumed) -> TrainingFacts:
-        inputs, evaluation = self._inputs, self._recipe.evaluate
-        rules = token_rules(inputs.tokenizer, self._recipe.data)
-        questions = questions_of_prompts(evaluation.prompts, inputs.tokenizer, rules) + questions_of_documents(
-            inputs.dataset.validation, inputs.tokenizer, most=evaluation.answers
-        )
+        questions = questions_of(self._inputs, self._recipe)
         trained, total = parameter_counts(model.model)
         return TrainingFacts(
             progress=state.progress,
@@ -131,57 +107,36 @@ class TrainingStage:
         facts.out_of_memory += facts.progress.cut != wanted
         engine.refresh()
 
-    def _train(
-        self,
-        model: PackedModel,
-        adapter: FlatAdapter,
-        state: State,
-        planned: Planned,
-        facts: TrainingFacts,
-        accelerator: Accelerator,
-    ) -> None:
+    def _train(self, ready: Prepared, facts: TrainingFacts) -> None:
         """Ask the base, and carry the run to its end; what is committed is uploaded whatever happens."""
-        attempt, inputs = self._attempt, self._inputs
+        attempt, inputs, state = self._attempt, self._inputs, ready.state
         with ExitStack() as ends:  # the last one first
             ends.callback(self._publish_tensorboard)
             committer = Committer(attempt, inputs.artifacts, state, number=inputs.attempt_number, scratch=self._scratch)
             ends.enter_context(committer)
-            tracking = self._begin_tracking(accelerator)
+            tracking = self._begin_tracking(ready.accelerator)
             ends.callback(tracking.end)
-            self._ask_base(model, state.progress, facts.questions)
-            model.train()
-            stepper = Stepper(
-                engine=planned.choice.engine,
-                adapter=adapter,
-                state=state,
-                documents=inputs.dataset.train,
-                course=planned.course,
-                accelerator=accelerator,
-                train=self._recipe.train,
-                layers=planned.layers,
-            )
-            self._compile(stepper, state.progress, planned)
+            self._ask_base(ready.model, state.progress, facts.questions)
+            self._world.order(Order.PREPARE)
+            stepper = make_stepper(attempt, inputs, ready, self._world)
             ends.enter_context(attempt.phases.phase("train"))
             loop = Loop(
                 attempt,
                 inputs,
-                planned,
-                model=model,
+                ready.planned,
+                model=ready.model,
                 stepper=stepper,
                 committer=committer,
                 teller=StepTeller(attempt, tracking),
                 facts=facts,
+                world=self._world,
             )
             loop.run()
-
-    def _compile(self, stepper: Stepper, progress: Progress, planned: Planned) -> None:
-        if progress.cut.compiled and progress.step < planned.course.steps:
-            with self._attempt.phases.phase("compile"):
-                stepper.compile_ahead(progress.step + 1)
 
     def _ask_base(self, model: PackedModel, progress: Progress, questions: Sequence[Question]) -> None:
         if progress.base_answers is not None and len(progress.base_answers) == len(questions):
             return
+        self._world.order(Order.ANSWER)
         with self._attempt.phases.phase("ask_base"), model.model.disable_adapter():
             progress.base_answers = answer(
                 model,
@@ -190,6 +145,7 @@ class TrainingStage:
                 max_new_tokens=self._recipe.evaluate.max_new_tokens,
                 seed=self._recipe.train.seed,
                 should_stop=self._attempt.moves_on,  # asked after each token
+                world=self._world,
             )
 
     # --- trackers ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 from job.core import errors
 from job.core.errors import ENDINGS, Again, JobError, ending, exit_code, table_markdown
 
-KINDS = JobError.__subclasses__()
+KINDS = [kind for kind in JobError.__subclasses__() if kind is not errors.PeerLostError]
+"""One for each row; a peer that is lost is an effect, and has the code of a bug where nobody knows its cause."""
 
 
 def test_every_error_has_a_code_of_its_own_and_a_row_that_says_what_to_do():
@@ -86,3 +87,21 @@ def test_the_table_for_people_has_a_row_for_each_code():
 
 def test_every_error_says_in_a_sentence_what_it_means():
     assert all(inspect.getdoc(kind) for kind in KINDS)
+
+
+def test_what_another_process_ended_with_is_raised_as_that():
+    for kind in KINDS:
+        error = errors.error_of(kind.code, "rank 1: x", action="do y")
+        assert type(error) is kind
+        assert (str(error), errors.action_for(error)) == ("rank 1: x", "do y")
+    assert type(errors.error_of(70, "x")) is type(errors.error_of(-9, "x")) is JobError
+
+
+def test_an_effect_is_known_by_what_it_was_raised_from():
+    cause = errors.CannotFitError("rank 1: too large")
+    assert not errors.is_effect(cause)
+    cause.__cause__ = errors.PeerLostError("gone")
+    again = errors.CannotFitError("as the records explain it")
+    again.__cause__ = cause
+    assert errors.is_effect(again)
+    assert not errors.is_effect(None)

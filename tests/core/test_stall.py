@@ -225,4 +225,8 @@ def test_every_phase_of_the_job_has_its_row():
     }
 
     assert len(named) > 10
-    assert named <= {*ALLOWED_SECONDS, "train"}
+    assert named <= {*ALLOWED_SECONDS, *UNLIMITED, "train"}
+
+
+def test_who_follows_another_process_s_orders_is_not_watched_by_itself():
+    assert allowed_seconds("follow", longest_step_seconds=1.0, override=5.0) == math.inf

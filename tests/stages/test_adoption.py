@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import cut_of
 
+from job.stages.preparing import compile_first
 from job.stages.training import TrainingStage
 
 
@@ -54,7 +55,7 @@ def test_compiled_layers_are_compiled_in_a_phase_of_their_own_before_the_next_st
     planned = SimpleNamespace(course=SimpleNamespace(steps=6))
     attempt = SimpleNamespace(phases=SimpleNamespace(phase=lambda name: nullcontext(phases.append(name))))
 
-    TrainingStage._compile(SimpleNamespace(_attempt=attempt), stepper, progress, planned)
+    compile_first(attempt, stepper, progress, planned)
 
     assert stepper.asked == asked
     assert phases == ["compile"] * len(asked)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from job.core.errors import SickDeviceError
@@ -59,6 +60,19 @@ def _described(process: GpuProcess) -> str:
     if process.used_bytes is None:
         return f"process {process.pid}"
     return f"process {process.pid} with {process.used_bytes / GIB:.1f} GiB"
+
+
+def visible_gpus(chosen: str | None, *, root: Path = Path("/")) -> int:
+    """How many GPUs this process may use, without asking the driver, which takes a while; 0: none is seen.
+
+    Args:
+        chosen: CUDA_VISIBLE_DEVICES; None: it is not set.
+        root: where /dev is.
+    """
+    if chosen is not None:
+        names = [name.strip() for name in chosen.split(",")]
+        return next((place for place, name in enumerate(names) if name in ("", "-1")), len(names))
+    return len([path for path in (root / "dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
 
 
 def look_at_gpu(*, uuid: str | None, bus_id: str | None = None) -> GpuHealth:

@@ -49,6 +49,11 @@ class Interrupt:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
 
+    def hear(self) -> None:
+        """Another process of the same run got a signal to stop, and so the kill follows here too."""
+        if not self.signalled:
+            self._signal = signal.SIGTERM
+
     def ask(self, reason: str) -> None:
         """Ask from within the process, as a signal would: the deadline is near, the lock is lost."""
         self._asked = self._asked or reason

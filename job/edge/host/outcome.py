@@ -20,6 +20,7 @@ from job.edge.host.logs import redact
 LIMIT_BYTES = 4096
 """A container's termination message is cut there, in the middle of a character if need be."""
 _WRITE_EVERY_SECONDS = 1.0
+_STANDING = ("phase", "step", "of", "loss", "eta_seconds", "tokens_per_second")
 _CUT_FIRST = ("reason", "action", "run_uri", "phase")
 Follower = Callable[[Mapping[str, Any]], None]
 """Gets what the file says, each time that it is due to be written."""
@@ -67,6 +68,15 @@ class Outcome:
             if changed or due:
                 self._write_running()
 
+    def relay(self, said: Mapping[str, Any]) -> None:
+        """Report what the process that does the work says of itself in its own outcome file."""
+        standing = {name: said.get(name) for name in _STANDING}
+        safe = {name: said.get(name) for name in ("last_committed_step", "run_uri")}
+        with self._lock:
+            if (standing, safe) != (self._standing, self._safe):
+                self._standing, self._safe = standing, safe
+                self._write_running()
+
     def safe(self, *, run_uri: str | None, last_committed_step: int | None) -> None:
         """Report what stays whatever happens, at once: a process that is killed next says nothing more."""
         facts = {"last_committed_step": last_committed_step, "run_uri": run_uri}
@@ -84,8 +94,19 @@ class Outcome:
         last_committed_step: int | None = None,
         run_uri: str | None = None,
         action: str | None = None,
+        beside: Mapping[str, Any] | None = None,
     ) -> None:
-        """Report how it ended: the exit code, why, what is safe, and what to do. Nothing is written after it."""
+        """Report how it ended: the exit code, why, what is safe, and what to do. Nothing is written after it.
+
+        Args:
+            code: the exit code.
+            again: whether starting the same job again helps, in the table's words.
+            reason: why.
+            last_committed_step: what is safe.
+            run_uri: where.
+            action: what to do.
+            beside: what one process of several says to their supervisor.
+        """
         with self._lock:
             self._ended = True
             self._write(
@@ -100,6 +121,7 @@ class Outcome:
                     "phase": self._standing.get("phase"),
                     "step": self._standing.get("step"),
                     "of": self._standing.get("of"),
+                    **(beside or {}),
                 }
             )
 

@@ -52,6 +52,8 @@ class Progress:
     """Real tokens trained on."""
     seconds: float = 0.0
     """Time spent in training steps, over all attempts."""
+    ranks: int = 1
+    """How many processes make each step: whose gradients are summed is a matter of it, and so is rounding."""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     base_answers: list[str] | None = None
     """What the base answered before training; None: it was not asked yet."""
@@ -78,7 +80,7 @@ def save(state: State, folder: Path) -> None:
     state.model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     _order_targets(folder / ADAPTER_FILES[1])
-    tensors, plain = _flatten(state.optimizer.state_dict())
+    tensors, plain = flatten(state.optimizer.state_dict())
     save_file(tensors, folder / OPTIMIZER)
     crash_point("save.middle")
     save_file(random_state(), folder / RANDOM)
@@ -194,7 +196,7 @@ def adapter_to_publish(model: PeftModel) -> AdapterToPublish:
         )
 
 
-def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimizer state -> tensors for safetensors, and the rest for JSON."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}

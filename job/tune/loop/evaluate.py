@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from job.core.dealing import deal
 from job.core.errors import StopRequestedError
 from job.core.packing import pack
 from job.core.verdict import Evaluation
@@ -16,6 +17,7 @@ from job.tune.data.documents import Documents
 from job.tune.data.frame import TokenRules, encode_prompt
 from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.packed_model import PackedModel
+from job.tune.world import ALONE, World
 
 _PROMPTS_AT_ONCE = 32
 """Prompts answered together: generation is bound by memory bandwidth, so that more of them cost next to nothing."""
@@ -31,8 +33,13 @@ def evaluate(
     tokens_at_once: int,
     should_stop: Callable[[], bool],
     on_progress: Callable[[int], None],
+    world: World = ALONE,
+    planned_tokens: int | None = None,
 ) -> Evaluation:
     """Loss of each held-out document. Draws no random numbers, so that training continues as without it.
+
+    With several ranks each computes some of the passes that one alone would compute, and all get all results: the same
+    to the bit on the same kind of device.
 
     Args:
         model: base and adapter.
@@ -41,18 +48,22 @@ def evaluate(
         tokens_at_once: of a forward, at most; raised to the documents' `max_length` where that is more.
         should_stop: asked before each forward.
         on_progress: called with the number of documents that are done.
+        world: who else evaluates.
+        planned_tokens: by which the passes are shared out, the same on all ranks; None: tokens_at_once. Where memory
+            ran out here meanwhile, ours are smaller.
 
     Raises:
-        StopRequestedError: asked to stop; the result so far is of no use and is dropped.
+        StopRequestedError: asked to stop, here or on another rank; the result so far is of no use and is dropped.
+        PeerLostError: another rank is gone.
     """
     device = next(model.parameters()).device
-    nll, correct, done = np.zeros(len(documents)), 0, 0
+    nll, correct, done, stopped = np.zeros(len(documents)), 0, 0, False
     was_training = model.training
     model.eval()
     try:
-        for members in pack(documents.lengths.tolist(), budget=max(tokens_at_once, documents.max_length)):
-            if should_stop():
-                raise StopRequestedError(f"asked to stop while evaluating at step {step}")
+        for members in _own_passes(documents, world, planned_tokens or tokens_at_once, tokens_at_once):
+            if stopped := should_stop():
+                break
             scores = model.score(micro_batch(documents, members).to(device))
             nll[members] = scores.nll
             correct += scores.correct
@@ -60,7 +71,25 @@ def evaluate(
             on_progress(done)
     finally:
         model.train(was_training)
-    return Evaluation(step=step, nll=nll, tokens=documents.targets, correct=correct)
+    counts = torch.tensor([float(stopped), float(correct)], dtype=torch.float64)
+    # Of each document one rank has a number and the others have zero: their sum is that number, to the bit.
+    world.sum_in_order([counts, torch.from_numpy(nll)])
+    if counts[0]:
+        raise StopRequestedError(f"asked to stop while evaluating at step {step}")
+    return Evaluation(step=step, nll=nll, tokens=documents.targets, correct=int(counts[1]))
+
+
+def _own_passes(documents: Documents, world: World, planned: int, now: int) -> Iterator[list[int]]:
+    """The documents of each forward that is ours: some of those planned, each in parts where memory asks for it."""
+    lengths = documents.lengths
+    passes = pack(lengths.tolist(), budget=max(planned, documents.max_length))
+    for mine in deal([int(lengths[members].sum()) for members in passes], shares=world.size)[world.rank]:
+        members = passes[mine]
+        if now >= planned:
+            yield members
+        else:
+            for part in pack(lengths[members].tolist(), budget=max(now, documents.max_length)):
+                yield [members[place] for place in part]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,18 +133,48 @@ def answer(
     max_new_tokens: int,
     seed: int,
     should_stop: Callable[[], bool],
+    world: World = ALONE,
 ) -> list[str]:
     """The model's own answers, generated greedily; training's random generators are left as they were.
 
     Raises:
-        StopRequestedError: asked to stop.
+        StopRequestedError: asked to stop, here or on another rank.
+        PeerLostError: another rank is gone.
     """
+    groups = [*_together([len(question.ids) + max_new_tokens for question in questions])]
+    shares = deal([sum(len(questions[i].ids) + max_new_tokens for i in group) for group in groups], shares=world.size)
+    own = [groups[place] for place in shares[world.rank]]
+    try:
+        mine = _answers(model, questions, own, tokenizer, max_new_tokens, seed=seed, should_stop=should_stop)
+    except StopRequestedError:
+        world.gather(None)
+        raise
     answers: list[str] = [""] * len(questions)
+    for written in world.gather([*mine.items()]):
+        if written is None:
+            raise StopRequestedError("asked to stop while the model was answering")
+        for i, text in written:
+            answers[i] = text
+    return answers
+
+
+def _answers(
+    model: PackedModel,
+    questions: Sequence[Question],
+    groups: Sequence[list[int]],
+    tokenizer: Any,
+    max_new_tokens: int,
+    *,
+    seed: int,
+    should_stop: Callable[[], bool],
+) -> dict[int, str]:
+    """The answers to some groups of questions, by their places."""
+    answers: dict[int, str] = {}
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), model.generating() as generator, torch.no_grad():
         torch.manual_seed(seed)
-        for members in _together([len(question.ids) + max_new_tokens for question in questions]):
+        for members in groups:
             ids, mask = _left_padded([questions[i].ids for i in members], tokenizer.eos_token_id)
             written = generator.generate(
                 input_ids=ids.to(device),

@@ -31,9 +31,9 @@ OPTIMIZER, RANDOM, EVALUATIONS, STATE = (
     "evaluations.safetensors",
     "state.json",
 )
-FORMAT = 3
+FORMAT = 4
 """Format of the state. The first had no number, held the cut as `plan`, and drew dropout from the generators' state;
-the second's cut did not hold what is computed in."""
+the second's cut did not hold what is computed in; the third was always that of one process."""
 _BEFORE_FORMAT_3 = {"compute_dtype": "bf16"}
 """What every cut was, on every device."""
 _OTHER_BYTES = 2**20
@@ -58,6 +58,7 @@ class _Progress(Section):
     learning_rates: list[_Finite]
     tokens: Whole
     seconds: NotNegative
+    ranks: Annotated[int, Field(strict=True, ge=1)] = 1
     base_answers: list[str] | None = None
     changes: list[str] = Field(default_factory=list)
     cut: Cut

@@ -14,7 +14,8 @@ from torch import Tensor
 from job.core.course import Course, dropout_seed
 from job.core.crash_points import crash_point
 from job.core.cut import Cut, after_out_of_memory
-from job.core.errors import CannotFitError, DivergedError
+from job.core.dealing import deal
+from job.core.errors import CannotFitError, DivergedError, PeerLostError
 from job.core.packing import grain_of, pack_evenly
 from job.core.recipe import TrainSection
 from job.tune.data.documents import Documents
@@ -22,9 +23,14 @@ from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.engine import Engine, adopt_or_shrink
 from job.tune.loop.checkpoint import State
 from job.tune.loop.flat import FlatAdapter
+from job.tune.loop.sharing import settle
+from job.tune.world import ALONE, World
 
 log = structlog.get_logger(__name__)
 
+_LOOK_SECONDS = 2e-4
+_LOST_SECONDS = 5.0
+"""How long a device may still work off what does not need the rank that is gone."""
 _NAMED_EXAMPLES = 64
 """Examples that the message about a diverged step names: nobody reads a longer one."""
 
@@ -83,13 +89,15 @@ class _Unread:
     tokens: int
     began: "Mark"
     ended: "Mark"
+    waited: "tuple[Mark, Mark] | None"
+    """From our own share's end to the last rank's; None: we are alone."""
     setbacks: Setbacks
 
 
 class Stepper:
     """Moves the state of a run step by step; it knows neither the store nor who reads its records."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a step is made of
         self,
         *,
         engine: Engine,
@@ -100,6 +108,7 @@ class Stepper:
         accelerator: Accelerator,
         train: TrainSection,
         layers: int,
+        world: World = ALONE,
     ) -> None:
         """Take over a state whose cut the engine has adopted.
 
@@ -112,6 +121,7 @@ class Stepper:
             accelerator: clips the gradients.
             train: the recipe's section.
             layers: number of the decoder's layers.
+            world: who else makes each step.
         """
         self._engine = engine
         self._adapter = adapter
@@ -121,11 +131,15 @@ class Stepper:
         self._accelerator = accelerator
         self._train = train
         self._layers = layers
+        self._world = world
         self._lengths = documents.lengths
         self._targets = documents.targets
         self._unread: _Unread | None = None
         self._mark: Mark | None = None
         """When the last step ended; None: the time since was not training."""
+        self._waited: tuple[Mark, Mark] | None = None
+        self._waited_seconds = 0.0
+        """In all steps so far, for other ranks."""
         self._setbacks = Setbacks()
         """Those of the step under way."""
         self._recompilations = 0
@@ -163,13 +177,15 @@ class Stepper:
             The record of the step before; None: there is none, or it was read already.
 
         Raises:
-            StepCutShortError: `cut_short` was true; weights and optimizer are those before the step.
+            StepCutShortError: `cut_short` was true, here or on another rank; weights and optimizer are those before
+                the step.
+            PeerLostError: another rank is gone; weights and optimizer are those before the step.
             DivergedError: the step before is not finite; the weights are those before it.
             CannotFitError: one example alone does not fit the device.
         """
         began = self._mark or _mark(self._accelerator.device)
         batch = self._course.batch(number)
-        loss = self._backward(number, batch, cut_short)
+        loss = self._gradients(number, batch, cut_short)
         grad_norm = self._accelerator.clip_grad_norm_(self._adapter.vectors, self._train.max_grad_norm)
         # Before the update: when the step before was not finite, the optimizer's state is spoilt and nothing may move.
         record = self._read()
@@ -188,6 +204,7 @@ class Stepper:
             tokens=int(self._lengths[batch].sum()),
             began=began,
             ended=self._mark,
+            waited=self._waited,
             setbacks=self._setbacks,
         )
         self._setbacks = Setbacks()
@@ -197,7 +214,7 @@ class Stepper:
     def wait(self) -> None:
         """Wait until the device has done the last step."""
         if self._mark is not None:
-            _wait(self._mark)
+            _wait(self._mark, self._world)
 
     def finish(self) -> StepRecord | None:
         """Wait for the last step and return its record; the time until the next step is not training.
@@ -209,6 +226,23 @@ class Stepper:
         self._mark = None
         return record
 
+    def settle(self) -> float:
+        """Between two steps: compare the ranks' adapters, and cut batches from here on as all of them can.
+
+        Returns:
+            Seconds that a rank has waited for others in its steps, on the average.
+
+        Raises:
+            SickDeviceError: an adapter is another one.
+            PeerLostError: another rank is gone.
+        """
+        progress = self._state.progress
+        cut, waited = settle(self._world, self._adapter, progress.cut, waited_seconds=self._waited_seconds)
+        if cut != progress.cut:
+            log.info("smaller_cut", reason="another rank has less memory", **asdict(cut))
+            progress.cut = adopt_or_shrink(self._engine, cut)
+        return waited
+
     def _update(self, finite: Tensor) -> None:
         """Step the optimizer; where a number is not finite the weights stay as they were, decided on the device."""
         before = [vector.detach().clone() for vector in self._adapter.vectors]
@@ -219,14 +253,38 @@ class Stepper:
         self._engine.refresh()
         self._state.scheduler.step()
 
-    def _backward(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
+    def _gradients(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
         """Loss and gradients of a batch: the sum over all its targets, divided by their number.
 
-        When memory runs out the batch is tried anew in smaller micro-batches, which changes no sum.
+        Each rank computes those of its share, cut as its own memory asks; then they are summed.
+        """
+        targets, device = int(self._targets[batch].sum()), self._accelerator.device
+        if self._world.size == 1:
+            return self._backward(number, batch, targets, cut_short)
+        shares = deal(self._lengths[batch].tolist(), shares=self._world.size)
+        own = [batch[place] for place in shares[self._world.rank]]
+        try:
+            loss = self._backward(number, own, targets, cut_short)
+        except StepCutShortError:
+            self._world.agree(go=False)
+            raise
+        done = _mark(device)
+        if not self._world.agree(go=True):
+            self._adapter.clear()
+            raise StepCutShortError(self._setbacks)
+        self._world.sum_in_order([loss.view(1)])
+        self._waited = done, _mark(device)
+        self._world.sum_in_order([vector.grad for vector in self._adapter.vectors if vector.grad is not None])
+        return loss
+
+    def _backward(self, number: int, batch: Sequence[int], targets: int, cut_short: Callable[[], bool]) -> Tensor:
+        """Loss and gradients of our share of a step with so many targets.
+
+        When memory runs out it is tried anew in smaller micro-batches, which changes no sum.
         """
         while True:
             try:
-                return self._accumulate(number, batch, cut_short)
+                return self._accumulate(number, batch, targets, cut_short)
             except StepCutShortError:
                 self._adapter.clear()
                 raise
@@ -236,14 +294,13 @@ class Stepper:
                 self._adapter.clear()
                 self._shrink(int(self._lengths[batch].max()), failure)
 
-    def _accumulate(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
-        targets = int(self._targets[batch].sum())
+    def _accumulate(self, number: int, batch: Sequence[int], targets: int, cut_short: Callable[[], bool]) -> Tensor:
         total = torch.zeros((), device=self._accelerator.device)
         lengths, budget = self._lengths[batch].tolist(), self._state.progress.cut.micro_batch_tokens
-        packs = pack_evenly(lengths, most=max(budget, *lengths), grain=grain_of(budget))
+        packs = pack_evenly(lengths, most=max([budget, *lengths]), grain=grain_of(budget))
         for place, members in enumerate(packs):
             part = micro_batch(self._documents, [batch[i] for i in members]).to(self._accelerator.device)
-            seed = dropout_seed(self._train.seed, number, place)
+            seed = dropout_seed(self._train.seed, number, place, rank=self._world.rank)
             total += self._engine.accumulate(part, targets=targets, seed=seed).sum() / targets
             self._notice_compiler()
             crash_point("step.middle")
@@ -273,7 +330,7 @@ class Stepper:
         unread, self._unread = self._unread, None
         if unread is None:
             return None
-        _wait(unread.ended)
+        _wait(unread.ended, self._world)
         loss, grad_norm = unread.numbers.tolist()
         progress = self._state.progress
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -285,6 +342,7 @@ class Stepper:
         progress.learning_rates.append(unread.learning_rate)
         progress.tokens += unread.tokens
         progress.seconds += seconds
+        self._waited_seconds += 0.0 if unread.waited is None else _seconds(*unread.waited)
         return StepRecord(
             step=unread.step,
             of=self._course.steps,
@@ -342,9 +400,24 @@ def _mark(device: torch.device) -> Mark:
     return event
 
 
-def _wait(mark: Mark) -> None:
-    if not isinstance(mark, float):
+def _wait(mark: Mark, world: World) -> None:
+    """Wait for a moment on the GPU; with other ranks in a loop, for one that is gone is waited for for ever there.
+
+    Raises:
+        PeerLostError: one is gone, and the device has not come that far.
+    """
+    if isinstance(mark, float):
+        return
+    if world.size == 1:
         mark.synchronize()
+        return
+    lost_at: float | None = None
+    while not mark.query():  # type: ignore[no-untyped-call] # torch has no types here
+        if world.lost:
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > _LOST_SECONDS:
+                raise PeerLostError("another process of the run is gone, and this device waits for it")
+        time.sleep(_LOOK_SECONDS)
 
 
 def _seconds(began: Mark, ended: Mark) -> float:

@@ -1,0 +1,220 @@
+"""The other processes of a run, as one of them deals with them: before they are a group, and beside their steps."""
+
+import contextvars
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import structlog
+import torch
+
+from job.core.errors import JobError, PeerLostError, StopRequestedError, action_for, error_of, exit_code, is_effect
+from job.core.seat import Seat
+from job.core.stall import allowed_seconds
+from job.edge.base.fetching import BaseModelIdentity
+from job.edge.run.artifacts import Artifacts
+from job.edge.store.objects import StoredObject
+from job.edge.store.opening import open_store
+from job.stages.attempt import Attempt
+from job.stages.identity import Run
+from job.stages.loading import Inputs
+from job.tune.world import ALONE, Meeting, Order, World
+
+log = structlog.get_logger(__name__)
+_LOOK_SECONDS = 0.5
+_CAUSE_SECONDS = 5.0
+"""How long the word of a process that has ended may take to come."""
+_SHARE = 0.9
+"""Of the time that the watchdog allows: who waits for another process gives up before it, and can save what it has."""
+_PAUSE_SECONDS = 0.1
+_FOR_EVER_SECONDS = 2_592_000.0
+"""Rank 0 watches over all others."""
+_CAUSE, _YES = "cause", True
+_NO_OTHER = Seat(rank=0, size=1, local_rank=0, node=0, nodes=1, host="", port=0, folder="", supervisor=0)
+
+
+class OverError(Exception):
+    """Rank 0 has ended well before there was anything for the others to do."""
+
+
+class Company:
+    """This process among the others; `world` is `ALONE` until it has joined them, and stays so where there are none."""
+
+    def __init__(self, attempt: Attempt, seat: Seat | None) -> None:
+        """Connect to the launcher's store; without a seat there is none.
+
+        Raises:
+            PeerLostError: it is gone.
+        """
+        self._attempt = attempt
+        self._seat = seat or _NO_OTHER
+        self._meeting = None if seat is None else Meeting(seat)
+        self.world: World = ALONE
+        self._left = threading.Event()
+
+    @property
+    def rank(self) -> int:
+        """Our number, from 0."""
+        return self._seat.rank
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self._seat.size
+
+    def __enter__(self) -> Self:
+        if self._meeting is not None:
+            # By a connection of its own: the other one may be in the midst of a wait.
+            look = partial(self._look, Meeting(self._seat))
+            run = contextvars.copy_context().run
+            threading.Thread(target=run, args=(look,), name="company", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """The others may go when we have ended well; where one of them is gone, its end is the reason of ours."""
+        self._left.set()
+        if error is None and self._seat.leads:
+            self.world.order(Order.DONE)
+        if isinstance(error, PeerLostError) and (cause := self._cause_of_a_loss()) is not None:
+            raise _error(cause) from error
+
+    # --- before they are a group --------------------------------------------------------------------------------------
+
+    def begin(self, run: Run) -> None:
+        """Rank 0 says which run it is."""
+        if self._meeting is not None:
+            self._meeting.say("run", _said_of(run))
+
+    def begun(self) -> Run:
+        """The run that rank 0 has found.
+
+        Raises:
+            OverError: there is nothing to do.
+        """
+        return _run_of(self._wait_for("run"), self._attempt)
+
+    def in_turn(self, gather: Callable[[], Inputs]) -> Inputs:
+        """One process of a node downloads, encodes and makes the copy in 4 bits; the others find it on the disk."""
+        node = self._seat.node
+        if self._seat.local_rank == 0:
+            inputs = gather()
+            if self._meeting is not None:
+                self._meeting.say(f"gathered.{node}", inputs.base.quantised)
+            return inputs
+        if not self._wait_for(f"gathered.{node}"):
+            self._wait_for(f"loaded.{node}")
+        return gather()
+
+    def loaded(self) -> None:
+        """The base stands on our device, and its copy on the disk."""
+        if self._meeting is not None and self._seat.local_rank == 0:
+            self._meeting.say(f"loaded.{self._seat.node}", _YES)
+
+    def join(self, device: torch.device) -> World:
+        """Wait until all are ready, and become a group.
+
+        Raises:
+            JobError: what another one has ended with.
+        """
+        if self._meeting is not None:
+            self._meeting.say(f"ready.{self.rank}", _YES)
+            for rank in range(self.size):
+                self._wait_for(f"ready.{rank}")
+            self.world = self._meeting.join(device, patience=self._patience)
+            log.info("joined", ranks=self.size, nodes=self._seat.nodes)
+        return self.world
+
+    def _wait_for(self, key: str) -> Any:
+        assert self._meeting is not None, "nobody waits alone"
+        while (found := self._meeting.heard(key)) is None:
+            cause = self._meeting.heard(_CAUSE)
+            if cause is not None and not cause["code"]:
+                raise OverError
+            if cause is not None and cause["rank"] != self.rank:
+                raise _error(cause) from PeerLostError("another process of the run has ended")
+            if self._attempt.moves_on():
+                raise StopRequestedError("asked to stop before all processes of the run had come together")
+            time.sleep(_PAUSE_SECONDS)
+        return found
+
+    def _patience(self) -> float:
+        attempt = self._attempt
+        if not self._seat.leads:
+            return _FOR_EVER_SECONDS
+        longest = max(attempt.limits.cost.steps, default=None)
+        phase = attempt.phases.current or "train"
+        return _SHARE * allowed_seconds(phase, longest_step_seconds=longest, override=attempt.stall_seconds)
+
+    # --- while and after they are one ---------------------------------------------------------------------------------
+
+    def _cause_of_a_loss(self) -> dict[str, Any] | None:
+        """What a process that is gone has left word of; None: nothing has come."""
+        until = time.monotonic() + _CAUSE_SECONDS
+        while self._meeting is not None and time.monotonic() < until:
+            try:
+                cause: dict[str, Any] | None = self._meeting.heard(_CAUSE)
+            except PeerLostError:
+                return None
+            if cause is not None and cause["code"]:
+                return cause
+            time.sleep(_PAUSE_SECONDS)
+        return None
+
+    def _look(self, meeting: Meeting) -> None:
+        """One that is asked to stop asks all; one that is gone is known to all."""
+        said = False
+        while not self._left.wait(_LOOK_SECONDS):
+            try:
+                if not self._attempt.is_kill_near() and meeting.heard("stop") is not None:
+                    self._attempt.hear_stop()
+                elif self._attempt.is_kill_near() and not said:
+                    said = True
+                    meeting.say("stop", self.rank)
+                cause = meeting.heard(_CAUSE)
+                if cause is not None and cause["code"]:
+                    self.world.lose()
+            except PeerLostError:
+                return  # the launcher is gone, and its supervisor will end us
+
+
+def leave_cause(seat: Seat, error: BaseException | None) -> None:
+    """Tell the others what this process has ended with, where that is what they end with too."""
+    is_stop = isinstance(error, StopRequestedError)
+    if is_effect(error) or (not seat.leads and (error is None or is_stop)):
+        return
+    code, said = (0, "done") if error is None else (exit_code(error), str(error) or type(error).__name__)
+    cause = {"rank": seat.rank, "code": code, "reason": said[:2000], "action": action_for(error)}
+    Meeting(seat).say(_CAUSE, cause)
+
+
+def _error(cause: dict[str, Any]) -> JobError:
+    where = "" if cause["rank"] == 0 else f"rank {cause['rank']}: "
+    return error_of(cause["code"], f"{where}{cause['reason']}", action=cause["action"])
+
+
+def _said_of(run: Run) -> dict[str, Any]:
+    """What other processes need to know of a run, as JSON."""
+    return {
+        "run_id": run.artifacts.run_id,
+        "base": asdict(run.base),
+        "train": [asdict(each) for each in run.train],
+        "validation": [asdict(each) for each in run.validation],
+        "record": run.record,
+    }
+
+
+def _run_of(said: dict[str, Any], attempt: Attempt) -> Run:
+    worker = attempt.worker
+    return Run(
+        artifacts=Artifacts(open_store(worker.recipe.output, worker.settings), said["run_id"]),
+        base=BaseModelIdentity(**said["base"]),
+        train=tuple(StoredObject(**each) for each in said["train"]),
+        validation=tuple(StoredObject(**each) for each in said["validation"]),
+        record=said["record"],
+        begun=True,
+        done=False,
+    )

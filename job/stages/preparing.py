@@ -1,0 +1,107 @@
+"""What every process of a run does before its first step: load the model, plan, a fresh state, a stepper."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from job.core.crash_points import crash_point
+from job.core.recipe import Recipe
+from job.stages.attempt import Attempt
+from job.stages.loading import Inputs, load_model
+from job.stages.planning import Planned, plan_training
+from job.tune.data.frame import token_rules
+from job.tune.device.device import device_memory
+from job.tune.engines.packed_model import PackedModel
+from job.tune.loop.checkpoint import Progress, State
+from job.tune.loop.evaluate import Question, questions_of_documents, questions_of_prompts
+from job.tune.loop.flat import FlatAdapter
+from job.tune.loop.optimizer import make_optimizer, make_scheduler
+from job.tune.loop.step import Stepper
+from job.tune.loop.track import make_accelerator
+from job.tune.world import World
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A model that can be trained, at its start."""
+
+    model: PackedModel
+    accelerator: Accelerator
+    planned: Planned
+    adapter: FlatAdapter
+    state: State
+
+
+def prepare(attempt: Attempt, inputs: Inputs, *, trackers_folder: Path, on_loaded: Callable[[], None]) -> Prepared:
+    """Load and plan.
+
+    Args:
+        attempt: this process.
+        inputs: base and data.
+        trackers_folder: where trackers leave their files.
+        on_loaded: called once the base stands on the device, and its copy in 4 bits on the disk.
+
+    Raises:
+        JobError: as the stages do.
+    """
+    recipe, phases = attempt.worker.recipe, attempt.phases
+    with phases.phase("load_model"):
+        free = device_memory(inputs.device)
+        model = load_model(inputs, recipe, phases)
+        on_loaded()
+        accelerator = make_accelerator(recipe.track, on_cpu=inputs.device.type == "cpu", folder=trackers_folder)
+        planned = plan_training(
+            model,
+            inputs,
+            recipe,
+            engine=attempt.worker.engine,
+            backward=accelerator.backward,
+            free=free,
+            phases=phases,
+        )
+        crash_point("model.loaded")
+        adapter = FlatAdapter(model)
+    optimizer = make_optimizer(adapter.vectors, recipe.train)
+    state = State(
+        model=model.model,
+        optimizer=optimizer,
+        scheduler=make_scheduler(optimizer, recipe.train, steps=planned.course.steps),
+        progress=Progress(cut=planned.memory.cut),
+    )
+    return Prepared(model=model, accelerator=accelerator, planned=planned, adapter=adapter, state=state)
+
+
+def questions_of(inputs: Inputs, recipe: Recipe) -> list[Question]:
+    """What base and tuned model are asked."""
+    rules = token_rules(inputs.tokenizer, recipe.data)
+    return questions_of_prompts(recipe.evaluate.prompts, inputs.tokenizer, rules) + questions_of_documents(
+        inputs.dataset.validation, inputs.tokenizer, most=recipe.evaluate.answers
+    )
+
+
+def make_stepper(attempt: Attempt, inputs: Inputs, ready: Prepared, world: World) -> Stepper:
+    """For the steps from where the state stands, with what they run compiled."""
+    ready.model.train()
+    planned, progress = ready.planned, ready.state.progress
+    stepper = Stepper(
+        engine=planned.choice.engine,
+        adapter=ready.adapter,
+        state=ready.state,
+        documents=inputs.dataset.train,
+        course=planned.course,
+        accelerator=ready.accelerator,
+        train=attempt.worker.recipe.train,
+        layers=planned.layers,
+        world=world,
+    )
+    compile_first(attempt, stepper, progress, planned)
+    return stepper
+
+
+def compile_first(attempt: Attempt, stepper: Stepper, progress: Progress, planned: Planned) -> None:
+    """Compile what the steps run, where there are any and layers are compiled."""
+    if progress.cut.compiled and progress.step < planned.course.steps:
+        with attempt.phases.phase("compile"):
+            stepper.compile_ahead(progress.step + 1)
