@@ -59,6 +59,7 @@ from job.tune.loop.step import Stepper, StepRecord
 from job.tune.loop.track import make_accelerator
 from job.tune.model.adapter import attach_lora, trainable
 from job.tune.model.base import load_base
+from job.tune.world import ALONE, World
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ("llama", "mistral", "qwen3", "gemma2", "gpt_neox")
@@ -289,6 +290,7 @@ class Attempt:
     save_to: Path | None = None
     micro_batches: list[int] = field(default_factory=list)
     """For each that was done, the last whole step."""
+    world: World = ALONE
     cut_after: int | None = None
     """In the first micro-batch after this step a stop is asked for that leaves no time for the rest of the next."""
 
@@ -313,6 +315,7 @@ class Attempt:
             accelerator=self.accelerator,
             train=self.recipe.train,
             layers=LAYERS,
+            world=self.world,
         )
 
     def loop(self, **sections: Any) -> Loop:
@@ -342,6 +345,7 @@ class Attempt:
             committer=Commits(self),
             teller=Teller(self),
             facts=facts,
+            world=self.world,
         )
 
     def run(self, *, evaluate_every: int = 4, checkpoint_every: int = 3, patience: int | None = None) -> "Attempt":
