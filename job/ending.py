@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 _FILE_FIRST_SECONDS = 5.0
 """How long the log waits for the outcome file: a healthy disk takes milliseconds."""
+_OTHERS_SECONDS = 30.0
+"""How long telling the other processes of a run may take: who ends early has yet to load what speaks to them."""
 _WORD_SECONDS = 10.0
 """How long the store and whoever is to be notified may take: each is tried three times meanwhile."""
 
@@ -107,7 +109,8 @@ class Session:
         written(_FILE_FIRST_SECONDS)
         if self.seat is not None:
             shown = shown or code != JobError.code or is_effect(error)  # the supervisor says it, without a traceback
-            _aside(partial(self._tell_others, self.seat, error))(_FILE_FIRST_SECONDS)
+            near = self.interrupt.signalled
+            _aside(partial(self._tell_others, self.seat, error))(_FILE_FIRST_SECONDS if near else _OTHERS_SECONDS)
         if error is not None and not shown:
             with suppress(Exception):  # the code is decided, and the outcome file has it
                 self._log(error, standing)
@@ -140,7 +143,7 @@ class Session:
             log.warning("word_not_left", reason=self.hide(str(trouble)))
 
     def _tell_others(self, seat: Seat, error: BaseException | None) -> None:
-        from job.stages.company import leave_cause
+        from job.tune.world import leave_cause
 
         with suppress(JobError):  # they are gone, or their launcher is
             leave_cause(seat, error)

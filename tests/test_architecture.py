@@ -24,6 +24,7 @@ FLOORS = {
         ("entrypoint",),
         ("job.cli", "job.options", "job.ending"),
         ("job.commands", "job.commands.*"),
+        ("job.launch", "job.launch.*"),
         ("job.stages", "job.stages.*"),
         ("job.render", "job.render.*", "job.tune", "job.tune.*", "job.edge", "job.edge.*"),
         ("job.kernels", "job.kernels.*"),
@@ -33,8 +34,10 @@ FLOORS = {
     "job.stages": (
         ("job.stages.finish", "job.stages.training"),
         ("job.stages.report", "job.stages.proving"),
-        ("job.stages.loop",),
+        ("job.stages.loop", "job.stages.following"),
+        ("job.stages.preparing",),
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
+        ("job.stages.company",),
         ("job.stages.gathering", "job.stages.loading"),
         ("job.stages.base_source", "job.stages.dataset", "job.stages.hardware", "job.stages.holding"),
         ("job.stages.guard", "job.stages.records"),
@@ -45,7 +48,7 @@ FLOORS = {
         ("job.tune.loop", "job.tune.loop.*"),
         ("job.tune.device_check", "job.tune.engines", "job.tune.engines.*"),
         ("job.tune.model", "job.tune.model.*"),
-        ("job.tune.data", "job.tune.data.*", "job.tune.device", "job.tune.device.*"),
+        ("job.tune.data", "job.tune.data.*", "job.tune.device", "job.tune.device.*", "job.tune.world"),
     ),
     "job.edge": (
         ("job.edge.base", "job.edge.base.*"),
@@ -68,12 +71,17 @@ STRANGERS = (
     ("job.edge.run", "job.edge.dataset_files"),
     ("job.tune.data", "job.tune.device"),
     ("job.tune.device_check", "job.tune.engines"),
+    ("job.tune.world", "job.tune.data"),
+    ("job.tune.world", "job.tune.device"),
+    ("job.launch", "job.tune"),
 )
 """Rooms that never see each other, whatever their floors."""
 OWNERS = {
     "boto3": ("job.edge.store.s3*",),
     "botocore": ("job.edge.store.s3*",),
-    "signal": ("job.edge.host.interrupt", "job.edge.host.crashing"),
+    "signal": ("job.edge.host.interrupt", "job.edge.host.crashing", "job.edge.host.launched"),
+    "subprocess": ("job.edge.host.launched",),
+    "torch.distributed": ("job.tune.world",),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
     "click": ("job.cli", "job.options"),
     "os.environ": ("job.cli",),
@@ -298,7 +306,9 @@ def test_every_effect_has_one_owner(name):
     assert foreign_effects(name, SOURCES[name]) == []
 
 
-@pytest.mark.parametrize("thing", ["boto3", "signal", "bitsandbytes", "click", "os.environ"])
+@pytest.mark.parametrize(
+    "thing", ["boto3", "signal", "subprocess", "bitsandbytes", "click", "os.environ", "torch.distributed"]
+)
 def test_an_owner_really_has_what_it_owns(thing):
     """A rule about a module that is gone would hold for ever."""
     users = [name for name in SOURCES if any(within(found, thing) for found in named(name, SOURCES[name]))]

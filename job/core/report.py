@@ -211,6 +211,17 @@ class Throughput(Section):
     tokens_per_second: float
     step_seconds_median: float
     """Over this attempt's steps."""
+    ranks: int = 1
+    """Processes that made each step of this attempt, a GPU each."""
+    nodes: int = 1
+    placement: Literal["replicated"] = "replicated"
+    """Where the base is: the whole of it with each process."""
+    tokens_per_second_a_rank: float = 0.0
+    """By this attempt's number of processes."""
+    waited_seconds: float = 0.0
+    """Of this attempt's steps up to the last checkpoint, what a process has waited for the others, on the average."""
+    bytes_a_step: int = 0
+    """That each process of this attempt has sent to the others."""
     peak_memory_bytes: int
     """Allocated on the GPU, or resident on the CPU, in this attempt."""
     phase_seconds: dict[str, float]

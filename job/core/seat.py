@@ -114,19 +114,21 @@ class WorkerEnd:
 
 
 def first_cause(ends: Sequence[WorkerEnd]) -> WorkerEnd | None:
-    """The end that all others follow from; None: each has ended well.
+    """The end that all others follow from; None: the run has ended well.
 
-    What failed by itself comes before what was lost, that before a stop, and what is only an effect comes last; of one
-    kind the first in time.
+    What failed by itself comes before what was lost, that before a stop, and what is only an effect comes last. Of one
+    kind it is the first in time; of stops rank 0's, which knows what is committed.
     """
+    if any(end.rank == 0 and end.code == 0 for end in ends):
+        return None  # the report is committed
     bad = [end for end in ends if end.code != 0 and not (end.was_killed and end.code is None)]
     left = [end for end in ends if end.code is None] if not bad else []
-    return min(bad or left, key=lambda end: (_kind(end), end.at, end.rank), default=None)
+    return min(bad or left, key=_order, default=None)
 
 
-def _kind(end: WorkerEnd) -> int:
+def _order(end: WorkerEnd) -> tuple[int, float, int]:
     if end.code is None:
-        return 1
+        return 1, end.at, end.rank
     if end.is_effect:
-        return 3
-    return 2 if end.code == StopRequestedError.code else 0
+        return 3, end.at, end.rank
+    return (2, 0.0, end.rank) if end.code == StopRequestedError.code else (0, end.at, end.rank)

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 import job
-from job.core.errors import JobError, PeerLostError, UnavailableError, error_of
+from job.core.errors import JobError, PeerLostError, StopRequestedError, UnavailableError, error_of
 from job.core.seat import FOLDER, SUPERVISOR, SUPERVISOR_SECONDS, Team, WorkerEnd, first_cause
 from job.edge.host.launched import LOG, Launched
 from job.stages.attempt import Attempt
@@ -27,6 +27,9 @@ log = structlog.get_logger(__name__)
 _LOOK_SECONDS = 0.1
 _OTHERS_SECONDS = 30.0
 """How long the others may take once one has ended: as long as the launcher gives them."""
+_DONE_SECONDS = 10.0
+"""The same once rank 0 has ended well: they have nothing to do any more."""
+_LOOK_AT_MEMORY = "start the same job again; where it happens again, look at the memory that the job is given"
 _SAID_BYTES = 4000
 """Of what workers have said beside the log, shown where one of them went without a word."""
 
@@ -110,6 +113,8 @@ class _Watch:
         self._team = team
         self._said: dict[int, dict[str, Any]] = {}
         self._ended_at: dict[int, float] = {}
+        self._orphaned_at = 0.0
+        """When the launcher was gone and left workers behind; 0: it has not."""
         self.killed: set[int] = set()
         """Ranks that we have ended."""
 
@@ -117,10 +122,15 @@ class _Watch:
         """Until all have ended, or their time is over."""
         grace = self._attempt.grace_seconds
         asked_at: float | None = None
-        while self._launched.runs:
+        while self._launched.runs or self._launched.works:
             time.sleep(_LOOK_SECONDS)
             self._look()
             now = time.monotonic()
+            if not self._launched.runs and self._launched.works and not self._orphaned_at:
+                self._orphaned_at = now
+                self._launched.stop(None)  # nobody waits for them any more, and they can still save
+            if self._orphaned_at and now - self._orphaned_at > max(_OTHERS_SECONDS, grace or 0.0):
+                return
             if self._attempt.worker.should_stop():
                 asked_at = asked_at or now
                 self._attempt.standing.asked_at = asked_at
@@ -128,7 +138,8 @@ class _Watch:
                 # Until then they have ended by themselves: their grace is a little shorter than ours.
                 if grace is not None and now - asked_at > grace - min(SUPERVISOR_SECONDS, grace / 4) / 2:
                     return
-            others = max(_OTHERS_SECONDS, grace or 0.0)
+            is_done = 0 in self._ended_at and self._said.get(0, {}).get("code") == 0
+            others = _DONE_SECONDS if is_done else max(_OTHERS_SECONDS, grace or 0.0)
             if self._ended_at and now - min(self._ended_at.values()) > others:
                 return
         self._look()
@@ -164,9 +175,14 @@ class _Watch:
         log.info("workers", ended={str(end.rank): "no word" if end.code is None else end.code for end in ends})
         if cause is None:
             return
-        if cause.code in (None, JobError.code):
-            self._show_what_was_said()
+        if self._orphaned_at and (cause.code is None or cause.is_effect or cause.code == StopRequestedError.code):
+            raise PeerLostError(
+                f"the launcher of the workers was killed (exit code {self._launched.code}); the run goes on from the "
+                "last committed step",
+                action=_LOOK_AT_MEMORY,
+            )
         if cause.code is None:
+            self._show_what_was_said()
             raise self._lost(cause)
         said = self._said[cause.rank]
         self._attempt.standing.final = said.get("again") == "no"
@@ -192,7 +208,7 @@ class _Watch:
         return PeerLostError(
             f"rank {cause.rank} {how}{f' in phase {phase}' if phase else ''}; the run goes on from the last committed "
             "step",
-            action="start the same job again; where it happens again, look at the memory that the job is given",
+            action=_LOOK_AT_MEMORY,
         )
 
     def _show_what_was_said(self) -> None:

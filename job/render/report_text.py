@@ -102,6 +102,7 @@ def _cost(report: Report) -> list[str]:
             f"speed: {speed.tokens_per_second:,.0f} real tokens a second, {speed.step_seconds_median:.3f} s a step, "
             f"peak memory {speed.peak_memory_bytes / 2**30:.2f} GiB on {report.device}"
         ),
+        *_together(report),
         f"time:  {_seconds(total)} s in this attempt: {_parts(speed.phase_seconds)}",
         *_start(report),
         *(
@@ -111,6 +112,17 @@ def _cost(report: Report) -> list[str]:
             if len(report.attempts) > 1
         ),
     ]
+
+
+def _together(report: Report) -> list[str]:
+    """How well the processes of a run worked together, where there were several."""
+    speed = report.throughput
+    if speed.ranks == 1:
+        return []
+    nodes = f" on {speed.nodes} nodes" if speed.nodes > 1 else ""
+    each = f"{speed.tokens_per_second_a_rank:,.0f} tokens a second each"
+    lost = f"{speed.waited_seconds:.1f} s waited for others in this attempt"
+    return [f"       by {speed.ranks} processes{nodes}: {each}, {lost}, {speed.bytes_a_step / 1e6:,.1f} MB sent a step"]
 
 
 def _start(report: Report) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import structlog
 import torch
 
-from job.core.errors import JobError, PeerLostError, StopRequestedError, action_for, error_of, exit_code, is_effect
+from job.core.errors import JobError, PeerLostError, StopRequestedError, error_of
 from job.core.seat import Seat
 from job.core.stall import allowed_seconds
 from job.edge.base.fetching import BaseModelIdentity
@@ -22,7 +22,7 @@ from job.edge.store.opening import open_store
 from job.stages.attempt import Attempt
 from job.stages.identity import Run
 from job.stages.loading import Inputs
-from job.tune.world import ALONE, Meeting, Order, World
+from job.tune.world import ALONE, CAUSE, Meeting, Order, World
 
 log = structlog.get_logger(__name__)
 _LOOK_SECONDS = 0.5
@@ -33,7 +33,7 @@ _SHARE = 0.9
 _PAUSE_SECONDS = 0.1
 _FOR_EVER_SECONDS = 2_592_000.0
 """Rank 0 watches over all others."""
-_CAUSE, _YES = "cause", True
+_YES = True
 _NO_OTHER = Seat(rank=0, size=1, local_rank=0, node=0, nodes=1, host="", port=0, folder="", supervisor=0)
 
 
@@ -65,6 +65,11 @@ class Company:
     def size(self) -> int:
         """How many processes there are."""
         return self._seat.size
+
+    @property
+    def nodes(self) -> int:
+        """On how many nodes they are."""
+        return self._seat.nodes
 
     def __enter__(self) -> Self:
         if self._meeting is not None:
@@ -131,7 +136,7 @@ class Company:
     def _wait_for(self, key: str) -> Any:
         assert self._meeting is not None, "nobody waits alone"
         while (found := self._meeting.heard(key)) is None:
-            cause = self._meeting.heard(_CAUSE)
+            cause = self._meeting.heard(CAUSE)
             if cause is not None and not cause["code"]:
                 raise OverError
             if cause is not None and cause["rank"] != self.rank:
@@ -156,7 +161,7 @@ class Company:
         until = time.monotonic() + _CAUSE_SECONDS
         while self._meeting is not None and time.monotonic() < until:
             try:
-                cause: dict[str, Any] | None = self._meeting.heard(_CAUSE)
+                cause: dict[str, Any] | None = self._meeting.heard(CAUSE)
             except PeerLostError:
                 return None
             if cause is not None and cause["code"]:
@@ -174,21 +179,11 @@ class Company:
                 elif self._attempt.is_kill_near() and not said:
                     said = True
                     meeting.say("stop", self.rank)
-                cause = meeting.heard(_CAUSE)
+                cause = meeting.heard(CAUSE)
                 if cause is not None and cause["code"]:
                     self.world.lose()
             except PeerLostError:
                 return  # the launcher is gone, and its supervisor will end us
-
-
-def leave_cause(seat: Seat, error: BaseException | None) -> None:
-    """Tell the others what this process has ended with, where that is what they end with too."""
-    is_stop = isinstance(error, StopRequestedError)
-    if is_effect(error) or (not seat.leads and (error is None or is_stop)):
-        return
-    code, said = (0, "done") if error is None else (exit_code(error), str(error) or type(error).__name__)
-    cause = {"rank": seat.rank, "code": code, "reason": said[:2000], "action": action_for(error)}
-    Meeting(seat).say(_CAUSE, cause)
 
 
 def _error(cause: dict[str, Any]) -> JobError:

@@ -56,6 +56,7 @@ class TrainingFacts:
     out_of_memory: int = 0
     recompilations: int = 0
     allocation_retries: int = 0
+    nodes: int = 1
     waited_seconds: float = 0.0
     """Within the steps of this attempt, for other ranks: a rank's, on the average."""
     bytes_sent: int = 0

@@ -152,11 +152,17 @@ def _evaluations(facts: TrainingFacts) -> tuple[EvaluationReport, ...]:
 
 def _throughput(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Throughput:
     progress = facts.progress
+    rate = progress.tokens / progress.seconds if progress.seconds else 0.0
     return Throughput(
         tokens=progress.tokens,
         seconds=progress.seconds,
-        tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+        tokens_per_second=rate,
         step_seconds_median=facts.step_seconds_median,
+        ranks=progress.ranks,
+        nodes=facts.nodes,
+        tokens_per_second_a_rank=rate / progress.ranks,
+        waited_seconds=round(facts.waited_seconds, 3),
+        bytes_a_step=facts.bytes_sent // max(1, len(facts.step_seconds)),
         peak_memory_bytes=peak_memory_bytes(inputs.device),
         phase_seconds={name: round(seconds, 3) for name, seconds in attempt.phases.seconds.items()},
     )

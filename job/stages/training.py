@@ -98,6 +98,7 @@ class TrainingStage:
             total_parameters=total,
             resumed=resumed,
             adapter=adapter_to_publish(model.model),
+            nodes=self._company.nodes,
         )
 
     def _adopt(self, planned: Planned, facts: TrainingFacts) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from job.core.errors import PeerLostError, StalledError
+from job.core.errors import PeerLostError, StalledError, StopRequestedError, action_for, exit_code, is_effect
 from job.core.seat import Seat
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ _FOR_EVER = timedelta(days=30)
 _PIECE = 2**24
 """Elements of a vector that are summed at once: two pieces of 64 MiB are all the memory that a sum needs."""
 _KEYS = "qlora-job"
+_LONGEST = 2000
+"""Characters of a reason."""
 
 
 class Order(enum.IntEnum):
@@ -143,6 +145,10 @@ class _Alone:
 ALONE: World = _Alone()
 
 
+CAUSE = "cause"
+"""Where the first process that ends leaves word of it, where that ends the others too."""
+
+
 class Meeting:
     """The launcher's key-value store, where processes leave word for each other before they are a group and after."""
 
@@ -178,6 +184,20 @@ class Meeting:
             patience: how many seconds another process may take to answer, asked at each wait.
         """
         return Ranks(self._store, self.seat, device, patience)
+
+
+def leave_cause(seat: Seat, error: BaseException | None) -> None:
+    """Tell the others what this process has ended with, where that is what they end with too.
+
+    Raises:
+        PeerLostError: the launcher is gone.
+    """
+    is_stop = isinstance(error, StopRequestedError)
+    if is_effect(error) or (not seat.leads and (error is None or is_stop)):
+        return
+    code, said = (0, "done") if error is None else (exit_code(error), str(error) or type(error).__name__)
+    cause = {"rank": seat.rank, "code": code, "reason": said[:_LONGEST], "action": action_for(error)}
+    Meeting(seat).say(CAUSE, cause)
 
 
 class Ranks:

@@ -49,6 +49,11 @@ class Launched:
         """The launcher's own exit code."""
         return self._child.poll()
 
+    @property
+    def works(self) -> bool:
+        """Whether a worker is still there."""
+        return any(not self.has_ended(rank) for rank in self._pids)
+
     def look(self) -> None:
         """See which workers have come."""
         for path in self._folder.glob(_PID.format(0).replace("00", "*")):
