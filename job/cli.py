@@ -19,9 +19,9 @@ from job.core.library_settings import LIBRARY_SETTINGS
 from job.core.lines import colours_wanted, hung
 from job.core.visible import one_line
 from job.edge.host.interrupt import Interrupt
-from job.edge.host.launched import sit_down
 from job.edge.host.output import lasting_output, say_passing, terminal_width
 from job.ending import Session, log_finished
+from job.launch.launched import sit_down
 from job.options import (
     AddedUp,
     arm_crash_point,

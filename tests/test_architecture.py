@@ -79,8 +79,8 @@ STRANGERS = (
 OWNERS = {
     "boto3": ("job.edge.store.s3*",),
     "botocore": ("job.edge.store.s3*",),
-    "signal": ("job.edge.host.interrupt", "job.edge.host.crashing", "job.edge.host.launched"),
-    "subprocess": ("job.edge.host.launched",),
+    "signal": ("job.edge.host.interrupt", "job.edge.host.crashing", "job.launch.launched"),
+    "subprocess": ("job.launch.launched",),
     "torch.distributed": ("job.tune.world",),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
     "click": ("job.cli", "job.options"),
@@ -112,7 +112,7 @@ IMPURE = {
 HEAVY = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "pyarrow")
 SCHEDULER_WORDS = re.compile(r"slurm|sbatch|kubernetes|kubectl|k8s", re.IGNORECASE)
 SCHEDULER_SYNTAX = re.compile(
-    r"--(?:gres|gpus|mem|mem-per-\w+|tmp|cpus-per-\w+|ntasks|partition)(?![\w-])"
+    r"--(?:gres|gpus-per-\w+|mem|mem-per-\w+|tmp|cpus-per-\w+|ntasks|partition)(?![\w-])"
     r"|\b(?:srun|salloc|scontrol|scancel|squeue|sacct)\b"
     r"|(?<![\w./])(?:nvidia|amd)\.com/(?=\w)"  # a resource; not a link
     r"|(?<=[\d}])[KMGT]i\b|\bephemeral-storage\b|\b(?:apiVersion|nodeSelector|podFailurePolicy)\b"

@@ -20,7 +20,7 @@ import structlog
 import job
 from job.core.errors import JobError, PeerLostError, StopRequestedError, UnavailableError, error_of
 from job.core.seat import FOLDER, SUPERVISOR, SUPERVISOR_SECONDS, Team, WorkerEnd, first_cause
-from job.edge.host.launched import LOG, Launched
+from job.launch.launched import LOG, Launched
 from job.stages.attempt import Attempt
 
 log = structlog.get_logger(__name__)

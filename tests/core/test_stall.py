@@ -1,5 +1,6 @@
 """When a silent or a deaf process is to be ended: told from look to look, on a clock that the test moves."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from job.core.stall import (
     ALLOWED_SECONDS,
     FIRST_STEP_SECONDS,
     LEAST_TRAIN_SECONDS,
+    UNLIMITED,
     Deaf,
     Stalled,
     Vigil,

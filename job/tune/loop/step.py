@@ -1,7 +1,6 @@
 """One optimizer step: its micro-batches, its update, its numbers, which are read one step late."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -15,7 +14,7 @@ from job.core.course import Course, dropout_seed
 from job.core.crash_points import crash_point
 from job.core.cut import Cut, after_out_of_memory
 from job.core.dealing import deal
-from job.core.errors import CannotFitError, DivergedError, PeerLostError
+from job.core.errors import CannotFitError, DivergedError
 from job.core.packing import grain_of, pack_evenly
 from job.core.recipe import TrainSection
 from job.tune.data.documents import Documents
@@ -23,14 +22,12 @@ from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.engine import Engine, adopt_or_shrink
 from job.tune.loop.checkpoint import State
 from job.tune.loop.flat import FlatAdapter
+from job.tune.loop.marks import Mark, seconds_between, take_mark, wait_for
 from job.tune.loop.sharing import settle
 from job.tune.world import ALONE, World
 
 log = structlog.get_logger(__name__)
 
-_LOOK_SECONDS = 2e-4
-_LOST_SECONDS = 5.0
-"""How long a device may still work off what does not need the rank that is gone."""
 _NAMED_EXAMPLES = 64
 """Examples that the message about a diverged step names: nobody reads a longer one."""
 
@@ -87,9 +84,9 @@ class _Unread:
     """[2] fp32 on the host: loss and gradient norm, valid once `ended` has passed."""
     learning_rate: float
     tokens: int
-    began: "Mark"
-    ended: "Mark"
-    waited: "tuple[Mark, Mark] | None"
+    began: Mark
+    ended: Mark
+    waited: tuple[Mark, Mark] | None
     """From our own share's end to the last rank's; None: we are alone."""
     setbacks: Setbacks
 
@@ -183,7 +180,7 @@ class Stepper:
             DivergedError: the step before is not finite; the weights are those before it.
             CannotFitError: one example alone does not fit the device.
         """
-        began = self._mark or _mark(self._accelerator.device)
+        began = self._mark or take_mark(self._accelerator.device)
         batch = self._course.batch(number)
         loss = self._gradients(number, batch, cut_short)
         grad_norm = self._accelerator.clip_grad_norm_(self._adapter.vectors, self._train.max_grad_norm)
@@ -196,7 +193,7 @@ class Stepper:
         crash_point("step.after_update")
         # Copied now, read one step later: reading from the device then would wait for all that is queued by then.
         numbers = numbers.to("cpu", non_blocking=True)
-        self._mark = _mark(self._accelerator.device)
+        self._mark = take_mark(self._accelerator.device)
         self._unread = _Unread(
             step=number,
             numbers=numbers,
@@ -214,7 +211,7 @@ class Stepper:
     def wait(self) -> None:
         """Wait until the device has done the last step."""
         if self._mark is not None:
-            _wait(self._mark, self._world)
+            wait_for(self._mark, self._world)
 
     def finish(self) -> StepRecord | None:
         """Wait for the last step and return its record; the time until the next step is not training.
@@ -268,12 +265,12 @@ class Stepper:
         except StepCutShortError:
             self._world.agree(go=False)
             raise
-        done = _mark(device)
+        done = take_mark(device)
         if not self._world.agree(go=True):
             self._adapter.clear()
             raise StepCutShortError(self._setbacks)
         self._world.sum_in_order([loss.view(1)])
-        self._waited = done, _mark(device)
+        self._waited = done, take_mark(device)
         self._world.sum_in_order([vector.grad for vector in self._adapter.vectors if vector.grad is not None])
         return loss
 
@@ -330,19 +327,19 @@ class Stepper:
         unread, self._unread = self._unread, None
         if unread is None:
             return None
-        _wait(unread.ended, self._world)
+        wait_for(unread.ended, self._world)
         loss, grad_norm = unread.numbers.tolist()
         progress = self._state.progress
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             progress.step = unread.step - 1
             raise self._diverged(unread.step, loss, grad_norm)
-        seconds = _seconds(unread.began, unread.ended)
+        seconds = seconds_between(unread.began, unread.ended)
         progress.losses.append(loss)
         progress.grad_norms.append(grad_norm)
         progress.learning_rates.append(unread.learning_rate)
         progress.tokens += unread.tokens
         progress.seconds += seconds
-        self._waited_seconds += 0.0 if unread.waited is None else _seconds(*unread.waited)
+        self._waited_seconds += 0.0 if unread.waited is None else seconds_between(*unread.waited)
         return StepRecord(
             step=unread.step,
             of=self._course.steps,
@@ -386,41 +383,3 @@ def shrink(
         ) from error
     log.warning("out_of_memory", during=during, then=asdict(smaller))
     return adopt_or_shrink(engine, smaller)
-
-
-Mark = float | torch.cuda.Event
-"""A moment: on the GPU's own clock where there is one, so that taking it waits for nothing."""
-
-
-def _mark(device: torch.device) -> Mark:
-    if device.type != "cuda":
-        return time.monotonic()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch has no types here
-    event.record()
-    return event
-
-
-def _wait(mark: Mark, world: World) -> None:
-    """Wait for a moment on the GPU; with other ranks in a loop, for one that is gone is waited for for ever there.
-
-    Raises:
-        PeerLostError: one is gone, and the device has not come that far.
-    """
-    if isinstance(mark, float):
-        return
-    if world.size == 1:
-        mark.synchronize()
-        return
-    lost_at: float | None = None
-    while not mark.query():  # type: ignore[no-untyped-call] # torch has no types here
-        if world.lost:
-            lost_at = lost_at or time.monotonic()
-            if time.monotonic() - lost_at > _LOST_SECONDS:
-                raise PeerLostError("another process of the run is gone, and this device waits for it")
-        time.sleep(_LOOK_SECONDS)
-
-
-def _seconds(began: Mark, ended: Mark) -> float:
-    if isinstance(began, float) or isinstance(ended, float):
-        return float(ended) - float(began)  # type: ignore[arg-type] # both are of one kind
-    return float(began.elapsed_time(ended)) / 1000
