@@ -50,6 +50,12 @@ _CASES = {
         "minutes further (simulated), its lease over, its connections dead, and nobody in its place: it went on and "
         "ended with 0."
     ),
+    "several processes": (
+        "**Several processes.** {} times one of two or three processes of a run, their launcher or supervisor was "
+        "killed, asked to stop, frozen or made to fail, at crash points and at random moments, the disk filled or the "
+        "store went away: the command ended with the code of the table and left no process, and the run went on to the "
+        "bits of two processes that nothing had happened to."
+    ),
     "policies": (
         "**Forbidden, full, late, wrong.** {} runs met a policy or an odd store: pictures, card or hint denied, "
         "deleting denied later, no room (507 and 403 QuotaExceeded), listings eight seconds behind or without sizes or "

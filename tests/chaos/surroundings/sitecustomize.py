@@ -4,6 +4,7 @@ CHAOS_IMPATIENT             a store that is away for a second is away for too lo
 CHAOS_FREEZES_IN            it stops as by SIGSTOP when it enters this phase
 CHAOS_FILLS_IN, CHAOS_DISK  the disk at this path, a tmpfs of the attempt's own, is filled when it enters this phase
 CHAOS_CLOCK                 a file with one number: seconds that the clock is ahead of the system's
+CHAOS_RANK                  of several processes the one in which the disk fills, which is their supervisor's
 """
 
 import contextlib
@@ -85,7 +86,9 @@ if "CHAOS_FREEZES_IN" in os.environ:
     before(os.environ["CHAOS_FREEZES_IN"], lambda: os.kill(os.getpid(), signal.SIGSTOP))
 if "CHAOS_FILLS_IN" in os.environ:
     disk = Path(os.environ["CHAOS_DISK"])
-    mount_disk(disk)
-    before(os.environ["CHAOS_FILLS_IN"], lambda: fill(disk / ".filler"))
+    if "CHAOS_RANK" not in os.environ or "JOB_SUPERVISOR_PID" not in os.environ:
+        mount_disk(disk)
+    if os.environ.get("CHAOS_RANK") == os.environ.get("RANK"):
+        before(os.environ["CHAOS_FILLS_IN"], lambda: fill(disk / ".filler"))
 if "CHAOS_CLOCK" in os.environ:
     follow_clock(Path(os.environ["CHAOS_CLOCK"]))
