@@ -229,7 +229,7 @@ class Session:
             "last_committed_step": standing.last_committed_step if standing else None,
             "run_uri": standing.run_uri if standing else None,
         }
-        if code == JobError.code:
+        if code == JobError.code and not is_effect(error):
             facts["traceback"] = "".join(traceback.format_exception(error))
         (log.warning if stopped else log.error)("ended", **{k: v for k, v in facts.items() if v is not None})
 

@@ -2,6 +2,7 @@
 
 from job.core.seat import Seat
 from job.edge.host.logs import quiet_libraries
+from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Attempt
 from job.stages.guard import Guard
 
@@ -13,6 +14,8 @@ def follow(attempt: Attempt, seat: Seat) -> None:
         JobError: the exit code of the table, of this process or of the one whose end has ended it.
     """
     with Guard(attempt):
+        if seat.local_rank == 0:
+            refuse_planted(attempt.worker.workdir)  # on a node of its own, before anybody writes there
         with attempt.phases.phase("load_libraries"):
             from job.stages.company import Company, OverError
             from job.stages.following import gather_as_others_did, obey

@@ -4,6 +4,7 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from types import TracebackType
@@ -83,7 +84,8 @@ class Company:
         """The others may go when we have ended well; where one of them is gone, its end is the reason of ours."""
         self._left.set()
         if error is None and self._seat.leads:
-            self.world.order(Order.DONE)
+            with suppress(PeerLostError):  # the report is committed, whoever is gone by now
+                self.world.order(Order.DONE)
         if isinstance(error, PeerLostError) and (cause := self._cause_of_a_loss()) is not None:
             raise _error(cause) from error
 

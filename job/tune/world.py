@@ -223,8 +223,7 @@ class Ranks:
             self._data: ProcessGroup | None = dist.group.WORLD
             self._orders = dist.new_group(backend="gloo", timeout=_FOR_EVER)
             self._words = dist.new_group(backend="gloo", timeout=_FOR_EVER)
-        self._sent: Tensor | None = None
-        self._received: Tensor | None = None
+        self._kept: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def lose(self) -> None:
         """As in `World`, like what follows."""
@@ -282,9 +281,11 @@ class Ranks:
         """Two buffers; those of the large pieces are kept."""
         if piece.numel() < _PIECE // 16:
             return piece.new_empty(size), piece.new_empty(size)
-        if self._sent is None or self._received is None or self._sent.numel() < size:
-            self._sent, self._received = piece.new_empty(size), piece.new_empty(size)
-        return self._sent[:size], self._received[:size]
+        sent, received = self._kept.get((piece.device, piece.dtype), (None, None))
+        if sent is None or received is None or sent.numel() < size:
+            sent, received = piece.new_empty(size), piece.new_empty(size)
+            self._kept[piece.device, piece.dtype] = sent, received
+        return sent[:size], received[:size]
 
     def gather(self, value: Any) -> list[Any]:
         """As JSON."""
@@ -349,6 +350,8 @@ def _peers() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        said = str(error).partition("\n")[0].partition(". ")[0]
         raise PeerLostError(
-            f"another process of the run is gone ({str(error).splitlines()[0]:.200}); its own log says why"
+            f"another process of the run is gone ({said:.200}); its own log says why",
+            action="look at the log of the other processes, then start the same job again",
         ) from error

@@ -142,15 +142,17 @@ def test_whoever_is_struck_the_run_goes_on_to_the_same_bits(
 
 
 def test_a_run_goes_on_in_any_number_of_processes(tmp_path, folder_place, folder_recipe, warm, together, results):
-    recipe = {**folder_recipe, "lora": {**folder_recipe["lora"], "dropout": 0.0}}
+    train = {**folder_recipe["train"], "steps": 60}
+    recipe = {**folder_recipe, "lora": {**folder_recipe["lora"], "dropout": 0.0}, "train": train}
     undisturbed = Run(tmp_path / "undisturbed", folder_place.below("numbers-alone"), recipe, warm)
     assert undisturbed.begin().wait() == 0
     run = Run(tmp_path / "numbers", folder_place.below("numbers"), recipe, warm)
-    for count, step in ((2, 4), (1, 6), (3, 8)):
+    for count in (2, 1, 3):
+        newest = run.newest()
         attempt = run.begin("--gpus", str(count), "--force", cold=True)
-        assert attempt.until_event("checkpoint", step=step), attempt.told()
+        assert attempt.until(lambda: run.newest() > max(0, newest)), attempt.told()  # noqa: B023 - waited for here
         attempt.send(signal.SIGTERM)
-        assert attempt.wait() in (0, 75), attempt.told()
+        assert attempt.wait() == 75, attempt.told()
         assert nothing_is_left(attempt.pid)
         results.case("several processes")
     attempt = run.begin(*TWO, cold=True)

@@ -27,7 +27,7 @@ def base(tmp_path_factory):
 
 def run(job, engine, *, stop_in=None):
     interrupt = StopIn(stop_in, job.outcome_file) if stop_in else None
-    options = [*job.command("run")[2:], "--device", "cuda", "--engine", engine]
+    options = [*job.command("run")[2:], "--device", "cuda", "--gpus", "1", "--engine", engine]
     job.outcome_file.unlink(missing_ok=True)
     return call(*options, interrupt=interrupt, outcome_file=job.outcome_file)
 
