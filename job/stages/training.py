@@ -54,6 +54,7 @@ class TrainingStage:
         ready = prepare(
             self._attempt, self._inputs, trackers_folder=self._trackers_folder, on_loaded=self._company.loaded
         )
+        self._notice_idle_ranks()
         facts = self._facts(ready.model, ready.state, ready.planned, self._resume(ready.state, ready.planned))
         if self._company.size > 1:
             with self._attempt.phases.phase("join"):
@@ -62,6 +63,16 @@ class TrainingStage:
         self._adopt(ready.planned, facts)
         self._train(ready, facts)
         return facts
+
+    def _notice_idle_ranks(self) -> None:
+        ranks, examples = self._company.size, self._recipe.train.batch_size
+        if examples < ranks:
+            reason = (
+                f"a step has {examples} examples (train.batch_size), fewer than the {ranks} processes that make it: "
+                f"{ranks - examples} of them have no work; give fewer GPUs, or a larger batch"
+            )
+            log.warning("idle_ranks", reason=reason)
+            self._attempt.notes.append(reason)
 
     def _resume(self, state: State, planned: Planned) -> Resumed:
         attempt, artifacts = self._attempt, self._inputs.artifacts

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_2_7b import LLAMA_2_7B
 
-from job.core.cut import SHORT_TOKENS, Cut, after_out_of_memory, is_same_arithmetic, plan_memory
+from job.core.cut import SHORT_TOKENS, Cut, after_out_of_memory, common_cut, is_same_arithmetic, plan_memory
 from job.core.memory import GIB, AdapterShape, DeviceMemory, memory_parts
 
 steady = settings(deadline=None, derandomize=True, database=None)
@@ -246,3 +246,23 @@ def test_on_a_processor_activations_take_as_much_in_fp32_as_in_bf16(dtype, token
 def test_device_dtype_engine_and_compiled_code_make_the_arithmetic(before, now, same):
     cut = planned(79 * GIB, engine="generic").cut
     assert is_same_arithmetic(replace(cut, **before), replace(cut, **now)) is same
+
+
+SIZES = st.tuples(st.integers(1, 9000), st.integers(1, 9000), st.integers(0, 4), st.integers(0, 4), st.booleans())
+
+
+@given(st.lists(SIZES, min_size=1, max_size=5))
+def test_the_cut_of_several_devices_asks_no_more_of_any_than_its_own(sizes):
+    names = ("micro_batch_tokens", "evaluation_tokens", "kept_layers", "recomputed_layers", "compiled")
+    first = planned(79 * GIB, engine="generic").cut
+    cuts = [replace(first, **dict(zip(names, each, strict=True))) for each in sizes]
+    common = common_cut(cuts)
+
+    for cut in cuts:
+        assert common.micro_batch_tokens <= cut.micro_batch_tokens
+        assert common.evaluation_tokens <= cut.evaluation_tokens
+        assert common.kept_layers <= cut.kept_layers
+        assert common.recomputed_layers >= cut.recomputed_layers
+        assert common.compiled <= cut.compiled
+    assert common_cut([common, *cuts]) == common  # who settles for it settles for ever
+    assert common_cut(cuts[:1]) == cuts[0]

@@ -93,3 +93,12 @@ def test_a_max_length_outside_the_histogram_is_pointed_at_nowhere():
 
 def test_an_empty_histogram_has_no_bars():
     assert histogram_lines((0, 1), (0,)) == ["  0-0       0 "]
+
+
+def test_several_processes_are_shown_with_what_they_lost_and_sent(report):
+    together = {"ranks": 8, "nodes": 2, "tokens_per_second_a_rank": 2500.0, "waited_seconds": 3.25}
+    speed = report.throughput.model_copy(update={**together, "bytes_a_step": 640_000_000})
+
+    assert "by 8 processes on 2 nodes: 2,500 tokens a second each, 3.2 s waited" in shown(report, throughput=speed)
+    assert "640.0 MB sent a step" in shown(report, throughput=speed)
+    assert "processes" not in shown(report)

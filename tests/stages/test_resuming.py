@@ -187,3 +187,40 @@ def test_the_cut_stands_in_a_checkpoint_by_its_names(start, tmp_path):
     state = json.loads((tmp_path / "saved" / "state.json").read_text())
 
     assert state["progress"]["cut"] == asdict(cut_of(64, recomputed_layers=1))
+
+
+@pytest.mark.parametrize(("before", "now", "noted"), [(1, 1, 0), (2, 2, 0), (1, 2, 1), (4, 1, 1)])
+def test_another_number_of_processes_is_kept_with_the_run(start, stored, tmp_path, before, now, noted):
+    def made_by(state):
+        state["progress"]["ranks"] = before
+
+    _, artifacts = stored(change_state=made_by)
+    made = start(steps=6)
+    found = resume(
+        made.state,
+        artifacts,
+        made.recipe,
+        tmp_path / "scratch",
+        layers=LAYERS,
+        targets=made.documents.targets,
+        should_stop=lambda: False,
+        ranks=now,
+    )
+
+    assert found.checkpoint is not None
+    assert made.progress.ranks == now
+    assert len(made.progress.changes) == noted
+    for change in made.progress.changes:
+        assert f"in {now} processes after {before}: equal within rounding" in change
+
+
+def test_a_checkpoint_of_a_version_that_knew_one_process_alone_is_that_of_one(start, stored, tmp_path):
+    def as_format_3(state):
+        state["format"] = 3
+        del state["progress"]["ranks"]
+
+    _, artifacts = stored(change_state=as_format_3)
+    made = start(steps=6)
+    resumed(made, artifacts, tmp_path)
+
+    assert (made.progress.step, made.progress.ranks, made.progress.changes) == (STOP, 1, [])

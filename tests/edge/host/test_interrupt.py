@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from job.edge.host.interrupt import _STOP_SIGNALS
+from job.edge.host.interrupt import _STOP_SIGNALS, Interrupt
 
 ROOT = Path(__file__).parents[3]
 WORK = """
@@ -67,3 +67,12 @@ def test_what_nohup_started_outlives_its_terminal():
     assert child.stdout.readline() == "saving\n"
     assert child.communicate("\n\n", timeout=60)[0] == "saved SIGTERM\nending\n"
     assert child.returncode == 75
+
+
+def test_a_signal_that_another_process_of_the_run_got_is_ours_too():
+    interrupt = Interrupt()
+    assert not interrupt.signalled
+    interrupt.hear()
+
+    assert interrupt()
+    assert (interrupt.signalled, interrupt.reason) == (True, "SIGTERM")

@@ -240,3 +240,25 @@ def test_followers_hear_all_of_it_also_without_a_file():
     outcome.end(code=0, again="-", reason="done")
 
     assert [(said["state"], said.get("step")) for said in heard] == [("running", 1), ("running", 3), ("ended", 3)]
+
+
+def test_a_supervisor_says_what_the_process_that_works_says_of_itself(tmp_path):
+    worker, ours = Outcome(tmp_path / "worker.json"), Outcome(tmp_path / "o.json")
+    worker.safe(run_uri="file:///r", last_committed_step=2)
+    worker.progress(phase="train", step=3, of=10, loss=1.5, eta_seconds=70)
+    ours.relay(read(tmp_path / "worker.json"))
+    said, heard = read(tmp_path / "worker.json"), read(tmp_path / "o.json")
+    assert {**heard, "time": None} == {**said, "time": None}
+
+    ours.end(code=75, again="yes, not counted", reason="asked to stop")
+    ours.relay(said)  # nothing is written after the end
+    assert read(tmp_path / "o.json")["state"] == "ended"
+
+
+def test_what_a_worker_says_to_its_supervisor_stands_beside_its_end(tmp_path):
+    beside = {"effect": True, "attempt": None}
+    Outcome(tmp_path / "o.json").end(code=70, again="yes, counted", reason="gone", beside=beside)
+
+    said = read(tmp_path / "o.json")
+    assert said["effect"] is True
+    assert "attempt" not in said
