@@ -32,8 +32,8 @@ test-hostile: $(VENV)/installed
 test-demo-base: $(VENV)/installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "demo_base or not demo_base" tests/recipes
 
-# Attempts killed, stopped, frozen, started twice, on a store that dies, lies and forbids, on disks that fill: an
-# hour on two cores. What was done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments; CHAOS_ENGINE=fast
+# Attempts killed, stopped, frozen, started twice, alone and as one of several processes, on a store that dies, lies and
+# forbids, on disks that fill: two hours on two cores. What was done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments; CHAOS_ENGINE=fast
 # trains by the engine's step.
 chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CHAOS_RESULTS=bench/RESULTS.md \

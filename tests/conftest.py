@@ -21,6 +21,7 @@ _TOGETHER = ("tests/run/", "tests/chaos/", "tests/hostile/")
 """Rooms whose files share a run that takes as long as a file of theirs: one pytest worker has all of a room."""
 _LONG = (
     *_TOGETHER,
+    "tests/launch/",
     *("tests/edge/run/test_lock", "tests/edge/store/test_stores", "tests/edge/base/test_fetching"),
     *("tests/k8s/test_container", "tests/bench/", "tests/tune/", "tests/slurm/"),
 )
