@@ -21,7 +21,7 @@ from job.core.visible import one_line
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import lasting_output, say_passing, terminal_width
 from job.ending import Session, log_finished
-from job.launch.launched import sit_down
+from job.launch.launched import leave, sit_down
 from job.options import (
     AddedUp,
     arm_crash_point,
@@ -354,7 +354,9 @@ def main(interrupt: Interrupt) -> int:
         error, shown = _carry_out(session)
         code = session.end(error, shown=shown)
         session.leave_word(error)
-        return code
+    if session.seat is not None:
+        leave(code)
+    return code
 
 
 def _carry_out(session: Session) -> tuple[BaseException | None, bool]:

@@ -26,9 +26,9 @@ from job.stages.attempt import Attempt
 log = structlog.get_logger(__name__)
 _LOOK_SECONDS = 0.1
 _OTHERS_SECONDS = 30.0
-"""How long the others may take once one has ended: as long as the launcher gives them."""
-_DONE_SECONDS = 10.0
-"""The same once rank 0 has ended well: they have nothing to do any more."""
+"""How long the others may take once one has ended, and at least the grace: the launcher gives them as long."""
+_FOLLOWERS_SECONDS = 15.0
+"""The same once rank 0 has ended: they have nothing to do any more but to say so."""
 _LOOK_AT_MEMORY = "start the same job again; where it happens again, look at the memory that the job is given"
 _SAID_BYTES = 4000
 """Of what workers have said beside the log, shown where one of them went without a word."""
@@ -138,9 +138,9 @@ class _Watch:
                 # Until then they have ended by themselves: their grace is a little shorter than ours.
                 if grace is not None and now - asked_at > grace - min(SUPERVISOR_SECONDS, grace / 4) / 2:
                     return
-            is_done = 0 in self._ended_at and self._said.get(0, {}).get("code") == 0
-            others = _DONE_SECONDS if is_done else max(_OTHERS_SECONDS, grace or 0.0)
-            if self._ended_at and now - min(self._ended_at.values()) > others:
+            if 0 in self._ended_at and now - self._ended_at[0] > _FOLLOWERS_SECONDS:
+                return
+            if self._ended_at and now - min(self._ended_at.values()) > max(_OTHERS_SECONDS, grace or 0.0):
                 return
         self._look()
 

@@ -51,7 +51,7 @@ def supervised(tmp_path, monkeypatch):
 
     def supervise(*deeds, grace=None, asked=lambda: False, others=0.5):
         monkeypatch.setattr(supervisor, "_OTHERS_SECONDS", others)
-        monkeypatch.setattr(supervisor, "_DONE_SECONDS", 0.2)
+        monkeypatch.setattr(supervisor, "_FOLLOWERS_SECONDS", 0.2)
         folders = []
 
         def launched(_command, *, environment, folder):
@@ -97,6 +97,14 @@ def test_nodes_meet_where_they_are_told():
     assert command[6:14] == [
         *("--nnodes", "2", "--node-rank", "1", "--master-addr", "node-0", "--master-port", "29500"),
     ]
+
+
+def test_who_has_nothing_to_do_any_more_is_not_waited_for(supervised):
+    """Rank 0 has ended, and the other one is frozen, say: the grace, which is long, is for saving."""
+    _, raised = supervised("83", "deaf", grace=600.0)
+
+    assert raised is not None
+    assert raised.code == 83
 
 
 def test_the_run_has_ended_well_when_rank_0_has(supervised):
