@@ -51,7 +51,8 @@ def refuse_endless_warm_up(course: Course, *, warmup_steps: int) -> None:
 
 def of_recipe(recipe: Recipe) -> list[str]:
     """What is seen without the data."""
-    return [*_learning_rate(recipe), *_border(recipe.data), *_prompts(recipe)]
+    borders = [found for source in recipe.data.sources for found in _border(source.data)]
+    return [*_learning_rate(recipe), *dict.fromkeys(borders), *_prompts(recipe)]
 
 
 def of_data(
@@ -63,7 +64,7 @@ def of_data(
         recipe: as it is.
         course: its steps over the training examples.
         held_out: examples that are judged on.
-        training_tokens: of all training examples, after the cut.
+        training_tokens: of an epoch, after the cut.
         validation_tokens: of the held-out examples that are judged on, after the cut.
     """
     advice = []

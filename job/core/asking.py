@@ -22,6 +22,15 @@ def asked_fields(data: DataSection) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in before if name != answer))
 
 
+def asked_sources(data: DataSection) -> list[DataSection]:
+    """The templates that can be asked, without repetition: those of sources that have no question come last."""
+    found: list[DataSection] = []
+    for source in data.sources:
+        if source.data not in found:
+            found.append(source.data)
+    return sorted(found, key=lambda each: not asked_fields(each))
+
+
 def prompt_of(fields: Mapping[str, str], data: DataSection) -> str:
     """The recipe's template, filled in up to the answer.
 

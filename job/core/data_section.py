@@ -93,13 +93,23 @@ class Templates(Section):
         return tuple(dict.fromkeys(name for t in templates for name in template_fields(t)))
 
 
-class HeldOutSource(Templates):
-    """One of several sources: its files, and templates of its own if it has any."""
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("a name is one line of printable characters")
+    return name
+
+
+class Place(Section):
+    """Where one of several sources is, and what it is called."""
 
     uri: Uris
-    """Its files: one URI, a list, a glob or a prefix, as `data.train`."""
-    name: Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
-    """What report and log call it; without one the last part of its first URI."""
+    """Its files: one URI, a list, a glob or a prefix."""
+    name: Annotated[Text, AfterValidator(_printable)] | None = None
+    """What report and log call it; without one it is called by the last part of its first URI that has no wildcard."""
+
+
+class HeldOutSource(Templates, Place):
+    """One of several sources: its files, and templates of its own if it has any."""
 
     @model_validator(mode="after")
     def _options_go_with_templates(self) -> Self:
@@ -113,9 +123,9 @@ class Source(HeldOutSource):
     """One of several sources to train on."""
 
     weight: Positive | None = None
-    """Its share of every step's examples, beside the other sources' weights; all have one, or none."""
+    """Its share of each step's examples, beside the other sources' weights; all sources have one, or none has."""
     epochs: Positive | None = None
-    """Passes over it in one of `train.epochs`; 1 without it. Instead of weights."""
+    """Passes over it in each of the run's `train.epochs`; 1 where nothing is said. Instead of weights."""
 
     @model_validator(mode="after")
     def _one_share(self) -> Self:
@@ -248,7 +258,8 @@ def _last_part(uri: str) -> str:
     """`notes` of `s3://data/notes/*.jsonl`: the last part of a URI that is a name."""
     parts = [part for part in uri.rpartition("://")[2].split("/") if part]
     names = [part for part in parts if not set(part) & set("*?[")]
-    return (names or parts or [uri])[-1]
+    last = (names or parts or [uri])[-1]
+    return "".join(each if each.isprintable() else "?" for each in last)
 
 
 def _names(sources: Sequence[HeldOutSource]) -> list[str]:

@@ -162,7 +162,7 @@ def documents_of_examples(
     encoded = encode(
         [("train", example) for example in examples],
         tokenizer,
-        token_rules(tokenizer, data),
+        {"train": [token_rules(tokenizer, data)]},
         folder=folder,
         should_stop=lambda: False,
         on_progress=lambda _done: None,
