@@ -1,7 +1,7 @@
 """Report (versioned schema) -> JSON: what a person and a script act on when the run is done."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -333,11 +333,22 @@ class Report(Section):
     attempts: tuple[AttemptReport, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
+    def _sources_are_the_same_everywhere(self) -> Self:
+        taken, judged = _names(self.data.train.sources), _names(self.data.validation.sources)
+        if _names(self.plan.sources) != taken or any(_names(e.sources) != judged for e in self.evaluations):
+            raise ValueError("sources: data, plan and evaluations do not name the same ones")
+        return self
+
+    @model_validator(mode="after")
     def _has_judged_its_choice(self) -> Self:
         judged = [e.step for e in self.evaluations]
         if self.sweet_spot.step not in judged or len(set(judged)) != len(judged):
             raise ValueError("sweet_spot: its step is none of the evaluations, or one stands there twice")
         return self
+
+
+def _names(sources: Sequence[SourceReport | SourceShare | SourceLoss]) -> list[str]:
+    return [source.name for source in sources]
 
 
 def read_report(content: Mapping[str, Any]) -> Report:

@@ -34,8 +34,8 @@ def _taken(sources: Sequence[SourceReport], shares: Sequence[SourceShare]) -> li
             f"{share.share:.1%}",
             f"{share.epochs:.3g}",
             f"{share.examples:,}",
-            f"{source.percentiles['p50']:,}",
-            f"{source.percentiles['p100']:,}",
+            f"{source.percentiles.get('p50', 0):,}",
+            f"{source.percentiles.get('p100', 0):,}",
         )
         for source, share in zip(sources, shares, strict=True)
     ]
