@@ -6,7 +6,7 @@ from job.core.course import Course
 from job.core.lines import cells
 from job.core.report import DataReport, Report, SourceReport, SourceShare
 
-_MOST_NAME = 24
+_MOST_NAME = 20
 """Columns of a name, so that a line has room in 80."""
 
 
