@@ -311,7 +311,9 @@ class Attempt:
     def loop(self, **sections: Any) -> Loop:
         """The loop of the stages; sections of the recipe by name."""
         stepper, recipe = self.stepper(), self.recipe.model_copy(update=sections)
-        dataset = SimpleNamespace(train=self.documents, validation=self.documents)
+        dataset = SimpleNamespace(
+            train=self.documents, validation=self.documents, losses_by_source=lambda _evaluation: ()
+        )
         memory = SimpleNamespace(cut=self.progress.cut)
         facts = self.facts = TrainingFacts(
             progress=self.progress,
