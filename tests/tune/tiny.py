@@ -257,7 +257,7 @@ class Teller:
 
     def __init__(self, made: "Attempt") -> None:
         self.step = made.records.append
-        self.evaluation = made.judged.append
+        self.evaluation = lambda result, _sources: made.judged.append(result)
 
 
 @dataclass(kw_only=True)
