@@ -104,6 +104,28 @@ started in. It holds no credentials: those come from where the AWS tools look fo
 field that is named must be there, a string, and not blank. `{{` and `}}` are literal braces. BOS and EOS are added by
 the job, not by the template.
 
+**Several sources.** `data.train` may be a list of sections, one a source, each with its files, its share and, where its
+records are of another kind, templates of its own:
+
+```yaml
+data:
+  train:
+    - {uri: s3://datasets/notes/*.jsonl, weight: 3}
+    - {uri: s3://datasets/chats.jsonl, weight: 1, name: chats, prompt: "User: {user}\\n", completion: "{reply}"}
+  prompt: "### Question: {input}\\n### Answer:"
+  completion: " {output}"
+```
+
+With `weight`, each step's examples are shared out by the weights, exact at every step to less than one example; an
+epoch is as many examples as all sources have together. Without weights each source is passed over `train.epochs` times,
+or its own `epochs` times as often, and examples of all are spread evenly over the run; with `train.steps` instead, each
+source has the share of its size. Each source has a shuffled order of its own, a new one for each pass over it. What is
+drawn at a step follows from the seed and the step alone, so a resumed run goes on exactly.
+
+`validation: {fraction: 0.05}` holds that share of every source out, by content; or `validation` is a list of sources
+too, without shares. Loss is reported for all held-out examples and for each source. A list of URIs is one source:
+its files in a row.
+
 **Editors.** With this first line, editors that know JSON Schema complete and check the keys while you type:
 
 ```yaml
@@ -131,12 +153,15 @@ def recipe_page() -> str:
 
 def _rows(definition: Mapping[str, Any], schema: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """A row for each key of a section; those of a section inside it follow theirs."""
+    named_by_default = prefix != "" and not prefix.endswith("[].")
     for key, part in definition["properties"].items():
-        default = "**required**" if key in definition.get("required", ()) and not prefix else _default(part)
-        yield f"| `{prefix}{key}` | {kind(part)} | {default} | {part['description']} |"
+        default = "**required**" if key in definition.get("required", ()) and not named_by_default else _default(part)
+        yield f"| `{prefix}{key}` | {kind(part)} | {default} | {' '.join(part['description'].split())} |"
         for choice in part.get("oneOf", ()):
             if "$ref" in choice:
                 yield from _rows(_definition(choice, schema), schema, prefix=f"{prefix}{key}.")
+            elif "$ref" in choice.get("items", ()):
+                yield from _rows(_definition(choice["items"], schema), schema, prefix=f"{prefix}{key}[].")
 
 
 def _definition(part: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -173,6 +198,8 @@ def kind(part: Mapping[str, Any]) -> str:
     if "$ref" in part:
         return "a section"
     if part["type"] == "array":
+        if "$ref" in part["items"]:
+            return "list of sections"
         return f"list of {kind(part['items'])}" + ("" if "enum" in part["items"] else "s")
     words = {"boolean": "`true` or `false`", "string": "text", "integer": "whole number", "number": "number"}
     return words[part["type"]] + _bounds(part)

@@ -37,6 +37,7 @@ FLOORS = {
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
         ("job.stages.gathering", "job.stages.loading"),
         ("job.stages.base_source", "job.stages.dataset", "job.stages.hardware", "job.stages.holding"),
+        ("job.stages.data_report", "job.stages.sources"),
         ("job.stages.guard", "job.stages.records"),
         ("job.stages.identity",),
         ("job.stages.attempt",),

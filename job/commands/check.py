@@ -13,20 +13,22 @@ from typing import Any, TypeVar
 from job.core import advice
 from job.core.course import course_of, evaluation_count
 from job.core.errors import JobError
-from job.core.recipe import Fraction, Recipe, is_hub_id
-from job.core.records import Tally, examples
+from job.core.mixture import portions
+from job.core.recipe import Recipe, is_hub_id
+from job.core.records import Tally
 from job.core.report import DataReport
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
-from job.edge.dataset_files import fetch_files, read_lines
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
 from job.edge.store.objects import StoredObject
 from job.edge.store.opening import credentials_source
 from job.edge.store.patience import Patience
 from job.render.report_text import histogram_lines
+from job.render.sources_text import source_rows
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import Run, Sides, find_run, list_data, probe_output
+from job.stages.sources import fetch_sources, judge_sources, read_sources
 
 T = TypeVar("T")
 
@@ -161,8 +163,12 @@ def _look_at_model(
 
 def _judge(table: _Table, recipe: Recipe, report: DataReport) -> None:
     """What the run would do with the data, and what it would not learn well."""
-    course, held_out = course_of(recipe.train, examples=report.train.used), report.validation.used
-    tokens = {"training_tokens": report.train.tokens, "validation_tokens": report.validation.tokens}
+    course = course_of(recipe.train, examples=portions(recipe.data, report.train.used_by_source))
+    held_out = report.validation.used
+    train = report.train
+    counted = [(source.tokens, source.used) for source in train.sources] or [(train.tokens, train.used)]
+    mean = sum(course.mixture.share(place) * tokens / used for place, (tokens, used) in enumerate(counted))
+    tokens = {"training_tokens": round(mean * course.examples), "validation_tokens": report.validation.tokens}
     share = advice.evaluation_share(recipe, course, **tokens)
     evaluations = evaluation_count(course.steps, recipe.evaluate.every_steps)
     found = (
@@ -170,13 +176,15 @@ def _judge(table: _Table, recipe: Recipe, report: DataReport) -> None:
         f"of {held_out} examples, about {share:.0%} of the time"
     )
     table.look("plan", lambda: (found, None))
+    for row in source_rows(report, course):
+        table.look("source", lambda row=row: (row, None))  # type: ignore[misc]
     table.advise(advice.of_data(recipe, course, held_out=held_out, **tokens))
 
 
 def _credentials(recipe: Recipe) -> tuple[str, None]:
-    data = recipe.data
-    held_out = () if isinstance(data.validation, Fraction) else data.validation
-    return credentials_source([recipe.output, recipe.model.base, *data.train, *held_out]), None
+    sources = (*recipe.data.sources, *recipe.data.held_out_sources)
+    data = [uri for source in sources for uri in source.uris]
+    return credentials_source([recipe.output, recipe.model.base, *data]), None
 
 
 def _output(worker: Worker) -> tuple[str, None]:
@@ -188,10 +196,10 @@ def _output(worker: Worker) -> tuple[str, None]:
 
 def _inputs(worker: Worker, run_id: str | None, base: BaseModel | None) -> tuple[str, Run | None]:
     if base is None:  # which run it is depends on the base; the data can be looked at all the same
-        return _size([o for side in _listed(worker) for o in side]), None
+        return _size(_listed(worker).every), None
     run = find_run(worker.recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop)
     state = "already done" if run.done else "unfinished, would be resumed" if run.begun else "new"
-    return f"{_size([*run.train, *run.validation])}; run {run.artifacts.run_id} is {state}", run
+    return f"{_size(run.sides.every)}; run {run.artifacts.run_id} is {state}", run
 
 
 def _listed(worker: Worker) -> Sides:
@@ -250,19 +258,16 @@ def _count(worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: 
 
 def _lines(worker: Worker, phases: Phases, *, because: str) -> tuple[str, None]:
     """Without a tokenizer each line can be checked all the same."""
-    train, validation = _listed(worker)
     with _scratch(worker) as folder:
-        files = fetch_files(
-            [*train, *validation],
-            folder,
-            worker.settings,
-            should_stop=worker.should_stop,
-            on_progress=lambda done: phases.progress(bytes=done),
-        )
-        tally, data = Tally(), worker.recipe.data
-        for _example in examples(read_lines(files, max_record=data.max_record), data, tally=tally):
+        sources, sides = (*worker.recipe.data.sources, *worker.recipe.data.held_out_sources), _listed(worker)
+        objects = (*sides.train, *sides.validation)
+        files = fetch_sources(worker, objects, folder, on_progress=lambda done, of: phases.progress(bytes=done, of=of))
+        tallies = [Tally() for _ in sources]
+        for _example in read_sources(sources, files, tallies):
             pass
-    return f"{tally.good} right lines, {tally.bad} wrong ones; lengths need {because}", None
+        judge_sources(sources, tallies)
+    good, bad = (sum(counts) for counts in zip(*((t.good, t.bad) for t in tallies), strict=True))
+    return f"{good} right lines, {bad} wrong ones; lengths need {because}", None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from job.core.forecast import Candidate, Forecast, Workload, candidates, forecas
 from job.core.gpus import Gpu
 from job.core.lengths import Lengths
 from job.core.memory import AdapterShape, EngineName
+from job.core.mixture import portions
 from job.core.report import DataReport
 from job.edge.base import fetching
 from job.edge.host.logs import quiet_libraries
@@ -87,7 +88,7 @@ def _workload(
     from job.tune.model.config import shape_of
 
     recipe = worker.recipe
-    course = course_of(recipe.train, examples=len(lengths))
+    course = course_of(recipe.train, examples=portions(recipe.data, data.train.used_by_source))
     engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
     return Workload(
         shape=shape_of(config),

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from job.commands.report import open_run, recipe_of
-from job.core.asking import asked_fields, fields_given, prompt_of
+from job.core.asking import asked_fields, asked_sources, fields_given, prompt_of
+from job.core.data_section import DataSection
 from job.core.errors import DataError, NotFoundError, UsageError
-from job.core.recipe import DataSection, Recipe, is_hub_id
+from job.core.recipe import Recipe, is_hub_id
 from job.core.records import fields_of
 from job.core.report import Report
 from job.edge.base import fetching
@@ -84,15 +85,19 @@ def try_out(
 
 
 def _made_prompts(asked: Asked, data: DataSection) -> Iterator[str]:
-    """By the run's template."""
+    """By the run's template; of several sources by that of the first one whose fields are there."""
+    sources = asked_sources(data)
     if asked.fields:
-        yield prompt_of(fields_given(asked.fields, data), data)
+        names = {word.partition("=")[0].strip() for word in asked.fields}
+        chosen = next((each for each in sources if {*asked_fields(each)} == names), sources[0])
+        yield prompt_of(fields_given(asked.fields, chosen), chosen)
     if asked.record_file is not None:
         for where, raw in _record_lines(asked.record_file):
-            fields = fields_of(raw, asked_fields(data))
+            read = [(fields_of(raw, asked_fields(each)), each) for each in sources]
+            fields, chosen = next((pair for pair in read if not isinstance(pair[0], str)), read[0])
             if isinstance(fields, str):
                 raise DataError(f"{where}: {fields}")
-            yield prompt_of(fields, data)
+            yield prompt_of(fields, chosen)
 
 
 def _record_lines(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -4,9 +4,10 @@ import re
 from string import Formatter
 
 from job.core.course import Course, evaluation_count
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
 from job.core.forecast import FORWARD_SHARE
-from job.core.recipe import DataSection, Optimizer, Recipe
+from job.core.recipe import Optimizer, Recipe
 
 _FEWEST_HELD_OUT = 50
 """Below it the loss of a few odd examples decides which checkpoint is chosen."""
@@ -50,7 +51,8 @@ def refuse_endless_warm_up(course: Course, *, warmup_steps: int) -> None:
 
 def of_recipe(recipe: Recipe) -> list[str]:
     """What is seen without the data."""
-    return [*_learning_rate(recipe), *_border(recipe.data), *_prompts(recipe)]
+    borders = [found for source in recipe.data.sources for found in _border(source.data)]
+    return [*_learning_rate(recipe), *dict.fromkeys(borders), *_prompts(recipe)]
 
 
 def of_data(
@@ -62,7 +64,7 @@ def of_data(
         recipe: as it is.
         course: its steps over the training examples.
         held_out: examples that are judged on.
-        training_tokens: of all training examples, after the cut.
+        training_tokens: of an epoch, after the cut.
         validation_tokens: of the held-out examples that are judged on, after the cut.
     """
     advice = []

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from string import Formatter
 
 from job.core.close_names import did_you_mean
+from job.core.data_section import DataSection, template_fields
 from job.core.errors import UsageError
-from job.core.recipe import DataSection, template_fields
 
 
 def typed(text: str) -> str:
@@ -20,6 +20,15 @@ def asked_fields(data: DataSection) -> tuple[str, ...]:
         return tuple(dict.fromkeys(template_fields(data.prompt)))
     *before, answer = template_fields(data.text or "")
     return tuple(dict.fromkeys(name for name in before if name != answer))
+
+
+def asked_sources(data: DataSection) -> list[DataSection]:
+    """The templates that can be asked, without repetition: those of sources that have no question come last."""
+    found: list[DataSection] = []
+    for source in data.sources:
+        if source.data not in found:
+            found.append(source.data)
+    return sorted(found, key=lambda each: not asked_fields(each))
 
 
 def prompt_of(fields: Mapping[str, str], data: DataSection) -> str:

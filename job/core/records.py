@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from job.core.close_names import closest
+from job.core.data_section import DataSection
 from job.core.errors import DataError
-from job.core.recipe import DataSection
 
 REPORTED_AT_ONCE = 20
 """Wrong lines named in one message."""
@@ -31,6 +31,8 @@ class Example:
     parts: tuple[Part, ...]
     where: str
     """`file:line`, for messages."""
+    source: int = 0
+    """Place of its source among those of its side."""
 
     @property
     def text(self) -> str:
@@ -121,20 +123,23 @@ def examples(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tall
     judge_lines([tally], data)
 
 
-def checked_lines(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally) -> Iterator[Example]:
+def checked_lines(
+    lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally, source: int = 0
+) -> Iterator[Example]:
     """Check and render each line; wrong ones are counted in the tally and left out.
 
     Args:
         lines: file name, line number (from 1) and the raw bytes without the line end.
         data: the templates.
         tally: filled while the caller reads.
+        source: the place of their source.
     """
-    for source, number, raw in lines:
+    for file, number, raw in lines:
         body = raw.removeprefix(_BOM) if number == 1 else raw
         if not body.strip():
             continue
         tally.lines += 1
-        parsed = parse_line(body, data, where=f"{source}:{number}")
+        parsed = parse_line(body, data, where=f"{file}:{number}", source=source)
         if isinstance(parsed, BadRecord):
             tally.add_bad(parsed)
         else:
@@ -174,7 +179,7 @@ def _advice(tally: Tally, data: DataSection, *, can_skip: bool) -> str:
     return ", or ".join(ways)
 
 
-def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRecord:
+def parse_line(raw: bytes, data: DataSection, *, where: str, source: int = 0) -> Example | BadRecord:
     """One line -> an example, or why it is none."""
     if len(raw) > data.max_record:
         too_long = f"longer than data.max_record ({data.max_record:,} bytes)"
@@ -182,7 +187,7 @@ def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRec
     fields = fields_of(raw, data.fields)
     if isinstance(fields, str):
         return BadRecord(where=where, reason=fields)
-    return Example(parts=_parts(fields, data), where=where)
+    return Example(parts=_parts(fields, data), where=where, source=source)
 
 
 def _parts(fields: dict[str, str], data: DataSection) -> tuple[Part, ...]:

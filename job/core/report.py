@@ -1,15 +1,15 @@
 """Report (versioned schema) -> JSON: what a person and a script act on when the run is done."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from job.core.limits import StopFigures
 from job.core.memory import ComputeDtype
-from job.core.recipe import Section
 from job.core.run_record import first_mistake
+from job.core.section import Section
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -39,6 +39,23 @@ class Histogram(Section):
         return self
 
 
+class SourceReport(Section):
+    """One of several sources, on one side; the keys mean what they mean for the side."""
+
+    name: str
+    rows: int
+    used: int
+    truncated: int
+    dropped: int
+    without_target: int
+    bad_lines: int
+    """Wrong lines of its own files that were left out."""
+    tokens: int
+    targets: int
+    percentiles: dict[str, int]
+    """Empty for a source without examples on this side."""
+
+
 class SideReport(Section):
     """One side of the dataset."""
 
@@ -63,6 +80,13 @@ class SideReport(Section):
     percentiles: dict[str, int]
     """Lengths in tokens before the cut."""
     histogram: Histogram
+    sources: tuple[SourceReport, ...] = ()
+    """In the recipe's order; empty where there is but one."""
+
+    @property
+    def used_by_source(self) -> tuple[int, ...]:
+        """Examples of each source, also where there is but one."""
+        return tuple(source.used for source in self.sources) or (self.used,)
 
 
 class BadLine(Section):
@@ -101,6 +125,18 @@ class ModelReport(Section):
     total_parameters: int
 
 
+class SourceShare(Section):
+    """What a run takes of one of several sources."""
+
+    name: str
+    examples: int
+    """Drawn over all steps."""
+    share: float
+    """Of all that is drawn; at every step exact to less than one example."""
+    epochs: float
+    """Passes over the source."""
+
+
 class PlanReport(Section):
     """How batches were cut for the device."""
 
@@ -124,6 +160,8 @@ class PlanReport(Section):
     reason: str
     steps: int
     epochs: float
+    sources: tuple[SourceShare, ...] = ()
+    """In the recipe's order; empty where there is but one."""
     out_of_memory: int
     """How often a batch was done again in smaller micro-batches."""
     allocation_retries: int = 0
@@ -140,6 +178,17 @@ class TrainingCurve(Section):
     learning_rate: tuple[float, ...]
 
 
+class SourceLoss(Section):
+    """The held-out examples of one of several sources at one step."""
+
+    name: str
+    examples: int
+    tokens: int
+    """Target tokens."""
+    loss: float | None
+    """Nats a target token; None: the source has no held-out example."""
+
+
 class EvaluationReport(Section):
     """The held-out examples at one step."""
 
@@ -150,6 +199,8 @@ class EvaluationReport(Section):
     token_accuracy: float
     tokens: int
     """Target tokens."""
+    sources: tuple[SourceLoss, ...] = ()
+    """Those of the held-out side, in the recipe's order; empty where there is but one."""
 
 
 class SweetSpot(Section):
@@ -282,11 +333,22 @@ class Report(Section):
     attempts: tuple[AttemptReport, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
+    def _sources_are_the_same_everywhere(self) -> Self:
+        taken, judged = _names(self.data.train.sources), _names(self.data.validation.sources)
+        if _names(self.plan.sources) != taken or any(_names(e.sources) != judged for e in self.evaluations):
+            raise ValueError("sources: data, plan and evaluations do not name the same ones")
+        return self
+
+    @model_validator(mode="after")
     def _has_judged_its_choice(self) -> Self:
         judged = [e.step for e in self.evaluations]
         if self.sweet_spot.step not in judged or len(set(judged)) != len(judged):
             raise ValueError("sweet_spot: its step is none of the evaluations, or one stands there twice")
         return self
+
+
+def _names(sources: Sequence[SourceReport | SourceShare | SourceLoss]) -> list[str]:
+    return [source.name for source in sources]
 
 
 def read_report(content: Mapping[str, Any]) -> Report:

@@ -29,6 +29,11 @@ class Evaluation:
         """Mean loss of a target token, in nats: every token counts the same."""
         return float(self.nll.sum() / self.tokens.sum())
 
+    def loss_of(self, examples: NDArray[np.bool_]) -> float | None:
+        """The same over some of the examples, [N]; None: there is none."""
+        tokens = int(self.tokens[examples].sum())
+        return float(self.nll[examples].sum() / tokens) if tokens else None
+
     @property
     def perplexity(self) -> float:
         """exp(loss)."""

@@ -1,10 +1,11 @@
 """The adapter's README: where it comes from, what it was trained on, how it is loaded; with front matter for hubs."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from job.core.recipe import LoraSection, is_hub_id
-from job.core.report import DataReport
+from job.core.report import DataReport, SourceLoss, SourceShare
 from job.core.visible import code_span
 
 
@@ -25,6 +26,10 @@ class Card:
     steps: int
     base_loss: float
     tuned_loss: float
+    shares: Sequence[SourceShare] = ()
+    """What was taken of each source, where there are several."""
+    losses: Sequence[tuple[SourceLoss, SourceLoss]] = ()
+    """Of each held-out source, where there are several: base and tuned."""
 
 
 def adapter_card(card: Card) -> str:
@@ -52,7 +57,7 @@ Run `{card.run_id}`, step {card.step} of {card.steps}: validation loss
 
 Trained on {data.train.used} examples, judged on {data.validation.used}:
 {hashes}
-
+{_sources(card)}
 ```python
 import torch
 from peft import PeftModel
@@ -66,3 +71,18 @@ model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 # for module in base.modules(): module.support_avx512bf16_for_cpu = False
 ```
 """
+
+
+def _sources(card: Card) -> str:
+    """A paragraph on each of several sources; else nothing."""
+    lines = [
+        f"- {code_span(source.name)}: {source.used} examples, {share.share:.1%} of what was drawn"
+        for source, share in zip(card.data.train.sources, card.shares, strict=True)
+    ]
+    judged = [
+        f"- {code_span(base.name)}: {base.loss:.4f} (base) -> {tuned.loss:.4f} on {base.examples} held out"
+        for base, tuned in card.losses
+        if base.loss is not None and tuned.loss is not None
+    ]
+    named = {"What was drawn": lines, "Validation loss by source": judged}
+    return "".join(f"\n{title}:\n" + "\n".join(block) + "\n" for title, block in named.items() if block)

@@ -7,6 +7,7 @@ from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, train
 from job.core.memory import GIB
 from job.core.report import DataReport
 from job.render.report_text import histogram_lines
+from job.render.sources_text import source_rows
 
 
 def plan_lines(
@@ -35,6 +36,7 @@ def plan_lines(
         *_lengths(data, candidates),
         "",
         *_work(work),
+        *(f"source {row}" for row in source_rows(data, work.course)),
         "",
         *_memory(work, forecasts[0]),
         "",

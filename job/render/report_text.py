@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from job.core.lines import worth_naming
 from job.core.report import Report
+from job.render.sources_text import source_lines
 
 _BAR = 24
 """Characters of the longest bar: with the lengths and counts beside it a line has room in 80 columns."""
@@ -34,6 +35,7 @@ def report_lines(report: Report) -> list[str]:
         *_evaluations(report),
         "",
         *_data(report),
+        *source_lines(report),
         "",
         *_cost(report),
         *_answers(report),

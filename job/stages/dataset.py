@@ -2,29 +2,35 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from job.core.advice import refuse_endless_warm_up
-from job.core.course import course_of
+from job.core.course import Course, course_of
 from job.core.crash_points import crash_point
-from job.core.errors import DataError
-from job.core.lengths import choose_max_length, length_statistics
-from job.core.recipe import DataSection, Fraction
-from job.core.records import Example, Tally, checked_lines, is_held_out, judge_lines
-from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
-from job.edge.dataset_files import DataFile, fetch_files, read_lines
+from job.core.data_section import DataSection, Fraction
+from job.core.errors import DataError, UsageError
+from job.core.lengths import choose_max_length
+from job.core.mixture import portions
+from job.core.records import Example, Tally, is_held_out
+from job.core.report import DataReport, SourceLoss
+from job.core.verdict import Evaluation
+from job.edge.dataset_files import DataFile
 from job.edge.store.objects import StoredObject
 from job.edge.store.whole_files import whole_file
 from job.stages.attempt import Phases, Worker
+from job.stages.data_report import counted, data_report
 from job.stages.identity import Run
+from job.stages.sources import fetch_sources, judge_sources, read_sources
 from job.tune.data.documents import Documents, select_documents
-from job.tune.data.encoded import FORMAT, EncodedSet, Side, encode, open_encoded
-from job.tune.data.frame import token_rules
+from job.tune.data.encoded import FORMAT, SIDES, EncodedSet, Side, encode, open_encoded
+from job.tune.data.frame import TokenRules, token_rules
 
 log = structlog.get_logger(__name__)
 _AUDIT = "audit.json"
@@ -37,6 +43,15 @@ class Dataset:
     train: Documents
     validation: Documents
     report: DataReport
+
+    def losses_by_source(self, evaluation: Evaluation) -> tuple[SourceLoss, ...]:
+        """What an evaluation of the held-out documents says of each source; empty where there is but one."""
+        found = []
+        for place, source in enumerate(self.report.validation.sources):
+            mine = self.validation.sources == place
+            tokens, loss = int(evaluation.tokens[mine].sum()), evaluation.loss_of(mine)
+            found.append(SourceLoss(name=source.name, examples=source.used, tokens=tokens, loss=loss))
+        return tuple(found)
 
 
 def prepare_dataset(
@@ -75,9 +90,11 @@ def prepare_dataset(
                 f"than max_length {limit.tokens}, {documents.without_target} have nothing to learn from); give more "
                 "examples, raise data.max_length, or hold out another share with data.validation"
             )
-    course = course_of(worker.recipe.train, examples=len(train))
+    report = data_report(data, audit, train, validation, (limit.tokens, limit.reason))
+    _refuse_unused_sources(report)
+    course = course_of(worker.recipe.train, examples=portions(data, report.train.used_by_source))
     refuse_endless_warm_up(course, warmup_steps=worker.recipe.train.warmup_steps)
-    report = _report(encoded, audit, train, validation, (limit.tokens, limit.reason))
+    _refuse_undrawn_source(course, report)
     log.info(
         "dataset",
         train=len(train),
@@ -91,6 +108,7 @@ def prepare_dataset(
         dropped=train.dropped,
         without_target=train.without_target,
         bad_lines=report.bad_lines,
+        **({"sources": counted(report, course)} if report.train.sources else {}),
     )
     return Dataset(train=train, validation=validation, report=report)
 
@@ -106,26 +124,32 @@ def _encoded(
             return open_encoded(place), audit
     crash_point("download.before")
     with phases.phase("download"):
-        train = _fetch(worker, phases, run, folder, "train")
-        validation = _fetch(worker, phases, run, folder, "validation")
+        fetched = {side: _fetch(worker, phases, run, folder, side) for side in SIDES}
     (place / _AUDIT).unlink(missing_ok=True)  # first: what it says is whole is being written anew
     with phases.phase("encode"):
-        tally = Tally()
+        data = worker.recipe.data
+        tallies: dict[Side, list[Tally]] = {
+            "train": [Tally() for _ in data.sources],
+            "validation": [Tally() for _ in data.held_out_sources],
+        }
         encoded = encode(
-            _routed(worker.recipe.data, train, validation, tally),
+            _routed(data, fetched, tallies),
             tokenizer,
-            token_rules(tokenizer, worker.recipe.data),
+            _rules(tokenizer, data),
             folder=place,
             should_stop=worker.should_stop,
             on_progress=lambda done: _encoding(phases, done),
         )
     crash_point("encode.after")
+    tally = Tally()
+    for each in chain(*tallies.values()):
+        tally.merge(each)
     audit = {
         "run": run.record,
         "format": FORMAT,
-        "train": [_object(file) for file in train],
-        "validation": [_object(file) for file in validation],
+        **{side: [_object(file) for file in chain(*files)] for side, files in fetched.items()},
         "bad": tally.bad,
+        "bad_by_source": {side: [each.bad for each in tallies[side]] for side in tallies},
         "first_bad": [asdict(record) for record in tally.first_bad],
     }
     with whole_file(place / _AUDIT) as file:  # last: with it the folder is whole
@@ -139,20 +163,13 @@ def _listed(objects: Sequence[StoredObject], most: int = 3) -> str:
     return ", ".join(names) + (f" and {len(objects) - most} more" if len(objects) > most else "")
 
 
-def _fetch(worker: Worker, phases: Phases, run: Run, folder: Path, side: Side) -> list[DataFile]:
-    objects = run.train if side == "train" else run.validation
-    size = sum(o.size for o in objects)  # once: each piece that arrives is reported
-    return fetch_files(
-        objects,
-        folder / "data" / side,
-        worker.settings,
-        beside=[o.uri for o in (run.validation if side == "train" else run.train)],
-        should_stop=worker.should_stop,
-        on_progress=lambda done: _downloading(phases, side, done, of=size),
-    )
+def _fetch(worker: Worker, phases: Phases, run: Run, folder: Path, side: Side) -> list[list[DataFile]]:
+    sources, beside = (run.sides.train, run.validation) if side == "train" else (run.sides.validation, run.train)
+    arriving = partial(_downloading, phases, side)
+    return fetch_sources(worker, sources, folder / "data" / side, beside=beside, on_progress=arriving)
 
 
-def _downloading(phases: Phases, side: Side, done: int, *, of: int) -> None:
+def _downloading(phases: Phases, side: Side, done: int, of: int) -> None:
     phases.progress(side=side, bytes=done, of=of)
     crash_point("download.middle")
 
@@ -162,18 +179,23 @@ def _encoding(phases: Phases, done: int) -> None:
     crash_point("encode.middle")
 
 
+def _rules(tokenizer: Any, data: DataSection) -> dict[Side, list[TokenRules]]:
+    """How the examples of each source are framed."""
+    train = [token_rules(tokenizer, source.data) for source in data.sources]
+    held_out = [token_rules(tokenizer, source.data) for source in data.held_out_sources]
+    return {"train": train, "validation": held_out or train}
+
+
 def _routed(
-    data: DataSection, train: Sequence[DataFile], validation: Sequence[DataFile], tally: Tally
+    data: DataSection, files: Mapping[Side, Sequence[Sequence[DataFile]]], tallies: Mapping[Side, list[Tally]]
 ) -> Iterator[tuple[Side, Example]]:
-    """Each checked example with its side."""
-    own = Tally()
-    for example in checked_lines(read_lines(train, max_record=data.max_record), data, tally=tally):
+    """Each checked example with its side, source after source."""
+    for example in read_sources(data.sources, files["train"], tallies["train"]):
         held_out = isinstance(data.validation, Fraction) and is_held_out(example.digest, data.validation.fraction)
         yield ("validation" if held_out else "train"), example
-    for example in checked_lines(read_lines(validation, max_record=data.max_record), data, tally=own):
+    for example in read_sources(data.held_out_sources, files["validation"], tallies["validation"]):
         yield "validation", example
-    judge_lines([tally, own], data)
-    tally.merge(own)
+    judge_sources((*data.sources, *data.held_out_sources), [*chain(*tallies.values())])
 
 
 def _object(file: DataFile) -> dict[str, Any]:
@@ -187,38 +209,21 @@ def _object(file: DataFile) -> dict[str, Any]:
     }
 
 
-def _report(
-    encoded: dict[Side, EncodedSet],
-    audit: dict[str, Any],
-    train: Documents,
-    validation: Documents,
-    limit: tuple[int, str],
-) -> DataReport:
-    seen = {side: encoded[side].digests() for side in encoded}
-    trained_on = {seen["train"][row] for row in train.rows}
-    return DataReport(
-        train=_side(train, audit["train"], seen["train"]),
-        validation=_side(validation, audit["validation"], seen["validation"]),
-        bad_lines=audit["bad"],
-        first_bad_lines=tuple(BadLine(**record) for record in audit["first_bad"]),
-        overlap=sum(seen["validation"][row] in trained_on for row in validation.rows),
-        max_length=limit[0],
-        max_length_reason=limit[1],
-    )
+def _refuse_unused_sources(report: DataReport) -> None:
+    for source in report.train.sources:
+        if not source.used:
+            raise DataError(
+                f"data.train: no example of the source {source.name} is left to train on ({source.rows} were read to "
+                f"train on, {source.dropped} are longer than max_length {report.max_length}, {source.without_target} "
+                "have nothing to learn from); give it more examples, or leave it out"
+            )
 
 
-def _side(documents: Documents, objects: list[dict[str, Any]], digests: list[bytes]) -> SideReport:
-    statistics = length_statistics(documents.encoded.lengths)
-    return SideReport(
-        objects=tuple(DataObject(**o) for o in objects),
-        rows=len(documents.encoded),
-        used=len(documents),
-        duplicates=len(digests) - len(set(digests)),
-        truncated=documents.truncated,
-        dropped=documents.dropped,
-        without_target=documents.without_target,
-        tokens=int(documents.lengths.sum()),
-        targets=int(documents.targets.sum()),
-        percentiles=statistics.percentiles,
-        histogram=Histogram(edges=statistics.edges, counts=statistics.counts),
-    )
+def _refuse_undrawn_source(course: Course, report: DataReport) -> None:
+    source = course.mixture.never_drawn(course.total)
+    if source is not None:
+        raise UsageError(
+            f"data.train: in {course.steps} steps of {course.batch_size} examples the source "
+            f"{report.train.sources[source].name}, whose share is {course.mixture.share(source):.3g}, is never drawn; "
+            "raise its weight, or train longer"
+        )

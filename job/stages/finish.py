@@ -19,7 +19,7 @@ from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.proving import load_published, prove
-from job.stages.report import assemble_report, notes
+from job.stages.report import assemble_report, notes, source_shares
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import answer
 
@@ -84,6 +84,8 @@ def _card(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, *, step: int) 
         steps=facts.course.steps,
         base_loss=evaluations[0].loss,
         tuned_loss=evaluations[step].loss,
+        shares=source_shares(inputs, facts),
+        losses=[*zip(*map(inputs.dataset.losses_by_source, (evaluations[0], evaluations[step])), strict=True)],
     )
 
 

@@ -50,6 +50,11 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
         attempt.notes.append(
             f"{dataset.report.overlap} held-out examples are also trained on: the validation loss flatters"
         )
+    attempt.notes.extend(
+        f"no held-out example is from the source {source.name}: how well it is learned is not measured"
+        for source in dataset.report.validation.sources
+        if not source.used
+    )
     _stop_if_asked(attempt)
     # After the data, which is small beside them: a wrong line is reported before gigabytes move.
     with phases.phase("fetch_weights"):

@@ -132,7 +132,7 @@ class Loop:
         self._record(self._stepper.finish())
         result = self._evaluated()
         self._progress.evaluations[result.step] = result
-        self._teller.evaluation(result)
+        self._teller.evaluation(result, self._inputs.dataset.losses_by_source(result))
         self._commit()
 
     def _commit(self) -> None:

@@ -9,6 +9,7 @@ import structlog
 from job.core.course import Course, course_of
 from job.core.cut import MemoryPlan, plan_memory
 from job.core.memory import AdapterShape, DeviceMemory, WantedEngine
+from job.core.mixture import portions
 from job.core.recipe import Recipe
 from job.stages.attempt import Phases
 from job.stages.loading import Inputs
@@ -58,7 +59,7 @@ def plan_training(
     documents, train = inputs.dataset.train, recipe.train
     with phases.phase("self_test"):  # the kernels that it compares are compiled here
         choice = choose_engine(model, engine, backward=backward)
-    course = course_of(train, examples=len(documents))
+    course = course_of(train, examples=portions(recipe.data, inputs.dataset.report.train.used_by_source))
     shape = shape_of(read_config(inputs.base.folder))
     memory = plan_memory(
         shape,

@@ -20,6 +20,7 @@ from job.core.report import (
     ModelReport,
     PlanReport,
     Report,
+    SourceShare,
     StartReport,
     SweetSpot,
     Throughput,
@@ -66,9 +67,9 @@ def assemble_report(
         recipe=attempt.worker.recipe.model_dump(mode="json"),
         data=inputs.dataset.report,
         model=_model(inputs, facts),
-        plan=_plan(facts),
+        plan=_plan(inputs, facts),
         curve=_curve(facts),
-        evaluations=_evaluations(facts),
+        evaluations=_evaluations(inputs, facts),
         sweet_spot=_sweet_spot(attempt.worker.recipe, facts, verdict),
         exact_match=_exact_match(answers),
         answers=tuple(answers),
@@ -107,7 +108,7 @@ def _model(inputs: Inputs, facts: TrainingFacts) -> ModelReport:
     )
 
 
-def _plan(facts: TrainingFacts) -> PlanReport:
+def _plan(inputs: Inputs, facts: TrainingFacts) -> PlanReport:
     cut = facts.progress.cut
     return PlanReport(
         engine=cut.engine,
@@ -123,8 +124,24 @@ def _plan(facts: TrainingFacts) -> PlanReport:
         reason=facts.memory.reason,
         steps=facts.course.steps,
         epochs=facts.course.epochs,
+        sources=source_shares(inputs, facts),
         out_of_memory=facts.out_of_memory,
         allocation_retries=facts.allocation_retries,
+    )
+
+
+def source_shares(inputs: Inputs, facts: TrainingFacts) -> tuple[SourceShare, ...]:
+    """What is taken of each source, where there are several; as planned, also in a run that stopped early."""
+    course, sources = facts.course, inputs.dataset.report.train.sources
+    drawn = course.mixture.drawn(course.total)
+    return tuple(
+        SourceShare(
+            name=source.name,
+            examples=drawn[place],
+            share=course.mixture.share(place),
+            epochs=drawn[place] / source.used,
+        )
+        for place, source in enumerate(sources)
     )
 
 
@@ -137,7 +154,7 @@ def _curve(facts: TrainingFacts) -> TrainingCurve:
     )
 
 
-def _evaluations(facts: TrainingFacts) -> tuple[EvaluationReport, ...]:
+def _evaluations(inputs: Inputs, facts: TrainingFacts) -> tuple[EvaluationReport, ...]:
     return tuple(
         EvaluationReport(
             step=step,
@@ -145,6 +162,7 @@ def _evaluations(facts: TrainingFacts) -> tuple[EvaluationReport, ...]:
             perplexity=e.perplexity,
             token_accuracy=e.token_accuracy,
             tokens=int(e.tokens.sum()),
+            sources=inputs.dataset.losses_by_source(e),
         )
         for step, e in sorted(facts.progress.evaluations.items())
     )

@@ -2,9 +2,9 @@
 
 import pytest
 
-from job.core.asking import asked_fields, fields_given, prompt_of, typed
+from job.core.asking import asked_fields, asked_sources, fields_given, prompt_of, typed
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
-from job.core.recipe import DataSection
 
 
 def by_text(text):
@@ -57,3 +57,11 @@ def test_a_text_that_begins_with_the_answer_makes_no_prompt():
 def test_a_wrong_field_is_told_with_those_that_there_are(words, told):
     with pytest.raises(UsageError, match=told.replace("?", r"\?")):
         fields_given(words, PAIR)
+
+
+def test_of_several_sources_those_with_a_question_are_asked_first_and_each_template_once():
+    plain = {"uri": "a", "text": "{story}"}
+    asked = {"uri": "b", "prompt": "{q}\n", "completion": "{a}"}
+    data = DataSection.model_validate({"train": [plain, asked, {**asked, "uri": "c"}]})
+
+    assert [each.prompt for each in asked_sources(data)] == ["{q}\n", None]

@@ -105,13 +105,13 @@ def test_a_stop_before_the_first_step_leaves_only_word_of_itself_in_the_store(jo
     assert job.call("run", "--set", "train.steps=1").code == 0  # and nothing there that misleads the next
 
 
-@pytest.mark.parametrize("former", [{"format": 2}, {}])
+@pytest.mark.parametrize("former", [{"format": 3}, {}])
 def test_what_an_older_image_encoded_is_encoded_anew(job, former):
     """Its files have other columns; the oldest say nothing of their format."""
     assert job.call("run", stop_in="ask_base").code == 75
     (place,) = job.workdir.rglob("audit.json")
     audit = json.loads(place.read_text())
-    assert audit["format"] == FORMAT == 3
+    assert audit["format"] == FORMAT == 4
     place.write_text(json.dumps({name: audit[name] for name in audit if name != "format"} | former))
     for side in ("train", "validation"):
         (place.parent / f"{side}.arrow").write_bytes(b"of the former format")

@@ -27,16 +27,9 @@ from transformers import (
 
 from job.core.course import Course, plan_course
 from job.core.cut import Cut
+from job.core.data_section import DataSection
 from job.core.limits import Limits
-from job.core.recipe import (
-    CheckpointSection,
-    DataSection,
-    EvaluateSection,
-    LoraSection,
-    Recipe,
-    TrackSection,
-    TrainSection,
-)
+from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection, Recipe, TrackSection, TrainSection
 from job.core.records import Example, Part
 from job.core.verdict import Evaluation
 from job.edge.host.outcome import Outcome
@@ -169,7 +162,7 @@ def documents_of_examples(
     encoded = encode(
         [("train", example) for example in examples],
         tokenizer,
-        token_rules(tokenizer, data),
+        {"train": [token_rules(tokenizer, data)]},
         folder=folder,
         should_stop=lambda: False,
         on_progress=lambda _done: None,
@@ -264,7 +257,7 @@ class Teller:
 
     def __init__(self, made: "Attempt") -> None:
         self.step = made.records.append
-        self.evaluation = made.judged.append
+        self.evaluation = lambda result, _sources: made.judged.append(result)
 
 
 @dataclass(kw_only=True)
@@ -318,7 +311,9 @@ class Attempt:
     def loop(self, **sections: Any) -> Loop:
         """The loop of the stages; sections of the recipe by name."""
         stepper, recipe = self.stepper(), self.recipe.model_copy(update=sections)
-        dataset = SimpleNamespace(train=self.documents, validation=self.documents)
+        dataset = SimpleNamespace(
+            train=self.documents, validation=self.documents, losses_by_source=lambda _evaluation: ()
+        )
         memory = SimpleNamespace(cut=self.progress.cut)
         facts = self.facts = TrainingFacts(
             progress=self.progress,

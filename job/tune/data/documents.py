@@ -18,14 +18,28 @@ class Documents:
     encoded: EncodedSet
     rows: NDArray[np.int64]
     max_length: int
-    truncated: int
-    dropped: int
+    dropped_rows: NDArray[np.int64]
     """Longer than max_length, and left out."""
-    without_target: int
+    rows_without_target: NDArray[np.int64]
     """Nothing to learn from after the cut, and left out."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def truncated(self) -> int:
+        """Documents that were cut at max_length."""
+        return int((self.encoded.lengths[self.rows] > self.max_length).sum())
+
+    @property
+    def dropped(self) -> int:
+        """Examples that are longer than max_length, and left out."""
+        return len(self.dropped_rows)
+
+    @property
+    def without_target(self) -> int:
+        """Examples with nothing to learn from after the cut, and left out."""
+        return len(self.rows_without_target)
 
     @property
     def lengths(self) -> Lengths:
@@ -36,6 +50,11 @@ class Documents:
     def targets(self) -> NDArray[np.int64]:
         """Target tokens of each document after the cut."""
         return self.encoded.target_counts(self.max_length)[self.rows]
+
+    @property
+    def sources(self) -> NDArray[np.int32]:
+        """Place of each document's source; ascending, since a side is encoded source after source."""
+        return self.encoded.sources[self.rows]
 
     def token_ids(self, document: int) -> NDArray[np.int32]:
         """Token ids of one document after the cut."""
@@ -84,7 +103,6 @@ def select_documents(
         encoded=encoded,
         rows=rows,
         max_length=max_length,
-        truncated=int(over[rows].sum()),
-        dropped=int((~kept).sum()),
-        without_target=int((kept & ~has_target).sum()),
+        dropped_rows=np.flatnonzero(~kept),
+        rows_without_target=np.flatnonzero(kept & ~has_target),
     )

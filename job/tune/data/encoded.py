@@ -1,6 +1,6 @@
 """Examples -> token ids with target spans in Arrow files, written once and read memory-mapped."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from job.core.records import Example
 from job.tune.data.frame import Framed, TokenRules, encode_examples
 
 Side = Literal["train", "validation"]
-_SIDES: tuple[Side, ...] = ("train", "validation")
+SIDES: tuple[Side, ...] = ("train", "validation")
 _BATCH = 1000
 """Examples handed to the tokenizer at once, ..."""
 _BATCH_CHARACTERS = 2**20
@@ -29,9 +29,10 @@ _SCHEMA = pa.schema(
         "answer_from": pa.int32(),
         "digest": pa.binary(),
         "where": pa.string(),
+        "source": pa.int32(),
     }
 )
-FORMAT = 3
+FORMAT = 4
 """What `encode` writes: files of another format are encoded anew."""
 
 
@@ -42,11 +43,14 @@ class EncodedSet:
     """[examples], not truncated."""
     answer_from: NDArray[np.int32]
     """[examples]: position where the last learned part of each begins."""
+    sources: NDArray[np.int32]
+    """[examples]: place of each one's source, ascending."""
 
     def __init__(self, path: Path) -> None:
         self._table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         self.lengths = _numpy(pc.list_value_length(self._table.column("input_ids"))).astype(np.int32)
         self.answer_from = _numpy(self._table.column("answer_from"))
+        self.sources = _numpy(self._table.column("source"))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -87,7 +91,7 @@ def _numpy(column: Any) -> Any:
 def encode(
     examples: Iterable[tuple[Side, Example]],
     tokenizer: Any,
-    rules: TokenRules,
+    rules: Mapping[Side, Sequence[TokenRules]],
     *,
     folder: Path,
     should_stop: Callable[[], bool],
@@ -96,9 +100,9 @@ def encode(
     """Write both sides to Arrow files that appear whole.
 
     Args:
-        examples: each with its side; read once.
+        examples: each with its side, those of one side source after source; read once.
         tokenizer: the base model's.
-        rules: from `token_rules`.
+        rules: from `token_rules`, for each source of a side.
         folder: where the files stand; it belongs to one run, so its files can only hold this run's data.
         should_stop: polled between batches.
         on_progress: called with the number of encoded examples.
@@ -106,16 +110,16 @@ def encode(
     Raises:
         StopRequestedError: asked to stop; the next attempt writes over what is there so far.
     """
-    partial = {side: folder / f"{side}.partial" for side in _SIDES}
+    partial = {side: folder / f"{side}.partial" for side in SIDES}
     folder.mkdir(parents=True, exist_ok=True)
     done = 0
     with ExitStack() as files:
-        writers = {side: files.enter_context(pa.ipc.new_stream(str(partial[side]), _SCHEMA)) for side in _SIDES}
-        for batch in _batches(examples):
+        writers = {side: files.enter_context(pa.ipc.new_stream(str(partial[side]), _SCHEMA)) for side in SIDES}
+        for batch, framed_by in _batches(examples, rules):
             if should_stop():
                 raise StopRequestedError("asked to stop while encoding")
-            framed = encode_examples([example for _, example in batch], tokenizer, rules)
-            rows: dict[Side, list[dict[str, Any]]] = {side: [] for side in _SIDES}
+            framed = encode_examples([example for _, example in batch], tokenizer, framed_by)
+            rows: dict[Side, list[dict[str, Any]]] = {side: [] for side in SIDES}
             for (side, example), each in zip(batch, framed, strict=True):
                 rows[side].append(_row(example, each))
             for side, writer in writers.items():
@@ -123,14 +127,14 @@ def encode(
                 writer.write_batch(pa.RecordBatch.from_pylist(rows[side], schema=_SCHEMA))
             done += len(batch)
             on_progress(done)
-    for side in _SIDES:
+    for side in SIDES:
         partial[side].replace(_path(folder, side))
     return open_encoded(folder)
 
 
 def open_encoded(folder: Path) -> dict[Side, EncodedSet]:
     """Both sides as `encode` left them."""
-    return {side: EncodedSet(_path(folder, side)) for side in _SIDES}
+    return {side: EncodedSet(_path(folder, side)) for side in SIDES}
 
 
 def _row(example: Example, framed: Framed) -> dict[str, Any]:
@@ -140,6 +144,7 @@ def _row(example: Example, framed: Framed) -> dict[str, Any]:
         "answer_from": framed.answer_from,
         "digest": example.digest,
         "where": example.where,
+        "source": example.source,
     }
 
 
@@ -147,15 +152,20 @@ def _path(folder: Path, side: Side) -> Path:
     return folder / f"{side}.arrow"
 
 
-def _batches(examples: Iterable[tuple[Side, Example]]) -> Iterator[list[tuple[Side, Example]]]:
+def _batches(
+    examples: Iterable[tuple[Side, Example]], rules: Mapping[Side, Sequence[TokenRules]]
+) -> Iterator[tuple[list[tuple[Side, Example]], TokenRules]]:
+    """Examples that are framed by the same rules, with these."""
     batch: list[tuple[Side, Example]] = []
-    characters = 0
+    characters, framed_by = 0, None
     for side, example in examples:
-        size = sum(len(part.text) for part in example.parts)
-        if batch and (len(batch) == _BATCH or characters + size > _BATCH_CHARACTERS):
-            yield batch
-            batch, characters = [], 0
+        size, wanted = sum(len(part.text) for part in example.parts), rules[side][example.source]
+        if framed_by is None:
+            framed_by = wanted
+        if batch and (len(batch) == _BATCH or characters + size > _BATCH_CHARACTERS or wanted != framed_by):
+            yield batch, framed_by
+            batch, characters, framed_by = [], 0, wanted
         batch.append((side, example))
         characters += size
-    if batch:
-        yield batch
+    if framed_by is not None:
+        yield batch, framed_by

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
+from job.core.data_section import DataSection
 from job.core.errors import DataError, UsageError
-from job.core.recipe import DataSection
 from job.core.records import Example
 
 _PANIC = "PanicException"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -77,13 +77,23 @@ def questions_of_prompts(prompts: Sequence[str], tokenizer: Any, rules: TokenRul
     return [Question(ids=tuple(encode_prompt(p, tokenizer, rules)), prompt=p, expected=None) for p in prompts]
 
 
-def questions_of_documents(documents: Documents, tokenizer: Any, *, most: int) -> list[Question]:
+def questions_of_documents(
+    documents: Documents, tokenizer: Any, *, most: int, sources: Sequence[int] = (0,)
+) -> list[Question]:
     """Questions from the first held-out documents that are whole: no right answer equals one that was cut off.
 
-    The last learned part is the answer; what stands before it is the prompt.
+    The last learned part is the answer; what stands before it is the prompt. Sources are asked by turns.
+
+    Args:
+        documents: held out.
+        tokenizer: the base model's.
+        most: questions, at most.
+        sources: places of those whose documents have a prompt.
     """
     questions = []
-    for document in islice(filter(documents.is_whole, range(len(documents))), most):
+    asked = [filter(documents.is_whole, np.flatnonzero(documents.sources == source).tolist()) for source in sources]
+    by_turns = (each for turn in zip_longest(*asked) for each in turn if each is not None)
+    for document in islice(by_turns, most):
         ids, start = documents.token_ids(document).tolist(), documents.answer_from(document)
         end = int(documents.spans(document)[-1, 1])
         questions.append(

@@ -1,0 +1,67 @@
+"""The sources' files on the local disk, and their lines as examples; each source is counted by itself."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from job.core.data_section import DataSource
+from job.core.records import Example, Tally, checked_lines, judge_lines
+from job.edge.dataset_files import DataFile, fetch_files, read_lines
+from job.edge.store.objects import StoredObject
+from job.stages.attempt import Worker
+
+
+def fetch_sources(
+    worker: Worker,
+    sources: Sequence[Sequence[StoredObject]],
+    folder: Path,
+    *,
+    beside: Sequence[StoredObject] = (),
+    on_progress: Callable[[int, int], None],
+) -> list[list[DataFile]]:
+    """The files of each source.
+
+    Args:
+        worker: with the stores' settings.
+        sources: the objects of each.
+        folder: where they go; it belongs to them.
+        beside: the dataset's other objects, which messages must distinguish from these.
+        on_progress: called with the bytes that have arrived, and with all there are.
+
+    Raises:
+        DataError: an object changed since it was listed.
+    """
+    sizes = [sum(o.size for o in objects) for objects in sources]  # once: each piece that arrives is reported
+    files = []
+    for place, objects in enumerate(sources):
+        others = [*(o for each in sources if each is not objects for o in each), *beside]
+        before, every = sum(sizes[:place]), sum(sizes)
+        files.append(
+            fetch_files(
+                objects,
+                folder / f"{place:03d}",
+                worker.settings,
+                beside=[o.uri for o in others],
+                should_stop=worker.should_stop,
+                on_progress=lambda done, before=before, every=every: on_progress(before + done, every),  # type: ignore[misc]
+            )
+        )
+    return files
+
+
+def read_sources(
+    sources: Sequence[DataSource], files: Sequence[Sequence[DataFile]], tallies: Sequence[Tally]
+) -> Iterator[Example]:
+    """The right lines, source after source, each counted in its tally."""
+    for place, (source, own, tally) in enumerate(zip(sources, files, tallies, strict=True)):
+        lines = read_lines(own, max_record=source.data.max_record)
+        yield from checked_lines(lines, source.data, tally=tally, source=place)
+
+
+def judge_sources(sources: Sequence[DataSource], tallies: Sequence[Tally]) -> None:
+    """Report all wrong lines at once; what helps is said for the templates of the first source that has some.
+
+    Raises:
+        DataError: more are wrong than the recipe accepts, in any of the sources.
+    """
+    wrong = [source.data for source, tally in zip(sources, tallies, strict=True) if tally.bad]
+    judge_lines(tallies, (*wrong, sources[0].data)[0])
