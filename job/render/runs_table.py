@@ -119,7 +119,8 @@ def _judged_on(report: Report) -> tuple[object, ...]:
     """What a loss depends on, the adapter apart: a loss a token also depends on the base's tokenizer."""
     sides = report.data.validation, report.data.train
     objects = next((side.objects for side in sides if side.objects), ())
-    held_out = str(report.recipe.get("data", {}).get("validation"))
+    data = report.recipe.get("data")
+    held_out = str(data.get("validation") if isinstance(data, dict) else data)  # a bucket may hold any recipe
     return (report.model.base, report.model.revision, held_out, *(o.sha256 for o in objects))
 
 

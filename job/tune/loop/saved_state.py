@@ -109,7 +109,15 @@ def read_saved_state(folder: Path, expected: Expected, *, step: int) -> SavedSta
         return _read(folder, expected, step)
     except ValidationError as error:
         raise DamagedStateError(f"{folder / STATE}: {first_mistake(error)}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError, SafetensorError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         # What is wrong may show at any place, as any failure of the libraries that take it apart.
         raise DamagedStateError(f"{folder}: damaged ({type(error).__name__}: {error!s:.200})") from error
 
