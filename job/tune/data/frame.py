@@ -208,9 +208,9 @@ def _refuse_cut_words(drafts: Sequence[_Draft], spelling: Spelling) -> None:
 def _cut_text(where: str, run: Sequence[_Piece]) -> str:
     borders = [f"...{one.text[-_SHOWN:]!r} and {other.text[:_SHOWN]!r}..." for one, other in pairwise(run)]
     return (
-        f"{where}: the base model's tokenizer marks where words begin or end, so the border between "
-        f"{' or between '.join(borders)} changes the text; let data.prompt end with a whole word, and data.completion "
-        "begin with a space"
+        f"{where}: cut between {', or between '.join(borders)}, the text reads otherwise than as one: the base model's "
+        "tokenizer marks words, or drops blanks; let data.prompt end with a whole word, and data.completion begin "
+        "with a space"
     )
 
 

@@ -19,9 +19,10 @@ are bare Exceptions."""
 _PREFIXES: Mapping[str, Mapping[str, Any]] = {
     "Metaspace": {"prepend_scheme": "never"},
     "ByteLevel": {"add_prefix_space": False},
+    "Strip": {"strip_left": False},
 }
-"""Steps that put a space before a text, and how they are kept from it. `Prepend` does nothing else, and is left out."""
-_PROBES = ("a", "x", "0", ".", "\n", "-")
+"""Steps that change how a text begins, and how they are kept from it; `Prepend` does nothing else, and is left out."""
+_PROBES = (" a", "a", "x", "0", ".", "\n", "-")
 _CUTS_ANYWHERE = frozenset({"BPE", "Unigram"})
 """Models whose tokens are pieces of the text, wherever it is cut; others mark words or the middle of them, ..."""
 _MARKS = ("continuing_subword_prefix", "end_of_word_suffix")
