@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import CONTROL, KINDS, LOSSLESS, REFUSES, tokenizer_of
 
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
-from job.core.recipe import DataSection
 from job.core.records import Example, Part
 from job.tune.data.frame import encode_examples, encode_given, encode_prompt, token_rules
 from job.tune.model.config import load_tokenizer
