@@ -207,6 +207,42 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     _say(session, *lines)
 
 
+@cli.command(name="preview")
+@recipe_argument
+@click.option(
+    "--random",
+    envvar="JOB_RANDOM",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Examples of each source, besides the first, the longest and the shortest.",
+)
+@click.option("--ids", envvar="JOB_IDS", is_flag=True, help="Show every token by itself, with its id.")
+@shared_options
+@click.pass_obj
+def preview_data(session: Session, /, recipe: Path, random: int, ids: bool, **options: Any) -> None:  # noqa: FBT001
+    """Show examples as they are learned: what is given, what is learned, control tokens, cuts. Needs no GPU."""
+    from job.edge.host.logs import only_warnings
+
+    only_warnings()
+    attempt = make_attempt(session, recipe, options)
+    from job.commands.preview import preview
+    from job.render.preview_text import preview_lines
+
+    found = preview(attempt.worker, run_id=attempt.run_id, phases=attempt.phases, random=random, with_tokens=ids)
+    colours = colours_wanted(os.environ, terminal=sys.stdout.isatty())
+    lines = preview_lines(
+        found.examples,
+        found.sources,
+        width=terminal_width(sys.stdout),
+        colours=colours,
+        ids=ids,
+        hide=session.hide,
+    )
+    click.echo("\n".join(lines), color=colours)  # what the records hold was made harmless with the colours
+
+
 @cli.command(name="try")
 @click.argument("run_uri")
 @click.option(
