@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from job.core.lines import worth_naming
 from job.core.report import Report
+from job.render.preview_text import example_lines
 
 _BAR = 24
 """Characters of the longest bar: with the lengths and counts beside it a line has room in 80 columns."""
@@ -36,6 +37,7 @@ def report_lines(report: Report) -> list[str]:
         *_data(report),
         "",
         *_cost(report),
+        *_learned(report),
         *_answers(report),
     ]
 
@@ -88,6 +90,12 @@ def _data(report: Report) -> list[str]:
     }
     seen = [f"{name} {count}" for name, count in counted.items() if count]
     return lines + (["      " + ", ".join(seen)] if seen else [])
+
+
+def _learned(report: Report) -> list[str]:
+    """The first training example, as it was learned."""
+    lines = [line for each in report.data.preview[:1] for line in example_lines(each, width=None, colours=False)]
+    return ["", *lines] if lines else []
 
 
 def _cost(report: Report) -> list[str]:

@@ -25,6 +25,7 @@ from job.stages.identity import Run
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import FORMAT, EncodedSet, Side, encode, open_encoded
 from job.tune.data.frame import token_rules
+from job.tune.data.picture import by_source, pictures
 
 log = structlog.get_logger(__name__)
 _AUDIT = "audit.json"
@@ -77,7 +78,12 @@ def prepare_dataset(
             )
     course = course_of(worker.recipe.train, examples=len(train))
     refuse_endless_warm_up(course, warmup_steps=worker.recipe.train.warmup_steps)
+    names = [source.name for source in data.sources]
+    shown = [
+        each for name, rows in by_source(train, names) for each in pictures(train, tokenizer, source=name, rows=rows)
+    ]
     report = _report(encoded, audit, train, validation, (limit.tokens, limit.reason))
+    report = report.model_copy(update={"preview": tuple(shown)})
     log.info(
         "dataset",
         train=len(train),
