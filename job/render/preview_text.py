@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from job.core.lines import cells
 from job.core.preview import ExamplePreview, PreviewPiece, SourceTokens
-from job.core.visible import visible
+from job.core.visible import one_line, visible
 
 _END = "\x1b[0m"
 _GIVEN, _FAINT, _STRONG = "", "\x1b[2m", "\x1b[1m"
@@ -56,7 +56,7 @@ def source_lines(sources: Sequence[SourceTokens]) -> list[str]:
     column = max([len("source"), *(min(cells(each.name), _NAME) for each in sources)])
     lines = [f"{'source':<{column}} examples     tokens learned    min median    p95    max"]
     for each in sources:
-        name = _as_long(visible(each.name).replace("\n", r"\n"), column)
+        name = _as_long(_flat(each.name), column)
         share = each.learned / each.tokens if each.tokens else 0.0
         lines.append(
             f"{name} {each.examples:>8} {each.tokens:>10} {share:>7.1%}"
@@ -81,7 +81,7 @@ def example_lines(
     """One example: where it stands and how long it is, what the model sees of it, and what it does not see."""
     head = f"{hide(example.where)}  {example.shown} of {hide(example.source)}"
     figures = f"{example.tokens} tokens, {example.learned} learned"
-    atoms = [_Atom(visible(head).replace("\n", r"\n"), _STRONG), _Atom("  ", ""), _Atom(figures, "")]
+    atoms = [_Atom(_flat(head), _STRONG), _Atom("  ", ""), _Atom(figures, "")]
     rows = _rows(atoms, width)
     rows += _rows(list(_body(example.pieces, colours=colours, ids=ids, hide=hide)), width, indent=_INDENT)
     for note in _notes(example):
@@ -92,7 +92,7 @@ def example_lines(
 def _notes(example: ExamplePreview) -> Iterator[str]:
     if example.left_out is not None:
         yield f"not trained on: {example.left_out}"
-    if example.cut:
+    if example.cut and example.left_out != "longer than max_length":
         shown = example.tokens - example.cut
         yield f"cut after {shown} of {example.tokens} tokens: the rest is not seen, and nor is the EOS"
 
@@ -119,7 +119,7 @@ def _body(pieces: Sequence[PreviewPiece], *, colours: bool, ids: bool, hide: Cal
         elif ids:
             yield from _tokens(piece, style, hide)
         elif piece.control:
-            yield _Atom(f"«{visible(piece.text)}»", style)
+            yield _Atom(f"«{_flat(piece.text)}»", style)
         else:
             after = pieces[number + 1] if number + 1 < len(pieces) else None
             yield from _text(piece, pieces[number - 1] if number else None, after, style, hide)
@@ -144,7 +144,7 @@ def _tokens(piece: PreviewPiece, style: str, hide: Callable[[str], str]) -> Iter
     """Each as `'text'=id`, a control token as `«text»=id`."""
     secret = hide(piece.text) != piece.text
     for text, token in zip(piece.tokens, piece.ids, strict=True):
-        shown = f"«{visible(text)}»" if piece.control else repr("***" if secret else text)
+        shown = f"«{_flat(text)}»" if piece.control else repr("***" if secret else text)
         yield _Atom(f"{shown}={token} ", style)
 
 
@@ -163,6 +163,10 @@ def _text(
         text = re.sub(" +$", lambda blanks: "·" * len(blanks[0]), text)
     for word in _words(text.replace("\n", "↵\n")):
         yield _Atom(word, style)
+
+
+def _flat(text: str) -> str:
+    return one_line(text).replace("\t", r"\t")
 
 
 def _words(text: str) -> list[str]:

@@ -76,19 +76,21 @@ def _chosen(lengths: NDArray[np.int32], rows: Rows, *, random: int, seed: int) -
     """Each row once, with why it is shown."""
     if not len(rows):
         return
-    wanted: list[tuple[int, Shown]] = [
-        (int(rows[0]), "first"),
-        (int(rows[np.argmax(lengths[rows])]), "longest"),
-        (int(rows[np.argmin(lengths[rows])]), "shortest"),
+    own = lengths[rows]
+    wanted: list[tuple[Rows, Shown]] = [
+        (rows[:1], "first"),
+        (rows[own == own.max()], "longest"),
+        (rows[own == own.min()], "shortest"),
     ]
-    shuffled = np.random.default_rng(seed).choice(rows, size=min(len(rows), random + len(wanted)), replace=False)
-    seen: set[int] = set()
-    for row, shown in wanted:
-        if row not in seen:
-            yield row, shown
-        seen.add(row)
-    for row in [int(each) for each in shuffled if int(each) not in seen][:random]:
-        yield row, "random"
+    seen: list[int] = []
+    for alike, shown in wanted:
+        fresh = alike[~np.isin(alike, seen)]
+        if len(fresh):
+            seen.append(int(fresh[0]))
+            yield seen[-1], shown
+    others = rows[~np.isin(rows, seen)]
+    for row in np.random.default_rng(seed).choice(others, size=min(len(others), random), replace=False):
+        yield int(row), "random"
 
 
 def _picture(
@@ -98,15 +100,15 @@ def _picture(
     learned = np.zeros(len(ids), dtype=bool)
     for start, end in documents.encoded.spans(row):
         learned[start:end] = True
-    targets = int(learned[:limit].sum())
+    too_long = len(ids) > limit and documents.dropped > 0
     return ExamplePreview(
         where=documents.encoded.where(row),
         source=source,
         shown=shown,
         tokens=len(ids),
-        learned=targets,
+        learned=int(learned[:limit].sum()),
         cut=max(0, len(ids) - limit),
-        left_out=None if used else "longer than max_length" if targets else "nothing to learn from",
+        left_out=None if used else "longer than max_length" if too_long else "nothing to learn from",
         pieces=tuple(reader.pieces(ids[:limit], learned[:limit].tolist(), with_tokens=with_tokens)),
     )
 
