@@ -55,7 +55,7 @@ def pictures(
 
 def source_tokens(documents: Documents, *, source: str, rows: Rows) -> SourceTokens:
     """How long the examples of a source are."""
-    lengths = documents.encoded.lengths[rows]
+    lengths = documents.encoded.lengths[rows] if len(rows) else np.zeros(1, dtype=np.int32)
     mine = np.isin(documents.rows, rows)
     at = dict(zip((0, 50, 95, 100), np.percentile(lengths, (0, 50, 95, 100), method="lower").tolist(), strict=True))
     return SourceTokens(

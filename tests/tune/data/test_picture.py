@@ -103,3 +103,4 @@ def test_lengths_are_counted_before_the_cut_and_tokens_after_it(tokenizers, tmp_
     assert (counted.examples, counted.used, counted.truncated) == (3, 2, 1)
     assert (counted.tokens, counted.learned) == (8 + 5, 5 + 2)
     assert (counted.shortest, counted.longest) == (5, 34)
+    assert source_tokens(documents, source="none", rows=np.arange(0)).examples == 0
