@@ -102,7 +102,15 @@ started in. It holds no credentials: those come from where the AWS tools look fo
 
 **Templates.** `text`, `prompt` and `completion` are text in which `{name}` stands for that field of the record; every
 field that is named must be there, a string, and not blank. `{{` and `}}` are literal braces. BOS and EOS are added by
-the job, not by the template.
+the job; a template that writes one of them where it belongs gets it once.
+
+**Control tokens.** What a template itself writes, such as `<|im_end|>`, is a control token whenever the base's files
+mark it as special. What stands in a field never is: `</s>` in an answer is spelled letter by letter.
+
+**The border.** Prompt and completion become tokens apart, so that the prompt has the tokens that it has when the model
+is asked, and together they read as the text: no space is added between them. A tokenizer that marks where words begin
+or end (WordPiece) cannot be cut within one: such a border is refused (64). `python entrypoint.py preview RECIPE` shows
+it all on the data.
 
 **Several sources.** `data.train` may be a list of sections, one a source, each with its files, its share and, where its
 records are of another kind, templates of its own:

@@ -24,6 +24,7 @@ from job.edge.host.planted import refuse_planted
 from job.edge.store.objects import StoredObject
 from job.edge.store.opening import credentials_source
 from job.edge.store.patience import Patience
+from job.render.preview_text import example_lines
 from job.render.report_text import histogram_lines
 from job.render.sources_text import source_rows
 from job.stages.attempt import Phases, Worker
@@ -35,6 +36,10 @@ T = TypeVar("T")
 
 FOR_A_PERSON = Patience(attempts=2, first_pause_seconds=0.5, longest_pause_seconds=0.5, answer_seconds=4.0)
 """With a hub that does not answer while somebody waits: ten seconds in all."""
+
+
+_SHOWN = 2
+"""Examples that are shown as they are learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +257,8 @@ def _count(worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: 
         f"{train.without_target} with nothing to learn from"
     )
     bars = histogram_lines(train.histogram.edges, train.histogram.counts, mark=report.max_length)
-    text = "\n".join([counted, "tokens of a training example:", *bars])
+    examples = [line for each in report.preview[:_SHOWN] for line in example_lines(each, width=None, colours=False)]
+    text = "\n".join([counted, "tokens of a training example:", *bars, "as they are learned:", *examples])
     return text, _Counted(tokenizer=tokenizer, positions=positions, report=report)
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from job.core.limits import StopFigures
 from job.core.memory import ComputeDtype
+from job.core.preview import ExamplePreview
 from job.core.run_record import first_mistake
 from job.core.section import Section
 
@@ -108,6 +109,8 @@ class DataReport(Section):
     max_length: int
     """Tokens."""
     max_length_reason: str
+    preview: tuple[ExamplePreview, ...] = ()
+    """The first, the longest and the shortest training example of each source, as they are learned."""
 
 
 class ModelReport(Section):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from job.core.lines import worth_naming
 from job.core.report import Report
+from job.render.preview_text import example_lines
 from job.render.sources_text import source_lines
 
 _BAR = 24
@@ -38,6 +39,7 @@ def report_lines(report: Report) -> list[str]:
         *source_lines(report),
         "",
         *_cost(report),
+        *_learned(report),
         *_answers(report),
     ]
 
@@ -90,6 +92,12 @@ def _data(report: Report) -> list[str]:
     }
     seen = [f"{name} {count}" for name, count in counted.items() if count]
     return lines + (["      " + ", ".join(seen)] if seen else [])
+
+
+def _learned(report: Report) -> list[str]:
+    """The first training example, as it was learned."""
+    lines = [line for each in report.data.preview[:1] for line in example_lines(each, width=None, colours=False)]
+    return ["", *lines] if lines else []
 
 
 def _cost(report: Report) -> list[str]:

@@ -18,6 +18,7 @@ from job.core.data_section import DataSection, Fraction
 from job.core.errors import DataError, UsageError
 from job.core.lengths import choose_max_length
 from job.core.mixture import portions
+from job.core.preview import ExamplePreview
 from job.core.records import Example, Tally, is_held_out
 from job.core.report import DataReport, SourceLoss
 from job.core.verdict import Evaluation
@@ -31,6 +32,7 @@ from job.stages.sources import fetch_sources, judge_sources, read_sources
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import FORMAT, SIDES, EncodedSet, Side, encode, open_encoded
 from job.tune.data.frame import TokenRules, token_rules
+from job.tune.data.picture import by_source, pictures
 
 log = structlog.get_logger(__name__)
 _AUDIT = "audit.json"
@@ -95,6 +97,7 @@ def prepare_dataset(
     course = course_of(worker.recipe.train, examples=portions(data, report.train.used_by_source))
     refuse_endless_warm_up(course, warmup_steps=worker.recipe.train.warmup_steps)
     _refuse_undrawn_source(course, report)
+    report = report.model_copy(update={"preview": _pictured(train, data, tokenizer)})
     log.info(
         "dataset",
         train=len(train),
@@ -134,7 +137,6 @@ def _encoded(
         }
         encoded = encode(
             _routed(data, fetched, tallies),
-            tokenizer,
             _rules(tokenizer, data),
             folder=place,
             should_stop=worker.should_stop,
@@ -207,6 +209,12 @@ def _object(file: DataFile) -> dict[str, Any]:
         "size": source.size,
         "sha256": file.sha256,
     }
+
+
+def _pictured(train: Documents, data: DataSection, tokenizer: Any) -> tuple[ExamplePreview, ...]:
+    """Some examples of each source as they are learned."""
+    own = by_source(train, [source.name for source in data.sources])
+    return tuple(each for name, rows in own for each in pictures(train, tokenizer, source=name, rows=rows))
 
 
 def _refuse_unused_sources(report: DataReport) -> None:

@@ -89,7 +89,8 @@ def test_a_warm_up_as_long_as_the_run_is_refused_by_every_command(job, command, 
 
 
 def test_advice_has_rows_of_its_own_and_refuses_nothing(job):
-    write_lines(job.data / "validation.jsonl", records(400, seed=1))
+    for name, rows in (("train", records(24)), ("validation", records(400, seed=1))):
+        write_lines(job.data / f"{name}.jsonl", [row | {"answer": f" {row['answer']}"} for row in rows])
     job.recipe["data"] |= {"prompt": "{question}", "completion": "{answer}"}
     job.recipe["train"] |= {"batch_size": 32, "learning_rate": 0.1}
     job.recipe["evaluate"] |= {"every_steps": 6, "prompts": ["{question}"]}

@@ -90,7 +90,6 @@ def _numpy(column: Any) -> Any:
 
 def encode(
     examples: Iterable[tuple[Side, Example]],
-    tokenizer: Any,
     rules: Mapping[Side, Sequence[TokenRules]],
     *,
     folder: Path,
@@ -101,7 +100,6 @@ def encode(
 
     Args:
         examples: each with its side, those of one side source after source; read once.
-        tokenizer: the base model's.
         rules: from `token_rules`, for each source of a side.
         folder: where the files stand; it belongs to one run, so its files can only hold this run's data.
         should_stop: polled between batches.
@@ -118,7 +116,7 @@ def encode(
         for batch, framed_by in _batches(examples, rules):
             if should_stop():
                 raise StopRequestedError("asked to stop while encoding")
-            framed = encode_examples([example for _, example in batch], tokenizer, framed_by)
+            framed = encode_examples([example for _, example in batch], framed_by)
             rows: dict[Side, list[dict[str, Any]]] = {side: [] for side in SIDES}
             for (side, example), each in zip(batch, framed, strict=True):
                 rows[side].append(_row(example, each))

@@ -17,7 +17,6 @@ def documents(folder, tokenizer, sources, rules):
             for place, pairs in enumerate(sources)
             for n, (p, c) in enumerate(pairs, start=1)
         ],
-        tokenizer,
         {"train": rules},
         folder=folder,
         should_stop=lambda: False,
