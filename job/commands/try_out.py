@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from job.commands.report import open_run, recipe_of
-from job.core.asking import asked_fields, fields_given, prompt_of
+from job.core.asking import asked_fields, fields_given, prompt_of, required_fields
 from job.core.errors import DataError, NotFoundError, UsageError
+from job.core.fields import Unusable, fields_of
 from job.core.recipe import DataSection, Recipe, is_hub_id
-from job.core.records import fields_of
 from job.core.report import Report
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
@@ -89,9 +89,10 @@ def _made_prompts(asked: Asked, data: DataSection) -> Iterator[str]:
         yield prompt_of(fields_given(asked.fields, data), data)
     if asked.record_file is not None:
         for where, raw in _record_lines(asked.record_file):
-            fields = fields_of(raw, asked_fields(data))
-            if isinstance(fields, str):
-                raise DataError(f"{where}: {fields}")
+            required = required_fields(data)
+            fields = fields_of(raw, asked_fields(data), required=required, strict_types=data.strict_types)
+            if isinstance(fields, Unusable):
+                raise DataError(f"{where}: {fields.reason}")
             yield prompt_of(fields, data)
 
 

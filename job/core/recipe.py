@@ -1,7 +1,6 @@
 """The recipe: frozen sections, each field with its unit and reason, and a JSON Schema for editors."""
 
 import re
-from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -15,6 +14,8 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+
+from job.core.templates import slots, template_fields
 
 Count = Annotated[int, Field(strict=True, gt=0)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -54,23 +55,6 @@ Uris = Annotated[
 ]
 
 
-def template_fields(template: str) -> list[str]:
-    """The record fields that a format template names, in order.
-
-    Raises:
-        ValueError: unbalanced braces, or more than a plain field name between them.
-    """
-    fields = []
-    for _literal, name, spec, conversion in Formatter().parse(template):
-        if name is None:
-            continue
-        if spec or conversion or not re.fullmatch(r"[^\W\d][\w -]*", name):
-            shown = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
-            raise ValueError(f"{shown} is not a plain field name; write {{name}}, and {{{{ }}}} for literal braces")
-        fields.append(name)
-    return fields
-
-
 def _template(value: str) -> str:
     if not template_fields(value):
         raise ValueError("names no field of the record; write at least one {field}")
@@ -78,6 +62,12 @@ def _template(value: str) -> str:
 
 
 Template = Annotated[Text, AfterValidator(_template)]
+
+
+def answer_field(text: str) -> str:
+    """The field of a `text` template that is the answer: the last one that must be there, or the last one."""
+    found = slots(text)
+    return [slot.name for slot in found if not slot.optional or all(other.optional for other in found)][-1]
 
 
 class Section(BaseModel):
@@ -130,11 +120,13 @@ class DataSection(Section):
     ] = Fraction(fraction=0.05)
     """Held-out examples: own files, or `{fraction: 0.05}` of the training files."""
     text: Template | None = None
-    """Format template over the record's fields; the loss is over all of it. Or `prompt` and `completion`."""
+    """Template over the record's fields; the loss is over all of it. Or `prompt` and `completion`."""
     prompt: Template | None = None
-    """Format template of what the model is given."""
+    """Template of what the model is given; `{input?}` may be left out, and `[Input: {input?}]` vanishes with it."""
     completion: Template | None = None
-    """Format template of what the model learns to answer."""
+    """Template of what the model learns to answer. It must not be empty: such an example is left out."""
+    strict_types: Flag = False
+    """Whether a number, `true` or `false` in a field is a wrong line; otherwise it is text, as the record writes it."""
     loss_on: Literal["completion", "all"] = "completion"
     """With `prompt` and `completion`: which of them the loss is over. A model graded on its prompt learns prompts."""
     max_length: Annotated[
@@ -150,6 +142,8 @@ class DataSection(Section):
     """Whether a wrong line ends the job (exit 65) or is left out and reported."""
     bad_record_limit: Share = 0.01
     """With `skip`: the largest share of wrong lines that is still taken for noise; beyond it the job ends (exit 65)."""
+    unused_limit: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.2
+    """The largest share of right examples that may be left out (too long, nothing to learn, empty), else exit 65."""
 
     @model_validator(mode="after")
     def _one_way_to_make_text(self) -> Self:
@@ -161,8 +155,24 @@ class DataSection(Section):
     @property
     def fields(self) -> tuple[str, ...]:
         """The record fields that the templates name, without repetition."""
-        templates = [t for t in (self.text, self.prompt, self.completion) if t is not None]
-        return tuple(dict.fromkeys(name for t in templates for name in template_fields(t)))
+        return tuple(dict.fromkeys(name for template in self.templates for name in template_fields(template)))
+
+    @property
+    def required(self) -> frozenset[str]:
+        """The fields that every record must have."""
+        return frozenset(slot.name for template in self.templates for slot in slots(template) if not slot.optional)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Those that are given, in the order of their text."""
+        return tuple(t for t in (self.text, self.prompt, self.completion) if t is not None)
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """Fields of which the answer is made: those of `completion`; of `text` the last one that must be there."""
+        if self.completion is not None:
+            return frozenset(template_fields(self.completion))
+        return frozenset([answer_field(self.text)] if self.text is not None else ())
 
 
 class LoraSection(Section):
@@ -318,8 +328,8 @@ def is_hub_id(base: str) -> bool:
 def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that can change the weights or their evaluation, as JSON values."""
     part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
-    del part["model"]["quantised_copies"]
+    del part["model"]["quantised_copies"], part["data"]["unused_limit"]
     if recipe.data.on_bad_record == "fail":
-        # It decides whether the job ends, and not what is trained on: a run that it ended goes on once it is raised.
-        del part["data"]["max_record"]
+        # They decide whether the job ends, and not what is trained on: a run that they ended goes on later.
+        del part["data"]["max_record"], part["data"]["strict_types"]
     return part
