@@ -4,9 +4,10 @@ import re
 from collections.abc import Sequence
 
 from job.core.course import Course, evaluation_count
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
 from job.core.forecast import FORWARD_SHARE
-from job.core.recipe import DataSection, Optimizer, Recipe
+from job.core.recipe import Optimizer, Recipe
 from job.core.templates import Slot, laid_out
 
 _FEWEST_HELD_OUT = 50

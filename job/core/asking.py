@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from job.core.close_names import did_you_mean
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
-from job.core.recipe import DataSection, answer_field
-from job.core.templates import Slot, filled, laid_out, slots
+from job.core.templates import Slot, answer_field, filled, laid_out, slots
 
 
 def typed(text: str) -> str:

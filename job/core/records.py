@@ -5,9 +5,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from job.core.data_section import DataSection
 from job.core.errors import DataError
 from job.core.fields import Unusable, fields_of
-from job.core.recipe import DataSection
 from job.core.templates import filled, with_optional
 
 REPORTED_AT_ONCE = 20

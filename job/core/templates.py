@@ -97,6 +97,12 @@ def template_fields(template: str) -> list[str]:
     return [slot.name for slot in slots(template)]
 
 
+def answer_field(text: str) -> str:
+    """The field of a `text` template that is the answer: the last one that must be there, else the last one."""
+    found = slots(text)
+    return [slot.name for slot in found if not slot.optional or all(other.optional for other in found)][-1]
+
+
 def laid_out(template: str, has: Callable[[str], bool]) -> Iterator[str | Slot]:
     """A template's own text and its fields where the record has these optional ones; the others are left out."""
     yield from _laid_out(parsed(template), has)
