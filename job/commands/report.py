@@ -1,7 +1,7 @@
 """Reports of finished runs, for people: one in full, or several side by side."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from job.core.ended import Ended
 from job.core.errors import DataError, DeniedError, JobError, LocalDiskError, NotFoundError, UsageError
 from job.core.recipe import Recipe
 from job.core.report import Report
-from job.core.run_record import first_mistake
+from job.core.run_record import RecordedObject, first_mistake, read_run_record
 from job.edge.relative_paths import located
 from job.edge.run import endings
 from job.edge.run.artifacts import Artifacts, begun_runs, finished_runs
@@ -115,27 +115,45 @@ def look_at(run_uri: str) -> RunRow:
     if record is None:
         return RunRow(run_id=run_id, recipe={}, report=None, standing="not there")
     content, attempts = artifacts.read_report(), artifacts.attempts()
-    objects = [each for side in record["data"].values() for each in side]
+    objects = _objects(record)
     return RunRow(
         run_id=run_id,
         recipe=recipe if isinstance(recipe := record.get("recipe"), dict) else {},
         report=content,
         standing="finished" if content is not None else f"not finished: {_standing(artifacts)}",
-        begun=attempts[0]["started"] if attempts else None,
+        begun=attempts[0].get("started") if attempts else None,
         seconds=_seconds(attempts),
         objects=len(objects),
-        bytes=sum(each["size"] for each in objects),
+        bytes=sum(each.size for each in objects),
     )
+
+
+def _objects(record: dict[str, Any]) -> tuple[RecordedObject, ...]:
+    """The run's data as its record has it; nothing of one that was not written by us."""
+    try:
+        data = read_run_record(record).data
+    except ValueError:
+        return ()
+    return (*data.train, *data.validation)
 
 
 def _seconds(attempts: Sequence[Mapping[str, Any]]) -> float | None:
     """That the attempts took, as far as they left word of their end; None: none did."""
-    took = [
-        (datetime.fromisoformat(each["end"]["ended"]) - datetime.fromisoformat(each["started"])).total_seconds()
-        for each in attempts
-        if each["end"] is not None
-    ]
+    took = []
+    for attempt in attempts:
+        began, ended = _moment(attempt.get("started")), _moment((attempt["end"] or {}).get("ended"))
+        if began is not None and ended is not None:
+            took.append((ended - began).total_seconds())
     return sum(took) if took else None
+
+
+def _moment(text: str | None) -> datetime | None:
+    """In UTC unless it says otherwise; None: it is none."""
+    try:
+        moment = None if text is None else datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def unfinished(rows: Sequence[RunRow]) -> NotFoundError | None:
@@ -159,7 +177,8 @@ def _standing(artifacts: Artifacts) -> str:
 def _ended(end: Mapping[str, Any] | None) -> str:
     if end is None:
         return "at work, or killed"
-    return "killed" if end["exit_code"] is None else f"exit {end['exit_code']}"
+    code = end.get("exit_code")
+    return "killed" if code is None else f"exit {code}"
 
 
 def _output(name: str) -> str | None:

@@ -9,6 +9,7 @@ from job_process import call
 from job.edge.host.interrupt import Interrupt
 from job.tune.engines import choice
 from job.tune.engines.autograd import AutogradEngine
+from job.tune.loop.step import Stepper
 
 
 @pytest.fixture
@@ -49,16 +50,25 @@ class StopOnce(Interrupt):
         return bool(self._seen)
 
 
-def stopped_at_the_first_step(job, asked):
-    ended = call(*job.command("run")[2:], interrupt=StopOnce(asked), outcome_file=job.outcome_file)
+def stopped_at_the_first_step(job, monkeypatch):
+    made, one_step = [], Stepper.step
+
+    def noted(self, number, **options):
+        record = one_step(self, number, **options)
+        made.append(number)
+        return record
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "step", noted)
+        ended = call(*job.command("run")[2:], interrupt=StopOnce(made), outcome_file=job.outcome_file)
     assert ended.code == 75, ended.stdout
     (state,) = job.only_run().glob("checkpoints/*-000001-*/state.json")
     return json.loads(state.read_text())["progress"]
 
 
-def test_what_could_not_be_compiled_is_not_compiled_again_and_every_report_says_so(job, compiling):
+def test_what_could_not_be_compiled_is_not_compiled_again_and_every_report_says_so(job, compiling, monkeypatch):
     asked = compiling(fails)
-    progress = stopped_at_the_first_step(job, asked)
+    progress = stopped_at_the_first_step(job, monkeypatch)
     assert progress["cut"]["compiled"] is False
     asked.clear()
     assert job.call("run").code == 0
@@ -73,8 +83,8 @@ def test_what_could_not_be_compiled_is_not_compiled_again_and_every_report_says_
 
 
 def test_where_nothing_can_be_compiled_a_run_that_was_is_within_rounding(job, compiling, monkeypatch):
-    asked = compiling(lambda graph, _inputs: graph.forward)
-    progress = stopped_at_the_first_step(job, asked)
+    compiling(lambda graph, _inputs: graph.forward)
+    progress = stopped_at_the_first_step(job, monkeypatch)
     assert progress["cut"]["compiled"] is True
     monkeypatch.undo()
     assert job.call("run").code == 0
