@@ -54,6 +54,8 @@ class _Counted:
     tokenizer: Any
     positions: int
     report: DataReport
+    notes: Sequence[str]
+    """What should be looked at."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,9 +138,9 @@ def _look_at_data(table: _Table, worker: Worker, phases: Phases, run: Run, base:
     if tokenizer is None or positions is None:
         table.look("data", lambda: _lines(worker, phases, because="the model's own classes"))
         return None
-    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, positions))
+    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, positions, base=base))
     if counted is not None:
-        _judge(table, worker.recipe, counted.report)
+        _judge(table, worker.recipe, counted)
     return counted
 
 
@@ -155,13 +157,14 @@ def _look_at_model(
 
         if positions == counted.positions and encodes_alike(tokenizer, counted.tokenizer):
             return
-    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, positions))
+    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, positions, base=base))
     if again is not None:
-        _judge(table, worker.recipe, again.report)
+        _judge(table, worker.recipe, again)
 
 
-def _judge(table: _Table, recipe: Recipe, report: DataReport) -> None:
+def _judge(table: _Table, recipe: Recipe, counted: _Counted) -> None:
     """What the run would do with the data, and what it would not learn well."""
+    report = counted.report
     course, held_out = course_of(recipe.train, examples=report.train.used), report.validation.used
     tokens = {"training_tokens": report.train.tokens, "validation_tokens": report.validation.tokens}
     share = advice.evaluation_share(recipe, course, **tokens)
@@ -171,6 +174,7 @@ def _judge(table: _Table, recipe: Recipe, report: DataReport) -> None:
         f"of {held_out} examples, about {share:.0%} of the time"
     )
     table.look("plan", lambda: (found, None))
+    table.advise(counted.notes)
     table.advise(advice.of_data(recipe, course, held_out=held_out, **tokens))
 
 
@@ -231,22 +235,26 @@ def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int]]:
     return found, (load_tokenizer(base.folder), shape_of(config).positions)
 
 
-def _count(worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int) -> tuple[str, _Counted]:
+def _count(
+    worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int, *, base: BaseModel
+) -> tuple[str, _Counted]:
     from job.stages.dataset import prepare_dataset
+    from job.stages.stops import stops_elsewhere
 
     with _scratch(worker) as folder:
         dataset = prepare_dataset(worker, run, tokenizer, positions=positions, folder=folder, phases=phases)
         report = dataset.report
+        notes = [*dataset.notes, *stops_elsewhere(base.folder, tokenizer, dataset.train)]
     train = report.train
     counted = (
         f"{train.used} training and {report.validation.used} held-out examples; max_length {report.max_length} "
         f"({report.max_length_reason}); {report.bad_lines} wrong lines, {train.duplicates} duplicates, "
         f"{report.overlap} held out and trained on, {train.truncated} truncated, {train.dropped} dropped, "
-        f"{train.without_target} with nothing to learn from"
+        f"{train.without_target} with nothing to learn from, {train.empty} with an empty answer"
     )
     bars = histogram_lines(train.histogram.edges, train.histogram.counts, mark=report.max_length)
     text = "\n".join([counted, "tokens of a training example:", *bars])
-    return text, _Counted(tokenizer=tokenizer, positions=positions, report=report)
+    return text, _Counted(tokenizer=tokenizer, positions=positions, report=report, notes=notes)
 
 
 def _lines(worker: Worker, phases: Phases, *, because: str) -> tuple[str, None]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -95,8 +96,8 @@ class Tally:
     """Wrong lines."""
     empty: int = 0
     """Lines whose answer is empty: they are left out, and are not wrong."""
-    blank: int = 0
-    """Wrong lines that are so because a field that must be there is empty."""
+    blank: Counter[str] = field(default_factory=Counter)
+    """Wrong lines that are so because a field that must be there is empty, by that field."""
     first_bad: list[BadRecord] = field(default_factory=list)
     """The first lines that are wrong or have no answer, at most REPORTED_AT_ONCE."""
     kinds: set[str] = field(default_factory=set)
@@ -108,7 +109,8 @@ class Tally:
             self.empty += 1
         else:
             self.bad += 1
-            self.blank += record.blank is not None
+            if record.blank is not None:
+                self.blank[record.blank] += 1
         self.kinds.add(record.kind)
         if len(self.first_bad) < REPORTED_AT_ONCE:
             self.first_bad.append(record)

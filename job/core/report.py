@@ -56,6 +56,8 @@ class SideReport(Section):
     """Left out because longer than max_length."""
     without_target: int
     """Left out because nothing is left to learn from."""
+    empty: int = 0
+    """Lines left out because their answer is empty; none of `rows`."""
     tokens: int
     """Real tokens of the used examples, after the cut."""
     targets: int

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from job.core.errors import DataError
 from job.core.lengths import choose_max_length, length_statistics
 from job.core.records import Example, Tally, checked_lines, is_held_out, judge_lines
 from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
+from job.core.unused import LeftOut, judge_unused
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
 from job.edge.store.objects import StoredObject
 from job.edge.store.whole_files import whole_file
@@ -37,6 +38,8 @@ class Dataset:
     train: Documents
     validation: Documents
     report: DataReport
+    notes: Sequence[str]
+    """What a reader should know of it."""
 
 
 def prepare_dataset(
@@ -68,6 +71,14 @@ def prepare_dataset(
     validation = select_documents(
         encoded["validation"], max_length=limit.tokens, too_long=data.too_long, most=evaluation.max_examples
     )
+    notes = _named_lines(audit) + judge_unused(
+        _left_out("train", train, audit),
+        _left_out("validation", validation, audit),
+        data,
+        max_length=limit.tokens,
+        longest=int(encoded["train"].lengths.max()),
+        positions=positions,
+    )
     for side, documents in (("train", train), ("validation", validation)):
         if not len(documents):
             raise DataError(
@@ -90,9 +101,34 @@ def prepare_dataset(
         truncated=train.truncated,
         dropped=train.dropped,
         without_target=train.without_target,
+        empty=report.train.empty,
         bad_lines=report.bad_lines,
     )
-    return Dataset(train=train, validation=validation, report=report)
+    return Dataset(train=train, validation=validation, report=report, notes=notes)
+
+
+def _named_lines(audit: dict[str, Any]) -> list[str]:
+    """Where the lines stand that were left out, and why."""
+    named, count = audit["first_bad"], audit["bad"] + sum(audit["empty"].values())
+    if not named:
+        return []
+    more = f"; and {count - len(named)} more" if count > len(named) else ""
+    shown = "; ".join("{where}: {reason}".format_map(line) for line in named)
+    return [f"lines left out: {shown}{more}"]
+
+
+def _left_out(side: Side, documents: Documents, audit: dict[str, Any]) -> LeftOut:
+    blank = audit["blank"][side]
+    empty = audit["empty"][side] + sum(blank.values())
+    return LeftOut(
+        side=f"data.{side}",
+        examples=len(documents.encoded) + empty,
+        too_long=documents.dropped,
+        without_target=documents.without_target,
+        empty=empty,
+        empty_fields=tuple(blank),
+        truncated=documents.truncated,
+    )
 
 
 def _encoded(
@@ -110,22 +146,27 @@ def _encoded(
         validation = _fetch(worker, phases, run, folder, "validation")
     (place / _AUDIT).unlink(missing_ok=True)  # first: what it says is whole is being written anew
     with phases.phase("encode"):
-        tally = Tally()
+        tallies: dict[Side, Tally] = {"train": Tally(side="data.train"), "validation": Tally(side="data.validation")}
         encoded = encode(
-            _routed(worker.recipe.data, train, validation, tally),
+            _routed(worker.recipe.data, train, validation, tallies),
             token_rules(tokenizer, worker.recipe.data),
             folder=place,
             should_stop=worker.should_stop,
             on_progress=lambda done: _encoding(phases, done),
         )
     crash_point("encode.after")
+    tally = Tally()
+    for each in tallies.values():
+        tally.merge(each)
     audit = {
         "run": run.record,
         "format": FORMAT,
         "train": [_object(file) for file in train],
         "validation": [_object(file) for file in validation],
         "bad": tally.bad,
-        "first_bad": [asdict(record) for record in tally.first_bad],
+        "empty": {side: each.empty for side, each in tallies.items()},
+        "blank": {side: each.blank for side, each in tallies.items()},
+        "first_bad": [{"where": record.where, "reason": record.reason} for record in tally.first_bad],
     }
     with whole_file(place / _AUDIT) as file:  # last: with it the folder is whole
         file.write(json.dumps(audit).encode())
@@ -162,17 +203,17 @@ def _encoding(phases: Phases, done: int) -> None:
 
 
 def _routed(
-    data: DataSection, train: Sequence[DataFile], validation: Sequence[DataFile], tally: Tally
+    data: DataSection, train: Sequence[DataFile], validation: Sequence[DataFile], tallies: Mapping[Side, Tally]
 ) -> Iterator[tuple[Side, Example]]:
     """Each checked example with its side."""
-    own = Tally()
-    for example in checked_lines(read_lines(train, max_record=data.max_record), data, tally=tally):
+    lines = read_lines(train, max_record=data.max_record)
+    for example in checked_lines(lines, data, tally=tallies["train"]):
         held_out = isinstance(data.validation, Fraction) and is_held_out(example.digest, data.validation.fraction)
         yield ("validation" if held_out else "train"), example
-    for example in checked_lines(read_lines(validation, max_record=data.max_record), data, tally=own):
+    lines = read_lines(validation, max_record=data.max_record)
+    for example in checked_lines(lines, data, tally=tallies["validation"]):
         yield "validation", example
-    judge_lines([tally, own], data)
-    tally.merge(own)
+    judge_lines(tallies.values(), data)
 
 
 def _object(file: DataFile) -> dict[str, Any]:
@@ -196,8 +237,8 @@ def _report(
     seen = {side: encoded[side].digests() for side in encoded}
     trained_on = {seen["train"][row] for row in train.rows}
     return DataReport(
-        train=_side(train, audit["train"], seen["train"]),
-        validation=_side(validation, audit["validation"], seen["validation"]),
+        train=_side(train, audit["train"], seen["train"], empty=audit["empty"]["train"]),
+        validation=_side(validation, audit["validation"], seen["validation"], empty=audit["empty"]["validation"]),
         bad_lines=audit["bad"],
         first_bad_lines=tuple(BadLine(**record) for record in audit["first_bad"]),
         overlap=sum(seen["validation"][row] in trained_on for row in validation.rows),
@@ -206,7 +247,7 @@ def _report(
     )
 
 
-def _side(documents: Documents, objects: list[dict[str, Any]], digests: list[bytes]) -> SideReport:
+def _side(documents: Documents, objects: list[dict[str, Any]], digests: list[bytes], *, empty: int) -> SideReport:
     statistics = length_statistics(documents.encoded.lengths)
     return SideReport(
         objects=tuple(DataObject(**o) for o in objects),
@@ -216,6 +257,7 @@ def _side(documents: Documents, objects: list[dict[str, Any]], digests: list[byt
         truncated=documents.truncated,
         dropped=documents.dropped,
         without_target=documents.without_target,
+        empty=empty,
         tokens=int(documents.lengths.sum()),
         targets=int(documents.targets.sum()),
         percentiles=statistics.percentiles,
