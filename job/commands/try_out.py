@@ -15,6 +15,7 @@ from job.core.data_section import DataSection
 from job.core.errors import DataError, NotFoundError, UsageError
 from job.core.fields import Unusable, fields_of
 from job.core.recipe import Recipe, is_hub_id
+from job.core.records import Part
 from job.core.report import Report
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
@@ -60,20 +61,23 @@ def try_out(
         on_answer: called with prompt, base's answer and tuned answer.
     """
     from job.tune.data.frame import token_rules
-    from job.tune.loop.evaluate import answer, questions_of_prompts
+    from job.tune.loop.evaluate import answer, question_of_parts, questions_of_prompts
     from job.tune.model.config import load_tokenizer
 
     quiet_libraries()
     refuse_planted(workdir)
     artifacts, report = open_run(run_uri)
     recipe = recipe_of(report)
-    prompts = chain(asked.prompts, [*_made_prompts(asked, recipe.data)])  # before a base is loaded for a wrong one
+    prompts: Iterable[str | Sequence[Part]] = chain(
+        asked.prompts, [*_made_prompts(asked, recipe.data)]
+    )  # before a base is loaded for a wrong one
     folder, model = _load(artifacts, report, recipe, workdir=workdir, device=device, should_stop=should_stop)
     tokenizer = load_tokenizer(folder)
     rules = token_rules(tokenizer, recipe.data)
 
-    def reply(prompt: str) -> str:
-        questions = questions_of_prompts([prompt], rules)
+    def reply(prompt: str | Sequence[Part]) -> str:
+        is_typed = isinstance(prompt, str)
+        questions = questions_of_prompts([prompt], rules) if is_typed else [question_of_parts(prompt, rules)]
         longest = max_new_tokens or recipe.evaluate.max_new_tokens
         seed = recipe.train.seed
         return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
@@ -81,10 +85,11 @@ def try_out(
     for prompt in prompts:
         with model.model.disable_adapter():
             untuned = reply(prompt)
-        on_answer(prompt, untuned, reply(prompt))
+        shown = prompt if isinstance(prompt, str) else "".join(part.text for part in prompt)
+        on_answer(shown, untuned, reply(prompt))
 
 
-def _made_prompts(asked: Asked, data: DataSection) -> Iterator[str]:
+def _made_prompts(asked: Asked, data: DataSection) -> Iterator[Sequence[Part]]:
     """By the run's template."""
     if asked.fields:
         yield prompt_of(fields_given(asked.fields, data), data)

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from job.core.close_names import did_you_mean
 from job.core.data_section import DataSection
 from job.core.errors import UsageError
-from job.core.templates import Slot, answer_field, filled, laid_out, slots
+from job.core.records import Part, filled_in
+from job.core.templates import Slot, answer_field, laid_out, slots
 
 
 def typed(text: str) -> str:
@@ -33,8 +35,8 @@ def _asked(data: DataSection) -> list[Slot]:
     return found[:first]
 
 
-def prompt_of(fields: Mapping[str, str | None], data: DataSection) -> str:
-    """The recipe's template, filled in up to the answer.
+def prompt_of(fields: Mapping[str, str | None], data: DataSection) -> tuple[Part, ...]:
+    """The recipe's template, filled in up to the answer, as it was given in training.
 
     Of `text` the blanks before the answer are left out as well: the model learned them as the answer's beginning.
 
@@ -46,16 +48,21 @@ def prompt_of(fields: Mapping[str, str | None], data: DataSection) -> str:
         UsageError: the template has nothing before the answer.
     """
     if data.prompt is not None:
-        return "".join(text for text, _own in filled(data.prompt, fields))
+        return tuple(filled_in(data.prompt, fields, learned=False))
     template = data.text or ""
-    answer, prompt = answer_field(template), ""
+    answer, before = answer_field(template), list[Part]()
     for piece in laid_out(template, lambda name: name == answer or fields.get(name) is not None):
-        if isinstance(piece, Slot) and piece.name == answer:
+        if isinstance(piece, str):
+            before.append(Part(text=piece, learned=False, control=True))
+        elif piece.name == answer:
             break
-        prompt += piece if isinstance(piece, str) else fields[piece.name] or ""
-    if not prompt.strip():
+        else:
+            before.append(Part(text=fields[piece.name] or "", learned=False))
+    while before and not before[-1].text.rstrip(" "):
+        before.pop()
+    if not any(part.text.strip() for part in before):
         raise UsageError(f"data.text of this run begins with {{{answer}}}, so no field makes a prompt; use --prompt")
-    return prompt.rstrip(" ")
+    return (*before[:-1], replace(before[-1], text=before[-1].text.rstrip(" ")))
 
 
 def fields_given(words: Sequence[str], data: DataSection) -> dict[str, str | None]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from string import Formatter
@@ -142,20 +143,17 @@ def with_optional(template: str, name: str) -> str | None:
 
     A record that has the field becomes the same text by both.
     """
-    whole = "".join(_shape(template))
+    whole = _shape(template)
     for written in (_bracketed(template, name), template.replace(f"{{{name}}}", f"{{{name}?}}")):
-        if written is not None and written != template and _as_given("".join(_shape(written)), name) == whole:
-            return written
+        with suppress(ValueError):  # brackets of its own stand in the way
+            if written is not None and written != template and _shape(written) == whole:
+                return written
     return None
 
 
-def _shape(template: str) -> Iterator[str]:
-    for piece in laid_out(template, lambda _name: True):
-        yield piece if isinstance(piece, str) else f"\0{piece.name}{'?' if piece.optional else ''}\0"
-
-
-def _as_given(shape: str, name: str) -> str:
-    return shape.replace(f"\0{name}?\0", f"\0{name}\0")
+def _shape(template: str) -> str:
+    pieces = laid_out(template, lambda _name: True)
+    return "".join(piece if isinstance(piece, str) else f"\0{piece.name}\0" for piece in pieces)
 
 
 def _bracketed(template: str, name: str) -> str | None:
