@@ -76,8 +76,10 @@ def try_out(
     rules = token_rules(tokenizer, recipe.data)
 
     def reply(prompt: str | Sequence[Part]) -> str:
-        is_typed = isinstance(prompt, str)
-        questions = questions_of_prompts([prompt], rules) if is_typed else [question_of_parts(prompt, rules)]
+        if isinstance(prompt, str):
+            questions = questions_of_prompts([prompt], rules)
+        else:
+            questions = [question_of_parts(prompt, rules)]
         longest = max_new_tokens or recipe.evaluate.max_new_tokens
         seed = recipe.train.seed
         return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]

@@ -249,13 +249,16 @@ def test_a_colon_or_an_at_sign_in_a_key_is_no_credential():
         ("{a}{b}{a}", ["a", "b", "a"]),
         ("{first name} {naïve} {_x-1}", ["first name", "naïve", "_x-1"]),
         ("nothing {{here}}", []),
+        ("{meta.lang} [{input?}]", ["meta.lang", "input"]),
     ],
 )
 def test_a_template_names_its_fields(template, fields):
     assert template_fields(template) == fields
 
 
-@pytest.mark.parametrize("template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{}", "{0}", "{ a }", "{a", "a}", "{a{b}}"])
+@pytest.mark.parametrize(
+    "template", ["{a.}", "{.a}", "{a[0]}", "{a!r}", "{a:>3}", "{}", "{0}", "{ a }", "{a", "a}", "{a{b}}"]
+)
 def test_a_template_holds_plain_field_names_only(template):
     """Anything more could reach into Python objects."""
     with pytest.raises(ValueError, match=r"brace|field|'[{}]'"):
