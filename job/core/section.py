@@ -2,7 +2,6 @@
 
 import re
 from typing import Annotated
-from urllib.parse import unquote
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -27,7 +26,10 @@ def _no_credentials(uri: str) -> str:
 def _decoded(uri: str) -> str:
     # Programs write a blank in a file URI as %20; a path has no such signs, and is never decoded again.
     scheme, separator, path = uri.partition("://")
-    decoded = unquote(path)
+    try:
+        decoded = re.sub(r"(?:%[0-9A-Fa-f]{2})+", lambda signs: bytes.fromhex(signs[0].replace("%", "")).decode(), path)
+    except UnicodeDecodeError as error:
+        raise ValueError("what % stands for in a file URI is not UTF-8; write the path as it is") from error
     if scheme.lower() != "file" or not separator or not path.startswith("/") or decoded == path:
         return uri
     if "\0" in decoded:

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import zstandard
 
 from job.core.errors import DataError
-from job.core.foreign_formats import Packing, foreign
 from job.core.visible import one_line
+from job.edge.foreign_formats import Packing, foreign
 from job.edge.store.lanes import Lanes
 from job.edge.store.objects import PART_BYTES, ObjectStore, StoredObject, StoreSettings
 from job.edge.store.opening import open_store, store_and_key
