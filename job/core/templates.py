@@ -193,4 +193,6 @@ def _extent(before: str, after: str, *, follows: bool) -> tuple[int, int]:
     if follows:
         return 0, 0
     opened = max(before.rfind(mark) for mark in "]>") + 1  # a tag that opens what comes is none of the field's
-    return opened + len(before[opened:]) - len(before[opened:].lstrip()), len(after) - len(after.lstrip())
+    begins = opened + len(before[opened:]) - len(before[opened:].lstrip())
+    separator = re.match(r"[^\w<\[]*", after)
+    return begins, separator.end() if separator is not None else 0

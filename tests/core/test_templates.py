@@ -67,6 +67,7 @@ def test_the_answer_of_a_text_is_its_last_field_that_must_be_there():
         ("<<SYS>>\n{s}\n<</SYS>>\n\n{q}", "s", "[<<SYS>>\n{s?}\n<</SYS>>\n\n]{q}"),
         ("Context: {c}\nQuestion: {q}\nAnswer:", "c", "[Context: {c?}\n]Question: {q}\nAnswer:"),
         ("{q} {q}", "q", "{q?} {q?}"),
+        ("{c}: {q}", "c", "[{c?}: ]{q}"),
         ("{q}", "other", None),
     ],
 )
