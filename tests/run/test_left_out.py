@@ -1,4 +1,4 @@
-"""What is not learned is said: examples left out, an end that the base does not stop at, nothing better than the base."""
+"""What is not learned is said: examples left out, ends at which the base does not stop, nothing better than it."""
 
 import json
 import shutil
