@@ -100,9 +100,24 @@ does the same for `output`. The log, `check`, `run.json` and the attempt's recor
 **Places.** A URI is `s3://bucket/key`, `file:///folder/file` or a local path, relative to the folder that the job is
 started in. It holds no credentials: those come from where the AWS tools look for them (environment, profile, role).
 
-**Templates.** `text`, `prompt` and `completion` are text in which `{name}` stands for that field of the record; every
-field that is named must be there, a string, and not blank. `{{` and `}}` are literal braces. BOS and EOS are added by
-the job; a template that writes one of them where it belongs gets it once.
+In a `file://` URI `%20` is a blank, as programs write it; in a path every sign stands for itself. A file or folder that
+has the very name (`notes [1].jsonl`) is what is meant, and no glob.
+
+**Templates.** `text`, `prompt` and `completion` are text in which `{name}` stands for that field of the record, and
+`{outer.inner}` for one inside an object, unless a field has that very name. `{{` and `}}` are literal braces. BOS and
+EOS are added by the job; a template that writes one of them where it belongs gets it once.
+
+- A field must be there and not be blank. Numbers, `true` and `false` are text as the record writes them (`strict_types:
+  true` refuses them); null, lists and objects are wrong lines.
+- `{input?}` may be left out: where the record has no such field, or null or a blank one, nothing stands there. Square
+  brackets around optional fields are a group, which is there where all the optional fields directly in it are; the
+  brackets themselves are not part of the text. Brackets around no optional field are text, as in `[INST]`.
+- An example whose answer is blank is left out and named: the fields of `completion`, or the last one of `text`.
+
+```yaml
+prompt: "### Instruction:\\n{instruction}\\n\\n[### Input:\\n{input?}\\n\\n]### Response:\\n"
+completion: "{output}"
+```
 
 **Control tokens.** What a template itself writes, such as `<|im_end|>`, is a control token whenever the base's files
 mark it as special. What stands in a field never is: `</s>` in an answer is spelled letter by letter.
@@ -133,6 +148,14 @@ drawn at a step follows from the seed and the step alone, so a resumed run goes 
 `validation: {fraction: 0.05}` holds that share of every source out, by content; or `validation` is a list of sources
 too, without shares. Loss is reported for all held-out examples and for each source. A list of URIs is one source:
 its files in a row.
+
+**What is left out.** Examples that are dropped as too long, that have nothing of their answer within `max_length`, or
+that have a blank field are counted by reason. Up to `unused_limit` log, `check` and report say so; beyond it the job
+ends (exit code 65). With own validation files each side is held to it, else both together.
+
+**Files.** JSON lines in UTF-8, plain, `.gz` or `.zst`, recognised by their bytes: files put together from several, with
+skippable frames (`pzstd`) or zeros behind them are read to the end. UTF-16, a JSON array, CSV, Parquet and Arrow files
+are refused with a `python -c ...` line that makes JSON lines of them.
 
 **Editors.** With this first line, editors that know JSON Schema complete and check the keys while you type:
 

@@ -36,7 +36,13 @@ FLOORS = {
         ("job.stages.loop",),
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
         ("job.stages.gathering", "job.stages.loading"),
-        ("job.stages.base_source", "job.stages.dataset", "job.stages.hardware", "job.stages.holding"),
+        (
+            "job.stages.base_source",
+            "job.stages.dataset",
+            "job.stages.hardware",
+            "job.stages.holding",
+            "job.stages.stops",
+        ),
         ("job.stages.data_report", "job.stages.sources"),
         ("job.stages.guard", "job.stages.records"),
         ("job.stages.identity",),
@@ -52,7 +58,7 @@ FLOORS = {
         ("job.edge.base", "job.edge.base.*"),
         ("job.edge.dataset_files", "job.edge.run", "job.edge.run.*"),
         ("job.edge.host", "job.edge.host.*", "job.edge.store", "job.edge.store.*"),
-        ("job.edge.relative_paths",),
+        ("job.edge.foreign_formats", "job.edge.relative_paths"),
     ),
 }
 """Of each house, from the front door down: a module imports its floor and those below. A room may be a house itself."""

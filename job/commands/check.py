@@ -60,6 +60,8 @@ class _Counted:
     tokenizer: Any
     positions: int
     report: DataReport
+    notes: Sequence[str]
+    """What should be looked at."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,9 +144,9 @@ def _look_at_data(table: _Table, worker: Worker, phases: Phases, run: Run, base:
     if tokenizer is None or positions is None:
         table.look("data", lambda: _lines(worker, phases, because="the model's own classes"))
         return None
-    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, positions))
+    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, positions, base=base))
     if counted is not None:
-        _judge(table, worker.recipe, counted.report)
+        _judge(table, worker.recipe, counted)
     return counted
 
 
@@ -161,18 +163,19 @@ def _look_at_model(
 
         if positions == counted.positions and encodes_alike(tokenizer, counted.tokenizer):
             return
-    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, positions))
+    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, positions, base=base))
     if again is not None:
-        _judge(table, worker.recipe, again.report)
+        _judge(table, worker.recipe, again)
 
 
-def _judge(table: _Table, recipe: Recipe, report: DataReport) -> None:
+def _judge(table: _Table, recipe: Recipe, counted: _Counted) -> None:
     """What the run would do with the data, and what it would not learn well."""
+    report = counted.report
     course = course_of(recipe.train, examples=portions(recipe.data, report.train.used_by_source))
     held_out = report.validation.used
     train = report.train
-    counted = [(source.tokens, source.used) for source in train.sources] or [(train.tokens, train.used)]
-    mean = sum(course.mixture.share(place) * tokens / used for place, (tokens, used) in enumerate(counted))
+    by_source = [(source.tokens, source.used) for source in train.sources] or [(train.tokens, train.used)]
+    mean = sum(course.mixture.share(place) * tokens / used for place, (tokens, used) in enumerate(by_source))
     tokens = {"training_tokens": round(mean * course.examples), "validation_tokens": report.validation.tokens}
     share = advice.evaluation_share(recipe, course, **tokens)
     evaluations = evaluation_count(course.steps, recipe.evaluate.every_steps)
@@ -183,6 +186,7 @@ def _judge(table: _Table, recipe: Recipe, report: DataReport) -> None:
     table.look("plan", lambda: (found, None))
     for row in source_rows(report, course):
         table.look("source", lambda row=row: (row, None))  # type: ignore[misc]
+    table.advise(counted.notes)
     table.advise(advice.of_data(recipe, course, held_out=held_out, **tokens))
 
 
@@ -243,23 +247,27 @@ def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int]]:
     return found, (load_tokenizer(base.folder), shape_of(config).positions)
 
 
-def _count(worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int) -> tuple[str, _Counted]:
+def _count(
+    worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int, *, base: BaseModel
+) -> tuple[str, _Counted]:
     from job.stages.dataset import prepare_dataset
+    from job.stages.stops import stops_elsewhere
 
     with _scratch(worker) as folder:
         dataset = prepare_dataset(worker, run, tokenizer, positions=positions, folder=folder, phases=phases)
         report = dataset.report
+        notes = [*dataset.notes, *stops_elsewhere(base.folder, tokenizer, dataset.train)]
     train = report.train
     counted = (
         f"{train.used} training and {report.validation.used} held-out examples; max_length {report.max_length} "
         f"({report.max_length_reason}); {report.bad_lines} wrong lines, {train.duplicates} duplicates, "
         f"{report.overlap} held out and trained on, {train.truncated} truncated, {train.dropped} dropped, "
-        f"{train.without_target} with nothing to learn from"
+        f"{train.without_target} with nothing to learn from, {train.empty} with an empty answer"
     )
     bars = histogram_lines(train.histogram.edges, train.histogram.counts, mark=report.max_length)
     examples = [line for each in report.preview[:_SHOWN] for line in example_lines(each, width=None, colours=False)]
     text = "\n".join([counted, "tokens of a training example:", *bars, "as they are learned:", *examples])
-    return text, _Counted(tokenizer=tokenizer, positions=positions, report=report)
+    return text, _Counted(tokenizer=tokenizer, positions=positions, report=report, notes=notes)
 
 
 def _lines(worker: Worker, phases: Phases, *, because: str) -> tuple[str, None]:

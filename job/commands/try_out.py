@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from job.commands.report import open_run, recipe_of
-from job.core.asking import asked_fields, asked_sources, fields_given, prompt_of
+from job.core.asking import asked_fields, asked_sources, fields_given, prompt_of, required_fields
 from job.core.data_section import DataSection
 from job.core.errors import DataError, NotFoundError, UsageError
+from job.core.fields import Unusable, fields_of
 from job.core.recipe import Recipe, is_hub_id
-from job.core.records import fields_of
+from job.core.records import Part
 from job.core.report import Report
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
@@ -60,20 +61,25 @@ def try_out(
         on_answer: called with prompt, base's answer and tuned answer.
     """
     from job.tune.data.frame import token_rules
-    from job.tune.loop.evaluate import answer, questions_of_prompts
+    from job.tune.loop.evaluate import answer, question_of_parts, questions_of_prompts
     from job.tune.model.config import load_tokenizer
 
     quiet_libraries()
     refuse_planted(workdir)
     artifacts, report = open_run(run_uri)
     recipe = recipe_of(report)
-    prompts = chain(asked.prompts, [*_made_prompts(asked, recipe.data)])  # before a base is loaded for a wrong one
+    prompts: Iterable[str | Sequence[Part]] = chain(
+        asked.prompts, [*_made_prompts(asked, recipe.data)]
+    )  # before a base is loaded for a wrong one
     folder, model = _load(artifacts, report, recipe, workdir=workdir, device=device, should_stop=should_stop)
     tokenizer = load_tokenizer(folder)
     rules = token_rules(tokenizer, recipe.data)
 
-    def reply(prompt: str) -> str:
-        questions = questions_of_prompts([prompt], rules)
+    def reply(prompt: str | Sequence[Part]) -> str:
+        if isinstance(prompt, str):
+            questions = questions_of_prompts([prompt], rules)
+        else:
+            questions = [question_of_parts(prompt, rules)]
         longest = max_new_tokens or recipe.evaluate.max_new_tokens
         seed = recipe.train.seed
         return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
@@ -81,10 +87,11 @@ def try_out(
     for prompt in prompts:
         with model.model.disable_adapter():
             untuned = reply(prompt)
-        on_answer(prompt, untuned, reply(prompt))
+        shown = prompt if isinstance(prompt, str) else "".join(part.text for part in prompt)
+        on_answer(shown, untuned, reply(prompt))
 
 
-def _made_prompts(asked: Asked, data: DataSection) -> Iterator[str]:
+def _made_prompts(asked: Asked, data: DataSection) -> Iterator[Sequence[Part]]:
     """By the run's template; of several sources by that of the first one whose fields are there."""
     sources = asked_sources(data)
     if asked.fields:
@@ -93,11 +100,15 @@ def _made_prompts(asked: Asked, data: DataSection) -> Iterator[str]:
         yield prompt_of(fields_given(asked.fields, chosen), chosen)
     if asked.record_file is not None:
         for where, raw in _record_lines(asked.record_file):
-            read = [(fields_of(raw, asked_fields(each)), each) for each in sources]
-            fields, chosen = next((pair for pair in read if not isinstance(pair[0], str)), read[0])
-            if isinstance(fields, str):
-                raise DataError(f"{where}: {fields}")
+            read = [(_asked_of(raw, each), each) for each in sources]
+            fields, chosen = next((pair for pair in read if not isinstance(pair[0], Unusable)), read[0])
+            if isinstance(fields, Unusable):
+                raise DataError(f"{where}: {fields.reason}")
             yield prompt_of(fields, chosen)
+
+
+def _asked_of(raw: bytes, data: DataSection) -> dict[str, str | None] | Unusable:
+    return fields_of(raw, asked_fields(data), required=required_fields(data), strict_types=data.strict_types)
 
 
 def _record_lines(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -1,10 +1,8 @@
 """The recipe's `data` section: which files, of one or several sources, and how their records become text."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
-from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,24 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from job.core.section import Positive, Section, Share, Text, Uris
-
-
-def template_fields(template: str) -> list[str]:
-    """The record fields that a format template names, in order.
-
-    Raises:
-        ValueError: unbalanced braces, or more than a plain field name between them.
-    """
-    fields = []
-    for _literal, name, spec, conversion in Formatter().parse(template):
-        if name is None:
-            continue
-        if spec or conversion or not re.fullmatch(r"[^\W\d][\w -]*", name):
-            shown = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
-            raise ValueError(f"{shown} is not a plain field name; write {{name}}, and {{{{ }}}} for literal braces")
-        fields.append(name)
-    return fields
+from job.core.section import Flag, Positive, Section, Share, Text, Uris
+from job.core.templates import answer_field, slots, template_fields
 
 
 def _template(value: str) -> str:
@@ -61,11 +43,11 @@ class Templates(Section):
     """How a record becomes text."""
 
     text: Template | None = None
-    """Format template over the record's fields; the loss is over all of it. Or `prompt` and `completion`."""
+    """Template over the record's fields; the loss is over all of it. Or `prompt` and `completion`."""
     prompt: Template | None = None
-    """Format template of what the model is given."""
+    """Template of what the model is given; `{input?}` may be left out, and `[Input: {input?}]` vanishes with it."""
     completion: Template | None = None
-    """Format template of what the model learns to answer."""
+    """Template of what the model learns to answer. It must not be empty: such an example is left out."""
     loss_on: Literal["completion", "all"] = "completion"
     """With `prompt` and `completion`: which of them the loss is over. A model graded on its prompt learns prompts."""
 
@@ -89,8 +71,24 @@ class Templates(Section):
     @property
     def fields(self) -> tuple[str, ...]:
         """The record fields that the templates name, without repetition."""
-        templates = [t for t in (self.text, self.prompt, self.completion) if t is not None]
-        return tuple(dict.fromkeys(name for t in templates for name in template_fields(t)))
+        return tuple(dict.fromkeys(name for template in self.templates for name in template_fields(template)))
+
+    @property
+    def required(self) -> frozenset[str]:
+        """The fields that every record must have."""
+        return frozenset(slot.name for template in self.templates for slot in slots(template) if not slot.optional)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Those that are given, in the order of their text."""
+        return tuple(t for t in (self.text, self.prompt, self.completion) if t is not None)
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """Fields of which the answer is made: those of `completion`; of `text` the last one that must be there."""
+        if self.completion is not None:
+            return frozenset(template_fields(self.completion))
+        return frozenset([answer_field(self.text)] if self.text is not None else ())
 
 
 def _printable(name: str) -> str:
@@ -178,12 +176,16 @@ class DataSection(Templates, Sources):
     """Longest example in tokens, BOS and EOS included; `auto` chooses from the lengths and says why."""
     too_long: Literal["truncate", "drop", "fail"] = "truncate"
     """What happens to an example beyond `max_length`; a truncated one gets no EOS, since it did not end there."""
+    strict_types: Flag = False
+    """Whether a number, `true` or `false` in a field is a wrong line; otherwise it is text, as the record writes it."""
     max_record: Annotated[int, Field(strict=True, gt=0, le=2**26)] = 2**20
     """Longest record in bytes, as its line stands in the file; a longer one is a wrong line."""
     on_bad_record: Literal["fail", "skip"] = "fail"
     """Whether a wrong line ends the job (exit 65) or is left out and reported."""
     bad_record_limit: Share = 0.01
     """With `skip`: the largest share of wrong lines that is still taken for noise; beyond it the job ends (exit 65)."""
+    unused_limit: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.2
+    """Largest share of examples that may be left out (too long, nothing to learn from, empty); beyond it exit 65."""
 
     @model_validator(mode="after")
     def _every_record_becomes_text(self) -> Self:

@@ -198,10 +198,10 @@ def is_hub_id(base: str) -> bool:
 def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that can change the weights or their evaluation, as JSON values."""
     part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
-    del part["model"]["quantised_copies"]
+    del part["model"]["quantised_copies"], part["data"]["unused_limit"]
     if recipe.data.on_bad_record == "fail":
-        # It decides whether the job ends, and not what is trained on: a run that it ended goes on once it is raised.
-        del part["data"]["max_record"]
+        # They decide whether the job ends, and not what is trained on: a run that they ended goes on later.
+        del part["data"]["max_record"], part["data"]["strict_types"]
     for side in ("train", "validation"):
         for source in part["data"][side]:
             if isinstance(source, dict):

@@ -49,6 +49,7 @@ class SourceReport(Section):
     truncated: int
     dropped: int
     without_target: int
+    empty: int = 0
     bad_lines: int
     """Wrong lines of its own files that were left out."""
     tokens: int
@@ -74,6 +75,8 @@ class SideReport(Section):
     """Left out because longer than max_length."""
     without_target: int
     """Left out because nothing is left to learn from."""
+    empty: int = 0
+    """Lines left out because their answer is empty; none of `rows`."""
     tokens: int
     """Real tokens of the used examples, after the cut."""
     targets: int

@@ -23,11 +23,25 @@ def _no_credentials(uri: str) -> str:
     return uri
 
 
+def _decoded(uri: str) -> str:
+    # Programs write a blank in a file URI as %20; a path has no such signs, and is never decoded again.
+    scheme, separator, path = uri.partition("://")
+    try:
+        decoded = re.sub(r"(?:%[0-9A-Fa-f]{2})+", lambda signs: bytes.fromhex(signs[0].replace("%", "")).decode(), path)
+    except UnicodeDecodeError as error:
+        raise ValueError("what % stands for in a file URI is not UTF-8; write the path as it is") from error
+    if scheme.lower() != "file" or not separator or not path.startswith("/") or decoded == path:
+        return uri
+    if "\0" in decoded:
+        raise ValueError("a path holds no NUL character")
+    return decoded
+
+
 def _one_or_many(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-Uri = Annotated[Text, AfterValidator(_no_credentials)]
+Uri = Annotated[Text, AfterValidator(_no_credentials), AfterValidator(_decoded)]
 Uris = Annotated[
     tuple[Uri, ...],
     Field(min_length=1),

@@ -12,6 +12,10 @@ CONFIDENCE = 0.95
 """One-sided: a checkpoint counts as worse when its loss is higher in at least this share of the resamples."""
 
 
+NOTHING_BETTER = "nothing better than the base was found"
+"""The verdict where the checkpoint to keep is that of step 0, before any training."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """Held-out loss of each example at one step."""

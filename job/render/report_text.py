@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from job.core.lines import worth_naming
 from job.core.report import Report
+from job.core.verdict import NOTHING_BETTER
 from job.render.preview_text import example_lines
 from job.render.sources_text import source_lines
 
@@ -47,6 +48,7 @@ def report_lines(report: Report) -> list[str]:
 def _outcome(report: Report) -> list[str]:
     spot = report.sweet_spot
     lines = [
+        *([f"verdict            {NOTHING_BETTER}: the adapter leaves it as it is"] if spot.step == 0 else []),
         f"validation loss    base {spot.base_loss:.4f} -> tuned {spot.loss:.4f} nats a token",
         f"chosen checkpoint  step {spot.step} of {report.plan.steps} ({spot.reason})",
         "overfitting        "
@@ -89,6 +91,7 @@ def _data(report: Report) -> list[str]:
         "truncated": data.train.truncated,
         "too long and dropped": data.train.dropped,
         "nothing to learn from": data.train.without_target,
+        "empty answers left out": data.train.empty,
     }
     seen = [f"{name} {count}" for name, count in counted.items() if count]
     return lines + (["      " + ", ".join(seen)] if seen else [])

@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import structlog
+from pydantic import TypeAdapter
 
 from job.core.advice import refuse_endless_warm_up
 from job.core.course import Course, course_of
@@ -20,15 +21,16 @@ from job.core.lengths import choose_max_length
 from job.core.mixture import portions
 from job.core.preview import ExamplePreview
 from job.core.records import Example, Tally, is_held_out
-from job.core.report import DataReport, SourceLoss
+from job.core.report import DataObject, DataReport, SourceLoss
+from job.core.unused import judge_unused
 from job.core.verdict import Evaluation
 from job.edge.dataset_files import DataFile
 from job.edge.store.objects import StoredObject
 from job.edge.store.whole_files import whole_file
 from job.stages.attempt import Phases, Worker
-from job.stages.data_report import counted, data_report
+from job.stages.data_report import Audit, counted, data_report
 from job.stages.identity import Run
-from job.stages.sources import fetch_sources, judge_sources, read_sources
+from job.stages.sources import fetch_sources, judge_sources, new_tallies, read_sources
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import FORMAT, SIDES, EncodedSet, Side, encode, open_encoded
 from job.tune.data.frame import TokenRules, token_rules
@@ -36,6 +38,7 @@ from job.tune.data.picture import by_source, pictures
 
 log = structlog.get_logger(__name__)
 _AUDIT = "audit.json"
+_AS_JSON = TypeAdapter(Audit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,8 @@ class Dataset:
     train: Documents
     validation: Documents
     report: DataReport
+    notes: Sequence[str]
+    """What a reader should know of it."""
 
     def losses_by_source(self, evaluation: Evaluation) -> tuple[SourceLoss, ...]:
         """What an evaluation of the held-out documents says of each source; empty where there is but one."""
@@ -85,6 +90,13 @@ def prepare_dataset(
     validation = select_documents(
         encoded["validation"], max_length=limit.tokens, too_long=data.too_long, most=evaluation.max_examples
     )
+    notes = audit.named_lines() + judge_unused(
+        audit.left_out(data, "train", train),
+        audit.left_out(data, "validation", validation),
+        max_length=limit.tokens,
+        longest=int(encoded["train"].lengths.max()),
+        positions=positions,
+    )
     for side, documents in (("train", train), ("validation", validation)):
         if not len(documents):
             raise DataError(
@@ -110,31 +122,29 @@ def prepare_dataset(
         truncated=train.truncated,
         dropped=train.dropped,
         without_target=train.without_target,
+        empty=report.train.empty,
         bad_lines=report.bad_lines,
         **({"sources": counted(report, course)} if report.train.sources else {}),
     )
-    return Dataset(train=train, validation=validation, report=report)
+    return Dataset(train=train, validation=validation, report=report, notes=notes)
 
 
 def _encoded(
     worker: Worker, phases: Phases, run: Run, tokenizer: Any, folder: Path
-) -> tuple[dict[Side, EncodedSet], dict[str, Any]]:
+) -> tuple[dict[Side, EncodedSet], Audit]:
     place = folder / "encoded"
     if (place / _AUDIT).is_file():
-        audit = json.loads((place / _AUDIT).read_text(encoding="utf-8"))
+        kept = json.loads((place / _AUDIT).read_text(encoding="utf-8"))
         # A run id that was given may have stood for other data or templates before, and the image may be newer.
-        if audit["run"] == run.record and audit.get("format") == FORMAT:
-            return open_encoded(place), audit
+        if kept["run"] == run.record and kept.get("format") == FORMAT:
+            return open_encoded(place), _AS_JSON.validate_python(kept["audit"])
     crash_point("download.before")
     with phases.phase("download"):
         fetched = {side: _fetch(worker, phases, run, folder, side) for side in SIDES}
     (place / _AUDIT).unlink(missing_ok=True)  # first: what it says is whole is being written anew
     with phases.phase("encode"):
         data = worker.recipe.data
-        tallies: dict[Side, list[Tally]] = {
-            "train": [Tally() for _ in data.sources],
-            "validation": [Tally() for _ in data.held_out_sources],
-        }
+        tallies = new_tallies(data)
         encoded = encode(
             _routed(data, fetched, tallies),
             _rules(tokenizer, data),
@@ -143,19 +153,11 @@ def _encoded(
             on_progress=lambda done: _encoding(phases, done),
         )
     crash_point("encode.after")
-    tally = Tally()
-    for each in chain(*tallies.values()):
-        tally.merge(each)
-    audit = {
-        "run": run.record,
-        "format": FORMAT,
-        **{side: [_object(file) for file in chain(*files)] for side, files in fetched.items()},
-        "bad": tally.bad,
-        "bad_by_source": {side: [each.bad for each in tallies[side]] for side in tallies},
-        "first_bad": [asdict(record) for record in tally.first_bad],
-    }
+    objects = {side: [_object(file) for file in chain(*files)] for side, files in fetched.items()}
+    audit = Audit(objects=objects, tallies=tallies)
+    kept = {"run": run.record, "format": FORMAT, "audit": _AS_JSON.dump_python(audit, mode="json")}
     with whole_file(place / _AUDIT) as file:  # last: with it the folder is whole
-        file.write(json.dumps(audit).encode())
+        file.write(json.dumps(kept).encode())
     shutil.rmtree(folder / "data", ignore_errors=True)
     return encoded, audit
 
@@ -200,15 +202,9 @@ def _routed(
     judge_sources((*data.sources, *data.held_out_sources), [*chain(*tallies.values())])
 
 
-def _object(file: DataFile) -> dict[str, Any]:
+def _object(file: DataFile) -> DataObject:
     source = file.source
-    return {
-        "uri": source.uri,
-        "etag": source.etag,
-        "version": source.version,
-        "size": source.size,
-        "sha256": file.sha256,
-    }
+    return DataObject(uri=source.uri, etag=source.etag, version=source.version, size=source.size, sha256=file.sha256)
 
 
 def _pictured(train: Documents, data: DataSection, tokenizer: Any) -> tuple[ExamplePreview, ...]:

@@ -11,7 +11,7 @@ import structlog
 from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, RunConflictError
 from job.core.report import Report
-from job.core.verdict import Verdict, judge
+from job.core.verdict import NOTHING_BETTER, Verdict, judge
 from job.edge.run.checkpoints import Checkpoint
 from job.render.card import Card, adapter_card
 from job.render.pictures import draw
@@ -38,6 +38,8 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
     folder = attempt.worker.run_folder(artifacts.run_id)
     with phases.phase("publish"):
         chosen, verdict = _fetch_chosen(attempt, inputs, folder / "adapter", facts)
+        if chosen.step == 0:
+            attempt.notes.append(_nothing_better(facts))
         card = adapter_card(_card(attempt, inputs, facts, step=chosen.step))
         (folder / "adapter" / _CARD).write_text(card, encoding="utf-8")
         files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
@@ -64,6 +66,14 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
         artifacts.publish_report(report.model_dump_json(indent=2).encode() + b"\n")
     shutil.rmtree(folder, ignore_errors=True)
     return report
+
+
+def _nothing_better(facts: TrainingFacts) -> str:
+    later = len(facts.progress.evaluations) - 1
+    return (
+        f"{NOTHING_BETTER}: none of {later} later evaluations has a significantly lower validation loss than step 0, "
+        "so the adapter leaves the base as it is; look at the data and at train.learning_rate, or train longer"
+    )
 
 
 def _for_people(attempt: Attempt, name: str) -> AbstractContextManager[None]:

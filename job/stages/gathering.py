@@ -1,5 +1,7 @@
 """What training starts from, in the order of what it costs: the device, the small files, the data, the weights."""
 
+import structlog
+
 from job.core.crash_points import crash_point
 from job.core.errors import StopRequestedError
 from job.stages.attempt import Attempt
@@ -8,9 +10,12 @@ from job.stages.dataset import prepare_dataset
 from job.stages.hardware import look_at_hardware
 from job.stages.holding import Held
 from job.stages.loading import Inputs
+from job.stages.stops import stops_elsewhere
 from job.tune.loop.track import refuse_trackers
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.config import load_tokenizer, read_config, shape_of
+
+log = structlog.get_logger(__name__)
 
 
 def gather(attempt: Attempt, held: Held) -> Inputs:
@@ -50,11 +55,14 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
         attempt.notes.append(
             f"{dataset.report.overlap} held-out examples are also trained on: the validation loss flatters"
         )
-    attempt.notes.extend(
+    unmeasured = (
         f"no held-out example is from the source {source.name}: how well it is learned is not measured"
         for source in dataset.report.validation.sources
         if not source.used
     )
+    for note in (*dataset.notes, *unmeasured, *stops_elsewhere(small, tokenizer, dataset.train)):
+        log.warning("data_note", reason=note)
+        attempt.notes.append(note)
     _stop_if_asked(attempt)
     # After the data, which is small beside them: a wrong line is reported before gigabytes move.
     with phases.phase("fetch_weights"):

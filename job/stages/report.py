@@ -26,7 +26,7 @@ from job.core.report import (
     Throughput,
     TrainingCurve,
 )
-from job.core.verdict import Verdict, is_exhausted
+from job.core.verdict import NOTHING_BETTER, Verdict, is_exhausted
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.base_source import loaded_from
@@ -192,6 +192,8 @@ def _sweet_spot(recipe: Recipe, facts: TrainingFacts, verdict: Verdict) -> Sweet
     reason = "lowest validation loss"
     if chosen.step != best.step:
         reason = f"earliest not significantly worse than the best, step {best.step} with {best.loss:.4f}"
+    if chosen.step == 0:
+        reason = f"{NOTHING_BETTER}: {reason}"
     patience = recipe.evaluate.patience
     return SweetSpot(
         step=chosen.step,

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from job.core.data_section import DataSource
+from job.core.data_section import DataSection, DataSource
 from job.core.records import Example, Tally, checked_lines, judge_lines
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
 from job.edge.store.objects import StoredObject
 from job.stages.attempt import Worker
+from job.tune.data.encoded import Side
 
 
 def fetch_sources(
@@ -46,6 +47,18 @@ def fetch_sources(
             )
         )
     return files
+
+
+def new_tallies(data: DataSection) -> dict[Side, list[Tally]]:
+    """One for each source that has files of its own, with what messages call it."""
+    return {
+        "train": _tallies("data.train", data.sources),
+        "validation": _tallies("data.validation", data.held_out_sources),
+    }
+
+
+def _tallies(side: str, sources: Sequence[DataSource]) -> list[Tally]:
+    return [Tally(side=f"{side}: {source.name}" if len(sources) > 1 else side) for source in sources]
 
 
 def read_sources(

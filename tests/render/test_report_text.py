@@ -93,3 +93,12 @@ def test_a_max_length_outside_the_histogram_is_pointed_at_nowhere():
 
 def test_an_empty_histogram_has_no_bars():
     assert histogram_lines((0, 1), (0,)) == ["  0-0       0 "]
+
+
+def test_a_run_that_found_nothing_better_than_the_base_says_so_first(report):
+    assert "nothing better" not in "\n".join(report_lines(report))
+
+    spot = report.sweet_spot.model_copy(update={"step": report.evaluations[0].step})
+    assert report.evaluations[0].step == 0
+    _run, _blank, first, *_ = report_lines(report.model_copy(update={"sweet_spot": spot}))
+    assert first == "verdict            nothing better than the base was found: the adapter leaves it as it is"

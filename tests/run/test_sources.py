@@ -222,17 +222,27 @@ def test_a_source_that_is_too_noisy_is_refused_however_clean_the_others_are(job)
     write_lines(job.data / "chats.jsonl", [*spelled(9, seed=3), {"ask": "1"}])
     ended = job.call("run")
     assert ended.code == 65
-    assert "10.00% of the lines are wrong" in ended.outcome["reason"]
+    assert "1 of 10 lines of data.train: chats.jsonl are wrong (10.00%)" in ended.outcome["reason"]
 
 
 def test_a_source_without_an_example_to_train_on_is_refused_by_name(job):
     with_sources(job, steps=4)
-    job.recipe["data"] |= {"max_length": 8, "too_long": "drop"}
+    job.recipe["data"] |= {"max_length": 8, "too_long": "drop", "unused_limit": 1.0}
     long = {"ask": "12 red hats " * 9, "say": "red 12"}
     write_lines(job.data / "chats.jsonl", [long | {"say": f"red {n}"} for n in range(10, 60)])
     ended = job.call("run")
     assert ended.code == 65
     assert "no example of the source chats.jsonl is left to train on" in ended.outcome["reason"]
+
+
+def test_a_source_of_which_too_much_is_left_out_is_refused_by_name(job):
+    with_sources(job, steps=4)
+    job.recipe["data"] |= {"max_length": 8, "too_long": "drop"}
+    long = {"ask": "12 red hats " * 9, "say": "red 12"}
+    write_lines(job.data / "chats.jsonl", [*spelled(20, seed=3), *[long | {"say": f"red {n}"} for n in range(10, 20)]])
+    ended = job.call("run")
+    assert ended.code == 65
+    assert "data.train: chats.jsonl: 10 of 30 examples are left out (33.3%)" in ended.outcome["reason"]
 
 
 def test_a_source_that_would_never_be_drawn_is_refused(job):

@@ -73,6 +73,15 @@ class Documents:
         """Whether one document was not cut."""
         return bool(self.encoded.lengths[self.rows[document]] <= self.max_length)
 
+    def ends(self, most: int = 1000) -> set[int]:
+        """The tokens that the first documents which were not cut learn to end with."""
+        found = set()
+        for row in self.rows[:most]:
+            ids, spans = self.encoded.input_ids(int(row)), self.encoded.spans(int(row))
+            if len(ids) <= self.max_length and spans[-1, 1] == len(ids):
+                found.add(int(ids[-1]))
+        return found
+
     def where(self, document: int) -> str:
         """`file:line` of one document."""
         return self.encoded.where(int(self.rows[document]))

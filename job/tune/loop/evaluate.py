@@ -11,9 +11,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from job.core.errors import StopRequestedError
 from job.core.packing import pack
+from job.core.records import Part
 from job.core.verdict import Evaluation
 from job.tune.data.documents import Documents
-from job.tune.data.frame import TokenRules, encode_prompt
+from job.tune.data.frame import TokenRules, encode_given, encode_prompt
 from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.packed_model import PackedModel
 
@@ -75,6 +76,12 @@ class Question:
 def questions_of_prompts(prompts: Sequence[str], rules: TokenRules) -> list[Question]:
     """The recipe's prompts."""
     return [Question(ids=tuple(encode_prompt(p, rules)), prompt=p, expected=None) for p in prompts]
+
+
+def question_of_parts(parts: Sequence[Part], rules: TokenRules) -> Question:
+    """What a template made of a record: what stands in a field is no control token here either."""
+    prompt = "".join(part.text for part in parts)
+    return Question(ids=tuple(encode_given(parts, rules)), prompt=prompt, expected=None)
 
 
 def questions_of_documents(

@@ -54,6 +54,12 @@ def named_positions(folder: Path) -> int | None:
     return positions if isinstance(positions, int) and not isinstance(positions, bool) and positions > 0 else None
 
 
+def generation_stops(folder: Path) -> list[int]:
+    """The tokens at which the base's generation_config ends an answer; empty: it names none."""
+    stops = _object(folder / "generation_config.json").get("eos_token_id")
+    return [each for each in (stops if isinstance(stops, list) else [stops]) if isinstance(each, int)]
+
+
 def encodes_alike(one: Any, other: Any) -> bool:
     """Whether two tokenizers are the same: class, rules and special tokens."""
     return (
