@@ -72,7 +72,7 @@ def try_out(
     rules = token_rules(tokenizer, recipe.data)
 
     def reply(prompt: str) -> str:
-        questions = questions_of_prompts([prompt], tokenizer, rules)
+        questions = questions_of_prompts([prompt], rules)
         longest = max_new_tokens or recipe.evaluate.max_new_tokens
         seed = recipe.train.seed
         return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]

@@ -113,7 +113,6 @@ def _encoded(
         tally = Tally()
         encoded = encode(
             _routed(worker.recipe.data, train, validation, tally),
-            tokenizer,
             token_rules(tokenizer, worker.recipe.data),
             folder=place,
             should_stop=worker.should_stop,

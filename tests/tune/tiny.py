@@ -149,9 +149,10 @@ def random_text(length: int, *, seed: int) -> str:
     return "".join(random.Random(seed).choices(LETTERS[2:], k=length))
 
 
-def example_of(*parts: tuple[str, bool], line: int = 1) -> Example:
-    """(text, learned) parts as an example."""
-    return Example(parts=tuple(Part(text=t, learned=learned) for t, learned in parts), where=f"train.jsonl:{line}")
+def example_of(*parts: tuple[str, bool], line: int = 1, control: bool = False) -> Example:
+    """(text, learned) parts as an example; `control`: as a template's own text."""
+    made = (Part(text=text, learned=learned, control=control) for text, learned in parts)
+    return Example(parts=tuple(made), where=f"train.jsonl:{line}")
 
 
 def documents_of(
@@ -168,7 +169,6 @@ def documents_of_examples(
     """Examples of any parts as the stages encode them."""
     encoded = encode(
         [("train", example) for example in examples],
-        tokenizer,
         token_rules(tokenizer, data),
         folder=folder,
         should_stop=lambda: False,

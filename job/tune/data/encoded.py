@@ -31,7 +31,7 @@ _SCHEMA = pa.schema(
         "where": pa.string(),
     }
 )
-FORMAT = 3
+FORMAT = 4
 """What `encode` writes: files of another format are encoded anew."""
 
 
@@ -86,7 +86,6 @@ def _numpy(column: Any) -> Any:
 
 def encode(
     examples: Iterable[tuple[Side, Example]],
-    tokenizer: Any,
     rules: TokenRules,
     *,
     folder: Path,
@@ -97,7 +96,6 @@ def encode(
 
     Args:
         examples: each with its side; read once.
-        tokenizer: the base model's.
         rules: from `token_rules`.
         folder: where the files stand; it belongs to one run, so its files can only hold this run's data.
         should_stop: polled between batches.
@@ -114,7 +112,7 @@ def encode(
         for batch in _batches(examples):
             if should_stop():
                 raise StopRequestedError("asked to stop while encoding")
-            framed = encode_examples([example for _, example in batch], tokenizer, rules)
+            framed = encode_examples([example for _, example in batch], rules)
             rows: dict[Side, list[dict[str, Any]]] = {side: [] for side in _SIDES}
             for (side, example), each in zip(batch, framed, strict=True):
                 rows[side].append(_row(example, each))
