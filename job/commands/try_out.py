@@ -11,8 +11,9 @@ from typing import Any
 
 from job.commands.report import open_run, recipe_of
 from job.core.asking import asked_fields, fields_given, prompt_of
+from job.core.data_section import DataSection
 from job.core.errors import DataError, NotFoundError, UsageError
-from job.core.recipe import DataSection, Recipe, is_hub_id
+from job.core.recipe import Recipe, is_hub_id
 from job.core.records import fields_of
 from job.core.report import Report
 from job.edge.base import fetching

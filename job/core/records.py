@@ -8,8 +8,8 @@ from string import Formatter
 from typing import Any
 
 from job.core.close_names import closest
+from job.core.data_section import DataSection
 from job.core.errors import DataError
-from job.core.recipe import DataSection
 
 REPORTED_AT_ONCE = 20
 """Wrong lines named in one message."""

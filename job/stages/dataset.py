@@ -12,9 +12,9 @@ import structlog
 from job.core.advice import refuse_endless_warm_up
 from job.core.course import course_of
 from job.core.crash_points import crash_point
+from job.core.data_section import DataSection, Fraction
 from job.core.errors import DataError
 from job.core.lengths import choose_max_length, length_statistics
-from job.core.recipe import DataSection, Fraction
 from job.core.records import Example, Tally, checked_lines, is_held_out, judge_lines
 from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
 from job.edge.dataset_files import DataFile, fetch_files, read_lines

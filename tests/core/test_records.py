@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.core import records
+from job.core.data_section import DataSection
 from job.core.errors import DataError
-from job.core.recipe import DataSection
 from job.core.records import BadRecord, Example, Part, Tally, examples, is_held_out, parse_line
 from job.core.report import BadLine
 

@@ -27,16 +27,9 @@ from transformers import (
 
 from job.core.course import Course, plan_course
 from job.core.cut import Cut
+from job.core.data_section import DataSection
 from job.core.limits import Limits
-from job.core.recipe import (
-    CheckpointSection,
-    DataSection,
-    EvaluateSection,
-    LoraSection,
-    Recipe,
-    TrackSection,
-    TrainSection,
-)
+from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection, Recipe, TrackSection, TrainSection
 from job.core.records import Example, Part
 from job.core.verdict import Evaluation
 from job.edge.host.outcome import Outcome

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
-from job.core.recipe import DataSection
 from job.core.records import Example, Part
 from job.tune.data.control import ControlFinder, ControlToken, control_tokens
 from job.tune.data.spelling import Spelling
