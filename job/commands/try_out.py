@@ -11,10 +11,11 @@ from typing import Any
 
 from job.commands.report import open_run, recipe_of
 from job.core.asking import asked_fields, fields_given, prompt_of
+from job.core.chats import Chat, as_read, prompt_chat
 from job.core.data_section import DataSection
 from job.core.errors import DataError, NotFoundError, UsageError
 from job.core.recipe import Recipe, is_hub_id
-from job.core.records import fields_of
+from job.core.records import chat_in, fields_of
 from job.core.report import Report
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
@@ -59,37 +60,52 @@ def try_out(
         should_stop: polled at each token.
         on_answer: called with prompt, base's answer and tuned answer.
     """
+    from job.tune.data.chat import ChatTemplates
     from job.tune.data.frame import token_rules
-    from job.tune.loop.evaluate import answer, questions_of_prompts
+    from job.tune.loop.evaluate import Question, answer, question_of_chat, questions_of_prompts
     from job.tune.model.config import load_tokenizer
 
     quiet_libraries()
     refuse_planted(workdir)
     artifacts, report = open_run(run_uri)
     recipe = recipe_of(report)
-    prompts = chain(asked.prompts, [*_made_prompts(asked, recipe.data)])  # before a base is loaded for a wrong one
+    data = recipe.data if recipe.data.makes_text else recipe.data.sources[0].data
+    prompts = chain(asked.prompts, [*_made_prompts(asked, data)])  # before a base is loaded for a wrong one
     folder, model = _load(artifacts, report, recipe, workdir=workdir, device=device, should_stop=should_stop)
     tokenizer = load_tokenizer(folder)
-    rules = token_rules(tokenizer, recipe.data)
+    rules = token_rules(tokenizer, data)
 
-    def reply(prompt: str) -> str:
-        questions = questions_of_prompts([prompt], rules)
+    def reply(question: Question) -> str:
         longest = max_new_tokens or recipe.evaluate.max_new_tokens
         seed = recipe.train.seed
-        return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
+        return answer(model, [question], tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
 
-    for prompt in prompts:
-        with model.model.disable_adapter():
-            untuned = reply(prompt)
-        on_answer(prompt, untuned, reply(prompt))
+    with ChatTemplates(tokenizer, should_stop=should_stop) as chats:
+        template = chats.asked(data)
+        for prompt in prompts:
+            if template is not None and isinstance(prompt, Chat):
+                question = question_of_chat(template.question(prompt), as_read(prompt), rules, template)
+            else:
+                [question] = questions_of_prompts([str(prompt)], rules, template)
+            with model.model.disable_adapter():
+                untuned = reply(question)
+            on_answer(question.prompt, untuned, reply(question))
 
 
-def _made_prompts(asked: Asked, data: DataSection) -> Iterator[str]:
-    """By the run's template."""
+def _made_prompts(asked: Asked, data: DataSection) -> Iterator[str | Chat]:
+    """By the run's template; of a chat what stands before its last answer."""
+    if asked.fields and data.chat is not None:
+        raise UsageError("--field: this run was trained on chats, which have no fields; use --prompt or --record")
     if asked.fields:
         yield prompt_of(fields_given(asked.fields, data), data)
     if asked.record_file is not None:
         for where, raw in _record_lines(asked.record_file):
+            if data.chat is not None:
+                chat = chat_in(raw, data, where=where, asked=True)
+                if isinstance(chat, str):
+                    raise DataError(f"{where}: {chat}")
+                yield prompt_chat(chat)
+                continue
             fields = fields_of(raw, asked_fields(data))
             if isinstance(fields, str):
                 raise DataError(f"{where}: {fields}")

@@ -47,7 +47,9 @@ class _WrongChatError(ValueError):
     """Why a record holds no conversation; the message is for people."""
 
 
-def chat_of(record: Mapping[str, Any], *, field: str, tools: str, drop_reasoning: bool, where: str) -> Chat | str:
+def chat_of(
+    record: Mapping[str, Any], *, field: str, tools: str, drop_reasoning: bool, where: str, asked: bool = False
+) -> Chat | str:
     """The conversation of a record, or the reason why it holds none that an assistant could learn from.
 
     Args:
@@ -56,12 +58,14 @@ def chat_of(record: Mapping[str, Any], *, field: str, tools: str, drop_reasoning
         tools: where the tools' schemas stand, `data.tools`; a record may have none.
         drop_reasoning: whether reasoning is left out.
         where: `file:line`.
+        asked: it is to be answered, so that nothing in it must be learned.
     """
     try:
         name, found = _messages(record, field)
         messages = [_message(each, f"{name}[{n}]", drop=drop_reasoning) for n, each in enumerate(found)]
         chat = Chat(messages=messages, tools=_tools(record, tools), where=where)
-        _refuse_unlearnable(chat, name)
+        if not asked:
+            _refuse_unlearnable(chat, name)
     except _WrongChatError as error:
         return str(error)
     except RecursionError:
@@ -73,6 +77,12 @@ def prompt_chat(chat: Chat) -> Chat:
     """What stands before the last answer: what the model is asked."""
     last = chat.turns[-1] if chat.turns else len(chat.messages)
     return Chat(messages=chat.messages[:last], tools=chat.tools, where=chat.where)
+
+
+def as_read(chat: Chat) -> str:
+    """A conversation for people: one message as it is, of several each with its role."""
+    texts = [(str(message["role"]), str(message.get("content") or "")) for message in chat.messages]
+    return texts[0][1] if len(texts) == 1 else "\n".join(f"{role}: {text}" for role, text in texts)
 
 
 def _refuse_unlearnable(chat: Chat, name: str) -> None:

@@ -32,7 +32,10 @@ def template_fields(template: str) -> list[str]:
             continue
         if spec or conversion or not re.fullmatch(r"[^\W\d][\w -]*", name):
             shown = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
-            raise ValueError(f"{shown} is not a plain field name; write {{name}}, and {{{{ }}}} for literal braces")
+            hint = "; the messages of a chat are read by data.chat" if "[" in name else ""
+            raise ValueError(
+                f"{shown} is not a plain field name; write {{name}}, and {{{{ }}}} for literal braces{hint}"
+            )
         fields.append(name)
     return fields
 
@@ -46,7 +49,11 @@ def _template(value: str) -> str:
 Template = Annotated[Text, AfterValidator(_template)]
 
 
-_ONE_WAY = "give either `text`, or `prompt` and `completion`"
+NAMED_TEMPLATES = ("chatml", "llama3", "gemma", "alpaca")
+"""Chat templates that ship."""
+OF_CHATS = ("chat_template", "learn", "reasoning", "tools")
+"""What goes with `chat` alone."""
+_ONE_WAY = "give either `text`, or `prompt` and `completion`, or `chat`"
 _OR_EACH_SOURCE = "; or give every source its own, those of `validation` as well"
 
 
@@ -68,23 +75,47 @@ class Templates(Section):
     """Format template of what the model learns to answer."""
     loss_on: Literal["completion", "all"] = "completion"
     """With `prompt` and `completion`: which of them the loss is over. A model graded on its prompt learns prompts."""
+    chat: Text | None = None
+    """Instead of templates: the field that holds a chat's messages, as a rule `messages` or `conversations`."""
+    chat_template: Text | None = None
+    """With `chat`: a file (seen from the recipe), or `chatml`, `llama3`, `gemma` or `alpaca`; without it the
+    tokenizer's own."""
+    learn: Literal["all-assistant", "last-assistant"] = "all-assistant"
+    """With `chat`: which of the assistant's turns the loss is over."""
+    reasoning: Literal["keep", "mask", "drop"] = "keep"
+    """With `chat`: whether the assistant's reasoning is learned, only given, or left out."""
+    tools: Text = "tools"
+    """With `chat`: the field that holds the schemas of the tools, in records that have it."""
 
     @model_validator(mode="after")
     def _at_most_one_way_to_make_text(self) -> Self:
         pair = (self.prompt is not None, self.completion is not None)
         if any(pair) and (self.text is not None or not all(pair)):
             raise ValueError(_ONE_WAY)
+        if self.chat is not None and (self.text is not None or any(pair)):
+            raise ValueError(_ONE_WAY)
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_chats_need_one(self) -> Self:
+        given = sorted(name for name in OF_CHATS if getattr(self, name) != Templates.model_fields[name].default)
+        if given and self.chat is None:
+            raise ValueError(f"`{given[0]}` goes with `chat`, the field that holds the messages; give it as well")
+        if self.chat is not None and self.loss_on == "all":
+            raise ValueError(
+                "`loss_on: all` goes with `prompt` and `completion`; of a chat `learn` says what is learned"
+            )
         return self
 
     @property
     def makes_text(self) -> bool:
         """Whether templates are given at all: a source may leave them to `data`."""
-        return self.text is not None or self.prompt is not None
+        return self.text is not None or self.prompt is not None or self.chat is not None
 
     @property
     def has_prompt(self) -> bool:
         """Whether an example has a question before what is learned."""
-        return self.prompt is not None
+        return self.prompt is not None or self.chat is not None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -103,7 +134,9 @@ class HeldOutSource(Templates):
 
     @model_validator(mode="after")
     def _options_go_with_templates(self) -> Self:
-        left = sorted((self.model_fields_set & Templates.model_fields.keys()) - {"text", "prompt", "completion"})
+        left = sorted(
+            (self.model_fields_set & Templates.model_fields.keys()) - {"text", "prompt", "completion", "chat"}
+        )
         if left and not self.makes_text:
             raise ValueError(f"`{left[0]}` goes with templates of the source's own; give them, or leave it out")
         return self

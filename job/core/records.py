@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
+from job.core.chats import Chat, chat_of
 from job.core.close_names import closest
 from job.core.data_section import DataSection
 from job.core.errors import DataError
@@ -34,6 +35,8 @@ class Example:
     parts: tuple[Part, ...]
     where: str
     """`file:line`, for messages."""
+    is_chat: bool = False
+    """Whether a chat template wrote all of it: BOS, where there is one, is in it already."""
 
     @property
     def text(self) -> str:
@@ -76,6 +79,12 @@ class BadRecord:
     def kind(self) -> str:
         """The reason without what differs from line to line."""
         return self.reason.partition(" (")[0]
+
+
+Parsed = Example | Chat | BadRecord
+"""What a line holds: a chat becomes an example once a template has rendered it."""
+Render = Callable[[Iterable[Parsed]], Iterator[Example | BadRecord]]
+"""Renders the chats, in their order, and leaves all else as it is."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,25 +133,34 @@ def examples(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tall
     judge_lines([tally], data)
 
 
-def checked_lines(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally) -> Iterator[Example]:
+def checked_lines(
+    lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally, render: Render | None = None
+) -> Iterator[Example]:
     """Check and render each line; wrong ones are counted in the tally and left out.
 
     Args:
         lines: file name, line number (from 1) and the raw bytes without the line end.
         data: the templates.
         tally: filled while the caller reads.
+        render: makes examples of chats; without it they are checked and counted, and give none.
     """
+    parsed = _parsed_lines(lines, data, tally)
+    for each in parsed if render is None else render(parsed):
+        if isinstance(each, BadRecord):
+            tally.add_bad(each)
+            continue
+        tally.good += 1
+        if isinstance(each, Example):
+            yield each
+
+
+def _parsed_lines(lines: Iterable[tuple[str, int, bytes]], data: DataSection, tally: Tally) -> Iterator[Parsed]:
     for source, number, raw in lines:
         body = raw.removeprefix(_BOM) if number == 1 else raw
         if not body.strip():
             continue
         tally.lines += 1
-        parsed = parse_line(body, data, where=f"{source}:{number}")
-        if isinstance(parsed, BadRecord):
-            tally.add_bad(parsed)
-        else:
-            tally.good += 1
-            yield parsed
+        yield parse_line(body, data, where=f"{source}:{number}")
 
 
 def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
@@ -168,20 +186,25 @@ def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
 def _advice(tally: Tally, data: DataSection, *, can_skip: bool) -> str:
     """What helps, and nothing else: too many wrong lines are not left out."""
     ways = ["correct them"]
-    missing = [name for name in data.fields if f'"{name}" is missing' in tally.kinds]
-    if missing:
-        templates = [f"data.{name}" for name in ("text", "prompt", "completion") if getattr(data, name) is not None]
+    wanted = data.fields if data.chat is None else (data.chat,)
+    if any(f'"{name}" is missing' in tally.kinds for name in wanted):
+        templates = [
+            f"data.{name}" for name in ("text", "prompt", "completion", "chat") if getattr(data, name) is not None
+        ]
         ways.append(f"name in {' and '.join(templates)} the fields that the records have")
     if can_skip:
         ways.append("set data.on_bad_record: skip")
     return ", or ".join(ways)
 
 
-def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRecord:
-    """One line -> an example, or why it is none."""
+def parse_line(raw: bytes, data: DataSection, *, where: str) -> Parsed:
+    """One line -> an example or a chat, or why it is none."""
     if len(raw) > data.max_record:
         too_long = f"longer than data.max_record ({data.max_record:,} bytes)"
         return BadRecord(where=where, reason=f"{too_long}; split the record, or raise data.max_record")
+    if data.chat is not None:
+        chat = chat_in(raw, data, where=where)
+        return BadRecord(where=where, reason=chat) if isinstance(chat, str) else chat
     fields = fields_of(raw, data.fields)
     if isinstance(fields, str):
         return BadRecord(where=where, reason=fields)
@@ -209,6 +232,16 @@ def filled_in(template: str, fields: Mapping[str, str], *, learned: bool) -> Ite
             yield Part(text=literal, learned=learned, control=True)
         if name is not None:
             yield Part(text=fields[name], learned=learned)
+
+
+def chat_in(raw: bytes, data: DataSection, *, where: str, asked: bool = False) -> Chat | str:
+    """The conversation of one record of a chat data set, or the reason why it holds none; see `chat_of`."""
+    record = _record(raw)
+    if isinstance(record, str):
+        return record
+    drop = data.reasoning == "drop"
+    field, tools = data.chat or "", data.tools
+    return chat_of(record, field=field, tools=tools, drop_reasoning=drop, where=where, asked=asked)
 
 
 def fields_of(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:
@@ -251,7 +284,8 @@ def _field_reason(record: dict[str, object], name: str) -> str | None:
         return "is missing" + (f" (the record has {_listed(record, name)})" if record else " (the record is empty)")
     value = record[name]
     if not isinstance(value, str):
-        return f"is {_json_kind(value)}, not a string"
+        chat = "; data.chat reads lists of messages" if isinstance(value, list) else ""
+        return f"is {_json_kind(value)}, not a string{chat}"
     if not value.strip():
         return "is empty"
     if "\0" in value:

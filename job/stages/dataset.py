@@ -15,13 +15,14 @@ from job.core.crash_points import crash_point
 from job.core.data_section import DataSection, Fraction
 from job.core.errors import DataError
 from job.core.lengths import choose_max_length, length_statistics
-from job.core.records import Example, Tally, checked_lines, is_held_out, judge_lines
+from job.core.records import Example, Render, Tally, checked_lines, is_held_out, judge_lines
 from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
 from job.edge.store.objects import StoredObject
 from job.edge.store.whole_files import whole_file
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import Run
+from job.tune.data.chat import ChatTemplates
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import FORMAT, EncodedSet, Side, encode, open_encoded
 from job.tune.data.frame import token_rules
@@ -109,10 +110,14 @@ def _encoded(
         train = _fetch(worker, phases, run, folder, "train")
         validation = _fetch(worker, phases, run, folder, "validation")
     (place / _AUDIT).unlink(missing_ok=True)  # first: what it says is whole is being written anew
-    with phases.phase("encode"):
+    with phases.phase("encode"), ChatTemplates(tokenizer, should_stop=worker.should_stop) as chats:
+        template = chats.asked(worker.recipe.data)
+        for prompt in worker.recipe.evaluate.prompts:
+            if template is not None:
+                template.prompt(prompt)  # it may refuse it: better now than once the base is loaded
         tally = Tally()
         encoded = encode(
-            _routed(worker.recipe.data, train, validation, tally),
+            _routed(worker.recipe.data, train, validation, tally, chats.rendering(worker.recipe.data)),
             token_rules(tokenizer, worker.recipe.data),
             folder=place,
             should_stop=worker.should_stop,
@@ -162,14 +167,18 @@ def _encoding(phases: Phases, done: int) -> None:
 
 
 def _routed(
-    data: DataSection, train: Sequence[DataFile], validation: Sequence[DataFile], tally: Tally
+    data: DataSection,
+    train: Sequence[DataFile],
+    validation: Sequence[DataFile],
+    tally: Tally,
+    render: Render | None,
 ) -> Iterator[tuple[Side, Example]]:
     """Each checked example with its side."""
     own = Tally()
-    for example in checked_lines(read_lines(train, max_record=data.max_record), data, tally=tally):
+    for example in checked_lines(read_lines(train, max_record=data.max_record), data, tally=tally, render=render):
         held_out = isinstance(data.validation, Fraction) and is_held_out(example.digest, data.validation.fraction)
         yield ("validation" if held_out else "train"), example
-    for example in checked_lines(read_lines(validation, max_record=data.max_record), data, tally=own):
+    for example in checked_lines(read_lines(validation, max_record=data.max_record), data, tally=own, render=render):
         yield "validation", example
     judge_lines([tally, own], data)
     tally.merge(own)

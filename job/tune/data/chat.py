@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Self
 
 from job.core.chats import THINK, Chat, prompt_chat
+from job.core.data_section import NAMED_TEMPLATES, DataSection
 from job.core.errors import DataError, UsageError
-from job.core.recipe import NAMED_TEMPLATES, DataSection
-from job.core.records import BadRecord, Example, Parsed, Part
+from job.core.records import BadRecord, Example, Parsed, Part, Render
 from job.tune.data.control import control_tokens
 from job.tune.data.named_templates import named_template
 from job.tune.data.rendering import Renderer
@@ -55,10 +56,8 @@ class ChatTemplate:
             should_stop=should_stop,
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End its process."""
         self._renderer.close()
 
     def examples(self, parsed: Iterable[Parsed]) -> Iterator[Example | BadRecord]:
@@ -85,6 +84,25 @@ class ChatTemplate:
             raise DataError(str(found))
         return found
 
+    def prompt(self, text: str) -> Example:
+        """What somebody writes to the assistant, as the first turn of a conversation.
+
+        Raises:
+            DataError: the template cannot render it.
+        """
+        return self.question(Chat(messages=[{"role": "user", "content": text}], tools=None, where=f"{text[:40]!r}"))
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The control token that ends an answer; None: there is none, and EOS ends it."""
+        pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        [found] = self._rendered([Chat(messages=pair, tools=None, where="a conversation of two turns")])
+        if isinstance(found, BadRecord):
+            return None
+        learned = "".join(part.text for part in found.parts if part.learned)
+        ends = [token.id for token in self._tokens.values() if learned.endswith(token.text)]
+        return ends[0] if ends else None
+
     def _rendered(self, chats: Sequence[Chat]) -> list[Example | BadRecord]:
         last = self._data.learn == "last-assistant"
         return self._answers(chats, turns=[chat.turns[-1:] if last else chat.turns for chat in chats])
@@ -103,20 +121,25 @@ class ChatTemplate:
             for chat, hiding, answer, places in zip(chats, hidings, answers, turns, strict=False)
         ]
 
-    def _example(
-        self, chat: Chat, hiding: "_Hiding", answer: Mapping[str, Any], *, ends: bool
-    ) -> Example | BadRecord:
+    def _example(self, chat: Chat, hiding: "_Hiding", answer: Mapping[str, Any], *, ends: bool) -> Example | BadRecord:
         if "fatal" in answer:
             raise DataError(f"{chat.where}: {self._named()} {answer['fatal']}; {self._advice()}")
         if "refused" in answer:
             reason = f"{self._named()} does not fit the conversation ({answer['refused']})"
             return BadRecord(where=chat.where, reason=reason)
         text, spans = answer["text"], answer["spans"]
-        parts = [part for start, end, learned in _stretches(spans, len(text)) for part in hiding.parts(text[start:end], learned=learned)]
+        parts = [
+            part
+            for start, end, learned in _stretches(spans, len(text))
+            for part in hiding.parts(text[start:end], learned=learned)
+        ]
+        if hiding.is_mangled(text):
+            reason = f"{self._named()} changes letters of the text, in which control tokens stand that a record wrote"
+            return BadRecord(where=chat.where, reason=f"{reason} (it could not be seen which are the template's own)")
         if ends and parts[-1].learned and parts[-1].control and self._ends_in_control(parts[-1].text):
             # The turn's own end is the end: no end of sequence comes behind it.
             parts.append(Part(text="", learned=False))
-        return Example(parts=tuple(parts), where=chat.where)
+        return Example(parts=tuple(parts), where=chat.where, is_chat=True)
 
     def _ends_in_control(self, text: str) -> bool:
         return any(match.end() == len(text) for match in self._control.finditer(text))
@@ -128,6 +151,46 @@ class ChatTemplate:
         if self._of_base:
             return f"give another one with data.chat_template: a file, or one of {', '.join(NAMED_TEMPLATES)}"
         return "correct it"
+
+
+class ChatTemplates:
+    """The chat templates that a data section's sources name, each begun when it is first needed."""
+
+    def __init__(self, tokenizer: Any, *, should_stop: Callable[[], bool]) -> None:
+        self._tokenizer = tokenizer
+        self._should_stop = should_stop
+        self._begun: dict[tuple[Any, ...], ChatTemplate] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for template in self._begun.values():
+            template.close()
+
+    def of(self, data: DataSection) -> ChatTemplate:
+        """That of a data section with `chat`.
+
+        Raises:
+            UsageError: neither recipe nor tokenizer has one.
+        """
+        key = (data.chat_template, data.learn, data.reasoning, data.max_record)
+        if key not in self._begun:
+            self._begun[key] = ChatTemplate(self._tokenizer, data, should_stop=self._should_stop)
+        return self._begun[key]
+
+    def asked(self, data: DataSection) -> ChatTemplate | None:
+        """What makes a question of a prompt; None: a prompt is taken as it is.
+
+        Where several sources have templates of their own, those of the first hold.
+        """
+        if not data.makes_text:
+            data = data.sources[0].data
+        return None if data.chat is None else self.of(data)
+
+    def rendering(self, data: DataSection) -> Render | None:
+        """What makes examples of the chats of a data section; None: it has none."""
+        return None if data.chat is None else self.of(data).examples
 
 
 def _template(tokenizer: Any, data: DataSection, *, control: frozenset[str]) -> str:
@@ -191,6 +254,10 @@ class _Hiding:
             elif piece:
                 yield Part(text=piece, learned=learned, control=True)
 
+    def is_mangled(self, text: str) -> bool:
+        """Whether a hiding word came back otherwise than it went."""
+        return bool(self._hidden) and text.lower().count(self._word) != len(re.findall(rf"{self._word}\d+z", text))
+
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         content = message.get("content")
         own = _THINK.match(content) if message["role"] == "assistant" and isinstance(content, str) else None
@@ -199,7 +266,7 @@ class _Hiding:
         # The marks of the assistant's own reasoning are meant: templates look for them.
         before = own[1] + self._hide(own[2]) + own[3]
         hidden = {key: self._hide(value) for key, value in message.items() if key != "content"}
-        return {**hidden, "content": before + self._hide(content[own.end() :])}
+        return {**hidden, "content": before + self._hide(message["content"][own.end() :])}
 
     def _hide(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -1,6 +1,6 @@
 """The chat templates that ship: for bases that have none of their own."""
 
-from job.core.recipe import NAMED_TEMPLATES
+from job.core.data_section import NAMED_TEMPLATES
 
 _CHATML = """\
 {%- for message in messages -%}

@@ -23,6 +23,7 @@ from job.tune.data.turns import Render, TurnError, Wish, learned_spans
 
 _TURNS_A_SECOND = 20
 """Turns of a long conversation for which a template gets another second: each is rendered with all before it."""
+_JSON_OPTIONS = {"ensure_ascii", "indent", "separators", "sort_keys"}
 _SHOWN = 300
 """Characters of a template's own message."""
 _TODAY = datetime(2024, 7, 26)  # noqa: DTZ001 - a date without a place
@@ -67,10 +68,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False  # noqa: FBT001, FBT002 - as templates call it
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _to_json(value: Any, **how: Any) -> str:
+    """As transformers has it: not escaped for HTML, as jinja2's own is."""
+    return json.dumps(value, **{"ensure_ascii": False} | {name: how[name] for name in how.keys() & _JSON_OPTIONS})
 
 
 def _raise_exception(message: str) -> None:

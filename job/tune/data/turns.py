@@ -7,7 +7,7 @@ generation prompt, as the model will be asked; the turn ends with the control to
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
@@ -48,7 +48,9 @@ def learned_spans(render: Render, messages: Sequence[Mapping[str, Any]], wish: W
             raise TurnError(f"what it renders before messages[{turn}] is not what stands there{_differ(begun, whole)}")
         end = _end(whole, len(begun), render(messages[: turn + 1], False), wish.control)  # noqa: FBT003
         if end is None:
-            raise TurnError(f"messages[{turn}] is rendered otherwise once more messages follow, and no control token ends it")
+            raise TurnError(
+                f"messages[{turn}] is rendered otherwise once more messages follow, and no control token ends it"
+            )
         start = _start(whole, len(begun), end, messages[turn], wish.reasoning)
         if start >= end:
             raise TurnError(f"messages[{turn}] leaves nothing that could be learned")
@@ -57,7 +59,7 @@ def learned_spans(render: Render, messages: Sequence[Mapping[str, Any]], wish: W
 
 
 def _differ(begun: str, whole: str) -> str:
-    same = len(commonprefix([begun, whole]))
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(begun, whole, strict=False)))
     return f": {begun[same : same + _SHOWN]!r} in place of {whole[same : same + _SHOWN]!r} at character {same + 1}"
 
 
