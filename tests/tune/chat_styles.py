@@ -121,7 +121,10 @@ TOOLS = [
         },
     }
 ]
-_WORDS = "the one in all hello then town Rain? é ß 12 to, well: a+b <b> {x} [y] 'z' \"q\" ...".split()
+_WORDS = (
+    *("the", "one", "in", "all", "hello", "then", "town", "Rain?", "é", "ß", "12", "to,", "well:"),
+    *("a+b", "<b>", "{x}", "[y]", "'z'", '"q"', "..."),
+)
 
 
 def random_chat(style: str, seed: int, *, reasoning: bool = False) -> dict[str, Any]:

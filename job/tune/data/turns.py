@@ -16,6 +16,7 @@ _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 _THINK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _THINK_END = re.compile(r"\s*</think>\s*")
 _SHOWN = 40
+_WAYS_OUT = "give another one with data.chat_template, or learn what fits with data.learn: last-assistant"
 
 
 class TurnError(ValueError):
@@ -45,11 +46,15 @@ def learned_spans(render: Render, messages: Sequence[Mapping[str, Any]], wish: W
     for turn in wish.turns:
         begun = render(messages[:turn], True)  # noqa: FBT003
         if not whole.startswith(begun):
-            raise TurnError(f"what it renders before messages[{turn}] is not what stands there{_differ(begun, whole)}")
+            raise TurnError(
+                f"what it renders before messages[{turn}] is not what stands there in the whole"
+                f"{_differ(begun, whole)}; {_WAYS_OUT}"
+            )
         end = _end(whole, len(begun), render(messages[: turn + 1], False), wish.control)  # noqa: FBT003
         if end is None:
             raise TurnError(
-                f"messages[{turn}] is rendered otherwise once more messages follow, and no control token ends it"
+                f"messages[{turn}] is rendered otherwise once more messages follow, and no control token ends it; "
+                f"{_WAYS_OUT}"
             )
         start = _start(whole, len(begun), end, messages[turn], wish.reasoning)
         if start >= end:
@@ -65,8 +70,8 @@ def _differ(begun: str, whole: str) -> str:
 
 def _end(whole: str, start: int, alone: str, control: re.Pattern[str]) -> int | None:
     """Where a turn that begins at `start` ends in the whole, by the rendering `alone` in which it is the last."""
-    if whole.startswith(alone) and len(alone) > start:
-        return _last_control_end(whole, start, len(alone), control)
+    if whole.startswith(alone):
+        return _last_control_end(whole, start, max(start, len(alone)), control)
     if alone[:start] != whole[:start]:
         return None
     # A last turn may have its reasoning, or an empty one, which the same turn has no more once others follow.
