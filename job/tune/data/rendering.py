@@ -45,14 +45,14 @@ class Renderer:
         for _attempt in range(2):
             process, first = self._begun()
             if first is None or "fatal" in first:
-                return [first or {"fatal": self._how_it_ended()}]
+                return self._ended([] if first is None else [first])
             # It reads all of it before it answers, so that neither waits for the other.
             self._write(process, asked[len(answers) :])
             answers += self._read(process, len(asked) - len(answers))
-            if len(answers) == len(asked) or (answers and "fatal" in answers[-1]):
+            if len(answers) == len(asked) and "fatal" not in answers[-1]:
                 return answers
             if process.wait() not in _FROM_OUTSIDE:
-                return [*answers, {"fatal": self._how_it_ended()}]
+                return self._ended(answers)
             self.close()
         raise JobError("the process that renders chats was ended from outside twice; give the job more memory")
 
@@ -80,11 +80,14 @@ class Renderer:
         self._write(self._process, self._setup)
         return self._process, next(iter(self._read(self._process, 1)), None)
 
-    def _how_it_ended(self) -> str:
-        """Of a process that a template brought to its end."""
+    def _ended(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The answers of a process that a template brought to its end, with the reason as the last."""
         self.close()
+        if answers and "fatal" in answers[-1]:
+            return answers
         seconds, mib = self._setup["seconds"], self._setup["most_bytes"] >> 20
-        return f"does not come to an end in {seconds} seconds of computing and {mib:,} MiB of memory"
+        reason = f"does not come to an end in {seconds} seconds of computing and {mib:,} MiB of memory"
+        return [*answers, {"fatal": reason}]
 
     @staticmethod
     def _write(process: "subprocess.Popen[bytes]", value: object) -> None:

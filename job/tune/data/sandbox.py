@@ -140,7 +140,10 @@ def main() -> None:
     while line := sys.stdin.buffer.readline():
         for asked in json.loads(line):
             _allow(setup["seconds"] + len(asked["messages"]) / _TURNS_A_SECOND)
-            _say(sandbox.answer(asked))
+            answer = sandbox.answer(asked)
+            _say(answer)
+            if "fatal" in answer:
+                return
 
 
 def _allow(seconds: float) -> None:
