@@ -53,7 +53,7 @@ NAMED_TEMPLATES = ("chatml", "llama3", "gemma", "alpaca")
 """Chat templates that ship."""
 OF_CHATS = ("chat_template", "learn", "reasoning", "tools")
 """What goes with `chat` alone."""
-_ONE_WAY = "give either `text`, or `prompt` and `completion`, or `chat`"
+_ONE_WAY = "give either `text`, or `prompt` and `completion`, or for chats `chat` (data.chat: messages)"
 _OR_EACH_SOURCE = "; or give every source its own, those of `validation` as well"
 
 
