@@ -78,8 +78,7 @@ class Templates(Section):
     chat: Text | None = None
     """Instead of templates: the field that holds a chat's messages, as a rule `messages` or `conversations`."""
     chat_template: Text | None = None
-    """With `chat`: a file (seen from the recipe), or `chatml`, `llama3`, `gemma` or `alpaca`; without it the
-    tokenizer's own."""
+    """With `chat`: a file beside the recipe, or `chatml`, `llama3`, `gemma`, `alpaca`; else the tokenizer's own."""
     learn: Literal["all-assistant", "last-assistant"] = "all-assistant"
     """With `chat`: which of the assistant's turns the loss is over."""
     reasoning: Literal["keep", "mask", "drop"] = "keep"
