@@ -157,6 +157,20 @@ ends (exit code 65). With own validation files each side is held to it, else bot
 skippable frames (`pzstd`) or zeros behind them are read to the end. UTF-16, a JSON array, CSV, Parquet and Arrow files
 are refused with a `python -c ...` line that makes JSON lines of them.
 
+**Chats.** `chat: messages` reads records like `{"messages": [{"role": "user", "content": "..."}, ...]}`; `from` and
+`value`, `human` and `gpt` and the like, and a field `conversations` are read as well. The tokenizer's own chat
+template renders them, or the one that `chat_template` names. Learned are the assistant's turns, tool calls too, each
+with the control token that ends it; what the system, the user and tools say is given. A turn begins where the
+generation prompt ends, found by rendering the conversation turn by turn, so that any template works; one that renders
+a beginning otherwise than the whole is refused with the first difference. Reasoning stands in `reasoning_content` (or
+`thinking`, `reasoning`), or between `<think>` and `</think>` at an answer's beginning; an empty `<think></think>` that
+a template adds is not learned. The template puts BOS itself; EOS is added only where no control token ends the last
+turn. A template that asks for the date gets 26 July 2024, so that a conversation is the same tomorrow. It runs in a
+sandbox of its own with 10 seconds of computing for a conversation; one that needs more ends the job (exit code 65). Of
+the templates that ship `alpaca` suits bases without control tokens; `chatml`, `llama3` and `gemma` use the base's EOS
+where it lacks their end of a turn. None of them knows tools. Prompts of `evaluate.prompts` and `try --prompt` are a
+user's turn.
+
 **Editors.** With this first line, editors that know JSON Schema complete and check the keys while you type:
 
 ```yaml

@@ -285,6 +285,7 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
         UsageError: the recipe or an option is wrong.
     """
     from job.core.recipe_text import load_recipe
+    from job.edge.chat_template_files import with_template_texts
     from job.edge.host.process import age_seconds
     from job.edge.relative_paths import located
     from job.stages.attempt import Attempt, Phases, Worker
@@ -298,8 +299,9 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
     run_id = options["run_id"]
     if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", run_id):
         raise UsageError(f"--run-id {run_id}: use letters, digits, '.', '_' and '-', at most 64")
+    recipe = load_recipe(text, source=str(path), overrides=overrides)
     worker = Worker(
-        recipe=load_recipe(text, source=str(path), overrides=overrides),
+        recipe=with_template_texts(recipe, beside=path.parent),
         workdir=options["workdir"].resolve(),
         device=options["device"],
         engine=options.get("engine", "auto"),

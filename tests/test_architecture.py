@@ -56,7 +56,7 @@ FLOORS = {
     ),
     "job.edge": (
         ("job.edge.base", "job.edge.base.*"),
-        ("job.edge.dataset_files", "job.edge.run", "job.edge.run.*"),
+        ("job.edge.chat_template_files", "job.edge.dataset_files", "job.edge.run", "job.edge.run.*"),
         ("job.edge.host", "job.edge.host.*", "job.edge.store", "job.edge.store.*"),
         ("job.edge.foreign_formats", "job.edge.relative_paths"),
     ),

@@ -17,7 +17,7 @@ def typed(text: str) -> str:
 
 
 def asked_fields(data: DataSection) -> tuple[str, ...]:
-    """The fields that a prompt is made of: those of `prompt`; those of `text` before the answer."""
+    """The fields that a prompt is made of: those of `prompt`; those of `text` before the answer; of chats none."""
     return tuple(dict.fromkeys(slot.name for slot in _asked(data)))
 
 
@@ -29,6 +29,8 @@ def required_fields(data: DataSection) -> frozenset[str]:
 def _asked(data: DataSection) -> list[Slot]:
     if data.prompt is not None:
         return slots(data.prompt)
+    if data.chat is not None:
+        return []
     found = slots(data.text or "")
     answer = answer_field(data.text or "")
     first = next(place for place, slot in enumerate(found) if slot.name == answer)
@@ -41,7 +43,7 @@ def asked_sources(data: DataSection) -> list[DataSection]:
     for source in data.sources:
         if source.data not in found:
             found.append(source.data)
-    return sorted(found, key=lambda each: not asked_fields(each))
+    return sorted(found, key=lambda each: not each.has_prompt and not asked_fields(each))
 
 
 def prompt_of(fields: Mapping[str, str | None], data: DataSection) -> tuple[Part, ...]:

@@ -28,7 +28,11 @@ def _template(value: str) -> str:
 Template = Annotated[Text, AfterValidator(_template)]
 
 
-_ONE_WAY = "give either `text`, or `prompt` and `completion`"
+NAMED_TEMPLATES = ("chatml", "llama3", "gemma", "alpaca")
+"""Chat templates that ship."""
+OF_CHATS = ("chat_template", "learn", "reasoning", "tools")
+"""What goes with `chat` alone."""
+_ONE_WAY = "give either `text`, or `prompt` and `completion`, or for chats `chat` (data.chat: messages)"
 _OR_EACH_SOURCE = "; or give every source its own, those of `validation` as well"
 
 
@@ -50,23 +54,46 @@ class Templates(Section):
     """Template of what the model learns to answer. It must not be empty: such an example is left out."""
     loss_on: Literal["completion", "all"] = "completion"
     """With `prompt` and `completion`: which of them the loss is over. A model graded on its prompt learns prompts."""
+    chat: Text | None = None
+    """Instead of templates: the field that holds a chat's messages, as a rule `messages` or `conversations`."""
+    chat_template: Text | None = None
+    """With `chat`: a file beside the recipe, or `chatml`, `llama3`, `gemma`, `alpaca`; else the tokenizer's own."""
+    learn: Literal["all-assistant", "last-assistant"] = "all-assistant"
+    """With `chat`: which of the assistant's turns the loss is over."""
+    reasoning: Literal["keep", "mask", "drop"] = "keep"
+    """With `chat`: whether the assistant's reasoning is learned, only given, or left out."""
+    tools: Text = "tools"
+    """With `chat`: the field that holds the schemas of the tools, in records that have it."""
 
     @model_validator(mode="after")
     def _at_most_one_way_to_make_text(self) -> Self:
         pair = (self.prompt is not None, self.completion is not None)
         if any(pair) and (self.text is not None or not all(pair)):
             raise ValueError(_ONE_WAY)
+        if self.chat is not None and (self.text is not None or any(pair)):
+            raise ValueError(_ONE_WAY)
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_chats_need_one(self) -> Self:
+        given = sorted(name for name in OF_CHATS if getattr(self, name) != Templates.model_fields[name].default)
+        if given and self.chat is None:
+            raise ValueError(f"`{given[0]}` goes with `chat`, the field that holds the messages; give it as well")
+        if self.chat is not None and self.loss_on == "all":
+            raise ValueError(
+                "`loss_on: all` goes with `prompt` and `completion`; of a chat `learn` says what is learned"
+            )
         return self
 
     @property
     def makes_text(self) -> bool:
         """Whether templates are given at all: a source may leave them to `data`."""
-        return self.text is not None or self.prompt is not None
+        return self.text is not None or self.prompt is not None or self.chat is not None
 
     @property
     def has_prompt(self) -> bool:
         """Whether an example has a question before what is learned."""
-        return self.prompt is not None
+        return self.prompt is not None or self.chat is not None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -111,7 +138,9 @@ class HeldOutSource(Templates, Place):
 
     @model_validator(mode="after")
     def _options_go_with_templates(self) -> Self:
-        left = sorted((self.model_fields_set & Templates.model_fields.keys()) - {"text", "prompt", "completion"})
+        left = sorted(
+            (self.model_fields_set & Templates.model_fields.keys()) - {"text", "prompt", "completion", "chat"}
+        )
         if left and not self.makes_text:
             raise ValueError(f"`{left[0]}` goes with templates of the source's own; give them, or leave it out")
         return self
@@ -135,6 +164,8 @@ class Source(HeldOutSource):
 def _as_written(source: HeldOutSource, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
     """Without the keys that it does not have, and without what goes with templates if it has none."""
     content = {name: value for name, value in dump(source).items() if value is not None}
+    if source.chat is None:
+        content = {name: value for name, value in content.items() if name not in OF_CHATS}
     return content if source.makes_text else {k: v for k, v in content.items() if k not in Templates.model_fields}
 
 

@@ -31,7 +31,8 @@ class _Constant(str):
     __slots__ = ()
 
 
-_DECODER = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=_Constant)
+_DECODER = json.JSONDecoder()
+_AS_WRITTEN = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=_Constant)
 
 
 def fields_of(
@@ -45,7 +46,7 @@ def fields_of(
         required: those that must be there.
         strict_types: whether numbers and booleans are refused.
     """
-    record = _record(raw)
+    record = record_of(raw, _AS_WRITTEN)
     if isinstance(record, str):
         return Unusable(reason=record)
     fields: dict[str, str | None] = {}
@@ -63,18 +64,20 @@ def fields_of(
     return fields if blank is None else blank
 
 
-def _record(raw: bytes) -> dict[str, Any] | str:
+def record_of(raw: bytes, decoder: json.JSONDecoder = _DECODER) -> dict[str, Any] | str:
     """The JSON object of one line, or the reason why it is none."""
     if b"\0" in raw:
         return "holds a NUL byte"
     try:
-        record = _DECODER.decode(raw.decode("utf-8"))
+        record = decoder.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"not UTF-8 (byte {error.start + 1} of the line)"
     except RecursionError:
         return "nested too deeply"
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg}, column {error.colno})"
+    except ValueError:
+        return "holds a number with too many digits"
     return record if isinstance(record, dict) else f"not a JSON object but {_json_kind(record)}"
 
 
@@ -87,9 +90,10 @@ def _text_of(record: dict[str, Any], name: str, *, strict_types: bool) -> str | 
         return str(value) if isinstance(value, _Number) else json.dumps(value)
     if isinstance(value, str) and not isinstance(value, _Number | _Constant):
         return _sound(value, name)
-    kind = (
-        f"{value}, which JSON does not have" if isinstance(value, _Constant) else f"{_json_kind(value)}, not a string"
-    )
+    if isinstance(value, _Constant):
+        kind = f"{value}, which JSON does not have"
+    else:
+        kind = f"{_json_kind(value)}, not a string" + ("; data.chat reads messages" if isinstance(value, list) else "")
     return Unusable(reason=f'"{name}" is {kind}', absent=value is None)
 
 

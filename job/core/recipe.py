@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from job.core.data_section import DataSection, Source
+from job.core.data_section import OF_CHATS, DataSection, Source
 from job.core.section import Count, Flag, NotNegative, Positive, Section, Seed, Share, Text, Uri, Whole
 
 
@@ -176,7 +176,8 @@ class Recipe(Section):
         judged = self.data.held_out_sources or self.data.sources
         if self.evaluate.answers and not any(source.data.has_prompt for source in judged):
             raise ValueError(
-                "evaluate.answers needs data.prompt and data.completion: with `text` there is no prompt to answer"
+                "evaluate.answers needs data.prompt and data.completion, or data.chat: with `text` there is no prompt "
+                "to answer"
             )
         return self
 
@@ -202,6 +203,9 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
     if recipe.data.on_bad_record == "fail":
         # They decide whether the job ends, and not what is trained on: a run that they ended goes on later.
         del part["data"]["max_record"], part["data"]["strict_types"]
+    if recipe.data.chat is None:  # a run without chats is what it was before there were any
+        for name in ("chat", *OF_CHATS):
+            del part["data"][name]
     for side in ("train", "validation"):
         for source in part["data"][side]:
             if isinstance(source, dict):

@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
+from job.core.chats import Chat, chat_of
 from job.core.data_section import DataSection
 from job.core.errors import DataError
-from job.core.fields import Unusable, fields_of
+from job.core.fields import Unusable, fields_of, record_of
 from job.core.templates import filled, with_optional
 
 REPORTED_AT_ONCE = 20
@@ -37,6 +38,8 @@ class Example:
     """`file:line`, for messages."""
     source: int = 0
     """Place of its source among those of its side."""
+    is_chat: bool = False
+    """Whether a chat template wrote all of it: BOS, where there is one, is in it already."""
 
     @property
     def text(self) -> str:
@@ -83,6 +86,12 @@ class BadRecord:
     def kind(self) -> str:
         """The reason without what differs from line to line."""
         return self.reason.partition(" (")[0]
+
+
+Parsed = Example | Chat | BadRecord
+"""What a line holds: a chat becomes an example once a template has rendered it."""
+Render = Callable[[Iterable[Parsed]], Iterator[Example | BadRecord]]
+"""Renders the chats, in their order, and leaves all else as it is."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -152,7 +161,12 @@ def examples(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tall
 
 
 def checked_lines(
-    lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally, source: int = 0
+    lines: Iterable[tuple[str, int, bytes]],
+    data: DataSection,
+    *,
+    tally: Tally,
+    source: int = 0,
+    render: Render | None = None,
 ) -> Iterator[Example]:
     """Check and render each line; wrong ones are counted in the tally and left out.
 
@@ -161,18 +175,25 @@ def checked_lines(
         data: the templates.
         tally: filled while the caller reads.
         source: the place of their source.
+        render: makes examples of chats; without it they are checked and counted, and give none.
     """
+    parsed = _parsed_lines(lines, data, tally)
+    for each in parsed if render is None else render(parsed):
+        if isinstance(each, BadRecord):
+            tally.add_bad(each)
+            continue
+        tally.good += 1
+        if isinstance(each, Example):
+            yield replace(each, source=source)
+
+
+def _parsed_lines(lines: Iterable[tuple[str, int, bytes]], data: DataSection, tally: Tally) -> Iterator[Parsed]:
     for file, number, raw in lines:
         body = raw.removeprefix(_BOM)
         if not body.strip():
             continue
         tally.lines += 1
-        parsed = parse_line(body, data, where=f"{file}:{number}", source=source)
-        if isinstance(parsed, BadRecord):
-            tally.add_bad(parsed)
-        else:
-            tally.good += 1
-            yield parsed
+        yield parse_line(body, data, where=f"{file}:{number}")
 
 
 def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
@@ -200,10 +221,10 @@ def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
 def _advice(tally: Tally, data: DataSection, *, can_skip: bool) -> str:
     """What helps, and nothing else: too many wrong lines are not left out."""
     ways = ["correct them"]
-    missing = [name for name in data.fields if f'"{name}" is missing' in tally.kinds]
-    if missing:
+    wanted = data.fields if data.chat is None else (data.chat,)
+    if any(f'"{name}" is missing' in tally.kinds for name in wanted):
         templates = [
-            f"data.{name}" for name in ("text", "prompt", "completion") if getattr(data, name, None) is not None
+            f"data.{name}" for name in ("text", "prompt", "completion", "chat") if getattr(data, name) is not None
         ]
         ways.append(f"name in {' and '.join(templates)} the fields that the records have")
     if can_skip:
@@ -238,11 +259,14 @@ def optional_form(data: DataSection, names: Iterable[str]) -> str:
     return "".join(lines)
 
 
-def parse_line(raw: bytes, data: DataSection, *, where: str, source: int = 0) -> Example | BadRecord:
-    """One line -> an example, or why it is none."""
+def parse_line(raw: bytes, data: DataSection, *, where: str) -> Parsed:
+    """One line -> an example or a chat, or why it is none."""
     if len(raw) > data.max_record:
         too_long = f"longer than data.max_record ({data.max_record:,} bytes)"
         return BadRecord(where=where, reason=f"{too_long}; split the record, or raise data.max_record")
+    if data.chat is not None:
+        chat = chat_in(raw, data, where=where)
+        return BadRecord(where=where, reason=chat) if isinstance(chat, str) else chat
     fields = fields_of(raw, data.fields, required=data.required, strict_types=data.strict_types)
     if isinstance(fields, Unusable):
         # Of an answer that is empty nothing can be learned, and nothing else is wrong with the record.
@@ -251,7 +275,7 @@ def parse_line(raw: bytes, data: DataSection, *, where: str, source: int = 0) ->
     if all(fields[name] is None for name in data.answers):
         names = ", ".join(f'"{name}"' for name in sorted(data.answers))
         return BadRecord(where=where, reason=f"the answer is empty (nothing of {names} is there)", unanswered=True)
-    return Example(parts=_parts(fields, data), where=where, source=source)
+    return Example(parts=_parts(fields, data), where=where)
 
 
 def _parts(fields: Mapping[str, str | None], data: DataSection) -> tuple[Part, ...]:
@@ -272,6 +296,16 @@ def filled_in(template: str, fields: Mapping[str, str | None], *, learned: bool)
     """A template's own text and the fields that it names, in their order; the template was checked before."""
     for text, own in filled(template, fields):
         yield Part(text=text, learned=learned, control=own)
+
+
+def chat_in(raw: bytes, data: DataSection, *, where: str, asked: bool = False) -> Chat | str:
+    """The conversation of one record of a chat data set, or the reason why it holds none; see `chat_of`."""
+    record = record_of(raw)
+    if isinstance(record, str):
+        return record
+    drop = data.reasoning == "drop"
+    field, tools = data.chat or "", data.tools
+    return chat_of(record, field=field, tools=tools, drop_reasoning=drop, where=where, asked=asked)
 
 
 def is_held_out(digest: bytes, fraction: float) -> bool:

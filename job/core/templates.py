@@ -71,9 +71,10 @@ def _slot(name: str, spec: str | None, conversion: str | None) -> Slot:
     plain = name.removesuffix("?")
     if spec or conversion or not _NAME.fullmatch(plain):
         shown = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
+        hint = "; the messages of a chat are read by data.chat" if "[" in name else ""
         raise ValueError(
             f"{shown} is not a field name; write {{name}}, {{name?}} for one that may be left out, {{outer.inner}} for "
-            "one inside an object, and {{ }} doubled for literal braces"
+            f"one inside an object, and {{{{ }}}} doubled for literal braces{hint}"
         )
     return Slot(name=plain, optional=name.endswith("?"))
 

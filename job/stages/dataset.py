@@ -31,6 +31,7 @@ from job.stages.attempt import Phases, Worker
 from job.stages.data_report import Audit, counted, data_report
 from job.stages.identity import Run
 from job.stages.sources import fetch_sources, judge_sources, new_tallies, read_sources
+from job.tune.data.chat import ChatTemplates
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import FORMAT, SIDES, EncodedSet, Side, encode, open_encoded
 from job.tune.data.frame import TokenRules, token_rules
@@ -142,11 +143,15 @@ def _encoded(
     with phases.phase("download"):
         fetched = {side: _fetch(worker, phases, run, folder, side) for side in SIDES}
     (place / _AUDIT).unlink(missing_ok=True)  # first: what it says is whole is being written anew
-    with phases.phase("encode"):
+    with phases.phase("encode"), ChatTemplates(tokenizer, should_stop=worker.should_stop) as chats:
         data = worker.recipe.data
+        template = chats.asked(data)
+        for prompt in worker.recipe.evaluate.prompts:
+            if template is not None:
+                template.prompt(prompt)  # it may refuse it: better now than once the base is loaded
         tallies = new_tallies(data)
         encoded = encode(
-            _routed(data, fetched, tallies),
+            _routed(data, fetched, tallies, chats),
             _rules(tokenizer, data),
             folder=place,
             should_stop=worker.should_stop,
@@ -191,13 +196,16 @@ def _rules(tokenizer: Any, data: DataSection) -> dict[Side, list[TokenRules]]:
 
 
 def _routed(
-    data: DataSection, files: Mapping[Side, Sequence[Sequence[DataFile]]], tallies: Mapping[Side, list[Tally]]
+    data: DataSection,
+    files: Mapping[Side, Sequence[Sequence[DataFile]]],
+    tallies: Mapping[Side, list[Tally]],
+    chats: ChatTemplates,
 ) -> Iterator[tuple[Side, Example]]:
     """Each checked example with its side, source after source."""
-    for example in read_sources(data.sources, files["train"], tallies["train"]):
+    for example in read_sources(data.sources, files["train"], tallies["train"], chats.rendering):
         held_out = isinstance(data.validation, Fraction) and is_held_out(example.digest, data.validation.fraction)
         yield ("validation" if held_out else "train"), example
-    for example in read_sources(data.held_out_sources, files["validation"], tallies["validation"]):
+    for example in read_sources(data.held_out_sources, files["validation"], tallies["validation"], chats.rendering):
         yield "validation", example
     judge_sources((*data.sources, *data.held_out_sources), [*chain(*tallies.values())])
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from job.core.data_section import DataSection, DataSource
-from job.core.records import Example, Tally, checked_lines, judge_lines
+from job.core.records import Example, Render, Tally, checked_lines, judge_lines
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
 from job.edge.store.objects import StoredObject
 from job.stages.attempt import Worker
@@ -62,12 +62,15 @@ def _tallies(side: str, sources: Sequence[DataSource]) -> list[Tally]:
 
 
 def read_sources(
-    sources: Sequence[DataSource], files: Sequence[Sequence[DataFile]], tallies: Sequence[Tally]
+    sources: Sequence[DataSource],
+    files: Sequence[Sequence[DataFile]],
+    tallies: Sequence[Tally],
+    rendering: Callable[[DataSection], Render | None] = lambda _data: None,
 ) -> Iterator[Example]:
-    """The right lines, source after source, each counted in its tally."""
+    """The right lines, source after source, each counted in its tally; without rendering chats are only counted."""
     for place, (source, own, tally) in enumerate(zip(sources, files, tallies, strict=True)):
         lines = read_lines(own, max_record=source.data.max_record)
-        yield from checked_lines(lines, source.data, tally=tally, source=place)
+        yield from checked_lines(lines, source.data, tally=tally, source=place, render=rendering(source.data))
 
 
 def judge_sources(sources: Sequence[DataSource], tallies: Sequence[Tally]) -> None:

@@ -157,7 +157,7 @@ def test_an_optional_field_that_is_not_there_takes_its_group_with_it(absent):
 def test_an_optional_field_is_looked_at_where_it_is_there():
     raw = b'{"instruction": "a", "output": "b", "input": %s}'
     assert parse_line(raw % b'"c"', ALPACA, where="").text == "I: a\nInput: c\nR: b"
-    assert reason(raw % b'["c"]', ALPACA) == '"input" is a list, not a string'
+    assert reason(raw % b'["c"]', ALPACA) == '"input" is a list, not a string; data.chat reads messages'
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,8 @@ class Documents:
         found = set()
         for row in self.rows[:most]:
             ids, spans = self.encoded.input_ids(int(row)), self.encoded.spans(int(row))
-            if len(ids) <= self.max_length and spans[-1, 1] == len(ids):
-                found.add(int(ids[-1]))
+            if len(ids) <= self.max_length:
+                found.add(int(ids[spans[-1, 1] - 1]))  # a chat template may write a line break behind it
         return found
 
     def where(self, document: int) -> str:

@@ -7,7 +7,7 @@ ids before a border and those behind it read as the text.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
@@ -63,11 +63,14 @@ def encode_prompt(text: str, rules: TokenRules) -> list[int]:
     return encode_given([Part(text=text, learned=False, control=True)], rules)
 
 
-def encode_given(parts: Sequence[Part], rules: TokenRules) -> list[int]:
-    """Token ids of what is given, as the model saw it in training: BOS where the tokenizer puts one, and no EOS."""
+def encode_given(parts: Sequence[Part], rules: TokenRules, *, is_chat: bool = False) -> list[int]:
+    """Token ids of what is given, as the model saw it in training: BOS where the tokenizer puts one, and no EOS.
+
+    A chat template puts BOS itself, or wants none.
+    """
     draft = _Draft.of(parts, where="", rules=rules)
     _encode([draft], rules)
-    return _framed_start(draft.ids, rules)
+    return draft.ids if is_chat else _framed_start(draft.ids, rules)
 
 
 Span = tuple[int, int]
@@ -93,7 +96,11 @@ def encode_examples(batch: Sequence[Example], rules: TokenRules) -> list[Framed]
     """
     drafts = [_Draft.of(example.parts, where=example.where, rules=rules) for example in batch]
     _encode(drafts, rules)
-    return [_frame(draft.ids, draft.token_ends, rules) for draft in drafts]
+    of_chats = replace(rules, bos=None)
+    return [
+        _frame(draft.ids, draft.token_ends, of_chats if example.is_chat else rules)
+        for example, draft in zip(batch, drafts, strict=True)
+    ]
 
 
 @dataclass(slots=True)
