@@ -76,7 +76,7 @@ OWNERS = {
     "signal": ("job.edge.host.interrupt", "job.edge.host.crashing"),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
     "click": ("job.cli", "job.options"),
-    "os.environ": ("job.cli",),
+    "os.environ": ("job.cli", "job.edge.host.workers"),
     "os.environb": ("job.cli",),
     "os.getenv": ("job.cli",),
     "os.putenv": ("job.cli",),

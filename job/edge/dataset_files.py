@@ -1,6 +1,7 @@
 """The dataset's objects on the local disk, and their lines: plain, gzip or zstd, recognised by their first bytes."""
 
 import codecs
+import io
 import os
 import threading
 import zlib
@@ -119,12 +120,15 @@ def _names(uris: Sequence[str]) -> list[str]:
     return [one_line(name) for name in (short if len(set(short)) == len(short) else uris)]
 
 
-def read_lines(files: Iterable[DataFile], *, max_record: int) -> Iterator[tuple[str, int, bytes]]:
+def read_lines(
+    files: Iterable[DataFile], *, max_record: int, on_read: Callable[[int], None] = lambda _count: None
+) -> Iterator[tuple[str, int, bytes]]:
     """File name, line number (from 1) and bytes of each line, without its end: LF or CRLF, nothing else.
 
     Args:
         files: one after the other.
         max_record: bytes; of a longer line no more than just beyond them is kept.
+        on_read: called with the bytes that were just read of a file.
 
     Raises:
         DataError: a compressed file is damaged, ends early, or unpacks to far more than its size.
@@ -132,7 +136,7 @@ def read_lines(files: Iterable[DataFile], *, max_record: int) -> Iterator[tuple[
     for file in files:
         number = 0
         try:
-            for number, line in enumerate(_split(_chunks(file), max_record), start=1):
+            for number, line in enumerate(_split(_chunks(file, on_read), max_record), start=1):
                 yield file.name, number, line
         except (zlib.error, zstandard.ZstdError, EOFError) as error:
             raise DataError(
@@ -157,8 +161,22 @@ def _split(chunks: Iterable[bytes], max_record: int) -> Iterator[bytes]:
         yield rest.removesuffix(b"\r")
 
 
-def _chunks(file: DataFile) -> Iterator[bytes]:
-    with file.path.open("rb") as stream:
+class _Followed(io.FileIO):
+    """A file that says how much was read of it."""
+
+    def __init__(self, path: Path, on_read: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self._on_read = on_read
+
+    def readinto(self, buffer: Any) -> int:
+        """As FileIO."""
+        count: int = super().readinto(buffer) or 0
+        self._on_read(count)
+        return count
+
+
+def _chunks(file: DataFile, on_read: Callable[[int], None]) -> Iterator[bytes]:
+    with io.BufferedReader(_Followed(file.path, on_read)) as stream:
         head = stream.read(4)
         stream.seek(0)
         if head.startswith(_GZIP):

@@ -1,0 +1,282 @@
+"""The dataset as token ids: what an earlier start left in the work folder, or fetched, checked and encoded anew.
+
+cache/encoded/{content}/       named by all that decides it: the files' hashes, the data section, the tokenizer
+  train.arrow validation.arrow
+  MANIFEST.json                what was seen while the lines were read, and the hashes of both
+  objects-{objects}.json       objects that had this content, and their hashes: to know it they need not be fetched
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from job.core.chunks import Side, in_chunks
+from job.core.crash_points import crash_point
+from job.core.errors import DataError, NotFoundError
+from job.core.memory import GIB
+from job.core.recipe import DataSection, Fraction
+from job.core.records import Tally, judge_lines
+from job.core.report import BadLine, DataObject
+from job.edge.dataset_files import DataFile, fetch_files, read_lines
+from job.edge.host.machine import Machine, look_at_machine
+from job.edge.host.workers import in_order
+from job.edge.store.folder import MANIFEST, FileEntry, LocalFolder
+from job.edge.store.objects import StoredObject
+from job.edge.store.whole_files import remove_dead, whole_file
+from job.stages.attempt import Phases, Worker
+from job.stages.identity import Run
+from job.tune.data.encoded import FORMAT, STREAM_END, EncodedSet, stream_start
+from job.tune.data.encoder import EncodedChunk, Encoder
+from job.tune.data.frame import token_rules
+
+log = structlog.get_logger(__name__)
+_SIDES: tuple[Side, ...] = ("train", "validation")
+_KEPT = 4
+"""Encoded datasets that stay in the work folder, those used last."""
+_WORKER_BYTES = GIB // 2
+"""Memory that a process which encodes may need, ..."""
+_OF_MEMORY = 0.5
+"""... and how much of the machine's all of them may."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """Both sides on the local disk, and what is known of the files that they come from."""
+
+    sides: Mapping[Side, EncodedSet]
+    objects: Mapping[Side, tuple[DataObject, ...]]
+    bad: int
+    """Wrong lines."""
+    first_bad: tuple[BadLine, ...]
+
+
+def encoded_data(worker: Worker, phases: Phases, run: Run, tokenizer: Any, folder: Path) -> Encoded:
+    """Both sides as token ids; the folder holds the files while they are read.
+
+    Raises:
+        DataError: wrong lines.
+        JobError: as stores, and processes that encode.
+    """
+    data = worker.recipe.data
+    encoder = Encoder(tokenizer=tokenizer, rules=token_rules(tokenizer, data), data=data)
+    shelf = _Shelf(worker, encoder, {"train": run.train, "validation": run.validation})
+    if (found := shelf.known()) is not None:
+        return found
+    crash_point("download.before")
+    with phases.phase("download"):
+        files = {side: _fetch(worker, phases, run, folder, side) for side in _SIDES}
+    shelf.named_by(files)
+    if shelf.taken() is None:
+        with phases.phase("encode"):
+            shelf.put(files, _Progress(phases, files))
+        crash_point("encode.after")
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    made = shelf.taken()
+    if made is None:
+        raise DataError(f"{shelf.path}: what was just written there is damaged; look at the disk")
+    return made
+
+
+class _Shelf:
+    """Where encoded datasets stay, and the place of one of them."""
+
+    def __init__(self, worker: Worker, encoder: Encoder, objects: Mapping[Side, Sequence[StoredObject]]) -> None:
+        self._worker = worker
+        self._encoder = encoder
+        self._root = worker.workdir / "cache" / "encoded"
+        self._facts = {"format": FORMAT, "tokenizer": encoder.fingerprint(), "data": _what_decides(encoder.data)}
+        named = {side: [[o.uri, o.etag, o.version, o.size] for o in objects[side]] for side in _SIDES}
+        self._objects_name = f"objects-{_short_hash(self._facts | named)}.json"
+        self._objects: dict[str, list[dict[str, Any]]] = {}
+        self.path = self._root
+
+    def known(self) -> Encoded | None:
+        """The dataset of these very objects; None: they have to be fetched."""
+        for path in self._root.glob(f"*/{self._objects_name}"):
+            with contextlib.suppress(OSError, ValueError):
+                self._objects = json.loads(path.read_bytes())
+                self.path = path.parent
+                return self.taken()
+        return None
+
+    def named_by(self, files: Mapping[Side, Sequence[DataFile]]) -> None:
+        """The files are there, and with them the name of what comes of them."""
+        content = {side: [[file.name, file.sha256] for file in files[side]] for side in _SIDES}
+        self._objects = {side: [_object(file) for file in files[side]] for side in _SIDES}
+        self.path = self._root / _short_hash(self._facts | content)
+
+    def taken(self) -> Encoded | None:
+        """The dataset at this place, verified; None: there is none."""
+        kept = LocalFolder(self.path)
+        try:
+            manifest = kept.manifest(lambda facts: self._facts.items() <= facts.items())
+            damaged = kept.damaged(manifest.files, self._worker.should_stop)
+            found = None if damaged else self._opened(manifest.facts)
+        except NotFoundError:
+            return None
+        except (DataError, OSError, KeyError, TypeError, ValueError) as error:
+            damaged, found = [str(error)], None
+        if found is None:
+            log.warning("encoded_data_damaged", folder=str(self.path), damaged=damaged, message="it is encoded anew")
+            kept.withdraw()
+        else:
+            self._remember(kept)
+        return found
+
+    def _opened(self, facts: Mapping[str, Any]) -> Encoded:
+        return Encoded(
+            sides={side: EncodedSet(self.path / _name(side)) for side in _SIDES},
+            objects={side: tuple(DataObject(**o) for o in self._objects[side]) for side in _SIDES},
+            bad=facts["bad"],
+            first_bad=tuple(BadLine(**line) for line in facts["first_bad"]),
+        )
+
+    def _remember(self, kept: LocalFolder) -> None:
+        """What these objects are, and that it was used now."""
+        with contextlib.suppress(OSError):
+            os.utime(kept.manifest_path)
+        with whole_file(self.path / self._objects_name, durable=False) as file:
+            file.write(json.dumps(self._objects).encode())
+        log.info("encoded_data", folder=str(self.path), message="it is used again by every start with the same data")
+
+    def put(self, files: Mapping[Side, Sequence[DataFile]], progress: "_Progress") -> None:
+        """Encode the files.
+
+        Raises:
+            DataError: wrong lines.
+        """
+        self._make_room()
+        tallies = {side: Tally() for side in _SIDES}
+        facts = dict(self._facts)
+        with LocalFolder(self.path).commit(facts) as entries:
+            with ExitStack() as stack:
+                out = {s: stack.enter_context(whole_file(self.path / _name(s), durable=False)) for s in _SIDES}
+                for file in out.values():
+                    file.write(stream_start())
+                for chunk in self._encoded(files, progress):
+                    tallies[chunk.side].merge(chunk.tally)
+                    for side, rows in chunk.rows.items():
+                        out[side].write(rows)
+                    progress.encoded(chunk.examples)
+                judge_lines(tallies.values(), self._encoder.data)
+                for file in out.values():
+                    file.write(STREAM_END)
+            entries |= {_name(side): FileEntry(size=out[side].size, sha256=out[side].sha256) for side in _SIDES}
+            seen = tallies["train"]
+            seen.merge(tallies["validation"])
+            facts |= {"bad": seen.bad, "first_bad": [asdict(line) for line in seen.first_bad]}
+
+    def _encoded(self, files: Mapping[Side, Sequence[DataFile]], progress: "_Progress") -> Iterator[EncodedChunk]:
+        longest = self._encoder.data.max_record
+        chunks = chain.from_iterable(
+            in_chunks(read_lines(files[side], max_record=longest, on_read=progress.read), side=side) for side in _SIDES
+        )
+        return in_order(
+            self._encoder,
+            chunks,
+            workers=_workers(look_at_machine(self._worker.workdir)),
+            size_of=lambda chunk: chunk.size,
+            should_stop=self._worker.should_stop,
+            doing="encoding the data",
+        )
+
+    def _make_room(self) -> None:
+        """Take away what was used least, and what a killed start left at this place."""
+        remove_dead(self.path)
+        kept = [LocalFolder(path.parent) for path in self._root.glob(f"*/{MANIFEST}") if path.parent != self.path]
+        for folder in sorted(kept, key=_used_at, reverse=True)[_KEPT - 1 :]:
+            folder.delete()
+
+
+class _Progress:
+    """How far the encoding is: how fast it goes, and when it will be done."""
+
+    def __init__(self, phases: Phases, files: Mapping[Side, Sequence[DataFile]]) -> None:
+        self._phases = phases
+        self._of = sum(file.path.stat().st_size for side in files for file in files[side])
+        self._began = time.monotonic()
+        self._read = self._examples = 0
+
+    def read(self, count: int) -> None:
+        """So many bytes more of the files were read."""
+        self._read += count
+
+    def encoded(self, examples: int) -> None:
+        """So many examples more are written."""
+        self._examples += examples
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        self._phases.progress(
+            examples=self._examples,
+            share=round(self._read / max(self._of, 1), 3),
+            examples_per_second=round(self._examples / seconds),
+            megabytes_per_second=round(self._read / seconds / 1e6, 1),
+            eta_seconds=round(seconds * (self._of - self._read) / max(self._read, 1)),
+        )
+        crash_point("encode.middle")
+
+
+def _workers(machine: Machine) -> int:
+    """Processes that encode: one a core, as many as there is memory for."""
+    memory = machine.memory_limit_bytes or machine.memory_bytes
+    return max(1, min(int(machine.cpus), int(memory * _OF_MEMORY) // _WORKER_BYTES))
+
+
+def _fetch(worker: Worker, phases: Phases, run: Run, folder: Path, side: Side) -> list[DataFile]:
+    objects = run.train if side == "train" else run.validation
+    size = sum(o.size for o in objects)  # once: each piece that arrives is reported
+    return fetch_files(
+        objects,
+        folder / "data" / side,
+        worker.settings,
+        beside=[o.uri for o in (run.validation if side == "train" else run.train)],
+        should_stop=worker.should_stop,
+        on_progress=lambda done: _downloading(phases, side, done, of=size),
+    )
+
+
+def _downloading(phases: Phases, side: Side, done: int, *, of: int) -> None:
+    phases.progress(side=side, bytes=done, of=of)
+    crash_point("download.middle")
+
+
+def _what_decides(data: DataSection) -> dict[str, Any]:
+    """The data section without what is looked at later, and without where the files are."""
+    section = data.model_dump(mode="json", exclude={"train", "max_length", "too_long"})
+    return section | ({} if isinstance(data.validation, Fraction) else {"validation": "files"})
+
+
+def _object(file: DataFile) -> dict[str, Any]:
+    source = file.source
+    return {
+        "uri": source.uri,
+        "etag": source.etag,
+        "version": source.version,
+        "size": source.size,
+        "sha256": file.sha256,
+    }
+
+
+def _name(side: Side) -> str:
+    return f"{side}.arrow"
+
+
+def _used_at(folder: LocalFolder) -> float:
+    """When it was used last, in Unix seconds."""
+    with contextlib.suppress(OSError):
+        return folder.manifest_path.stat().st_mtime
+    return 0.0
+
+
+def _short_hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
