@@ -30,10 +30,10 @@ from job.core.records import Tally, judge_lines
 from job.core.report import BadLine, DataObject
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
 from job.edge.host.machine import Machine, look_at_machine
-from job.edge.host.workers import in_order
 from job.edge.store.folder import MANIFEST, FileEntry, LocalFolder
 from job.edge.store.objects import StoredObject
 from job.edge.store.whole_files import remove_dead, whole_file
+from job.edge.workers import in_order
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import Run
 from job.tune.data.encoded import FORMAT, STREAM_END, EncodedSet, stream_start

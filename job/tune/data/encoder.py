@@ -78,9 +78,8 @@ class Encoder:
         facts = [
             type(tokenizer).__name__,
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            repr(self.rules),
-            *(f"{name} {version(name)}" for name in ("tokenizers", "transformers")),
-            hashlib.sha256(content).hexdigest(),
+            [version(name) for name in ("tokenizers", "transformers")],
+            *(hashlib.sha256(each).hexdigest() for each in (content, pickle.dumps(self.rules))),
         ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

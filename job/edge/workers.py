@@ -189,7 +189,7 @@ class _Member:
 
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from job.edge.host.workers import serve; serve(int(sys.argv[1]))"
+    "from job.edge.workers import serve; serve(int(sys.argv[1]))"
 )
 
 
