@@ -57,7 +57,6 @@ def documents_of(recipe, tokenizer, positions, folder):
     lines = ((p, n, line) for p in recipe.data.train for n, line in enumerate(Path(p).read_bytes().split(b"\n"), 1))
     encoded = encode(
         (("train", example) for example in checked_lines(lines, recipe.data, tally=Tally())),
-        tokenizer,
         token_rules(tokenizer, recipe.data),
         folder=folder,
         should_stop=lambda: False,

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from job.core import advice
 from job.core.course import course_of, evaluation_count
+from job.core.data_section import Fraction
 from job.core.errors import JobError
-from job.core.recipe import Fraction, Recipe, is_hub_id
+from job.core.recipe import Recipe, is_hub_id
 from job.core.records import Tally, examples
 from job.core.report import DataReport
 from job.edge.base import fetching

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from job.core.recipe import Fraction
+from job.core.data_section import Fraction
 from job.edge.base import fetching
 from job.edge.dataset_files import fetch_files
 from job.edge.store.listing import expand

@@ -11,8 +11,9 @@ from typing import Any
 
 from job.commands.report import open_run, recipe_of
 from job.core.asking import asked_fields, fields_given, prompt_of
+from job.core.data_section import DataSection
 from job.core.errors import DataError, NotFoundError, UsageError
-from job.core.recipe import DataSection, Recipe, is_hub_id
+from job.core.recipe import Recipe, is_hub_id
 from job.core.records import fields_of
 from job.core.report import Report
 from job.edge.base import fetching
@@ -72,7 +73,7 @@ def try_out(
     rules = token_rules(tokenizer, recipe.data)
 
     def reply(prompt: str) -> str:
-        questions = questions_of_prompts([prompt], tokenizer, rules)
+        questions = questions_of_prompts([prompt], rules)
         longest = max_new_tokens or recipe.evaluate.max_new_tokens
         seed = recipe.train.seed
         return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]

@@ -4,9 +4,10 @@ import re
 from string import Formatter
 
 from job.core.course import Course, evaluation_count
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
 from job.core.forecast import FORWARD_SHARE
-from job.core.recipe import DataSection, Optimizer, Recipe
+from job.core.recipe import Optimizer, Recipe
 
 _FEWEST_HELD_OUT = 50
 """Below it the loss of a few odd examples decides which checkpoint is chosen."""

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from string import Formatter
 
 from job.core.close_names import did_you_mean
+from job.core.data_section import DataSection, template_fields
 from job.core.errors import UsageError
-from job.core.recipe import DataSection, template_fields
 
 
 def typed(text: str) -> str:

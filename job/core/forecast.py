@@ -11,7 +11,7 @@ from job.core.cut import Cut, MemoryPlan, cost_of, plan_memory
 from job.core.gpus import Gpu, Speed
 from job.core.lengths import Lengths
 from job.core.memory import GIB, AdapterShape, DeviceMemory, EngineName, MemoryParts, ModelShape, memory_parts
-from job.core.recipe import Section
+from job.core.section import Section
 
 _CONTEXT_GIB = 0.7
 """What CUDA and its libraries take of a GPU before a model is loaded."""

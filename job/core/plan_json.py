@@ -5,8 +5,8 @@ from typing import Literal
 
 from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
 from job.core.memory import EngineName
-from job.core.recipe import Section
 from job.core.report import DataReport
+from job.core.section import Section
 
 
 class DataJson(Section):

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any
 
 from job.core.close_names import closest
+from job.core.data_section import DataSection
 from job.core.errors import DataError
-from job.core.recipe import DataSection
 
 REPORTED_AT_ONCE = 20
 """Wrong lines named in one message."""
@@ -22,6 +23,8 @@ class Part:
     text: str
     learned: bool
     """Whether the model learns to write it; if not, it is what the model is given."""
+    control: bool = False
+    """Whether control tokens written in it are meant as such: in a template's own text, and never in a field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,12 +194,21 @@ def _parts(fields: dict[str, str], data: DataSection) -> tuple[Part, ...]:
     `loss_on: all` is applied to the token ids: an example keeps its name, and so its side, whatever the loss is over.
     """
     templates = ((data.text, True), (data.prompt, False), (data.completion, True))
-    # str.format_map: the templates were checked to hold plain field names only.
     return tuple(
-        Part(text=template.format_map(fields), learned=learned)
+        part
         for template, learned in templates
         if template is not None
+        for part in filled_in(template, fields, learned=learned)
     )
+
+
+def filled_in(template: str, fields: Mapping[str, str], *, learned: bool) -> Iterator[Part]:
+    """A template's own text and the fields that it names, in their order; the template was checked before."""
+    for literal, name, *_ in Formatter().parse(template):
+        if literal:
+            yield Part(text=literal, learned=learned, control=True)
+        if name is not None:
+            yield Part(text=fields[name], learned=learned)
 
 
 def fields_of(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:

@@ -8,8 +8,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from job.core.limits import StopFigures
 from job.core.memory import ComputeDtype
-from job.core.recipe import Section
 from job.core.run_record import first_mistake
+from job.core.section import Section
 
 SCHEMA_VERSION: Literal[1] = 1
 

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from job.core.recipe import Section, Text, Whole
+from job.core.section import Section, Text, Whole
 
 RECORD_VERSION: Literal[1] = 1
 

@@ -23,9 +23,9 @@ import structlog
 
 from job.core.chunks import Side, in_chunks
 from job.core.crash_points import crash_point
+from job.core.data_section import DataSection, Fraction
 from job.core.errors import DataError, NotFoundError
 from job.core.memory import GIB
-from job.core.recipe import DataSection, Fraction
 from job.core.records import Tally, judge_lines
 from job.core.report import BadLine, DataObject
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
@@ -69,7 +69,7 @@ def encoded_data(worker: Worker, phases: Phases, run: Run, tokenizer: Any, folde
         JobError: as stores, and processes that encode.
     """
     data = worker.recipe.data
-    encoder = Encoder(tokenizer=tokenizer, rules=token_rules(tokenizer, data), data=data)
+    encoder = Encoder(rules=token_rules(tokenizer, data), data=data)
     shelf = _Shelf(worker, encoder, {"train": run.train, "validation": run.validation})
     if (found := shelf.known()) is not None:
         return found

@@ -9,8 +9,9 @@ from typing import Any
 
 import structlog
 
+from job.core.data_section import DataSection, Fraction
 from job.core.errors import DataError, NotFoundError, RunConflictError
-from job.core.recipe import DataSection, Fraction, Recipe, identity_of
+from job.core.recipe import Recipe, identity_of
 from job.core.run_record import RECORD_VERSION, RecordedObject, RunRecord, read_run_record
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity

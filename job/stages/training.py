@@ -106,10 +106,10 @@ class TrainingStage:
 
     def _facts(self, model: PackedModel, state: State, planned: Planned, resumed: Resumed) -> TrainingFacts:
         inputs, evaluation = self._inputs, self._recipe.evaluate
-        rules = token_rules(inputs.tokenizer, self._recipe.data)
-        questions = questions_of_prompts(evaluation.prompts, inputs.tokenizer, rules) + questions_of_documents(
-            inputs.dataset.validation, inputs.tokenizer, most=evaluation.answers
-        )
+        questions = questions_of_documents(inputs.dataset.validation, inputs.tokenizer, most=evaluation.answers)
+        if evaluation.prompts:
+            rules = token_rules(inputs.tokenizer, self._recipe.data)
+            questions = questions_of_prompts(evaluation.prompts, rules) + questions
         trained, total = parameter_counts(model.model)
         return TrainingFacts(
             progress=state.progress,

@@ -3,8 +3,8 @@
 import pytest
 
 from job.core.asking import asked_fields, fields_given, prompt_of, typed
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
-from job.core.recipe import DataSection
 
 
 def by_text(text):

@@ -7,10 +7,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from job.core.data_section import DataSection, Fraction, template_fields
 from job.core.errors import UsageError
 from job.core.given import Given, set_lines
 from job.core.mistakes import OTHER_WORDS, known_keys
-from job.core.recipe import DataSection, Fraction, Recipe, identity_of, is_hub_id, template_fields
+from job.core.recipe import Recipe, identity_of, is_hub_id
 from job.core.recipe_text import _Loader, load_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.core import records
+from job.core.data_section import DataSection
 from job.core.errors import DataError
-from job.core.recipe import DataSection
 from job.core.records import BadRecord, Example, Part, Tally, examples, is_held_out, parse_line
 from job.core.report import BadLine
 
@@ -244,7 +244,21 @@ def test_every_field_of_the_templates_must_be_there():
 def test_a_template_becomes_text(template, record, text):
     data = DataSection(train=("a",), text=template)
 
-    assert parse_line(json.dumps(record).encode(), data, where="") == text_example(text)
+    example = parse_line(json.dumps(record).encode(), data, where="")
+    assert (example.text, example.borders) == (text, (0,))
+
+
+def test_a_templates_own_text_may_hold_control_tokens_and_a_field_may_not():
+    data = DataSection(train=("a",), prompt="<s>{q}</s>", completion="{a}</s>")
+
+    example = parse_line(b'{"q": "</s>", "a": "<s>"}', data, where="")
+    assert [(part.text, part.learned, part.control) for part in example.parts] == [
+        ("<s>", False, True),
+        ("</s>", False, False),
+        ("</s>", False, True),
+        ("<s>", True, False),
+        ("</s>", True, True),
+    ]
 
 
 def test_braces_and_percent_signs_in_the_data_stay_as_they_are():

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,15 +72,12 @@ def test_few_items_are_left_to_this_process():
 def test_large_results_and_large_items_pass_each_other():
     """Neither process waits for the other to read."""
     items = [bytes([n]) * 3_000_000 for n in range(12)]
-    task = partial(bytes.__mul__)
-    found = in_order(
-        partial(_twice, task), items, workers=2, size_of=len, should_stop=lambda: False, doing="trying this"
-    )
+    found = in_order(_twice, items, workers=2, size_of=len, should_stop=lambda: False, doing="trying this")
     assert [len(each) for each in found] == [6_000_000] * 12
 
 
-def _twice(times, item):
-    return times(item, 2)
+def _twice(item):
+    return item * 2
 
 
 def test_an_error_of_the_task_is_raised_here():

@@ -27,16 +27,9 @@ from transformers import (
 
 from job.core.course import Course, plan_course
 from job.core.cut import Cut
+from job.core.data_section import DataSection
 from job.core.limits import Limits
-from job.core.recipe import (
-    CheckpointSection,
-    DataSection,
-    EvaluateSection,
-    LoraSection,
-    Recipe,
-    TrackSection,
-    TrainSection,
-)
+from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection, Recipe, TrackSection, TrainSection
 from job.core.records import Example, Part
 from job.core.verdict import Evaluation
 from job.edge.host.outcome import Outcome
@@ -150,9 +143,10 @@ def random_text(length: int, *, seed: int) -> str:
     return "".join(random.Random(seed).choices(LETTERS[2:], k=length))
 
 
-def example_of(*parts: tuple[str, bool], line: int = 1) -> Example:
-    """(text, learned) parts as an example."""
-    return Example(parts=tuple(Part(text=t, learned=learned) for t, learned in parts), where=f"train.jsonl:{line}")
+def example_of(*parts: tuple[str, bool], line: int = 1, control: bool = False) -> Example:
+    """(text, learned) parts as an example; `control`: as a template's own text."""
+    made = (Part(text=text, learned=learned, control=control) for text, learned in parts)
+    return Example(parts=tuple(made), where=f"train.jsonl:{line}")
 
 
 def documents_of(
@@ -167,7 +161,7 @@ def documents_of_examples(
     folder: Path, tokenizer: Any, examples: Sequence[Example], *, max_length: int = 128, data: DataSection = PAIR
 ) -> Documents:
     """Examples of any parts as the stages encode them."""
-    rows = Encoder(tokenizer=tokenizer, rules=token_rules(tokenizer, data), data=data).rows(examples)
+    rows = Encoder(rules=token_rules(tokenizer, data), data=data).rows(examples)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "train.arrow"
     path.write_bytes(stream_start() + rows + STREAM_END)

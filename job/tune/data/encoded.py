@@ -24,7 +24,7 @@ _SCHEMA = pa.schema(
         "where": pa.string(),
     }
 )
-FORMAT = 4
+FORMAT = 5
 """What is written: files of another format are encoded anew."""
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 

@@ -1,15 +1,13 @@
 """One chunk of lines -> rows of both sides, and what was seen on the way; the same in whichever process."""
 
 import hashlib
-import json
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
 
 from job.core.chunks import Chunk, Side
-from job.core.recipe import DataSection, Fraction
+from job.core.data_section import DataSection, Fraction
 from job.core.records import Example, Tally, checked_lines, is_held_out
 from job.tune.data.encoded import rows_of
 from job.tune.data.frame import TokenRules, encode_examples
@@ -37,7 +35,6 @@ class EncodedChunk:
 class Encoder:
     """Makes rows of chunks; it can be sent to another process."""
 
-    tokenizer: Any
     rules: TokenRules
     data: DataSection
 
@@ -61,7 +58,7 @@ class Encoder:
 
     def rows(self, examples: Sequence[Example]) -> bytes:
         """Examples as a part of a file."""
-        framed = [each for few in _few(examples) for each in encode_examples(few, self.tokenizer, self.rules)]
+        framed = [each for few in _few(examples) for each in encode_examples(few, self.rules)]
         return rows_of(examples, framed)
 
     def _side(self, chunk: Chunk, example: Example) -> Side:
@@ -71,17 +68,8 @@ class Encoder:
         return chunk.side
 
     def fingerprint(self) -> str:
-        """Names all that decides what the token ids of a text are, libraries included."""
-        tokenizer = self.tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        content = pickle.dumps(tokenizer) if backend is None else backend.to_str().encode()
-        facts = [
-            type(tokenizer).__name__,
-            {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            [version(name) for name in ("tokenizers", "transformers")],
-            *(hashlib.sha256(each).hexdigest() for each in (content, pickle.dumps(self.rules))),
-        ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """Names all that decides what the token ids of a text are: the tokenizer, how it is used, and its library."""
+        return hashlib.sha256(version("tokenizers").encode() + b"\0" + pickle.dumps(self.rules)).hexdigest()
 
 
 def _few(examples: Sequence[Example]) -> Iterator[list[Example]]:

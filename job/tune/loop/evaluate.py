@@ -72,9 +72,9 @@ class Question:
     expected: str | None
 
 
-def questions_of_prompts(prompts: Sequence[str], tokenizer: Any, rules: TokenRules) -> list[Question]:
+def questions_of_prompts(prompts: Sequence[str], rules: TokenRules) -> list[Question]:
     """The recipe's prompts."""
-    return [Question(ids=tuple(encode_prompt(p, tokenizer, rules)), prompt=p, expected=None) for p in prompts]
+    return [Question(ids=tuple(encode_prompt(p, rules)), prompt=p, expected=None) for p in prompts]
 
 
 def questions_of_documents(documents: Documents, tokenizer: Any, *, most: int) -> list[Question]:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from job.core.cut import Cut
 from job.core.errors import DataError
-from job.core.recipe import NotNegative, Section, Whole
 from job.core.run_record import first_mistake
+from job.core.section import NotNegative, Section, Whole
 from job.core.verdict import Evaluation
 from job.tune.device.device import cuda_in_use
 
