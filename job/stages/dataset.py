@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from job.core.advice import refuse_endless_warm_up
 from job.core.course import course_of
 from job.core.errors import DataError
 from job.core.lengths import choose_max_length, length_statistics
 from job.core.report import DataObject, DataReport, Histogram, SideReport
-from job.core.same_content import content_numbers, repeated, shared
+from job.core.same_content import count_repeated, count_shared
 from job.edge.store.objects import StoredObject
 from job.stages.attempt import Phases, Worker
 from job.stages.encoding import Encoded, encoded_data
@@ -96,25 +94,31 @@ def _listed(objects: Sequence[StoredObject], most: int = 3) -> str:
 
 
 def _report(found: Encoded, train: Documents, validation: Documents, limit: tuple[int, str]) -> DataReport:
-    learned, held_out = content_numbers([found.sides[side].digests() for side in ("train", "validation")])
+    overlap = count_shared(
+        validation.encoded.part,
+        train.encoded.part,
+        used=validation.rows,
+        others_used=train.rows,
+        examples=len(train.encoded) + len(validation.encoded),
+    )
     return DataReport(
-        train=_side(train, found.objects["train"], learned),
-        validation=_side(validation, found.objects["validation"], held_out),
+        train=_side(train, found.objects["train"]),
+        validation=_side(validation, found.objects["validation"]),
         bad_lines=found.bad,
         first_bad_lines=found.first_bad,
-        overlap=shared(held_out[validation.rows], learned[train.rows]),
+        overlap=overlap,
         max_length=limit[0],
         max_length_reason=limit[1],
     )
 
 
-def _side(documents: Documents, objects: tuple[DataObject, ...], contents: NDArray[np.int64]) -> SideReport:
+def _side(documents: Documents, objects: tuple[DataObject, ...]) -> SideReport:
     statistics = length_statistics(documents.encoded.lengths)
     return SideReport(
         objects=objects,
         rows=len(documents.encoded),
         used=len(documents),
-        duplicates=repeated(contents),
+        duplicates=count_repeated(documents.encoded.part, examples=len(documents.encoded)),
         truncated=documents.truncated,
         dropped=documents.dropped,
         without_target=documents.without_target,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from job.core.lengths import Lengths
 from job.core.records import Example
+from job.core.same_content import Digests, is_in_part
 from job.tune.data.frame import Framed
 
 DIGEST_BYTES = 16
@@ -88,10 +89,22 @@ class EncodedSet:
         """`file:line` of one example."""
         return str(self._table.column("where")[index].as_py())
 
-    def digests(self) -> NDArray[np.uint64]:
+    def digests(self) -> Digests:
         """[examples, 2]: the content names of all examples, in the order of their bytes."""
         parts = [_digests(part) for part in self._table.column("digest").chunks]
         return np.concatenate([np.zeros((0, 2), dtype=np.uint64), *parts])
+
+    def part(self, number: int, of: int) -> tuple[NDArray[np.int64], Digests]:
+        """Rows of the examples whose digests are in one of so many parts, and these: see `is_in_part`."""
+        rows, digests = [np.zeros(0, dtype=np.int64)], [np.zeros((0, 2), dtype=np.uint64)]
+        before = 0
+        for column in self._table.column("digest").chunks:
+            every = _digests(column)
+            inside = np.flatnonzero(is_in_part(every, number, of))
+            rows.append(inside + before)
+            digests.append(every[inside])
+            before += len(every)
+        return np.concatenate(rows), np.concatenate(digests)
 
 
 def _target_counts(spans: pa.ListArray, max_length: int) -> NDArray[np.int64]:
@@ -102,7 +115,7 @@ def _target_counts(spans: pa.ListArray, max_length: int) -> NDArray[np.int64]:
     return counts
 
 
-def _digests(column: pa.FixedSizeBinaryArray) -> NDArray[np.uint64]:
+def _digests(column: pa.FixedSizeBinaryArray) -> Digests:
     found = np.frombuffer(column.buffers()[1], dtype=">u8", count=2 * len(column), offset=column.offset * DIGEST_BYTES)
     return found.reshape(-1, 2).astype(np.uint64)
 
