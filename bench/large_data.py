@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 from bench.processes import run
@@ -39,10 +40,7 @@ LOOK_SECONDS = 0.05
 
 def write_records(path, count, *, first=0):
     """JSON lines with a question and a longer answer, of words as unevenly frequent as a language's."""
-    words = _words()
-    weights = [1 / (rank + 3) for rank in range(len(words))]
-    draw = random.Random(first)
-    pool = draw.choices(words, weights, k=200_000)
+    draw, pool = random.Random(first), _pool()
     with path.open("w", encoding="utf-8") as file:
         for number in range(first, first + count):
             at, question, answer = draw.randrange(len(pool) - 200), draw.randint(8, 30), draw.randint(25, 105)
@@ -54,10 +52,12 @@ def write_records(path, count, *, first=0):
             file.write(json.dumps(record) + "\n")
 
 
-def _words():
+@cache
+def _pool():
     syllables = ["ba", "ke", "lo", "mi", "ru", "ten", "sha", "ver", "ing", "tion", "al", "or", "pre", "con", "st", "ed"]
     draw = random.Random(0)
-    return ["".join(draw.choices(syllables, k=draw.choice((1, 1, 2, 2, 2, 3, 4)))) for _ in range(30_000)]
+    words = ["".join(draw.choices(syllables, k=draw.choice((1, 1, 2, 2, 2, 3, 4)))) for _ in range(30_000)]
+    return draw.choices(words, [1 / (rank + 3) for rank in range(len(words))], k=200_000)
 
 
 def recipe_of(uri):
@@ -192,7 +192,7 @@ def measure(options, folder):
     write_records(many, options.records)
     files.mkdir()
     for number in range(options.files):
-        write_records(files / f"{number:05d}.jsonl", 3, first=3 * number)
+        write_records(files / f"{number:05d}.jsonl", 1, first=number)
     for name in ("few", "many", "files"):
         (folder / f"work-{name}").mkdir()
     found = {"bytes": many.stat().st_size, "audit": in_a_process("audit", many, options, folder / "work-many")}

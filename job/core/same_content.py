@@ -16,7 +16,8 @@ PartOf = Callable[[int, int], tuple[Rows, Digests]]
 
 def is_in_part(digests: Digests, number: int, of: int) -> NDArray[np.bool_]:
     """Which examples belong to one of so many parts: the same content always to the same one."""
-    return digests[:, 1] % np.uint64(of) == np.uint64(number)
+    inside: NDArray[np.bool_] = digests[:, 1] % np.uint64(of) == np.uint64(number)
+    return inside
 
 
 def count_repeated(side: PartOf, *, examples: int) -> int:

@@ -197,12 +197,13 @@ def serve(descriptor: int) -> None:
     """What such a process does, until the other end of its pipe is closed: the first packet is the task."""
     # Read by the library when it first encodes: every core has a process like this one.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    packets: SimpleQueue[bytes | None] = SimpleQueue()
+    packets: SimpleQueue[bytes] = SimpleQueue()
     with Connection(descriptor) as pipe, contextlib.suppress(BrokenPipeError, ConnectionResetError):
         # On a thread: were packets not taken while an answer is sent, both processes could wait for each other.
         Thread(target=_receive, args=(pipe, packets), daemon=True).start()
         task = None
-        while (packet := packets.get()) is not None:
+        while True:
+            packet = packets.get()
             try:
                 content = pickle.loads(packet)  # noqa: S301 - from the process that began this one
                 if task is None:
@@ -214,11 +215,11 @@ def serve(descriptor: int) -> None:
             pipe.send_bytes(answer)
 
 
-def _receive(pipe: Connection, packets: "SimpleQueue[bytes | None]") -> None:
+def _receive(pipe: Connection, packets: "SimpleQueue[bytes]") -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             packets.put(pipe.recv_bytes())
-    packets.put(None)
+    os._exit(0)  # nobody waits for what is under way, which may never come to an end
 
 
 def _as_answer(error: BaseException) -> bytes:
