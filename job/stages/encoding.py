@@ -24,15 +24,15 @@ import structlog
 from job.core.chunks import Side, in_chunks
 from job.core.crash_points import crash_point
 from job.core.data_section import DataSection, Fraction
-from job.core.errors import DataError, NotFoundError
+from job.core.errors import DataError, JobError, LocalDiskError, NotFoundError
 from job.core.memory import GIB
 from job.core.records import Tally, judge_lines
 from job.core.report import BadLine, DataObject
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
 from job.edge.host.machine import Machine, look_at_machine
-from job.edge.store.folder import MANIFEST, FileEntry, LocalFolder
+from job.edge.store.folder import FileEntry, LocalFolder
 from job.edge.store.objects import StoredObject
-from job.edge.store.whole_files import remove_dead, whole_file
+from job.edge.store.whole_files import TEMPORARY, remove_dead, whole_file
 from job.edge.workers import in_order
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import Run
@@ -44,6 +44,8 @@ log = structlog.get_logger(__name__)
 _SIDES: tuple[Side, ...] = ("train", "validation")
 _KEPT = 4
 """Encoded datasets that stay in the work folder, those used last."""
+_LEFT_SECONDS = 3600.0
+"""A folder that nobody has written to for as long, and that holds no dataset, is a leftover."""
 _WORKER_BYTES = GIB // 2
 """Memory that a process which encodes may need, ..."""
 _OF_MEMORY = 0.5
@@ -161,7 +163,10 @@ class _Shelf:
         facts = dict(self._facts)
         with LocalFolder(self.path).commit(facts) as entries:
             with ExitStack() as stack:
-                out = {s: stack.enter_context(whole_file(self.path / _name(s), durable=False)) for s in _SIDES}
+                out = {
+                    s: stack.enter_context(whole_file(self.path / _name(s), trouble=_trouble, durable=False))
+                    for s in _SIDES
+                }
                 for file in out.values():
                     file.write(stream_start())
                 for chunk in self._encoded(files, progress):
@@ -192,11 +197,19 @@ class _Shelf:
         )
 
     def _make_room(self) -> None:
-        """Take away what was used least, and what a killed start left at this place."""
-        remove_dead(self.path)
-        kept = [LocalFolder(path.parent) for path in self._root.glob(f"*/{MANIFEST}") if path.parent != self.path]
+        """Take away what was used least, and what starts that were stopped or killed left."""
+        others = [LocalFolder(path) for path in self._root.glob("*/") if path != self.path]
+        kept = [folder for folder in others if folder.is_committed()]
         for folder in sorted(kept, key=_used_at, reverse=True)[_KEPT - 1 :]:
             folder.delete()
+        for folder in others:
+            if not folder.is_committed():
+                remove_dead(folder.path)
+                # One that another start has just made is empty as well.
+                with contextlib.suppress(OSError):
+                    if time.time() - folder.path.stat().st_mtime > _LEFT_SECONDS and not _is_written(folder.path):
+                        folder.delete()
+        remove_dead(self.path)
 
 
 class _Progress:
@@ -267,8 +280,19 @@ def _object(file: DataFile) -> dict[str, Any]:
     }
 
 
+def _trouble(error: OSError, path: Path) -> JobError:
+    return LocalDiskError(
+        f"{path}: {error.strerror or error}; give the work folder more room, or name another one with --workdir"
+    )
+
+
 def _name(side: Side) -> str:
     return f"{side}.arrow"
+
+
+def _is_written(folder: Path) -> bool:
+    """Whether a start that lives writes there: what a dead one was writing is gone by then."""
+    return any(folder.glob(f"{TEMPORARY}*"))
 
 
 def _used_at(folder: LocalFolder) -> float:

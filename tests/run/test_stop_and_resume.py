@@ -1,6 +1,7 @@
 """Stopped, killed, started again: the same numbers come out, to the bit."""
 
 import json
+import os
 import re
 import signal
 
@@ -132,7 +133,7 @@ def test_the_same_content_at_another_place_is_fetched_and_not_encoded(job):
 
 
 @pytest.mark.parametrize(
-    "change", [{"prompt": "Q: {question}"}, {"validation": {"fraction": 0.4}}, {"loss_on": "all"}, {"max_record": 999}]
+    "change", [{"prompt": "Q: {question}\n"}, {"validation": {"fraction": 0.4}}, {"loss_on": "all"}, {"max_record": 999}]
 )
 def test_what_changes_the_token_ids_is_encoded_anew(job, change):
     assert job.call("run", stop_in="ask_base").code == 75
@@ -167,12 +168,26 @@ def test_kept_data_that_is_damaged_is_encoded_anew(job, damage):
 
 def test_a_few_encoded_datasets_stay_those_used_last(job):
     for number in range(6):
-        job.recipe["data"]["prompt"] = f"{number}: {{question}}"
+        job.recipe["data"]["prompt"] = f"{number}: {{question}}\n"
         assert job.call("run", stop_in="ask_base").code == 75
     assert len(encoded_folders(job)) == 4
     assert "encode" not in job.call("run", stop_in="ask_base").phases()
-    job.recipe["data"]["prompt"] = "0: {question}"
+    job.recipe["data"]["prompt"] = "0: {question}\n"
     assert "encode" in job.call("run", stop_in="ask_base").phases()
+
+
+def test_what_stopped_starts_left_is_taken_away(job):
+    """Their folders hold no dataset; a young one may be another start's that has just begun."""
+    assert job.call("run", stop_in="encode").code == 75
+    assert encoded_folders(job) == []
+    (left,) = (job.workdir / "cache" / "encoded").iterdir()
+    young = left.with_name("0" * 32)
+    young.mkdir()
+    os.utime(left, (0, 0))
+    job.recipe["data"]["prompt"] = "another: {question}\n"
+    assert job.call("run", stop_in="ask_base").code == 75
+    assert not left.exists()
+    assert young.exists()
 
 
 @pytest.mark.parametrize("phase", ["ask_base", "train|evaluate", "prove", "ask_tuned"])
