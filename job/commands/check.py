@@ -15,7 +15,6 @@ from job.core.course import course_of, evaluation_count
 from job.core.errors import JobError
 from job.core.mixture import portions
 from job.core.recipe import Recipe, is_hub_id
-from job.core.records import Tally
 from job.core.report import DataReport
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
@@ -29,7 +28,7 @@ from job.render.report_text import histogram_lines
 from job.render.sources_text import source_rows
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import Run, Sides, find_run, list_data, probe_output
-from job.stages.sources import fetch_sources, judge_sources, read_sources
+from job.stages.sources import count_lines, fetch_sources
 
 T = TypeVar("T")
 
@@ -276,10 +275,7 @@ def _lines(worker: Worker, phases: Phases, *, because: str) -> tuple[str, None]:
         sources, sides = (*worker.recipe.data.sources, *worker.recipe.data.held_out_sources), _listed(worker)
         objects = (*sides.train, *sides.validation)
         files = fetch_sources(worker, objects, folder, on_progress=lambda done, of: phases.progress(bytes=done, of=of))
-        tallies = [Tally() for _ in sources]
-        for _example in read_sources(sources, files, tallies):
-            pass
-        judge_sources(sources, tallies)
+        tallies = count_lines(sources, files)
     good, bad = (sum(counts) for counts in zip(*((t.good, t.bad) for t in tallies), strict=True))
     return f"{good} right lines, {bad} wrong ones; lengths need {because}", None
 

@@ -61,7 +61,7 @@ def try_out(
         should_stop: polled at each token.
         on_answer: called with prompt, base's answer and tuned answer.
     """
-    from job.tune.data.chat import ChatTemplates
+    from job.tune.data.chat import ChatTemplates, asked_rules, chat_rules
     from job.tune.data.frame import token_rules
     from job.tune.loop.evaluate import (
         Question,
@@ -86,13 +86,14 @@ def try_out(
         seed = recipe.train.seed
         return answer(model, [question], tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
 
-    with ChatTemplates(tokenizer, should_stop=should_stop) as chats:
+    chat = asked_rules(tokenizer, recipe.data)
+    with ChatTemplates(should_stop=should_stop) as chats:
 
         def question_of(prompt: str | _Made) -> Question:
             if isinstance(prompt, str):
-                return questions_of_prompts([prompt], rules, chats.asked(recipe.data))[0]
+                return questions_of_prompts([prompt], rules, None if chat is None else chats.of(chat))[0]
             if isinstance(prompt.content, Chat):
-                template = chats.of(prompt.data)
+                template = chats.of(chat_rules(tokenizer, prompt.data))
                 return question_of_chat(template.question(prompt.content), as_read(prompt.content), rules, template)
             return question_of_parts(prompt.content, rules)
 

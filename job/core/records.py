@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from job.core.chats import Chat, chat_of
 from job.core.data_section import DataSection
@@ -36,8 +36,6 @@ class Example:
     parts: tuple[Part, ...]
     where: str
     """`file:line`, for messages."""
-    source: int = 0
-    """Place of its source among those of its side."""
     is_chat: bool = False
     """Whether a chat template wrote all of it: BOS, where there is one, is in it already."""
 
@@ -165,7 +163,6 @@ def checked_lines(
     data: DataSection,
     *,
     tally: Tally,
-    source: int = 0,
     render: Render | None = None,
 ) -> Iterator[Example]:
     """Check and render each line; wrong ones are counted in the tally and left out.
@@ -174,7 +171,6 @@ def checked_lines(
         lines: file name, line number (from 1) and the raw bytes without the line end.
         data: the templates.
         tally: filled while the caller reads.
-        source: the place of their source.
         render: makes examples of chats; without it they are checked and counted, and give none.
     """
     parsed = _parsed_lines(lines, data, tally)
@@ -184,7 +180,7 @@ def checked_lines(
             continue
         tally.good += 1
         if isinstance(each, Example):
-            yield replace(each, source=source)
+            yield each
 
 
 def _parsed_lines(lines: Iterable[tuple[str, int, bytes]], data: DataSection, tally: Tally) -> Iterator[Parsed]:

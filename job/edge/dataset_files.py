@@ -1,6 +1,7 @@
 """The dataset's objects on the local disk, and their lines: plain, gzip or zstd, recognised by their first bytes."""
 
 import codecs
+import io
 import os
 import re
 import threading
@@ -123,12 +124,15 @@ def _names(uris: Sequence[str]) -> list[str]:
     return [one_line(name) for name in (short if len(set(short)) == len(short) else uris)]
 
 
-def read_lines(files: Iterable[DataFile], *, max_record: int) -> Iterator[tuple[str, int, bytes]]:
+def read_lines(
+    files: Iterable[DataFile], *, max_record: int, on_read: Callable[[int], None] = lambda _count: None
+) -> Iterator[tuple[str, int, bytes]]:
     """File name, line number (from 1) and bytes of each line, without its end: LF or CRLF, nothing else.
 
     Args:
         files: one after the other.
         max_record: bytes; of a longer line no more than just beyond them is kept.
+        on_read: called with the bytes that were just read of a file.
 
     Raises:
         DataError: a compressed file is damaged, ends early, or unpacks to far more than its size; or a file holds
@@ -137,7 +141,7 @@ def read_lines(files: Iterable[DataFile], *, max_record: int) -> Iterator[tuple[
     for file in files:
         number = 0
         try:
-            for number, line in enumerate(_split(_own(file), max_record), start=1):
+            for number, line in enumerate(_split(_own(file, on_read), max_record), start=1):
                 yield file.name, number, line
         except (zlib.error, zstandard.ZstdError, EOFError) as error:
             raise DataError(
@@ -162,10 +166,10 @@ def _split(chunks: Iterable[bytes], max_record: int) -> Iterator[bytes]:
         yield rest.removesuffix(b"\r")
 
 
-def _own(file: DataFile) -> Iterator[bytes]:
+def _own(file: DataFile, on_read: Callable[[int], None]) -> Iterator[bytes]:
     """The content in chunks, of a file in our format."""
     packing = _packing(file)
-    chunks = _chunks(file, packing)
+    chunks = _chunks(file, packing, on_read)
     for first in chunks:
         other = foreign(first, file.source.uri, packing)
         if other is not None:
@@ -177,6 +181,20 @@ def _own(file: DataFile) -> Iterator[bytes]:
     yield from chunks
 
 
+class _Followed(io.FileIO):
+    """A file that says how much was read of it."""
+
+    def __init__(self, path: Path, on_read: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self._on_read = on_read
+
+    def readinto(self, buffer: Any) -> int:
+        """As FileIO."""
+        count: int = super().readinto(buffer) or 0
+        self._on_read(count)
+        return count
+
+
 def _packing(file: DataFile) -> Packing:
     with file.path.open("rb") as stream:
         head = stream.read(4)
@@ -185,8 +203,8 @@ def _packing(file: DataFile) -> Packing:
     return "zstd" if head == _ZSTD or _SKIPPABLE.match(head) else "plain"
 
 
-def _chunks(file: DataFile, packing: Packing) -> Iterator[bytes]:
-    with file.path.open("rb") as stream:
+def _chunks(file: DataFile, packing: Packing, on_read: Callable[[int], None]) -> Iterator[bytes]:
+    with io.BufferedReader(_Followed(file.path, on_read)) as stream:
         match packing:
             case "gzip":
                 yield from _unpacked(stream, lambda: zlib.decompressobj(wbits=31), name=file.name, padding=b"\0")

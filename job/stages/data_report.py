@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from job.core.chunks import Side
 from job.core.course import Course
 from job.core.data_section import DataSection
 from job.core.lengths import length_statistics
 from job.core.records import Tally
 from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport, SourceReport
+from job.core.same_content import count_repeated, count_shared
 from job.core.unused import LeftOut
 from job.tune.data.documents import Documents
-from job.tune.data.encoded import Side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,23 +101,27 @@ def data_report(
         validation: what is judged on.
         limit: max_length in tokens, and why.
     """
-    seen = {"train": train.encoded.digests(), "validation": validation.encoded.digests()}
-    trained_on = {seen["train"][row] for row in train.rows}
     names: dict[Side, list[str]] = {"train": [source.name for source in data.sources]}
     names["validation"] = [source.name for source in data.held_out_sources] or names["train"]
     every = audit.every
     return DataReport(
-        train=_side(train, audit, "train", seen["train"], names["train"]),
-        validation=_side(validation, audit, "validation", seen["validation"], names["validation"]),
+        train=_side(train, audit, "train", names["train"]),
+        validation=_side(validation, audit, "validation", names["validation"]),
         bad_lines=every.bad,
         first_bad_lines=tuple(BadLine(where=line.where, reason=line.reason) for line in every.first_bad),
-        overlap=sum(seen["validation"][row] in trained_on for row in validation.rows),
+        overlap=count_shared(
+            validation.encoded.part,
+            train.encoded.part,
+            used=validation.rows,
+            others_used=train.rows,
+            examples=len(train.encoded) + len(validation.encoded),
+        ),
         max_length=limit[0],
         max_length_reason=limit[1],
     )
 
 
-def _side(documents: Documents, audit: Audit, side: Side, digests: list[bytes], names: Sequence[str]) -> SideReport:
+def _side(documents: Documents, audit: Audit, side: Side, names: Sequence[str]) -> SideReport:
     statistics = length_statistics(documents.encoded.lengths)
     # None of its own: those of train's files are counted there.
     tallies = audit.tallies[side] or [Tally()] * len(names)
@@ -124,7 +129,7 @@ def _side(documents: Documents, audit: Audit, side: Side, digests: list[bytes], 
         objects=tuple(audit.objects[side]),
         rows=len(documents.encoded),
         used=len(documents),
-        duplicates=len(digests) - len(set(digests)),
+        duplicates=count_repeated(documents.encoded.part, examples=len(documents.encoded)),
         truncated=documents.truncated,
         dropped=documents.dropped,
         without_target=documents.without_target,

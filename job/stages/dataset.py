@@ -1,45 +1,32 @@
 """The dataset from the store to documents: fetched, checked, split, encoded, measured."""
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import structlog
-from pydantic import TypeAdapter
 
 from job.core.advice import refuse_endless_warm_up
 from job.core.course import Course, course_of
-from job.core.crash_points import crash_point
-from job.core.data_section import DataSection, Fraction
+from job.core.data_section import DataSection
 from job.core.errors import DataError, UsageError
 from job.core.lengths import choose_max_length
 from job.core.mixture import portions
 from job.core.preview import ExamplePreview
-from job.core.records import Example, Tally, is_held_out
-from job.core.report import DataObject, DataReport, SourceLoss
+from job.core.report import DataReport, SourceLoss
 from job.core.unused import judge_unused
 from job.core.verdict import Evaluation
-from job.edge.dataset_files import DataFile
 from job.edge.store.objects import StoredObject
-from job.edge.store.whole_files import whole_file
 from job.stages.attempt import Phases, Worker
-from job.stages.data_report import Audit, counted, data_report
+from job.stages.data_report import counted, data_report
+from job.stages.encoding import encoded_data
 from job.stages.identity import Run
-from job.stages.sources import fetch_sources, judge_sources, new_tallies, read_sources
-from job.tune.data.chat import ChatTemplates
+from job.tune.data.chat import ChatTemplates, asked_rules
 from job.tune.data.documents import Documents, select_documents
-from job.tune.data.encoded import FORMAT, SIDES, EncodedSet, Side, encode, open_encoded
-from job.tune.data.frame import TokenRules, token_rules
 from job.tune.data.picture import by_source, pictures
 
 log = structlog.get_logger(__name__)
-_AUDIT = "audit.json"
-_AS_JSON = TypeAdapter(Audit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +66,9 @@ def prepare_dataset(
         DataError: wrong lines, or nothing left to train or judge on.
         UsageError: data.max_length or the warm-up does not go with the base or the data.
     """
-    encoded, audit = _encoded(worker, phases, run, tokenizer, folder)
+    _refuse_prompts(worker, tokenizer)
+    found = encoded_data(worker, phases, run, tokenizer, folder)
+    encoded, audit = found.sides, found.audit
     data, evaluation = worker.recipe.data, worker.recipe.evaluate
     if not len(encoded["train"]):
         raise DataError(
@@ -130,89 +119,19 @@ def prepare_dataset(
     return Dataset(train=train, validation=validation, report=report, notes=notes)
 
 
-def _encoded(
-    worker: Worker, phases: Phases, run: Run, tokenizer: Any, folder: Path
-) -> tuple[dict[Side, EncodedSet], Audit]:
-    place = folder / "encoded"
-    if (place / _AUDIT).is_file():
-        kept = json.loads((place / _AUDIT).read_text(encoding="utf-8"))
-        # A run id that was given may have stood for other data or templates before, and the image may be newer.
-        if kept["run"] == run.record and kept.get("format") == FORMAT:
-            return open_encoded(place), _AS_JSON.validate_python(kept["audit"])
-    crash_point("download.before")
-    with phases.phase("download"):
-        fetched = {side: _fetch(worker, phases, run, folder, side) for side in SIDES}
-    (place / _AUDIT).unlink(missing_ok=True)  # first: what it says is whole is being written anew
-    with phases.phase("encode"), ChatTemplates(tokenizer, should_stop=worker.should_stop) as chats:
-        data = worker.recipe.data
-        template = chats.asked(data)
-        for prompt in worker.recipe.evaluate.prompts:
-            if template is not None:
-                template.prompt(prompt)  # it may refuse it: better now than once the base is loaded
-        tallies = new_tallies(data)
-        encoded = encode(
-            _routed(data, fetched, tallies, chats),
-            _rules(tokenizer, data),
-            folder=place,
-            should_stop=worker.should_stop,
-            on_progress=lambda done: _encoding(phases, done),
-        )
-    crash_point("encode.after")
-    objects = {side: [_object(file) for file in chain(*files)] for side, files in fetched.items()}
-    audit = Audit(objects=objects, tallies=tallies)
-    kept = {"run": run.record, "format": FORMAT, "audit": _AS_JSON.dump_python(audit, mode="json")}
-    with whole_file(place / _AUDIT) as file:  # last: with it the folder is whole
-        file.write(json.dumps(kept).encode())
-    shutil.rmtree(folder / "data", ignore_errors=True)
-    return encoded, audit
-
-
 def _listed(objects: Sequence[StoredObject], most: int = 3) -> str:
     names = [o.uri for o in objects[:most]]
     return ", ".join(names) + (f" and {len(objects) - most} more" if len(objects) > most else "")
 
 
-def _fetch(worker: Worker, phases: Phases, run: Run, folder: Path, side: Side) -> list[list[DataFile]]:
-    sources, beside = (run.sides.train, run.validation) if side == "train" else (run.sides.validation, run.train)
-    arriving = partial(_downloading, phases, side)
-    return fetch_sources(worker, sources, folder / "data" / side, beside=beside, on_progress=arriving)
-
-
-def _downloading(phases: Phases, side: Side, done: int, of: int) -> None:
-    phases.progress(side=side, bytes=done, of=of)
-    crash_point("download.middle")
-
-
-def _encoding(phases: Phases, done: int) -> None:
-    phases.progress(examples=done)
-    crash_point("encode.middle")
-
-
-def _rules(tokenizer: Any, data: DataSection) -> dict[Side, list[TokenRules]]:
-    """How the examples of each source are framed."""
-    train = [token_rules(tokenizer, source.data) for source in data.sources]
-    held_out = [token_rules(tokenizer, source.data) for source in data.held_out_sources]
-    return {"train": train, "validation": held_out or train}
-
-
-def _routed(
-    data: DataSection,
-    files: Mapping[Side, Sequence[Sequence[DataFile]]],
-    tallies: Mapping[Side, list[Tally]],
-    chats: ChatTemplates,
-) -> Iterator[tuple[Side, Example]]:
-    """Each checked example with its side, source after source."""
-    for example in read_sources(data.sources, files["train"], tallies["train"], chats.rendering):
-        held_out = isinstance(data.validation, Fraction) and is_held_out(example.digest, data.validation.fraction)
-        yield ("validation" if held_out else "train"), example
-    for example in read_sources(data.held_out_sources, files["validation"], tallies["validation"], chats.rendering):
-        yield "validation", example
-    judge_sources((*data.sources, *data.held_out_sources), [*chain(*tallies.values())])
-
-
-def _object(file: DataFile) -> DataObject:
-    source = file.source
-    return DataObject(uri=source.uri, etag=source.etag, version=source.version, size=source.size, sha256=file.sha256)
+def _refuse_prompts(worker: Worker, tokenizer: Any) -> None:
+    """A chat template may refuse a prompt of the recipe: better now than once the base is loaded."""
+    rules = asked_rules(tokenizer, worker.recipe.data)
+    if rules is None:
+        return
+    with ChatTemplates(should_stop=worker.should_stop) as chats:
+        for prompt in worker.recipe.evaluate.prompts:
+            chats.of(rules).prompt(prompt)
 
 
 def _pictured(train: Documents, data: DataSection, tokenizer: Any) -> tuple[ExamplePreview, ...]:

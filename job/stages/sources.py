@@ -1,14 +1,14 @@
 """The sources' files on the local disk, and their lines as examples; each source is counted by itself."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from job.core.chunks import Side
 from job.core.data_section import DataSection, DataSource
-from job.core.records import Example, Render, Tally, checked_lines, judge_lines
+from job.core.records import Tally, checked_lines, judge_lines
 from job.edge.dataset_files import DataFile, fetch_files, read_lines
 from job.edge.store.objects import StoredObject
 from job.stages.attempt import Worker
-from job.tune.data.encoded import Side
 
 
 def fetch_sources(
@@ -61,16 +61,18 @@ def _tallies(side: str, sources: Sequence[DataSource]) -> list[Tally]:
     return [Tally(side=f"{side}: {source.name}" if len(sources) > 1 else side) for source in sources]
 
 
-def read_sources(
-    sources: Sequence[DataSource],
-    files: Sequence[Sequence[DataFile]],
-    tallies: Sequence[Tally],
-    rendering: Callable[[DataSection], Render | None] = lambda _data: None,
-) -> Iterator[Example]:
-    """The right lines, source after source, each counted in its tally; without rendering chats are only counted."""
-    for place, (source, own, tally) in enumerate(zip(sources, files, tallies, strict=True)):
-        lines = read_lines(own, max_record=source.data.max_record)
-        yield from checked_lines(lines, source.data, tally=tally, source=place, render=rendering(source.data))
+def count_lines(sources: Sequence[DataSource], files: Sequence[Sequence[DataFile]]) -> list[Tally]:
+    """Check every line without a tokenizer: of chats what a template has no part in.
+
+    Raises:
+        DataError: more are wrong than the recipe accepts.
+    """
+    tallies = [Tally() for _ in sources]
+    for source, own, tally in zip(sources, files, tallies, strict=True):
+        for _example in checked_lines(read_lines(own, max_record=source.data.max_record), source.data, tally=tally):
+            pass
+    judge_sources(sources, tallies)
+    return tallies
 
 
 def judge_sources(sources: Sequence[DataSource], tallies: Sequence[Tally]) -> None:

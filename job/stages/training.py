@@ -18,7 +18,7 @@ from job.stages.loop import Loop, TrainingFacts
 from job.stages.planning import Planned, plan_training
 from job.stages.resuming import Resumed, resume
 from job.stages.teller import StepTeller
-from job.tune.data.chat import ChatTemplates
+from job.tune.data.chat import ChatTemplates, asked_rules
 from job.tune.data.frame import token_rules
 from job.tune.device.device import device_memory
 from job.tune.engines.engine import adopt_or_shrink
@@ -114,8 +114,9 @@ class TrainingStage:
         )
         if evaluation.prompts:
             rules = token_rules(inputs.tokenizer, self._recipe.data)
-            with ChatTemplates(inputs.tokenizer, should_stop=self._attempt.worker.should_stop) as chats:
-                template = chats.asked(self._recipe.data)
+            chat = asked_rules(inputs.tokenizer, self._recipe.data)
+            with ChatTemplates(should_stop=self._attempt.worker.should_stop) as chats:
+                template = None if chat is None else chats.of(chat)
                 questions = questions_of_prompts(evaluation.prompts, rules, template) + questions
         trained, total = parameter_counts(model.model)
         return TrainingFacts(

@@ -38,7 +38,8 @@ from job.stages.attempt import Phases, Worker
 from job.stages.loop import Loop, TrainingFacts
 from job.stages.resuming import Resumed
 from job.tune.data.documents import Documents, select_documents
-from job.tune.data.encoded import encode
+from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
+from job.tune.data.encoder import encoded_rows
 from job.tune.data.frame import token_rules
 from job.tune.data.micro_batch import MicroBatch, micro_batch
 from job.tune.engines.autograd import AutogradEngine
@@ -160,14 +161,11 @@ def documents_of_examples(
     folder: Path, tokenizer: Any, examples: Sequence[Example], *, max_length: int = 128, data: DataSection = PAIR
 ) -> Documents:
     """Examples of any parts as the stages encode them."""
-    encoded = encode(
-        [("train", example) for example in examples],
-        {"train": [token_rules(tokenizer, data)]},
-        folder=folder,
-        should_stop=lambda: False,
-        on_progress=lambda _done: None,
-    )
-    return select_documents(encoded["train"], max_length=max_length, too_long="truncate")
+    rows = encoded_rows(examples, token_rules(tokenizer, data), source=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "train.arrow"
+    path.write_bytes(stream_start() + rows + STREAM_END)
+    return select_documents(EncodedSet(path), max_length=max_length, too_long="truncate")
 
 
 def adapted(

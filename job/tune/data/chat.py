@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from job.core.chats import THINK, Chat, prompt_chat
 from job.core.data_section import NAMED_TEMPLATES, DataSection
 from job.core.errors import DataError, UsageError
-from job.core.records import BadRecord, Example, Parsed, Part, Render
-from job.tune.data.control import control_tokens
+from job.core.records import BadRecord, Example, Parsed, Part
+from job.tune.data.control import ControlToken, control_tokens
 from job.tune.data.named_templates import named_template
 from job.tune.data.rendering import Renderer
 
@@ -29,29 +30,69 @@ _BATCH_MESSAGES = 2000
 _THINK = re.compile(rf"\s*({THINK[0]})(.*?)({THINK[1]})", re.DOTALL)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRules:
+    """What decides how conversations become parts; it can be sent to another process."""
+
+    template: str
+    """Its text."""
+    of_base: bool
+    """Whether it came with the base's tokenizer."""
+    variables: tuple[tuple[str, Any], ...]
+    """What a template may name beside the conversation: `bos_token`, say."""
+    control: tuple[ControlToken, ...]
+    learn: Literal["all-assistant", "last-assistant"]
+    reasoning: Literal["keep", "mask", "drop"]
+    max_record: int
+    """Bytes: what a template may use is measured by the longest record."""
+
+
+def chat_rules(tokenizer: Any, data: DataSection) -> ChatRules:
+    """Those of a data section with `chat`.
+
+    Raises:
+        UsageError: neither recipe nor tokenizer has a chat template.
+    """
+    control = control_tokens(tokenizer)
+    return ChatRules(
+        template=_template(tokenizer, data, control=frozenset(token.text for token in control)),
+        of_base=data.chat_template is None,
+        variables=tuple(tokenizer.special_tokens_map.items()),
+        control=control,
+        learn=data.learn,
+        reasoning=data.reasoning,
+        max_record=data.max_record,
+    )
+
+
+def asked_rules(tokenizer: Any, data: DataSection) -> ChatRules | None:
+    """What makes a question of a prompt; None: a prompt is taken as it is.
+
+    Where several sources have templates of their own, those of the first hold.
+    """
+    if not data.makes_text:
+        data = data.sources[0].data
+    return None if data.chat is None else chat_rules(tokenizer, data)
+
+
 class ChatTemplate:
     """A chat template at work; it holds a process, so it is closed."""
 
-    def __init__(self, tokenizer: Any, data: DataSection, *, should_stop: Callable[[], bool]) -> None:
-        """Choose the template.
-
-        Raises:
-            UsageError: neither recipe nor tokenizer has one.
-        """
-        self._data = data
-        self._tokens = {token.text: token for token in control_tokens(tokenizer)}
-        longest_first = sorted(self._tokens.values(), key=lambda token: -len(token.text))
+    def __init__(self, rules: ChatRules, *, should_stop: Callable[[], bool]) -> None:
+        """The process begins with the first conversation."""
+        self._rules = rules
+        self._tokens = {token.text: token for token in rules.control}
+        longest_first = sorted(rules.control, key=lambda token: -len(token.text))
         control = "|".join(token.pattern for token in longest_first) or "(?!)"
         self._control = re.compile(control)
-        self._of_base = data.chat_template is None
         self._renderer = Renderer(
             {
-                "template": _template(tokenizer, data, control=frozenset(self._tokens)),
-                "variables": dict(tokenizer.special_tokens_map),
+                "template": rules.template,
+                "variables": dict(rules.variables),
                 "control": control,
                 "seconds": _SECONDS,
-                "most_bytes": _BYTES + _BYTES_PER_BYTE * data.max_record,
-                "most_characters": _CHARACTERS + _CHARACTERS_PER_BYTE * data.max_record,
+                "most_bytes": _BYTES + _BYTES_PER_BYTE * rules.max_record,
+                "most_characters": _CHARACTERS + _CHARACTERS_PER_BYTE * rules.max_record,
             },
             should_stop=should_stop,
         )
@@ -104,7 +145,7 @@ class ChatTemplate:
         return ends[0] if ends else None
 
     def _rendered(self, chats: Sequence[Chat]) -> list[Example | BadRecord]:
-        last = self._data.learn == "last-assistant"
+        last = self._rules.learn == "last-assistant"
         return self._answers(chats, turns=[chat.turns[-1:] if last else chat.turns for chat in chats])
 
     def _answers(self, chats: Sequence[Chat], *, turns: Sequence[Sequence[int] | None]) -> list[Example | BadRecord]:
@@ -112,7 +153,7 @@ class ChatTemplate:
             return []
         hidings = [_Hiding(self._control, chat) for chat in chats]
         asked = [
-            {"messages": hiding.messages, "tools": hiding.tools, "turns": places, "reasoning": self._data.reasoning}
+            {"messages": hiding.messages, "tools": hiding.tools, "turns": places, "reasoning": self._rules.reasoning}
             for hiding, places in zip(hidings, turns, strict=True)
         ]
         answers = self._renderer.render(asked)
@@ -145,52 +186,37 @@ class ChatTemplate:
         return any(match.end() == len(text) for match in self._control.finditer(text))
 
     def _named(self) -> str:
-        return "the base model's chat template" if self._of_base else "data.chat_template"
+        return "the base model's chat template" if self._rules.of_base else "data.chat_template"
 
     def _advice(self) -> str:
-        if self._of_base:
+        if self._rules.of_base:
             return f"give another one with data.chat_template: a file, or one of {', '.join(NAMED_TEMPLATES)}"
         return "correct it"
 
 
 class ChatTemplates:
-    """The chat templates that a data section's sources name, each begun when it is first needed."""
+    """Chat templates at work, each begun when it is first needed."""
 
-    def __init__(self, tokenizer: Any, *, should_stop: Callable[[], bool]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, *, should_stop: Callable[[], bool]) -> None:
         self._should_stop = should_stop
-        self._begun: dict[tuple[Any, ...], ChatTemplate] = {}
+        self._begun: dict[ChatRules, ChatTemplate] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End their processes."""
         for template in self._begun.values():
             template.close()
 
-    def of(self, data: DataSection) -> ChatTemplate:
-        """That of a data section with `chat`.
-
-        Raises:
-            UsageError: neither recipe nor tokenizer has one.
-        """
-        key = (data.chat_template, data.learn, data.reasoning, data.max_record)
-        if key not in self._begun:
-            self._begun[key] = ChatTemplate(self._tokenizer, data, should_stop=self._should_stop)
-        return self._begun[key]
-
-    def asked(self, data: DataSection) -> ChatTemplate | None:
-        """What makes a question of a prompt; None: a prompt is taken as it is.
-
-        Where several sources have templates of their own, those of the first hold.
-        """
-        if not data.makes_text:
-            data = data.sources[0].data
-        return None if data.chat is None else self.of(data)
-
-    def rendering(self, data: DataSection) -> Render | None:
-        """What makes examples of the chats of a data section; None: it has none."""
-        return None if data.chat is None else self.of(data).examples
+    def of(self, rules: ChatRules) -> ChatTemplate:
+        """The one that keeps these rules."""
+        if rules not in self._begun:
+            self._begun[rules] = ChatTemplate(rules, should_stop=self._should_stop)
+        return self._begun[rules]
 
 
 def _template(tokenizer: Any, data: DataSection, *, control: frozenset[str]) -> str:

@@ -22,6 +22,10 @@ class Documents:
     """Longer than max_length, and left out."""
     rows_without_target: NDArray[np.int64]
     """Nothing to learn from after the cut, and left out."""
+    lengths: Lengths
+    """Tokens of each document after the cut."""
+    targets: NDArray[np.int64]
+    """Target tokens of each document after the cut."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -40,16 +44,6 @@ class Documents:
     def without_target(self) -> int:
         """Examples with nothing to learn from after the cut, and left out."""
         return len(self.rows_without_target)
-
-    @property
-    def lengths(self) -> Lengths:
-        """Tokens of each document after the cut."""
-        return np.minimum(self.encoded.lengths[self.rows], self.max_length)
-
-    @property
-    def targets(self) -> NDArray[np.int64]:
-        """Target tokens of each document after the cut."""
-        return self.encoded.target_counts(self.max_length)[self.rows]
 
     @property
     def sources(self) -> NDArray[np.int32]:
@@ -103,15 +97,18 @@ def select_documents(
             f"({int(over.sum())} such examples); raise data.max_length, or set data.too_long: truncate or drop"
         )
     kept = ~over if too_long == "drop" else np.ones(len(encoded), dtype=bool)
-    has_target = encoded.target_counts(max_length) > 0
+    targets = encoded.target_counts(max_length)
+    has_target = targets > 0
     rows = np.flatnonzero(kept & has_target)
-    if most is not None:
-        digests = encoded.digests()
-        rows = np.array(sorted(sorted(rows, key=lambda row: digests[row])[:most]), dtype=np.int64)
+    if most is not None and most < len(rows):
+        digests = encoded.digests()[rows]
+        rows = np.sort(rows[np.lexsort((digests[:, 1], digests[:, 0]))[:most]])
     return Documents(
         encoded=encoded,
         rows=rows,
         max_length=max_length,
         dropped_rows=np.flatnonzero(~kept),
         rows_without_target=np.flatnonzero(kept & ~has_target),
+        lengths=np.minimum(encoded.lengths[rows], max_length),
+        targets=targets[rows],
     )

@@ -181,7 +181,10 @@ def _items(parts: Iterable[Part], control: ControlFinder) -> Iterator[str | Cont
 
 
 def _ids(stretch: Iterable[_Piece | ControlToken]) -> list[int]:
-    return [token for item in stretch for token in ([item.id] if isinstance(item, ControlToken) else item.ids)]
+    ids: list[int] = []
+    for item in stretch:
+        ids += (item.id,) if isinstance(item, ControlToken) else item.ids
+    return ids
 
 
 def _encode(drafts: Sequence[_Draft], rules: TokenRules) -> None:

@@ -11,7 +11,7 @@ from transformers.utils import chat_template_utils
 from job.core.data_section import NAMED_TEMPLATES, DataSection
 from job.core.errors import UsageError
 from job.core.records import Tally, checked_lines
-from job.tune.data.chat import ChatTemplates
+from job.tune.data.chat import ChatTemplates, chat_rules
 from job.tune.data.frame import encode_examples, encode_given, token_rules
 from job.tune.data.micro_batch import micro_batch
 
@@ -24,8 +24,10 @@ def read(tokenizer, records, **given):
     """Examples, and the tally with the reasons of wrong lines."""
     data, tally = section(**given), Tally()
     lines = [("train.jsonl", n, json.dumps(record).encode()) for n, record in enumerate(records, start=1)]
-    with ChatTemplates(tokenizer, should_stop=lambda: False) as chats:
-        return list(checked_lines(lines, data, tally=tally, render=chats.rendering(data))), tally
+    with ChatTemplates(should_stop=lambda: False) as chats:
+        return list(
+            checked_lines(lines, data, tally=tally, render=chats.of(chat_rules(tokenizer, data)).examples)
+        ), tally
 
 
 @pytest.fixture(scope="session")
@@ -457,8 +459,8 @@ def test_the_marks_of_an_assistants_own_reasoning_are_meant(tmp_path):
 @pytest.mark.parametrize("style", STYLES)
 def test_a_prompt_is_a_users_turn_as_transformers_renders_it(tokenizers, style, on_the_templates_day):
     tokenizer = tokenizers[style]
-    with ChatTemplates(tokenizer, should_stop=lambda: False) as chats:
-        template = chats.asked(section())
+    with ChatTemplates(should_stop=lambda: False) as chats:
+        template = chats.of(chat_rules(tokenizer, section()))
         ids = encode_given(template.prompt("ab </s>").parts, token_rules(tokenizer, section()), is_chat=True)
         ends = template.end_of_turn
     asked = [{"role": "user", "content": "ab </s>"}]

@@ -1,28 +1,23 @@
 """Examples of several sources on one side: each framed by its own rules, and its documents stand in a row."""
 
-from dataclasses import replace
-
 from tiny import PAIR, example_of
 
 from job.tune.data.documents import select_documents
-from job.tune.data.encoded import encode
+from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
+from job.tune.data.encoder import encoded_rows
 from job.tune.data.frame import token_rules
 
 
 def documents(folder, tokenizer, sources, rules):
     """(prompt, completion) pairs of each source, encoded as the stages do."""
-    encoded = encode(
-        [
-            ("train", replace(example_of((p, False), (c, True), line=n), source=place))
-            for place, pairs in enumerate(sources)
-            for n, (p, c) in enumerate(pairs, start=1)
-        ],
-        {"train": rules},
-        folder=folder,
-        should_stop=lambda: False,
-        on_progress=lambda _done: None,
+    rows = b"".join(
+        encoded_rows(
+            [example_of((p, False), (c, True), line=n) for n, (p, c) in enumerate(pairs, start=1)], own, source=place
+        )
+        for place, (pairs, own) in enumerate(zip(sources, rules, strict=True))
     )
-    return select_documents(encoded["train"], max_length=8, too_long="drop")
+    (folder / "train.arrow").write_bytes(stream_start() + rows + STREAM_END)
+    return select_documents(EncodedSet(folder / "train.arrow"), max_length=8, too_long="drop")
 
 
 def test_each_source_is_framed_by_its_own_rules(tmp_path, tokenizer):
