@@ -15,6 +15,7 @@ import structlog
 from job import __version__
 from job.core.errors import NotFoundError, UsageError
 from job.core.given import Given, as_records, set_lines
+from job.core.library_settings import LIBRARY_SETTINGS
 from job.core.lines import colours_wanted, hung
 from job.core.visible import one_line
 from job.edge.host.interrupt import Interrupt
@@ -65,9 +66,8 @@ def cli(session: Session, log_format: str) -> None:
         colours=colours_wanted(os.environ, terminal=sys.stdout.isatty()),
         in_place=not _is_dumb(),
     )
-    # Threads that wait by spinning make training eight times slower as soon as anything else wants a core, and eat a
-    # container's CPU quota. It is read when torch is loaded, so it is set before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in LIBRARY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     os.umask(os.umask(0) | stat.S_IWOTH)  # what we leave is used again as ours: nobody else may change it
 
 

@@ -15,6 +15,8 @@ from botocore_tables import read_once
 from job_process import environment_without_job
 from warm_image import warm_image
 
+from job.core.library_settings import LIBRARY_SETTINGS
+
 _TOGETHER = ("tests/run/", "tests/chaos/", "tests/hostile/")
 """Rooms whose files share a run that takes as long as a file of theirs: one pytest worker has all of a room."""
 _LONG = (
@@ -56,7 +58,7 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session")
 def warm():
     """A process that has loaded every library; attempts are forks of it, one image a pytest worker."""
-    with warm_image(environment_without_job({"OMP_WAIT_POLICY": "PASSIVE"})) as image:
+    with warm_image(environment_without_job(LIBRARY_SETTINGS)) as image:
         yield image
 
 

@@ -1,5 +1,6 @@
 """What the chaos is made of: a server that dies, data and base in a bucket, an undisturbed run."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import pytest
 from chaos_results import LEAST_STRIKES, Results, write_block
 from chaos_runs import ENGINE, Place, Run, chaos_recipe
 from chaos_server import mortal_server
+from faults import faulty_proxy
 from job_process import Job
 from run_material import make_base
+
+SURROUNDINGS = Path(__file__).with_name("surroundings")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -93,3 +97,13 @@ def undisturbed_in_a_folder(tmp_path_factory, folder_place, folder_recipe, warm)
     attempt = run.begin()
     assert attempt.wait() == 0, attempt.told()
     return run, attempt
+
+
+@pytest.fixture
+def proxied(tmp_path, s3_place, s3_recipe, server, warm):
+    """A run on S3 that reaches its store through a proxy, in surroundings that obey CHAOS_..., and the proxy."""
+    with faulty_proxy(server.at.endpoint) as proxy:
+        place = s3_place.below(tmp_path.name)
+        ours = {"PYTHONPATH": str(SURROUNDINGS), "AWS_ENDPOINT_URL": proxy.endpoint}
+        place = dataclasses.replace(place, environment=place.environment | ours)
+        yield Run(tmp_path / "run", place, s3_recipe, warm), proxy

@@ -1,19 +1,15 @@
 """A store that is away for too long, a disk that fills, an owner that sleeps: in each phase, and then it goes on."""
 
-import dataclasses
 import random
 import signal
 import struct
-from pathlib import Path
 
 import pytest
-from chaos_runs import Run
 from chaos_strikes import EMPTY_DISK_PHASES, Durations, reach
-from faults import NO_FAULT, Fault, faulty_proxy
+from faults import NO_FAULT, Fault
 
 from job.core.errors import LocalDiskError, UnavailableError
 
-SURROUNDINGS = {"PYTHONPATH": str(Path(__file__).with_name("surroundings"))}
 AWAY = Fault(status=503, code="ServiceUnavailable")
 SHORT = ("train",)
 """Phases of the short part."""
@@ -41,30 +37,11 @@ def in_short(phases):
     return [pytest.param(phase, marks=() if phase in SHORT else pytest.mark.chaos) for phase in phases]
 
 
-@pytest.fixture
-def proxied(tmp_path, s3_place, s3_recipe, server, warm):
-    """A run on S3 that reaches its store through a proxy, and the proxy."""
-    with faulty_proxy(server.at.endpoint) as proxy:
-        place = s3_place.below(tmp_path.name)
-        environment = {**place.environment, **SURROUNDINGS, "AWS_ENDPOINT_URL": proxy.endpoint}
-        yield Run(tmp_path / "run", dataclasses.replace(place, environment=environment), s3_recipe, warm), proxy
-
-
 def begun(run, phase):
     """What is committed before the attempt that is struck: something to resume from, where that is what it does."""
     if phase == "resume":
         assert run.begin("--crash-at", "checkpoint.after_latest:2").wait() == -signal.SIGKILL
     return run.committed()
-
-
-def goes_on(run, undisturbed):
-    """The next attempt brings the run to its end, and nothing is lost."""
-    before = run.committed()
-    attempt = run.begin()
-    code = attempt.wait()
-    run.look(attempt, before)
-    assert code == 0, attempt.told()
-    run.same_result(undisturbed[0], attempt)
 
 
 def test_the_phases_are_those_of_a_run(undisturbed):
@@ -87,7 +64,7 @@ def test_a_store_that_is_away_for_too_long_ends_with_69_in_every_phase(proxied, 
     assert attempt.outcome["code"] == code
     assert attempt.outcome["again"] == "yes, counted"
     assert "failed 3 times in " in attempt.outcome["reason"]
-    goes_on(run, undisturbed)
+    run.carried_on(undisturbed[0])
     results.case("away")
 
 
@@ -101,7 +78,7 @@ def test_a_disk_that_fills_ends_with_74_in_every_phase_that_writes(proxied, undi
     run.look(attempt, before)
     assert code == LocalDiskError.code or (code == 0 and phase not in WRITING), attempt.told()
     assert attempt.outcome["code"] == code
-    goes_on(run, undisturbed)
+    run.carried_on(undisturbed[0])
     results.case("disk full")
 
 

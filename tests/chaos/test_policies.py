@@ -1,16 +1,14 @@
 """What a bucket's owner forbids, limits or versions, and what a store answers late or wrong: said, and never dear."""
 
-import dataclasses
 import re
 import signal
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from pathlib import Path
 
 import pytest
 from chaos_runs import Place, Run, in_order
-from faults import NO_FAULT, Fault, faulty_proxy
+from faults import NO_FAULT, Fault
 from test_damaged import Stored
 
 from job.core.errors import LocalDiskError, SickDeviceError
@@ -105,30 +103,12 @@ def in_short(cases):
     return [pytest.param(case, marks=() if case in IN_SHORT else pytest.mark.chaos) for case in cases]
 
 
-@pytest.fixture
-def proxied(tmp_path, s3_place, s3_recipe, server, warm):
-    with faulty_proxy(server.at.endpoint) as proxy:
-        place = s3_place.below(tmp_path.name)
-        place = dataclasses.replace(place, environment={**place.environment, "AWS_ENDPOINT_URL": proxy.endpoint})
-        yield Run(tmp_path / "run", place, s3_recipe, warm), proxy
-
-
-def carried(run, undisturbed):
-    before = run.committed()
-    attempt = run.begin()
-    code = attempt.wait()
-    run.look(attempt, before)
-    assert code == 0, attempt.told()
-    run.same_result(undisturbed[0], attempt)
-    return attempt
-
-
 @pytest.mark.parametrize("case", in_short(NOTED))
 def test_what_is_denied_and_not_needed_costs_a_note_and_never_the_report(proxied, undisturbed, case, results):
     run, proxy = proxied
     rule, note = NOTED[case]
     proxy.rule = rule()
-    carried(run, undisturbed)
+    run.carried_on(undisturbed[0])
     noted = [text for text in run.read_json("report.json")["notes"] if re.search(note, text)]
     assert len(noted) == 1, run.read_json("report.json")["notes"]
     results.case("policies")
@@ -140,7 +120,7 @@ def test_what_passes_or_lags_changes_nothing(proxied, undisturbed, case, results
     run, proxy = proxied
     proxy.rule = UNNOTED[case]()
     assert run.begin("--crash-at", "checkpoint.after_latest:4").wait() == -signal.SIGKILL
-    attempt = carried(run, undisturbed)
+    attempt = run.carried_on(undisturbed[0])
     assert attempt.named("resumed")
     results.case("policies")
 
@@ -157,7 +137,7 @@ def test_a_store_without_room_ends_with_74_and_goes_on_once_it_has_some(proxied,
     assert attempt.outcome["again"] == "yes, counted"
     assert "quota" in attempt.outcome["action"]
     proxy.rule = lambda _: NO_FAULT
-    assert carried(run, undisturbed).named("resumed")
+    assert run.carried_on(undisturbed[0]).named("resumed")
     results.case("policies")
 
 
@@ -165,12 +145,12 @@ def test_a_store_without_room_ends_with_74_and_goes_on_once_it_has_some(proxied,
 def test_a_clock_that_stays_wrong_is_a_machine_to_be_looked_at(proxied, undisturbed, results):
     run, proxy = proxied
     proxy.rule = lambda _: skewed(minutes=20)
-    attempt = run.begin(CHAOS_IMPATIENT="1", PYTHONPATH=str(Path(__file__).with_name("surroundings")))
+    attempt = run.begin(CHAOS_IMPATIENT="1")
     assert attempt.wait() == SickDeviceError.code, attempt.told()
     assert re.search(r"this machine's clock is 1,\d{3} s behind the store's", attempt.outcome["reason"])
     assert attempt.outcome["again"] == "yes, elsewhere, counted"
     proxy.rule = lambda _: NO_FAULT
-    carried(run, undisturbed)
+    run.carried_on(undisturbed[0])
     results.case("policies")
 
 
@@ -241,7 +221,7 @@ def test_in_a_bucket_with_versions_a_run_is_killed_resumed_and_done_as_in_any_ot
     }
     run = Run(tmp_path / "run", versioned_place.below(tmp_path.name), recipe, warm)
     assert run.begin("--crash-at", point).wait() == -signal.SIGKILL
-    attempt = carried(run, undisturbed)
+    attempt = run.carried_on(undisturbed[0])
     assert attempt.named("resumed")
     (train,) = run.read_json("run.json")["data"]["train"]
     assert train["version"]
