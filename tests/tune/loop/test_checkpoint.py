@@ -35,7 +35,10 @@ def prepare(bases, documents, folder, architecture, optimizer, **options):
 
 
 def load(made, folder, *, step):
-    return checkpoints.load(made.state, folder, step=step, layers=LAYERS, targets=made.documents.targets)
+    documents = made.documents
+    return checkpoints.load(
+        made.state, folder, step=step, layers=LAYERS, targets=documents.targets, sources=documents.source_count
+    )
 
 
 def sha256(made, folder):
@@ -47,6 +50,7 @@ def numbers(made):
     progress = made.progress
     return (
         progress.losses,
+        progress.source_losses,
         progress.grad_norms,
         progress.learning_rates,
         progress.tokens,
