@@ -2,9 +2,8 @@
 
 import ctypes
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from job.core.promises import TensorHeader
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 64 * 2**20
@@ -31,27 +32,35 @@ class StoredTensor:
 
     file: Path
     name: str
-    dtype: str
-    """As the format writes it: `BF16`."""
-    values: int
-    """How many, as they are stored."""
+    header: TensorHeader
     on_cpu: bool
     """Whether it stays on the host: then it is copied, or the model would live in the file's own pages."""
     in_bf16: bool = False
     """Whether its values are rounded to bf16, as they are where bf16 computes."""
+    not_finite: set[str] = field(repr=False)
+    """Gets the tensor's name when a value of it is NaN or infinite: who loads it has threads that raise nothing."""
 
     def __getitem__(self, index: Any) -> Tensor:
         if self.on_cpu:
             _give_back_freed_memory()
         with safe_open(self.file, framework="pt") as file:
             part: Tensor = file.get_slice(self.name)[index]
+        if not _is_finite(part):
+            self.not_finite.add(self.name)
         if self.in_bf16 and part.is_floating_point():
             return part.bfloat16().to(part.dtype)
         return part.clone() if self.on_cpu else part
 
     def get_dtype(self) -> str:
         """The dtype, under the name by which transformers asks a slice of safetensors for it."""
-        return self.dtype
+        return self.header.dtype
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without memory for an answer for each value: the least and the largest are NaN where any value is."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.itemsize == 1:
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def _give_back_freed_memory() -> None:
@@ -62,12 +71,13 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def stored_tensors(folder: Path, device: torch.device) -> dict[str, StoredTensor]:
+def stored_tensors(folder: Path, device: torch.device, *, not_finite: set[str]) -> dict[str, StoredTensor]:
     """Every tensor of the model in a folder, by name; no data is read.
 
     Args:
         folder: with `model.safetensors`, or several files and their index.
         device: where they will go.
+        not_finite: gets the name of each tensor that is read and holds a value that is NaN or infinite.
 
     Raises:
         SafetensorError: a file is damaged.
@@ -84,9 +94,9 @@ def stored_tensors(folder: Path, device: torch.device) -> dict[str, StoredTensor
                 tensors[name] = StoredTensor(
                     file=path,
                     name=name,
-                    dtype=tensor.get_dtype(),
-                    values=math.prod(tensor.get_shape()),
+                    header=TensorHeader(dtype=tensor.get_dtype(), shape=tuple(tensor.get_shape())),
                     on_cpu=device.type == "cpu",
+                    not_finite=not_finite,
                 )
     return tensors
 
