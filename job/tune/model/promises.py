@@ -1,6 +1,7 @@
 """What a model's class takes from tensors with names: all of it, or what is missing, left over, or of another shape."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from job.core.errors import DataError
 from job.core.promises import Differences, TensorHeader, refuse, unusual_dtypes
@@ -86,7 +88,8 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
         for name, header in headers.items()
         if name not in states and _STATE not in name
     }
-    model, found = filled(kind, config, plain, device_map={"": _META}, dtype=torch.bfloat16)
+    with _quietly():
+        model, found = filled(kind, config, plain, device_map={"": _META}, dtype=torch.bfloat16)
     sizes = {_ITEM_BYTES.get(header.dtype, 0) for name, header in headers.items() if name in packed}
     in_four_bits = {name for name, shapes in found.other_shapes.items() if _is_packed(*shapes, sizes)}
     whole_numbers = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]
@@ -119,6 +122,17 @@ class _Promised:
 
     def get_dtype(self) -> str:
         return "BF16"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' own report: it calls weights in 4 bits mismatched, and what is wrong is raised by us."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _incomplete(packed: Iterable[str], headers: Mapping[str, TensorHeader]) -> Iterable[str]:
