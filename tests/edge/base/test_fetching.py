@@ -294,7 +294,7 @@ def test_the_headers_of_a_hub_model_are_read_without_its_weights(hub, fetcher, b
 
     assert result["tensors"] == LARGE_SHAPES
     assert hub.sent < 1_000_000 < sum(map(len, LARGE.values()))
-    assert not [path for path in fetcher.models.rglob("*.safetensors")]
+    assert not list(fetcher.models.rglob("*.safetensors"))
     assert hub.tokens == {f"Bearer {TOKEN}"}
 
 
@@ -670,7 +670,7 @@ def test_the_headers_of_a_model_in_a_store_or_a_folder_are_read_without_its_weig
     assert stored == local
     assert {name: [*header.shape] for name, header in stored.items()} == LARGE_SHAPES
     assert {header.dtype for header in stored.values()} == {"U8"}
-    assert not [path for path in (tmp_path / "models").rglob("*.safetensors")]
+    assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -704,16 +704,16 @@ def test_a_base_that_is_quantised_already_is_refused_by_its_small_files(bucket, 
     files = MODEL | {"config.json": json.dumps(FP8).encode(), "README.md": card}
     source = put(bucket, files) if where == "store" else str(write(tmp_path / "base", files))
 
-    with pytest.raises(UsageError, match="by FP8, a scale a block, .*; someone/whole may be the model that it was"):
+    with pytest.raises(UsageError, match=r"by FP8, a scale a block, .*; someone/whole may be the model that it was"):
         take(source, tmp_path / "models")
-    assert not [path for path in (tmp_path / "models").rglob("*.safetensors")]
+    assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("names", [["model-Q4_K_M.gguf"], ["model.gguf", "config.json"]])
 def test_a_gguf_is_refused_as_what_it_is(bucket, tmp_path, names):
     files = dict.fromkeys(names, b"{}")
     for source in (put(bucket, files), str(write(tmp_path / "base", files)), str(tmp_path / "base" / names[0])):
-        with pytest.raises(UsageError, match="by GGUF, .*take the unquantised model"):
+        with pytest.raises(UsageError, match=r"by GGUF, .*take the unquantised model"):
             identify(source, None, settings=StoreSettings())
 
 

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from layouts import changed, config_with, in_fp8, one, prefixed, random_base, spoilt, without
-from tiny import CPU
+from layouts import changed, config_with, in_fp8, one, prefixed, spoilt, without
+from tiny import CPU, config_of, write_base
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from job.core.errors import DataError
@@ -62,7 +62,7 @@ def held(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return random_base(tmp_path_factory.mktemp("whole") / "base")
+    return write_base(tmp_path_factory.mktemp("whole") / "base", config_of("llama"))
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from layouts import bnb4_base, changed, config_with, random_base, tensors_of, without
+from layouts import bnb4_base, changed, config_with, tensors_of, without
 from peft import LoraConfig, get_peft_model
 from test_promises import held
-from tiny import CPU, backward, micro_batch
+from tiny import CPU, EVERY_LINEAR, backward, config_of, micro_batch, write_base
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -36,8 +36,7 @@ FORMS = {
     ),
     "the head as well": (
         NF4 | {"llm_int8_skip_modules": ["model.layers.0"]},
-        "NF4, single quantisation; 8 linear layers in 4 bits, 7 not "
-         "(q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj)",
+        f"NF4, single quantisation; 8 linear layers in 4 bits, 7 not ({', '.join(EVERY_LINEAR[:-1])})",
     ),
 }
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -48,7 +47,7 @@ RANK = 4
 def published(tmp_path_factory):
     """Form -> folder."""
     root = tmp_path_factory.mktemp("published")
-    plain = random_base(root / "plain")
+    plain = write_base(root / "plain", config_of("llama"))
     return {form: bnb4_base(plain, root / form, **options) for form, (options, _said) in FORMS.items()} | {
         "plain": plain
     }

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import config_of, write_base
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
@@ -15,7 +14,7 @@ def tensors_of(folder):
 
 
 def changed(source, folder, change, *, sharded=False):
-    """A copy of a base with other tensors in it: in one file, or a file a layer with an index."""
+    """A copy of a base with other tensors in it: in one file, or a file for each layer and an index."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     tensors = tensors_of(source)
     tensors = change(tensors) or tensors
@@ -80,10 +79,6 @@ def spoilt(value):
         return tensor
 
     return change
-
-
-def random_base(root: Path, architecture="llama", **config) -> Path:
-    return write_base(root, config_of(architecture, **config))
 
 
 def bnb4_base(source: Path, folder: Path, *, dtype=torch.bfloat16, **options) -> Path:
