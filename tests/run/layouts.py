@@ -85,5 +85,7 @@ def bnb4_base(source: Path, folder: Path, *, dtype=torch.bfloat16, **options) ->
     """A base in 4 bits of bitsandbytes, as transformers publishes it."""
     form = BitsAndBytesConfig(load_in_4bit=True, **options)
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=form, dtype=dtype, device_map={"": "cpu"})
+    weights = shutil.ignore_patterns("*.safetensors", "*.index.json")
+    shutil.copytree(source, folder, ignore=weights)
     model.save_pretrained(folder)
     return folder

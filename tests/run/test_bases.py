@@ -18,7 +18,7 @@ def refused(job, code, *words):
         ended = job.call(command)
         assert ended.code == code, ended.stdout
         assert all(word in ended.outcome["reason"] for word in words), ended.outcome["reason"]
-        assert objects(job.store) == []
+        assert objects(job.store / "runs") == []
     assert not list(job.workdir.rglob("*.safetensors"))
     assert "encode" not in ended.phases()
 
@@ -66,25 +66,28 @@ def test_a_number_that_is_not_finite_is_named_and_no_copy_is_made_of_it(job, bas
 def test_a_token_that_the_embeddings_have_no_row_for_is_refused_with_its_number(job, base):
     folder = changed(base, job.folder / "own-base", dict)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    added = tokenizer["added_tokens"][0] | {"id": 128, "content": "<|sep|>", "special": True}
-    tokenizer["added_tokens"].append(added)
+    first = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [
+        first | {"id": number, "content": f"<|{number}|>", "special": False}
+        for number in range(len(tokenizer["model"]["vocab"]), 129)
+    ]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     job.recipe["model"]["base"] = str(folder)
     rows = [{"question": "12 red hats", "answer": "red 12"}] * 30
-    write_lines(job.data / "train.jsonl", [*rows, {"question": "12 red <|sep|> hats", "answer": "red 12"}])
+    write_lines(job.data / "train.jsonl", [*rows, {"question": "12 red <|128|> hats", "answer": "red 12"}])
 
     for command, options in (("check", ["--quick"]), ("plan", []), ("run", [])):
         ended = job.call(command, *options)
         assert ended.code == 65, ended.stdout
         assert (
-            "train.jsonl:31: token '<|sep|>' has the id 128, but the base's embeddings have 128 rows"
+            "train.jsonl:31: token '<|128|>' has the id 128, but the base's embeddings have 128 rows"
             in (ended.outcome["reason"])
         )
     write_lines(job.data / "train.jsonl", rows)
-    job.recipe["evaluate"]["prompts"] = ["12 red <|sep|>"]
+    job.recipe["evaluate"]["prompts"] = ["12 red <|128|>"]
     ended = job.call("check", "--quick")
     assert ended.code == 65
-    assert "evaluate.prompts: 12 red <|sep|>: token '<|sep|>' has the id 128" in ended.outcome["reason"]
+    assert "evaluate.prompts: 12 red <|128|>: token '<|128|>' has the id 128" in ended.outcome["reason"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_a_base_in_4_bits_is_trained_as_it_is_resumed_to_the_bit_and_never_quant
 
     assert job.call("check").code == 0
     assert job.start("run", "--run-id", "whole").code == 0
-    assert job.start("run", "--run-id", "cut", "--crash-at", "step.middle:4").code == -9
+    assert job.start("run", "--run-id", "cut", "--crash-at", "step.middle:6").code == -9
     assert job.start("run", "--run-id", "cut").code == 0
 
     whole, cut = (json.loads((job.store / f"runs/{name}/report.json").read_text()) for name in ("whole", "cut"))
@@ -115,7 +118,6 @@ def test_a_base_in_4_bits_is_trained_as_it_is_resumed_to_the_bit_and_never_quant
         assert report["model"]["quantisation"].startswith(f"{said}; ")
         assert report["model"]["loaded_from"] == "weights"
         assert report["adapter"]["proven_loss"] == report["adapter"]["reported_loss"]
-        assert report["notes"] == []
     assert cut["curve"] == whole["curve"]
     assert (
         cut["adapter"]["files"]["adapter_model.safetensors"] == whole["adapter"]["files"]["adapter_model.safetensors"]
