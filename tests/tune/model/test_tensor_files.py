@@ -14,7 +14,7 @@ from job.core.recipe import LoraSection
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.base import load_base, quantised_bytes, quantised_files
 from job.tune.model.config import read_config, shape_of
-from job.tune.model.tensor_files import sharded, stored_tensors, tensors_bytes
+from job.tune.model.tensor_files import _is_finite, sharded, stored_tensors, tensors_bytes
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -218,3 +218,17 @@ def test_a_damaged_file_of_a_copy_is_named(bases, tmp_path):
 
     with pytest.raises(DataError, match="damaged"):
         load_base(copy, device=CPU, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), None])
+def test_a_value_that_is_not_finite_is_seen_wherever_it_stands(dtype, value):
+    limits = torch.finfo(dtype)
+    values = torch.tensor([limits.max, limits.min, limits.tiny, -0.0, 1.0], dtype=dtype).repeat(2**18)
+    for place in (0, 2**20, len(values) - 1):
+        spoilt = values.clone()
+        if value is not None:
+            spoilt[place] = value
+        assert _is_finite(spoilt) == (value is None)
+    assert _is_finite(values[:0])
+    assert _is_finite(torch.ones(3, dtype=torch.uint8))
