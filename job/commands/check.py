@@ -123,19 +123,21 @@ def check(
         table.look("data", lambda: _lines(worker, phases, because="the base model"))
     if base is not None and not quick:
         _look_at_model(table, worker, phases, run, base, counted)
+        if "model" not in table.failures:
+            table.look("weights", lambda: _weights(worker, base, FOR_A_PERSON if for_a_person else None))
     return next(iter(table.failures.values()), None)
 
 
 def _look_at_data(table: _Table, worker: Worker, phases: Phases, run: Run, base: BaseModel) -> _Counted | None:
     """Count with what the base's files name, where that is enough; None: it is not, or something was wrong."""
-    from job.tune.model.tokenizer import named_positions, named_tokenizer
+    from job.tune.model.tokenizer import named_positions, named_rows, named_tokenizer
 
     quiet_libraries()
-    tokenizer, positions = named_tokenizer(base.folder), named_positions(base.folder)
-    if tokenizer is None or positions is None:
+    tokenizer, positions, rows = named_tokenizer(base.folder), named_positions(base.folder), named_rows(base.folder)
+    if tokenizer is None or positions is None or rows is None:
         table.look("data", lambda: _lines(worker, phases, because="the model's own classes"))
         return None
-    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, positions))
+    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, positions, rows))
     if counted is not None:
         _judge(table, worker.recipe, counted.report)
     return counted
@@ -148,13 +150,13 @@ def _look_at_model(
     model = table.look("model", lambda: _model(worker, base))
     if model is None or run is None or "data" in table.failures:
         return
-    tokenizer, positions = model
+    tokenizer, positions, rows = model
     if counted is not None:
         from job.tune.model.tokenizer import encodes_alike
 
         if positions == counted.positions and encodes_alike(tokenizer, counted.tokenizer):
             return
-    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, positions))
+    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, positions, rows))
     if again is not None:
         _judge(table, worker.recipe, again.report)
 
@@ -216,8 +218,8 @@ def _base(worker: Worker, patience: Patience | None) -> tuple[str, BaseModel]:
     return f"{identity.source} ({identity.revision[:12]}), licence {base.licence or 'not known'}", base
 
 
-def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int]]:
-    """Training's tokenizer and the base's positions; targets and trackers are refused here."""
+def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int, int]]:
+    """Training's tokenizer, the base's positions and its rows of embeddings; targets and trackers are refused here."""
     from job.tune.loop.track import refuse_trackers
     from job.tune.model.adapter import refuse_targets
     from job.tune.model.config import load_tokenizer, read_config, shape_of
@@ -227,14 +229,30 @@ def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int]]:
     parameters = refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
     found = f"{config.model_type}: an adapter of {parameters:,} parameters on it"
-    return found, (load_tokenizer(base.folder), shape_of(config).positions)
+    shape = shape_of(config)
+    return found, (load_tokenizer(base.folder), shape.positions, shape.vocabulary)
 
 
-def _count(worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int) -> tuple[str, _Counted]:
+def _weights(worker: Worker, base: BaseModel, patience: Patience | None) -> tuple[str, None]:
+    """Every tensor's name, shape and dtype, from the headers of the files."""
+    from job.tune.model.promises import hold_to_promises
+
+    headers = fetching.read_headers(
+        base.identity,
+        models_folder=worker.models_folder,
+        settings=worker.settings,
+        should_stop=worker.should_stop,
+        patience=patience if is_hub_id(base.identity.source) else None,
+    )
+    hold_to_promises(base.folder, headers, source=base.identity.source)
+    return f"{len(headers):,} tensors, as config.json promises", None
+
+
+def _count(worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int, rows: int) -> tuple[str, _Counted]:
     from job.stages.dataset import prepare_dataset
 
     with _scratch(worker) as folder:
-        dataset = prepare_dataset(worker, run, tokenizer, positions=positions, folder=folder, phases=phases)
+        dataset = prepare_dataset(worker, run, tokenizer, positions=positions, rows=rows, folder=folder, phases=phases)
         report = dataset.report
     train = report.train
     counted = (

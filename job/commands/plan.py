@@ -63,6 +63,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
             run,
             load_tokenizer(base.folder),
             positions=shape.positions,
+            rows=shape.vocabulary,
             folder=Path(scratch),
             phases=phases,
         )

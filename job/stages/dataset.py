@@ -25,6 +25,7 @@ from job.stages.identity import Run
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import FORMAT, EncodedSet, Side, encode, open_encoded
 from job.tune.data.frame import token_rules
+from job.tune.data.vocabulary import refuse_unknown_ids
 
 log = structlog.get_logger(__name__)
 _AUDIT = "audit.json"
@@ -40,7 +41,7 @@ class Dataset:
 
 
 def prepare_dataset(
-    worker: Worker, run: Run, tokenizer: Any, *, positions: int, folder: Path, phases: Phases
+    worker: Worker, run: Run, tokenizer: Any, *, positions: int, rows: int, folder: Path, phases: Phases
 ) -> Dataset:
     """Bring the dataset to the local disk as token ids; what an earlier attempt left there is used again.
 
@@ -49,15 +50,17 @@ def prepare_dataset(
         run: names the objects.
         tokenizer: the base model's.
         positions: how many the base model has.
+        rows: of the base model's embeddings.
         folder: where it goes; it belongs to this run.
         phases: the clock.
 
     Raises:
-        DataError: wrong lines, or nothing left to train or judge on.
+        DataError: wrong lines, a token that the base has no embedding for, or nothing left to train or judge on.
         UsageError: data.max_length or the warm-up does not go with the base or the data.
     """
     encoded, audit = _encoded(worker, phases, run, tokenizer, folder)
     data, evaluation = worker.recipe.data, worker.recipe.evaluate
+    refuse_unknown_ids(encoded.values(), evaluation.prompts, tokenizer, token_rules(tokenizer, data), rows=rows)
     if not len(encoded["train"]):
         raise DataError(
             f"data.train: no example is left to train on in {_listed(run.train)} ({len(encoded['validation'])} were "

@@ -38,11 +38,15 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
     config, tokenizer = read_config(small), load_tokenizer(small)
     refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
+    with phases.phase("fetch_base"):
+        source.refuse_broken_promises(small)
+    shape = shape_of(config)
     dataset = prepare_dataset(
         worker,
         run,
         tokenizer,
-        positions=shape_of(config).positions,
+        positions=shape.positions,
+        rows=shape.vocabulary,
         folder=worker.run_folder(run.artifacts.run_id),
         phases=phases,
     )

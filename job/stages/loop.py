@@ -44,6 +44,8 @@ class TrainingFacts:
     """Why this engine computes the gradients."""
     questions: list[Question]
     architecture: str
+    form: str
+    """What its linear layers are: in which 4 bits, how many, and which are not."""
     trainable_parameters: int
     total_parameters: int
     resumed: Resumed

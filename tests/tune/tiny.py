@@ -327,6 +327,7 @@ class Attempt:
             engine_reason="",
             questions=[],
             architecture="",
+            form="",
             trainable_parameters=0,
             total_parameters=0,
             resumed=Resumed(checkpoint=None, passed_over=()),

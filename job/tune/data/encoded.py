@@ -70,6 +70,15 @@ class EncodedSet:
         counts: NDArray[np.int64] = np.diff(targets_before[spans_before])
         return counts
 
+    def largest_id(self) -> tuple[int, int] | None:
+        """The largest token id, and the first example that has it; None: there is no token."""
+        ids = pc.list_flatten(self._table.column("input_ids"))
+        if not len(ids):
+            return None
+        largest = pc.max(ids)
+        example = np.searchsorted(np.cumsum(self.lengths, dtype=np.int64), pc.index(ids, largest).as_py(), side="right")
+        return largest.as_py(), int(example)
+
     def where(self, index: int) -> str:
         """`file:line` of one example."""
         return str(self._table.column("where")[index].as_py())

@@ -52,9 +52,9 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
             yield f"{path} has a weight of zero, and its gradient is computed by dividing by it"
         if place in {"o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"} and _base_of(module).bias is not None:
             yield f"{path} has a bias"
-        base = _base_of(module)
-        if not is_in_whole_blocks(base):
-            yield f"{path}: {base.weight.quant_state.shape.numel()} elements are no whole blocks of {NF4_BLOCK}"
+        against_form = _reason_against_form(_base_of(module))
+        if against_form is not None:
+            yield f"{path} {against_form}"
 
 
 def decoder_of(model: PeftModel, *, dequantise: Dequantise) -> Decoder:
@@ -111,11 +111,23 @@ def _window(attention: Any, config: Any) -> int | None:
 
 def is_in_whole_blocks(module: Any) -> bool:
     """Whether the kernels can dequantise a layer's weight: in whole blocks of the usual sizes, or not quantised."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if state is None:
-        return True
-    blocks: tuple[int, int] = state.blocksize, state.state2.blocksize
-    return blocks == (NF4_BLOCK, NF4_OUTER_BLOCK) and state.shape.numel() % NF4_BLOCK == 0
+    return _reason_against_form(module) is None
+
+
+def _reason_against_form(module: Any) -> str | None:
+    weight = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if weight is None or state is None:
+        return None
+    if state.quant_type != "nf4":
+        return f"is in {state.quant_type.upper()}, not NF4"
+    if not state.nested:
+        return "has scales that are not quantised themselves"
+    if (state.blocksize, state.state2.blocksize) != (NF4_BLOCK, NF4_OUTER_BLOCK) or weight.dtype != torch.uint8:
+        return "is packed in another way"
+    if state.shape.numel() % NF4_BLOCK:
+        return f"has {state.shape.numel()} elements, no whole blocks of {NF4_BLOCK}"
+    return None
 
 
 def _base_of(module: nn.Module) -> Any:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
 from job.core.errors import UsageError
 from job.core.memory import ModelShape
@@ -24,6 +24,12 @@ def read_config(folder: Path) -> Any:
             f"{folder}/config.json: not a model that transformers knows without running code from it ({error})"
         ) from error
     return config.get_text_config()
+
+
+def causal_lm_of(config: Any) -> tuple[Any, Any]:
+    """The class of the causal language model that a config describes, and the config that this class takes."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return kind, config if isinstance(config, kind.config_class) else config.get_text_config()
 
 
 def shape_of(config: Any) -> ModelShape:

@@ -1,6 +1,7 @@
 """The form of 4 bits: NF4 with double quantisation. Owner of bitsandbytes, its optimizers apart."""
 
 import importlib.metadata
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,32 @@ def quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def form_of(model: nn.Module) -> str:
+    """What the model's layers truly are, counted: `NF4, double quantisation; 14 linear layers in 4 bits, 1 not (head)`.
+
+    Args:
+        model: with an adapter on it or without.
+    """
+    packed: Counter[str] = Counter()
+    plain: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            packed[_kind(module.weight.quant_state)] += 1
+        elif type(module) is nn.Linear and ".lora_" not in name:
+            plain[name.removesuffix(".base_layer").rpartition(".")[2]] += 1
+    kinds = [kind if len(packed) == 1 else f"{kind} ({count})" for kind, count in packed.most_common()]
+    names = ", ".join(name if count == 1 else f"{count} {name}" for name, count in plain.most_common())
+    left = f", {plain.total()} not ({names})" if plain else ""
+    stacked = sum(each.numel() for each in model.parameters() if each.ndim > 2 and not each.requires_grad)  # noqa: PLR2004 a matrix
+    experts = f", nor {stacked:,} parameters in stacked weights (experts)" if stacked else ""
+    return f"{' and '.join(kinds) or 'not quantised'}; {packed.total()} linear layers in 4 bits{left}{experts}"
+
+
+def _kind(state: Any) -> str:
+    blocks = "" if state.blocksize == NF4_BLOCK else f" in blocks of {state.blocksize}"
+    return f"{state.quant_type.upper()}{blocks}, {'double' if state.nested else 'single'} quantisation"
 
 
 def without_cpu_repacking(model: nn.Module) -> None:
