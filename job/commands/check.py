@@ -76,10 +76,10 @@ class _Table:
         self.on_row(Row(name=name, found=found))
         return value
 
-    def advise(self, found: Sequence[str]) -> None:
+    def advise(self, found: Sequence[str], *, name: str = "learning") -> None:
         """A row for each."""
         for each in found:
-            self.on_row(Row(name="learning", found=each, advice=True))
+            self.on_row(Row(name=name, found=each, advice=True))
 
 
 def check(
@@ -146,9 +146,12 @@ def _look_at_model(
 ) -> None:
     """What needs torch; where training's tokenizer is another one than was counted with, the lengths again."""
     model = table.look("model", lambda: _model(worker, base))
-    if model is None or run is None or "data" in table.failures:
+    if model is None:
         return
-    tokenizer, positions = model
+    tokenizer, positions, words = model
+    table.advise(words, name="base")
+    if run is None or "data" in table.failures:
+        return
     if counted is not None:
         from job.tune.model.tokenizer import encodes_alike
 
@@ -216,18 +219,20 @@ def _base(worker: Worker, patience: Patience | None) -> tuple[str, BaseModel]:
     return f"{identity.source} ({identity.revision[:12]}), licence {base.licence or 'not known'}", base
 
 
-def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int]]:
-    """Training's tokenizer and the base's positions; targets and trackers are refused here."""
+def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int, list[str]]]:
+    """Training's tokenizer, the base's positions, how it trains; family, targets and trackers are refused here."""
+    from job.tune.engines.families import refuse_family, words_on
     from job.tune.loop.track import refuse_trackers
     from job.tune.model.adapter import refuse_targets
     from job.tune.model.config import load_tokenizer, read_config, shape_of
 
     quiet_libraries()
     config = read_config(base.folder)
+    refuse_family(config)
     parameters = refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
     found = f"{config.model_type}: an adapter of {parameters:,} parameters on it"
-    return found, (load_tokenizer(base.folder), shape_of(config).positions)
+    return found, (load_tokenizer(base.folder), shape_of(config).positions, words_on(config))
 
 
 def _count(worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int) -> tuple[str, _Counted]:

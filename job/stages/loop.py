@@ -41,6 +41,8 @@ class TrainingFacts:
     memory: MemoryPlan
     """The plan at the start; the cut of the last step stands in the progress."""
     engine_reason: str
+    left_to_peft: bool
+    """Whether linear layers are PEFT's own."""
     """Why this engine computes the gradients."""
     questions: list[Question]
     architecture: str

@@ -19,10 +19,17 @@ from job.core.errors import UsageError
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.engine import Engine
 from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.rotation import ROTATIONS_BY_LENGTH
 from job.tune.model.adapter import trainable
 
 _LENGTHS = (24, 9, 16)
-"""Tokens of the made-up documents."""
+"""Tokens of the made-up documents; the first is longer than the limits that attention or rotations have."""
+_LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "window_size")
+"""Where configs name such limits, at their top or in their `rope_parameters`."""
+_MOST_TOKENS = 600
+"""Of a document: longer ones would take a GPU that just holds the model its memory. Limits beyond are not reached."""
+_BEYOND = 8
+"""Tokens by which the longest document passes them."""
 _TOLERANCE = 0.05
 """Mean difference of a token's loss between our forward and the model's own, as a share of the mean loss.
 
@@ -148,8 +155,20 @@ def _losses_and_gradients(model: PackedModel, engine: Engine, batch: MicroBatch)
 
 
 def _documents(model: PackedModel, device: torch.device) -> list[Tensor]:
-    vocabulary = model.model.get_base_model().config.vocab_size
-    return [torch.randint(0, vocabulary, (length,)).to(device) for length in _LENGTHS]
+    config = model.model.get_base_model().config
+    lengths = (_longest(config), *_LENGTHS[1:])
+    return [torch.randint(0, config.vocab_size, (length,)).to(device) for length in lengths]
+
+
+def _longest(config: Any) -> int:
+    """Tokens of a document that is longer than every limit that can be passed."""
+    ropes = [getattr(config, "rope_parameters", None) or {}]
+    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
+    named = [getattr(config, name, None) for name in _LIMITS] + [rope.get(name) for rope in ropes for name in _LIMITS]
+    if any(rope.get("rope_type") in ROTATIONS_BY_LENGTH for rope in ropes):
+        named.append(getattr(config, "max_position_embeddings", None))
+    passed = [limit + _BEYOND for limit in named if isinstance(limit, int) and limit + _BEYOND <= _MOST_TOKENS]
+    return max(_LENGTHS[0], *passed) if passed else _LENGTHS[0]
 
 
 def _micro_batch(documents: list[Tensor]) -> MicroBatch:

@@ -8,6 +8,8 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+from transformers.integrations import replace_with_bnb_linear
+from transformers.quantizers.base import HfQuantizer
 
 from job.core.memory import NF4_BLOCK
 from job.tune.device.compute_dtype import compute_dtype
@@ -37,6 +39,17 @@ def quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def put_into_four_bits(model: Any) -> dict[str, nn.Linear]:
+    """Do to a model on the meta device what loading does to one with weights.
+
+    Returns:
+        The modules that are in 4 bits, by name.
+    """
+    whole = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001 - as it does
+    replace_with_bnb_linear(model, modules_to_not_convert=whole, quantization_config=quantisation(torch.bfloat16))
+    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
 
 
 def without_cpu_repacking(model: nn.Module) -> None:
