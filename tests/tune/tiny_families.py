@@ -1,10 +1,12 @@
 """The families of decoders that people tune, each as a tiny random base with what is special about it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from tiny import LAYERS, VOCABULARY
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 WINDOW = 7
 """Tokens that a window sees, and of a chunk: fewer than the longest documents have."""
@@ -29,8 +31,8 @@ _MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6
 _HYBRID = ["linear_attention", "full_attention"]
 _WINDOWED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _LATENT = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
@@ -115,7 +117,6 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "glm4_moe_lite": ("glm4_moe_lite", _LATENT),
     "deepseek_v2": ("deepseek_v2", _LATENT),
     "deepseek_v3": ("deepseek_v3", _LATENT),
-    "deepseek_v3, dense": ("deepseek_v3", {**_LATENT, "first_k_dense_replace": 2}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "llama4_text": ("llama4_text", {"num_local_experts": 2, "num_experts_per_tok": 1, "attention_chunk_size": WINDOW, "intermediate_size_mlp": 128, "no_rope_layers": [1, 0], "interleave_moe_layer_step": 2}),
     "llama4_text, dense": ("llama4_text", {"attention_chunk_size": WINDOW, "intermediate_size_mlp": 128, "moe_layers": [], "no_rope_layers": [1, 0]}),
@@ -181,3 +182,14 @@ def config_of(name: str) -> Any:
     model_type, own = FAMILIES[name]
     sizes = _SIZES if model_type != "falcon" else {name: size for name, size in _SIZES.items() if name != "head_dim"}
     return CONFIG_MAPPING[model_type](**{**sizes, **own})
+
+
+def write_family(folder: Path, name: str) -> Path:
+    """Random weights in bf16, with nothing in them that does nothing: no norm of ones, no bias of zeros."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+    for parameter in model.parameters():
+        if bool((parameter == parameter.flatten()[0]).all()):
+            torch.nn.init.normal_(parameter, mean=float(parameter.flatten()[0]), std=0.2)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder

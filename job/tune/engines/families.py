@@ -14,7 +14,7 @@ from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import Decoder, DecoderLayer
 from job.kernels.weights import Adapter, Dequantise, Group, Linear, Quantised
 from job.tune.engines.rotation import ROTATIONS_BY_LENGTH
-from job.tune.model.adapter import every_linear
+from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import empty_model
 from job.tune.model.mixtures import experts_in
 
@@ -95,9 +95,12 @@ def words_on(config: Any) -> list[str]:
         words.append(f"`run` refuses this base: {against}")
     if experts:
         words.append(
-            f"{config.model_type} is a mixture of experts: {experts / 1e9:.2g} GB of experts stay in 16 bits; all-linear "
-            f"adapts {', '.join(every_linear(model))}, never the experts or their router"
+            f"{config.model_type} is a mixture of experts, and {experts / 1e9:.2g} GB of them stay in 16 bits; "
+            "neither they nor their router get an adapter"
         )
+    chosen = chosen_by_all_linear(model)
+    if chosen is not None:
+        words.append(f"{config.model_type}: lora.targets all-linear adapts {', '.join(chosen)}")
     if across:
         words.append(
             f"{config.model_type}: layers {_ranges(across)} hand something on from token to token beside attention"

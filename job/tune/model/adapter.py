@@ -83,28 +83,38 @@ def _adapted(base: Any, lora: LoraSection, targets: str | list[str], *, revision
     return model
 
 
-_NAMES_OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_NAMES_OF_EXPERTS: frozenset[str] = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 """What linear modules of experts were called before their weights became one tensor; PEFT still goes by these names."""
 
 
-def every_linear(base: Any) -> list[str]:
-    """Names of what `all-linear` adapts in a mixture of experts: linear modules, without head, routers and experts.
+_WITH_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_NOT_IN_MAMBA = frozenset({"out_proj"})
+"""Families in which PEFT refuses an adapter on modules of this name: fused kernels read their weights past it."""
 
-    Dense layers and shared experts whose modules are called like those of experts have none either: PEFT would put
-    their adapters on the experts.
+
+def chosen_by_all_linear(base: Any) -> list[str] | None:
+    """Names of what `all-linear` adapts, where that is not every linear module but the head; None: it is.
+
+    In a mixture of experts: no routers, no experts; nor dense layers and shared experts whose modules are called like
+    those of experts, as PEFT would put their adapters on the experts.
     """
+    not_adapted = _NAMES_OF_EXPERTS if experts_in(base) else frozenset()
+    if base.config.model_type in _WITH_MAMBA:
+        not_adapted |= _NOT_IN_MAMBA
+    if not not_adapted:
+        return None
     head = base.get_output_embeddings()
     names = {
         name.rpartition(".")[2]
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head and not is_router(base, name, module)
     }
-    return sorted(names - _NAMES_OF_EXPERTS)
+    return sorted(names - not_adapted)
 
 
 def _check_targets(base: Any, lora: LoraSection) -> str | list[str]:
     if isinstance(lora.targets, str):
-        return every_linear(base) if experts_in(base) else lora.targets
+        return chosen_by_all_linear(base) or lora.targets
     head = base.get_output_embeddings()
     linear = {
         name.rpartition(".")[2]: module

@@ -1,7 +1,8 @@
 """The base model in 4 bits: loaded tensor by tensor, and written as files that load without quantising."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
         tensors = stored_tensors(folder, device)
         if dtype is torch.float32 and not hasattr(config, "quantization_config"):
             # So that the base in 4 bits is the same on every processor, also one that was published in fp32.
-            tensors = {name: replace(tensor, in_bf16=True) for name, tensor in tensors.items()}
+            exact = _kept_in_fp32(kind)
+            tensors = {name: replace(each, in_bf16=not exact(name)) for name, each in tensors.items()}
         _refuse_other_sizes(config.get_text_config(), tensors, folder)
         model = kind.from_pretrained(
             None,
@@ -64,6 +66,12 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     # `generate` takes what we leave open from here: a base's own sampling rules or repetition penalty.
     model.generation_config = GenerationConfig()
     return model
+
+
+def _kept_in_fp32(kind: Any) -> Callable[[str], bool]:
+    """Whether a tensor keeps fp32 where bf16 computes, as some routers and decays do."""
+    names = kind._keep_in_fp32_modules_strict or ()  # noqa: SLF001 - transformers' own list
+    return lambda name: any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in names)
 
 
 def _refuse_other_sizes(config: Any, tensors: Mapping[str, StoredTensor], folder: Path) -> None:
