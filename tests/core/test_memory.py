@@ -119,7 +119,7 @@ def test_each_part_is_counted():
     parts = memory_parts(LLAMA_2_7B, TUTORIAL, "fast")
 
     assert parts.weights / GIB == pytest.approx(3.11, abs=0.02)
-    assert parts.embeddings == 2 * 2 * 32000 * 4096
+    assert parts.embeddings == 2 * (2 * 32000 * 4096 + 65 * 4096)  # and the norms
     assert parts.adapter == parts.gradients == parts.update == 4 * TUTORIAL.parameters
     assert parts.optimizer == 8 * TUTORIAL.parameters
     assert parts.dequantised_layer >= 2 * LLAMA_2_7B.linear_parameters // 32

@@ -13,7 +13,7 @@ from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import Decoder, DecoderLayer
 from job.kernels.weights import Adapter, Dequantise, Group, Linear, Quantised
-from job.tune.engines.rotation import ROTATIONS_BY_LENGTH
+from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import empty_model
 from job.tune.model.mixtures import experts_in
@@ -27,7 +27,7 @@ FAMILIES: Mapping[str, Training] = {
     **dict.fromkeys(
         (
             *("apertus", "arcee", "bitnet", "cohere", "cohere2", "cwm", "diffllama", "ernie4_5", "exaone4", "gemma"),
-            *("gemma2", "gemma3_text", "gemma3n_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite"),
+            *("gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite"),
             *("granitemoehybrid", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "jais2", "ministral"),
             *("ministral3", "nanochat", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "seed_oss"),
             *("smollm3", "starcoder2", "vaultgemma"),
@@ -36,8 +36,8 @@ FAMILIES: Mapping[str, Training] = {
     ),
 }
 """Families whose layers look at other tokens by attention alone, and take it from where ours is registered: documents
-in one row do not see each other, to the bit. All others train one document a row. Adding one is an entry here and one in
-`tests/tune/tiny_families.py`, whose tests hold it against plain PEFT."""
+in one row do not see each other, to the bit. All others train one document a row. Adding one is an entry here and one
+in `tests/tune/tiny_families.py`, whose tests hold it against plain PEFT."""
 _FAST = tuple(name for name, training in FAMILIES.items() if training == "hand-written")
 _MOST_EXPERTS_BYTES = 8 * GIB
 """Of experts, in 16 bits. With more, most of the base would not be in 4 bits, and fits few GPUs."""
@@ -95,7 +95,7 @@ def words_on(config: Any) -> list[str]:
         words.append(f"`run` refuses this base: {against}")
     if experts:
         words.append(
-            f"{config.model_type} is a mixture of experts, and {experts / 1e9:.2g} GB of them stay in 16 bits; "
+            f"{config.model_type} is a mixture of experts, and {experts / 1e6:,.1f} MB of them stay in 16 bits; "
             "neither they nor their router get an adapter"
         )
     chosen = chosen_by_all_linear(model)

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
-from job.tune.engines.decoder_inputs import decoder_inputs
+from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document
 from job.tune.engines.families import is_packed
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
-from job.tune.engines.rotation import rotate_by_document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +67,9 @@ class PackedModel(nn.Module):
         """Last hidden states at the places whose next token is a target: [N, hidden]."""
         decoder = _decoder_of(self._causal_lm())
         if not self.is_packed:
-            rows = zip(*(part.split(batch.document_lengths, 1) for part in (batch.input_ids, batch.position_ids)), strict=True)
+            rows = zip(
+                *(part.split(batch.document_lengths, 1) for part in (batch.input_ids, batch.position_ids)), strict=True
+            )
             alone = [decoder(input_ids=ids, position_ids=at, use_cache=False).last_hidden_state for ids, at in rows]
             return torch.cat(alone, dim=1)[0].index_select(0, batch.target_places)
         compiled = self.layers.compiled and torch.is_grad_enabled()

@@ -1,6 +1,3 @@
-import pytest
-
-
 def pytest_collection_modifyitems(config, items):
     if "families" in config.option.markexpr:
         return

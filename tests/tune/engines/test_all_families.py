@@ -112,7 +112,7 @@ def test_a_family_trains_as_plain_peft_does(name, tmp_path):
         if parameter.requires_grad:
             gradient = our_gradients[f"model.{parameter_name}"]
             off = float((gradient - parameter.grad).norm() / parameter.grad.norm())
-            assert off < 1e-4, (parameter_name, off)
+            assert off < 1e-3, (parameter_name, off)
     kept = ours[: -(_LENGTHS[-1] - 1)]
     changed, _ = accumulated(*documents[:-1], torch.roll(documents[-1], 1))
     assert torch.equal(changed[: len(kept)], kept)

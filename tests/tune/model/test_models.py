@@ -189,12 +189,14 @@ def test_no_router_and_no_expert_gets_an_adapter(name, tmp_path):
 
 
 def test_a_target_that_peft_takes_for_experts_is_refused():
-    with pytest.raises(UsageError, match="PEFT takes .*gate_proj.* for the experts"):
-        refuse_targets(config_of_family("glm4_moe"), LoraSection(targets=("q_proj", "gate_proj", "up_proj", "down_proj")))
+    with pytest.raises(UsageError, match=r"PEFT takes .*gate_proj.* for the experts"):
+        refuse_targets(
+            config_of_family("glm4_moe"), LoraSection(targets=("q_proj", "gate_proj", "up_proj", "down_proj"))
+        )
 
 
 def test_a_target_that_peft_refuses_is_refused_by_the_config_alone():
-    with pytest.raises(UsageError, match="out_proj.*incompatible with Mamba"):
+    with pytest.raises(UsageError, match=r"out_proj.*incompatible with Mamba"):
         refuse_targets(config_of_family("nemotron_h"), LoraSection(targets=("out_proj",)))
 
 
