@@ -19,7 +19,9 @@ def test_linear_layers_that_were_left_to_peft_are_peft_s_in_the_proof(bases, doc
         trained.model.save_pretrained(folder)
 
     data = {"train": "t.jsonl", "text": "{q}", "validation": "v.jsonl"}
-    recipe = Recipe.model_validate({"model": {"base": str(bases["llama"])}, "data": data, "output": "o"})
+    recipe = Recipe.model_validate(
+        {"model": {"base": str(bases["llama"])}, "data": data, "train": {"steps": 1}, "output": "o"}
+    )
     inputs = SimpleNamespace(
         artifacts=SimpleNamespace(fetch_adapter=fetch_adapter), base=SimpleNamespace(folder=bases["llama"]), device=CPU
     )
