@@ -20,7 +20,12 @@ def test_linear_layers_that_were_left_to_peft_are_peft_s_in_the_proof(bases, doc
 
     data = {"train": "t.jsonl", "text": "{q}", "validation": "v.jsonl"}
     recipe = Recipe.model_validate(
-        {"model": {"base": str(bases["llama"])}, "data": data, "train": {"steps": 1}, "output": "o"}
+        {
+            "model": {"base": str(bases["llama"])},
+            "data": data,
+            "train": {"steps": 1, "batch_size": 1, "learning_rate": 1e-3},
+            "output": "o",
+        }
     )
     inputs = SimpleNamespace(
         artifacts=SimpleNamespace(fetch_adapter=fetch_adapter), base=SimpleNamespace(folder=bases["llama"]), device=CPU

@@ -67,8 +67,9 @@ class PackedModel(nn.Module):
         """Last hidden states at the places whose next token is a target: [N, hidden]."""
         decoder = _decoder_of(self._causal_lm())
         if not self.is_packed:
+            lengths = list(batch.document_lengths)
             rows = zip(
-                *(part.split(batch.document_lengths, 1) for part in (batch.input_ids, batch.position_ids)), strict=True
+                *(torch.split(part, lengths, dim=1) for part in (batch.input_ids, batch.position_ids)), strict=True
             )
             alone = [decoder(input_ids=ids, position_ids=at, use_cache=False).last_hidden_state for ids, at in rows]
             return torch.cat(alone, dim=1)[0].index_select(0, batch.target_places)
