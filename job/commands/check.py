@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from job.core import advice
 from job.core.course import course_of, evaluation_count
 from job.core.errors import JobError
+from job.core.memory import ModelShape
 from job.core.recipe import Fraction, Recipe, is_hub_id
 from job.core.records import Tally, examples
 from job.core.report import DataReport
@@ -76,10 +77,10 @@ class _Table:
         self.on_row(Row(name=name, found=found))
         return value
 
-    def advise(self, found: Sequence[str]) -> None:
+    def advise(self, found: Sequence[str], *, name: str = "learning") -> None:
         """A row for each."""
         for each in found:
-            self.on_row(Row(name="learning", found=each, advice=True))
+            self.on_row(Row(name=name, found=each, advice=True))
 
 
 def check(
@@ -148,9 +149,13 @@ def _look_at_model(
 ) -> None:
     """What needs torch; where training's tokenizer is another one than was counted with, the lengths again."""
     model = table.look("model", lambda: _model(worker, base))
-    if model is None or run is None or "data" in table.failures:
+    if model is None:
         return
-    tokenizer, positions, rows = model
+    tokenizer, shape, words = model
+    table.advise(words, name="base")
+    if run is None or "data" in table.failures:
+        return
+    positions, rows = shape.positions, shape.vocabulary
     if counted is not None:
         from job.tune.model.tokenizer import encodes_alike
 
@@ -218,19 +223,20 @@ def _base(worker: Worker, patience: Patience | None) -> tuple[str, BaseModel]:
     return f"{identity.source} ({identity.revision[:12]}), licence {base.licence or 'not known'}", base
 
 
-def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int, int]]:
-    """Training's tokenizer, the base's positions and its rows of embeddings; targets and trackers are refused here."""
+def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, ModelShape, list[str]]]:
+    """Training's tokenizer, the base's sizes, how it trains; family, targets and trackers are refused here."""
+    from job.tune.engines.families import refuse_family, words_on
     from job.tune.loop.track import refuse_trackers
     from job.tune.model.adapter import refuse_targets
     from job.tune.model.config import load_tokenizer, read_config, shape_of
 
     quiet_libraries()
     config = read_config(base.folder)
+    refuse_family(config)
     parameters = refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
     found = f"{config.model_type}: an adapter of {parameters:,} parameters on it"
-    shape = shape_of(config)
-    return found, (load_tokenizer(base.folder), shape.positions, shape.vocabulary)
+    return found, (load_tokenizer(base.folder), shape_of(config), words_on(config))
 
 
 def _weights(worker: Worker, base: BaseModel, patience: Patience | None) -> tuple[str, None]:

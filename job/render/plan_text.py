@@ -15,6 +15,7 @@ def plan_lines(
     work: Workload,
     forecasts: Sequence[Forecast],
     *,
+    words: Sequence[str],
     templates: Sequence[str],
     usd_per_hour: float | None,
 ) -> list[str]:
@@ -25,6 +26,7 @@ def plan_lines(
         candidates: what each max_length would cut.
         work: what is to be done.
         forecasts: of each GPU.
+        words: on how the base trains.
         templates: what to ask for in the words of each scheduler, with the fields of `Ask` to be filled in.
         usd_per_hour: what the GPU costs; None: no cost is shown.
 
@@ -35,6 +37,7 @@ def plan_lines(
         *_lengths(data, candidates),
         "",
         *_work(work),
+        *words,
         "",
         *_memory(work, forecasts[0]),
         "",

@@ -13,7 +13,7 @@ from job.edge.base.fetching import BaseModel, BaseModelIdentity, OnProgress
 from job.edge.base.quantised_copies import QuantisedCopy
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
-from job.tune.model.base import is_quantised, quantised_bytes, quantised_files
+from job.tune.model.base import can_be_kept, is_quantised, quantised_bytes, quantised_files
 from job.tune.model.four_bit import quantised_form
 from job.tune.model.promises import hold_to_promises
 
@@ -99,7 +99,7 @@ class BaseSource:
             base: what it was loaded from.
             on_beat: called when something moves.
         """
-        if base.quantised or is_quantised(base.folder):
+        if base.quantised or is_quantised(base.folder) or not can_be_kept(loaded):
             return
         size = quantised_bytes(loaded)
         self._copy.keep(quantised_files(loaded, base.folder), beside=base.folder, needed_bytes=size, on_beat=on_beat)

@@ -42,6 +42,8 @@ class TrainingFacts:
     """The plan at the start; the cut of the last step stands in the progress."""
     engine_reason: str
     """Why this engine computes the gradients."""
+    left_to_peft: bool
+    """Whether linear layers are PEFT's own."""
     questions: list[Question]
     architecture: str
     form: str

@@ -117,6 +117,7 @@ class TrainingStage:
             course=planned.course,
             memory=planned.memory,
             engine_reason=planned.choice.reason,
+            left_to_peft=planned.choice.left_to_peft,
             questions=questions,
             architecture=type(model.model.get_base_model()).__name__,
             form=form_of(model.model),

@@ -325,6 +325,7 @@ class Attempt:
             course=self.course,
             memory=memory,
             engine_reason="",
+            left_to_peft=False,
             questions=[],
             architecture="",
             form="",

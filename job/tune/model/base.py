@@ -10,12 +10,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from job.core.errors import DataError
 from job.core.promises import refuse
 from job.tune.device.compute_dtype import dtype_of
 from job.tune.model.config import CONFIG, causal_lm_of, read_config
-from job.tune.model.four_bit import compute_in, quantisation, without_cpu_repacking
+from job.tune.model.four_bit import compute_in, kept_in_fp32, quantisation, without_cpu_repacking
 from job.tune.model.promises import filled, hold_to_promises
 from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
 
@@ -49,7 +50,8 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
             del config.quantization_config  # left over by whoever saved it: nothing is in 4 bits
         if dtype is torch.float32 and left is None:
             # So that the base in 4 bits is the same on every processor, also one that was published in fp32.
-            tensors = {name: replace(tensor, in_bf16=True) for name, tensor in tensors.items()}
+            exact = kept_in_fp32(kind)
+            tensors = {name: replace(each, in_bf16=not exact(name)) for name, each in tensors.items()}
         model, found = filled(
             kind,
             config,
@@ -101,6 +103,11 @@ def quantised_bytes(base: Any) -> int:
 def is_quantised(folder: Path) -> bool:
     """Whether the weights in a folder are in fewer bits already, as its config says."""
     return getattr(read_config(folder), "quantization_config", None) is not None
+
+
+def can_be_kept(base: Any) -> bool:
+    """Whether `quantised_files` of a base are read as the same model: of some, transformers makes another one then."""
+    return not any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in base.modules())
 
 
 def _tensors(base: Any) -> dict[str, Tensor]:
