@@ -123,6 +123,7 @@ def whole(path, *, tokenizer, workdir):
         SimpleNamespace(train=train, validation=validation),
         named_tokenizer(tokenizer),
         positions=4096,
+        rows=32000,
         folder=workdir / "run",
         phases=phases,
     )

@@ -178,7 +178,7 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     if options["as_json"]:
         lines = plan_json(*facts, usd_per_hour=usd_per_hour).model_dump_json(indent=2).splitlines()
     else:
-        lines = plan_lines(*facts, templates=ask_templates(), usd_per_hour=usd_per_hour)
+        lines = plan_lines(*facts, words=found.words, templates=ask_templates(), usd_per_hour=usd_per_hour)
     _say(session, *lines)
 
 

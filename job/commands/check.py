@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from job.core import advice
 from job.core.course import course_of, evaluation_count
 from job.core.errors import JobError
+from job.core.memory import ModelShape
 from job.core.mixture import portions
 from job.core.recipe import Recipe, is_hub_id
 from job.core.report import DataReport
@@ -84,10 +85,10 @@ class _Table:
         self.on_row(Row(name=name, found=found))
         return value
 
-    def advise(self, found: Sequence[str]) -> None:
+    def advise(self, found: Sequence[str], *, name: str = "learning") -> None:
         """A row for each."""
         for each in found:
-            self.on_row(Row(name="learning", found=each, advice=True))
+            self.on_row(Row(name=name, found=each, advice=True))
 
 
 def check(
@@ -131,19 +132,21 @@ def check(
         table.look("data", lambda: _lines(worker, phases, because="the base model"))
     if base is not None and not quick:
         _look_at_model(table, worker, phases, run, base, counted)
+        if "model" not in table.failures:
+            table.look("weights", lambda: _weights(worker, base, FOR_A_PERSON if for_a_person else None))
     return next(iter(table.failures.values()), None)
 
 
 def _look_at_data(table: _Table, worker: Worker, phases: Phases, run: Run, base: BaseModel) -> _Counted | None:
     """Count with what the base's files name, where that is enough; None: it is not, or something was wrong."""
-    from job.tune.model.tokenizer import named_positions, named_tokenizer
+    from job.tune.model.tokenizer import named_positions, named_rows, named_tokenizer
 
     quiet_libraries()
-    tokenizer, positions = named_tokenizer(base.folder), named_positions(base.folder)
-    if tokenizer is None or positions is None:
+    tokenizer, positions, rows = named_tokenizer(base.folder), named_positions(base.folder), named_rows(base.folder)
+    if tokenizer is None or positions is None or rows is None:
         table.look("data", lambda: _lines(worker, phases, because="the model's own classes"))
         return None
-    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, positions, base=base))
+    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, (positions, rows), base=base))
     if counted is not None:
         _judge(table, worker.recipe, counted)
     return counted
@@ -154,15 +157,19 @@ def _look_at_model(
 ) -> None:
     """What needs torch; where training's tokenizer is another one than was counted with, the lengths again."""
     model = table.look("model", lambda: _model(worker, base))
-    if model is None or run is None or "data" in table.failures:
+    if model is None:
         return
-    tokenizer, positions = model
+    tokenizer, shape, words = model
+    table.advise(words, name="base")
+    if run is None or "data" in table.failures:
+        return
+    positions, rows = shape.positions, shape.vocabulary
     if counted is not None:
         from job.tune.model.tokenizer import encodes_alike
 
         if positions == counted.positions and encodes_alike(tokenizer, counted.tokenizer):
             return
-    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, positions, base=base))
+    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, (positions, rows), base=base))
     if again is not None:
         _judge(table, worker.recipe, again)
 
@@ -232,28 +239,48 @@ def _base(worker: Worker, patience: Patience | None) -> tuple[str, BaseModel]:
     return f"{identity.source} ({identity.revision[:12]}), licence {base.licence or 'not known'}", base
 
 
-def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int]]:
-    """Training's tokenizer and the base's positions; targets and trackers are refused here."""
+def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, ModelShape, list[str]]]:
+    """Training's tokenizer, the base's sizes, how it trains; family, targets and trackers are refused here."""
+    from job.tune.engines.families import refuse_family, words_on
     from job.tune.loop.track import refuse_trackers
     from job.tune.model.adapter import refuse_targets
     from job.tune.model.config import load_tokenizer, read_config, shape_of
 
     quiet_libraries()
     config = read_config(base.folder)
+    refuse_family(config)
     parameters = refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
     found = f"{config.model_type}: an adapter of {parameters:,} parameters on it"
-    return found, (load_tokenizer(base.folder), shape_of(config).positions)
+    return found, (load_tokenizer(base.folder), shape_of(config), words_on(config))
+
+
+def _weights(worker: Worker, base: BaseModel, patience: Patience | None) -> tuple[str, None]:
+    """Every tensor's name, shape and dtype, from the headers of the files."""
+    from job.tune.model.promises import hold_to_promises
+
+    headers = fetching.read_headers(
+        base.identity,
+        models_folder=worker.models_folder,
+        settings=worker.settings,
+        should_stop=worker.should_stop,
+        patience=patience if is_hub_id(base.identity.source) else None,
+    )
+    hold_to_promises(base.folder, headers, source=base.identity.source)
+    return f"{len(headers):,} tensors, as config.json promises", None
 
 
 def _count(
-    worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int, *, base: BaseModel
+    worker: Worker, phases: Phases, run: Run, tokenizer: Any, sizes: tuple[int, int], *, base: BaseModel
 ) -> tuple[str, _Counted]:
+    """With a base of these positions and rows of its embeddings."""
     from job.stages.dataset import prepare_dataset
     from job.stages.stops import stops_elsewhere
 
     with _scratch(worker) as folder:
-        dataset = prepare_dataset(worker, run, tokenizer, positions=positions, folder=folder, phases=phases)
+        dataset = prepare_dataset(
+            worker, run, tokenizer, positions=sizes[0], rows=sizes[1], folder=folder, phases=phases
+        )
         report = dataset.report
         notes = [*dataset.notes, *stops_elsewhere(base.folder, tokenizer, dataset.train)]
     train = report.train
@@ -266,7 +293,7 @@ def _count(
     bars = histogram_lines(train.histogram.edges, train.histogram.counts, mark=report.max_length)
     examples = [line for each in report.preview[:_SHOWN] for line in example_lines(each, width=None, colours=False)]
     text = "\n".join([counted, "tokens of a training example:", *bars, "as they are learned:", *examples])
-    return text, _Counted(tokenizer=tokenizer, positions=positions, report=report, notes=notes)
+    return text, _Counted(tokenizer=tokenizer, positions=sizes[0], report=report, notes=notes)
 
 
 def _lines(worker: Worker, phases: Phases, *, because: str) -> tuple[str, None]:

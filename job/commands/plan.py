@@ -31,6 +31,8 @@ class Plan:
     candidates: Sequence[Candidate]
     work: Workload
     forecasts: Sequence[Forecast]
+    words: Sequence[str]
+    """On how this base trains, or why it does not."""
 
 
 def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Phases) -> Plan:
@@ -40,6 +42,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
         JobError: as a run would, for what a run would refuse without a GPU; the base may be without weights.
     """
     from job.stages.dataset import prepare_dataset
+    from job.tune.engines.families import words_on
     from job.tune.model.adapter import refuse_targets
     from job.tune.model.config import load_tokenizer, read_config, shape_of
 
@@ -64,6 +67,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
             run,
             load_tokenizer(base.folder),
             positions=shape.positions,
+            rows=shape.vocabulary,
             folder=Path(scratch),
             phases=phases,
         )
@@ -77,6 +81,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
         candidates=candidates(every, chosen=dataset.report.max_length, positions=shape.positions),
         work=work,
         forecasts=[forecast(work, gpu) for gpu in gpus],
+        words=words_on(config),
     )
 
 
@@ -84,8 +89,8 @@ def _workload(
     worker: Worker, config: Any, data: DataReport, lengths: Lengths, *, parameters: int, validation_tokens: int
 ) -> Workload:
     from job.tune.engines.attention import reason_against_fused_attention
-    from job.tune.engines.families import is_supported
-    from job.tune.model.config import shape_of
+    from job.tune.engines.families import is_packed, is_supported
+    from job.tune.model.config import empty_model, shape_of
 
     recipe = worker.recipe
     course = course_of(recipe.train, examples=portions(recipe.data, data.train.used_by_source))
@@ -94,7 +99,9 @@ def _workload(
         shape=shape_of(config),
         adapter=AdapterShape(parameters=parameters, rank=recipe.lora.r, optimizer=recipe.train.optimizer),
         engine=engine,
-        compiled=engine == "generic" and reason_against_fused_attention(config) is None,
+        compiled=engine == "generic"
+        and reason_against_fused_attention(config) is None
+        and is_packed(empty_model(config)),
         course=course,
         lengths=lengths,
         targets=data.train.targets,

@@ -52,10 +52,12 @@ def preview(worker: Worker, *, run_id: str | None, phases: Phases, random: int, 
         weights=False,
         complete=False,
     )
-    tokenizer, positions = _tokenizer_of(base.folder)
+    tokenizer, positions, rows = _tokenizer_of(base.folder)
     worker.workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=worker.workdir, prefix="preview-") as scratch:
-        dataset = prepare_dataset(worker, run, tokenizer, positions=positions, folder=Path(scratch), phases=phases)
+        dataset = prepare_dataset(
+            worker, run, tokenizer, positions=positions, rows=rows, folder=Path(scratch), phases=phases
+        )
         sources = by_source(dataset.train, [source.name for source in recipe.data.sources])
         held_out = dataset.validation
         return Preview(
@@ -80,13 +82,14 @@ def preview(worker: Worker, *, run_id: str | None, phases: Phases, random: int, 
         )
 
 
-def _tokenizer_of(folder: Path) -> tuple[Any, int]:
-    """The base's tokenizer and positions, as its files name them; where these do not, as training loads them."""
-    from job.tune.model.tokenizer import named_positions, named_tokenizer
+def _tokenizer_of(folder: Path) -> tuple[Any, int, int]:
+    """The base's tokenizer, positions and rows of embeddings, as its files name them; else as training loads them."""
+    from job.tune.model.tokenizer import named_positions, named_rows, named_tokenizer
 
-    tokenizer, positions = named_tokenizer(folder), named_positions(folder)
-    if tokenizer is not None and positions is not None:
-        return tokenizer, positions
+    tokenizer, positions, rows = named_tokenizer(folder), named_positions(folder), named_rows(folder)
+    if tokenizer is not None and positions is not None and rows is not None:
+        return tokenizer, positions, rows
     from job.tune.model.config import load_tokenizer, read_config, shape_of
 
-    return load_tokenizer(folder), shape_of(read_config(folder)).positions
+    shape = shape_of(read_config(folder))
+    return load_tokenizer(folder), shape.positions, shape.vocabulary

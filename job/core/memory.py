@@ -29,36 +29,28 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a decoder with a gated MLP, from its config."""
+    """Sizes of a decoder."""
 
     layers: int
     hidden: int
     intermediate: int
+    """What the second half of a layer widens a token to; of experts, all that a token goes through."""
     vocabulary: int
     positions: int
     heads: int
     key_heads: int
     head_width: int
-    tied: bool = False
-    """Whether the head is the embedding."""
+    linear_parameters: int
+    """Of the layers' linear modules, which are in 4 bits."""
+    whole_parameters: int
+    """All others, which stay in bf16: embedding and head, norms, experts."""
     logits: LogitsKind = "plain"
     """What the model does to its logits."""
 
     @property
-    def linear_parameters(self) -> int:
-        """The layers' linear modules, which are in 4 bits."""
-        attention = 2 * self.hidden * self.head_width * (self.heads + self.key_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Embedding and head, which stay in bf16."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2)
-
-    @property
     def parameters(self) -> int:
-        """All, but for the norms."""
-        return self.linear_parameters + self.embedding_parameters
+        """All of them."""
+        return self.linear_parameters + self.whole_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +104,7 @@ class MemoryParts:
     weights: int
     """The base in 4 bits."""
     embeddings: int
-    """Embedding and head, bf16."""
+    """Embedding and head, and what else is not in 4 bits: bf16."""
     adapter: int
     """fp32."""
     gradients: int
@@ -202,7 +194,7 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
     return MemoryParts(
         weights=math.ceil(_NF4_BYTES * shape.linear_parameters),
-        embeddings=_BF16 * shape.embedding_parameters,
+        embeddings=_BF16 * shape.whole_parameters,
         adapter=_FP32 * adapter.parameters,
         gradients=_FP32 * adapter.parameters,
         optimizer=OPTIMIZER_BYTES[adapter.optimizer] * adapter.parameters,

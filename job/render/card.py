@@ -19,6 +19,8 @@ class Card:
     revision: str
     licence: str | None
     """The base's; None: not known."""
+    form: str
+    """What its linear layers are, counted."""
     data: DataReport
     lora: LoraSection
     step: int
@@ -53,7 +55,7 @@ Run `{card.run_id}`, step {card.step} of {card.steps}: validation loss
 
 - Base: {code_span(card.base)}, revision {code_span(card.revision)}
 - Licence of the base: {licence}. It holds for what is made from the base too.
-- Base read in 4 bits (NF4, double quantisation); LoRA r {card.lora.r}, alpha {card.lora.alpha:g}
+- Base read as {card.form}; LoRA r {card.lora.r}, alpha {card.lora.alpha:g}
 
 Trained on {data.train.used} examples, judged on {data.validation.used}:
 {hashes}

@@ -16,6 +16,7 @@ def plan_lines(
     work: Workload,
     forecasts: Sequence[Forecast],
     *,
+    words: Sequence[str],
     templates: Sequence[str],
     usd_per_hour: float | None,
 ) -> list[str]:
@@ -26,6 +27,7 @@ def plan_lines(
         candidates: what each max_length would cut.
         work: what is to be done.
         forecasts: of each GPU.
+        words: on how the base trains.
         templates: what to ask for in the words of each scheduler, with the fields of `Ask` to be filled in.
         usd_per_hour: what the GPU costs; None: no cost is shown.
 
@@ -37,6 +39,7 @@ def plan_lines(
         "",
         *_work(work),
         *(f"source {row}" for row in source_rows(data, work.course)),
+        *words,
         "",
         *_memory(work, forecasts[0]),
         "",

@@ -24,7 +24,9 @@ from job.stages.encoding import encoded_data
 from job.stages.identity import Run
 from job.tune.data.chat import ChatTemplates, asked_rules
 from job.tune.data.documents import Documents, select_documents
+from job.tune.data.frame import encode_given, encode_prompt, token_rules
 from job.tune.data.picture import by_source, pictures
+from job.tune.data.vocabulary import refuse_unknown_ids
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +52,7 @@ class Dataset:
 
 
 def prepare_dataset(
-    worker: Worker, run: Run, tokenizer: Any, *, positions: int, folder: Path, phases: Phases
+    worker: Worker, run: Run, tokenizer: Any, *, positions: int, rows: int, folder: Path, phases: Phases
 ) -> Dataset:
     """Bring the dataset to the local disk as token ids; what an earlier attempt left there is used again.
 
@@ -59,17 +61,19 @@ def prepare_dataset(
         run: names the objects.
         tokenizer: the base model's.
         positions: how many the base model has.
+        rows: of the base model's embeddings.
         folder: where it goes; it belongs to this run.
         phases: the clock.
 
     Raises:
-        DataError: wrong lines, or nothing left to train or judge on.
+        DataError: wrong lines, a token that the base has no embedding for, or nothing left to train or judge on.
         UsageError: data.max_length or the warm-up does not go with the base or the data.
     """
-    _refuse_prompts(worker, tokenizer)
+    asked = _asked(worker, tokenizer)
     found = encoded_data(worker, phases, run, tokenizer, folder)
     encoded, audit = found.sides, found.audit
     data, evaluation = worker.recipe.data, worker.recipe.evaluate
+    refuse_unknown_ids(encoded.values(), asked, tokenizer, rows=rows)
     if not len(encoded["train"]):
         raise DataError(
             f"data.train: no example is left to train on in {_listed(run.train)} ({len(encoded['validation'])} were "
@@ -124,14 +128,15 @@ def _listed(objects: Sequence[StoredObject], most: int = 3) -> str:
     return ", ".join(names) + (f" and {len(objects) - most} more" if len(objects) > most else "")
 
 
-def _refuse_prompts(worker: Worker, tokenizer: Any) -> None:
-    """A chat template may refuse a prompt of the recipe: better now than once the base is loaded."""
-    rules = asked_rules(tokenizer, worker.recipe.data)
-    if rules is None:
-        return
+def _asked(worker: Worker, tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """The recipe's prompts with their ids: a chat template may refuse one, and better now than with the base loaded."""
+    prompts = worker.recipe.evaluate.prompts
+    rules, chat = token_rules(tokenizer, worker.recipe.data), asked_rules(tokenizer, worker.recipe.data)
+    if chat is None:
+        return [(prompt, encode_prompt(prompt, rules)) for prompt in prompts]
     with ChatTemplates(should_stop=worker.should_stop) as chats:
-        for prompt in worker.recipe.evaluate.prompts:
-            chats.of(rules).prompt(prompt)
+        turns = [chats.of(chat).prompt(prompt).parts for prompt in prompts]
+    return [(p, encode_given(parts, rules, is_chat=True)) for p, parts in zip(prompts, turns, strict=True)]
 
 
 def _pictured(train: Documents, data: DataSection, tokenizer: Any) -> tuple[ExamplePreview, ...]:

@@ -45,7 +45,7 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
         files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
     crash_point("prove.before")
     with phases.phase("prove"):
-        model = load_published(attempt, inputs, folder / "published", files)
+        model = load_published(attempt, inputs, folder / "published", files, left_to_peft=facts.left_to_peft)
         proven = prove(attempt, inputs, facts, model, step=chosen.step)
     with phases.phase("ask_tuned"):
         tuned = answer(
@@ -88,6 +88,7 @@ def _card(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, *, step: int) 
         base=identity.source,
         revision=identity.revision,
         licence=inputs.base.licence,
+        form=facts.form,
         data=inputs.dataset.report,
         lora=attempt.worker.recipe.lora,
         step=step,

@@ -11,6 +11,7 @@ from job.stages.hardware import look_at_hardware
 from job.stages.holding import Held
 from job.stages.loading import Inputs
 from job.stages.stops import stops_elsewhere
+from job.tune.engines.families import refuse_family, words_on
 from job.tune.loop.track import refuse_trackers
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.config import load_tokenizer, read_config, shape_of
@@ -41,16 +42,22 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
     with phases.phase("fetch_base"):
         small = source.fetch_small(phases.fetched)
     config, tokenizer = read_config(small), load_tokenizer(small)
+    refuse_family(config)
     refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
+    with phases.phase("fetch_base"):
+        source.refuse_broken_promises(small)
+    shape = shape_of(config)
     dataset = prepare_dataset(
         worker,
         run,
         tokenizer,
-        positions=shape_of(config).positions,
+        positions=shape.positions,
+        rows=shape.vocabulary,
         folder=worker.run_folder(run.artifacts.run_id),
         phases=phases,
     )
+    attempt.notes.extend(words_on(config))
     if dataset.report.overlap:
         attempt.notes.append(
             f"{dataset.report.overlap} held-out examples are also trained on: the validation loss flatters"

@@ -42,8 +42,12 @@ class TrainingFacts:
     """The plan at the start; the cut of the last step stands in the progress."""
     engine_reason: str
     """Why this engine computes the gradients."""
+    left_to_peft: bool
+    """Whether linear layers are PEFT's own."""
     questions: list[Question]
     architecture: str
+    form: str
+    """What its linear layers are: in which 4 bits, how many, and which are not."""
     trainable_parameters: int
     total_parameters: int
     resumed: Resumed

@@ -102,7 +102,7 @@ def _model(inputs: Inputs, facts: TrainingFacts) -> ModelReport:
         revision=inputs.base.identity.revision,
         licence=inputs.base.licence,
         architecture=facts.architecture,
-        quantisation=f"NF4, double quantisation, {facts.progress.cut.compute_dtype} compute",
+        quantisation=f"{facts.form}; {facts.progress.cut.compute_dtype} compute",
         loaded_from=loaded_from(inputs.base),
         trainable_parameters=facts.trainable_parameters,
         total_parameters=facts.total_parameters,

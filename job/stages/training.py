@@ -30,6 +30,7 @@ from job.tune.loop.optimizer import make_optimizer, make_scheduler
 from job.tune.loop.step import Stepper
 from job.tune.loop.track import Tracking, make_accelerator
 from job.tune.model.adapter import parameter_counts
+from job.tune.model.four_bit import form_of
 
 log = structlog.get_logger(__name__)
 
@@ -125,8 +126,10 @@ class TrainingStage:
             course=planned.course,
             memory=planned.memory,
             engine_reason=planned.choice.reason,
+            left_to_peft=planned.choice.left_to_peft,
             questions=questions,
             architecture=type(model.model.get_base_model()).__name__,
+            form=form_of(model.model),
             trainable_parameters=trained,
             total_parameters=total,
             resumed=resumed,

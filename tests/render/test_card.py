@@ -19,6 +19,7 @@ def card_of(report):
                     "base": "someone/tiny",
                     "revision": "0" * 40,
                     "licence": "apache-2.0",
+                    "form": "NF4, double quantisation; 14 linear layers in 4 bits, 1 not (lm_head)",
                     "data": report.data,
                     "lora": LoraSection(r=4, alpha=8),
                     "step": 5,

@@ -22,7 +22,8 @@ def test_check_is_a_table_with_the_histogram_and_leaves_nothing(job):
     assert ended.stderr == ""
     rows = [[line[:3].strip(), line[4:15].strip()] for line in ended.stdout.splitlines() if line[:2] in ("ok", "NO")]
     assert rows == [
-        ["ok", name] for name in (*["recipe", "credentials", "output"], "base model", "input", "data", "plan", "model")
+        ["ok", name]
+        for name in (*["recipe", "credentials", "output"], "base model", "input", "data", "plan", "model", "weights")
     ]
     assert "write and conditional write work" in ended.stdout
     assert "is new" in ended.stdout

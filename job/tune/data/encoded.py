@@ -90,6 +90,15 @@ class EncodedSet:
         parts = [_target_counts(part, max_length) for part in self._table.column("target_spans").chunks]
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
+    def largest_id(self) -> tuple[int, int] | None:
+        """The largest token id, and the first example that has it; None: there is no token."""
+        ids = pc.list_flatten(self._table.column("input_ids"))
+        if not len(ids):
+            return None
+        largest = pc.max(ids)
+        example = np.searchsorted(np.cumsum(self.lengths, dtype=np.int64), pc.index(ids, largest).as_py(), side="right")
+        return largest.as_py(), int(example)
+
     def where(self, index: int) -> str:
         """`file:line` of one example."""
         return str(self._table.column("where")[index].as_py())

@@ -34,6 +34,8 @@ class Choice:
     reason: str
     compiled: bool
     """Whether it compiles the decoder's layers."""
+    left_to_peft: bool = False
+    """Whether linear layers are PEFT's own, as ours did not agree with them."""
 
 
 def choose_engine(model: PackedModel, wanted: WantedEngine, *, backward: Callable[[Tensor], Any]) -> Choice:
@@ -86,12 +88,15 @@ def _generic(model: PackedModel, why: str, *, backward: Callable[[Tensor], Any])
         why = f"{why}; linear layers are PEFT's own: {against}"
     against_compiling = _reason_against_compiling(model)
     compiler = "inductor" if against_compiling is None else None
+    if not model.is_packed:
+        why = f"{why}; one document a row"
     how = "layers compiled" if against_compiling is None else f"layers not compiled: {against_compiling}"
     return Choice(
         engine=AutogradEngine(model, backward, compiler=compiler),
         name="generic",
         reason=f"{why}; {how}",
         compiled=compiler is not None,
+        left_to_peft=against is not None,
     )
 
 
@@ -114,6 +119,8 @@ def _reason_against_compiling(model: PackedModel) -> str | None:
     device = next(model.parameters()).device
     if device.type != "cuda":
         return "not on a GPU"
+    if not model.is_packed:
+        return "one document a row"
     if not model.layers:
         return "they are of no kind that transformers recomputes"
     if not model.linears:

@@ -1,12 +1,16 @@
 """A base model's config and tokenizer: read without its code, and the sizes that the plan needs."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from job.core.errors import UsageError
 from job.core.memory import ModelShape
+from job.tune.model.four_bit import put_into_four_bits
 
 CONFIG = "config.json"
 
@@ -26,34 +30,93 @@ def read_config(folder: Path) -> Any:
     return config.get_text_config()
 
 
-def shape_of(config: Any) -> ModelShape:
-    """Sizes of a decoder from its config.
+def causal_lm_of(config: Any) -> tuple[Any, Any]:
+    """The class of the causal language model that a config describes, and the config that this class takes."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return kind, config if isinstance(config, kind.config_class) else config.get_text_config()
+
+
+def empty_model(config: Any) -> Any:
+    """The model that a config describes, on the meta device: names and sizes, no weights.
 
     Raises:
-        UsageError: the config lacks a size, as those of decoders unlike Llama do.
+        UsageError: it describes no causal language model.
     """
     try:
-        hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-        intermediate, positions = config.intermediate_size, config.max_position_embeddings
-    except AttributeError as error:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise UsageError(f"model.base: {config.model_type} is no causal language model; choose another base") from error
+
+
+def shape_of(config: Any) -> ModelShape:
+    """Sizes of a decoder, counted on the model that its config describes: no weight is read.
+
+    Raises:
+        UsageError: it describes no causal language model, or one without a size that the plan needs.
+    """
+    model = empty_model(config)
+    sizes = {name: largest(config, name) for name in _SIZES}
+    unknown = [name for name, size in sizes.items() if size is None]
+    if unknown:
         raise UsageError(
-            f"model.base: {config.model_type} is not like Llama: its config has no {error.name}; choose another base"
-        ) from error
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or hidden // heads
+            f"model.base: {config.model_type}: its config has no {', '.join(unknown)}; choose another base"
+        )
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     softcap, scale = softcap_and_scale(config)
+    linear = put_into_four_bits(model)
     return ModelShape(
-        layers=layers,
+        layers=sizes["num_hidden_layers"],
         hidden=hidden,
-        intermediate=intermediate,
+        intermediate=_intermediate(config, linear.values()) or hidden,
         vocabulary=config.vocab_size,
-        positions=positions,
+        positions=largest(config, "max_position_embeddings") or largest(config, "max_seq_len") or UNBOUNDED_POSITIONS,
         heads=heads,
-        key_heads=key_heads,
-        head_width=width,
-        tied=config.tie_word_embeddings,
+        key_heads=largest(config, "num_key_value_heads") or heads,
+        head_width=largest(config, "head_dim") or hidden // heads,
+        linear_parameters=sum(module.in_features * module.out_features for module in linear.values()),
+        whole_parameters=_parameters(model) - sum(module.weight.numel() for module in linear.values()),
         logits="capped" if softcap is not None else "plain" if scale == 1 else "scaled",
     )
+
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+UNBOUNDED_POSITIONS = 2048
+"""Of a model that names none: BLOOM's and MPT's positions are distances, and they were trained with as many."""
+
+
+def largest(config: Any, name: str) -> Any:
+    """A size in a config; where layers differ in it (Gemma 4's heads), the largest; None: it has none."""
+    layers = getattr(config, "per_layer_config", None)
+    of_layers = [getattr(layer, name, None) for layer in layers] if layers else [_plain(config, name)]
+    found = [value for value in of_layers if value is not None]
+    return max(found) if found else _plain(config, name)
+
+
+def _plain(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except ValueError:  # of a size that layers differ in
+        return None
+
+
+def _intermediate(config: Any, linear: Iterable[nn.Linear]) -> int:
+    """The widest input of a linear module; experts are none, and a token goes through some of them."""
+    chosen = next((n for name in _CHOSEN if (n := _plain(config, name))), 0)
+    width = next((n for name in _EXPERT_WIDTHS if (n := _plain(config, name))), 0)
+    return max([module.in_features for module in linear] + [_first(chosen) * _first(width)], default=0)
+
+
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+
+
+def _first(value: Any) -> int:
+    return int(value[0] if isinstance(value, list | tuple) else value)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -4,14 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import adapted, micro_batch
+from tiny import CPU, adapted, micro_batch
+from tiny_families import write_family
 from transformers import AttentionInterface
 
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
-from job.tune.engines import loss
+from job.tune.engines import loss, packed_model
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention, register
+from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import _gradient_difference, check_model
+from job.tune.model.adapter import attach_lora
+from job.tune.model.base import load_base
 
 
 @pytest.fixture
@@ -88,6 +92,28 @@ def test_a_loss_that_is_not_the_models_own_is_found(model, broken_attention):
 
 def test_an_unknown_factor_on_the_logits_is_found(model):
     model.model.get_base_model().config.final_logit_softcapping = 0.5
+    with pytest.raises(UsageError, match="the loss of this job is"):
+        check_model(model)
+
+
+def test_a_rotation_chosen_by_the_longest_document_of_a_pack_is_found(tmp_path, monkeypatch):
+    base = load_base(write_family(tmp_path, "phi3, longrope"), device=CPU, dtype=torch.float32)
+    lora = LoraSection(r=4)
+    check_model(PackedModel(attach_lora(base, lora, source="tiny", revision=None, seed=0)))
+
+    base = load_base(tmp_path, device=CPU, dtype=torch.float32)
+    monkeypatch.setattr(packed_model, "rotate_by_document", lambda _model: None)
+    with pytest.raises(UsageError, match="Phi3ForCausalLM: a document changes its neighbour"):
+        check_model(PackedModel(attach_lora(base, lora, source="tiny", revision=None, seed=0)))
+
+
+def test_a_window_that_is_not_handed_on_is_found(tmp_path, broken_attention):
+    def without_window(*arguments, sliding_window=None, **options):
+        return per_document_attention(*arguments, **options)
+
+    base = load_base(write_family(tmp_path, "ministral3"), device=CPU, dtype=torch.float32)
+    model = PackedModel(attach_lora(base, LoraSection(r=4), source="tiny", revision=None, seed=0))
+    broken_attention(without_window)
     with pytest.raises(UsageError, match="the loss of this job is"):
         check_model(model)
 

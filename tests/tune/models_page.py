@@ -1,0 +1,68 @@
+"""Writes docs/models.md: every family that the tests train, how it trains, and what of it is not in 4 bits.
+
+python tests/tune/models_page.py
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "models.md"
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from tiny_families import FAMILIES, config_of  # noqa: E402 - found where the lines above look
+
+from job.tune.engines import families  # noqa: E402 - as above
+from job.tune.model.adapter import chosen_by_all_linear  # noqa: E402 - as above
+from job.tune.model.config import empty_model  # noqa: E402 - as above
+from job.tune.model.mixtures import experts_in  # noqa: E402 - as above
+
+_HEAD = """\
+<!-- Written by `make docs` from tests/tune/tiny_families.py; change it there. -->
+
+# The models
+
+Each row is a family of decoders, by transformers' `model_type`, that the tests build tiny and random and train beside
+plain transformers, bitsandbytes and PEFT, which get one document at a time: the loss of every token is the same to 1e-4
+and every gradient of the adapter to 1e-3, in fp32 on the CPU. Documents are longer than every window, chunk and
+original length in their configs, others beside them are shorter; whatever stands beside a document, its losses are the
+same to the bit. `make test-families` runs them all.
+
+*Hand-written*: on a GPU the fast engine trains it; elsewhere, and where that does not fit, it is packed. *Packed*:
+documents stand in one row without padding, and none sees another; on a GPU layers are compiled where attention is
+neither capped nor dropped. *One document a row*: the decoder gets a document at a time, with transformers' own
+attention, and nothing is compiled: slower, above all with short documents. A family that is not in this table trains
+that way too, if the checks at the start of a run find its loss right.
+
+Layers' linear modules are in 4 bits; embeddings, head, norms and the other small tensors never are. *In 16 bits* says
+what large ones stay so too. A mixture with more than 8 GiB of experts is refused by `check`, with its size.
+
+| family | model_type | how it trains | in 16 bits besides | `all-linear` adapts |
+|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """What docs/models.md should be."""
+    return _HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in sorted(_rows()))
+
+
+def _rows() -> Iterator[tuple[str, ...]]:
+    for name, (model_type, _) in FAMILIES.items():
+        model = empty_model(config_of(name))
+        chosen = chosen_by_all_linear(model)
+        adapted = "all but the head" if chosen is None else ", ".join(chosen)
+        yield name, f"`{model_type}`", _how(model), "experts" if experts_in(model) else "-", adapted
+
+
+def _how(model: Any) -> str:
+    if not families.is_packed(model):
+        return "one document a row"
+    return "hand-written" if families.is_supported(model.config) else "packed"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
