@@ -93,7 +93,9 @@ def _text_of(record: dict[str, Any], name: str, *, strict_types: bool) -> str | 
     if isinstance(value, _Constant):
         kind = f"{value}, which JSON does not have"
     else:
-        kind = f"{_json_kind(value)}, not a string" + ("; data.chat reads messages" if isinstance(value, list) else "")
+        kind = f"{_json_kind(value)}, not a string"
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        kind += f"; for a chat's messages write data.chat: {name}"
     return Unusable(reason=f'"{name}" is {kind}', absent=value is None)
 
 
