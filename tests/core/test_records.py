@@ -181,6 +181,10 @@ def test_a_field_inside_an_object_is_found_and_a_key_of_that_very_name_wins(raw,
     [
         (b'{"meta": {"lung": "de"}}', '"meta.lang" is missing (the record has "lung"; did you mean "lung"?)'),
         (b'{"meta": ["de"]}', '"meta.lang" is missing ("meta" is a list, not an object)'),
+        (
+            b'{"meta": [{"lang": 1}]}',
+            '"meta.lang" is missing ("meta" is a list, not an object; for a chat\'s messages write data.chat: meta)',
+        ),
         (b'{"other": 1}', '"meta.lang" is missing (the record has "other")'),
         (b'{"meta": {"lang": {}}}', '"meta.lang" is an object, not a string'),
     ],
