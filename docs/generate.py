@@ -119,6 +119,20 @@ prompt: "### Instruction:\\n{instruction}\\n\\n[### Input:\\n{input?}\\n\\n]### 
 completion: "{output}"
 ```
 
+**Chats.** `chat: messages` reads records like `{"messages": [{"role": "user", "content": "..."}, ...]}`; `from` and
+`value`, `human` and `gpt` and the like, and a field `conversations` are read as well. The tokenizer's own chat
+template renders them, or the one that `chat_template` names. Learned are the assistant's turns, tool calls too, each
+with the control token that ends it; what the system, the user and tools say is given. A turn begins where the
+generation prompt ends, found by rendering the conversation turn by turn, so that any template works; one that renders
+a beginning otherwise than the whole is refused with the first difference. Reasoning stands in `reasoning_content` (or
+`thinking`, `reasoning`), or between `<think>` and `</think>` at an answer's beginning; an empty `<think></think>` that
+a template adds is not learned. The template puts BOS itself; EOS is added only where no control token ends the last
+turn. A template that asks for the date gets 26 July 2024, so that a conversation is the same tomorrow. It runs in a
+sandbox of its own with 10 seconds of computing for a conversation; one that needs more ends the job (exit code 65). Of
+the templates that ship `alpaca` suits bases without control tokens; `chatml`, `llama3` and `gemma` use the base's EOS
+where it lacks their end of a turn. None of them knows tools. Prompts of `evaluate.prompts` and `try --prompt` are a
+user's turn.
+
 **Control tokens.** What a template itself writes, such as `<|im_end|>`, is a control token whenever the base's files
 mark it as special. What stands in a field never is: `</s>` in an answer is spelled letter by letter.
 
@@ -134,7 +148,7 @@ records are of another kind, templates of its own:
 data:
   train:
     - {uri: s3://datasets/notes/*.jsonl, weight: 3}
-    - {uri: s3://datasets/chats.jsonl, weight: 1, name: chats, prompt: "User: {user}\\n", completion: "{reply}"}
+    - {uri: s3://datasets/chats.jsonl, weight: 1, chat: messages}
   prompt: "### Question: {input}\\n### Answer:"
   completion: " {output}"
 ```
@@ -151,25 +165,11 @@ its files in a row.
 
 **What is left out.** Examples that are dropped as too long, that have nothing of their answer within `max_length`, or
 that have a blank field are counted by reason. Up to `unused_limit` log, `check` and report say so; beyond it the job
-ends (exit code 65). With own validation files each side is held to it, else both together.
+ends (exit code 65). Each source is held to it by itself; with own validation files each side is, else both together.
 
 **Files.** JSON lines in UTF-8, plain, `.gz` or `.zst`, recognised by their bytes: files put together from several, with
 skippable frames (`pzstd`) or zeros behind them are read to the end. UTF-16, a JSON array, CSV, Parquet and Arrow files
 are refused with a `python -c ...` line that makes JSON lines of them.
-
-**Chats.** `chat: messages` reads records like `{"messages": [{"role": "user", "content": "..."}, ...]}`; `from` and
-`value`, `human` and `gpt` and the like, and a field `conversations` are read as well. The tokenizer's own chat
-template renders them, or the one that `chat_template` names. Learned are the assistant's turns, tool calls too, each
-with the control token that ends it; what the system, the user and tools say is given. A turn begins where the
-generation prompt ends, found by rendering the conversation turn by turn, so that any template works; one that renders
-a beginning otherwise than the whole is refused with the first difference. Reasoning stands in `reasoning_content` (or
-`thinking`, `reasoning`), or between `<think>` and `</think>` at an answer's beginning; an empty `<think></think>` that
-a template adds is not learned. The template puts BOS itself; EOS is added only where no control token ends the last
-turn. A template that asks for the date gets 26 July 2024, so that a conversation is the same tomorrow. It runs in a
-sandbox of its own with 10 seconds of computing for a conversation; one that needs more ends the job (exit code 65). Of
-the templates that ship `alpaca` suits bases without control tokens; `chatml`, `llama3` and `gemma` use the base's EOS
-where it lacks their end of a turn. None of them knows tools. Prompts of `evaluate.prompts` and `try --prompt` are a
-user's turn.
 
 **Editors.** With this first line, editors that know JSON Schema complete and check the keys while you type:
 

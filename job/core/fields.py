@@ -93,8 +93,13 @@ def _text_of(record: dict[str, Any], name: str, *, strict_types: bool) -> str | 
     if isinstance(value, _Constant):
         kind = f"{value}, which JSON does not have"
     else:
-        kind = f"{_json_kind(value)}, not a string" + ("; data.chat reads messages" if isinstance(value, list) else "")
-    return Unusable(reason=f'"{name}" is {kind}', absent=value is None)
+        kind = f"{_json_kind(value)}, not a string"
+    return Unusable(reason=f'"{name}" is {kind}{_chat_hint(name, value)}', absent=value is None)
+
+
+def _chat_hint(name: str, value: object) -> str:
+    is_chat = isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+    return f"; for a chat's messages write data.chat: {name}" if is_chat else ""
 
 
 def _sound(value: str, name: str) -> str | Unusable:
@@ -120,7 +125,9 @@ def _found(record: dict[str, Any], name: str, whole: str) -> Any:
     if isinstance(value, dict):
         return _found(value, inner, whole)
     is_nothing = value is None or (isinstance(value, str) and not value.strip())
-    return Unusable(reason=f'"{whole}" is missing ("{outer}" is {_json_kind(value)}, not an object)', absent=is_nothing)
+    chat = _chat_hint(whole.removesuffix(f".{inner}"), value)
+    reason = f'"{whole}" is missing ("{outer}" is {_json_kind(value)}, not an object{chat})'
+    return Unusable(reason=reason, absent=is_nothing)
 
 
 def _is_text(value: str) -> bool:

@@ -45,13 +45,13 @@ def preview_lines(
         ids: whether to name each token's id.
         hide: takes secrets out of a text.
     """
-    lines = [*source_lines(sources), "", *_broken(_legend(colours=colours), width, colours=colours), ""]
+    lines = [*token_lines(sources), "", *_broken(_legend(colours=colours), width, colours=colours), ""]
     for each in examples:
         lines += [*example_lines(each, width=width, colours=colours, ids=ids, hide=hide), ""]
     return lines[:-1]
 
 
-def source_lines(sources: Sequence[SourceTokens]) -> list[str]:
+def token_lines(sources: Sequence[SourceTokens]) -> list[str]:
     """A table of how long the examples are, in tokens, and what is not used of them."""
     column = max([len("source"), *(min(cells(each.name), _NAME) for each in sources)])
     lines = [f"{'source':<{column}} examples     tokens learned    min median    p95    max"]

@@ -81,6 +81,7 @@ def _left_out(source: SourceReport) -> str:
         "truncated": source.truncated,
         "dropped": source.dropped,
         "with nothing to learn from": source.without_target,
+        "with an empty answer": source.empty,
     }
     seen = [f"{count} {name}" for name, count in counted.items() if count]
     return f" ({', '.join(seen)})" if seen else ""

@@ -65,6 +65,10 @@ def reason(raw, data=TEXT):
         (b'{"text": null}', '"text" is null, not a string'),
         (b'{"text": NaN}', '"text" is NaN, which JSON does not have'),
         (b'{"text": ["x"]}', '"text" is a list, not a string'),
+        (
+            b'{"text": [{"role": "user"}]}',
+            '"text" is a list, not a string; for a chat\'s messages write data.chat: text',
+        ),
         (b'{"text": {"x": 1}}', '"text" is an object, not a string'),
         (b'{"text": "caf\xe9"}', "not UTF-8 (byte 14 of the line)"),
         ('{"text": "x"}'.encode("utf-16-le"), "holds a NUL byte"),
@@ -157,7 +161,7 @@ def test_an_optional_field_that_is_not_there_takes_its_group_with_it(absent):
 def test_an_optional_field_is_looked_at_where_it_is_there():
     raw = b'{"instruction": "a", "output": "b", "input": %s}'
     assert parse_line(raw % b'"c"', ALPACA, where="").text == "I: a\nInput: c\nR: b"
-    assert reason(raw % b'["c"]', ALPACA) == '"input" is a list, not a string; data.chat reads messages'
+    assert reason(raw % b'["c"]', ALPACA) == '"input" is a list, not a string'
 
 
 @pytest.mark.parametrize(
@@ -177,6 +181,10 @@ def test_a_field_inside_an_object_is_found_and_a_key_of_that_very_name_wins(raw,
     [
         (b'{"meta": {"lung": "de"}}', '"meta.lang" is missing (the record has "lung"; did you mean "lung"?)'),
         (b'{"meta": ["de"]}', '"meta.lang" is missing ("meta" is a list, not an object)'),
+        (
+            b'{"meta": [{"lang": 1}]}',
+            '"meta.lang" is missing ("meta" is a list, not an object; for a chat\'s messages write data.chat: meta)',
+        ),
         (b'{"other": 1}', '"meta.lang" is missing (the record has "other")'),
         (b'{"meta": {"lang": {}}}', '"meta.lang" is an object, not a string'),
     ],

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from job.core.lines import cells
 from job.core.preview import ExamplePreview, PreviewPiece, SourceTokens
-from job.render.preview_text import example_lines, preview_lines, source_lines
+from job.render.preview_text import example_lines, preview_lines, token_lines
 
 PAINT = re.compile(r"\x1b\[[0-9;]*m")
 often = settings(deadline=None, derandomize=True, database=None, max_examples=200)
@@ -117,7 +117,7 @@ def source(name="notes", **other):
 
 
 def test_the_table_counts_with_denominators_and_fits_80_columns():
-    lines = source_lines([source(), source("日本語 " * 20, used=37, truncated=4, tokens=10**9)])
+    lines = token_lines([source(), source("日本語 " * 20, used=37, truncated=4, tokens=10**9)])
     assert [each.split() for each in lines[1:2]] == [["notes", "40", "1000", "25.0%", "5", "20", "60", "99"]]
     assert [each.strip() for each in lines[3:]] == ["3 of 40 examples left out", "4 of 40 examples cut at max_length"]
     assert max(map(cells, lines)) <= 80

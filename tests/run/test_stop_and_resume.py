@@ -134,7 +134,13 @@ def test_the_same_content_at_another_place_is_fetched_and_not_encoded(job):
 
 @pytest.mark.parametrize(
     "change",
-    [{"prompt": "Q: {question}\n"}, {"validation": {"fraction": 0.4}}, {"loss_on": "all"}, {"max_record": 999}],
+    [
+        {"prompt": "Q: {question}\n"},
+        {"validation": {"fraction": 0.4}},
+        {"loss_on": "all"},
+        {"max_record": 999},
+        {"strict_types": True},
+    ],
 )
 def test_what_changes_the_token_ids_is_encoded_anew(job, change):
     assert job.call("run", stop_in="ask_base").code == 75

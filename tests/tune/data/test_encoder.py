@@ -4,11 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+import pytest
+from chat_styles import chat_tokenizer
 from tiny import PAIR
 
 from job.core.chunks import in_chunks
+from job.core.data_section import DataSection
+from job.core.errors import DataError
 from job.edge import workers
 from job.edge.workers import in_order
 from job.tune.data.documents import select_documents
@@ -19,19 +25,29 @@ ROOT = Path(__file__).parents[3]
 HALF = PAIR.model_copy(update={"validation": PAIR.validation.model_copy(update={"fraction": 0.5})})
 
 
+def chats(count):
+    """Conversations, every 97th without an answer."""
+    for number in range(1, count + 1):
+        asked = {"role": "user", "content": f"{number} <|im_end|> {'ab' * (number % 7)}"}
+        said = {"role": "assistant", "content": "c" * (number % 50 + 1)}
+        record = {"messages": [asked] if number % 97 == 0 else [asked, said, asked, said]}
+        yield "chats.jsonl", number, json.dumps(record).encode()
+
+
 def lines(count):
     for number in range(1, count + 1):
         record = {"q": "ab" * (number % 7 + 1), "a": f" c{'d' * (number % 50)}"}
         yield "train.jsonl", number, b"{" if number % 97 == 0 else json.dumps(record).encode()
 
 
-def encoded(encoder, count, processes, folder):
-    """Both files, and the tally."""
+def encoded(encoder, count, processes, folder, *sources):
+    """Both files, and the tally; of these sources, or else of one."""
     out = {"train": stream_start(), "validation": stream_start()}
     tallies = []
+    given = enumerate(sources or [lines])
     for chunk in in_order(
         encoder,
-        in_chunks(lines(count), side="train"),
+        chain.from_iterable(in_chunks(each(count), side="train", source=place) for place, each in given),
         workers=processes,
         size_of=lambda chunk: chunk.size,
         should_stop=lambda: False,
@@ -61,6 +77,53 @@ def test_the_same_bytes_come_of_one_process_and_of_several(tokenizer, tmp_path, 
     # In the order of the lines, across chunks.
     numbers = [int(sides[0].where(row).removeprefix("train.jsonl:")) for row in range(len(sides[0]))]
     assert numbers == sorted(numbers)
+
+
+def test_chats_and_fields_side_by_side_are_the_same_of_one_process_and_of_several(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "ALONE_BYTES", 1)
+    tokenizer = chat_tokenizer(tmp_path / "base", "chatml")
+    pair = {"uri": "train.jsonl", "prompt": "{q}", "completion": "{a}"}
+    both = {"train": [pair, {"uri": "chats.jsonl", "chat": "messages"}], "validation": {"fraction": 0.5}}
+    rules = rules_of(tokenizer, DataSection.model_validate(both))
+    with Encoder(rules) as encoder:
+        one, tally = encoded(encoder, 2000, 1, tmp_path, lines, chats)
+        assert (one, tally) == encoded(encoder, 2000, 2, tmp_path, lines, chats)
+    assert (tally.lines, tally.bad) == (4000, 2 * (2000 // 97))
+    sides = [EncodedSet(tmp_path / f"{side}-2.arrow") for side in ("train", "validation")]
+    counts = np.array([np.bincount(side.sources, minlength=2) for side in sides])
+    assert counts.sum(axis=0).tolist() == [2000 - 2000 // 97] * 2
+    assert counts.min() > 800
+    assert all((np.diff(side.sources) >= 0).all() for side in sides)
+    last = len(sides[0]) - 1
+    assert sides[0].where(last).startswith("chats.jsonl:")
+    assert len(sides[0].spans(last)) == 2
+
+
+def test_a_chat_template_that_cannot_be_used_is_named_by_the_processes_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "ALONE_BYTES", 1)
+    tokenizer = chat_tokenizer(tmp_path / "base", "chatml")
+    data = DataSection(train=("chats.jsonl",), chat="messages", chat_template="{{ messages.__class__.__mro__ }}")
+    with pytest.raises(DataError, match=r"^chats\.jsonl:1: data\.chat_template reaches for what"):
+        encoded(Encoder(rules_of(tokenizer, data)), 2000, 2, tmp_path, chats)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"learn": "last-assistant"}, {"reasoning": "mask"}, {"chat_template": "chatml"}, {"max_record": 2**19}],
+)
+def test_what_decides_how_chats_are_read_is_in_the_name(tmp_path, change):
+    tokenizer = chat_tokenizer(tmp_path / "base", "chatml")
+    data = DataSection(train=("chats.jsonl",), chat="messages")
+    other = data.model_copy(update=change)
+    assert Encoder(rules_of(tokenizer, data)).fingerprint() != Encoder(rules_of(tokenizer, other)).fingerprint()
+
+
+def test_the_bases_own_chat_template_is_in_the_name(tmp_path):
+    tokenizer = chat_tokenizer(tmp_path / "base", "chatml")
+    data = DataSection(train=("chats.jsonl",), chat="messages")
+    before = Encoder(rules_of(tokenizer, data)).fingerprint()
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert Encoder(rules_of(tokenizer, data)).fingerprint() != before
 
 
 def test_what_was_sent_to_another_process_has_the_same_name(tokenizer):
