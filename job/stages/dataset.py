@@ -1,6 +1,6 @@
 """The dataset from the store to documents: fetched, checked, split, encoded, measured."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from job.core.preview import ExamplePreview
 from job.core.report import DataReport, SourceLoss
 from job.core.unused import judge_unused
 from job.core.verdict import Evaluation
+from job.core.vocabulary import refuse_beyond
 from job.edge.store.objects import StoredObject
 from job.stages.attempt import Phases, Worker
 from job.stages.data_report import counted, data_report
@@ -24,9 +25,9 @@ from job.stages.encoding import encoded_data
 from job.stages.identity import Run
 from job.tune.data.chat import ChatTemplates, asked_rules
 from job.tune.data.documents import Documents, select_documents
+from job.tune.data.encoded import EncodedSet
 from job.tune.data.frame import encode_given, encode_prompt, token_rules
 from job.tune.data.picture import by_source, pictures
-from job.tune.data.vocabulary import refuse_unknown_ids
 
 log = structlog.get_logger(__name__)
 
@@ -73,7 +74,7 @@ def prepare_dataset(
     found = encoded_data(worker, phases, run, tokenizer, folder)
     encoded, audit = found.sides, found.audit
     data, evaluation = worker.recipe.data, worker.recipe.evaluate
-    refuse_unknown_ids(encoded.values(), asked, tokenizer, rows=rows)
+    _refuse_unknown_ids(encoded.values(), asked, tokenizer, rows=rows)
     if not len(encoded["train"]):
         raise DataError(
             f"data.train: no example is left to train on in {_listed(run.train)} ({len(encoded['validation'])} were "
@@ -137,6 +138,17 @@ def _asked(worker: Worker, tokenizer: Any) -> list[tuple[str, list[int]]]:
     with ChatTemplates(should_stop=worker.should_stop) as chats:
         turns = [chats.of(chat).prompt(prompt).parts for prompt in prompts]
     return [(p, encode_given(parts, rules, is_chat=True)) for p, parts in zip(prompts, turns, strict=True)]
+
+
+def _refuse_unknown_ids(
+    encoded: Iterable[EncodedSet], asked: Iterable[tuple[str, Sequence[int]]], tokenizer: Any, *, rows: int
+) -> None:
+    """The largest id of each side and of each prompt must have a row in the base's embeddings."""
+    largest = [(*found, side) for side in encoded if (found := side.largest_id()) is not None]
+    places = [(token, side.where(index)) for token, index, side in largest]
+    prompts = [(max(ids), f"evaluate.prompts: {prompt:.80}") for prompt, ids in asked if ids]
+    for token, where in [*places, *prompts]:
+        refuse_beyond(token, tokenizer.convert_ids_to_tokens(token), rows=rows, where=where)
 
 
 def _pictured(train: Documents, data: DataSection, tokenizer: Any) -> tuple[ExamplePreview, ...]:
