@@ -106,6 +106,7 @@ CROWDED = {
     "job/core": "the decisions: each file is one, and none needs an order among them",
     "job/edge/store": "one promise, kept by two kinds of store and the parts that both share",
     "job/kernels": "one pair of forward and backward a file",
+    "job/tune/data": "from a conversation to a micro-batch, each step a file",
     "job/stages": "the story of a run, a stage a file",
 }
 """Rooms with more files, and why."""

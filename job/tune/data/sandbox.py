@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from job.tune.data.left_out import left_out
 from job.tune.data.turns import Render, TurnError, Wish, learned_spans
 
 _TURNS_A_SECOND = 20
@@ -88,12 +89,15 @@ class _Sandbox:
 
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """What was asked, rendered; or why not."""
+        spans: list[list[int]] = []
         try:
             messages, render = asked["messages"], self._render(asked["tools"])
             if asked["turns"] is None:
-                return {"text": render(messages, True), "spans": []}  # noqa: FBT003
-            wish = Wish(turns=asked["turns"], reasoning=asked["reasoning"], control=self._control)
-            text, spans = learned_spans(render, messages, wish)
+                text = render(messages, True)  # noqa: FBT003
+            else:
+                wish = Wish(turns=asked["turns"], reasoning=asked["reasoning"], control=self._control)
+                text, spans = learned_spans(render, messages, wish)
+            missing = left_out(self._write, (messages, asked["tools"]))
         except TurnError as error:
             return {"refused": str(error)}
         except SecurityError as error:
@@ -102,7 +106,12 @@ class _Sandbox:
             return {"fatal": str(error) or "needs more memory than a conversation can take"}
         except Exception as error:  # noqa: BLE001 - a template can fail in any way that Python has
             return {"refused": f"it fails: {str(error)[:_SHOWN] or type(error).__name__}"}
+        if missing is not None:
+            return {"refused": f"it leaves out {missing}"}
         return {"text": text, "spans": spans}
+
+    def _write(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
+        return self._render(tools)(messages, False)  # noqa: FBT003
 
     def _render(self, tools: Any) -> Render:
         def render(messages: Sequence[Mapping[str, Any]], generation: bool) -> str:  # noqa: FBT001 - the template's own word

@@ -503,6 +503,60 @@ def test_a_template_that_ships_leaves_no_tool_out_silently(tokenizers, name):
     assert "know no tools" in wrong_reason(tokenizers["mistral"], name, WITH_CALL)
 
 
+WITH_SYSTEM = {"messages": [{"role": "system", "content": "S"}, *TWO_TURNS]}
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "a"}}}
+WITH_TOOL = {
+    "messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [LOOK]},
+        {"role": "tool", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "look", "description": "d", "parameters": {}}}],
+}
+TURNS = "{{% for m in messages if m.role != '{without}' %}}{{{{ m.role }}}} {said}</s>{{% endfor %}}"
+CALLS, TOOLS = "{{ m.tool_calls | tojson if m.tool_calls }}", "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+INSTEAD = "{{ m.tool_calls | tojson if m.tool_calls else m.content | upper }}"
+LEFT_OUT = {
+    "a role": (
+        TURNS.format(without="system", said="{{ m.content }}"),
+        WITH_SYSTEM,
+        "the content of messages[0] (system)",
+    ),
+    "calls": (
+        TURNS.format(without="", said="{{ m.content }}"),
+        WITH_TOOL,
+        'the call of the tool "look" in messages[1]',
+    ),
+    "tools": (TURNS.format(without="", said="{{ m.content }}" + CALLS), WITH_TOOL, 'the tool "look"'),
+    "words beside a call": (
+        TOOLS + TURNS.format(without="", said=INSTEAD),
+        WITH_TOOL,
+        "the content of messages[1] (assistant)",
+    ),
+}
+"""A template, the record that it does not write whole, and what is missing."""
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_a_template_that_leaves_something_out_is_refused_with_what_it_is(tokenizers, what):
+    template, record, words = LEFT_OUT[what]
+    examples, tally = read(tokenizers["mistral"], [record], chat_template=template)
+    assert examples == []
+    assert f"it leaves out {words}" in tally.first_bad[0].reason
+
+
+def test_a_template_that_reads_what_it_writes_leaves_nothing_out(tokenizers):
+    """It refuses words in place of the roles' names, and writes letters otherwise than they are."""
+    template = (
+        "{% for m in messages %}{% if m.content != m.content | lower %}{{ raise_exception('upper') }}{% endif %}"
+        "{{ m.role }} {{ m.content | upper }}</s>{% endfor %}"
+    )
+    examples, tally = read(tokenizers["mistral"], [{"messages": TWO_TURNS}], chat_template=template)
+    assert tally.first_bad == []
+    assert len(examples) == 1
+
+
 def test_without_any_template_the_simple_ones_are_named(tmp_path):
     tokenizer = chat_tokenizer(tmp_path, "chatml")
     tokenizer.chat_template = None
