@@ -174,14 +174,6 @@ class PlanReport(Section):
     """How often this attempt's process gave GPU memory back and asked for it anew: many cost time."""
 
 
-class SourceCurve(Section):
-    """The training examples of one of several sources."""
-
-    name: str
-    loss: tuple[float | None, ...]
-    """Of each step, nats a target token; None: the step had no target of this source."""
-
-
 class TrainingCurve(Section):
     """One value for each step, from step 1."""
 
@@ -190,8 +182,6 @@ class TrainingCurve(Section):
     grad_norm: tuple[float, ...]
     """Before clipping."""
     learning_rate: tuple[float, ...]
-    sources: tuple[SourceCurve, ...] = ()
-    """In the recipe's order; empty where there is but one."""
 
 
 class SourceLoss(Section):

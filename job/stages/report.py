@@ -20,7 +20,6 @@ from job.core.report import (
     ModelReport,
     PlanReport,
     Report,
-    SourceCurve,
     SourceShare,
     StartReport,
     SweetSpot,
@@ -69,7 +68,7 @@ def assemble_report(
         data=inputs.dataset.report,
         model=_model(inputs, facts),
         plan=_plan(inputs, facts),
-        curve=_curve(inputs, facts),
+        curve=_curve(facts),
         evaluations=_evaluations(inputs, facts),
         sweet_spot=_sweet_spot(attempt.worker.recipe, facts, verdict),
         exact_match=_exact_match(answers),
@@ -146,16 +145,12 @@ def source_shares(inputs: Inputs, facts: TrainingFacts) -> tuple[SourceShare, ..
     )
 
 
-def _curve(inputs: Inputs, facts: TrainingFacts) -> TrainingCurve:
-    progress, sources = facts.progress, inputs.dataset.report.train.sources
+def _curve(facts: TrainingFacts) -> TrainingCurve:
+    progress = facts.progress
     return TrainingCurve(
         loss=tuple(progress.losses),
         grad_norm=tuple(progress.grad_norms),
         learning_rate=tuple(progress.learning_rates),
-        sources=tuple(
-            SourceCurve(name=source.name, loss=tuple(losses[place] for losses in progress.source_losses))
-            for place, source in enumerate(sources)
-        ),
     )
 
 

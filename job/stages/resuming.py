@@ -42,7 +42,6 @@ def resume(
     *,
     layers: int,
     targets: NDArray[np.int64],
-    sources: int,
     should_stop: Callable[[], bool],
 ) -> Resumed:
     """Bring the state to where the run stands.
@@ -54,7 +53,6 @@ def resume(
         scratch: a folder for the checkpoint on its way.
         layers: of the decoder.
         targets: target tokens of each held-out document.
-        sources: that are trained on.
         should_stop: polled while files arrive.
 
     Raises:
@@ -67,9 +65,7 @@ def resume(
     def refusal(checkpoint: Checkpoint, folder: Path) -> str | None:
         nonlocal loaded
         try:
-            loaded = checkpoints.load(
-                state, folder, step=checkpoint.step, layers=layers, targets=targets, sources=sources
-            )
+            loaded = checkpoints.load(state, folder, step=checkpoint.step, layers=layers, targets=targets)
         except DamagedStateError as error:
             return str(error)
         return None

@@ -96,7 +96,6 @@ class TrainingStage:
                 self._scratch,
                 layers=planned.layers,
                 targets=self._inputs.dataset.validation.targets,
-                sources=self._inputs.dataset.train.source_count,
                 should_stop=attempt.worker.should_stop,
             )
         if resumed.checkpoint is not None:

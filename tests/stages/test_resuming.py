@@ -47,7 +47,6 @@ def resumed(made, artifacts, tmp_path):
         tmp_path / "scratch",
         layers=LAYERS,
         targets=made.documents.targets,
-        sources=made.documents.source_count,
         should_stop=lambda: False,
     )
 

@@ -50,11 +50,6 @@ class Documents:
         """Place of each document's source; ascending, since a side is encoded source after source."""
         return self.encoded.sources[self.rows]
 
-    @property
-    def source_count(self) -> int:
-        """Sources up to the last that has a document."""
-        return int(self.sources.max(initial=0)) + 1
-
     def token_ids(self, document: int) -> NDArray[np.int32]:
         """Token ids of one document after the cut."""
         return self.encoded.input_ids(int(self.rows[document]))[: self.max_length]

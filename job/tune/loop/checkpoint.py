@@ -46,8 +46,6 @@ class Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     """Training loss of each step, in nats a target token."""
-    source_losses: list[list[float | None]] = field(default_factory=list)
-    """The same of each source, where there are several; None: the step had no target of it."""
     grad_norms: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -116,7 +114,7 @@ class Loaded:
     """Whether its dropout drew from the generators' state, and compiled layers had code for each padded size."""
 
 
-def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray[np.int64], sources: int = 1) -> Loaded:
+def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray[np.int64]) -> Loaded:
     """Restore model, optimizer, schedule, progress and random generators; nothing is touched before all is read.
 
     Args:
@@ -125,7 +123,6 @@ def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray
         step: the one that its name says.
         layers: number of the decoder's layers.
         targets: target tokens of each held-out document.
-        sources: that are trained on.
 
     Raises:
         DamagedStateError: it is not what this run writes.
@@ -137,7 +134,6 @@ def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray
         cut=state.progress.cut,
         layers=layers,
         targets=targets,
-        sources=sources,
     )
     saved = read_saved_state(folder, expected, step=step)
     set_peft_model_state_dict(state.model, dict(saved.adapter))

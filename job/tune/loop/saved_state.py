@@ -38,9 +38,8 @@ _BEFORE_FORMAT_3 = {"compute_dtype": "bf16"}
 """What every cut was, on every device."""
 _OTHER_BYTES = 2**20
 """Of each file beside its numbers: headers, names."""
-_MOST_BYTES_A_STEP, _MOST_BYTES_A_SOURCE, _MOST_STATE_BYTES = 110, 30, 2**24
-"""Of the state: its three numbers of a step, one more for each source, and the rest, of which the base's answers are
-the most."""
+_MOST_BYTES_A_STEP, _MOST_STATE_BYTES = 100, 2**24
+"""Of the state: its three numbers of a step, and the rest, of which the base's answers are the most."""
 _WORDS = 624
 """Of a Mersenne Twister's state."""
 Form = Mapping[str, Tensor]
@@ -55,7 +54,6 @@ class DamagedStateError(DataError):
 class _Progress(Section):
     step: Whole
     losses: list[_Finite]
-    source_losses: list[list[_Finite | None]] = Field(default_factory=list)
     grad_norms: list[_Finite]
     learning_rates: list[_Finite]
     tokens: Whole
@@ -78,8 +76,6 @@ class Expected:
     """Of the decoder."""
     targets: NDArray[np.int64]
     """Target tokens of each held-out document."""
-    sources: int
-    """That are trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +137,7 @@ def read_adapter(path: Path, form: Form) -> dict[str, Tensor]:
 
 
 def _read(folder: Path, expected: Expected, step: int) -> SavedState:
-    a_step = _MOST_BYTES_A_STEP + _MOST_BYTES_A_SOURCE * expected.sources
-    content = _json(folder / STATE, most_bytes=_MOST_STATE_BYTES + a_step * step)
+    content = _json(folder / STATE, most_bytes=_MOST_STATE_BYTES + _MOST_BYTES_A_STEP * step)
     version = content.get("format", 1)
     if type(version) is int and version > FORMAT:
         raise DataError(
@@ -206,9 +201,6 @@ def _progress(content: dict[str, Any], expected: Expected, version: int, step: i
     cut, numbers = read.cut, (read.losses, read.grad_norms, read.learning_rates)
     if read.step != step or any(len(each) != step for each in numbers):
         raise ValueError(f"{STATE} is that of step {read.step}, with the numbers of {[*map(len, numbers)]} steps")
-    by_source = [len(each) for each in read.source_losses]
-    if by_source != ([expected.sources] * step if expected.sources > 1 else []):
-        raise ValueError(f"{STATE} has not {step} steps' losses of {expected.sources} sources")
     layers = {cut.kept_layers, cut.recomputed_layers}
     if min(cut.micro_batch_tokens, cut.evaluation_tokens) < 1 or not layers <= {*range(expected.layers + 1)}:
         raise ValueError("the cut is impossible")

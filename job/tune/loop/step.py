@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-import numpy as np
 import structlog
 import torch
 from accelerate import Accelerator
@@ -19,7 +18,7 @@ from job.core.errors import CannotFitError, DivergedError
 from job.core.packing import grain_of, pack_evenly
 from job.core.recipe import TrainSection
 from job.tune.data.documents import Documents
-from job.tune.data.micro_batch import MicroBatch, micro_batch
+from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.engine import Engine, adopt_or_shrink
 from job.tune.loop.checkpoint import State
 from job.tune.loop.flat import FlatAdapter
@@ -39,8 +38,6 @@ class StepRecord:
     """Steps of the whole run."""
     loss: float
     """In nats a target token."""
-    source_losses: tuple[float | None, ...]
-    """The same of each source, where there are several; None: it has no target in this step."""
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -81,10 +78,7 @@ class _Unread:
 
     step: int
     numbers: Tensor
-    """[2 + sources] fp32 on the host: loss, gradient norm and each source's summed losses (none of one source alone),
-    valid once `ended` has passed."""
-    targets: tuple[int, ...]
-    """Of each source."""
+    """[2] fp32 on the host: loss and gradient norm, valid once `ended` has passed."""
     learning_rate: float
     tokens: int
     began: "Mark"
@@ -129,8 +123,6 @@ class Stepper:
         self._layers = layers
         self._lengths = documents.lengths
         self._targets = documents.targets
-        self._sources = documents.sources
-        self._source_count = documents.source_count
         self._unread: _Unread | None = None
         self._mark: Mark | None = None
         """When the last step ended; None: the time since was not training."""
@@ -177,12 +169,12 @@ class Stepper:
         """
         began = self._mark or _mark(self._accelerator.device)
         batch = self._course.batch(number)
-        loss, by_source = self._backward(number, batch, cut_short)
+        loss = self._backward(number, batch, cut_short)
         grad_norm = self._accelerator.clip_grad_norm_(self._adapter.vectors, self._train.max_grad_norm)
         # Before the update: when the step before was not finite, the optimizer's state is spoilt and nothing may move.
         record = self._read()
         rate = self._state.scheduler.get_last_lr()[0]
-        numbers = torch.cat([torch.stack([loss, grad_norm]), by_source])
+        numbers = torch.stack([loss, grad_norm])
         crash_point("step.before_update")
         self._update(torch.isfinite(numbers).all())
         crash_point("step.after_update")
@@ -192,7 +184,6 @@ class Stepper:
         self._unread = _Unread(
             step=number,
             numbers=numbers,
-            targets=self._targets_by_source(batch),
             learning_rate=rate,
             tokens=int(self._lengths[batch].sum()),
             began=began,
@@ -228,10 +219,8 @@ class Stepper:
         self._engine.refresh()
         self._state.scheduler.step()
 
-    def _backward(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> tuple[Tensor, Tensor]:
+    def _backward(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
         """Loss and gradients of a batch: the sum over all its targets, divided by their number.
-
-        And the summed losses of each source: [sources], empty where there is but one.
 
         When memory runs out the batch is tried anew in smaller micro-batches, which changes no sum.
         """
@@ -247,38 +236,20 @@ class Stepper:
                 self._adapter.clear()
                 self._shrink(int(self._lengths[batch].max()), failure)
 
-    def _accumulate(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
         targets = int(self._targets[batch].sum())
         total = torch.zeros((), device=self._accelerator.device)
-        by_source = torch.zeros(self._source_count if self._source_count > 1 else 0, device=total.device)
         lengths, budget = self._lengths[batch].tolist(), self._state.progress.cut.micro_batch_tokens
         packs = pack_evenly(lengths, most=max(budget, *lengths), grain=grain_of(budget))
         for place, members in enumerate(packs):
             part = micro_batch(self._documents, [batch[i] for i in members]).to(self._accelerator.device)
             seed = dropout_seed(self._train.seed, number, place)
-            losses = self._engine.accumulate(part, targets=targets, seed=seed)
-            total += losses.sum() / targets
-            if len(by_source):
-                by_source += self._summed_by_source(part, losses)
+            total += self._engine.accumulate(part, targets=targets, seed=seed).sum() / targets
             self._notice_compiler()
             crash_point("step.middle")
             if cut_short():
                 raise StepCutShortError(self._setbacks)
-        return total, by_source
-
-    def _summed_by_source(self, part: MicroBatch, losses: Tensor) -> Tensor:
-        """[sources]: the losses [N] of each, added in the same order each time, as an atomic addition would not."""
-        sources = torch.from_numpy(np.repeat(self._sources[list(part.documents)], part.target_counts))
-        pinned = sources.pin_memory() if losses.is_cuda else sources
-        of = pinned.to(losses.device, non_blocking=True)
-        return torch.stack([torch.where(of == n, losses, 0.0).sum() for n in range(self._source_count)])
-
-    def _targets_by_source(self, batch: Sequence[int]) -> tuple[int, ...]:
-        """Empty where there is but one source."""
-        if self._source_count == 1:
-            return ()
-        counts = np.bincount(self._sources[batch], weights=self._targets[batch], minlength=self._source_count)
-        return tuple(int(count) for count in counts)
+        return total
 
     def _notice_compiler(self) -> None:
         """Note what it did; a failure in the cut: an attempt that resumes must not compile and round differently."""
@@ -303,16 +274,13 @@ class Stepper:
         if unread is None:
             return None
         _wait(unread.ended)
-        loss, grad_norm, *sums = unread.numbers.tolist()
+        loss, grad_norm = unread.numbers.tolist()
         progress = self._state.progress
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             progress.step = unread.step - 1
             raise self._diverged(unread.step, loss, grad_norm)
         seconds = _seconds(unread.began, unread.ended)
-        by_source = tuple(total / n if n else None for total, n in zip(sums, unread.targets, strict=True))
         progress.losses.append(loss)
-        if by_source:
-            progress.source_losses.append([*by_source])
         progress.grad_norms.append(grad_norm)
         progress.learning_rates.append(unread.learning_rate)
         progress.tokens += unread.tokens
@@ -321,7 +289,6 @@ class Stepper:
             step=unread.step,
             of=self._course.steps,
             loss=loss,
-            source_losses=by_source,
             grad_norm=grad_norm,
             learning_rate=unread.learning_rate,
             tokens=unread.tokens,

@@ -35,10 +35,7 @@ def prepare(bases, documents, folder, architecture, optimizer, **options):
 
 
 def load(made, folder, *, step):
-    documents = made.documents
-    return checkpoints.load(
-        made.state, folder, step=step, layers=LAYERS, targets=documents.targets, sources=documents.source_count
-    )
+    return checkpoints.load(made.state, folder, step=step, layers=LAYERS, targets=made.documents.targets)
 
 
 def sha256(made, folder):
@@ -50,7 +47,6 @@ def numbers(made):
     progress = made.progress
     return (
         progress.losses,
-        progress.source_losses,
         progress.grad_norms,
         progress.learning_rates,
         progress.tokens,

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from tiny import (
@@ -58,25 +57,6 @@ def test_every_target_token_of_a_step_counts_the_same(start, documents):
     assert made.progress.losses == [pytest.approx(total / targets, rel=1e-5)]
     norm = torch.stack([(g / targets).norm() for g in gradients.values()]).norm().item()
     assert made.progress.grad_norms == [pytest.approx(norm, rel=1e-5)]
-
-
-def test_each_source_has_its_own_loss_however_a_batch_is_cut(start, documents):
-    documents.encoded.sources = np.repeat([0, 2], [5, len(documents) - 5]).astype(np.int32)  # none of the second
-    runs = {}
-    for tokens in (256, 64):
-        made = start(batch_size=4, steps=6, micro_batch_tokens=tokens)
-        runs[tokens] = made.run(evaluate_every=100).progress
-    made = start(batch_size=4, steps=6)
-    sources = documents.sources
-    for step, (loss, by_source) in enumerate(zip(runs[64].losses, runs[64].source_losses, strict=True), 1):
-        batch = made.course.batch(step)
-        targets = np.bincount(sources[batch], weights=documents.targets[batch], minlength=3)
-        assert [each is None for each in by_source] == [count == 0 for count in targets]
-        total = sum(count * each for count, each in zip(targets, by_source, strict=True) if each is not None)
-        assert total / targets.sum() == pytest.approx(loss, rel=1e-5)
-        assert by_source == [
-            None if each is None else pytest.approx(each, rel=1e-4) for each in runs[256].source_losses[step - 1]
-        ]
 
 
 # --- not finite ---
