@@ -90,9 +90,7 @@ def _text_of(record: dict[str, Any], name: str, *, strict_types: bool) -> str | 
         return str(value) if isinstance(value, _Number) else json.dumps(value)
     if isinstance(value, str) and not isinstance(value, _Number | _Constant):
         return _sound(value, name)
-    kind = (
-        f"{value}, which JSON does not have" if isinstance(value, _Constant) else f"{json_kind(value)}, not a string"
-    )
+    kind = f"{value}, which JSON does not have" if isinstance(value, _Constant) else f"{json_kind(value)}, not a string"
     return Unusable(reason=f'"{name}" is {kind}{_chat_hint(name, value)}', absent=value is None)
 
 
@@ -118,8 +116,8 @@ def _found(record: dict[str, Any], name: str, whole: str) -> Any:
         return record[name]
     outer, dot, inner = name.partition(".")
     if not dot or outer not in record:
-        listed = f" (the record has {listed(record, name)})" if record else " (the record is empty)"
-        return Unusable(reason=f'"{whole}" is missing{listed}', absent=True)
+        has = f"the record has {listed(record, name)}" if record else "the record is empty"
+        return Unusable(reason=f'"{whole}" is missing ({has})', absent=True)
     value = record[outer]
     if isinstance(value, dict):
         return _found(value, inner, whole)
