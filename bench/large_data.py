@@ -28,6 +28,7 @@ from job.core.recipe import Recipe
 from job.core.records import Tally, checked_lines, examples
 from job.edge.dataset_files import DataFile, read_lines
 from job.edge.host.outcome import Outcome
+from job.edge.store.objects import StoredObject
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import list_data
 
@@ -69,7 +70,8 @@ def recipe_of(uri):
 
 def data_file(path):
     """As it is when it was fetched."""
-    return DataFile(name=path.name, path=path, source=None, sha256="")
+    source = StoredObject(uri=f"file://{path}", key=path.name, size=path.stat().st_size, etag="", version=None)
+    return DataFile(name=path.name, path=path, source=source, sha256="")
 
 
 def audit(path, **_):
@@ -116,11 +118,11 @@ def whole(path, *, tokenizer, workdir):
     worker = Worker(recipe=recipe, workdir=workdir, device="cpu", engine="auto", should_stop=lambda: False)
     began = time.monotonic()
     phases = Phases(Outcome(None), began=began)
-    train, validation = list_data(recipe.data, worker.settings, should_stop=worker.should_stop)
+    sides = list_data(recipe.data, worker.settings, should_stop=worker.should_stop)
     listed = time.monotonic() - began
     found = prepare_dataset(
         worker,
-        SimpleNamespace(train=train, validation=validation),
+        SimpleNamespace(sides=sides, train=sides.every, validation=()),
         named_tokenizer(tokenizer),
         positions=4096,
         rows=32000,

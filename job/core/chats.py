@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.core.close_names import did_you_mean
+from job.core.fields import json_kind, listed
 
 _ROLES = {
     **dict.fromkeys(("system", "sys"), "system"),
@@ -102,11 +103,10 @@ def _messages(record: Mapping[str, Any], field: str) -> tuple[str, list[Any]]:
         value = _at(record, name)
     if value is None:
         absent = "is null" if field in record else "is missing"
-        names = ", ".join(_short(key) for key in list(record)[:6]) + (", ..." if len(record) > 6 else "")  # noqa: PLR2004
-        said = f"the record has {names}" if record else "the record is empty"
-        raise _WrongChatError(f'"{field}" {absent} ({said}{did_you_mean(field, list(record))})')
+        said = f"the record has {listed(record, field)}" if record else "the record is empty"
+        raise _WrongChatError(f'"{field}" {absent} ({said})')
     if not isinstance(value, list):
-        raise _WrongChatError(f'"{name}" is {_kind(value)}, not a list of messages')
+        raise _WrongChatError(f'"{name}" is {json_kind(value)}, not a list of messages')
     if not value:
         raise _WrongChatError(f'"{name}" is an empty list')
     return name, value
@@ -122,7 +122,7 @@ def _at(record: Any, path: str) -> Any:
 
 def _message(message: Any, place: str, *, drop: bool) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise _WrongChatError(f"{place} is {_kind(message)}, not an object with role and content")
+        raise _WrongChatError(f"{place} is {json_kind(message)}, not an object with role and content")
     for text in _strings(message):
         _refuse_no_text(text, place)
     role_key, content_key = (next((n for n in names if message.get(n) is not None), None) for names in _FIELDS)
@@ -142,7 +142,7 @@ def _message(message: Any, place: str, *, drop: bool) -> dict[str, Any]:
 def _role(value: Any, place: str) -> str:
     known = _ROLES.get(value.strip().lower()) if isinstance(value, str) else None
     if known is None:
-        shown = f'"{value[:40]}"' if isinstance(value, str) else _kind(value)
+        shown = f'"{value[:40]}"' if isinstance(value, str) else json_kind(value)
         meant = did_you_mean(value.strip().lower(), list(_ROLES)) if isinstance(value, str) else ""
         raise _WrongChatError(f"{place} is {shown}, none of system, user, assistant, tool{meant}")
     return known
@@ -153,12 +153,12 @@ def _content(value: Any, place: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise _WrongChatError(f"{place} is {_kind(value)}, not text")
+        raise _WrongChatError(f"{place} is {json_kind(value)}, not text")
     texts = []
     for n, item in enumerate(value):
         text = item.get("text") if isinstance(item, dict) and item.get("type", "text") == "text" else item
         if not isinstance(text, str):
-            held = f'of type "{item.get("type", "?")}"' if isinstance(item, dict) else _kind(item)
+            held = f'of type "{item.get("type", "?")}"' if isinstance(item, dict) else json_kind(item)
             raise _WrongChatError(f"{place}[{n}] is {held}; only text can be learned")
         texts.append(text)
     return "".join(texts)
@@ -176,7 +176,7 @@ def _assistant(content: str | None, rest: dict[str, Any], place: str, *, drop: b
     reasoning = next((rest[key] for key in REASONING if rest.get(key) is not None), None)
     rest = {key: value for key, value in rest.items() if key not in REASONING}
     if reasoning is not None and not isinstance(reasoning, str):
-        raise _WrongChatError(f"{place}: the reasoning is {_kind(reasoning)}, not text")
+        raise _WrongChatError(f"{place}: the reasoning is {json_kind(reasoning)}, not text")
     content = content or ""
     if drop:
         reasoning, content = None, without_think(content)
@@ -202,7 +202,7 @@ def _calls(value: Any, place: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise _WrongChatError(f"{place}.tool_calls is {_kind(value)}, not a list")
+        raise _WrongChatError(f"{place}.tool_calls is {json_kind(value)}, not a list")
     return [_call(each, f"{place}.tool_calls[{n}]") for n, each in enumerate(value)]
 
 
@@ -213,7 +213,7 @@ def _call(value: Any, place: str) -> dict[str, Any]:
     """
     call = _json(value, place) if isinstance(value, str) else value
     if not isinstance(call, dict):
-        raise _WrongChatError(f"{place} is {_kind(call)}, not a tool call with name and arguments")
+        raise _WrongChatError(f"{place} is {json_kind(call)}, not a tool call with name and arguments")
     function = call["function"] if isinstance(call.get("function"), dict) else call
     name, arguments = function.get("name"), function.get("arguments", {})
     if not isinstance(name, str) or not name.strip():
@@ -221,7 +221,7 @@ def _call(value: Any, place: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         arguments = _json(arguments, f"{place}: arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict):
-        raise _WrongChatError(f"{place}: arguments is {_kind(arguments)}, not an object")
+        raise _WrongChatError(f"{place}: arguments is {json_kind(arguments)}, not an object")
     around = {key: value for key, value in call.items() if key == "id" and value is not None}
     return {**around, "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -233,10 +233,10 @@ def _tools(record: Mapping[str, Any], field: str) -> list[dict[str, Any]] | None
     if value is None or value == []:
         return None
     if not isinstance(value, list):
-        raise _WrongChatError(f'"{field}" is {_kind(value)}, not a list of tools')
+        raise _WrongChatError(f'"{field}" is {json_kind(value)}, not a list of tools')
     for n, tool in enumerate(value):
         if not isinstance(tool, dict):
-            raise _WrongChatError(f'"{field}"[{n}] is {_kind(tool)}, not an object that describes a tool')
+            raise _WrongChatError(f'"{field}"[{n}] is {json_kind(tool)}, not an object that describes a tool')
     for text in _strings(value):
         _refuse_no_text(text, f'"{field}"')
     return value
@@ -269,12 +269,3 @@ def _refuse_no_text(text: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise _WrongChatError(f"{place} holds half a surrogate pair, which is no character") from error
-
-
-def _short(name: str) -> str:
-    return json.dumps(name[:40], ensure_ascii=True)
-
-
-def _kind(value: Any) -> str:
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "null")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, count
 from typing import Annotated, Any, Literal, Self
 
@@ -98,24 +99,40 @@ class Templates(Section):
     @property
     def fields(self) -> tuple[str, ...]:
         """The record fields that the templates name, without repetition."""
-        return tuple(dict.fromkeys(name for template in self.templates for name in template_fields(template)))
+        return _named(self.text, self.prompt, self.completion).fields
 
     @property
     def required(self) -> frozenset[str]:
         """The fields that every record must have."""
-        return frozenset(slot.name for template in self.templates for slot in slots(template) if not slot.optional)
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """Those that are given, in the order of their text."""
-        return tuple(t for t in (self.text, self.prompt, self.completion) if t is not None)
+        return _named(self.text, self.prompt, self.completion).required
 
     @property
     def answers(self) -> frozenset[str]:
         """Fields of which the answer is made: those of `completion`; of `text` the last one that must be there."""
-        if self.completion is not None:
-            return frozenset(template_fields(self.completion))
-        return frozenset([answer_field(self.text)] if self.text is not None else ())
+        return _named(self.text, self.prompt, self.completion).answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Named:
+    """What templates name, as the properties of `Templates` say."""
+
+    fields: tuple[str, ...]
+    required: frozenset[str]
+    answers: frozenset[str]
+
+
+@lru_cache(maxsize=64)  # asked for with each record
+def _named(text: str | None, prompt: str | None, completion: str | None) -> _Named:
+    every = [slot for template in (text, prompt, completion) if template is not None for slot in slots(template)]
+    if completion is not None:
+        answers = frozenset(template_fields(completion))
+    else:
+        answers = frozenset([answer_field(text)] if text is not None else ())
+    return _Named(
+        fields=tuple(dict.fromkeys(slot.name for slot in every)),
+        required=frozenset(slot.name for slot in every if not slot.optional),
+        answers=answers,
+    )
 
 
 def _printable(name: str) -> str:

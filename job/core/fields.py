@@ -1,7 +1,7 @@
 """One record's bytes -> the fields that are named, as text, or the reason why they are not there."""
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ def record_of(raw: bytes, decoder: json.JSONDecoder = _DECODER) -> dict[str, Any
         return f"not JSON ({error.msg}, column {error.colno})"
     except ValueError:
         return "holds a number with too many digits"
-    return record if isinstance(record, dict) else f"not a JSON object but {_json_kind(record)}"
+    return record if isinstance(record, dict) else f"not a JSON object but {json_kind(record)}"
 
 
 def _text_of(record: dict[str, Any], name: str, *, strict_types: bool) -> str | Unusable:
@@ -90,10 +90,7 @@ def _text_of(record: dict[str, Any], name: str, *, strict_types: bool) -> str | 
         return str(value) if isinstance(value, _Number) else json.dumps(value)
     if isinstance(value, str) and not isinstance(value, _Number | _Constant):
         return _sound(value, name)
-    if isinstance(value, _Constant):
-        kind = f"{value}, which JSON does not have"
-    else:
-        kind = f"{_json_kind(value)}, not a string"
+    kind = f"{value}, which JSON does not have" if isinstance(value, _Constant) else f"{json_kind(value)}, not a string"
     return Unusable(reason=f'"{name}" is {kind}{_chat_hint(name, value)}', absent=value is None)
 
 
@@ -119,14 +116,14 @@ def _found(record: dict[str, Any], name: str, whole: str) -> Any:
         return record[name]
     outer, dot, inner = name.partition(".")
     if not dot or outer not in record:
-        listed = f" (the record has {_listed(record, name)})" if record else " (the record is empty)"
-        return Unusable(reason=f'"{whole}" is missing{listed}', absent=True)
+        has = f"the record has {listed(record, name)}" if record else "the record is empty"
+        return Unusable(reason=f'"{whole}" is missing ({has})', absent=True)
     value = record[outer]
     if isinstance(value, dict):
         return _found(value, inner, whole)
     is_nothing = value is None or (isinstance(value, str) and not value.strip())
     chat = _chat_hint(whole.removesuffix(f".{inner}"), value)
-    reason = f'"{whole}" is missing ("{outer}" is {_json_kind(value)}, not an object{chat})'
+    reason = f'"{whole}" is missing ("{outer}" is {json_kind(value)}, not an object{chat})'
     return Unusable(reason=reason, absent=is_nothing)
 
 
@@ -138,7 +135,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _listed(record: dict[str, object], wanted: str, most: int = 6) -> str:
+def listed(record: Mapping[str, object], wanted: str, most: int = 6) -> str:
     """The record's names, and the one that looks like the name that was looked for."""
     names = {_as_json(name): name[:40] for name in list(record)[:most]}
     meant = closest(wanted, names.values())
@@ -151,13 +148,14 @@ def _as_json(name: str) -> str:
     return json.dumps(name[:40], ensure_ascii=not _is_text(name))
 
 
-def _json_kind(value: object) -> str:
+def json_kind(value: object) -> str:
+    """What JSON calls it, with its article."""
     match value:
         case None:
             return "null"
         case bool():
             return "a boolean"
-        case _Number() | _Constant():
+        case _Number() | _Constant() | int() | float():
             return "a number"
         case str():
             return "a string"

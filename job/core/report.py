@@ -174,6 +174,14 @@ class PlanReport(Section):
     """How often this attempt's process gave GPU memory back and asked for it anew: many cost time."""
 
 
+class SourceCurve(Section):
+    """The training loss of one of several sources."""
+
+    name: str
+    loss: tuple[float | None, ...]
+    """Nats a target token, for each step; None: the step has nothing of it."""
+
+
 class TrainingCurve(Section):
     """One value for each step, from step 1."""
 
@@ -182,6 +190,8 @@ class TrainingCurve(Section):
     grad_norm: tuple[float, ...]
     """Before clipping."""
     learning_rate: tuple[float, ...]
+    sources: tuple[SourceCurve, ...] = ()
+    """In the recipe's order; empty where there is but one."""
 
 
 class SourceLoss(Section):
@@ -341,8 +351,9 @@ class Report(Section):
     @model_validator(mode="after")
     def _sources_are_the_same_everywhere(self) -> Self:
         taken, judged = _names(self.data.train.sources), _names(self.data.validation.sources)
-        if _names(self.plan.sources) != taken or any(_names(e.sources) != judged for e in self.evaluations):
-            raise ValueError("sources: data, plan and evaluations do not name the same ones")
+        drawn = [_names(self.plan.sources), _names(self.curve.sources)]
+        if drawn != [taken] * 2 or any(_names(e.sources) != judged for e in self.evaluations):
+            raise ValueError("sources: data, plan, curve and evaluations do not name the same ones")
         return self
 
     @model_validator(mode="after")
@@ -353,7 +364,7 @@ class Report(Section):
         return self
 
 
-def _names(sources: Sequence[SourceReport | SourceShare | SourceLoss]) -> list[str]:
+def _names(sources: Sequence[SourceReport | SourceShare | SourceCurve | SourceLoss]) -> list[str]:
     return [source.name for source in sources]
 
 

@@ -20,6 +20,7 @@ from job.core.report import (
     ModelReport,
     PlanReport,
     Report,
+    SourceCurve,
     SourceShare,
     StartReport,
     SweetSpot,
@@ -68,7 +69,7 @@ def assemble_report(
         data=inputs.dataset.report,
         model=_model(inputs, facts),
         plan=_plan(inputs, facts),
-        curve=_curve(facts),
+        curve=_curve(inputs, facts),
         evaluations=_evaluations(inputs, facts),
         sweet_spot=_sweet_spot(attempt.worker.recipe, facts, verdict),
         exact_match=_exact_match(answers),
@@ -145,12 +146,16 @@ def source_shares(inputs: Inputs, facts: TrainingFacts) -> tuple[SourceShare, ..
     )
 
 
-def _curve(facts: TrainingFacts) -> TrainingCurve:
-    progress = facts.progress
+def _curve(inputs: Inputs, facts: TrainingFacts) -> TrainingCurve:
+    progress, sources = facts.progress, inputs.dataset.report.train.sources
     return TrainingCurve(
         loss=tuple(progress.losses),
         grad_norm=tuple(progress.grad_norms),
         learning_rate=tuple(progress.learning_rates),
+        sources=tuple(
+            SourceCurve(name=source.name, loss=tuple(each[place] for each in progress.source_losses))
+            for place, source in enumerate(sources)
+        ),
     )
 
 

@@ -42,6 +42,7 @@ def resume(
     *,
     layers: int,
     targets: NDArray[np.int64],
+    sources: int,
     should_stop: Callable[[], bool],
 ) -> Resumed:
     """Bring the state to where the run stands.
@@ -53,6 +54,7 @@ def resume(
         scratch: a folder for the checkpoint on its way.
         layers: of the decoder.
         targets: target tokens of each held-out document.
+        sources: of the training side.
         should_stop: polled while files arrive.
 
     Raises:
@@ -65,7 +67,9 @@ def resume(
     def refusal(checkpoint: Checkpoint, folder: Path) -> str | None:
         nonlocal loaded
         try:
-            loaded = checkpoints.load(state, folder, step=checkpoint.step, layers=layers, targets=targets)
+            loaded = checkpoints.load(
+                state, folder, step=checkpoint.step, layers=layers, targets=targets, sources=sources
+            )
         except DamagedStateError as error:
             return str(error)
         return None

@@ -96,6 +96,7 @@ class TrainingStage:
                 self._scratch,
                 layers=planned.layers,
                 targets=self._inputs.dataset.validation.targets,
+                sources=len(planned.course.mixture.sizes),
                 should_stop=attempt.worker.should_stop,
             )
         if resumed.checkpoint is not None:

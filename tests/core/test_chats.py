@@ -71,7 +71,7 @@ def test_reasoning_has_one_name_and_may_be_left_out(key):
 
 WRONG = {
     "no field": ({"text": "a"}, '"messages" is missing (the record has "text")'),
-    "another field": ({"mesages": PAIR}, "did you mean mesages?"),
+    "another field": ({"mesages": PAIR}, 'did you mean "mesages"?'),
     "null": ({"messages": None}, '"messages" is null'),
     "no list": ({"messages": "a"}, '"messages" is a string, not a list of messages'),
     "empty": ({"messages": []}, '"messages" is an empty list'),

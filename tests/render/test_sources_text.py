@@ -4,7 +4,7 @@ import pytest
 
 from job.core.lines import cells
 from job.core.recipe import LoraSection
-from job.core.report import Report, SourceLoss, SourceReport, SourceShare, read_report
+from job.core.report import Report, SourceCurve, SourceLoss, SourceReport, SourceShare, read_report
 from job.render.card import Card, adapter_card
 from job.render.report_text import report_lines
 from job.render.sources_text import source_lines
@@ -52,7 +52,9 @@ def with_sources(report, *, names=NAMES, held_out=(120, 0)):
     plan = report.plan.model_copy(
         update={"sources": tuple(SourceShare(name=n, examples=d, share=s, epochs=e) for n, d, s, e in shares)}
     )
-    return report.model_copy(update={"data": data, "plan": plan, "evaluations": evaluations})
+    losses = tuple(SourceCurve(name=name, loss=report.curve.loss) for name in names)
+    curve = report.curve.model_copy(update={"sources": losses})
+    return report.model_copy(update={"data": data, "plan": plan, "curve": curve, "evaluations": evaluations})
 
 
 def test_shares_lengths_and_losses_of_each_source_have_room_in_80_columns(report):
@@ -76,11 +78,11 @@ def test_a_report_whose_sources_do_not_belong_together_is_none(report):
     whole = with_sources(report).model_dump(mode="json")
     assert isinstance(read_report(whole), Report)
 
-    for change in ("plan", "evaluation"):
+    for change in ("plan", "curve", "evaluation"):
         other = with_sources(report).model_dump(mode="json")
-        place = other["plan"] if change == "plan" else other["evaluations"][1]
+        place = other["evaluations"][1] if change == "evaluation" else other[change]
         place["sources"] = place["sources"][:1]
-        with pytest.raises(ValueError, match="sources: data, plan and evaluations do not name the same ones"):
+        with pytest.raises(ValueError, match="sources: data, plan, curve and evaluations do not name the same ones"):
             read_report(other)
 
 

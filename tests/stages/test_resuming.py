@@ -47,6 +47,7 @@ def resumed(made, artifacts, tmp_path):
         tmp_path / "scratch",
         layers=LAYERS,
         targets=made.documents.targets,
+        sources=1,
         should_stop=lambda: False,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -40,7 +40,7 @@ from job.stages.resuming import Resumed
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
 from job.tune.data.encoder import encoded_rows
-from job.tune.data.frame import token_rules
+from job.tune.data.frame import TokenRules, token_rules
 from job.tune.data.micro_batch import MicroBatch, micro_batch
 from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.engine import Engine
@@ -162,10 +162,35 @@ def documents_of_examples(
 ) -> Documents:
     """Examples of any parts as the stages encode them."""
     rows = encoded_rows(examples, token_rules(tokenizer, data), source=0)
+    return _selected(folder, rows, max_length=max_length, too_long="truncate")
+
+
+def documents_of_sources(
+    folder: Path,
+    tokenizer: Any,
+    sources: Sequence[Sequence[tuple[str, str]]],
+    rules: Sequence[TokenRules] = (),
+    *,
+    max_length: int = 128,
+    too_long: Literal["truncate", "drop"] = "truncate",
+) -> Documents:
+    """(prompt, completion) pairs of each source, framed by the rules of each; none given: by those of PAIR."""
+    rows = b"".join(
+        encoded_rows(
+            [example_of((p, False), (c, True), line=n) for n, (p, c) in enumerate(pairs, start=1)], own, source=place
+        )
+        for place, (pairs, own) in enumerate(
+            zip(sources, rules or [token_rules(tokenizer, PAIR)] * len(sources), strict=True)
+        )
+    )
+    return _selected(folder, rows, max_length=max_length, too_long=too_long)
+
+
+def _selected(folder: Path, rows: bytes, *, max_length: int, too_long: Literal["truncate", "drop"]) -> Documents:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "train.arrow"
     path.write_bytes(stream_start() + rows + STREAM_END)
-    return select_documents(EncodedSet(path), max_length=max_length, too_long="truncate")
+    return select_documents(EncodedSet(path), max_length=max_length, too_long=too_long)
 
 
 def adapted(

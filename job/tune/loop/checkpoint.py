@@ -48,6 +48,8 @@ class Progress:
     """Training loss of each step, in nats a target token."""
     grad_norms: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
+    source_losses: list[list[float | None]] = field(default_factory=list)
+    """Of each step the training loss of each source, None for one that it has nothing of; empty where there is one."""
     tokens: int = 0
     """Real tokens trained on."""
     seconds: float = 0.0
@@ -114,7 +116,7 @@ class Loaded:
     """Whether its dropout drew from the generators' state, and compiled layers had code for each padded size."""
 
 
-def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray[np.int64]) -> Loaded:
+def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray[np.int64], sources: int = 1) -> Loaded:
     """Restore model, optimizer, schedule, progress and random generators; nothing is touched before all is read.
 
     Args:
@@ -123,6 +125,7 @@ def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray
         step: the one that its name says.
         layers: number of the decoder's layers.
         targets: target tokens of each held-out document.
+        sources: of the training side.
 
     Raises:
         DamagedStateError: it is not what this run writes.
@@ -134,6 +137,7 @@ def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray
         cut=state.progress.cut,
         layers=layers,
         targets=targets,
+        sources=sources,
     )
     saved = read_saved_state(folder, expected, step=step)
     set_peft_model_state_dict(state.model, dict(saved.adapter))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import numpy as np
 import structlog
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,7 @@ from job.core.errors import CannotFitError, DivergedError
 from job.core.packing import grain_of, pack_evenly
 from job.core.recipe import TrainSection
 from job.tune.data.documents import Documents
-from job.tune.data.micro_batch import micro_batch
+from job.tune.data.micro_batch import MicroBatch, micro_batch
 from job.tune.engines.engine import Engine, adopt_or_shrink
 from job.tune.loop.checkpoint import State
 from job.tune.loop.flat import FlatAdapter
@@ -78,7 +79,10 @@ class _Unread:
 
     step: int
     numbers: Tensor
-    """[2] fp32 on the host: loss and gradient norm, valid once `ended` has passed."""
+    """[2 + sources] fp32 on the host: loss, gradient norm, and where there are several sources the loss of each one's
+    targets, summed; valid once `ended` has passed."""
+    source_targets: tuple[int, ...]
+    """Targets of each source; empty where there is one."""
     learning_rate: float
     tokens: int
     began: "Mark"
@@ -123,6 +127,8 @@ class Stepper:
         self._layers = layers
         self._lengths = documents.lengths
         self._targets = documents.targets
+        self._source_of = documents.sources
+        self._sources = len(course.mixture.sizes)
         self._unread: _Unread | None = None
         self._mark: Mark | None = None
         """When the last step ended; None: the time since was not training."""
@@ -169,12 +175,12 @@ class Stepper:
         """
         began = self._mark or _mark(self._accelerator.device)
         batch = self._course.batch(number)
-        loss = self._backward(number, batch, cut_short)
+        loss, by_source = self._backward(number, batch, cut_short)
         grad_norm = self._accelerator.clip_grad_norm_(self._adapter.vectors, self._train.max_grad_norm)
         # Before the update: when the step before was not finite, the optimizer's state is spoilt and nothing may move.
         record = self._read()
         rate = self._state.scheduler.get_last_lr()[0]
-        numbers = torch.stack([loss, grad_norm])
+        numbers = torch.cat([torch.stack([loss, grad_norm]), by_source])
         crash_point("step.before_update")
         self._update(torch.isfinite(numbers).all())
         crash_point("step.after_update")
@@ -184,6 +190,7 @@ class Stepper:
         self._unread = _Unread(
             step=number,
             numbers=numbers,
+            source_targets=self._source_targets(batch),
             learning_rate=rate,
             tokens=int(self._lengths[batch].sum()),
             began=began,
@@ -219,8 +226,15 @@ class Stepper:
         self._engine.refresh()
         self._state.scheduler.step()
 
-    def _backward(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
-        """Loss and gradients of a batch: the sum over all its targets, divided by their number.
+    def _source_targets(self, batch: Sequence[int]) -> tuple[int, ...]:
+        if self._sources == 1:
+            return ()
+        counts = np.zeros(self._sources, dtype=np.int64)
+        np.add.at(counts, self._source_of[batch], self._targets[batch])
+        return tuple(counts.tolist())
+
+    def _backward(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> tuple[Tensor, Tensor]:
+        """Loss and gradients of a batch: the sum over all its targets, divided by their number; and each source's sum.
 
         When memory runs out the batch is tried anew in smaller micro-batches, which changes no sum.
         """
@@ -236,20 +250,33 @@ class Stepper:
                 self._adapter.clear()
                 self._shrink(int(self._lengths[batch].max()), failure)
 
-    def _accumulate(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
+    def _accumulate(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> tuple[Tensor, Tensor]:
         targets = int(self._targets[batch].sum())
-        total = torch.zeros((), device=self._accelerator.device)
+        device = self._accelerator.device
+        total, by_source = torch.zeros((), device=device), torch.zeros(0, device=device)
         lengths, budget = self._lengths[batch].tolist(), self._state.progress.cut.micro_batch_tokens
         packs = pack_evenly(lengths, most=max(budget, *lengths), grain=grain_of(budget))
         for place, members in enumerate(packs):
-            part = micro_batch(self._documents, [batch[i] for i in members]).to(self._accelerator.device)
+            part = micro_batch(self._documents, [batch[i] for i in members]).to(device)
             seed = dropout_seed(self._train.seed, number, place)
-            total += self._engine.accumulate(part, targets=targets, seed=seed).sum() / targets
+            losses = self._engine.accumulate(part, targets=targets, seed=seed)
+            total += losses.sum() / targets
+            if self._sources > 1:
+                mine = self._by_source(losses, part)
+                by_source = by_source + mine if len(by_source) else mine
             self._notice_compiler()
             crash_point("step.middle")
             if cut_short():
                 raise StepCutShortError(self._setbacks)
-        return total
+        return total, by_source
+
+    def _by_source(self, losses: Tensor, part: MicroBatch) -> Tensor:
+        """[sources]: summed loss of each one's targets, in an order that does not change from run to run."""
+        owners = torch.from_numpy(np.repeat(self._source_of[list(part.documents)], part.target_counts))
+        pinned = owners.pin_memory() if losses.is_cuda else owners
+        here = pinned.to(losses.device, non_blocking=True)
+        every = torch.arange(self._sources, device=losses.device)
+        return torch.where(here[None] == every[:, None], losses.float(), 0.0).sum(dim=1)
 
     def _notice_compiler(self) -> None:
         """Note what it did; a failure in the cut: an attempt that resumes must not compile and round differently."""
@@ -274,7 +301,7 @@ class Stepper:
         if unread is None:
             return None
         _wait(unread.ended)
-        loss, grad_norm = unread.numbers.tolist()
+        loss, grad_norm, *by_source = unread.numbers.tolist()
         progress = self._state.progress
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             progress.step = unread.step - 1
@@ -283,6 +310,9 @@ class Stepper:
         progress.losses.append(loss)
         progress.grad_norms.append(grad_norm)
         progress.learning_rates.append(unread.learning_rate)
+        if by_source:
+            means = [nats / n if n else None for nats, n in zip(by_source, unread.source_targets, strict=True)]
+            progress.source_losses.append(means)
         progress.tokens += unread.tokens
         progress.seconds += seconds
         return StepRecord(
