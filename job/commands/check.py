@@ -228,7 +228,7 @@ def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, ModelShape,
     from job.tune.engines.families import refuse_family, words_on
     from job.tune.loop.track import refuse_trackers
     from job.tune.model.adapter import refuse_targets
-    from job.tune.model.config import load_tokenizer, read_config, shape_of
+    from job.tune.model.config import load_tokenizer, read_config, read_wrapper, shape_of
 
     quiet_libraries()
     config = read_config(base.folder)
@@ -236,7 +236,7 @@ def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, ModelShape,
     parameters = refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
     found = f"{config.model_type}: an adapter of {parameters:,} parameters on it"
-    return found, (load_tokenizer(base.folder), shape_of(config), words_on(config))
+    return found, (load_tokenizer(base.folder), shape_of(config), words_on(config, read_wrapper(base.folder)))
 
 
 def _weights(worker: Worker, base: BaseModel, patience: Patience | None) -> tuple[str, None]:

@@ -21,6 +21,7 @@ from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.engines.engine import Engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
+from job.tune.model.wrappers import Wrapper
 
 _LENGTHS = (24, 9, 16)
 """Tokens of the made-up documents; the first is longer than the limits that attention or rotations have."""
@@ -64,6 +65,33 @@ def check_model(model: PackedModel) -> None:
         _check_loss(model, device)
         _check_isolation(model, device)
         _check_gradients(model, device)
+
+
+def check_whole(model: PackedModel, wrapper: Wrapper | None) -> None:
+    """On a decoder that was taken out of a multimodal model: does that compute the same, where there is only text?
+
+    Args:
+        model: the decoder with its adapter.
+        wrapper: the multimodal model; None: the base is a language model alone, and nothing is looked at.
+
+    Raises:
+        UsageError: it computes something else, so an adapter trained on the decoder would be another one there.
+    """
+    if wrapper is None:
+        return
+    device = next(model.parameters()).device
+    with _undisturbed(model, device), model.generating() as ours, torch.no_grad():
+        document = _documents(model, device)[0]
+        whole = wrapper.around(ours.get_base_model())
+        alone, inside = (
+            cross_entropy(each(input_ids=document[None], use_cache=False).logits[0, :-1].float(), document[1:])
+            for each in (ours, whole)
+        )
+    if not abs(inside - alone) <= _OWN_LOSS_TOLERANCE * alone:  # so that NaN fails too
+        raise UsageError(
+            f"{wrapper.architecture}: its loss on text is {float(inside):.4f} where its text decoder alone, which this "
+            f"job trains, has {float(alone):.4f}; use another base"
+        )
 
 
 @contextmanager

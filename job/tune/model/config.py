@@ -11,29 +11,48 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from job.core.errors import UsageError
 from job.core.memory import ModelShape
 from job.tune.model.four_bit import put_into_four_bits
+from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
 
 CONFIG = "config.json"
 
 
 def read_config(folder: Path) -> Any:
-    """The base model's config.
+    """The config of the base as it is trained: of a multimodal model, its text decoder's.
 
     Raises:
-        UsageError: it needs code of its own, or transformers does not know it as a causal language model.
+        UsageError: it needs code of its own, transformers does not know it, or its decoder is not trained.
+    """
+    return text_config_of(read_whole_config(folder))
+
+
+def read_whole_config(folder: Path) -> Any:
+    """The config of the base as it is published.
+
+    Raises:
+        UsageError: it needs code of its own, or transformers does not know it.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UsageError(
             f"{folder}/config.json: not a model that transformers knows without running code from it ({error})"
         ) from error
-    return config.get_text_config()
 
 
-def causal_lm_of(config: Any) -> tuple[Any, Any]:
-    """The class of the causal language model that a config describes, and the config that this class takes."""
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return kind, config if isinstance(config, kind.config_class) else config.get_text_config()
+def read_wrapper(folder: Path) -> Wrapper | None:
+    """The multimodal model that a base is; None: it is a language model alone."""
+    return wrapper_of(read_whole_config(folder))
+
+
+def causal_lm_of(config: Any) -> Any:
+    """The class of the causal language model that a config describes.
+
+    Raises:
+        UsageError: it describes none.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _no_causal_lm(config)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def empty_model(config: Any) -> Any:
@@ -46,7 +65,11 @@ def empty_model(config: Any) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
-        raise UsageError(f"model.base: {config.model_type} is no causal language model; choose another base") from error
+        raise _no_causal_lm(config) from error
+
+
+def _no_causal_lm(config: Any) -> UsageError:
+    return UsageError(f"model.base: {config.model_type} is no causal language model; choose another base")
 
 
 def shape_of(config: Any) -> ModelShape:
