@@ -12,7 +12,7 @@ WINDOW = 7
 """Tokens that a window sees, and of a chunk: fewer than the longest documents have."""
 ORIGINAL = 32
 """Positions that a model with a stretched rotation was trained with: one document is longer, the others are not."""
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -326,7 +326,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def config_of(name: str) -> Any:
     """Two layers of a family."""
     model_type, own = FAMILIES[name]
-    sizes = _SIZES if model_type != "falcon" else {name: size for name, size in _SIZES.items() if name != "head_dim"}
+    sizes = SIZES if model_type != "falcon" else {name: size for name, size in SIZES.items() if name != "head_dim"}
     return CONFIG_MAPPING[model_type](**{**sizes, **own})
 
 

@@ -87,7 +87,7 @@ def load_with_peft(base: Any, folder: Path, wrapper: Wrapper | None) -> PeftMode
             assert inner is not None, f"{name} got an adapter, and is no part of the text decoder"
             base.set_submodule(inner, module)
     model.base_model.model = base
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def name_for_whole(config: LoraConfig, model: PeftModel, wrapper: Wrapper) -> None:

@@ -19,7 +19,7 @@ from job.tune.model.config import CONFIG, causal_lm_of, read_config, read_whole_
 from job.tune.model.four_bit import compute_in, kept_in_fp32, quantisation, without_cpu_repacking
 from job.tune.model.promises import filled, hold_to_promises
 from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
-from job.tune.model.wrappers import parts_of, text_config_of
+from job.tune.model.wrappers import parts_of
 
 
 def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -38,15 +38,14 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
         # The adapter multiplies in fp32: with TF32 a step on an H200 is six times faster. Its inputs come from bf16,
         # which TF32 holds exactly; sums stay in fp32.
         torch.set_float32_matmul_precision("high")
-    whole = read_whole_config(folder)
-    config = text_config_of(whole)
+    config = read_config(folder)
     kind = causal_lm_of(config)
     quantised, not_finite = quantisation(dtype), set[str]()
     try:
         tensors = stored_tensors(folder, device, not_finite=not_finite)
         left = hold_to_promises(folder, {name: tensor.header for name, tensor in tensors.items()}, source=str(folder))
         form = getattr(config, "quantization_config", None)
-        tensors = parts_of(whole, tensors).text
+        tensors = {**parts_of(read_whole_config(folder), tensors).text}
         done = left is not None and form == quantised.to_dict()
         if left is not None:
             config.quantization_config = {**config.quantization_config, "llm_int8_skip_modules": left}

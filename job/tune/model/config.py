@@ -11,9 +11,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from job.core.errors import UsageError
 from job.core.memory import ModelShape
 from job.tune.model.four_bit import put_into_four_bits
+from job.tune.model.tensor_files import stored_names
 from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
 
 CONFIG = "config.json"
+HEAD = "lm_head.weight"
 
 
 def read_config(folder: Path) -> Any:
@@ -22,7 +24,12 @@ def read_config(folder: Path) -> Any:
     Raises:
         UsageError: it needs code of its own, transformers does not know it, or its decoder is not trained.
     """
-    return text_config_of(read_whole_config(folder))
+    whole = read_whole_config(folder)
+    text = text_config_of(whole)
+    if text is not whole and text.tie_word_embeddings:
+        # Some say so by default alone; transformers goes by the files too.
+        text.tie_word_embeddings = not any(name.endswith(HEAD) for name in stored_names(folder))
+    return text
 
 
 def read_whole_config(folder: Path) -> Any:

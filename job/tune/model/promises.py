@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from job.core.errors import DataError
 from job.core.promises import Differences, TensorHeader, refuse, unusual_dtypes
-from job.tune.model.config import causal_lm_of, read_whole_config
-from job.tune.model.wrappers import parts_of, text_config_of
+from job.tune.model.config import causal_lm_of, read_config, read_whole_config
+from job.tune.model.wrappers import parts_of
 
 _META = torch.device("meta")
 _STATE = ".quant_state.bitsandbytes__"
@@ -73,8 +73,7 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
     Raises:
         DataError: a tensor is missing, left over, of another shape, or of a dtype that no weight has.
     """
-    whole = read_whole_config(folder)
-    config, parts = text_config_of(whole), parts_of(whole, headers)
+    config, parts = read_config(folder), parts_of(read_whole_config(folder), headers)
     headers = parts.text
     packed: set[str] = set()
     incomplete: list[str] = []

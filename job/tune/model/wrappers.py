@@ -17,18 +17,8 @@ from job.core.errors import UsageError
 
 T = TypeVar("T")
 WRAPPERS = (
-    *(
-        "gemma3",
-        "gemma4",
-        "gemma4_unified",
-        "internvl",
-        "lfm2_vl",
-        "llava",
-        "llava_next",
-        "llava_onevision",
-        "mistral3",
-    ),
-    *("qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm"),
+    *("gemma3", "gemma4", "gemma4_unified", "internvl", "lfm2_vl", "llava", "llava_next", "llava_onevision"),
+    *("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm"),
 )
 """Those whose text decoder is trained, by model_type: with text alone it computes what the whole model does. Adding one
 is an entry here and one in `tests/tune/tiny_wrappers.py`, whose tests hold it against the whole model."""
