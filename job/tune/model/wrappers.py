@@ -168,8 +168,9 @@ class Wrapper:
         Args:
             causal_lm: of the decoder's own class, with an adapter on it or without.
         """
-        # Masks are the whole model's, and must be of the kind that the decoder's attention takes.
-        self.whole.set_attn_implementation(causal_lm.config._attn_implementation)  # noqa: SLF001 - no other word for it
+        # Masks are made for the decoder by the whole model, and must be of the kind that its attention takes.
+        attention = causal_lm.config._attn_implementation  # noqa: SLF001 - transformers has no other word for it
+        self.whole.set_attn_implementation({"text_config": attention})
         if not self._is_plain:
             self.whole.set_submodule(self._decoder, causal_lm.model)
         else:
