@@ -328,6 +328,7 @@ class Attempt:
             left_to_peft=False,
             questions=[],
             architecture="",
+            left_out=None,
             form="",
             trainable_parameters=0,
             total_parameters=0,

@@ -32,7 +32,7 @@ _PLAIN: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
 )
 """Decoders that transformers has no causal language model for; the family that they are where there is only text, as
 the three positions that a token has beside pictures are one then; and what they have no setting for."""
-_OF_PICTURES = frozenset({"mrope_section", "mrope_interleaved"})
+_OF_PICTURES = frozenset({"mrope_section", "mrope_interleaved", "type"})
 """What their rotations need beside that family's."""
 _STATE = re.compile(r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$")
 """What stands beside a weight in 4 bits."""

@@ -1,4 +1,4 @@
-"""The text decoder of every multimodal model that we know, tiny: the losses, gradients and adapters of the whole one."""
+"""The text decoder of every multimodal model that we know, tiny: losses, gradients and adapters of the whole one."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ from job.tune.model.four_bit import form_of
 from job.tune.model.promises import hold_to_promises
 
 _OF_EACH_KIND = ("gemma3", "mistral3, ministral3", "qwen3_vl", "qwen3_5")
-"""Enough for every start: a window and a tied head, a rotation by length, another class's decoder, another attention."""
+"""Enough for every start: a window and a tied head, a rotation by length, another class's decoder, other attention."""
 _LENGTHS = (9, 33, 40, 70)
 _LORA = LoraSection(r=4, alpha=8)
 _NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
