@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from job_process import call
 from peft import PeftModel
 from safetensors import safe_open
 from tiny_wrappers import write_wrapper
@@ -76,8 +77,10 @@ def test_the_decoder_is_trained_resumed_to_the_bit_and_proven_in_the_whole_model
     assert by_anybody == pytest.approx(whole["adapter"]["reported_loss"], rel=2e-3)
     assert whole["sweet_spot"]["base_loss"] > 1.02 * by_anybody
 
-    tried = job.call("try", str(job.store / "runs/whole"), "--prompt", "12 red hats\n")
-    assert tried.code == 0, tried.stdout
+    tried = call("try", f"file://{job.store}/runs/whole", "--prompt", "12 red hats\n", "--workdir", str(job.workdir))
+    assert tried.code == 0, tried.stderr
+    (answer,) = [each["tuned"] for each in whole["answers"] if each["prompt"] == "12 red hats\n"]
+    assert answer.strip() in tried.stdout
 
 
 def test_a_model_of_more_than_text_that_is_not_trained_is_refused_by_check_and_run(job, base):
