@@ -42,13 +42,13 @@ FLOORS = {
         ("job.stages.attempt",),
     ),
     "job.tune": (
-        ("job.tune.loop", "job.tune.loop.*"),
+        ("job.tune.loop", "job.tune.loop.*", "job.tune.rehearsal"),
         ("job.tune.device_check", "job.tune.engines", "job.tune.engines.*"),
         ("job.tune.model", "job.tune.model.*"),
         ("job.tune.data", "job.tune.data.*", "job.tune.device", "job.tune.device.*"),
     ),
     "job.edge": (
-        ("job.edge.base", "job.edge.base.*"),
+        ("job.edge.base", "job.edge.base.*", "job.edge.remembered"),
         ("job.edge.dataset_files", "job.edge.run", "job.edge.run.*"),
         ("job.edge.host", "job.edge.host.*", "job.edge.store", "job.edge.store.*"),
         ("job.edge.relative_paths",),

@@ -22,6 +22,7 @@ from job.edge.base.fetching import BaseModel
 from job.edge.dataset_files import fetch_files, read_lines
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
+from job.edge.remembered import remembered
 from job.edge.store.objects import StoredObject
 from job.edge.store.opening import credentials_source
 from job.edge.store.patience import Patience
@@ -126,6 +127,7 @@ def check(
         _look_at_model(table, worker, phases, run, base, counted)
         if "model" not in table.failures:
             table.look("weights", lambda: _weights(worker, base, FOR_A_PERSON if for_a_person else None))
+            table.look("self-test", lambda: _self_test(worker, base))
     return next(iter(table.failures.values()), None)
 
 
@@ -252,6 +254,16 @@ def _weights(worker: Worker, base: BaseModel, patience: Patience | None) -> tupl
     )
     hold_to_promises(base.folder, headers, source=base.identity.source)
     return f"{len(headers):,} tensors, as config.json promises", None
+
+
+def _self_test(worker: Worker, base: BaseModel) -> tuple[str, None]:
+    """What a run does before its first step, on a small random copy; the same question is answered once."""
+    from job.tune.model.config import read_config
+    from job.tune.rehearsal import depends_on, rehearse
+
+    config, lora = read_config(base.folder), worker.recipe.lora
+    question = depends_on(config, lora)
+    return remembered(worker.workdir / "self-tests", question, lambda: rehearse(config, lora)), None
 
 
 def _count(worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int, rows: int) -> tuple[str, _Counted]:

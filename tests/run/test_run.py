@@ -35,6 +35,7 @@ def test_each_step_and_each_phase_is_one_event(finished):
         "load_libraries",
         "preflight",
         "fetch_base",
+        "fetch_base",
         "download",
         "encode",
         "fetch_weights",

@@ -166,6 +166,17 @@ def load_tokenizer(folder: Path) -> Any:
 
 def softcap_and_scale(config: Any) -> tuple[float | None, float]:
     """What a model with this config does to its logits: their cap (None: none), and the factor on them before it."""
-    scale = getattr(config, "logit_scale", None) or 1.0
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        factor = getattr(config, name, None)
+        if isinstance(factor, int | float):  # MPT's may be a word, which transformers passes over
+            scale *= factor or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
-    return getattr(config, "final_logit_softcapping", None), scale / divisor
+    if config.model_type in _MULTIPLIED:
+        divisor = 1 / divisor
+    return next((cap for name in caps if (cap := getattr(config, name, None))), None), scale / divisor
+
+
+_MULTIPLIED = ("hyperclovax",)
+"""Families whose `logits_scaling` is a factor; elsewhere it divides."""
