@@ -50,13 +50,13 @@ FLOORS = {
         ("job.stages.attempt",),
     ),
     "job.tune": (
-        ("job.tune.loop", "job.tune.loop.*"),
+        ("job.tune.loop", "job.tune.loop.*", "job.tune.rehearsal"),
         ("job.tune.device_check", "job.tune.engines", "job.tune.engines.*"),
         ("job.tune.model", "job.tune.model.*"),
         ("job.tune.data", "job.tune.data.*", "job.tune.device", "job.tune.device.*"),
     ),
     "job.edge": (
-        ("job.edge.base", "job.edge.base.*"),
+        ("job.edge.base", "job.edge.base.*", "job.edge.remembered"),
         (
             "job.edge.chat_template_files",
             "job.edge.dataset_files",

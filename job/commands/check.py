@@ -21,6 +21,7 @@ from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
+from job.edge.remembered import remembered
 from job.edge.store.objects import StoredObject
 from job.edge.store.opening import credentials_source
 from job.edge.store.patience import Patience
@@ -134,6 +135,7 @@ def check(
         _look_at_model(table, worker, phases, run, base, counted)
         if "model" not in table.failures:
             table.look("weights", lambda: _weights(worker, base, FOR_A_PERSON if for_a_person else None))
+            table.look("self-test", lambda: _self_test(worker, base))
     return next(iter(table.failures.values()), None)
 
 
@@ -244,7 +246,7 @@ def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, ModelShape,
     from job.tune.engines.families import refuse_family, words_on
     from job.tune.loop.track import refuse_trackers
     from job.tune.model.adapter import refuse_targets
-    from job.tune.model.config import load_tokenizer, read_config, shape_of
+    from job.tune.model.config import load_tokenizer, read_config, read_wrapper, shape_of
 
     quiet_libraries()
     config = read_config(base.folder)
@@ -252,7 +254,7 @@ def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, ModelShape,
     parameters = refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
     found = f"{config.model_type}: an adapter of {parameters:,} parameters on it"
-    return found, (load_tokenizer(base.folder), shape_of(config), words_on(config))
+    return found, (load_tokenizer(base.folder), shape_of(config), words_on(config, read_wrapper(base.folder)))
 
 
 def _weights(worker: Worker, base: BaseModel, patience: Patience | None) -> tuple[str, None]:
@@ -268,6 +270,16 @@ def _weights(worker: Worker, base: BaseModel, patience: Patience | None) -> tupl
     )
     hold_to_promises(base.folder, headers, source=base.identity.source)
     return f"{len(headers):,} tensors, as config.json promises", None
+
+
+def _self_test(worker: Worker, base: BaseModel) -> tuple[str, None]:
+    """What a run does before its first step, on a small random copy; the same question is answered once."""
+    from job.tune.model.config import read_config
+    from job.tune.rehearsal import depends_on, rehearse
+
+    config, lora = read_config(base.folder), worker.recipe.lora
+    question = depends_on(config, lora)
+    return remembered(worker.workdir / "self-tests", question, lambda: rehearse(config, lora)), None
 
 
 def _count(

@@ -44,7 +44,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
     from job.stages.dataset import prepare_dataset
     from job.tune.engines.families import words_on
     from job.tune.model.adapter import refuse_targets
-    from job.tune.model.config import load_tokenizer, read_config, shape_of
+    from job.tune.model.config import load_tokenizer, read_config, read_wrapper, shape_of
 
     quiet_libraries()
     refuse_planted(worker.workdir)
@@ -81,7 +81,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
         candidates=candidates(every, chosen=dataset.report.max_length, positions=shape.positions),
         work=work,
         forecasts=[forecast(work, gpu) for gpu in gpus],
-        words=words_on(config),
+        words=words_on(config, read_wrapper(base.folder)),
     )
 
 

@@ -179,6 +179,7 @@ def _load(
     from job.tune.loop.checkpoint import ADAPTER_FILES, load_adapter
     from job.tune.model.adapter import attach_lora
     from job.tune.model.base import load_base
+    from job.tune.model.config import read_wrapper
 
     settings = StoreSettings(sse_kms_key=recipe.store.sse_kms_key, checksums=recipe.store.checksums)
     identity = BaseModelIdentity(source=report.model.base, revision=report.model.revision)
@@ -207,7 +208,7 @@ def _load(
         revision=recipe.model.revision,
         seed=recipe.train.seed,
     )
-    load_adapter(model, folder)
+    load_adapter(model, folder, read_wrapper(base.folder))
     return base.folder, PackedModel(model).eval()
 
 

@@ -17,10 +17,13 @@ class ModelSection(Section):
 
     One that is published in 4 bits of bitsandbytes is trained as it is, and the report says in which form; one that is
     quantised in another way is refused, and so is one whose weights are not those that its config describes.
+
+    Of a model that takes pictures or sound too, the text decoder is trained: nothing else of it is read, the adapter is
+    one of the whole model as it is published, and the report names what was left out; `docs/models.md` has them.
     """
 
     base: Uri
-    """Hub id (`owner/name`), local folder, or `s3://` prefix of a Llama-like causal language model in safetensors."""
+    """Hub id (`owner/name`), local folder, or `s3://` prefix of a causal language model in safetensors."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Full commit of a hub id (40 hex digits): what is trained on must be reproducible. Only hub ids have one."""
     quantised_copies: Uri | None = None

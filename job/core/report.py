@@ -124,6 +124,8 @@ class ModelReport(Section):
     """The hub's commit, or a hash over the files."""
     licence: str | None
     architecture: str
+    left_out: str | None = None
+    """What of a multimodal base was neither loaded nor adapted; None: the base is a language model alone."""
     quantisation: str
     loaded_from: Literal["weights", "copy in 4 bits"] = "weights"
     """In this attempt: a copy that an earlier start had kept makes neither download nor quantisation needed."""

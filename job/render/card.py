@@ -19,6 +19,8 @@ class Card:
     revision: str
     licence: str | None
     """The base's; None: not known."""
+    is_multimodal: bool
+    """Whether the base is a model of more than text, of which the adapter is on the text decoder."""
     form: str
     """What its linear layers are, counted."""
     data: DataReport
@@ -42,6 +44,7 @@ def adapter_card(card: Card) -> str:
     )
     licence = code_span(card.licence) if card.licence else "not known; look at the base model"
     loaded = card.base if on_hub else "path/to/base"
+    auto_class = "AutoModelForImageTextToText" if card.is_multimodal else "AutoModelForCausalLM"
     revision = f", revision={json.dumps(card.revision)}" if on_hub else ""
     return f"""---
 base_model: {json.dumps(card.base)}
@@ -63,11 +66,11 @@ Trained on {data.train.used} examples, judged on {data.validation.used}:
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import {auto_class}, BitsAndBytesConfig
 
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                          bnb_4bit_compute_dtype=torch.bfloat16)
-base = AutoModelForCausalLM.from_pretrained("{loaded}", dtype=torch.bfloat16, quantization_config=nf4{revision})
+base = {auto_class}.from_pretrained("{loaded}", dtype=torch.bfloat16, quantization_config=nf4{revision})
 model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 # On some CPUs bitsandbytes refuses sizes that it can compute with; without this they end in an assertion:
 # for module in base.modules(): module.support_avx512bf16_for_cpu = False

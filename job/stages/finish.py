@@ -88,6 +88,7 @@ def _card(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, *, step: int) 
         base=identity.source,
         revision=identity.revision,
         licence=inputs.base.licence,
+        is_multimodal=facts.left_out is not None,
         form=facts.form,
         data=inputs.dataset.report,
         lora=attempt.worker.recipe.lora,

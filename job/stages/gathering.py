@@ -14,7 +14,7 @@ from job.stages.stops import stops_elsewhere
 from job.tune.engines.families import refuse_family, words_on
 from job.tune.loop.track import refuse_trackers
 from job.tune.model.adapter import refuse_targets
-from job.tune.model.config import load_tokenizer, read_config, shape_of
+from job.tune.model.config import load_tokenizer, read_config, read_wrapper, shape_of
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +57,7 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
         folder=worker.run_folder(run.artifacts.run_id),
         phases=phases,
     )
-    attempt.notes.extend(words_on(config))
+    attempt.notes.extend(words_on(config, read_wrapper(small)))
     if dataset.report.overlap:
         attempt.notes.append(
             f"{dataset.report.overlap} held-out examples are also trained on: the validation loss flatters"

@@ -46,6 +46,8 @@ class TrainingFacts:
     """Whether linear layers are PEFT's own."""
     questions: list[Question]
     architecture: str
+    left_out: str | None
+    """What of a multimodal base was not loaded; None: it is a language model alone."""
     form: str
     """What its linear layers are: in which 4 bits, how many, and which are not."""
     trainable_parameters: int

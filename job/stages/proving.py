@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from job.core.errors import SickDeviceError
 from job.edge.store.folder import FileEntry
@@ -16,7 +15,9 @@ from job.stages.loop import TrainingFacts
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.evaluate import evaluate
+from job.tune.model.adapter import load_with_peft
 from job.tune.model.base import load_base
+from job.tune.model.config import read_wrapper
 
 _SAME_LOSS = 1e-6
 """Relative difference that the proof accepts: the same kernels on the same numbers."""
@@ -42,7 +43,7 @@ def load_published(
     if inputs.device.type == "cuda":
         torch.cuda.empty_cache()
     base = load_base(inputs.base.folder, device=inputs.device, dtype=compute_dtype(inputs.device))
-    model = PackedModel(PeftModel.from_pretrained(base, folder))
+    model = PackedModel(load_with_peft(base, folder, read_wrapper(inputs.base.folder)))
     if left_to_peft:
         model.linears.leave_to_peft()
     return model.eval()

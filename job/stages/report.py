@@ -102,6 +102,7 @@ def _model(inputs: Inputs, facts: TrainingFacts) -> ModelReport:
         revision=inputs.base.identity.revision,
         licence=inputs.base.licence,
         architecture=facts.architecture,
+        left_out=facts.left_out,
         quantisation=f"{facts.form}; {facts.progress.cut.compute_dtype} compute",
         loaded_from=loaded_from(inputs.base),
         trainable_parameters=facts.trainable_parameters,

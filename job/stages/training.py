@@ -30,6 +30,7 @@ from job.tune.loop.optimizer import make_optimizer, make_scheduler
 from job.tune.loop.step import Stepper
 from job.tune.loop.track import Tracking, make_accelerator
 from job.tune.model.adapter import parameter_counts
+from job.tune.model.config import read_wrapper
 from job.tune.model.four_bit import form_of
 
 log = structlog.get_logger(__name__)
@@ -121,6 +122,7 @@ class TrainingStage:
                 template = None if chat is None else chats.of(chat)
                 questions = questions_of_prompts(evaluation.prompts, rules, template) + questions
         trained, total = parameter_counts(model.model)
+        architecture, wrapper = type(model.model.get_base_model()).__name__, read_wrapper(inputs.base.folder)
         return TrainingFacts(
             progress=state.progress,
             course=planned.course,
@@ -128,12 +130,13 @@ class TrainingStage:
             engine_reason=planned.choice.reason,
             left_to_peft=planned.choice.left_to_peft,
             questions=questions,
-            architecture=type(model.model.get_base_model()).__name__,
+            architecture=architecture if wrapper is None else f"{wrapper.architecture} (its decoder: {architecture})",
+            left_out=None if wrapper is None else wrapper.left_out_words(),
             form=form_of(model.model),
             trainable_parameters=trained,
             total_parameters=total,
             resumed=resumed,
-            adapter=adapter_to_publish(model.model),
+            adapter=adapter_to_publish(model.model, wrapper),
         )
 
     def _adopt(self, planned: Planned, facts: TrainingFacts) -> None:

@@ -30,8 +30,8 @@ def own_base(job):
 def test_what_needs_torch_comes_last_and_quick_leaves_it_out(job):
     whole, quick = job.call("check"), job.call("check", "--quick")
 
-    assert rows(whole)[-2:] == [("ok", "model"), ("ok", "weights")]
-    assert rows(quick) == rows(whole)[:-2]
+    assert rows(whole)[-3:] == [("ok", "model"), ("ok", "weights"), ("ok", "self-test")]
+    assert rows(quick) == rows(whole)[:-3]
     assert "21 tensors, as config.json promises" in whole.stdout
     assert "24 training and 6 held-out examples" in quick.stdout
     assert quick.code == whole.code == 0
@@ -58,7 +58,7 @@ def test_where_the_base_names_no_tokenizer_lengths_come_with_the_model(job, own_
 
     assert "30 right lines, 0 wrong ones; lengths need the model's own classes" in quick.stdout
     assert rows(quick)[-1] == ("ok", "data")
-    assert [row for row in rows(whole) if row[0] == "ok"][-4:-1] == [("ok", "model"), ("ok", "lengths"), ("ok", "plan")]
+    assert [row for row in rows(whole) if row[0] == "ok"][-5:-2] == [("ok", "model"), ("ok", "lengths"), ("ok", "plan")]
     assert "24 training and 6 held-out examples" in whole.stdout
 
 

@@ -23,16 +23,35 @@ def test_check_is_a_table_with_the_histogram_and_leaves_nothing(job):
     rows = [[line[:3].strip(), line[4:15].strip()] for line in ended.stdout.splitlines() if line[:2] in ("ok", "NO")]
     assert rows == [
         ["ok", name]
-        for name in (*["recipe", "credentials", "output"], "base model", "input", "data", "plan", "model", "weights")
+        for name in (
+            *("recipe", "credentials", "output", "base model", "input"),
+            *("data", "plan", "model", "weights", "self-test"),
+        )
     ]
     assert "write and conditional write work" in ended.stdout
     assert "is new" in ended.stdout
     assert "24 training and 6 held-out examples" in ended.stdout
     assert "24 ####" in ended.stdout
     assert '"event"' not in ended.stdout
+    assert "a random llama of 2 layers: loss its own, documents apart, every adapter learns" in ended.stdout
     assert objects(job.store) == []
-    assert objects(job.workdir) == []
+    (kept,) = objects(job.workdir)
+    assert kept.startswith("self-tests/")
     assert ended.outcome["code"] == 0
+
+
+def test_check_asks_the_self_test_once_and_not_at_all_when_it_shall_be_quick(job):
+    job.call("check")
+    (kept,) = (job.workdir / name for name in objects(job.workdir))
+    kept.write_text(kept.read_text().replace("a random llama", "what was kept"))
+    assert "what was kept of 2 layers" in job.call("check").stdout
+    kept.write_text('{"answer": "this family is refused", "refused": true}')
+    ended = job.call("check")
+    assert ended.code == 64
+    assert ended.outcome["reason"] == "this family is refused"
+    kept.unlink()
+    assert "self-test" not in job.call("check", "--quick").stdout
+    assert objects(job.workdir) == []
 
 
 def test_check_tells_every_failure_and_ends_with_the_code_of_the_first(job):

@@ -1,4 +1,4 @@
-"""Writes docs/models.md: every family that the tests train, how it trains, and what of it is not in 4 bits.
+"""Writes docs/models.md: every family and wrapper that the tests train, how, and what of it is not in 4 bits.
 
 python tests/tune/models_page.py
 """
@@ -14,11 +14,13 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from tiny_families import FAMILIES, config_of  # noqa: E402 - found where the lines above look
+from tiny_wrappers import WRAPPED, whole_class_of, whole_config_of  # noqa: E402 - as above
 
 from job.tune.engines import families  # noqa: E402 - as above
 from job.tune.model.adapter import chosen_by_all_linear  # noqa: E402 - as above
 from job.tune.model.config import empty_model  # noqa: E402 - as above
 from job.tune.model.mixtures import experts_in  # noqa: E402 - as above
+from job.tune.model.wrappers import Wrapper, text_config_of  # noqa: E402 - as above
 
 _HEAD = """\
 <!-- Written by `make docs` from tests/tune/tiny_families.py; change it there. -->
@@ -44,10 +46,37 @@ what large ones stay so too. A mixture with more than 8 GiB of experts is refuse
 |---|---|---|---|---|
 """
 
+_WRAPPERS = """
+## Models of more than text
+
+Of these the text decoder is trained, and nothing else is loaded: what takes pictures or sound stays in its files, and
+no memory is planned for it. `all-linear` means the decoder's. The adapter has the names of the class that publishes the
+whole model: PEFT puts it on that (`AutoModelForImageTextToText`), where it gives the loss that the report names, which
+each run tries when it begins, and when it proves the published adapter. The tests hold losses and gradients against the
+whole model with PEFT's adapter on it, as above; names of the tensors as today's and earlier versions of transformers
+write them, whole models that are published in 4 bits, with their towers in 4 bits or not, and copies are tried as well.
+Others are refused by `check`, by name.
+
+Of Qwen 3.5, `AutoModelForCausalLM` makes the decoder alone, whose names are others: the adapter is for the whole model.
+
+| model | model_type | adapter opens on | text decoder | how it trains | not loaded |
+|---|---|---|---|---|---|
+"""
+
 
 def page() -> str:
     """What docs/models.md should be."""
-    return _HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in sorted(_rows()))
+    tables = (_HEAD, _rows()), (_WRAPPERS, _wrapper_rows())
+    return "".join(head + "".join(f"| {' | '.join(cells)} |\n" for cells in sorted(rows)) for head, rows in tables)
+
+
+def _wrapper_rows() -> Iterator[tuple[str, ...]]:
+    for name, (model_type, _) in WRAPPED.items():
+        config = whole_config_of(name)
+        text, left_out = text_config_of(config), Wrapper(config).left_out()
+        beside = ", ".join(part.removeprefix("model.") for part in left_out) or "-"
+        kinds = f"`{model_type}`", whole_class_of(config).__name__, f"`{text.model_type}`"
+        yield name, *kinds, _how(empty_model(text)), beside
 
 
 def _rows() -> Iterator[tuple[str, ...]]:

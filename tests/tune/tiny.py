@@ -346,11 +346,12 @@ class Attempt:
             left_to_peft=False,
             questions=[],
             architecture="",
+            left_out=None,
             form="",
             trainable_parameters=0,
             total_parameters=0,
             resumed=Resumed(checkpoint=None, passed_over=()),
-            adapter=adapter_to_publish(self.model.model),
+            adapter=adapter_to_publish(self.model.model, None),
         )
         planned = SimpleNamespace(choice=SimpleNamespace(engine=self.engine), course=self.course, layers=LAYERS)
         return Loop(

@@ -12,7 +12,7 @@ WINDOW = 7
 """Tokens that a window sees, and of a chunk: fewer than the longest documents have."""
 ORIGINAL = 32
 """Positions that a model with a stretched rotation was trained with: one document is longer, the others are not."""
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -254,7 +254,14 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "lfm3": ("lfm3", {}),
     "falcon_h1": (
         "falcon_h1",
-        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+        {
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+            "lm_head_multiplier": 0.25,
+        },
     ),
     "nemotron_h": (
         "nemotron_h",
@@ -294,7 +301,12 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "mamba2": ("mamba2", {"num_heads": 8, "state_size": 16, "n_groups": 1, "head_dim": 16}),
     "recurrent_gemma": (
         "recurrent_gemma",
-        {"attention_window_size": WINDOW, "lru_width": 64, "block_types": ["recurrent", "attention"]},
+        {
+            "attention_window_size": WINDOW,
+            "lru_width": 64,
+            "block_types": ["recurrent", "attention"],
+            "logits_soft_cap": 3.0,
+        },
     ),
     "jamba": ("jamba", {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
     "bamba": ("bamba", {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}),
@@ -318,7 +330,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "xglm": ("xglm", {"d_model": 64, "ffn_dim": 128, "num_layers": 2, "attention_heads": 4}),
     "biogpt": ("biogpt", {}),
     "youtu": ("youtu", _LATENT),
-    "hyperclovax": ("hyperclovax", {}),
+    "hyperclovax": ("hyperclovax", {"logits_scaling": 0.25}),
     "internlm3": ("internlm3", {}),
 }
 
@@ -326,7 +338,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def config_of(name: str) -> Any:
     """Two layers of a family."""
     model_type, own = FAMILIES[name]
-    sizes = _SIZES if model_type != "falcon" else {name: size for name, size in _SIZES.items() if name != "head_dim"}
+    sizes = SIZES if model_type != "falcon" else {name: size for name, size in SIZES.items() if name != "head_dim"}
     return CONFIG_MAPPING[model_type](**{**sizes, **own})
 
 

@@ -17,6 +17,7 @@ from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import empty_model
 from job.tune.model.mixtures import experts_in
+from job.tune.model.wrappers import Wrapper
 
 Training = Literal["hand-written", "packed"]
 FAMILIES: Mapping[str, Training] = {
@@ -86,10 +87,20 @@ def _reason_against_experts(model: Any) -> str | None:
     )
 
 
-def words_on(config: Any) -> list[str]:
-    """What a person should know of how this base trains, or that it does not."""
+def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
+    """What a person should know of how this base trains, or that it does not.
+
+    Args:
+        config: as it is trained.
+        wrapper: the multimodal model that it is the decoder of.
+    """
     model = empty_model(config)
     words, experts, across = [], 2 * experts_in(model), layers_across(model)
+    if wrapper is not None:
+        words.append(
+            f"{wrapper.architecture} is a model of more than text: its text decoder ({config.model_type}) is trained; "
+            f"not loaded, and without an adapter: {wrapper.left_out_words()}"
+        )
     against = _reason_against_experts(model)
     if against is not None:
         words.append(f"`run` refuses this base: {against}")

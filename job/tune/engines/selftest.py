@@ -1,4 +1,4 @@
-"""Before the first step: is the loss the model's own, is a pack isolated, does every adapter learn?
+"""Before the first step: is the loss the model's own and causal, is a pack isolated, does every adapter learn?
 
 Each of these has failed silently in a known tool; here each ends the job before it costs anything. An engine, with our
 linear layers, attention and loss in it, is compared with PEFT's own layers on the same documents; what differs is left
@@ -15,16 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from job.core.errors import UsageError
+from job.core.errors import JobError, UsageError
 from job.tune.data.micro_batch import MicroBatch
+from job.tune.device.failures import error_line
 from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.engines.engine import Engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
+from job.tune.model.wrappers import Wrapper
 
 _LENGTHS = (24, 9, 16)
 """Tokens of the made-up documents; the first is longer than the limits that attention or rotations have."""
-_LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "window_size")
+_LIMITS = (
+    *("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "window_size"),
+    *("attention_window_size", "floor_scale", "chunk_size", "mamba_chunk_size", "block_size", "keep_window_size"),
+)
 """Where configs name such limits, at their top or in their `rope_parameters`."""
 _MOST_TOKENS = 600
 """Of a document: longer ones would take a GPU that just holds the model its memory. Limits beyond are not reached."""
@@ -52,7 +57,7 @@ _ONE_NORM_TOLERANCE = 0.15
 
 
 def check_model(model: PackedModel) -> None:
-    """Run the three checks on made-up documents; random generators and gradients are left as they were.
+    """Run the four checks on made-up documents; random generators and gradients are left as they were.
 
     They concern the architecture, in PEFT's own layers; `difference` finds out whether ours may replace those.
 
@@ -60,10 +65,58 @@ def check_model(model: PackedModel) -> None:
         UsageError: this architecture cannot be trained by this job; the message says what is wrong.
     """
     device = next(model.parameters()).device
-    with _undisturbed(model, device), model.linears.as_peft_has_them():
+    with _undisturbed(model, device), model.linears.as_peft_has_them(), _refusing_what_does_not_run(model, device):
+        _check_order(model, device)
         _check_loss(model, device)
         _check_isolation(model, device)
         _check_gradients(model, device)
+
+
+def check_whole(model: PackedModel, wrapper: Wrapper | None) -> None:
+    """On a decoder that was taken out of a multimodal model: does that compute the same, where there is only text?
+
+    Args:
+        model: the decoder with its adapter.
+        wrapper: the multimodal model; None: the base is a language model alone, and nothing is looked at.
+
+    Raises:
+        UsageError: it computes something else, so an adapter trained on the decoder would be another one there.
+    """
+    if wrapper is None:
+        return
+    device = next(model.parameters()).device
+    with _undisturbed(model, device), model.generating() as ours, torch.no_grad():
+        document = _documents(model, device)[0]
+        whole = wrapper.around(ours.get_base_model())
+        alone, inside = (
+            cross_entropy(each(input_ids=document[None], use_cache=False).logits[0, :-1].float(), document[1:])
+            for each in (ours, whole)
+        )
+    if not abs(inside - alone) <= _OWN_LOSS_TOLERANCE * alone:  # so that NaN fails too
+        raise UsageError(
+            f"{wrapper.architecture}: its loss on text is {float(inside):.4f} where its text decoder alone, which this "
+            f"job trains, has {float(alone):.4f}; use another base"
+        )
+
+
+@contextmanager
+def _refusing_what_does_not_run(model: PackedModel, device: torch.device) -> Iterator[None]:
+    """On the CPU; what a GPU raises may be the GPU's."""
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        if device.type != "cpu" and isinstance(error, RuntimeError):
+            raise
+        raise UsageError(
+            f"{_name(model)}: its code in transformers does not run on documents ({error_line(error)}); "
+            "use another base"
+        ) from error
+
+
+def _name(model: PackedModel) -> str:
+    return type(model.model.get_base_model()).__name__
 
 
 @contextmanager
@@ -201,9 +254,24 @@ def _check_loss(model: PackedModel, device: torch.device) -> None:
     difference = (ours - theirs).abs().mean()
     if not difference <= _OWN_LOSS_TOLERANCE * theirs.mean():  # so that NaN fails too
         raise UsageError(
-            f"{type(model.model.get_base_model()).__name__}: the loss of this job is {float(ours.mean()):.4f} where "
+            f"{_name(model)}: the loss of this job is {float(ours.mean()):.4f} where "
             f"the model's own is {float(theirs.mean()):.4f} (a token differs by {float(difference):.4f}), so it does "
             "something that this job does not know; use another base"
+        )
+
+
+@torch.no_grad()
+def _check_order(model: PackedModel, device: torch.device) -> None:
+    """A token is predicted from those before it: models that fill gaps see it, and would seem to learn at once."""
+    document = _documents(model, device)[1]
+    other = document.clone()
+    other[-1] = (document[-1] + 1) % model.model.get_base_model().config.vocab_size
+    before, after = (model(_micro_batch([each]))[:-1] for each in (document, other))
+    difference = (before - after).abs().mean()
+    if not difference <= _OWN_LOSS_TOLERANCE * before.mean():
+        raise UsageError(
+            f"{_name(model)}: a token changes the losses of those before it (by {float(difference):.4f}), so the model "
+            "looks ahead and is no causal language model; use another base"
         )
 
 
@@ -219,7 +287,7 @@ def _check_isolation(model: PackedModel, device: torch.device) -> None:
     off = (before[kept] - without).abs().mean()
     if not torch.equal(before[kept], after[kept]) or not off <= _OWN_LOSS_TOLERANCE * without.mean():
         raise UsageError(
-            f"{type(model.model.get_base_model()).__name__}: a document changes its neighbour in a packed micro-batch, "
+            f"{_name(model)}: a document changes its neighbour in a packed micro-batch, "
             "so its layers look across documents; use another base"
         )
 

@@ -32,11 +32,17 @@ from job.tune.loop.saved_state import (
     read_adapter,
     read_saved_state,
 )
+from job.tune.model.adapter import name_for_whole
+from job.tune.model.wrappers import Wrapper
 
 ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
 """What PEFT and vLLM read."""
 FILES = (*ADAPTER_FILES, OPTIMIZER, RANDOM, EVALUATIONS, STATE)
 """What a checkpoint is made of."""
+
+
+_OF_PEFT = "base_model.model."
+"""Before each name of the model that PEFT put an adapter on."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,13 +164,21 @@ def adapter_form(model: PeftModel) -> dict[str, Tensor]:
     return {name: t.to("meta") for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
+def load_adapter(model: PeftModel, folder: Path, wrapper: Wrapper | None) -> None:
     """Put the adapter of a folder into the model; every tensor must find its place.
+
+    Args:
+        model: base and adapter.
+        folder: with a published adapter.
+        wrapper: the multimodal model that the base is the decoder of.
 
     Raises:
         DamagedStateError: it is damaged, or another model's.
     """
-    set_peft_model_state_dict(model, read_adapter(folder / ADAPTER, adapter_form(model)))
+    form = adapter_form(model)
+    names = _published_names(form, wrapper)
+    tensors = read_adapter(folder / ADAPTER, {names[name]: tensor for name, tensor in form.items()})
+    set_peft_model_state_dict(model, {name: tensors[names[name]] for name in form})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +186,8 @@ class AdapterToPublish:
     """What our adapter looks like, whoever saved its weights."""
 
     form: Mapping[str, Tensor]
+    names: Mapping[str, str]
+    """What its tensors are called when they are published."""
     config: str
     """adapter_config.json."""
 
@@ -183,19 +199,35 @@ class AdapterToPublish:
         """
         tensors = read_adapter(weights, self.form)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+        named = {self.names[name]: tensor for name, tensor in tensors.items()}
+        save_file(named, folder / ADAPTER, metadata={"format": "pt"})
         (folder / ADAPTER_CONFIG).write_text(self.config, encoding="utf-8")
 
 
-def adapter_to_publish(model: PeftModel) -> AdapterToPublish:
-    """What is published of this model once its weights are chosen."""
-    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+def adapter_to_publish(model: PeftModel, wrapper: Wrapper | None) -> AdapterToPublish:
+    """What is published of this model once its weights are chosen.
+
+    Args:
+        model: base and adapter.
+        wrapper: the multimodal model that the base is the decoder of: then names and targets are those of the whole.
+    """
+    ours: Any = model.peft_config["default"]
+    config = type(ours)(**ours.to_dict() | {"inference_mode": True})
+    if wrapper is not None:
+        name_for_whole(config, model, wrapper)
+    form = adapter_form(model)
     with tempfile.TemporaryDirectory() as folder:
-        type(model.peft_config["default"])(**config).save_pretrained(folder)
+        config.save_pretrained(folder)
         _order_targets(Path(folder) / ADAPTER_CONFIG)
-        return AdapterToPublish(
-            form=adapter_form(model), config=(Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")
-        )
+        written = (Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")
+    return AdapterToPublish(form=form, names=_published_names(form, wrapper), config=written)
+
+
+def _published_names(form: Mapping[str, Tensor], wrapper: Wrapper | None) -> dict[str, str]:
+    """A tensor's name on the decoder -> on the model that was published."""
+    if wrapper is None:
+        return {name: name for name in form}
+    return {name: f"{_OF_PEFT}{wrapper.outside(name.removeprefix(_OF_PEFT))}" for name in form}
 
 
 def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,9 +1,13 @@
-"""The LoRA adapter on a base: attached, counted, and refused where a target cannot take one."""
+"""The LoRA adapter on a base: attached, counted, named for others, and refused where a target cannot take one."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -12,6 +16,7 @@ from job.core.errors import UsageError
 from job.core.recipe import LoraSection
 from job.tune.model.config import empty_model
 from job.tune.model.mixtures import experts_in, is_router
+from job.tune.model.wrappers import Wrapper
 
 
 def attach_lora(base: Any, lora: LoraSection, *, source: str, revision: str | None, seed: int) -> PeftModel:
@@ -59,6 +64,44 @@ def refuse_targets(config: Any, lora: LoraSection) -> int:
     """
     base = empty_model(config)
     return parameter_counts(_adapted(base, lora, _check_targets(base, lora), revision=None))[0]
+
+
+def load_with_peft(base: Any, folder: Path, wrapper: Wrapper | None) -> PeftModel:
+    """A published adapter on the base, as PEFT loads it for anybody.
+
+    On a multimodal model PEFT gets the whole of it, so that names and targets are held to what others load; parts
+    beside the decoder have no values there, and the decoder alone is what the result computes with.
+
+    Args:
+        base: from `load_base`, with nothing added to it yet.
+        folder: with what PEFT reads.
+        wrapper: the multimodal model that the base is the decoder of.
+    """
+    if wrapper is None:
+        return PeftModel.from_pretrained(base, folder)
+    whole = wrapper.around(base)
+    model: Any = PeftModel.from_pretrained(whole, folder)
+    for name, module in [*whole.named_modules()]:
+        if isinstance(module, LoraLayer):
+            inner = wrapper.inside(name)
+            assert inner is not None, f"{name} got an adapter, and is no part of the text decoder"
+            base.set_submodule(inner, module)
+    model.base_model.model = base
+    return model
+
+
+def name_for_whole(config: LoraConfig, model: PeftModel, wrapper: Wrapper) -> None:
+    """Have a config's targets mean, on the whole multimodal model, what they are in the decoder, and nothing else.
+
+    By the last part of their names, which is what servers go by too; where that says too much, by their whole names.
+    """
+    modules = model.get_base_model().named_modules()
+    adapted = {wrapper.outside(name) for name, module in modules if isinstance(module, LoraLayer)}
+    config.target_modules = {name.rpartition(".")[2] for name in adapted}
+    beside = sorted(wrapper.left_out())
+    config.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?" if beside else None
+    if {name for name, _ in wrapper.whole.named_modules() if check_target_module_exists(config, name)} != adapted:
+        config.target_modules = adapted
 
 
 def _adapted(base: Any, lora: LoraSection, targets: str | list[str], *, revision: str | None) -> PeftModel:

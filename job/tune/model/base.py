@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from job.core.errors import DataError
 from job.core.promises import refuse
 from job.tune.device.compute_dtype import dtype_of
-from job.tune.model.config import CONFIG, causal_lm_of, read_config
+from job.tune.model.config import CONFIG, causal_lm_of, read_config, read_whole_config, read_wrapper
 from job.tune.model.four_bit import compute_in, kept_in_fp32, quantisation, without_cpu_repacking
 from job.tune.model.promises import filled, hold_to_promises
 from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
+from job.tune.model.wrappers import parts_of
 
 
 def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -37,12 +38,14 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
         # The adapter multiplies in fp32: with TF32 a step on an H200 is six times faster. Its inputs come from bf16,
         # which TF32 holds exactly; sums stay in fp32.
         torch.set_float32_matmul_precision("high")
-    kind, config = causal_lm_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    config = read_config(folder)
+    kind = causal_lm_of(config)
     quantised, not_finite = quantisation(dtype), set[str]()
     try:
         tensors = stored_tensors(folder, device, not_finite=not_finite)
         left = hold_to_promises(folder, {name: tensor.header for name, tensor in tensors.items()}, source=str(folder))
         form = getattr(config, "quantization_config", None)
+        tensors = {**parts_of(read_whole_config(folder), tensors).text}
         done = left is not None and form == quantised.to_dict()
         if left is not None:
             config.quantization_config = {**config.quantization_config, "llm_int8_skip_modules": left}
@@ -86,13 +89,15 @@ def quantised_files(base: Any, folder: Path) -> Files:
     """A base that `load_base` has just loaded, as files that it reads again without quantising.
 
     Args:
-        base: with nothing added to it yet.
+        base: with nothing added to it yet; of a multimodal model they hold its decoder alone, under the whole's names.
         folder: where it was loaded from.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     form = quantisation(dtype_of(base)).to_dict()
     yield CONFIG, json.dumps(config | {"quantization_config": form}, indent=2).encode
-    yield from sharded(_tensors(base))
+    wrapper = read_wrapper(folder)
+    name = str if wrapper is None else wrapper.outside
+    yield from sharded({name(each): tensor for each, tensor in _tensors(base).items()})
 
 
 def quantised_bytes(base: Any) -> int:

@@ -11,29 +11,55 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from job.core.errors import UsageError
 from job.core.memory import ModelShape
 from job.tune.model.four_bit import put_into_four_bits
+from job.tune.model.tensor_files import stored_names
+from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
 
 CONFIG = "config.json"
+HEAD = "lm_head.weight"
 
 
 def read_config(folder: Path) -> Any:
-    """The base model's config.
+    """The config of the base as it is trained: of a multimodal model, its text decoder's.
 
     Raises:
-        UsageError: it needs code of its own, or transformers does not know it as a causal language model.
+        UsageError: it needs code of its own, transformers does not know it, or its decoder is not trained.
+    """
+    whole = read_whole_config(folder)
+    text = text_config_of(whole)
+    if text is not whole and text.tie_word_embeddings:
+        # Some say so by default alone; transformers goes by the files too.
+        text.tie_word_embeddings = not any(name.endswith(HEAD) for name in stored_names(folder))
+    return text
+
+
+def read_whole_config(folder: Path) -> Any:
+    """The config of the base as it is published.
+
+    Raises:
+        UsageError: it needs code of its own, or transformers does not know it.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UsageError(
             f"{folder}/config.json: not a model that transformers knows without running code from it ({error})"
         ) from error
-    return config.get_text_config()
 
 
-def causal_lm_of(config: Any) -> tuple[Any, Any]:
-    """The class of the causal language model that a config describes, and the config that this class takes."""
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return kind, config if isinstance(config, kind.config_class) else config.get_text_config()
+def read_wrapper(folder: Path) -> Wrapper | None:
+    """The multimodal model that a base is; None: it is a language model alone."""
+    return wrapper_of(read_whole_config(folder))
+
+
+def causal_lm_of(config: Any) -> Any:
+    """The class of the causal language model that a config describes.
+
+    Raises:
+        UsageError: it describes none.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _no_causal_lm(config)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def empty_model(config: Any) -> Any:
@@ -46,7 +72,11 @@ def empty_model(config: Any) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
-        raise UsageError(f"model.base: {config.model_type} is no causal language model; choose another base") from error
+        raise _no_causal_lm(config) from error
+
+
+def _no_causal_lm(config: Any) -> UsageError:
+    return UsageError(f"model.base: {config.model_type} is no causal language model; choose another base")
 
 
 def shape_of(config: Any) -> ModelShape:
@@ -136,6 +166,17 @@ def load_tokenizer(folder: Path) -> Any:
 
 def softcap_and_scale(config: Any) -> tuple[float | None, float]:
     """What a model with this config does to its logits: their cap (None: none), and the factor on them before it."""
-    scale = getattr(config, "logit_scale", None) or 1.0
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        factor = getattr(config, name, None)
+        if isinstance(factor, int | float):  # MPT's may be a word, which transformers passes over
+            scale *= factor or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
-    return getattr(config, "final_logit_softcapping", None), scale / divisor
+    if config.model_type in _MULTIPLIED:
+        divisor = 1 / divisor
+    return next((cap for name in caps if (cap := getattr(config, name, None))), None), scale / divisor
+
+
+_MULTIPLIED = ("hyperclovax",)
+"""Families whose `logits_scaling` is a factor; elsewhere it divides."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from job.core.errors import DataError
 from job.core.promises import Differences, TensorHeader, refuse, unusual_dtypes
-from job.tune.model.config import causal_lm_of
+from job.tune.model.config import causal_lm_of, read_config, read_whole_config
+from job.tune.model.wrappers import parts_of
 
 _META = torch.device("meta")
 _STATE = ".quant_state.bitsandbytes__"
@@ -73,8 +73,8 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
     Raises:
         DataError: a tensor is missing, left over, of another shape, or of a dtype that no weight has.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    kind, config = causal_lm_of(config)
+    config, parts = read_config(folder), parts_of(read_whole_config(folder), headers)
+    headers = parts.text
     packed: set[str] = set()
     incomplete: list[str] = []
     if getattr(config, "quantization_config", None) is not None:
@@ -89,17 +89,18 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
         if name not in states and _STATE not in name
     }
     with _quietly():
-        model, found = filled(kind, config, plain, device_map={"": _META}, dtype=torch.bfloat16)
+        model, found = filled(causal_lm_of(config), config, plain, device_map={"": _META}, dtype=torch.bfloat16)
     sizes = {_ITEM_BYTES.get(header.dtype, 0) for name, header in headers.items() if name in packed}
     in_four_bits = {name for name, shapes in found.other_shapes.items() if _is_packed(*shapes, sizes)}
     whole_numbers = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]
     weights = {name for name in taken - packed if not any(each.endswith(name) for each in whole_numbers)}
+    other_shapes = {name: each for name, each in found.other_shapes.items() if name not in in_four_bits}
     refuse(
         Differences(
-            missing=[*found.missing, *incomplete],
-            unexpected=found.unexpected,
-            other_shapes={name: each for name, each in found.other_shapes.items() if name not in in_four_bits},
-            other_dtypes=unusual_dtypes(headers, weights),
+            missing=[*map(parts.name, [*found.missing, *incomplete])],
+            unexpected=[*map(parts.name, found.unexpected), *parts.unknown],
+            other_shapes={parts.name(name): each for name, each in other_shapes.items()},
+            other_dtypes={parts.name(name): each for name, each in unusual_dtypes(headers, weights).items()},
         ),
         source=source,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -110,6 +110,20 @@ def stored_tensors(folder: Path, device: torch.device, *, not_finite: set[str]) 
                     not_finite=not_finite,
                 )
     return tensors
+
+
+def stored_names(folder: Path) -> list[str]:
+    """Every tensor's name, as far as it is known before there are weights: by the index, or in the one file.
+
+    What is wrong with those files is said where tensors are read; here there are no names then.
+    """
+    try:
+        if (folder / _SINGLE).is_file():
+            with safe_open(folder / _SINGLE, framework="pt") as file:
+                return [*file.keys()]
+        return [*json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return []
 
 
 def tensors_bytes(tensors: Mapping[str, Tensor]) -> int:
