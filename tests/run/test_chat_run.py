@@ -86,3 +86,11 @@ def test_wrong_chats_are_named_line_by_line_and_a_prompt_that_the_template_refus
     ended = chatting.call("check", "--quick")
     assert ended.code == 65
     assert "too short" in ended.stdout
+
+
+def test_chats_are_encoded_once_and_by_another_template_anew(chatting):
+    assert "encode" in chatting.call("run", stop_in="ask_base").phases()
+    chatting.recipe["train"]["seed"] = 7
+    assert not {"download", "encode"} & set(chatting.call("run", stop_in="ask_base").phases())
+    (chatting.folder / "own.jinja").write_text("{{ bos_token }}" + TEMPLATE, encoding="utf-8")
+    assert "encode" in chatting.call("run", stop_in="ask_base").phases()

@@ -108,9 +108,10 @@ class Encoder:
         )
 
     def fingerprint(self) -> str:
-        """Names all that decides what the token ids of a record are: the rules, and the libraries that keep them."""
+        """Names all that decides what ids parts have, and what parts chats: the base's files, and the libraries."""
         libraries = [version(name) for name in ("tokenizers", "jinja2")]
-        return hashlib.sha256(pickle.dumps((libraries, self._rules))).hexdigest()
+        rules = {side: [(own.tokens, own.chat) for own in self._rules[side]] for side in self._rules}
+        return hashlib.sha256(pickle.dumps((libraries, rules))).hexdigest()
 
 
 def encoded_rows(examples: Sequence[Example], rules: TokenRules, *, source: int) -> bytes:
