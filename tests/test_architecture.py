@@ -39,6 +39,7 @@ FLOORS = {
         (
             "job.stages.base_source",
             "job.stages.dataset",
+            "job.stages.weights",
             "job.stages.hardware",
             "job.stages.holding",
             "job.stages.stops",

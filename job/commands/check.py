@@ -259,17 +259,10 @@ def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, ModelShape,
 
 def _weights(worker: Worker, base: BaseModel, patience: Patience | None) -> tuple[str, None]:
     """Every tensor's name, shape and dtype, from the headers of the files."""
-    from job.tune.model.promises import hold_to_promises
+    from job.stages.weights import look_at_weights
 
-    headers = fetching.read_headers(
-        base.identity,
-        models_folder=worker.models_folder,
-        settings=worker.settings,
-        should_stop=worker.should_stop,
-        patience=patience if is_hub_id(base.identity.source) else None,
-    )
-    hold_to_promises(base.folder, headers, source=base.identity.source)
-    return f"{len(headers):,} tensors, as config.json promises", None
+    weights = look_at_weights(worker, base, patience=patience if is_hub_id(base.identity.source) else None)
+    return f"as config.json promises: {weights}", None
 
 
 def _self_test(worker: Worker, base: BaseModel) -> tuple[str, None]:

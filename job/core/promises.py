@@ -1,6 +1,8 @@
 """Whether a base's weights are what its config promises: which tensors are wrong, and what probably went wrong."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +12,9 @@ _SHOWN = 3
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "base_model.model.", "_forward_module.")
 """What torch.compile, DDP, FSDP, PEFT and DeepSpeed put before every name."""
 _SCALES = re.compile(r"(?:scale|scales|scale_inv|zeros|zero_point|qzeros|qweight|g_idx|absmax|SCB|amax)$|_scale\b")
+STATE = ".quant_state.bitsandbytes__"
+"""What the name of a weight's quantisation state goes on with; its kind of 4 bits follows."""
+_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -20,6 +25,11 @@ class TensorHeader:
     dtype: str
     """As the format writes it: `BF16`."""
     shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of its values."""
+        return math.prod(self.shape) * int("".join(filter(str.isdigit, self.dtype.partition("_")[0])) or 8) // 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +59,33 @@ def refuse(found: Differences, *, source: str) -> None:
             f"{source}: the weights are not what config.json promises: {'; '.join(said)}"
             f"{cause and f'; {cause}'}; copy the model again, or choose another model.base"
         )
+
+
+def form_in_files(tensors: Mapping[str, TensorHeader], left: Collection[str] | None) -> str:
+    """In which form a base's weights are published: `bf16`, or in which 4 bits and how many layers are.
+
+    Args:
+        tensors: all of the files.
+        left: linear modules that are not in 4 bits; None: none is.
+    """
+    kinds = Counter(
+        (name.rpartition("__")[2].upper(), f"{name.partition(STATE)[0]}.nested_absmax" in tensors)
+        for name in tensors
+        if STATE in name
+    )
+    if left is None or not kinds:
+        sizes: Counter[str] = Counter()
+        for tensor in tensors.values():
+            sizes[tensor.dtype] += tensor.bytes
+        return _DTYPES.get(dtype := sizes.most_common(1)[0][0], dtype)
+    packed = [
+        f"{kind}, {'double' if nested else 'single'} quantisation" + (f" ({count})" if len(kinds) > 1 else "")
+        for (kind, nested), count in kinds.most_common()
+    ]
+    whole = Counter(name.rpartition(".")[2] for name in left)
+    names = ", ".join(name if count == 1 else f"{count} {name}" for name, count in whole.most_common())
+    said = f", {whole.total()} not ({names})" if whole else ""
+    return f"{' and '.join(packed)}; {kinds.total()} linear layers in 4 bits{said}"
 
 
 def unusual_dtypes(tensors: Mapping[str, TensorHeader], parameters: Collection[str]) -> dict[str, str]:

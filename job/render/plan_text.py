@@ -86,7 +86,7 @@ def _memory(work: Workload, shown: Forecast) -> list[str]:
     layers = work.shape.layers
     rows = {
         "base in 4 bits": parts.weights,
-        "embedding and head, bf16": parts.embeddings,
+        "embedding, head and what else is not in 4 bits": parts.embeddings,
         "adapter, fp32": parts.adapter,
         "its gradients": parts.gradients,
         "optimizer": parts.optimizer,

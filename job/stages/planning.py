@@ -17,6 +17,7 @@ from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import parameter_counts
 from job.tune.model.config import read_config, shape_of
+from job.tune.model.four_bit import left_whole
 
 log = structlog.get_logger(__name__)
 
@@ -60,7 +61,7 @@ def plan_training(
     with phases.phase("self_test"):  # the kernels that it compares are compiled here
         choice = choose_engine(model, engine, backward=backward)
     course = course_of(train, examples=portions(recipe.data, inputs.dataset.report.train.used_by_source))
-    shape = shape_of(read_config(inputs.base.folder))
+    shape = shape_of(read_config(inputs.base.folder), left_whole(model.model.get_base_model()))
     memory = plan_memory(
         shape,
         AdapterShape(parameters=parameter_counts(model.model)[0], rank=recipe.lora.r, optimizer=train.optimizer),

@@ -107,7 +107,10 @@ def test_a_token_that_the_embeddings_have_no_row_for_is_refused_with_its_number(
 def test_a_base_in_4_bits_is_trained_as_it_is_resumed_to_the_bit_and_never_quantised_again(job, base, options, said):
     job.recipe["model"]["base"] = str(bnb4_base(base, job.folder / "own-base", **options))
 
-    assert job.call("check").code == 0
+    checked, planned = job.call("check"), job.call("plan")
+    assert checked.code == planned.code == 0
+    assert f"on this machine; {said}" in checked.stdout
+    assert f"on this machine; {said}" in planned.stdout
     assert job.start("run", "--run-id", "whole").code == 0
     assert job.start("run", "--run-id", "cut", "--crash-at", "step.middle:6").code == -9
     assert job.start("run", "--run-id", "cut").code == 0

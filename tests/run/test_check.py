@@ -32,7 +32,7 @@ def test_what_needs_torch_comes_last_and_quick_leaves_it_out(job):
 
     assert rows(whole)[-3:] == [("ok", "model"), ("ok", "weights"), ("ok", "self-test")]
     assert rows(quick) == rows(whole)[:-3]
-    assert "21 tensors, as config.json promises" in whole.stdout
+    assert "as config.json promises: 21 tensors, 0.00 GB on this machine; fp32" in whole.stdout
     assert "24 training and 6 held-out examples" in quick.stdout
     assert quick.code == whole.code == 0
 

@@ -52,6 +52,7 @@ def test_the_decoder_is_trained_resumed_to_the_bit_and_proven_in_the_whole_model
     assert checked.code == 0, checked.stdout
     said = "Gemma3ForConditionalGeneration is a model of more than text: its text decoder (gemma3_text) is trained; "
     assert said in " ".join(checked.stdout.split())
+    assert "GB of it the text decoder's; bf16" in checked.stdout
     assert job.start("run", "--run-id", "whole").code == 0
     assert job.start("run", "--run-id", "cut", "--crash-at", "step.middle:6").code == -9
     assert job.start("run", "--run-id", "cut").code == 0

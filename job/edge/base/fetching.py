@@ -140,6 +140,11 @@ def fetch(
     )
 
 
+def is_here(identity: BaseModelIdentity, models_folder: Path) -> bool:
+    """Whether nothing would have to be fetched: a local folder, or a copy that is whole."""
+    return local_path(identity.source) is not None or _ready_copy(identity, models_folder) is not None
+
+
 def read_headers(
     identity: BaseModelIdentity,
     *,

@@ -1,6 +1,6 @@
 """A base model's config and tokenizer: read without its code, and the sizes that the plan needs."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,12 @@ def _no_causal_lm(config: Any) -> UsageError:
     return UsageError(f"model.base: {config.model_type} is no causal language model; choose another base")
 
 
-def shape_of(config: Any) -> ModelShape:
+def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
     """Sizes of a decoder, counted on the model that its config describes: no weight is read.
+
+    Args:
+        config: of a decoder.
+        left: linear modules that a base which comes in 4 bits has not in them; None: this job chooses them.
 
     Raises:
         UsageError: it describes no causal language model, or one without a size that the plan needs.
@@ -94,7 +98,7 @@ def shape_of(config: Any) -> ModelShape:
         )
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     softcap, scale = softcap_and_scale(config)
-    linear = put_into_four_bits(model)
+    linear = put_into_four_bits(model, left)
     return ModelShape(
         layers=sizes["num_hidden_layers"],
         hidden=hidden,

@@ -3,7 +3,7 @@
 import importlib.metadata
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import bitsandbytes as bnb
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from job.core.memory import NF4_BLOCK
@@ -70,15 +71,26 @@ def _kind(state: Any) -> str:
     return f"{state.quant_type.upper()}{blocks}, {'double' if state.nested else 'single'} quantisation"
 
 
-def put_into_four_bits(model: Any) -> dict[str, nn.Linear]:
+def put_into_four_bits(model: Any, left: Collection[str] | None) -> dict[str, nn.Linear]:
     """Do to a model on the meta device what loading does to one with weights.
+
+    Args:
+        model: changed in place.
+        left: modules that stay as they are; None: those that transformers leaves.
 
     Returns:
         The modules that are in 4 bits, by name.
     """
-    whole = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001 - as it does
-    replace_with_bnb_linear(model, modules_to_not_convert=whole, quantization_config=quantisation(torch.bfloat16))
+    if left is None:
+        left = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001 - as it does
+    replace_with_bnb_linear(model, modules_to_not_convert=[*left], quantization_config=quantisation(torch.bfloat16))
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+def left_whole(model: Any) -> list[str]:
+    """Names of the linear modules that are not in 4 bits, as the model has them without its adapter."""
+    found = ((name.removesuffix(".base_layer"), module) for name, module in model.named_modules())
+    return [name for name, module in found if type(module) in {nn.Linear, Conv1D} and ".lora_" not in name]
 
 
 def without_cpu_repacking(model: nn.Module) -> None:

@@ -12,12 +12,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from job.core.errors import DataError
-from job.core.promises import Differences, TensorHeader, refuse, unusual_dtypes
+from job.core.promises import STATE, Differences, TensorHeader, refuse, unusual_dtypes
 from job.tune.model.config import causal_lm_of, read_config, read_whole_config
 from job.tune.model.wrappers import parts_of
 
 _META = torch.device("meta")
-_STATE = ".quant_state.bitsandbytes__"
 _STATES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 """What stands beside a weight in 4 bits."""
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
@@ -79,14 +78,14 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
     incomplete: list[str] = []
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-        packed = {name.partition(_STATE)[0] for name in headers if _STATE in name}
+        packed = {name.partition(STATE)[0] for name in headers if STATE in name}
         incomplete = [*_incomplete(packed, headers)]
     states = {name + state for name in packed for state in _STATES}
     taken: set[str] = set()
     plain = {
         name: _Promised(name=name, shape=header.shape, taken=taken)
         for name, header in headers.items()
-        if name not in states and _STATE not in name
+        if name not in states and STATE not in name
     }
     with _quietly():
         model, found = filled(causal_lm_of(config), config, plain, device_map={"": _META}, dtype=torch.bfloat16)

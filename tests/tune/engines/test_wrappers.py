@@ -16,6 +16,7 @@ from tiny_wrappers import WRAPPED, in_the_other_layout, whole_class_of, whole_co
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from job.core.errors import DataError, UsageError
+from job.core.promises import form_in_files
 from job.core.recipe import LoraSection
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines import selftest
@@ -26,7 +27,7 @@ from job.tune.model import tensor_files, wrappers
 from job.tune.model.adapter import attach_lora, load_with_peft, refuse_targets, trainable
 from job.tune.model.base import load_base, quantised_files
 from job.tune.model.config import empty_model, read_config, read_whole_config, read_wrapper, shape_of
-from job.tune.model.four_bit import form_of
+from job.tune.model.four_bit import form_of, left_whole
 from job.tune.model.promises import hold_to_promises
 
 _OF_EACH_KIND = ("gemma3", "mistral3, ministral3", "qwen3_vl", "qwen3_5")
@@ -271,6 +272,11 @@ def test_a_whole_model_in_4_bits_is_trained_as_it_is(name, skipped, said, tmp_pa
     base = load_base(folder, device=CPU, dtype=torch.float32)
     assert form_of(base) == f"NF4, double quantisation; {said}"
     assert not any(word in each for each in read for word in ("vision", "visual", "projector"))
+    headers = headers_of(folder)
+    left = hold_to_promises(folder, headers, source="the/base")
+    text = wrappers.parts_of(read_whole_config(folder), headers).text
+    assert form_in_files(text, left) == form_of(base)
+    assert shape_of(read_config(folder), left) == shape_of(read_config(folder), left_whole(base))
     trained = ours_on(folder)
     batch = batch_of(folder)
     theirs = by_anybody(folder, published(trained, folder, tmp_path), quantised=None)

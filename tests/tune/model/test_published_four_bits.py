@@ -16,7 +16,8 @@ from job.tune.engines.families import reason_against
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base
-from job.tune.model.four_bit import form_of
+from job.tune.model.config import read_config, shape_of
+from job.tune.model.four_bit import form_of, left_whole
 
 NF4 = {"bnb_4bit_quant_type": "nf4"}
 DOUBLE = {"bnb_4bit_use_double_quant": True}
@@ -181,3 +182,19 @@ def test_4_bits_without_the_section_that_says_so_are_refused(published, tmp_path
 
     with pytest.raises(DataError, match="scales are left over: the weights were quantised, and the config does not"):
         held(folder)
+
+
+def test_sizes_are_those_of_what_is_in_4_bits_and_what_is_not(published):
+    """The plan before there are weights, and the one of a run on what was loaded."""
+    sizes = {}
+    for form, folder in published.items():
+        base = load_base(folder, device=CPU, dtype=torch.bfloat16)
+        left = held(folder)
+        shape = shape_of(read_config(folder), left)
+        assert left is None or sorted(left) == sorted(left_whole(base))
+        assert shape == shape_of(read_config(folder), left_whole(base))
+        packed = [m for m in base.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
+        assert shape.linear_parameters == sum(m.weight.quant_state.shape.numel() for m in packed)
+        sizes[form] = shape.linear_parameters, shape.parameters
+    assert sizes["modules skipped"][0] < sizes["plain"][0] == sizes["fp4, single"][0]
+    assert len({parameters for _linear, parameters in sizes.values()}) == 1
