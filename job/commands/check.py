@@ -304,12 +304,11 @@ def _count(
 def _lines(worker: Worker, phases: Phases, *, because: str) -> tuple[str, None]:
     """Without a tokenizer each line can be checked all the same."""
     with _scratch(worker) as folder:
-        sources, sides = (*worker.recipe.data.sources, *worker.recipe.data.held_out_sources), _listed(worker)
+        sides = _listed(worker)
         objects = (*sides.train, *sides.validation)
         files = fetch_sources(worker, objects, folder, on_progress=lambda done, of: phases.progress(bytes=done, of=of))
-        tallies = count_lines(sources, files)
-    good, bad = (sum(counts) for counts in zip(*((t.good, t.bad) for t in tallies), strict=True))
-    return f"{good} right lines, {bad} wrong ones; lengths need {because}", None
+        tally = count_lines(worker.recipe.data, files)
+    return f"{tally.good} right lines, {tally.bad} wrong ones; lengths need {because}", None
 
 
 @contextmanager

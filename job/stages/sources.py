@@ -1,6 +1,7 @@
 """The sources' files on the local disk, and their lines as examples; each source is counted by itself."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from job.core.chunks import Side
@@ -61,18 +62,21 @@ def _tallies(side: str, sources: Sequence[DataSource]) -> list[Tally]:
     return [Tally(side=f"{side}: {source.name}" if len(sources) > 1 else side) for source in sources]
 
 
-def count_lines(sources: Sequence[DataSource], files: Sequence[Sequence[DataFile]]) -> list[Tally]:
-    """Check every line without a tokenizer: of chats what a template has no part in.
+def count_lines(data: DataSection, files: Sequence[Sequence[DataFile]]) -> Tally:
+    """Check every line of all sources without a tokenizer: of chats what a template has no part in.
 
     Raises:
         DataError: more are wrong than the recipe accepts.
     """
-    tallies = [Tally() for _ in sources]
+    sources, tallies = (*data.sources, *data.held_out_sources), [*chain(*new_tallies(data).values())]
     for source, own, tally in zip(sources, files, tallies, strict=True):
         for _example in checked_lines(read_lines(own, max_record=source.data.max_record), source.data, tally=tally):
             pass
     judge_sources(sources, tallies)
-    return tallies
+    every = Tally()
+    for each in tallies:
+        every.merge(each)
+    return every
 
 
 def judge_sources(sources: Sequence[DataSource], tallies: Sequence[Tally]) -> None:

@@ -16,7 +16,7 @@ from job.core.plan_json import PlanJson
 from job.edge.host.interrupt import Interrupt
 
 
-def test_check_is_a_table_with_the_histogram_and_leaves_nothing(job):
+def test_check_is_a_table_with_the_histogram_and_leaves_encoded_data_alone(job):
     ended = job.call("check")
     assert ended.code == 0
     assert ended.stderr == ""
@@ -35,8 +35,8 @@ def test_check_is_a_table_with_the_histogram_and_leaves_nothing(job):
     assert '"event"' not in ended.stdout
     assert "a random llama of 2 layers: loss its own, documents apart, every adapter learns" in ended.stdout
     assert objects(job.store) == []
-    (kept,) = objects(job.workdir)
-    assert kept.startswith("self-tests/")
+    assert {name.split("/")[0] for name in objects(job.workdir)} == {"cache", "self-tests"}
+    assert all(name.startswith(("cache/encoded/", "self-tests/")) for name in objects(job.workdir))
     assert ended.outcome["code"] == 0
 
 
@@ -74,7 +74,7 @@ def test_check_names_the_wrong_lines(job):
     assert "train.jsonl:25: not JSON" in ended.stdout
 
 
-def test_plan_tells_lengths_memory_and_time_and_leaves_nothing(job, tmp_path):
+def test_plan_tells_lengths_memory_and_time_and_leaves_encoded_data_alone(job, tmp_path):
     base = shutil.copytree(job.recipe["model"]["base"], tmp_path / "base")
     job.recipe["model"]["base"] = str(base)
     for path in base.glob("*.safetensors"):
@@ -89,7 +89,7 @@ def test_plan_tells_lengths_memory_and_time_and_leaves_nothing(job, tmp_path):
     assert "memory: " in ended.stdout
     assert "--mem=" in ended.stdout
     assert objects(job.store) == []
-    assert objects(job.workdir) == []
+    assert all(name.startswith("cache/encoded/") for name in objects(job.workdir))
     assert job.call("check").code == 66  # a run needs them
 
 

@@ -53,9 +53,9 @@ WRONG_LINES = {
         ['train.jsonl:25: "answer" is missing (the record has "question")'],
     ),
     "empty field": (b'{"question": " ", "answer": "red"}\n', ['train.jsonl:25: "question" is empty']),
-    "a number for a string": (
-        b'{"question": "a", "answer": 7}\n',
-        ['train.jsonl:25: "answer" is a number, not a string'],
+    "an object for a string": (
+        b'{"question": "a", "answer": {"is": 7}}\n',
+        ['train.jsonl:25: "answer" is an object, not a string'],
     ),
     "not UTF-8": (b'{"question": "a\xff", "answer": "b"}\n', ["train.jsonl:25: not UTF-8"]),
     "a NUL byte": (b'{"question": "a\0", "answer": "b"}\n', ["train.jsonl:25: holds a NUL byte"]),

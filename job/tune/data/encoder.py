@@ -31,8 +31,6 @@ class EncodedChunk:
     rows: dict[Side, bytes] = field(default_factory=dict)
     """Of the sides that have some."""
     examples: int = 0
-    bytes: int = 0
-    """Of its lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +102,6 @@ class Encoder:
             tally=tally,
             rows={side: encoded_rows(found, own.tokens, source=chunk.source) for side, found in sides.items()},
             examples=tally.good,
-            bytes=chunk.size,
         )
 
     def fingerprint(self) -> str:

@@ -94,6 +94,8 @@ def save(state: State, folder: Path) -> None:
     progress = {
         f.name: getattr(state.progress, f.name) for f in fields(Progress) if f.name not in {"evaluations", "cut"}
     }
+    if not state.progress.source_losses:  # what a run of one source saves, earlier versions read as well
+        del progress["source_losses"]
     content = {
         "format": FORMAT,
         "progress": progress | {"cut": asdict(state.progress.cut)},
