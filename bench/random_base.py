@@ -72,6 +72,35 @@ SHAPES = {
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
+    # google/gemma-3-12b-it: its text decoder is trained, the rest stays in the files
+    "gemma3-12b": {
+        "model_type": "gemma3",
+        "tie_word_embeddings": True,
+        "mm_tokens_per_image": 256,
+        "text_config": {
+            "vocab_size": 262208,
+            "hidden_size": 3840,
+            "intermediate_size": 15360,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "max_position_embeddings": 131072,
+            "sliding_window": 1024,
+            "query_pre_attn_scalar": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        "vision_config": {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 896,
+            "vision_use_head": False,
+            "patch_size": 14,
+        },
+    },
     "tiny-llama": {"model_type": "llama", **_TINY},
     "tiny-mistral": {"model_type": "mistral", "sliding_window": None, **_TINY},
     "tiny-qwen3": {"model_type": "qwen3", **_TINY},
@@ -79,11 +108,9 @@ SHAPES = {
 
 
 def config_of(shape):
-    """The config of a shape; its own output layer, and the Llama-2 tokenizer's special tokens."""
-    own = dict(SHAPES[shape])
-    return AutoConfig.for_model(
-        own.pop("model_type"), **own, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, dtype="bfloat16"
-    )
+    """The config of a shape; an output layer of its own if nothing else is said, the Llama-2 tokenizer's tokens."""
+    own = {"tie_word_embeddings": False, **SHAPES[shape]}
+    return AutoConfig.for_model(own.pop("model_type"), **own, bos_token_id=1, eos_token_id=2, dtype="bfloat16")
 
 
 def files_of(config):
@@ -91,7 +118,7 @@ def files_of(config):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     files = defaultdict(dict)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.named_parameters():  # a tied one once
         place = name.split(".layers.")
         files[place[1].partition(".")[0] if len(place) > 1 else name][name] = tensor.shape
     return list(files.values()), type(model).__name__

@@ -29,7 +29,9 @@ def test_each_layer_has_a_file_in_bf16(base):
     assert float(head.float().std()) == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.parametrize(("shape", "billions"), [("llama2-7b", 6.738), ("mistral-7b", 7.248), ("qwen3-8b", 8.191)])
+@pytest.mark.parametrize(
+    ("shape", "billions"), [("llama2-7b", 6.738), ("mistral-7b", 7.248), ("qwen3-8b", 8.191), ("gemma3-12b", 12.187)]
+)
 def test_shapes_are_those_of_the_models(shape, billions):
     assert shape in SHAPES
     files, _ = files_of(config_of(shape))
