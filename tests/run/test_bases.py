@@ -1,11 +1,13 @@
 """Bases as people bring them, through the whole job: trained as what they are, or refused by `check` and by `run`."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from job_process import write_lines
 from layouts import bnb4_base, changed, config_with, in_fp8, prefixed, without
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 
 def objects(folder):
@@ -127,3 +129,63 @@ def test_a_base_in_4_bits_is_trained_as_it_is_resumed_to_the_bit_and_never_quant
     )
     assert not list(job.workdir.rglob("*.safetensors"))  # no copy of what is in 4 bits already
     assert said in (job.store / "runs/whole/adapter/README.md").read_text()
+
+
+_SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+_LENGTHS = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [6.0] * 8}
+KINDS = {
+    "a window in every layer": ("mistral", {"sliding_window": 3}),
+    "soft caps, and a window in some layers": (
+        "gemma2",
+        {
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "a rotation by each document's length": (
+        "phi3",
+        {"rope_parameters": {**_LENGTHS, "original_max_position_embeddings": 8}, "original_max_position_embeddings": 8},
+    ),
+    "one document a row": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_each_kind_goes_on_to_the_bit(job, base, kind):
+    """Dense ones are in test_stop_and_resume, those that come in 4 bits above."""
+    model_type, own = KINDS[kind]
+    folder = shutil.copytree(base, job.folder / "own-base", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**_SIZES, **own})).save_pretrained(folder)
+    job.recipe["model"]["base"], job.recipe["lora"]["targets"] = str(folder), "all-linear"
+
+    checked = job.call("check")
+    assert checked.code == 0
+    assert f"a random {model_type} of 2 layers: loss its own, documents apart" in checked.stdout
+    assert job.start("run", "--run-id", "whole").code == 0
+    assert job.start("run", "--run-id", "cut", "--crash-at", "step.middle:6").code == -9
+    assert job.start("run", "--run-id", "cut").code == 0
+    whole, cut = (json.loads((job.store / f"runs/{name}/report.json").read_text()) for name in ("whole", "cut"))
+    assert [attempt["from_step"] for attempt in cut["attempts"]][-1] > 0
+    assert cut["model"]["loaded_from"] == "copy in 4 bits"
+    assert cut["curve"] == whole["curve"]
+    files = [report["adapter"]["files"]["adapter_model.safetensors"] for report in (whole, cut)]
+    assert files[0] == files[1]
+    for report in (whole, cut):
+        assert report["adapter"]["proven_loss"] == report["adapter"]["reported_loss"]

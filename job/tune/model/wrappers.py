@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from job.core.errors import UsageError
+from job.tune.device.failures import error_line
 
 T = TypeVar("T")
 WRAPPERS = (
@@ -93,10 +94,19 @@ class Wrapper:
 
         Args:
             config: of the whole model, one of `WRAPPERS`.
+
+        Raises:
+            UsageError: transformers cannot build it.
         """
         kind = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
-        with torch.device("meta"):
-            self.whole: Any = kind(config)
+        try:
+            with torch.device("meta"):
+                self.whole: Any = kind(config)
+        except Exception as error:  # parts beside the decoder may need any library, or be of any kind
+            raise UsageError(
+                f"model.base: {kind.__name__} cannot be built as config.json describes it ({error_line(error)}); "
+                "correct the file, or take another base"
+            ) from error
         self.architecture: str = kind.__name__
         """Its class, as adapters on it are loaded."""
         self._is_plain = config.get_text_config().model_type in _PLAIN
@@ -176,6 +186,7 @@ class Wrapper:
         else:
             self._fill(causal_lm.model)
         self.whole.set_submodule(self._head, causal_lm.get_output_embeddings())
+        self.whole.generation_config = causal_lm.generation_config
         self.whole.is_loaded_in_4bit = getattr(causal_lm, "is_loaded_in_4bit", False)  # PEFT chooses its layers by it
         return self.whole.eval()
 

@@ -357,6 +357,14 @@ def test_others_are_refused_by_name_with_what_to_take_instead(model_type, tmp_pa
         read_config(tmp_path)
 
 
+def test_a_whole_model_that_cannot_be_built_is_refused_with_the_reason(tmp_path):
+    config = whole_config_of("gemma3")
+    config.vision_config.num_attention_heads = 3
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"Gemma3ForConditionalGeneration cannot be built .*\(.*32.*3.*\); correct"):
+        read_wrapper(tmp_path)
+
+
 def test_a_whole_model_that_computes_something_else_is_refused_before_it_trains(tmp_path, monkeypatch):
     """Aya Vision's decoder scales its logits, and the whole model does not."""
     from tiny_families import FAMILIES, SIZES
