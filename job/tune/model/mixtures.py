@@ -11,10 +11,12 @@ _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 def experts_in(model: Any) -> int:
     """Parameters of a model's experts, which transformers keeps in one tensor a layer, of three dimensions."""
     number = _experts_of_a_layer(model.config)
+    if number <= 1:  # looked at for every module of a model, which may have thousands
+        return 0
     return sum(
         parameter.numel()
         for parameter in model.parameters()
-        if number > 1 and parameter.ndim == len(("expert", "out", "in")) and parameter.shape[0] == number
+        if parameter.ndim == len(("expert", "out", "in")) and parameter.shape[0] == number
     )
 
 
