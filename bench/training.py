@@ -20,6 +20,7 @@ from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_memory
 from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.selftest import text_of
 from job.tune.loop.checkpoint import Progress, State
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer, make_scheduler
@@ -149,7 +150,7 @@ def load(recipe, engine, device, folder):
     loaded = load_base(base, device=device, dtype=compute_dtype(device))
     model = PackedModel(attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=train.seed))
     accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
-    choice = choose_engine(model, engine, backward=accelerator.backward)
+    choice = choose_engine(model, engine, backward=accelerator.backward, text=text_of(documents))
     adapter_shape = AdapterShape(
         parameters=parameter_counts(model.model)[0], rank=recipe.lora.r, optimizer=train.optimizer
     )

@@ -15,6 +15,7 @@ from job.stages.attempt import Phases
 from job.stages.loading import Inputs
 from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.selftest import text_of
 from job.tune.model.adapter import parameter_counts
 from job.tune.model.config import read_config, shape_of
 from job.tune.model.four_bit import left_whole
@@ -59,7 +60,7 @@ def plan_training(
     """
     documents, train = inputs.dataset.train, recipe.train
     with phases.phase("self_test"):  # the kernels that it compares are compiled here
-        choice = choose_engine(model, engine, backward=backward)
+        choice = choose_engine(model, engine, backward=backward, text=text_of(documents))
     course = course_of(train, examples=portions(recipe.data, inputs.dataset.report.train.used_by_source))
     shape = shape_of(read_config(inputs.base.folder), left_whole(model.model.get_base_model()))
     memory = plan_memory(

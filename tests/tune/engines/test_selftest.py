@@ -13,7 +13,7 @@ from job.core.recipe import LoraSection
 from job.tune.engines import loss, packed_model
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention, register
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.selftest import _gradient_difference, check_model
+from job.tune.engines.selftest import _documents, _gradient_difference, check_model, text_of
 from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base
 
@@ -38,6 +38,25 @@ def test_a_healthy_model_passes_in_bf16(model):
     model.train()
     check_model(model)
     assert model.training
+
+
+def test_a_healthy_model_passes_on_the_examples_that_it_will_learn(model, documents):
+    check_model(model, text_of(documents))
+
+
+def test_what_it_is_tried_with_are_the_examples_one_behind_the_other(model, documents):
+    text = text_of(documents)
+    tried = _documents(model, CPU, text)
+    assert [len(each) for each in tried] == [96, 48, 72]
+    for place, document in enumerate(tried):
+        whole = torch.cat([*text[place:]])
+        assert torch.equal(document, whole.repeat(5)[: len(document)])
+
+
+def test_little_text_is_tried_over_and_over(model):
+    first, second, third = _documents(model, CPU, [torch.tensor([5, 6, 7]), torch.tensor([8, 9])])
+    assert (first[:7].tolist(), second[:4].tolist()) == ([5, 6, 7, 8, 9, 5, 6], [8, 9, 8, 9])
+    assert third[:4].tolist() == [5, 6, 7, 8]
 
 
 def test_a_document_has_the_same_losses_wherever_it_stands(any_model, documents):
