@@ -43,7 +43,7 @@ def in_order(
     should_stop: Callable[[], bool],
     doing: str,
 ) -> Iterator[R]:
-    """What the task makes of each item, in their order, whoever made it.
+    """What the task makes of each item, in their order, whoever made it; and so the first error in their order.
 
     Args:
         task: goes to each process once; an error of it is raised here.
@@ -105,7 +105,7 @@ class _Crew:
     def work(
         self, items: Iterator[Any], size_of: Callable[[Any], int], should_stop: Callable[[], bool]
     ) -> Iterator[Any]:
-        done: dict[int, Any] = {}
+        done: dict[int, tuple[bool, Any]] = {}
         sizes: dict[int, int] = {}
         given = wanted = 0
         item = next(items, None)
@@ -121,11 +121,14 @@ class _Crew:
                 given += 1
                 item = next(items, None)
             for member in self._ready():
-                number, result = self._take(member)
-                done[number] = result
+                number = member.numbers[0]
+                done[number] = self._take(member)
             while wanted in done:
                 del sizes[wanted]
-                yield done.pop(wanted)
+                failed, content = done.pop(wanted)
+                if failed:
+                    raise content
+                yield content
                 wanted += 1
 
     def _ready(self) -> list["_Member"]:
@@ -139,14 +142,14 @@ class _Crew:
             raise self._killed(member) from None
         member.numbers.append(number)
 
-    def _take(self, member: "_Member") -> tuple[int, Any]:
+    def _take(self, member: "_Member") -> tuple[bool, Any]:
+        """Whether its next item failed, and what came of it."""
         try:
-            failed, content = pickle.loads(member.ours.recv_bytes())  # noqa: S301 - a process of ours wrote it
+            answer: tuple[bool, Any] = pickle.loads(member.ours.recv_bytes())  # noqa: S301 - a process of ours wrote it
         except (EOFError, OSError):
             raise self._killed(member) from None
-        if failed:
-            raise content
-        return member.numbers.popleft(), content
+        member.numbers.popleft()
+        return answer
 
     def _killed(self, member: "_Member") -> JobError:
         code = member.exit_code()

@@ -95,6 +95,8 @@ def test_the_card_says_what_each_source_gave_and_how_well_it_is_learned(report):
             base="someone/tiny",
             revision="0" * 40,
             licence=None,
+            is_multimodal=False,
+            form="NF4",
             data=mixed.data,
             lora=LoraSection(),
             step=5,

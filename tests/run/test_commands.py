@@ -42,7 +42,7 @@ def test_check_is_a_table_with_the_histogram_and_leaves_encoded_data_alone(job):
 
 def test_check_asks_the_self_test_once_and_not_at_all_when_it_shall_be_quick(job):
     job.call("check")
-    (kept,) = (job.workdir / name for name in objects(job.workdir))
+    (kept,) = (job.workdir / name for name in objects(job.workdir) if name.startswith("self-tests/"))
     kept.write_text(kept.read_text().replace("a random llama", "what was kept"))
     assert "what was kept of 2 layers" in job.call("check").stdout
     kept.write_text('{"answer": "this family is refused", "refused": true}')
@@ -51,7 +51,7 @@ def test_check_asks_the_self_test_once_and_not_at_all_when_it_shall_be_quick(job
     assert ended.outcome["reason"] == "this family is refused"
     kept.unlink()
     assert "self-test" not in job.call("check", "--quick").stdout
-    assert objects(job.workdir) == []
+    assert not kept.exists()
 
 
 def test_check_tells_every_failure_and_ends_with_the_code_of_the_first(job):

@@ -128,7 +128,7 @@ class Stepper:
         self._lengths = documents.lengths
         self._targets = documents.targets
         self._source_of = documents.sources
-        self._sources = len(course.mixture.sizes)
+        self._sources = int(documents.sources.max(initial=0)) + 1
         self._unread: _Unread | None = None
         self._mark: Mark | None = None
         """When the last step ended; None: the time since was not training."""
