@@ -72,6 +72,11 @@ def row_of(base, data, result, rates):
     )
 
 
+def words_on(base, result):
+    """How a base was run, and why so."""
+    return f"- {base.name}: {result.about}; {result.plan['engine_reason']}."
+
+
 def main(arguments_given=None):
     parser = parser_of(__doc__, several_bases=True)
     parser.add_argument("--steps", type=int, default=8)
@@ -79,7 +84,7 @@ def main(arguments_given=None):
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of each base")
     parser.add_argument("--remove", action="store_true", help="each base, once it is measured")
     options = parser.parse_args(arguments_given)
-    rows = []
+    rows, words = [], []
     with tempfile.TemporaryDirectory(prefix="bases-") as scratch:
         rates = json.loads(
             run([sys.executable, "-m", "bench.ceiling"], limit_seconds=120, log=Path(scratch, "ceiling"))
@@ -87,13 +92,16 @@ def main(arguments_given=None):
         for base in options.base:
             folder = Path(scratch, base.name)
             folder.mkdir()
-            rows.append(row_of(base, *measure(base, options, folder), rates))
+            data, result = measure(base, options, folder)
+            rows.append(row_of(base, data, result, rates))
+            words += [words_on(base, result)] if isinstance(result, Measured) else []
             shutil.rmtree(folder)
             if options.remove:
                 shutil.rmtree(base)
             ceiling = f"{rates['gemm_flops'] / 1e12:.1f} TFLOP/s, bf16 products of {rates['product']}"
             command = "    python -m bench.bases --base FOLDER... --train TRAIN.jsonl"
-            text = f"{rates['about']} Ceiling, measured in the same run: {ceiling}.\n\n{table(_HEADER, rows)}"
+            first = f"{rates['about']} Ceiling, measured in the same run: {ceiling}."
+            text = "\n\n".join([first, table(_HEADER, rows), "\n".join(words)])
             write_section(options.results, "bases", f"## {_COMPARISON.title}\n\n{command}\n\n{text}")
             print(text, flush=True)
 

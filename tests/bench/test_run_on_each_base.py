@@ -1,5 +1,7 @@
 """One run on each base, on tiny ones."""
 
+import re
+
 import pytest
 
 from bench import bases
@@ -33,6 +35,7 @@ def test_each_base_has_its_row(results, name):
     assert float(cells[2].replace(",", "")) > 0
     assert 0 < float(cells[3]) < 2
     assert "to" in cells[-1]
+    assert re.search(rf"^- {name}: generic engine, .* on the CPU; layers not compiled", results, re.MULTILINE)
 
 
 def test_a_base_without_weights_is_a_row_with_its_reason(results):
