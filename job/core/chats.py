@@ -123,7 +123,7 @@ def _at(record: Any, path: str) -> Any:
 def _message(message: Any, place: str, *, drop: bool) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise _WrongChatError(f"{place} is {json_kind(message)}, not an object with role and content")
-    for text in _strings(message):
+    for text in texts_in(message):
         _refuse_no_text(text, place)
     role_key, content_key = (next((n for n in names if message.get(n) is not None), None) for names in _FIELDS)
     if role_key is None:
@@ -237,7 +237,7 @@ def _tools(record: Mapping[str, Any], field: str) -> list[dict[str, Any]] | None
     for n, tool in enumerate(value):
         if not isinstance(tool, dict):
             raise _WrongChatError(f'"{field}"[{n}] is {json_kind(tool)}, not an object that describes a tool')
-    for text in _strings(value):
+    for text in texts_in(value):
         _refuse_no_text(text, f'"{field}"')
     return value
 
@@ -249,17 +249,17 @@ def _json(text: str, place: str) -> Any:
         raise _WrongChatError(f"{place} is text that is not JSON") from error
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All text in a value, keys included."""
+def texts_in(value: Any) -> Iterator[str]:
+    """All text in a value of JSON, keys included."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield key
-            yield from _strings(inner)
+            yield from texts_in(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _strings(inner)
+            yield from texts_in(inner)
 
 
 def _refuse_no_text(text: str, place: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import structlog
 
 from job.core.advice import refuse_endless_warm_up
+from job.core.chunks import Side
 from job.core.course import Course, course_of
 from job.core.data_section import DataSection
 from job.core.errors import DataError, UsageError
@@ -92,36 +93,45 @@ def prepare_dataset(
         longest=int(encoded["train"].lengths.max()),
         positions=positions,
     )
-    for side, documents in (("train", train), ("validation", validation)):
-        if not len(documents):
-            raise DataError(
-                f"data.{side}: no example is left ({len(documents.encoded)} were read, {documents.dropped} are longer "
-                f"than max_length {limit.tokens}, {documents.without_target} have nothing to learn from); give more "
-                "examples, raise data.max_length, or hold out another share with data.validation"
-            )
+    _refuse_none_left("train", train)
+    _refuse_none_left("validation", validation)
     report = data_report(data, audit, train, validation, (limit.tokens, limit.reason))
     _refuse_unused_sources(report)
     course = course_of(worker.recipe.train, examples=portions(data, report.train.used_by_source))
     refuse_endless_warm_up(course, warmup_steps=worker.recipe.train.warmup_steps)
     _refuse_undrawn_source(course, report)
     report = report.model_copy(update={"preview": _pictured(train, data, tokenizer)})
+    _log(report, course)
+    return Dataset(train=train, validation=validation, report=report, notes=notes)
+
+
+def _log(report: DataReport, course: Course) -> None:
+    train = report.train
     log.info(
         "dataset",
-        train=len(train),
-        validation=len(validation),
-        max_length=limit.tokens,
-        reason=limit.reason,
-        percentiles=report.train.percentiles,
-        duplicates=report.train.duplicates,
+        train=train.used,
+        validation=report.validation.used,
+        max_length=report.max_length,
+        reason=report.max_length_reason,
+        percentiles=train.percentiles,
+        duplicates=train.duplicates,
         overlap=report.overlap,
         truncated=train.truncated,
         dropped=train.dropped,
         without_target=train.without_target,
-        empty=report.train.empty,
+        empty=train.empty,
         bad_lines=report.bad_lines,
-        **({"sources": counted(report, course)} if report.train.sources else {}),
+        **({"sources": counted(report, course)} if train.sources else {}),
     )
-    return Dataset(train=train, validation=validation, report=report, notes=notes)
+
+
+def _refuse_none_left(side: Side, documents: Documents) -> None:
+    if not len(documents):
+        raise DataError(
+            f"data.{side}: no example is left ({len(documents.encoded)} were read, {documents.dropped} are longer than "
+            f"max_length {documents.max_length}, {documents.without_target} have nothing to learn from); give more "
+            "examples, raise data.max_length, or hold out another share with data.validation"
+        )
 
 
 def _listed(objects: Sequence[StoredObject], most: int = 3) -> str:

@@ -1,12 +1,14 @@
 """What training starts from, in the order of what it costs: the device, the small files, the data, the weights."""
 
+from collections.abc import Iterator
+
 import structlog
 
 from job.core.crash_points import crash_point
 from job.core.errors import StopRequestedError
 from job.stages.attempt import Attempt
 from job.stages.base_source import BaseSource
-from job.stages.dataset import prepare_dataset
+from job.stages.dataset import Dataset, prepare_dataset
 from job.stages.hardware import look_at_hardware
 from job.stages.holding import Held
 from job.stages.loading import Inputs
@@ -58,16 +60,7 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
         phases=phases,
     )
     attempt.notes.extend(words_on(config, read_wrapper(small)))
-    if dataset.report.overlap:
-        attempt.notes.append(
-            f"{dataset.report.overlap} held-out examples are also trained on: the validation loss flatters"
-        )
-    unmeasured = (
-        f"no held-out example is from the source {source.name}: how well it is learned is not measured"
-        for source in dataset.report.validation.sources
-        if not source.used
-    )
-    for note in (*dataset.notes, *unmeasured, *stops_elsewhere(small, tokenizer, dataset.train)):
+    for note in (*_notes_on(dataset), *stops_elsewhere(small, tokenizer, dataset.train)):
         log.warning("data_note", reason=note)
         attempt.notes.append(note)
     _stop_if_asked(attempt)
@@ -83,6 +76,16 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
         attempt_number=held.records.begin(),
         device=device,
     )
+
+
+def _notes_on(dataset: Dataset) -> Iterator[str]:
+    """What a reader of the report should know of the data."""
+    if dataset.report.overlap:
+        yield f"{dataset.report.overlap} held-out examples are also trained on: the validation loss flatters"
+    yield from dataset.notes
+    for source in dataset.report.validation.sources:
+        if not source.used:
+            yield f"no held-out example is from the source {source.name}: how well it is learned is not measured"
 
 
 def _stop_if_asked(attempt: Attempt) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from job.core.chats import THINK, Chat, prompt_chat
+from job.core.chats import THINK, Chat, prompt_chat, texts_in
 from job.core.data_section import NAMED_TEMPLATES, DataSection
 from job.core.errors import DataError, UsageError
 from job.core.records import BadRecord, Example, Parsed, Part
@@ -266,7 +266,7 @@ class _Hiding:
     def __init__(self, control: re.Pattern[str], chat: Chat) -> None:
         self._control = control
         self._hidden: list[str] = []
-        found = any(control.search(text) for text in _texts([chat.messages, chat.tools]))
+        found = any(control.search(text) for text in texts_in([chat.messages, chat.tools]))
         self._word = _unused_word([chat.messages, chat.tools]) if found else ""
         self.messages = [self._message(each) for each in chat.messages] if found else chat.messages
         self.tools = self._hide(chat.tools) if found else chat.tools
@@ -308,21 +308,9 @@ class _Hiding:
         return f"{self._word}{len(self._hidden) - 1}z"
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield key
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
-
-
 def _unused_word(values: Any) -> str:
     """Letters and digits alone, which no filter of a template changes, that stand in none of the texts."""
-    texts, number = list(_texts(values)), 0
+    texts, number = list(texts_in(values)), 0
     while any(f"hid{number}x" in text for text in texts):
         number += 1
     return f"hid{number}x"
