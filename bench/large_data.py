@@ -25,7 +25,7 @@ from bench.results import RESULTS, device_and_versions, table, write_section
 from job.core.course import course_of
 from job.core.packing import pack_evenly
 from job.core.recipe import Recipe
-from job.core.records import Tally, checked_lines, examples
+from job.core.records import Tally, checked_lines
 from job.edge.dataset_files import DataFile, read_lines
 from job.edge.host.outcome import Outcome
 from job.edge.store.objects import StoredObject
@@ -77,7 +77,7 @@ def data_file(path):
 def audit(path, **_):
     """What `check` does with each line."""
     data, tally = recipe_of(f"file://{path}").data, Tally()
-    for _example in examples(read_lines([data_file(path)], max_record=data.max_record), data, tally=tally):
+    for _example in checked_lines(read_lines([data_file(path)], max_record=data.max_record), data, tally=tally):
         pass
     return {"records": tally.good}
 

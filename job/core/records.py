@@ -152,12 +152,6 @@ class Tally:
         return self.bad / self.lines if self.lines else 0.0
 
 
-def examples(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally) -> Iterator[Example]:
-    """The examples of all lines there are, and a judgement at their end; see `checked_lines` and `judge_lines`."""
-    yield from checked_lines(lines, data, tally=tally)
-    judge_lines([tally], data)
-
-
 def checked_lines(
     lines: Iterable[tuple[str, int, bytes]],
     data: DataSection,

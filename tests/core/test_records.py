@@ -9,12 +9,18 @@ from hypothesis import strategies as st
 from job.core import records
 from job.core.data_section import DataSection
 from job.core.errors import DataError
-from job.core.records import BadRecord, Example, Part, Tally, examples, is_held_out, parse_line
+from job.core.records import BadRecord, Example, Part, Tally, checked_lines, is_held_out, judge_lines, parse_line
 from job.core.report import BadLine
 
 TEXT = DataSection(train=("train.jsonl",), text="{text}")
 PAIR = DataSection(train=("train.jsonl",), prompt="{input}", completion="{output}")
 GOOD = b'{"text": "good"}'
+
+
+def examples(lines, data, *, tally):
+    """The examples of all lines there are, judged at their end."""
+    yield from checked_lines(lines, data, tally=tally)
+    judge_lines([tally], data)
 
 
 def lines(*raw, source="train.jsonl"):
