@@ -34,6 +34,24 @@ the longest document that it has seen."""
 _LORA = LoraSection(r=4, alpha=8)
 
 
+def choice_for(model):
+    """The engine that would train it, in our own linear layers, with an adapter that has moved."""
+    choice = choose_engine(model, "auto", backward=torch.autograd.backward)
+    assert not choice.left_to_peft, choice.reason
+    torch.manual_seed(1)
+    for parameter in trainable(model):
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    choice.engine.refresh()
+    model.eval()
+    return choice
+
+
+def accumulated(choice, model, documents):
+    """Losses and gradients of documents in one row."""
+    batch = micro_batch_of(documents)
+    return choice.engine.accumulate(batch, targets=batch.targets, seed=0), gradients(model)
+
+
 def micro_batch_of(documents) -> MicroBatch:
     """Every token but the first of each is a target."""
     lengths = [len(document) for document in documents]
@@ -118,21 +136,10 @@ def test_a_family_trains_as_plain_peft_does(name, tmp_path):
     assert sum(p.numel() for p in trainable(model)) == refuse_targets(config, _LORA)
     assert shape_of(config).layers == len({*range(config.num_hidden_layers)})
     check_model(model)
-    choice = choose_engine(model, "auto", backward=torch.autograd.backward)
-    assert not choice.left_to_peft, choice.reason
+    choice = choice_for(model)
     assert ("one document a row" in choice.reason) == (not model.is_packed)
-    torch.manual_seed(1)
-    for parameter in trainable(model):
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    choice.engine.refresh()
-    model.eval()
-
-    def accumulated(*documents):
-        batch = micro_batch_of(documents)
-        return choice.engine.accumulate(batch, targets=batch.targets, seed=0), gradients(model)
-
     documents = [torch.randint(3, config.vocab_size, (length,)) for length in _LENGTHS]
-    ours, our_gradients = accumulated(*documents)
+    ours, our_gradients = accumulated(choice, model, documents)
     by_peft = plain(folder, model)
     torch.testing.assert_close(ours, plain_losses(by_peft, documents), rtol=1e-4, atol=1e-4)
     for parameter_name, parameter in by_peft.named_parameters():
@@ -141,9 +148,9 @@ def test_a_family_trains_as_plain_peft_does(name, tmp_path):
             off = float((gradient - parameter.grad).norm() / parameter.grad.norm())
             assert off < 1e-3, (parameter_name, off)
     kept = ours[: -(_LENGTHS[-1] - 1)]
-    changed, _ = accumulated(*documents[:-1], torch.roll(documents[-1], 1))
+    changed, _ = accumulated(choice, model, [*documents[:-1], torch.roll(documents[-1], 1)])
     assert torch.equal(changed[: len(kept)], kept)
-    without, _ = accumulated(*documents[:-1])
+    without, _ = accumulated(choice, model, documents[:-1])
     assert torch.equal(without, kept)  # whatever stands beside them, and however long it is
 
 

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from test_all_families import micro_batch_of, plain_losses
-from tiny import CPU, EVERY_LINEAR, gradients
+from test_all_families import accumulated, choice_for, micro_batch_of, plain_losses
+from tiny import CPU, EVERY_LINEAR
 from tiny_wrappers import WRAPPED, in_the_other_layout, whole_class_of, whole_config_of, write_wrapper
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -20,7 +20,6 @@ from job.core.promises import form_in_files
 from job.core.recipe import LoraSection
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines import selftest
-from job.tune.engines.choice import choose_engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.checkpoint import ADAPTER_FILES, adapter_to_publish, load_adapter
 from job.tune.model import tensor_files, wrappers
@@ -108,20 +107,9 @@ def test_a_decoder_trains_as_plain_peft_trains_it_in_the_whole_model(name, tmp_p
     assert sum(p.numel() for p in trainable(model)) == refuse_targets(read_config(folder), _LORA)
     selftest.check_model(model)
     selftest.check_whole(model, whole)
-    choice = choose_engine(model, "auto", backward=torch.autograd.backward)
-    assert not choice.left_to_peft, choice.reason
-    torch.manual_seed(1)
-    for parameter in trainable(model):
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    choice.engine.refresh()
-    model.eval()
-
-    def accumulated(*documents):
-        batch = micro_batch_of(documents)
-        return choice.engine.accumulate(batch, targets=batch.targets, seed=0), gradients(model)
-
+    choice = choice_for(model)
     documents = random_documents(folder)
-    ours, our_gradients = accumulated(*documents)
+    ours, our_gradients = accumulated(choice, model, documents)
     theirs = by_anybody(folder, published(model, folder, tmp_path))
     torch.testing.assert_close(ours, plain_losses(theirs, documents), rtol=1e-4, atol=1e-4)
     learning = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
@@ -132,9 +120,9 @@ def test_a_decoder_trains_as_plain_peft_trains_it_in_the_whole_model(name, tmp_p
         off = float((gradient - parameter.grad).norm() / parameter.grad.norm())
         assert off < 1e-3, (its_name, off)
     kept = ours[: -(_LENGTHS[-1] - 1)]
-    changed, _ = accumulated(*documents[:-1], torch.roll(documents[-1], 1))
+    changed, _ = accumulated(choice, model, [*documents[:-1], torch.roll(documents[-1], 1)])
     assert torch.equal(changed[: len(kept)], kept)
-    without, _ = accumulated(*documents[:-1])
+    without, _ = accumulated(choice, model, documents[:-1])
     assert torch.equal(without, kept)
 
 
