@@ -52,6 +52,9 @@ _LLAMA_3_ROPE = {
 }
 _TIED = {"gemma3"}
 """Model types whose head is their embedding; the others have one of their own."""
+_NORMS_ADD_ONE = {"gemma3"}
+"""Model types whose norms scale by one more than their weight. With ones, queries and keys would be twice as long, and
+attention so sharp that rounding alone moves a token's loss by 2 %."""
 SHAPES = {
     # meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.3 and Qwen/Qwen3-8B: their config.json
     "llama2-7b": {
@@ -241,13 +244,13 @@ def four_bit_weights(config):
     return {f"{name}.weight" for name in linear if "vision" not in name and "multi_modal" not in name}
 
 
-def write_file(path, shapes, *, seed, device, in_four_bits=frozenset()):
-    """Draw tensors and write them: norms are ones, everything else is normal; returns their bytes."""
+def write_file(path, shapes, *, seed, device, norms=1.0, in_four_bits=frozenset()):
+    """Draw tensors and write them: norms have one value, everything else is normal; returns their bytes."""
     chance = torch.Generator(device).manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
         tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        drawn = tensor.fill_(1.0) if len(shape) == 1 else tensor.normal_(std=SPREAD, generator=chance)
+        drawn = tensor.fill_(norms) if len(shape) == 1 else tensor.normal_(std=SPREAD, generator=chance)
         if name in in_four_bits:
             packed, state = bnb.functional.quantize_4bit(drawn, compress_statistics=True, quant_type="nf4")
             parts = {f"{name}.{part}": each for part, each in state.as_dict(packed=True).items()}
@@ -275,10 +278,11 @@ def write_base(shape, folder, tokenizer, *, form="bf16"):
         ).to_dict()
     names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    norms = 0.0 if config.model_type in _NORMS_ADD_ONE else 1.0
 
     def write(work):
         seed, name, shapes = work
-        return write_file(folder / name, shapes, seed=seed, device=device, in_four_bits=in_four_bits)
+        return write_file(folder / name, shapes, seed=seed, device=device, norms=norms, in_four_bits=in_four_bits)
 
     with ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1)) as pool:
         written = list(pool.map(write, zip(range(len(files)), names, files, strict=True)))

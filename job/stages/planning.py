@@ -63,9 +63,15 @@ def plan_training(
         choice = choose_engine(model, engine, backward=backward, text=text_of(documents))
     course = course_of(train, examples=portions(recipe.data, inputs.dataset.report.train.used_by_source))
     shape = shape_of(read_config(inputs.base.folder), left_whole(model.model.get_base_model()))
+    adapter = AdapterShape(
+        parameters=parameter_counts(model.model)[0],
+        rank=recipe.lora.r,
+        optimizer=train.optimizer,
+        by_peft=choice.left_to_peft,
+    )
     memory = plan_memory(
         shape,
-        AdapterShape(parameters=parameter_counts(model.model)[0], rank=recipe.lora.r, optimizer=train.optimizer),
+        adapter,
         engine=choice.name,
         compiled=choice.compiled,
         device=free,

@@ -22,6 +22,20 @@ MISTRAL_7B = replace(
     linear_parameters=6_979_321_856,
     whole_parameters=268_701_696,
 )
+LLAMA_3_1_8B = replace(MISTRAL_7B, vocabulary=128256, whole_parameters=1_050_939_392)
+GEMMA_3_12B = replace(
+    LLAMA_2_7B,
+    layers=48,
+    hidden=3840,
+    intermediate=15360,
+    vocabulary=262208,
+    heads=16,
+    key_heads=8,
+    head_width=256,
+    linear_parameters=10_759_372_800,
+    whole_parameters=1_007_644_416,
+    norms=4,
+)
 engines = st.sampled_from(["fast", "generic"])
 memories = st.integers(0, 200 * GIB)
 
@@ -90,6 +104,23 @@ def test_another_shape_s_peak_too(tokens, recomputed, measured):
     peak = parts.peak(layers=32, tokens=tokens, kept_layers=0, recomputed_layers=recomputed)
 
     assert peak / GIB == pytest.approx(measured, rel=0.025)
+
+
+def test_the_generic_engine_s_peak_where_layers_have_four_norms():
+    """On an H200, compiled, Gemma-3-12B with all decoded weights kept: 110.3 GiB."""
+    parts = memory_parts(GEMMA_3_12B, replace(EIGHT_BIT, parameters=130_940_928), "generic")
+    peak = parts.peak(layers=48, tokens=11_264, kept_layers=48, recomputed_layers=0)
+
+    assert peak / GIB == pytest.approx(110.3, rel=0.03)
+
+
+def test_the_peak_where_linear_layers_are_peft_s_own():
+    """On an H200, Llama-3.1-8B: 86.9 GiB."""
+    adapter = replace(EIGHT_BIT, parameters=83_886_080, by_peft=True)
+    parts = memory_parts(LLAMA_3_1_8B, adapter, "generic", compiled=False)
+    peak = parts.peak(layers=32, tokens=9_216, kept_layers=0, recomputed_layers=0)
+
+    assert peak / GIB == pytest.approx(86.9, rel=0.03)
 
 
 @pytest.mark.parametrize("engine", ["fast", "generic"])

@@ -1,6 +1,7 @@
 """Encoded examples on disk: rows as an Arrow stream, and one side of the dataset read from it memory-mapped."""
 
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,12 @@ class EncodedSet:
     """[examples]: place of each one's source, ascending."""
 
     def __init__(self, path: Path) -> None:
-        self._table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        self.lengths = _numpy(pc.list_value_length(self._table.column("input_ids"))).astype(np.int32)
-        self.answer_from = _numpy(self._table.column("answer_from"))
-        self.sources = _numpy(self._table.column("source"))
+        with path.open("rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._table = pa.ipc.open_stream(pa.py_buffer(self._mapped)).read_all()
+        self.lengths = _joined([pc.list_value_length(part).to_numpy() for part in self._parts("input_ids")], np.int32)
+        self.answer_from = _joined([part.to_numpy().copy() for part in self._parts("answer_from")], np.int32)
+        self.sources = _joined([part.to_numpy().copy() for part in self._parts("source")], np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -87,17 +90,19 @@ class EncodedSet:
 
     def target_counts(self, max_length: int) -> NDArray[np.int64]:
         """[examples]: targets among the first `max_length` tokens of each."""
-        parts = [_target_counts(part, max_length) for part in self._table.column("target_spans").chunks]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+        return _joined([_target_counts(part, max_length) for part in self._parts("target_spans")], np.int64)
 
     def largest_id(self) -> tuple[int, int] | None:
         """The largest token id, and the first example that has it; None: there is no token."""
-        ids = pc.list_flatten(self._table.column("input_ids"))
-        if not len(ids):
-            return None
-        largest = pc.max(ids)
-        example = np.searchsorted(np.cumsum(self.lengths, dtype=np.int64), pc.index(ids, largest).as_py(), side="right")
-        return largest.as_py(), int(example)
+        found, before = None, 0
+        for part in self._parts("input_ids"):
+            ids = part.flatten()
+            largest = pc.max(ids).as_py()
+            if largest is not None and (found is None or largest > found[0]):
+                ends = part.offsets.to_numpy()[1:] - part.offsets[0].as_py()
+                found = largest, before + int(np.searchsorted(ends, pc.index(ids, largest).as_py(), side="right"))
+            before += len(part)
+        return found
 
     def where(self, index: int) -> str:
         """`file:line` of one example."""
@@ -105,20 +110,26 @@ class EncodedSet:
 
     def digests(self) -> Digests:
         """[examples, 2]: the content names of all examples, in the order of their bytes."""
-        parts = [_digests(part) for part in self._table.column("digest").chunks]
+        parts = [_digests(part) for part in self._parts("digest")]
         return np.concatenate([np.zeros((0, 2), dtype=np.uint64), *parts])
 
     def part(self, number: int, of: int) -> tuple[NDArray[np.int64], Digests]:
         """Rows of the examples whose digests are in one of so many parts, and these: see `is_in_part`."""
         rows, digests = [np.zeros(0, dtype=np.int64)], [np.zeros((0, 2), dtype=np.uint64)]
         before = 0
-        for column in self._table.column("digest").chunks:
+        for column in self._parts("digest"):
             every = _digests(column)
             inside = np.flatnonzero(is_in_part(every, number, of))
             rows.append(inside + before)
             digests.append(every[inside])
             before += len(every)
         return np.concatenate(rows), np.concatenate(digests)
+
+    def _parts(self, column: str) -> Iterator[Any]:
+        """A whole column, part by part; of what was read no page stays in this process: it is as large as the data."""
+        for part in self._table.column(column).chunks:
+            yield part
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _target_counts(spans: pa.ListArray, max_length: int) -> NDArray[np.int64]:
@@ -134,5 +145,6 @@ def _digests(column: pa.FixedSizeBinaryArray) -> Digests:
     return found.reshape(-1, 2).astype(np.uint64)
 
 
-def _numpy(column: Any) -> Any:
-    return column.to_numpy() if len(column) else np.zeros(0, dtype=np.int32)
+def _joined(parts: Sequence[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]:
+    """A copy, as one array; a part may lie in the file."""
+    return np.concatenate([np.zeros(0, dtype=kind), *parts]).astype(kind, copy=False)

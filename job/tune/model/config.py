@@ -111,6 +111,7 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         linear_parameters=sum(module.in_features * module.out_features for module in linear.values()),
         whole_parameters=_parameters(model) - sum(module.weight.numel() for module in linear.values()),
         logits="capped" if softcap is not None else "plain" if scale == 1 else "scaled",
+        norms=max(2, _as_wide(model, hidden) // sizes["num_hidden_layers"]),
     )
 
 
@@ -132,6 +133,12 @@ def _plain(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except ValueError:  # of a size that layers differ in
         return None
+
+
+def _as_wide(model: nn.Module, hidden: int) -> int:
+    """Modules whose weight is a vector of the stream's width: norms."""
+    weights = (getattr(module, "weight", None) for module in model.modules())
+    return sum(isinstance(weight, nn.Parameter) and weight.shape == (hidden,) for weight in weights)
 
 
 def _intermediate(config: Any, linear: Iterable[nn.Linear]) -> int:

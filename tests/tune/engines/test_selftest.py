@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import CPU, adapted, micro_batch
 from tiny_families import write_family
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
 
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
-from job.tune.engines import loss, packed_model
+from job.tune.engines import loss, packed_model, selftest
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention, register
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import _documents, _gradient_difference, check_model, text_of
@@ -135,6 +135,32 @@ def test_a_window_that_is_not_handed_on_is_found(tmp_path, broken_attention):
     broken_attention(without_window)
     with pytest.raises(UsageError, match="the loss of this job is"):
         check_model(model)
+
+
+def test_a_base_that_makes_much_of_rounding_may_be_trained(broken_attention, monkeypatch):
+    """Deep, of random weights, with sharp attention: each last bit of attention's results moves its losses."""
+
+    def rounded_otherwise(*arguments, **options):
+        result, *rest = per_document_attention(*arguments, **options)
+        up = torch.randint(0, 2, result.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return (result + result * up * torch.finfo(result.dtype).eps, *rest)
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = Qwen3Config(vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=24, **heads)
+    base = AutoModelForCausalLM.from_config(config)
+    for name, parameter in base.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.constant_(parameter, 4.0)
+    base.to(torch.bfloat16)
+    model = PackedModel(attach_lora(base, LoraSection(r=4), source="tiny", revision=None, seed=0))
+    broken_attention(rounded_otherwise)
+    text = [torch.arange(40) % 7 + 5, torch.arange(60) % 11 + 3]
+    check_model(model, text)
+
+    monkeypatch.setattr(selftest, "_ROUNDING_TIMES", 0)
+    with pytest.raises(UsageError, match="the loss of this job is"):
+        check_model(model, text)
 
 
 def test_an_adapter_that_learns_nothing_is_found(model, monkeypatch):

@@ -130,6 +130,7 @@ def test_every_architecture_says_its_sizes(bases):
         assert (shape.layers, shape.hidden, shape.intermediate, shape.vocabulary) == (2, 64, 128, 300), name
         assert shape.positions == 256
         assert shape.logits == ("capped" if name == "gemma2" else "plain"), name
+        assert shape.norms == (4 if name in {"gemma2", "gemma3"} else 2), name
 
 
 @pytest.mark.parametrize(("name", "value"), [("logit_scale", 0.0625), ("logits_scaling", 8.0)])
