@@ -27,6 +27,11 @@ test: $(VENV)/installed
 test-hostile: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "hostile or not hostile" tests/hostile
 
+# Every family of decoders, tiny, beside plain PEFT; `make test` has one of each kind.
+.PHONY: test-families
+test-families: $(VENV)/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -m "families or not families" tests/tune/engines
+
 # Builds the demo's base anew: the one in recipes/demo-base to the bit on the kind of machine that it names, elsewhere one
 # that has learned as much. `python recipes/demo_base.py recipes/demo-base` builds it there, after a change of the script.
 test-demo-base: $(VENV)/installed
@@ -85,6 +90,7 @@ types: $(VENV)/installed
 # The recipe reference, the JSON Schemas and the README's table, from the code.
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
+	$(BIN)/python tests/tune/models_page.py
 
 # The overlays of k8s/ as kubectl renders them, so that they are tested where kubectl is not.
 templates: $(VENV)/installed

@@ -18,6 +18,8 @@ class Ours:
     dropout: float = 0.0
     head: bool = True
     """Whether lm_head is adapted too."""
+    targets: str | None = None
+    """`lora.targets` of its recipe; None: Llama's seven projections, with the head or without."""
     free_gib: float | None = None
     """GiB of the GPU's memory that are free when it starts, where something else holds the rest; None: all of them."""
     training: dict[str, Any] = field(default_factory=dict)

@@ -20,6 +20,8 @@ class Measured:
     """Loss of the first and the last step, nats a target: one that stays, or is far from the others', is wrong."""
     peak_bytes: int | None
     adapter_parameters: int
+    plan: dict = field(default_factory=dict)
+    """Of ours: the report's plan."""
     about: str = ""
     """What it chose by itself, in words."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -41,6 +41,8 @@ def recipe_content(contestant, *, base, train, text, max_length, folder):
     content = recipe_of(base, train, **data, dropout=contestant.dropout, head=contestant.head, **training).model_dump(
         mode="json"
     )
+    if contestant.targets is not None:
+        content["lora"]["targets"] = contestant.targets
     content["checkpoint"]["every_steps"] = content["evaluate"]["every_steps"] = _NEVER
     content["evaluate"]["max_examples"] = 16
     return content | {"output": (folder / "store").resolve().as_uri()}
@@ -72,6 +74,7 @@ def _read(contestant, steps, report):
         losses=(losses[0], losses[-1]),
         peak_bytes=report["throughput"]["peak_memory_bytes"],
         adapter_parameters=report["model"]["trainable_parameters"],
+        plan=plan,
         about=about,
         versions=report["versions"],
     )

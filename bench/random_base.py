@@ -1,23 +1,33 @@
 """A base of a known shape with random weights: speed and memory do not depend on what the weights are.
 
-    python -m bench.random_base SHAPE FOLDER --tokenizer FOLDER
+    python -m bench.random_base SHAPE FOLDER --tokenizer FOLDER [--form bnb4]
 
-Writes bf16 safetensors, one file a layer, several at a time, and copies the tokenizer beside them. Weights are drawn on
-the GPU where there is one; the host holds as many layers as there are writers. The files stay in the page cache.
+Writes bf16 safetensors, one file a layer, several at a time, and copies the tokenizer beside them; with `--form bnb4`
+the layers' matrices in 4 bits, as bitsandbytes' own checkpoints hold them, for bases whose bf16 weights fit no disk.
+Weights are drawn on the GPU where there is one; the host holds as many layers as there are writers. The files stay in
+the page cache.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+)
 
 WRITERS = 8
 SPREAD = 0.02
@@ -32,6 +42,19 @@ _TINY = {
     "head_dim": 16,
     "max_position_embeddings": 4096,
 }
+_LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_TIED = {"gemma3"}
+"""Model types whose head is their embedding; the others have one of their own."""
+_NORMS_ADD_ONE = {"gemma3"}
+"""Model types whose norms scale by one more than their weight. With ones, queries and keys would be twice as long, and
+attention so sharp that rounding alone moves a token's loss by 2 %."""
 SHAPES = {
     # meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.3 and Qwen/Qwen3-8B: their config.json
     "llama2-7b": {
@@ -72,65 +95,206 @@ SHAPES = {
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
+    # meta-llama/Llama-3.1-8B, meta-llama/Llama-3.1-70B and microsoft/phi-4: their config.json
+    "llama3.1-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": _LLAMA_3_ROPE,
+    },
+    "llama3.1-70b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": _LLAMA_3_ROPE,
+    },
+    "phi4-14b": {
+        "model_type": "phi3",
+        "vocab_size": 100352,
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "max_position_embeddings": 16384,
+        "original_max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 250000.0, "partial_rotary_factor": 1.0},
+    },
+    # google/gemma-3-12b-it and mistralai/Ministral-3-8B-Base-2512: their config.json, with the vision tower
+    "gemma3-12b": {
+        "model_type": "gemma3",
+        "mm_tokens_per_image": 256,
+        "text_config": {
+            "vocab_size": 262208,
+            "hidden_size": 3840,
+            "intermediate_size": 15360,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "max_position_embeddings": 131072,
+            "sliding_window": 1024,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+        "vision_config": {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 896,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    },
+    "ministral3-8b": {
+        "model_type": "mistral3",
+        "text_config": {
+            "model_type": "ministral3",
+            "vocab_size": 131072,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+        },
+        "vision_config": {
+            "model_type": "pixtral",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "head_dim": 64,
+            "image_size": 1540,
+            "patch_size": 14,
+        },
+    },
     "tiny-llama": {"model_type": "llama", **_TINY},
     "tiny-mistral": {"model_type": "mistral", "sliding_window": None, **_TINY},
     "tiny-qwen3": {"model_type": "qwen3", **_TINY},
+    "tiny-gemma3": {
+        "model_type": "gemma3",
+        "mm_tokens_per_image": 4,
+        "text_config": _TINY | {"sliding_window": 32},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 7,
+            "vision_use_head": False,
+        },
+    },
 }
 
 
 def config_of(shape):
-    """The config of a shape; its own output layer, and the Llama-2 tokenizer's special tokens."""
+    """The config of a shape, with the Llama-2 tokenizer's special tokens."""
     own = dict(SHAPES[shape])
-    return AutoConfig.for_model(
-        own.pop("model_type"), **own, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, dtype="bfloat16"
-    )
+    kind = own.pop("model_type")
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(kind, **own, **tokens, tie_word_embeddings=kind in _TIED, dtype="bfloat16")
+    text = config.get_text_config()
+    text.bos_token_id, text.eos_token_id, text.tie_word_embeddings = 1, 2, config.tie_word_embeddings
+    return config
+
+
+def model_of(config):
+    """The whole model on the meta device, as it is published: with its vision tower, where it has one."""
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config)
 
 
 def files_of(config):
     """What goes into each file: a layer, or a module outside the layers; each a dict of names and shapes."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = model_of(config)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     files = defaultdict(dict)
     for name, tensor in model.state_dict().items():
-        place = name.split(".layers.")
-        files[place[1].partition(".")[0] if len(place) > 1 else name][name] = tensor.shape
+        layer = re.match(r".*?\.layers\.\d+\.", name)
+        if name not in tied:
+            files[layer[0] if layer else name][name] = tensor.shape
     return list(files.values()), type(model).__name__
 
 
-def write_file(path, shapes, *, seed, device):
-    """Draw tensors and write them: norms are ones, everything else is normal; returns their bytes."""
+def four_bit_weights(config):
+    """Names of the matrices that bitsandbytes' checkpoints hold in 4 bits: the text decoder's layers."""
+    modules = model_of(config).named_modules()
+    linear = [name for name, module in modules if isinstance(module, nn.Linear) and not name.endswith("lm_head")]
+    return {f"{name}.weight" for name in linear if "vision" not in name and "multi_modal" not in name}
+
+
+def write_file(path, shapes, *, seed, device, norms=1.0, in_four_bits=frozenset()):
+    """Draw tensors and write them: norms have one value, everything else is normal; returns their bytes."""
     chance = torch.Generator(device).manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
         tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        drawn = tensor.fill_(1.0) if len(shape) == 1 else tensor.normal_(std=SPREAD, generator=chance)
-        tensors[name] = drawn.cpu()
+        drawn = tensor.fill_(norms) if len(shape) == 1 else tensor.normal_(std=SPREAD, generator=chance)
+        if name in in_four_bits:
+            packed, state = bnb.functional.quantize_4bit(drawn, compress_statistics=True, quant_type="nf4")
+            parts = {f"{name}.{part}": each for part, each in state.as_dict(packed=True).items()}
+            tensors |= {part: each.cpu() for part, each in {name: packed, **parts}.items()}
+        else:
+            tensors[name] = drawn.cpu()
     save_file(tensors, path, metadata={"format": "pt"})
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
-def write_base(shape, folder, tokenizer):
+def write_base(shape, folder, tokenizer, *, form="bf16"):
     """Write the whole base; returns its bytes."""
     folder.mkdir(parents=True)
     config = config_of(shape)
     files, config.architectures = (found := files_of(config))[0], [found[1]]
+    in_four_bits = frozenset()
+    if form == "bnb4":
+        in_four_bits = four_bit_weights(config)
+        config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype="bfloat16",
+            llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector"],
+        ).to_dict()
     names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    norms = 0.0 if config.model_type in _NORMS_ADD_ONE else 1.0
+
+    def write(work):
+        seed, name, shapes = work
+        return write_file(folder / name, shapes, seed=seed, device=device, norms=norms, in_four_bits=in_four_bits)
+
     with ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1)) as pool:
-        sizes = list(
-            pool.map(
-                lambda work: write_file(folder / work[1], work[2], seed=work[0], device=device),
-                zip(range(len(files)), names, files, strict=True),
-            )
-        )
-    index = {tensor: name for name, shapes in zip(names, files, strict=True) for tensor in shapes}
-    content = {"metadata": {"total_size": sum(sizes)}, "weight_map": index}
+        written = list(pool.map(write, zip(range(len(files)), names, files, strict=True)))
+    index = {tensor: name for name, sizes in zip(names, written, strict=True) for tensor in sizes}
+    total = sum(size for sizes in written for size in sizes.values())
+    content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
     config.save_pretrained(folder)
     for path in tokenizer.iterdir():
         if "token" in path.name or path.name in {"vocab.json", "merges.txt"}:
             shutil.copy(path, folder)
-    return sum(sizes)
+    return total
 
 
 def main():
@@ -138,9 +302,10 @@ def main():
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--form", choices=["bf16", "bnb4"], default="bf16")
     options = parser.parse_args()
     began = time.perf_counter()
-    size = write_base(options.shape, options.folder, options.tokenizer)
+    size = write_base(options.shape, options.folder, options.tokenizer, form=options.form)
     print(f"{options.folder}: {options.shape}, {size / 1e9:.1f} GB in {time.perf_counter() - began:.1f} s")
 
 

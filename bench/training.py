@@ -7,19 +7,20 @@ from typing import Any
 import torch
 
 from bench.options import GSM8K
+from job.core.chunks import in_chunks
 from job.core.course import Course, plan_course
 from job.core.cut import Cut, plan_memory
 from job.core.lengths import choose_max_length
 from job.core.memory import AdapterShape, MemoryParts, ModelShape, memory_parts
 from job.core.recipe import Recipe, TrackSection
-from job.core.records import Tally, checked_lines
 from job.tune.data.documents import Documents, select_documents
-from job.tune.data.encoded import encode
-from job.tune.data.frame import token_rules
+from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
+from job.tune.data.encoder import Encoder, rules_of
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_memory
 from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.selftest import text_of
 from job.tune.loop.checkpoint import Progress, State
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer, make_scheduler
@@ -55,14 +56,14 @@ def recipe_of(base, train, *, text=GSM8K, max_length="auto", head=True, dropout=
 def documents_of(recipe, tokenizer, positions, folder):
     """The training examples, as the stages encode and select them."""
     lines = ((p, n, line) for p in recipe.data.train for n, line in enumerate(Path(p).read_bytes().split(b"\n"), 1))
-    encoded = encode(
-        (("train", example) for example in checked_lines(lines, recipe.data, tally=Tally())),
-        tokenizer,
-        token_rules(tokenizer, recipe.data),
-        folder=folder,
-        should_stop=lambda: False,
-        on_progress=lambda _done: None,
-    )["train"]
+    folder.mkdir(parents=True, exist_ok=True)
+    own = recipe.data.model_copy(update={"validation": ("none",)})  # nothing is held out
+    with Encoder(rules_of(tokenizer, own)) as encoder, (folder / "train.arrow").open("wb") as file:
+        file.write(stream_start())
+        for chunk in map(encoder, in_chunks(lines, side="train")):
+            file.write(chunk.rows.get("train", b""))
+        file.write(STREAM_END)
+    encoded = EncodedSet(folder / "train.arrow")
     limit = choose_max_length(encoded.lengths, wanted=recipe.data.max_length, positions=positions)
     return select_documents(encoded, max_length=limit.tokens, too_long="truncate")
 
@@ -149,7 +150,7 @@ def load(recipe, engine, device, folder):
     loaded = load_base(base, device=device, dtype=compute_dtype(device))
     model = PackedModel(attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=train.seed))
     accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
-    choice = choose_engine(model, engine, backward=accelerator.backward)
+    choice = choose_engine(model, engine, backward=accelerator.backward, text=text_of(documents))
     adapter_shape = AdapterShape(
         parameters=parameter_counts(model.model)[0], rank=recipe.lora.r, optimizer=train.optimizer
     )

@@ -100,9 +100,76 @@ does the same for `output`. The log, `check`, `run.json` and the attempt's recor
 **Places.** A URI is `s3://bucket/key`, `file:///folder/file` or a local path, relative to the folder that the job is
 started in. It holds no credentials: those come from where the AWS tools look for them (environment, profile, role).
 
-**Templates.** `text`, `prompt` and `completion` are text in which `{name}` stands for that field of the record; every
-field that is named must be there, a string, and not blank. `{{` and `}}` are literal braces. BOS and EOS are added by
-the job, not by the template.
+In a `file://` URI `%20` is a blank, as programs write it; in a path every sign stands for itself. A file or folder that
+has the very name (`notes [1].jsonl`) is what is meant, and no glob.
+
+**Templates.** `text`, `prompt` and `completion` are text in which `{name}` stands for that field of the record, and
+`{outer.inner}` for one inside an object, unless a field has that very name. `{{` and `}}` are literal braces. BOS and
+EOS are added by the job; a template that writes one of them where it belongs gets it once.
+
+- A field must be there and not be blank. Numbers, `true` and `false` are text as the record writes them (`strict_types:
+  true` refuses them); null, lists and objects are wrong lines.
+- `{input?}` may be left out: where the record has no such field, or null or a blank one, nothing stands there. Square
+  brackets around optional fields are a group, which is there where all the optional fields directly in it are; the
+  brackets themselves are not part of the text. Brackets around no optional field are text, as in `[INST]`.
+- An example whose answer is blank is left out and named: the fields of `completion`, or the last one of `text`.
+
+```yaml
+prompt: "### Instruction:\\n{instruction}\\n\\n[### Input:\\n{input?}\\n\\n]### Response:\\n"
+completion: "{output}"
+```
+
+**Chats.** `chat: messages` reads records like `{"messages": [{"role": "user", "content": "..."}, ...]}`; `from` and
+`value`, `human` and `gpt` and the like, and a field `conversations` are read as well. The tokenizer's own chat
+template renders them, or the one that `chat_template` names. Learned are the assistant's turns, tool calls too, each
+with the control token that ends it; what the system, the user and tools say is given. A turn begins where the
+generation prompt ends, found by rendering the conversation turn by turn, so that any template works; one that renders
+a beginning otherwise than the whole is refused with the first difference. Reasoning stands in `reasoning_content` (or
+`thinking`, `reasoning`), or between `<think>` and `</think>` at an answer's beginning; an empty `<think></think>` that
+a template adds is not learned. The template puts BOS itself; EOS is added only where no control token ends the last
+turn. A template that asks for the date gets 26 July 2024, so that a conversation is the same tomorrow. It runs in a
+sandbox of its own with 10 seconds of computing for a conversation; one that needs more ends the job (exit code 65). Of
+the templates that ship `alpaca` suits bases without control tokens; `chatml`, `llama3` and `gemma` use the base's EOS
+where it lacks their end of a turn. None of them knows tools. Prompts of `evaluate.prompts` and `try --prompt` are a
+user's turn.
+
+**Control tokens.** What a template itself writes, such as `<|im_end|>`, is a control token whenever the base's files
+mark it as special. What stands in a field never is: `</s>` in an answer is spelled letter by letter.
+
+**The border.** Prompt and completion become tokens apart, so that the prompt has the tokens that it has when the model
+is asked, and together they read as the text: no space is added between them. A tokenizer that marks where words begin
+or end (WordPiece) cannot be cut within one: such a border is refused (64). `python entrypoint.py preview RECIPE` shows
+it all on the data.
+
+**Several sources.** `data.train` may be a list of sections, one a source, each with its files, its share and, where its
+records are of another kind, templates of its own:
+
+```yaml
+data:
+  train:
+    - {uri: s3://datasets/notes/*.jsonl, weight: 3}
+    - {uri: s3://datasets/chats.jsonl, weight: 1, chat: messages}
+  prompt: "### Question: {input}\\n### Answer:"
+  completion: " {output}"
+```
+
+With `weight`, each step's examples are shared out by the weights, exact at every step to less than one example; an
+epoch is as many examples as all sources have together. Without weights each source is passed over `train.epochs` times,
+or its own `epochs` times as often, and examples of all are spread evenly over the run; with `train.steps` instead, each
+source has the share of its size. Each source has a shuffled order of its own, a new one for each pass over it. What is
+drawn at a step follows from the seed and the step alone, so a resumed run goes on exactly.
+
+`validation: {fraction: 0.05}` holds that share of every source out, by content; or `validation` is a list of sources
+too, without shares. Loss is reported for all held-out examples and for each source. A list of URIs is one source:
+its files in a row.
+
+**What is left out.** Examples that are dropped as too long, that have nothing of their answer within `max_length`, or
+that have a blank field are counted by reason. Up to `unused_limit` log, `check` and report say so; beyond it the job
+ends (exit code 65). Each source is held to it by itself; with own validation files each side is, else both together.
+
+**Files.** JSON lines in UTF-8, plain, `.gz` or `.zst`, recognised by their bytes: files put together from several, with
+skippable frames (`pzstd`) or zeros behind them are read to the end. UTF-16, a JSON array, CSV, Parquet and Arrow files
+are refused with a `python -c ...` line that makes JSON lines of them.
 
 **Editors.** With this first line, editors that know JSON Schema complete and check the keys while you type:
 
@@ -131,12 +198,15 @@ def recipe_page() -> str:
 
 def _rows(definition: Mapping[str, Any], schema: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """A row for each key of a section; those of a section inside it follow theirs."""
+    named_by_default = prefix != "" and not prefix.endswith("[].")
     for key, part in definition["properties"].items():
-        default = "**required**" if key in definition.get("required", ()) and not prefix else _default(part)
-        yield f"| `{prefix}{key}` | {kind(part)} | {default} | {part['description']} |"
+        default = "**required**" if key in definition.get("required", ()) and not named_by_default else _default(part)
+        yield f"| `{prefix}{key}` | {kind(part)} | {default} | {' '.join(part['description'].split())} |"
         for choice in part.get("oneOf", ()):
             if "$ref" in choice:
                 yield from _rows(_definition(choice, schema), schema, prefix=f"{prefix}{key}.")
+            elif "$ref" in choice.get("items", ()):
+                yield from _rows(_definition(choice["items"], schema), schema, prefix=f"{prefix}{key}[].")
 
 
 def _definition(part: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -173,6 +243,8 @@ def kind(part: Mapping[str, Any]) -> str:
     if "$ref" in part:
         return "a section"
     if part["type"] == "array":
+        if "$ref" in part["items"]:
+            return "list of sections"
         return f"list of {kind(part['items'])}" + ("" if "enum" in part["items"] else "s")
     words = {"boolean": "`true` or `false`", "string": "text", "integer": "whole number", "number": "number"}
     return words[part["type"]] + _bounds(part)

@@ -30,6 +30,8 @@ from job.options import (
     leave_ending,
     make_attempt,
     news_options,
+    plan_options,
+    preview_options,
     recipe_argument,
     run_with_others,
     shared_options,
@@ -152,34 +154,7 @@ def check(session: Session, /, recipe: Path, quick: bool, **options: Any) -> Non
 @recipe_argument
 @shared_options
 @engine_option
-@click.option(
-    "--gpu",
-    "gpus",
-    cls=AddedUp,
-    envvar="JOB_GPU",
-    metavar="NAME",
-    help="Kind of GPU: h200, h100, a100, a100-40, a10g, l4, ... Without it, all that are known.",
-)
-@click.option(
-    "--gpu-memory",
-    envvar="JOB_GPU_MEMORY",
-    type=click.FloatRange(min=1),
-    metavar="GIB",
-    help="Memory of another GPU, or of the part of one that the job gets.",
-)
-@click.option(
-    "--usd-per-hour",
-    envvar="JOB_USD_PER_HOUR",
-    type=click.FloatRange(min=0),
-    help="What the GPU costs; adds the cost of the run.",
-)
-@click.option(
-    "--json",
-    "as_json",
-    envvar="JOB_JSON",
-    is_flag=True,
-    help="Print one JSON object for scripts instead; warnings and errors then go to stderr.",
-)
+@plan_options
 @click.pass_obj
 def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     """Show what the run needs and takes: lengths, memory by part, time on each kind of GPU. Needs no GPU."""
@@ -201,8 +176,28 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     if options["as_json"]:
         lines = plan_json(*facts, usd_per_hour=usd_per_hour).model_dump_json(indent=2).splitlines()
     else:
-        lines = plan_lines(*facts, templates=ask_templates(), usd_per_hour=usd_per_hour)
+        lines = plan_lines(*facts, words=found.words, templates=ask_templates(), usd_per_hour=usd_per_hour)
     _say(session, *lines)
+
+
+@cli.command(name="preview")
+@recipe_argument
+@preview_options
+@shared_options
+@click.pass_obj
+def preview_data(session: Session, /, recipe: Path, random: int, ids: bool, **options: Any) -> None:  # noqa: FBT001
+    """Show examples as they are learned: what is given, what is learned, control tokens, cuts. Needs no GPU."""
+    from job.edge.host.logs import only_warnings
+
+    only_warnings()
+    attempt = make_attempt(session, recipe, options)
+    from job.commands.preview import preview
+    from job.render.preview_text import preview_lines
+
+    found = preview(attempt.worker, run_id=attempt.run_id, phases=attempt.phases, random=random, with_tokens=ids)
+    width, colours = terminal_width(sys.stdout), colours_wanted(os.environ, terminal=sys.stdout.isatty())
+    lines = preview_lines(found.examples, found.sources, width=width, colours=colours, ids=ids, hide=session.hide)
+    click.echo("\n".join(lines), color=colours)  # what the records hold was made harmless with the colours
 
 
 @cli.command(name="try")

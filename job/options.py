@@ -296,6 +296,60 @@ def arm_crash_point(session: Session, spec: str | None) -> None:
             arm(order)
 
 
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which GPUs `plan` looks at, and how it shows what it found."""
+    for option in (
+        click.option(
+            "--gpu",
+            "gpus",
+            cls=AddedUp,
+            envvar="JOB_GPU",
+            metavar="NAME",
+            help="Kind of GPU: h200, h100, a100, a100-40, a10g, l4, ... Without it, all that are known.",
+        ),
+        click.option(
+            "--gpu-memory",
+            envvar="JOB_GPU_MEMORY",
+            type=click.FloatRange(min=1),
+            metavar="GIB",
+            help="Memory of another GPU, or of the part of one that the job gets.",
+        ),
+        click.option(
+            "--usd-per-hour",
+            envvar="JOB_USD_PER_HOUR",
+            type=click.FloatRange(min=0),
+            help="What the GPU costs; adds the cost of the run.",
+        ),
+        click.option(
+            "--json",
+            "as_json",
+            envvar="JOB_JSON",
+            is_flag=True,
+            help="Print one JSON object for scripts instead; warnings and errors then go to stderr.",
+        ),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
+def preview_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `preview` shows of the examples."""
+    for option in (
+        click.option(
+            "--random",
+            envvar="JOB_RANDOM",
+            type=click.IntRange(min=0),
+            default=2,
+            show_default=True,
+            metavar="N",
+            help="Examples of each source, besides the first, the longest and the shortest.",
+        ),
+        click.option("--ids", envvar="JOB_IDS", is_flag=True, help="Show every token by itself, with its id."),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
 def leave_ending(session: Session, path: Path, options: Mapping[str, Any]) -> None:
     """From here on the end is written down in the output that the recipe names, be it right or wrong."""
     from job.core.recipe_text import named_output
@@ -314,6 +368,7 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
         UsageError: the recipe or an option is wrong.
     """
     from job.core.recipe_text import load_recipe
+    from job.edge.chat_template_files import with_template_texts
     from job.edge.host.process import age_seconds
     from job.edge.relative_paths import located
     from job.stages.attempt import Attempt, Phases, Worker
@@ -327,8 +382,9 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
     run_id = options["run_id"]
     if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", run_id):
         raise UsageError(f"--run-id {run_id}: use letters, digits, '.', '_' and '-', at most 64")
+    recipe = load_recipe(text, source=str(path), overrides=overrides)
     worker = Worker(
-        recipe=load_recipe(text, source=str(path), overrides=overrides),
+        recipe=with_template_texts(recipe, beside=path.parent),
         workdir=options["workdir"].resolve(),
         device=options["device"],
         engine=options.get("engine", "auto"),

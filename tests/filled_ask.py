@@ -19,7 +19,7 @@ FOUND = (DATA, [], WORK, [forecast(WORK, gpu_named("h100"))])
 
 def ask_lines(*templates):
     """The end of the text: the sentence, and each template as it is filled in."""
-    lines = plan_lines(*FOUND, templates=templates, usd_per_hour=None)
+    lines = plan_lines(*FOUND, words=(), templates=templates, usd_per_hour=None)
     first = next(number for number, line in enumerate(lines) if line.startswith("ask for:"))
     return lines[first:]
 

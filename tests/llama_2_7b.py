@@ -15,6 +15,8 @@ LLAMA_2_7B = ModelShape(
     heads=32,
     key_heads=32,
     head_width=128,
+    linear_parameters=6_476_005_376,
+    whole_parameters=262_410_240,
 )
 LENGTHS = np.random.default_rng(0).integers(104, 304, 7000).astype(np.int32)  # GSM8K: 204 on average
 WORK = Workload(

@@ -74,6 +74,15 @@ class PlainStoreContract:
         with pytest.raises(DataError, match="larger than the 10 bytes"):
             store.read("big", max_bytes=10)
 
+    def test_a_part_of_an_object_is_read_alone(self, store):
+        etag = store.write("large", b"0123456789")
+
+        assert store.read_part("large", start=0, length=10, etag=etag) == b"0123456789"
+        assert store.read_part("large", start=3, length=4, etag=etag) == b"3456"
+        assert store.read_part("large", start=9, length=1, etag=etag) == b"9"
+        with pytest.raises(NotFoundError):
+            store.read_part("nothing", start=0, length=1, etag=etag)
+
     def test_keys_keep_their_spaces_signs_and_letters(self, store):
         for key in KEYS:
             store.write(key, key.encode())

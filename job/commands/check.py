@@ -13,26 +13,34 @@ from typing import Any, TypeVar
 from job.core import advice
 from job.core.course import course_of, evaluation_count
 from job.core.errors import JobError
-from job.core.recipe import Fraction, Recipe, is_hub_id
-from job.core.records import Tally, examples
+from job.core.memory import ModelShape
+from job.core.mixture import portions
+from job.core.recipe import Recipe, is_hub_id
 from job.core.report import DataReport
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
-from job.edge.dataset_files import fetch_files, read_lines
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
+from job.edge.remembered import remembered
 from job.edge.store.objects import StoredObject
 from job.edge.store.opening import credentials_source
 from job.edge.store.patience import Patience
+from job.render.preview_text import example_lines
 from job.render.report_text import histogram_lines
+from job.render.sources_text import source_rows
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import Run, Sides, find_run, list_data, probe_output
+from job.stages.sources import count_lines, fetch_sources
 
 T = TypeVar("T")
 
 
 FOR_A_PERSON = Patience(attempts=2, first_pause_seconds=0.5, longest_pause_seconds=0.5, answer_seconds=4.0)
 """With a hub that does not answer while somebody waits: ten seconds in all."""
+
+
+_SHOWN = 2
+"""Examples that are shown as they are learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +61,8 @@ class _Counted:
     tokenizer: Any
     positions: int
     report: DataReport
+    notes: Sequence[str]
+    """What should be looked at."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,10 +86,10 @@ class _Table:
         self.on_row(Row(name=name, found=found))
         return value
 
-    def advise(self, found: Sequence[str]) -> None:
+    def advise(self, found: Sequence[str], *, name: str = "learning") -> None:
         """A row for each."""
         for each in found:
-            self.on_row(Row(name="learning", found=each, advice=True))
+            self.on_row(Row(name=name, found=each, advice=True))
 
 
 def check(
@@ -123,21 +133,24 @@ def check(
         table.look("data", lambda: _lines(worker, phases, because="the base model"))
     if base is not None and not quick:
         _look_at_model(table, worker, phases, run, base, counted)
+        if "model" not in table.failures:
+            table.look("weights", lambda: _weights(worker, base, FOR_A_PERSON if for_a_person else None))
+            table.look("self-test", lambda: _self_test(worker, base))
     return next(iter(table.failures.values()), None)
 
 
 def _look_at_data(table: _Table, worker: Worker, phases: Phases, run: Run, base: BaseModel) -> _Counted | None:
     """Count with what the base's files name, where that is enough; None: it is not, or something was wrong."""
-    from job.tune.model.tokenizer import named_positions, named_tokenizer
+    from job.tune.model.tokenizer import named_positions, named_rows, named_tokenizer
 
     quiet_libraries()
-    tokenizer, positions = named_tokenizer(base.folder), named_positions(base.folder)
-    if tokenizer is None or positions is None:
+    tokenizer, positions, rows = named_tokenizer(base.folder), named_positions(base.folder), named_rows(base.folder)
+    if tokenizer is None or positions is None or rows is None:
         table.look("data", lambda: _lines(worker, phases, because="the model's own classes"))
         return None
-    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, positions))
+    counted = table.look("data", lambda: _count(worker, phases, run, tokenizer, (positions, rows), base=base))
     if counted is not None:
-        _judge(table, worker.recipe, counted.report)
+        _judge(table, worker.recipe, counted)
     return counted
 
 
@@ -146,23 +159,32 @@ def _look_at_model(
 ) -> None:
     """What needs torch; where training's tokenizer is another one than was counted with, the lengths again."""
     model = table.look("model", lambda: _model(worker, base))
-    if model is None or run is None or "data" in table.failures:
+    if model is None:
         return
-    tokenizer, positions = model
+    tokenizer, shape, words = model
+    table.advise(words, name="base")
+    if run is None or "data" in table.failures:
+        return
+    positions, rows = shape.positions, shape.vocabulary
     if counted is not None:
         from job.tune.model.tokenizer import encodes_alike
 
         if positions == counted.positions and encodes_alike(tokenizer, counted.tokenizer):
             return
-    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, positions))
+    again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, (positions, rows), base=base))
     if again is not None:
-        _judge(table, worker.recipe, again.report)
+        _judge(table, worker.recipe, again)
 
 
-def _judge(table: _Table, recipe: Recipe, report: DataReport) -> None:
+def _judge(table: _Table, recipe: Recipe, counted: _Counted) -> None:
     """What the run would do with the data, and what it would not learn well."""
-    course, held_out = course_of(recipe.train, examples=report.train.used), report.validation.used
-    tokens = {"training_tokens": report.train.tokens, "validation_tokens": report.validation.tokens}
+    report = counted.report
+    course = course_of(recipe.train, examples=portions(recipe.data, report.train.used_by_source))
+    held_out = report.validation.used
+    train = report.train
+    by_source = [(source.tokens, source.used) for source in train.sources] or [(train.tokens, train.used)]
+    mean = sum(course.mixture.share(place) * tokens / used for place, (tokens, used) in enumerate(by_source))
+    tokens = {"training_tokens": round(mean * course.examples), "validation_tokens": report.validation.tokens}
     share = advice.evaluation_share(recipe, course, **tokens)
     evaluations = evaluation_count(course.steps, recipe.evaluate.every_steps)
     found = (
@@ -170,13 +192,16 @@ def _judge(table: _Table, recipe: Recipe, report: DataReport) -> None:
         f"of {held_out} examples, about {share:.0%} of the time"
     )
     table.look("plan", lambda: (found, None))
+    for row in source_rows(report, course):
+        table.look("source", lambda row=row: (row, None))  # type: ignore[misc]
+    table.advise(counted.notes)
     table.advise(advice.of_data(recipe, course, held_out=held_out, **tokens))
 
 
 def _credentials(recipe: Recipe) -> tuple[str, None]:
-    data = recipe.data
-    held_out = () if isinstance(data.validation, Fraction) else data.validation
-    return credentials_source([recipe.output, recipe.model.base, *data.train, *held_out]), None
+    sources = (*recipe.data.sources, *recipe.data.held_out_sources)
+    data = [uri for source in sources for uri in source.uris]
+    return credentials_source([recipe.output, recipe.model.base, *data]), None
 
 
 def _output(worker: Worker) -> tuple[str, None]:
@@ -188,10 +213,10 @@ def _output(worker: Worker) -> tuple[str, None]:
 
 def _inputs(worker: Worker, run_id: str | None, base: BaseModel | None) -> tuple[str, Run | None]:
     if base is None:  # which run it is depends on the base; the data can be looked at all the same
-        return _size([o for side in _listed(worker) for o in side]), None
+        return _size(_listed(worker).every), None
     run = find_run(worker.recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop)
     state = "already done" if run.done else "unfinished, would be resumed" if run.begun else "new"
-    return f"{_size([*run.train, *run.validation])}; run {run.artifacts.run_id} is {state}", run
+    return f"{_size(run.sides.every)}; run {run.artifacts.run_id} is {state}", run
 
 
 def _listed(worker: Worker) -> Sides:
@@ -216,52 +241,73 @@ def _base(worker: Worker, patience: Patience | None) -> tuple[str, BaseModel]:
     return f"{identity.source} ({identity.revision[:12]}), licence {base.licence or 'not known'}", base
 
 
-def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, int]]:
-    """Training's tokenizer and the base's positions; targets and trackers are refused here."""
+def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, ModelShape, list[str]]]:
+    """Training's tokenizer, the base's sizes, how it trains; family, targets and trackers are refused here."""
+    from job.tune.engines.families import refuse_family, words_on
     from job.tune.loop.track import refuse_trackers
     from job.tune.model.adapter import refuse_targets
-    from job.tune.model.config import load_tokenizer, read_config, shape_of
+    from job.tune.model.config import load_tokenizer, read_config, read_wrapper, shape_of
 
     quiet_libraries()
     config = read_config(base.folder)
+    refuse_family(config)
     parameters = refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
     found = f"{config.model_type}: an adapter of {parameters:,} parameters on it"
-    return found, (load_tokenizer(base.folder), shape_of(config).positions)
+    return found, (load_tokenizer(base.folder), shape_of(config), words_on(config, read_wrapper(base.folder)))
 
 
-def _count(worker: Worker, phases: Phases, run: Run, tokenizer: Any, positions: int) -> tuple[str, _Counted]:
+def _weights(worker: Worker, base: BaseModel, patience: Patience | None) -> tuple[str, None]:
+    """Every tensor's name, shape and dtype, from the headers of the files."""
+    from job.stages.weights import look_at_weights
+
+    weights = look_at_weights(worker, base, patience=patience if is_hub_id(base.identity.source) else None)
+    return f"as config.json promises: {weights}", None
+
+
+def _self_test(worker: Worker, base: BaseModel) -> tuple[str, None]:
+    """What a run does before its first step, on a small random copy; the same question is answered once."""
+    from job.tune.model.config import read_config
+    from job.tune.rehearsal import depends_on, rehearse
+
+    config, lora = read_config(base.folder), worker.recipe.lora
+    question = depends_on(config, lora)
+    return remembered(worker.workdir / "self-tests", question, lambda: rehearse(config, lora)), None
+
+
+def _count(
+    worker: Worker, phases: Phases, run: Run, tokenizer: Any, sizes: tuple[int, int], *, base: BaseModel
+) -> tuple[str, _Counted]:
+    """With a base of these positions and rows of its embeddings."""
     from job.stages.dataset import prepare_dataset
+    from job.stages.stops import stops_elsewhere
 
     with _scratch(worker) as folder:
-        dataset = prepare_dataset(worker, run, tokenizer, positions=positions, folder=folder, phases=phases)
+        dataset = prepare_dataset(
+            worker, run, tokenizer, positions=sizes[0], rows=sizes[1], folder=folder, phases=phases
+        )
         report = dataset.report
+        notes = [*dataset.notes, *stops_elsewhere(base.folder, tokenizer, dataset.train)]
     train = report.train
     counted = (
         f"{train.used} training and {report.validation.used} held-out examples; max_length {report.max_length} "
         f"({report.max_length_reason}); {report.bad_lines} wrong lines, {train.duplicates} duplicates, "
         f"{report.overlap} held out and trained on, {train.truncated} truncated, {train.dropped} dropped, "
-        f"{train.without_target} with nothing to learn from"
+        f"{train.without_target} with nothing to learn from, {train.empty} with an empty answer"
     )
     bars = histogram_lines(train.histogram.edges, train.histogram.counts, mark=report.max_length)
-    text = "\n".join([counted, "tokens of a training example:", *bars])
-    return text, _Counted(tokenizer=tokenizer, positions=positions, report=report)
+    examples = [line for each in report.preview[:_SHOWN] for line in example_lines(each, width=None, colours=False)]
+    text = "\n".join([counted, "tokens of a training example:", *bars, "as they are learned:", *examples])
+    return text, _Counted(tokenizer=tokenizer, positions=sizes[0], report=report, notes=notes)
 
 
 def _lines(worker: Worker, phases: Phases, *, because: str) -> tuple[str, None]:
     """Without a tokenizer each line can be checked all the same."""
-    train, validation = _listed(worker)
     with _scratch(worker) as folder:
-        files = fetch_files(
-            [*train, *validation],
-            folder,
-            worker.settings,
-            should_stop=worker.should_stop,
-            on_progress=lambda done: phases.progress(bytes=done),
-        )
-        tally, data = Tally(), worker.recipe.data
-        for _example in examples(read_lines(files, max_record=data.max_record), data, tally=tally):
-            pass
+        sides = _listed(worker)
+        objects = (*sides.train, *sides.validation)
+        files = fetch_sources(worker, objects, folder, on_progress=lambda done, of: phases.progress(bytes=done, of=of))
+        tally = count_lines(worker.recipe.data, files)
     return f"{tally.good} right lines, {tally.bad} wrong ones; lengths need {because}", None
 
 

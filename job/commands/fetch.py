@@ -1,10 +1,11 @@
 """Base model and data to a local folder beforehand, with a recipe that needs no network but its output."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from job.core.recipe import Fraction
+from job.core.data_section import DataSource
 from job.edge.base import fetching
 from job.edge.dataset_files import fetch_files
 from job.edge.store.listing import expand
@@ -31,12 +32,29 @@ def fetch(worker: Worker, phases: Phases, folder: Path) -> Path:
     local = recipe.model_dump(mode="json")
     local["model"] = {"base": str(base.folder.resolve())}
     with phases.phase("download"):
-        local["data"]["train"] = _files(worker, phases, recipe.data.train, folder / "data" / "train")
-        if not isinstance(recipe.data.validation, Fraction):
-            local["data"]["validation"] = _files(worker, phases, recipe.data.validation, folder / "data" / "validation")
+        for side, sources in (("train", recipe.data.sources), ("validation", recipe.data.held_out_sources)):
+            if sources:
+                local["data"][side] = _fetched(worker, phases, local["data"][side], sources, folder / "data" / side)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(_without_nothing(local), sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
+
+
+def _fetched(
+    worker: Worker,
+    phases: Phases,
+    written: Sequence[str | dict[str, object]],
+    sources: Sequence[DataSource],
+    folder: Path,
+) -> Sequence[str | dict[str, object]]:
+    """One side of the data as the recipe lists it, with the files' places here; a source keeps the name that it had."""
+    if not isinstance(written[0], dict):
+        return _files(worker, phases, sources[0].uris, folder)
+    return [
+        {**each, "name": source.name, "uri": _files(worker, phases, source.uris, folder / f"{place:03d}")}
+        for place, (each, source) in enumerate(zip(written, sources, strict=True))
+        if isinstance(each, dict)
+    ]
 
 
 def _files(worker: Worker, phases: Phases, uris: tuple[str, ...], folder: Path) -> list[str]:

@@ -4,19 +4,25 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from job.core.course import course_of, evaluation_count
+from job.core.errors import NotFoundError
 from job.core.forecast import Candidate, Forecast, Workload, candidates, forecast
 from job.core.gpus import Gpu
 from job.core.lengths import Lengths
-from job.core.memory import AdapterShape, EngineName
+from job.core.memory import AdapterShape, EngineName, ModelShape
+from job.core.mixture import portions
 from job.core.report import DataReport
 from job.edge.base import fetching
+from job.edge.base.fetching import BaseModel
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Phases, Worker
 from job.stages.identity import find_run
+
+if TYPE_CHECKING:  # loading it takes as long as torch does
+    from job.stages.weights import Weights
 
 _ROOT = Path(__file__).parents[2]
 """Where entrypoint.py lies, in a checkout and in the image."""
@@ -30,6 +36,8 @@ class Plan:
     candidates: Sequence[Candidate]
     work: Workload
     forecasts: Sequence[Forecast]
+    words: Sequence[str]
+    """On how this base trains, or why it does not."""
 
 
 def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Phases) -> Plan:
@@ -39,8 +47,9 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
         JobError: as a run would, for what a run would refuse without a GPU; the base may be without weights.
     """
     from job.stages.dataset import prepare_dataset
+    from job.tune.engines.families import words_on
     from job.tune.model.adapter import refuse_targets
-    from job.tune.model.config import load_tokenizer, read_config, shape_of
+    from job.tune.model.config import load_tokenizer, read_config, read_wrapper, shape_of
 
     quiet_libraries()
     refuse_planted(worker.workdir)
@@ -55,7 +64,9 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
         complete=False,
     )
     config = read_config(base.folder)
-    parameters, shape = refuse_targets(config, recipe.lora), shape_of(config)
+    weights = _weights(worker, base)
+    parameters = refuse_targets(config, recipe.lora)
+    shape = shape_of(config, None if weights is None else weights.left)
     worker.workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=worker.workdir, prefix="plan-") as scratch:
         dataset = prepare_dataset(
@@ -63,37 +74,61 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
             run,
             load_tokenizer(base.folder),
             positions=shape.positions,
+            rows=shape.vocabulary,
             folder=Path(scratch),
             phases=phases,
         )
         every, trained = dataset.train.encoded.lengths[:], dataset.train.lengths[:]
         validation_tokens = int(dataset.validation.lengths.sum())
     work = _workload(
-        worker, config, dataset.report, trained, parameters=parameters, validation_tokens=validation_tokens
+        worker, config, shape, dataset.report, trained, parameters=parameters, validation_tokens=validation_tokens
     )
     return Plan(
         data=dataset.report,
         candidates=candidates(every, chosen=dataset.report.max_length, positions=shape.positions),
         work=work,
         forecasts=[forecast(work, gpu) for gpu in gpus],
+        words=[
+            *([] if weights is None else [f"base: {weights}"]),
+            *words_on(config, read_wrapper(base.folder)),
+        ],
     )
 
 
+def _weights(worker: Worker, base: BaseModel) -> "Weights | None":
+    """None: there are none yet, as where only the configuration was copied."""
+    from job.stages.weights import look_at_weights
+
+    try:
+        return look_at_weights(worker, base, patience=None)
+    except NotFoundError:
+        return None
+
+
 def _workload(
-    worker: Worker, config: Any, data: DataReport, lengths: Lengths, *, parameters: int, validation_tokens: int
+    worker: Worker,
+    config: Any,
+    shape: ModelShape,
+    data: DataReport,
+    lengths: Lengths,
+    *,
+    parameters: int,
+    validation_tokens: int,
 ) -> Workload:
     from job.tune.engines.attention import reason_against_fused_attention
-    from job.tune.engines.families import is_supported
-    from job.tune.model.config import shape_of
+    from job.tune.engines.families import is_packed, is_supported
+    from job.tune.model.config import empty_model
 
     recipe = worker.recipe
-    course = course_of(recipe.train, examples=len(lengths))
+    course = course_of(recipe.train, examples=portions(recipe.data, data.train.used_by_source))
     engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
     return Workload(
-        shape=shape_of(config),
+        shape=shape,
         adapter=AdapterShape(parameters=parameters, rank=recipe.lora.r, optimizer=recipe.train.optimizer),
         engine=engine,
-        compiled=engine == "generic" and reason_against_fused_attention(config) is None,
+        compiled=engine == "generic"
+        and reason_against_fused_attention(config) is None
+        and is_packed(empty_model(config)),
         course=course,
         lengths=lengths,
         targets=data.train.targets,

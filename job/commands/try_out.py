@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from job.commands.report import open_run, recipe_of
-from job.core.asking import asked_fields, fields_given, prompt_of
+from job.core.asking import asked_fields, asked_sources, fields_given, prompt_of, required_fields
+from job.core.chats import Chat, as_read, prompt_chat
+from job.core.data_section import DataSection
 from job.core.errors import DataError, NotFoundError, UsageError
-from job.core.recipe import DataSection, Recipe, is_hub_id
-from job.core.records import fields_of
+from job.core.fields import Unusable, fields_of
+from job.core.recipe import Recipe, is_hub_id
+from job.core.records import Part, chat_in
 from job.core.report import Report
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
@@ -58,41 +61,83 @@ def try_out(
         should_stop: polled at each token.
         on_answer: called with prompt, base's answer and tuned answer.
     """
+    from job.tune.data.chat import ChatTemplates, asked_rules, chat_rules
     from job.tune.data.frame import token_rules
-    from job.tune.loop.evaluate import answer, questions_of_prompts
+    from job.tune.loop.evaluate import (
+        Question,
+        answer,
+        question_of_chat,
+        question_of_parts,
+        questions_of_prompts,
+    )
     from job.tune.model.config import load_tokenizer
 
     quiet_libraries()
     refuse_planted(workdir)
     artifacts, report = open_run(run_uri)
     recipe = recipe_of(report)
-    prompts = chain(asked.prompts, [*_made_prompts(asked, recipe.data)])  # before a base is loaded for a wrong one
+    made = [*_made_prompts(asked, recipe.data)]  # before a base is loaded for a wrong one
     folder, model = _load(artifacts, report, recipe, workdir=workdir, device=device, should_stop=should_stop)
     tokenizer = load_tokenizer(folder)
     rules = token_rules(tokenizer, recipe.data)
 
-    def reply(prompt: str) -> str:
-        questions = questions_of_prompts([prompt], tokenizer, rules)
+    def reply(question: Question) -> str:
         longest = max_new_tokens or recipe.evaluate.max_new_tokens
         seed = recipe.train.seed
-        return answer(model, questions, tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
+        return answer(model, [question], tokenizer, max_new_tokens=longest, seed=seed, should_stop=should_stop)[0]
 
-    for prompt in prompts:
-        with model.model.disable_adapter():
-            untuned = reply(prompt)
-        on_answer(prompt, untuned, reply(prompt))
+    chat = asked_rules(tokenizer, recipe.data)
+    with ChatTemplates(should_stop=should_stop) as chats:
+
+        def question_of(prompt: str | _Made) -> Question:
+            if isinstance(prompt, str):
+                return questions_of_prompts([prompt], rules, None if chat is None else chats.of(chat))[0]
+            if isinstance(prompt.content, Chat):
+                template = chats.of(chat_rules(tokenizer, prompt.data))
+                return question_of_chat(template.question(prompt.content), as_read(prompt.content), rules, template)
+            return question_of_parts(prompt.content, rules)
+
+        for question in map(question_of, chain[str | _Made](asked.prompts, made)):
+            with model.model.disable_adapter():
+                untuned = reply(question)
+            on_answer(question.prompt, untuned, reply(question))
 
 
-def _made_prompts(asked: Asked, data: DataSection) -> Iterator[str]:
-    """By the run's template."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """A prompt that is made of a record."""
+
+    content: Chat | tuple[Part, ...]
+    data: DataSection
+    """How the record was read."""
+
+
+def _made_prompts(asked: Asked, data: DataSection) -> Iterator[_Made]:
+    """By the run's template; of several sources by that of the first one whose fields are there."""
+    sources = asked_sources(data)
+    with_fields = [each for each in sources if each.chat is None]
     if asked.fields:
-        yield prompt_of(fields_given(asked.fields, data), data)
+        if not with_fields:
+            raise UsageError("--field: this run was trained on chats, which have no fields; use --prompt or --record")
+        names = {word.partition("=")[0].strip() for word in asked.fields}
+        chosen = next((each for each in with_fields if {*asked_fields(each)} == names), with_fields[0])
+        yield _Made(content=prompt_of(fields_given(asked.fields, chosen), chosen), data=chosen)
     if asked.record_file is not None:
         for where, raw in _record_lines(asked.record_file):
-            fields = fields_of(raw, asked_fields(data))
-            if isinstance(fields, str):
-                raise DataError(f"{where}: {fields}")
-            yield prompt_of(fields, data)
+            read = [_read(raw, each, where) for each in sources]
+            found = next((each for each in read if isinstance(each, _Made)), read[0])
+            if isinstance(found, str):
+                raise DataError(f"{where}: {found}")
+            yield found
+
+
+def _read(raw: bytes, data: DataSection, where: str) -> _Made | str:
+    """What a record asks, or the reason why it asks nothing by these templates."""
+    if data.chat is not None:
+        chat = chat_in(raw, data, where=where, asked=True)
+        return chat if isinstance(chat, str) else _Made(content=prompt_chat(chat), data=data)
+    fields = fields_of(raw, asked_fields(data), required=required_fields(data), strict_types=data.strict_types)
+    return fields.reason if isinstance(fields, Unusable) else _Made(content=prompt_of(fields, data), data=data)
 
 
 def _record_lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -134,6 +179,7 @@ def _load(
     from job.tune.loop.checkpoint import ADAPTER_FILES, load_adapter
     from job.tune.model.adapter import attach_lora
     from job.tune.model.base import load_base
+    from job.tune.model.config import read_wrapper
 
     settings = StoreSettings(sse_kms_key=recipe.store.sse_kms_key, checksums=recipe.store.checksums)
     identity = BaseModelIdentity(source=report.model.base, revision=report.model.revision)
@@ -162,7 +208,7 @@ def _load(
         revision=recipe.model.revision,
         seed=recipe.train.seed,
     )
-    load_adapter(model, folder)
+    load_adapter(model, folder, read_wrapper(base.folder))
     return base.folder, PackedModel(model).eval()
 
 

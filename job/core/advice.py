@@ -1,12 +1,14 @@
 """What a recipe will not learn well, seen before it is paid for: sentences with numbers, and what to change."""
 
 import re
-from string import Formatter
+from collections.abc import Sequence
 
 from job.core.course import Course, evaluation_count
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
 from job.core.forecast import FORWARD_SHARE
-from job.core.recipe import DataSection, Optimizer, Recipe
+from job.core.recipe import Optimizer, Recipe
+from job.core.templates import Slot, laid_out
 
 _FEWEST_HELD_OUT = 50
 """Below it the loss of a few odd examples decides which checkpoint is chosen."""
@@ -25,7 +27,7 @@ _USUAL_RATES: dict[Optimizer, tuple[float, float]] = {
     "paged_lion_8bit": _LION,
 }
 """Of adapters. Steps of sgd follow the gradient's size, so it has no usual rate."""
-_BRACES = re.compile(r"\{[^\W\d][\w -]*\}")
+_BRACES = re.compile(r"\{[^\W\d][\w .-]*\??\}")
 _NO_BORDER = (
     "nothing separates prompt and completion: data.prompt does not end with a space or a line break, and "
     'data.completion does not begin with one; write `completion: " {...}"`'
@@ -50,7 +52,8 @@ def refuse_endless_warm_up(course: Course, *, warmup_steps: int) -> None:
 
 def of_recipe(recipe: Recipe) -> list[str]:
     """What is seen without the data."""
-    return [*_learning_rate(recipe), *_border(recipe.data), *_prompts(recipe)]
+    borders = [found for source in recipe.data.sources for found in _border(source.data)]
+    return [*_learning_rate(recipe), *dict.fromkeys(borders), *_prompts(recipe)]
 
 
 def of_data(
@@ -62,7 +65,7 @@ def of_data(
         recipe: as it is.
         course: its steps over the training examples.
         held_out: examples that are judged on.
-        training_tokens: of all training examples, after the cut.
+        training_tokens: of an epoch, after the cut.
         validation_tokens: of the held-out examples that are judged on, after the cut.
     """
     advice = []
@@ -122,22 +125,25 @@ def _border(data: DataSection) -> list[str]:
     """A prompt that runs into its completion: what is learned begins in the middle of a word."""
     if data.prompt is None or data.completion is None:
         return []
-    ends, begins = _literal_end(data.prompt), _literal_start(data.completion)
+    # Optional fields move the border: with all of them, and with none.
+    for there in (True, False):
+        given, learned = ([*laid_out(each, lambda _: there)] for each in (data.prompt, data.completion))  # noqa: B023 - used at once
+        if _runs_together(_literal(given[-1:]), _literal(learned[:1])):
+            return [_NO_BORDER]
+    return []
+
+
+def _runs_together(ends: str, begins: str) -> bool:
+    """Whether nothing separates what is written after the last field of one, and before the first of the other."""
     if ends[-1:].isspace() or begins[:1].isspace() or ends.endswith(_CLOSED) or begins.startswith("<"):
-        return []
-    if (ends and not ends[-1].isascii()) or (begins and not begins[0].isascii()):
-        return []  # scripts that put no spaces
-    return [_NO_BORDER]
+        return False
+    # Scripts beyond ASCII put no spaces.
+    return not ((ends and not ends[-1].isascii()) or (begins and not begins[0].isascii()))
 
 
-def _literal_end(template: str) -> str:
-    """What is written after the last field; empty: the field ends it."""
-    *_, (literal, field, *_rest) = Formatter().parse(template)
-    return "" if field is not None else literal
-
-
-def _literal_start(template: str) -> str:
-    return next(literal for literal, *_ in Formatter().parse(template))
+def _literal(pieces: Sequence[str | Slot]) -> str:
+    """The template's own text at its end or start; empty: a field stands there."""
+    return "".join(piece for piece in pieces if isinstance(piece, str))
 
 
 def _prompts(recipe: Recipe) -> list[str]:

@@ -1,15 +1,17 @@
 """A run's steps: which examples make each, and which seed its dropout has: pure functions of the recipe's seed."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from job.core.lengths import Lengths
+from job.core.mixture import Mixture, Portion, drawn_in_epochs, mixture_of
 from job.core.recipe import TrainSection
 
 _STEPS_LOOKED_AT = 1000
@@ -19,7 +21,8 @@ _STEPS_LOOKED_AT = 1000
 class Course:
     """Which examples make each step: a pure function of the seed, so that resuming costs nothing."""
 
-    examples: int
+    mixture: Mixture
+    """The sources; their examples are numbered one source after the other."""
     batch_size: int
     steps: int
     seed: int
@@ -29,8 +32,17 @@ class Course:
     def batch(self, step: int) -> list[int]:
         """The examples of a step (from 1)."""
         first = (step - 1) * self.batch_size
-        places = (divmod(at, self.examples) for at in range(first, min(first + self.batch_size, self.total)))
-        return [int(epoch_order(self.examples, self.seed, epoch)[place]) for epoch, place in places]
+        starts = [0, *accumulate(self.mixture.sizes)]
+        return [
+            starts[source] + self._example(source, number)
+            for source, number in self.mixture.draws(first, min(first + self.batch_size, self.total))
+        ]
+
+    def _example(self, source: int, number: int) -> int:
+        """The example of a source that it gives when it is drawn for the `number`-th time (from 0)."""
+        examples = self.mixture.sizes[source]
+        epoch, place = divmod(number, examples)
+        return int(_orders(examples, _source_seed(self.seed, source))(epoch)[place])
 
     def largest_step(self, lengths: Lengths) -> int:
         """Tokens of the largest step, of as many as are looked at: in a long run the rest differ little."""
@@ -38,16 +50,30 @@ class Course:
         return max(int(lengths[self.batch(step)].sum()) for step in looked_at)
 
     @property
+    def examples(self) -> int:
+        """Training examples there are, of all sources together."""
+        return self.mixture.examples
+
+    @property
     def epochs(self) -> float:
         """Passes over the training examples."""
         return self.total / self.examples
+
+    def passes(self, source: int) -> float:
+        """Passes over the examples of one source."""
+        return self.total * self.mixture.share(source) / self.mixture.sizes[source]
+
+    def mean_length(self, lengths: Lengths) -> float:
+        """Tokens of an example that is drawn, on average: long ones may come from a source that is drawn often."""
+        ends = [*accumulate(self.mixture.sizes)]
+        means = [float(part.mean()) for part in np.split(lengths, ends[:-1])]
+        return sum(self.mixture.share(source) * mean for source, mean in enumerate(means))
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """Two to the 64th over the golden ratio, splitmix64's step."""
 
 
-@lru_cache(maxsize=2)
 def epoch_order(examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order of the examples in one epoch.
 
@@ -58,6 +84,20 @@ def epoch_order(examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
         start = _mix(np.uint64(seed) * _GOLDEN + np.uint64(epoch + 1))
         keys = _mix(np.arange(examples, dtype=np.uint64) * _GOLDEN + start)
     return np.argsort(keys, kind="stable")
+
+
+@lru_cache(maxsize=256)
+def _orders(examples: int, seed: int) -> Callable[[int], NDArray[np.int64]]:
+    """The epochs' orders of one source; two are remembered, for a step may lie on their border."""
+    return lru_cache(maxsize=2)(partial(epoch_order, examples, seed))
+
+
+def _source_seed(seed: int, source: int) -> int:
+    """Sources of one size have orders of their own; the first one has that of a run without others."""
+    if source == 0:
+        return seed
+    with np.errstate(over="ignore"):
+        return int(_mix(np.uint64(seed) + np.uint64(source) * _GOLDEN))
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, *, rank: int = 0) -> int:
@@ -86,12 +126,25 @@ def evaluation_count(steps: int, every_steps: int) -> int:
     return 1 + math.ceil(steps / every_steps)
 
 
-def plan_course(*, examples: int, batch_size: int, steps: int | None, epochs: float | None, seed: int) -> Course:
-    """Steps and order of a run, from either its steps or its epochs."""
-    # As a decimal number: in binary, 1.1 epochs of 100 examples are a bit more than 110.
-    total = steps * batch_size if steps is not None else math.ceil(examples * Decimal(str(epochs or 0)))
+def plan_course(
+    *, examples: int | Sequence[Portion], batch_size: int, steps: int | None, epochs: float | None, seed: int
+) -> Course:
+    """Steps and order of a run, from either its steps or its epochs.
+
+    Args:
+        examples: of the one source, or what is taken of each.
+        batch_size: examples a step.
+        steps: optimizer steps, or None.
+        epochs: passes over the examples, or None.
+        seed: of the order.
+    """
+    portions = [Portion(examples=examples)] if isinstance(examples, int) else examples
+    if steps is not None:
+        mixture, total = mixture_of(portions), steps * batch_size
+    else:
+        mixture, total = drawn_in_epochs(portions, epochs or 0)
     return Course(
-        examples=examples,
+        mixture=mixture,
         batch_size=batch_size,
         steps=steps if steps is not None else math.ceil(total / batch_size),
         seed=seed,
@@ -99,8 +152,8 @@ def plan_course(*, examples: int, batch_size: int, steps: int | None, epochs: fl
     )
 
 
-def course_of(train: TrainSection, *, examples: int) -> Course:
-    """The steps of a recipe over its training examples."""
+def course_of(train: TrainSection, *, examples: int | Sequence[Portion]) -> Course:
+    """The steps of a recipe over its training examples, or over what is taken of each source."""
     return plan_course(
         examples=examples, batch_size=train.batch_size, steps=train.steps, epochs=train.epochs, seed=train.seed
     )

@@ -11,7 +11,7 @@ from job.core.cut import Cut, MemoryPlan, cost_of, plan_memory
 from job.core.gpus import Gpu, Speed
 from job.core.lengths import Lengths
 from job.core.memory import GIB, AdapterShape, DeviceMemory, EngineName, MemoryParts, ModelShape, memory_parts
-from job.core.recipe import Section
+from job.core.section import Section
 
 _CONTEXT_GIB = 0.7
 """What CUDA and its libraries take of a GPU before a model is loaded."""
@@ -125,7 +125,7 @@ def forecast(work: Workload, gpu: Gpu) -> Forecast:
 
 def _tokens_per_second(work: Workload, cut: Cut, speed: Speed) -> float:
     """Real ones: as fast as the products, the memory and the host let a token of an average step be."""
-    shape, mean_length = work.shape, float(work.lengths.mean())
+    shape, mean_length = work.shape, work.course.mean_length(work.lengths)
     mean_step = max(1, round(mean_length * work.course.total / work.course.steps))
     products = (1 + _OTHER_WORK) * flops_per_token(work) / speed.sustained_flops
     moved = _PASSES[work.engine] * shape.layers * _BF16_BYTES * (shape.hidden + shape.intermediate)
@@ -139,7 +139,7 @@ def _parts(work: Workload) -> MemoryParts:
 
 def trained_tokens(work: Workload) -> int:
     """Real tokens of all steps."""
-    return round(float(work.lengths.mean()) * work.course.total)
+    return round(work.course.mean_length(work.lengths) * work.course.total)
 
 
 def _busy_tokens(work: Workload) -> float:

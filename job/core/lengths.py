@@ -65,9 +65,10 @@ def _cut(lengths: Lengths, limit: int) -> str:
     over = int((lengths > limit).sum())
     if not over:
         return "; no example is longer"
-    lost = int(np.maximum(lengths - limit, 0).sum())
+    lost, tokens = int(np.maximum(lengths - limit, 0).sum()), int(lengths.sum())
     return (
-        f"; {over} of {len(lengths)} examples are longer ({lost / int(lengths.sum()):.2%} of the tokens lie beyond it)"
+        f"; {over} of {len(lengths)} examples are longer ({lost:,} of {tokens:,} tokens, {lost / tokens:.2%}, lie "
+        "beyond it)"
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 _LEAST_SHARE = 0.01
 """Of the whole: a part below it is added to the others."""
 _OTHERS = "other"
+_COMMAND = "python -c "
+"""Begins a line that is pasted into a shell."""
 _NEAR = 0.5
 """Of the width: a column that begins further to the right leaves no room to hang text below it."""
 
@@ -24,7 +26,8 @@ def cells(text: str) -> int:
 def broken(text: str, width: int | None, *, indent: int = 0, taken: int = 0) -> list[str]:
     """One line of text as pieces that fit the width, broken at spaces.
 
-    A path or a URI is kept whole, for it is copied: one that is longer than a line stands in the first column.
+    A path, a URI or a command is kept whole, for it is copied: a path that is longer than a line stands in the first
+    column.
 
     Args:
         text: without line breaks.
@@ -32,7 +35,7 @@ def broken(text: str, width: int | None, *, indent: int = 0, taken: int = 0) -> 
         indent: spaces before each piece but the first.
         taken: columns that are taken before the first piece.
     """
-    if width is None or taken + cells(text) <= width:
+    if width is None or taken + cells(text) <= width or text.lstrip().startswith(_COMMAND):
         return [text]
     pieces, piece, room = [], "", width - taken
     for space, word in _words(text, most=width):

@@ -29,36 +29,30 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a decoder with a gated MLP, from its config."""
+    """Sizes of a decoder."""
 
     layers: int
     hidden: int
     intermediate: int
+    """What the second half of a layer widens a token to; of experts, all that a token goes through."""
     vocabulary: int
     positions: int
     heads: int
     key_heads: int
     head_width: int
-    tied: bool = False
-    """Whether the head is the embedding."""
+    linear_parameters: int
+    """Of the layers' linear modules, which are in 4 bits."""
+    whole_parameters: int
+    """All others, which stay in bf16: embedding and head, norms, experts."""
     logits: LogitsKind = "plain"
     """What the model does to its logits."""
-
-    @property
-    def linear_parameters(self) -> int:
-        """The layers' linear modules, which are in 4 bits."""
-        attention = 2 * self.hidden * self.head_width * (self.heads + self.key_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Embedding and head, which stay in bf16."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+    norms: int = 2
+    """Of a layer, over a token's whole width; Gemma's have four."""
 
     @property
     def parameters(self) -> int:
-        """All, but for the norms."""
-        return self.linear_parameters + self.embedding_parameters
+        """All of them."""
+        return self.linear_parameters + self.whole_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +62,8 @@ class AdapterShape:
     parameters: int
     rank: int
     optimizer: str
+    by_peft: bool = False
+    """Whether PEFT's own layers compute it, which keep an fp32 copy of each one's input."""
 
 
 NF4_BLOCK = 64
@@ -112,7 +108,7 @@ class MemoryParts:
     weights: int
     """The base in 4 bits."""
     embeddings: int
-    """Embedding and head, bf16."""
+    """Embedding and head, and what else is not in 4 bits: bf16."""
     adapter: int
     """fp32."""
     gradients: int
@@ -168,9 +164,9 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *
     """Bytes of each part; the fast engine has no layers that could be compiled.
 
     The fast engine: what `job/kernels/llama_step.py` keeps, tensor by tensor. The generic one, its layers compiled,
-    keeps in bf16: a layer's input, the stream between its halves and both normed (4 hidden); query, key, value and the
-    attention's result; gate, up and their product; the input of each adapter's ranks. With Llama-2-7B on an H200 that
-    is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384.
+    keeps in bf16: a layer's input, the stream between its halves, and what each norm gives (4 hidden); query, key,
+    value and the attention's result; gate, up and their product; the input of each adapter's ranks. With Llama-2-7B on
+    an H200 that is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384.
     """
     query, keys = shape.heads * shape.head_width, shape.key_heads * shape.head_width
     wide, rank = _padded(3 * adapter.rank), _padded(adapter.rank)
@@ -179,13 +175,19 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *
     if shape.logits != "plain":
         logits = _LOGITS_BY_AUTOGRAD[shape.logits] * _LOGITS_CHUNK * shape.vocabulary
     if engine == "generic":
-        kept = 4 * shape.hidden + 2 * (query + keys) + 3 * shape.intermediate + _ADAPTED * adapter.rank
+        kept = (2 + shape.norms) * shape.hidden + 2 * (query + keys) + 3 * shape.intermediate
+        kept += _ADAPTED * adapter.rank
         token_layer = math.ceil((1.0 if compiled else _NOT_COMPILED) * (_BF16 * kept + _FP32 * shape.heads))
         # One weight at a time, as it is and as a gradient's other factor.
         workspace = spared = 2 * shape.hidden * shape.intermediate * _BF16
         dequantised = _BF16 * shape.linear_parameters // shape.layers if compiled else 0
         # The stream, its gradient, and what a product adds to each; the gradients of gate, up and their product.
         token = _BF16 * (4 * shape.hidden + 3 * shape.intermediate)
+        if adapter.by_peft:
+            # Of each norm and of each adapter its input in fp32; attention's, and gate, its activation and up in bf16.
+            in_fp32 = (5 + shape.norms) * shape.hidden + query + shape.intermediate + _ADAPTED * adapter.rank
+            in_fp32 += shape.heads
+            token_layer = _FP32 * in_fp32 + _BF16 * (2 * (query + keys) + 3 * shape.intermediate)
     else:
         kept = (shape.hidden + wide) + (query + 2 * keys) + query + rank + (shape.hidden + twice)
         kept += 2 * shape.intermediate + rank
@@ -202,7 +204,7 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
     return MemoryParts(
         weights=math.ceil(_NF4_BYTES * shape.linear_parameters),
-        embeddings=_BF16 * shape.embedding_parameters,
+        embeddings=_BF16 * shape.whole_parameters,
         adapter=_FP32 * adapter.parameters,
         gradients=_FP32 * adapter.parameters,
         optimizer=OPTIMIZER_BYTES[adapter.optimizer] * adapter.parameters,

@@ -5,8 +5,8 @@ from typing import Literal
 
 from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
 from job.core.memory import EngineName
-from job.core.recipe import Section
 from job.core.report import DataReport
+from job.core.section import Section
 
 
 class DataJson(Section):
@@ -19,6 +19,21 @@ class DataJson(Section):
     max_length_reason: str
     """Why it is this one, and what it cuts."""
     candidates: tuple[Candidate, ...]
+
+
+class SourceJson(Section):
+    """One of several sources."""
+
+    name: str
+    """As the recipe calls it, or the last part of its URI."""
+    examples: int
+    """Training examples that it has."""
+    tokens: int
+    """Real tokens of all of them."""
+    share: float
+    """Of each step's examples."""
+    epochs: float
+    """Passes over it in all steps."""
 
 
 class WorkJson(Section):
@@ -44,6 +59,8 @@ class WorkJson(Section):
     """What computes the gradients: `fast` or `generic`."""
     compiled: bool
     """Whether the generic engine's layers will be compiled; false for the fast one, which has none that could be."""
+    sources: tuple[SourceJson, ...]
+    """In the recipe's order; empty where there is but one."""
 
 
 class ForecastJson(Section):
@@ -115,6 +132,16 @@ def plan_json(
             trained_parameters=work.adapter.parameters,
             engine=work.engine,
             compiled=work.compiled,
+            sources=tuple(
+                SourceJson(
+                    name=source.name,
+                    examples=source.used,
+                    tokens=source.tokens,
+                    share=work.course.mixture.share(place),
+                    epochs=work.course.passes(place),
+                )
+                for place, source in enumerate(data.train.sources)
+            ),
         ),
         forecasts=tuple(_forecast(each, usd_per_hour) for each in forecasts),
         ask=ask_for(work),

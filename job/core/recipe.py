@@ -1,89 +1,12 @@
 """The recipe: frozen sections, each field with its unit and reason, and a JSON Schema for editors."""
 
 import re
-from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, model_validator
 
-Count = Annotated[int, Field(strict=True, gt=0)]
-Whole = Annotated[int, Field(strict=True, ge=0)]
-Flag = Annotated[bool, Field(strict=True)]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
-Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-def _no_credentials(uri: str) -> str:
-    # A recipe is copied into run.json and into logs: what stands in it is not secret.
-    # The secret half may hold a slash: those of AWS often do.
-    if re.match(r"[a-z0-9+.-]+://(?:[^/@]*:[^@]*|[^/@]*)@", uri, re.IGNORECASE):
-        raise ValueError("a URI holds no credentials; they come from the default chain (environment, profile, role)")
-    return uri
-
-
-def _one_or_many(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-Uri = Annotated[Text, AfterValidator(_no_credentials)]
-Uris = Annotated[
-    tuple[Uri, ...],
-    Field(min_length=1),
-    BeforeValidator(_one_or_many),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
-            ]
-        }
-    ),
-]
-
-
-def template_fields(template: str) -> list[str]:
-    """The record fields that a format template names, in order.
-
-    Raises:
-        ValueError: unbalanced braces, or more than a plain field name between them.
-    """
-    fields = []
-    for _literal, name, spec, conversion in Formatter().parse(template):
-        if name is None:
-            continue
-        if spec or conversion or not re.fullmatch(r"[^\W\d][\w -]*", name):
-            shown = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
-            raise ValueError(f"{shown} is not a plain field name; write {{name}}, and {{{{ }}}} for literal braces")
-        fields.append(name)
-    return fields
-
-
-def _template(value: str) -> str:
-    if not template_fields(value):
-        raise ValueError("names no field of the record; write at least one {field}")
-    return value
-
-
-Template = Annotated[Text, AfterValidator(_template)]
-
-
-class Section(BaseModel):
-    """What every part of a recipe keeps: frozen, and an unknown key is a mistake."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from job.core.data_section import OF_CHATS, DataSection, Source
+from job.core.section import Count, Flag, NotNegative, Positive, Section, Seed, Share, Text, Uri, Whole
 
 
 class ModelSection(Section):
@@ -91,10 +14,16 @@ class ModelSection(Section):
 
     On processors without instructions for bf16 (AVX512-BF16, AMX-BF16, Arm's BF16) it computes in fp32, which is many
     times faster there; log and report say which.
+
+    One that is published in 4 bits of bitsandbytes is trained as it is, and the report says in which form; one that is
+    quantised in another way is refused, and so is one whose weights are not those that its config describes.
+
+    Of a model that takes pictures or sound too, the text decoder is trained: nothing else of it is read, the adapter is
+    one of the whole model as it is published, and the report names what was left out; `docs/models.md` has them.
     """
 
     base: Uri
-    """Hub id (`owner/name`), local folder, or `s3://` prefix of a Llama-like causal language model in safetensors."""
+    """Hub id (`owner/name`), local folder, or `s3://` prefix of a causal language model in safetensors."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Full commit of a hub id (40 hex digits): what is trained on must be reproducible. Only hub ids have one."""
     quantised_copies: Uri | None = None
@@ -110,59 +39,6 @@ class ModelSection(Section):
         if self.revision is not None and not is_hub_id(self.base):
             raise ValueError(f"only a hub id has a revision, and {self.base} is none; remove it, or set it to null")
         return self
-
-
-class Fraction(Section):
-    """A share of the training file, held out by a hash of each example."""
-
-    fraction: Annotated[float, Field(strict=True, gt=0, lt=1)]
-    """Share of the examples held out; an example stays on its side when the file grows or is reordered."""
-
-
-class DataSection(Section):
-    """The dataset: JSON lines, and how a record becomes text."""
-
-    train: Uris
-    """`.jsonl`, `.jsonl.gz` or `.jsonl.zst`: one URI, a list, a glob (`*`, `?`, `**`) or a prefix ending in `/`."""
-    validation: Annotated[
-        Annotated[Uris, Tag("<files>")] | Annotated[Fraction, Tag("<fraction>")],
-        Discriminator(lambda value: "<files>" if isinstance(value, (str, list, tuple)) else "<fraction>"),
-    ] = Fraction(fraction=0.05)
-    """Held-out examples: own files, or `{fraction: 0.05}` of the training files."""
-    text: Template | None = None
-    """Format template over the record's fields; the loss is over all of it. Or `prompt` and `completion`."""
-    prompt: Template | None = None
-    """Format template of what the model is given."""
-    completion: Template | None = None
-    """Format template of what the model learns to answer."""
-    loss_on: Literal["completion", "all"] = "completion"
-    """With `prompt` and `completion`: which of them the loss is over. A model graded on its prompt learns prompts."""
-    max_length: Annotated[
-        Annotated[Literal["auto"], Tag("<auto>")] | Annotated[int, Field(strict=True, ge=8), Tag("<tokens>")],
-        Discriminator(lambda value: "<auto>" if isinstance(value, str) else "<tokens>"),
-    ] = "auto"
-    """Longest example in tokens, BOS and EOS included; `auto` chooses from the lengths and says why."""
-    too_long: Literal["truncate", "drop", "fail"] = "truncate"
-    """What happens to an example beyond `max_length`; a truncated one gets no EOS, since it did not end there."""
-    max_record: Annotated[int, Field(strict=True, gt=0, le=2**26)] = 2**20
-    """Longest record in bytes, as its line stands in the file; a longer one is a wrong line."""
-    on_bad_record: Literal["fail", "skip"] = "fail"
-    """Whether a wrong line ends the job (exit 65) or is left out and reported."""
-    bad_record_limit: Share = 0.01
-    """With `skip`: the largest share of wrong lines that is still taken for noise; beyond it the job ends (exit 65)."""
-
-    @model_validator(mode="after")
-    def _one_way_to_make_text(self) -> Self:
-        pair = (self.prompt is not None, self.completion is not None)
-        if (self.text is not None and any(pair)) or (self.text is None and not all(pair)):
-            raise ValueError("give either `text`, or `prompt` and `completion`")
-        return self
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The record fields that the templates name, without repetition."""
-        templates = [t for t in (self.text, self.prompt, self.completion) if t is not None]
-        return tuple(dict.fromkeys(name for t in templates for name in template_fields(t)))
 
 
 class LoraSection(Section):
@@ -303,9 +179,20 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _answers_need_a_prompt(self) -> Self:
-        if self.evaluate.answers and self.data.prompt is None:
+        judged = self.data.held_out_sources or self.data.sources
+        if self.evaluate.answers and not any(source.data.has_prompt for source in judged):
             raise ValueError(
-                "evaluate.answers needs data.prompt and data.completion: with `text` there is no prompt to answer"
+                "evaluate.answers needs data.prompt and data.completion, or data.chat: with `text` there is no prompt "
+                "to answer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _epochs_of_a_source_are_counted(self) -> Self:
+        if self.train.epochs is None and any(isinstance(s, Source) and s.epochs is not None for s in self.data.train):
+            raise ValueError(
+                "data.train: a source's `epochs` go with train.epochs, and train.steps is given; "
+                "give the sources a `weight`, or the run its epochs"
             )
         return self
 
@@ -318,8 +205,15 @@ def is_hub_id(base: str) -> bool:
 def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that can change the weights or their evaluation, as JSON values."""
     part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
-    del part["model"]["quantised_copies"]
+    del part["model"]["quantised_copies"], part["data"]["unused_limit"]
     if recipe.data.on_bad_record == "fail":
-        # It decides whether the job ends, and not what is trained on: a run that it ended goes on once it is raised.
-        del part["data"]["max_record"]
+        # They decide whether the job ends, and not what is trained on: a run that they ended goes on later.
+        del part["data"]["max_record"], part["data"]["strict_types"]
+    if recipe.data.chat is None:  # a run without chats is what it was before there were any
+        for name in ("chat", *OF_CHATS):
+            del part["data"][name]
+    for side in ("train", "validation"):
+        for source in part["data"][side]:
+            if isinstance(source, dict):
+                source.pop("name", None)  # what it is called changes no weight
     return part

@@ -12,7 +12,8 @@ from pydantic_core import ErrorDetails
 from job.core.errors import UsageError
 from job.core.given import Given
 from job.core.mistakes import keys_of, reason, shown
-from job.core.recipe import Recipe, Uri
+from job.core.recipe import Recipe
+from job.core.section import Uri
 
 
 def load_recipe(text: str, *, source: str, overrides: Sequence[Given] = ()) -> Recipe:

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from job.core.close_names import closest
+from job.core.chats import Chat, chat_of
+from job.core.data_section import DataSection
 from job.core.errors import DataError
-from job.core.recipe import DataSection
+from job.core.fields import Unusable, fields_of, record_of
+from job.core.templates import filled, with_optional
 
 REPORTED_AT_ONCE = 20
 """Wrong lines named in one message."""
 _BOM = b"\xef\xbb\xbf"
+"""Before the first record of a file; of a compressed file that was put together from several, before any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +25,8 @@ class Part:
     text: str
     learned: bool
     """Whether the model learns to write it; if not, it is what the model is given."""
+    control: bool = False
+    """Whether control tokens written in it are meant as such: in a template's own text, and never in a field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +36,8 @@ class Example:
     parts: tuple[Part, ...]
     where: str
     """`file:line`, for messages."""
+    is_chat: bool = False
+    """Whether a chat template wrote all of it: BOS, where there is one, is in it already."""
 
     @property
     def text(self) -> str:
@@ -64,6 +71,10 @@ class BadRecord:
 
     where: str
     reason: str
+    blank: str | None = None
+    """The field that is empty, where that is the reason."""
+    unanswered: bool = False
+    """Whether it is right but for its answer, which is empty: nothing can be learned of it."""
 
     def __str__(self) -> str:
         """`file:line: reason`."""
@@ -75,22 +86,40 @@ class BadRecord:
         return self.reason.partition(" (")[0]
 
 
+Parsed = Example | Chat | BadRecord
+"""What a line holds: a chat becomes an example once a template has rendered it."""
+Render = Callable[[Iterable[Parsed]], Iterator[Example | BadRecord]]
+"""Renders the chats, in their order, and leaves all else as it is."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Tally:
     """What was seen while reading; filled by `examples`."""
 
+    side: str = ""
+    """What messages call these lines, where there are others: `data.train`."""
     lines: int = 0
     """Lines that are not blank."""
     good: int = 0
     bad: int = 0
+    """Wrong lines."""
+    empty: int = 0
+    """Lines whose answer is empty: they are left out, and are not wrong."""
+    blank: Counter[str] = field(default_factory=Counter)
+    """Wrong lines that are so because a field that must be there is empty, by that field."""
     first_bad: list[BadRecord] = field(default_factory=list)
-    """The first wrong lines, at most REPORTED_AT_ONCE."""
+    """The first lines that are wrong or have no answer, at most REPORTED_AT_ONCE."""
     kinds: set[str] = field(default_factory=set)
-    """Of all wrong lines; there are few."""
+    """Of all of them; there are few."""
 
     def add_bad(self, record: BadRecord) -> None:
-        """Count a wrong line and keep it when it is among the first."""
-        self.bad += 1
+        """Count a line that is no example and keep it when it is among the first."""
+        if record.unanswered:
+            self.empty += 1
+        else:
+            self.bad += 1
+            if record.blank is not None:
+                self.blank[record.blank] += 1
         self.kinds.add(record.kind)
         if len(self.first_bad) < REPORTED_AT_ONCE:
             self.first_bad.append(record)
@@ -100,6 +129,8 @@ class Tally:
         self.lines += other.lines
         self.good += other.good
         self.bad += other.bad
+        self.empty += other.empty
+        self.blank += other.blank
         self.kinds |= other.kinds
         self.first_bad = (self.first_bad + other.first_bad)[:REPORTED_AT_ONCE]
 
@@ -109,37 +140,50 @@ class Tally:
             first = self.first_bad[0]
             return f"{self.bad} wrong lines of {self.lines}\n  in all {self.lines} lines: {first.reason}"
         lines = [str(record) for record in self.first_bad]
-        if self.bad > len(lines):
-            lines.append(f"... and {self.bad - len(lines)} more")
+        if self.bad + self.empty > len(lines):
+            lines.append(f"... and {self.bad + self.empty - len(lines)} more")
         count = "1 wrong line" if self.bad == 1 else f"{self.bad} wrong lines"
-        return "\n  ".join([f"{count} of {self.lines}", *lines])
+        unanswered = f", {self.empty} without an answer" if self.empty else ""
+        return "\n  ".join([f"{count} of {self.lines}{unanswered}", *lines])
+
+    @property
+    def share_wrong(self) -> float:
+        """Wrong lines of all."""
+        return self.bad / self.lines if self.lines else 0.0
 
 
-def examples(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally) -> Iterator[Example]:
-    """The examples of all lines there are, and a judgement at their end; see `checked_lines` and `judge_lines`."""
-    yield from checked_lines(lines, data, tally=tally)
-    judge_lines([tally], data)
-
-
-def checked_lines(lines: Iterable[tuple[str, int, bytes]], data: DataSection, *, tally: Tally) -> Iterator[Example]:
+def checked_lines(
+    lines: Iterable[tuple[str, int, bytes]],
+    data: DataSection,
+    *,
+    tally: Tally,
+    render: Render | None = None,
+) -> Iterator[Example]:
     """Check and render each line; wrong ones are counted in the tally and left out.
 
     Args:
         lines: file name, line number (from 1) and the raw bytes without the line end.
         data: the templates.
         tally: filled while the caller reads.
+        render: makes examples of chats; without it they are checked and counted, and give none.
     """
-    for source, number, raw in lines:
-        body = raw.removeprefix(_BOM) if number == 1 else raw
+    parsed = _parsed_lines(lines, data, tally)
+    for each in parsed if render is None else render(parsed):
+        if isinstance(each, BadRecord):
+            tally.add_bad(each)
+            continue
+        tally.good += 1
+        if isinstance(each, Example):
+            yield each
+
+
+def _parsed_lines(lines: Iterable[tuple[str, int, bytes]], data: DataSection, tally: Tally) -> Iterator[Parsed]:
+    for file, number, raw in lines:
+        body = raw.removeprefix(_BOM)
         if not body.strip():
             continue
         tally.lines += 1
-        parsed = parse_line(body, data, where=f"{source}:{number}")
-        if isinstance(parsed, BadRecord):
-            tally.add_bad(parsed)
-        else:
-            tally.good += 1
-            yield parsed
+        yield parse_line(body, data, where=f"{file}:{number}")
 
 
 def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
@@ -148,142 +192,110 @@ def judge_lines(sides: Iterable[Tally], data: DataSection) -> None:
     Raises:
         DataError: more are wrong than the recipe accepts.
     """
-    tally, share = Tally(), 0.0
+    tally, worst = Tally(), Tally()
     for side in sides:
         tally.merge(side)
-        share = max(share, side.bad / side.lines if side.lines else 0.0)
-    is_noise = share <= data.bad_record_limit
+        worst = max(worst, side, key=lambda each: each.share_wrong)
+    is_noise = worst.share_wrong <= data.bad_record_limit
     if tally.bad and data.on_bad_record == "fail":
         raise DataError(f"{tally.message()}\n{_advice(tally, data, can_skip=is_noise)}")
     if not is_noise:
+        lines = f"lines of {worst.side}" if worst.side else "lines"
         raise DataError(
-            f"{tally.message()}\n{share:.2%} of the lines are wrong, more than data.bad_record_limit "
-            f"({data.bad_record_limit:.2%}) accepts as noise; {_advice(tally, data, can_skip=False)}"
+            f"{tally.message()}\n{worst.bad} of {worst.lines} {lines} are wrong ({worst.share_wrong:.2%}), more than "
+            f"data.bad_record_limit ({data.bad_record_limit:.2%}) accepts as noise; "
+            f"{_advice(tally, data, can_skip=False)}"
         )
 
 
 def _advice(tally: Tally, data: DataSection, *, can_skip: bool) -> str:
     """What helps, and nothing else: too many wrong lines are not left out."""
     ways = ["correct them"]
-    missing = [name for name in data.fields if f'"{name}" is missing' in tally.kinds]
-    if missing:
-        templates = [f"data.{name}" for name in ("text", "prompt", "completion") if getattr(data, name) is not None]
+    wanted = data.fields if data.chat is None else (data.chat,)
+    if any(f'"{name}" is missing' in tally.kinds for name in wanted):
+        templates = [
+            f"data.{name}" for name in ("text", "prompt", "completion", "chat") if getattr(data, name) is not None
+        ]
         ways.append(f"name in {' and '.join(templates)} the fields that the records have")
     if can_skip:
         ways.append("set data.on_bad_record: skip")
-    return ", or ".join(ways)
+    absent = (
+        ("is empty", "is null, not a string", "is missing") if tally.good else ("is empty", "is null, not a string")
+    )
+    left_out = [name for name in data.fields if any(f'"{name}" {why}' in tally.kinds for why in absent)]
+    return ", or ".join(ways) + optional_form(data, left_out)
 
 
-def parse_line(raw: bytes, data: DataSection, *, where: str) -> Example | BadRecord:
-    """One line -> an example, or why it is none."""
+def optional_form(data: DataSection, names: Iterable[str]) -> str:
+    """The recipe's own templates with these fields optional, as the end of a message; empty: there is no such way."""
+    lines = []
+    for key in ("text", "prompt", "completion"):
+        template = getattr(data, key)
+        if template is None:
+            continue
+        written = template
+        those: list[str] = []
+        for name in names:
+            # An answer that is not there is nothing to learn.
+            if key == "prompt" or data.answers != {name}:
+                optional = with_optional(written, name)
+                written, those = optional or written, those + [name] * (optional is not None)
+        if written != template:
+            shown = ", ".join(f'"{name}"' for name in those)
+            lines.append(
+                f"\nWhere {shown} may be left out, let what belongs to it vanish with it:\n"
+                f"  data.{key}: {json.dumps(written, ensure_ascii=False)}"
+            )
+    return "".join(lines)
+
+
+def parse_line(raw: bytes, data: DataSection, *, where: str) -> Parsed:
+    """One line -> an example or a chat, or why it is none."""
     if len(raw) > data.max_record:
         too_long = f"longer than data.max_record ({data.max_record:,} bytes)"
         return BadRecord(where=where, reason=f"{too_long}; split the record, or raise data.max_record")
-    fields = fields_of(raw, data.fields)
-    if isinstance(fields, str):
-        return BadRecord(where=where, reason=fields)
+    if data.chat is not None:
+        chat = chat_in(raw, data, where=where)
+        return BadRecord(where=where, reason=chat) if isinstance(chat, str) else chat
+    fields = fields_of(raw, data.fields, required=data.required, strict_types=data.strict_types)
+    if isinstance(fields, Unusable):
+        # Of an answer that is empty nothing can be learned, and nothing else is wrong with the record.
+        unanswered = fields.blank in data.answers
+        return BadRecord(where=where, reason=fields.reason, blank=fields.blank, unanswered=unanswered)
+    if all(fields[name] is None for name in data.answers):
+        names = ", ".join(f'"{name}"' for name in sorted(data.answers))
+        return BadRecord(where=where, reason=f"the answer is empty (nothing of {names} is there)", unanswered=True)
     return Example(parts=_parts(fields, data), where=where)
 
 
-def _parts(fields: dict[str, str], data: DataSection) -> tuple[Part, ...]:
+def _parts(fields: Mapping[str, str | None], data: DataSection) -> tuple[Part, ...]:
     """A text is learned as a whole; of prompt and completion the completion is.
 
     `loss_on: all` is applied to the token ids: an example keeps its name, and so its side, whatever the loss is over.
     """
     templates = ((data.text, True), (data.prompt, False), (data.completion, True))
-    # str.format_map: the templates were checked to hold plain field names only.
     return tuple(
-        Part(text=template.format_map(fields), learned=learned)
+        part
         for template, learned in templates
         if template is not None
+        for part in filled_in(template, fields, learned=learned)
     )
 
 
-def fields_of(raw: bytes, names: Iterable[str]) -> dict[str, str] | str:
-    """The named fields of one record, or the reason why they are not there."""
-    record = _record(raw)
+def filled_in(template: str, fields: Mapping[str, str | None], *, learned: bool) -> Iterator[Part]:
+    """A template's own text and the fields that it names, in their order; the template was checked before."""
+    for text, own in filled(template, fields):
+        yield Part(text=text, learned=learned, control=own)
+
+
+def chat_in(raw: bytes, data: DataSection, *, where: str, asked: bool = False) -> Chat | str:
+    """The conversation of one record of a chat data set, or the reason why it holds none; see `chat_of`."""
+    record = record_of(raw)
     if isinstance(record, str):
         return record
-    fields = {}
-    for name in names:
-        reason = _field_reason(record, name)
-        if reason is not None:
-            return f'"{name}" {reason}'
-        fields[name] = record[name]
-    return fields
-
-
-def _record(raw: bytes) -> dict[str, Any] | str:
-    """The JSON object of one line, or the reason why it is none."""
-    if b"\0" in raw:
-        return "holds a NUL byte"
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start + 1} of the line)"
-    except RecursionError:
-        return "nested too deeply"
-    except ValueError as error:
-        return _not_json(error)
-    return record if isinstance(record, dict) else f"not a JSON object but {_json_kind(record)}"
-
-
-def _not_json(error: ValueError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg}, column {error.colno})"
-    return "holds a number with too many digits"
-
-
-def _field_reason(record: dict[str, object], name: str) -> str | None:
-    if name not in record:
-        return "is missing" + (f" (the record has {_listed(record, name)})" if record else " (the record is empty)")
-    value = record[name]
-    if not isinstance(value, str):
-        return f"is {_json_kind(value)}, not a string"
-    if not value.strip():
-        return "is empty"
-    if "\0" in value:
-        return "holds a NUL character"
-    if not _is_text(value):
-        return "holds half a surrogate pair, which is no character"
-    return None
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _listed(record: dict[str, object], wanted: str, most: int = 6) -> str:
-    """The record's names, and the one that looks like the name that was looked for."""
-    names = {_as_json(name): name[:40] for name in list(record)[:most]}
-    meant = closest(wanted, names.values())
-    hint = "" if meant is None else f"; did you mean {_as_json(meant)}?"
-    return ", ".join(names) + (", ..." if len(record) > most else "") + hint
-
-
-def _as_json(name: str) -> str:
-    # So that a line stays a line; half a surrogate pair could not be written into the report.
-    return json.dumps(name[:40], ensure_ascii=not _is_text(name))
-
-
-def _json_kind(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
+    drop = data.reasoning == "drop"
+    field, tools = data.chat or "", data.tools
+    return chat_of(record, field=field, tools=tools, drop_reasoning=drop, where=where, asked=asked)
 
 
 def is_held_out(digest: bytes, fraction: float) -> bool:

@@ -1,15 +1,16 @@
 """Report (versioned schema) -> JSON: what a person and a script act on when the run is done."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from job.core.limits import StopFigures
 from job.core.memory import ComputeDtype
-from job.core.recipe import Section
+from job.core.preview import ExamplePreview
 from job.core.run_record import first_mistake
+from job.core.section import Section
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -39,6 +40,24 @@ class Histogram(Section):
         return self
 
 
+class SourceReport(Section):
+    """One of several sources, on one side; the keys mean what they mean for the side."""
+
+    name: str
+    rows: int
+    used: int
+    truncated: int
+    dropped: int
+    without_target: int
+    empty: int = 0
+    bad_lines: int
+    """Wrong lines of its own files that were left out."""
+    tokens: int
+    targets: int
+    percentiles: dict[str, int]
+    """Empty for a source without examples on this side."""
+
+
 class SideReport(Section):
     """One side of the dataset."""
 
@@ -56,6 +75,8 @@ class SideReport(Section):
     """Left out because longer than max_length."""
     without_target: int
     """Left out because nothing is left to learn from."""
+    empty: int = 0
+    """Lines left out because their answer is empty; none of `rows`."""
     tokens: int
     """Real tokens of the used examples, after the cut."""
     targets: int
@@ -63,6 +84,13 @@ class SideReport(Section):
     percentiles: dict[str, int]
     """Lengths in tokens before the cut."""
     histogram: Histogram
+    sources: tuple[SourceReport, ...] = ()
+    """In the recipe's order; empty where there is but one."""
+
+    @property
+    def used_by_source(self) -> tuple[int, ...]:
+        """Examples of each source, also where there is but one."""
+        return tuple(source.used for source in self.sources) or (self.used,)
 
 
 class BadLine(Section):
@@ -84,6 +112,8 @@ class DataReport(Section):
     max_length: int
     """Tokens."""
     max_length_reason: str
+    preview: tuple[ExamplePreview, ...] = ()
+    """The first, the longest and the shortest training example of each source, as they are learned."""
 
 
 class ModelReport(Section):
@@ -94,11 +124,25 @@ class ModelReport(Section):
     """The hub's commit, or a hash over the files."""
     licence: str | None
     architecture: str
+    left_out: str | None = None
+    """What of a multimodal base was neither loaded nor adapted; None: the base is a language model alone."""
     quantisation: str
     loaded_from: Literal["weights", "copy in 4 bits"] = "weights"
     """In this attempt: a copy that an earlier start had kept makes neither download nor quantisation needed."""
     trainable_parameters: int
     total_parameters: int
+
+
+class SourceShare(Section):
+    """What a run takes of one of several sources."""
+
+    name: str
+    examples: int
+    """Drawn over all steps."""
+    share: float
+    """Of all that is drawn; at every step exact to less than one example."""
+    epochs: float
+    """Passes over the source."""
 
 
 class PlanReport(Section):
@@ -124,10 +168,20 @@ class PlanReport(Section):
     reason: str
     steps: int
     epochs: float
+    sources: tuple[SourceShare, ...] = ()
+    """In the recipe's order; empty where there is but one."""
     out_of_memory: int
     """How often a batch was done again in smaller micro-batches."""
     allocation_retries: int = 0
     """How often this attempt's process gave GPU memory back and asked for it anew: many cost time."""
+
+
+class SourceCurve(Section):
+    """The training loss of one of several sources."""
+
+    name: str
+    loss: tuple[float | None, ...]
+    """Nats a target token, for each step; None: the step has nothing of it."""
 
 
 class TrainingCurve(Section):
@@ -138,6 +192,19 @@ class TrainingCurve(Section):
     grad_norm: tuple[float, ...]
     """Before clipping."""
     learning_rate: tuple[float, ...]
+    sources: tuple[SourceCurve, ...] = ()
+    """In the recipe's order; empty where there is but one."""
+
+
+class SourceLoss(Section):
+    """The held-out examples of one of several sources at one step."""
+
+    name: str
+    examples: int
+    tokens: int
+    """Target tokens."""
+    loss: float | None
+    """Nats a target token; None: the source has no held-out example."""
 
 
 class EvaluationReport(Section):
@@ -150,6 +217,8 @@ class EvaluationReport(Section):
     token_accuracy: float
     tokens: int
     """Target tokens."""
+    sources: tuple[SourceLoss, ...] = ()
+    """Those of the held-out side, in the recipe's order; empty where there is but one."""
 
 
 class SweetSpot(Section):
@@ -293,11 +362,23 @@ class Report(Section):
     attempts: tuple[AttemptReport, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
+    def _sources_are_the_same_everywhere(self) -> Self:
+        taken, judged = _names(self.data.train.sources), _names(self.data.validation.sources)
+        drawn = [_names(self.plan.sources), _names(self.curve.sources)]
+        if drawn != [taken] * 2 or any(_names(e.sources) != judged for e in self.evaluations):
+            raise ValueError("sources: data, plan, curve and evaluations do not name the same ones")
+        return self
+
+    @model_validator(mode="after")
     def _has_judged_its_choice(self) -> Self:
         judged = [e.step for e in self.evaluations]
         if self.sweet_spot.step not in judged or len(set(judged)) != len(judged):
             raise ValueError("sweet_spot: its step is none of the evaluations, or one stands there twice")
         return self
+
+
+def _names(sources: Sequence[SourceReport | SourceShare | SourceCurve | SourceLoss]) -> list[str]:
+    return [source.name for source in sources]
 
 
 def read_report(content: Mapping[str, Any]) -> Report:

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from job.core.recipe import Section, Text, Whole
+from job.core.section import Section, Text, Whole
 
 RECORD_VERSION: Literal[1] = 1
 
@@ -16,6 +16,8 @@ class RecordedObject(Section):
     etag: Text
     version: str | None
     size: Whole
+    source: Whole = 0
+    """Place of its source in the recipe's list."""
 
 
 class RecordedData(Section):
@@ -28,7 +30,7 @@ class RecordedData(Section):
     @model_validator(mode="after")
     def _are_distinct(self) -> Self:
         for side in (self.train, self.validation):
-            if len({o.uri for o in side}) != len(side):
+            if len({(o.source, o.uri) for o in side}) != len(side):
                 raise ValueError("an object stands there twice")
         return self
 

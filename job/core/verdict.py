@@ -12,6 +12,10 @@ CONFIDENCE = 0.95
 """One-sided: a checkpoint counts as worse when its loss is higher in at least this share of the resamples."""
 
 
+NOTHING_BETTER = "nothing better than the base was found"
+"""The verdict where the checkpoint to keep is that of step 0, before any training."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """Held-out loss of each example at one step."""
@@ -28,6 +32,11 @@ class Evaluation:
     def loss(self) -> float:
         """Mean loss of a target token, in nats: every token counts the same."""
         return float(self.nll.sum() / self.tokens.sum())
+
+    def loss_of(self, examples: NDArray[np.bool_]) -> float | None:
+        """The same over some of the examples, [N]; None: there is none."""
+        tokens = int(self.tokens[examples].sum())
+        return float(self.nll[examples].sum() / tokens) if tokens else None
 
     @property
     def perplexity(self) -> float:

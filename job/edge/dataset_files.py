@@ -1,7 +1,9 @@
 """The dataset's objects on the local disk, and their lines: plain, gzip or zstd, recognised by their first bytes."""
 
 import codecs
+import io
 import os
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +16,7 @@ import zstandard
 
 from job.core.errors import DataError
 from job.core.visible import one_line
+from job.edge.foreign_formats import Packing, foreign
 from job.edge.store.lanes import Lanes
 from job.edge.store.objects import PART_BYTES, ObjectStore, StoredObject, StoreSettings
 from job.edge.store.opening import open_store, store_and_key
@@ -30,6 +33,8 @@ shrinks to a thousandth was made to fill a disk."""
 _MARK_BYTES = len(codecs.BOM_UTF8)
 """May stand before the first record of a file, and are none of it."""
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+"""Begins a zstd frame that holds no content; pzstd writes one before each frame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,20 +124,24 @@ def _names(uris: Sequence[str]) -> list[str]:
     return [one_line(name) for name in (short if len(set(short)) == len(short) else uris)]
 
 
-def read_lines(files: Iterable[DataFile], *, max_record: int) -> Iterator[tuple[str, int, bytes]]:
+def read_lines(
+    files: Iterable[DataFile], *, max_record: int, on_read: Callable[[int], None] = lambda _count: None
+) -> Iterator[tuple[str, int, bytes]]:
     """File name, line number (from 1) and bytes of each line, without its end: LF or CRLF, nothing else.
 
     Args:
         files: one after the other.
         max_record: bytes; of a longer line no more than just beyond them is kept.
+        on_read: called with the bytes that were just read of a file.
 
     Raises:
-        DataError: a compressed file is damaged, ends early, or unpacks to far more than its size.
+        DataError: a compressed file is damaged, ends early, or unpacks to far more than its size; or a file holds
+            something else than lines.
     """
     for file in files:
         number = 0
         try:
-            for number, line in enumerate(_split(_chunks(file), max_record), start=1):
+            for number, line in enumerate(_split(_own(file, on_read), max_record), start=1):
                 yield file.name, number, line
         except (zlib.error, zstandard.ZstdError, EOFError) as error:
             raise DataError(
@@ -157,24 +166,60 @@ def _split(chunks: Iterable[bytes], max_record: int) -> Iterator[bytes]:
         yield rest.removesuffix(b"\r")
 
 
-def _chunks(file: DataFile) -> Iterator[bytes]:
+def _own(file: DataFile, on_read: Callable[[int], None]) -> Iterator[bytes]:
+    """The content in chunks, of a file in our format."""
+    packing = _packing(file)
+    chunks = _chunks(file, packing, on_read)
+    for first in chunks:
+        other = foreign(first, file.source.uri, packing)
+        if other is not None:
+            scheme, _, path = file.source.uri.partition("://")
+            here = path if scheme == "file" else PurePosixPath(path).name
+            raise DataError(f"{file.name}: {other.message(here)}")
+        yield first
+        break
+    yield from chunks
+
+
+class _Followed(io.FileIO):
+    """A file that says how much was read of it."""
+
+    def __init__(self, path: Path, on_read: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self._on_read = on_read
+
+    def readinto(self, buffer: Any) -> int:
+        """As FileIO."""
+        count: int = super().readinto(buffer) or 0
+        self._on_read(count)
+        return count
+
+
+def _packing(file: DataFile) -> Packing:
     with file.path.open("rb") as stream:
         head = stream.read(4)
-        stream.seek(0)
-        if head.startswith(_GZIP):
-            yield from _unpacked(stream, lambda: zlib.decompressobj(wbits=31), name=file.name)
-        elif head == _ZSTD:
-            unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
-            yield from _unpacked(stream, unpacker.decompressobj, name=file.name)
-        else:
-            yield from iter(partial(stream.read, _CHUNK_BYTES), b"")
+    if head.startswith(_GZIP):
+        return "gzip"
+    return "zstd" if head == _ZSTD or _SKIPPABLE.match(head) else "plain"
 
 
-def _unpacked(stream: BinaryIO, new: Callable[[], Any], *, name: str) -> Iterator[bytes]:
+def _chunks(file: DataFile, packing: Packing, on_read: Callable[[int], None]) -> Iterator[bytes]:
+    with io.BufferedReader(_Followed(file.path, on_read)) as stream:
+        match packing:
+            case "gzip":
+                yield from _unpacked(stream, lambda: zlib.decompressobj(wbits=31), name=file.name, padding=b"\0")
+            case "zstd":
+                unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+                yield from _unpacked(stream, unpacker.decompressobj, name=file.name)
+            case "plain":
+                yield from iter(partial(stream.read, _CHUNK_BYTES), b"")
+
+
+def _unpacked(stream: BinaryIO, new: Callable[[], Any], *, name: str, padding: bytes = b"") -> Iterator[bytes]:
     """The content of a compressed file in chunks, no more of it than its size allows."""
     size = os.fstat(stream.fileno()).st_size
     left = _UNPACKED_BYTES + _UNPACKED_TIMES * size
-    for content in _decompressed(iter(partial(stream.read, _PACKED_BYTES), b""), new):
+    for content in _decompressed(iter(partial(stream.read, _PACKED_BYTES), b""), new, padding):
         left -= len(content)
         if left < 0:
             raise DataError(
@@ -185,13 +230,17 @@ def _unpacked(stream: BinaryIO, new: Callable[[], Any], *, name: str) -> Iterato
             yield content[start : start + _CHUNK_BYTES]
 
 
-def _decompressed(raw: Iterable[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of one or more compressed frames in a row."""
-    frame = None
+def _decompressed(raw: Iterable[bytes], new: Callable[[], Any], padding: bytes) -> Iterator[bytes]:
+    """The content of one or more compressed frames in a row, whatever padding stands behind them."""
+    frame, any_frame = None, False
     for chunk in raw:
         left = chunk
         while left:
-            frame = frame or new()
+            if frame is None and any_frame:
+                left = left.lstrip(padding)  # tapes and block devices fill up with zeros
+                if not left:
+                    break
+            frame, any_frame = frame or new(), True
             yield frame.decompress(left)
             if not frame.eof:
                 break

@@ -1,10 +1,11 @@
 """The adapter's README: where it comes from, what it was trained on, how it is loaded; with front matter for hubs."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from job.core.recipe import LoraSection, is_hub_id
-from job.core.report import DataReport
+from job.core.report import DataReport, SourceLoss, SourceShare
 from job.core.visible import code_span
 
 
@@ -18,6 +19,10 @@ class Card:
     revision: str
     licence: str | None
     """The base's; None: not known."""
+    is_multimodal: bool
+    """Whether the base is a model of more than text, of which the adapter is on the text decoder."""
+    form: str
+    """What its linear layers are, counted."""
     data: DataReport
     lora: LoraSection
     step: int
@@ -25,6 +30,10 @@ class Card:
     steps: int
     base_loss: float
     tuned_loss: float
+    shares: Sequence[SourceShare] = ()
+    """What was taken of each source, where there are several."""
+    losses: Sequence[tuple[SourceLoss, SourceLoss]] = ()
+    """Of each held-out source, where there are several: base and tuned."""
 
 
 def adapter_card(card: Card) -> str:
@@ -35,6 +44,7 @@ def adapter_card(card: Card) -> str:
     )
     licence = code_span(card.licence) if card.licence else "not known; look at the base model"
     loaded = card.base if on_hub else "path/to/base"
+    auto_class = "AutoModelForImageTextToText" if card.is_multimodal else "AutoModelForCausalLM"
     revision = f", revision={json.dumps(card.revision)}" if on_hub else ""
     return f"""---
 base_model: {json.dumps(card.base)}
@@ -48,21 +58,36 @@ Run `{card.run_id}`, step {card.step} of {card.steps}: validation loss
 
 - Base: {code_span(card.base)}, revision {code_span(card.revision)}
 - Licence of the base: {licence}. It holds for what is made from the base too.
-- Base read in 4 bits (NF4, double quantisation); LoRA r {card.lora.r}, alpha {card.lora.alpha:g}
+- Base read as {card.form}; LoRA r {card.lora.r}, alpha {card.lora.alpha:g}
 
 Trained on {data.train.used} examples, judged on {data.validation.used}:
 {hashes}
-
+{_sources(card)}
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import {auto_class}, BitsAndBytesConfig
 
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                          bnb_4bit_compute_dtype=torch.bfloat16)
-base = AutoModelForCausalLM.from_pretrained("{loaded}", dtype=torch.bfloat16, quantization_config=nf4{revision})
+base = {auto_class}.from_pretrained("{loaded}", dtype=torch.bfloat16, quantization_config=nf4{revision})
 model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 # On some CPUs bitsandbytes refuses sizes that it can compute with; without this they end in an assertion:
 # for module in base.modules(): module.support_avx512bf16_for_cpu = False
 ```
 """
+
+
+def _sources(card: Card) -> str:
+    """A paragraph on each of several sources; else nothing."""
+    lines = [
+        f"- {code_span(source.name)}: {source.used} examples, {share.share:.1%} of what was drawn"
+        for source, share in zip(card.data.train.sources, card.shares, strict=True)
+    ]
+    judged = [
+        f"- {code_span(base.name)}: {base.loss:.4f} (base) -> {tuned.loss:.4f} on {base.examples} held out"
+        for base, tuned in card.losses
+        if base.loss is not None and tuned.loss is not None
+    ]
+    named = {"What was drawn": lines, "Validation loss by source": judged}
+    return "".join(f"\n{title}:\n" + "\n".join(block) + "\n" for title, block in named.items() if block)

@@ -7,6 +7,7 @@ from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, train
 from job.core.memory import GIB
 from job.core.report import DataReport
 from job.render.report_text import histogram_lines
+from job.render.sources_text import source_rows
 
 
 def plan_lines(
@@ -15,6 +16,7 @@ def plan_lines(
     work: Workload,
     forecasts: Sequence[Forecast],
     *,
+    words: Sequence[str],
     templates: Sequence[str],
     usd_per_hour: float | None,
 ) -> list[str]:
@@ -25,6 +27,7 @@ def plan_lines(
         candidates: what each max_length would cut.
         work: what is to be done.
         forecasts: of each GPU.
+        words: on how the base trains.
         templates: what to ask for in the words of each scheduler, with the fields of `Ask` to be filled in.
         usd_per_hour: what the GPU costs; None: no cost is shown.
 
@@ -35,6 +38,8 @@ def plan_lines(
         *_lengths(data, candidates),
         "",
         *_work(work),
+        *(f"source {row}" for row in source_rows(data, work.course)),
+        *words,
         "",
         *_memory(work, forecasts[0]),
         "",
@@ -81,7 +86,7 @@ def _memory(work: Workload, shown: Forecast) -> list[str]:
     layers = work.shape.layers
     rows = {
         "base in 4 bits": parts.weights,
-        "embedding and head, bf16": parts.embeddings,
+        "embedding, head and what else is not in 4 bits": parts.embeddings,
         "adapter, fp32": parts.adapter,
         "its gradients": parts.gradients,
         "optimizer": parts.optimizer,

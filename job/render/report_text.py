@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from job.core.lines import worth_naming
 from job.core.report import Report
+from job.core.verdict import NOTHING_BETTER
+from job.render.preview_text import example_lines
+from job.render.sources_text import source_lines
 
 _BAR = 24
 """Characters of the longest bar: with the lengths and counts beside it a line has room in 80 columns."""
@@ -34,8 +37,10 @@ def report_lines(report: Report) -> list[str]:
         *_evaluations(report),
         "",
         *_data(report),
+        *source_lines(report),
         "",
         *_cost(report),
+        *_learned(report),
         *_answers(report),
     ]
 
@@ -43,6 +48,7 @@ def report_lines(report: Report) -> list[str]:
 def _outcome(report: Report) -> list[str]:
     spot = report.sweet_spot
     lines = [
+        *([f"verdict            {NOTHING_BETTER}: the adapter leaves it as it is"] if spot.step == 0 else []),
         f"validation loss    base {spot.base_loss:.4f} -> tuned {spot.loss:.4f} nats a token",
         f"chosen checkpoint  step {spot.step} of {report.plan.steps} ({spot.reason})",
         "overfitting        "
@@ -85,9 +91,16 @@ def _data(report: Report) -> list[str]:
         "truncated": data.train.truncated,
         "too long and dropped": data.train.dropped,
         "nothing to learn from": data.train.without_target,
+        "empty answers left out": data.train.empty,
     }
     seen = [f"{name} {count}" for name, count in counted.items() if count]
     return lines + (["      " + ", ".join(seen)] if seen else [])
+
+
+def _learned(report: Report) -> list[str]:
+    """The first training example, as it was learned."""
+    lines = [line for each in report.data.preview[:1] for line in example_lines(each, width=None, colours=False)]
+    return ["", *lines] if lines else []
 
 
 def _cost(report: Report) -> list[str]:

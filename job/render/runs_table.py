@@ -138,6 +138,8 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     for key, value in section.items():
         if isinstance(value, Mapping):
             values |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, Sequence) and any(isinstance(each, Mapping) for each in value):  # sources
+            values |= _flat({str(place): each for place, each in enumerate(value)}, f"{prefix}{key}.")
         else:
             values[prefix + key] = str(value)
     return values

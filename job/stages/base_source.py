@@ -6,14 +6,16 @@ from typing import Any, Literal
 
 import torch
 
+from job.core.promises import TensorHeader
 from job.core.recipe import ModelSection
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel, BaseModelIdentity, OnProgress
 from job.edge.base.quantised_copies import QuantisedCopy
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
-from job.tune.model.base import is_quantised, quantised_bytes, quantised_files
+from job.tune.model.base import can_be_kept, is_quantised, quantised_bytes, quantised_files
 from job.tune.model.four_bit import quantised_form
+from job.tune.model.promises import hold_to_promises
 
 
 def loaded_from(base: BaseModel) -> Literal["weights", "copy in 4 bits"]:
@@ -66,6 +68,29 @@ class BaseSource:
         """
         return self._copy.bring(on_progress) or self._fetch(on_progress, weights=True)
 
+    def refuse_broken_promises(self, small: Path) -> None:
+        """Compare what the weights are with what the configuration says, before they are fetched.
+
+        A copy in 4 bits was made from weights that were compared.
+
+        Args:
+            small: from `fetch_small`.
+
+        Raises:
+            DataError: they do not go together.
+            JobError: as `fetching.fetch`.
+        """
+        if small != self._copy.folder:
+            hold_to_promises(small, self._headers(), source=self._identity.source)
+
+    def _headers(self) -> dict[str, TensorHeader]:
+        return fetching.read_headers(
+            self._identity,
+            models_folder=self._models_folder,
+            settings=self._settings,
+            should_stop=self._should_stop,
+        )
+
     def keep(self, loaded: Any, base: BaseModel, on_beat: Callable[[], None]) -> None:
         """Make a copy for later starts, when the weights were what was loaded.
 
@@ -74,7 +99,7 @@ class BaseSource:
             base: what it was loaded from.
             on_beat: called when something moves.
         """
-        if base.quantised or is_quantised(base.folder):
+        if base.quantised or is_quantised(base.folder) or not can_be_kept(loaded):
             return
         size = quantised_bytes(loaded)
         self._copy.keep(quantised_files(loaded, base.folder), beside=base.folder, needed_bytes=size, on_beat=on_beat)

@@ -21,7 +21,7 @@ from job.edge.run.artifacts import Artifacts
 from job.edge.store.objects import StoredObject
 from job.edge.store.opening import open_store
 from job.stages.attempt import Attempt
-from job.stages.identity import Run
+from job.stages.identity import Objects, Run, Sides
 from job.stages.loading import Inputs
 from job.tune.world import ALONE, CAUSE, Meeting, Order, World
 
@@ -198,19 +198,20 @@ def _said_of(run: Run) -> dict[str, Any]:
     return {
         "run_id": run.artifacts.run_id,
         "base": asdict(run.base),
-        "train": [asdict(each) for each in run.train],
-        "validation": [asdict(each) for each in run.validation],
+        "sides": asdict(run.sides),
         "record": run.record,
     }
 
 
 def _run_of(said: dict[str, Any], attempt: Attempt) -> Run:
-    worker = attempt.worker
+    def objects(sources: list[list[dict[str, Any]]]) -> tuple[Objects, ...]:
+        return tuple(tuple(StoredObject(**each) for each in source) for source in sources)
+
+    worker, sides = attempt.worker, said["sides"]
     return Run(
         artifacts=Artifacts(open_store(worker.recipe.output, worker.settings), said["run_id"]),
         base=BaseModelIdentity(**said["base"]),
-        train=tuple(StoredObject(**each) for each in said["train"]),
-        validation=tuple(StoredObject(**each) for each in said["validation"]),
+        sides=Sides(train=objects(sides["train"]), validation=objects(sides["validation"])),
         record=said["record"],
         begun=True,
         done=False,

@@ -1,33 +1,36 @@
 """The dataset from the store to documents: fetched, checked, split, encoded, measured."""
 
-import json
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from job.core.advice import refuse_endless_warm_up
-from job.core.course import course_of
-from job.core.crash_points import crash_point
-from job.core.errors import DataError
-from job.core.lengths import choose_max_length, length_statistics
-from job.core.recipe import DataSection, Fraction
-from job.core.records import Example, Tally, checked_lines, is_held_out, judge_lines
-from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport
-from job.edge.dataset_files import DataFile, fetch_files, read_lines
+from job.core.chunks import Side
+from job.core.course import Course, course_of
+from job.core.data_section import DataSection
+from job.core.errors import DataError, UsageError
+from job.core.lengths import choose_max_length
+from job.core.mixture import portions
+from job.core.preview import ExamplePreview
+from job.core.report import DataReport, SourceLoss
+from job.core.unused import judge_unused
+from job.core.verdict import Evaluation
+from job.core.vocabulary import refuse_beyond
 from job.edge.store.objects import StoredObject
-from job.edge.store.whole_files import whole_file
 from job.stages.attempt import Phases, Worker
+from job.stages.data_report import counted, data_report
+from job.stages.encoding import encoded_data
 from job.stages.identity import Run
+from job.tune.data.chat import ChatTemplates, asked_rules
 from job.tune.data.documents import Documents, select_documents
-from job.tune.data.encoded import FORMAT, EncodedSet, Side, encode, open_encoded
-from job.tune.data.frame import token_rules
+from job.tune.data.encoded import EncodedSet
+from job.tune.data.frame import encode_given, encode_prompt, token_rules
+from job.tune.data.picture import by_source, pictures
 
 log = structlog.get_logger(__name__)
-_AUDIT = "audit.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +40,21 @@ class Dataset:
     train: Documents
     validation: Documents
     report: DataReport
+    notes: Sequence[str]
+    """What a reader should know of it."""
+
+    def losses_by_source(self, evaluation: Evaluation) -> tuple[SourceLoss, ...]:
+        """What an evaluation of the held-out documents says of each source; empty where there is but one."""
+        found = []
+        for place, source in enumerate(self.report.validation.sources):
+            mine = self.validation.sources == place
+            tokens, loss = int(evaluation.tokens[mine].sum()), evaluation.loss_of(mine)
+            found.append(SourceLoss(name=source.name, examples=source.used, tokens=tokens, loss=loss))
+        return tuple(found)
 
 
 def prepare_dataset(
-    worker: Worker, run: Run, tokenizer: Any, *, positions: int, folder: Path, phases: Phases
+    worker: Worker, run: Run, tokenizer: Any, *, positions: int, rows: int, folder: Path, phases: Phases
 ) -> Dataset:
     """Bring the dataset to the local disk as token ids; what an earlier attempt left there is used again.
 
@@ -49,15 +63,19 @@ def prepare_dataset(
         run: names the objects.
         tokenizer: the base model's.
         positions: how many the base model has.
+        rows: of the base model's embeddings.
         folder: where it goes; it belongs to this run.
         phases: the clock.
 
     Raises:
-        DataError: wrong lines, or nothing left to train or judge on.
+        DataError: wrong lines, a token that the base has no embedding for, or nothing left to train or judge on.
         UsageError: data.max_length or the warm-up does not go with the base or the data.
     """
-    encoded, audit = _encoded(worker, phases, run, tokenizer, folder)
+    asked = _asked(worker, tokenizer)
+    found = encoded_data(worker, phases, run, tokenizer, folder)
+    encoded, audit = found.sides, found.audit
     data, evaluation = worker.recipe.data, worker.recipe.evaluate
+    _refuse_unknown_ids(encoded.values(), asked, tokenizer, rows=rows)
     if not len(encoded["train"]):
         raise DataError(
             f"data.train: no example is left to train on in {_listed(run.train)} ({len(encoded['validation'])} were "
@@ -68,70 +86,52 @@ def prepare_dataset(
     validation = select_documents(
         encoded["validation"], max_length=limit.tokens, too_long=data.too_long, most=evaluation.max_examples
     )
-    for side, documents in (("train", train), ("validation", validation)):
-        if not len(documents):
-            raise DataError(
-                f"data.{side}: no example is left ({len(documents.encoded)} were read, {documents.dropped} are longer "
-                f"than max_length {limit.tokens}, {documents.without_target} have nothing to learn from); give more "
-                "examples, raise data.max_length, or hold out another share with data.validation"
-            )
-    course = course_of(worker.recipe.train, examples=len(train))
+    notes = audit.named_lines() + judge_unused(
+        audit.left_out(data, "train", train),
+        audit.left_out(data, "validation", validation),
+        max_length=limit.tokens,
+        longest=int(encoded["train"].lengths.max()),
+        positions=positions,
+    )
+    _refuse_none_left("train", train)
+    _refuse_none_left("validation", validation)
+    report = data_report(data, audit, train, validation, (limit.tokens, limit.reason))
+    _refuse_unused_sources(report)
+    course = course_of(worker.recipe.train, examples=portions(data, report.train.used_by_source))
     refuse_endless_warm_up(course, warmup_steps=worker.recipe.train.warmup_steps)
-    report = _report(encoded, audit, train, validation, (limit.tokens, limit.reason))
+    _refuse_undrawn_source(course, report)
+    report = report.model_copy(update={"preview": _pictured(train, data, tokenizer)})
+    _log(report, course)
+    return Dataset(train=train, validation=validation, report=report, notes=notes)
+
+
+def _log(report: DataReport, course: Course) -> None:
+    train = report.train
     log.info(
         "dataset",
-        train=len(train),
-        validation=len(validation),
-        max_length=limit.tokens,
-        reason=limit.reason,
-        percentiles=report.train.percentiles,
-        duplicates=report.train.duplicates,
+        train=train.used,
+        validation=report.validation.used,
+        max_length=report.max_length,
+        reason=report.max_length_reason,
+        percentiles=train.percentiles,
+        duplicates=train.duplicates,
         overlap=report.overlap,
         truncated=train.truncated,
         dropped=train.dropped,
         without_target=train.without_target,
+        empty=train.empty,
         bad_lines=report.bad_lines,
+        **({"sources": counted(report, course)} if train.sources else {}),
     )
-    return Dataset(train=train, validation=validation, report=report)
 
 
-def _encoded(
-    worker: Worker, phases: Phases, run: Run, tokenizer: Any, folder: Path
-) -> tuple[dict[Side, EncodedSet], dict[str, Any]]:
-    place = folder / "encoded"
-    if (place / _AUDIT).is_file():
-        audit = json.loads((place / _AUDIT).read_text(encoding="utf-8"))
-        # A run id that was given may have stood for other data or templates before, and the image may be newer.
-        if audit["run"] == run.record and audit.get("format") == FORMAT:
-            return open_encoded(place), audit
-    crash_point("download.before")
-    with phases.phase("download"):
-        train = _fetch(worker, phases, run, folder, "train")
-        validation = _fetch(worker, phases, run, folder, "validation")
-    (place / _AUDIT).unlink(missing_ok=True)  # first: what it says is whole is being written anew
-    with phases.phase("encode"):
-        tally = Tally()
-        encoded = encode(
-            _routed(worker.recipe.data, train, validation, tally),
-            tokenizer,
-            token_rules(tokenizer, worker.recipe.data),
-            folder=place,
-            should_stop=worker.should_stop,
-            on_progress=lambda done: _encoding(phases, done),
+def _refuse_none_left(side: Side, documents: Documents) -> None:
+    if not len(documents):
+        raise DataError(
+            f"data.{side}: no example is left ({len(documents.encoded)} were read, {documents.dropped} are longer than "
+            f"max_length {documents.max_length}, {documents.without_target} have nothing to learn from); give more "
+            "examples, raise data.max_length, or hold out another share with data.validation"
         )
-    crash_point("encode.after")
-    audit = {
-        "run": run.record,
-        "format": FORMAT,
-        "train": [_object(file) for file in train],
-        "validation": [_object(file) for file in validation],
-        "bad": tally.bad,
-        "first_bad": [asdict(record) for record in tally.first_bad],
-    }
-    with whole_file(place / _AUDIT) as file:  # last: with it the folder is whole
-        file.write(json.dumps(audit).encode())
-    shutil.rmtree(folder / "data", ignore_errors=True)
-    return encoded, audit
 
 
 def _listed(objects: Sequence[StoredObject], most: int = 3) -> str:
@@ -139,86 +139,49 @@ def _listed(objects: Sequence[StoredObject], most: int = 3) -> str:
     return ", ".join(names) + (f" and {len(objects) - most} more" if len(objects) > most else "")
 
 
-def _fetch(worker: Worker, phases: Phases, run: Run, folder: Path, side: Side) -> list[DataFile]:
-    objects = run.train if side == "train" else run.validation
-    size = sum(o.size for o in objects)  # once: each piece that arrives is reported
-    return fetch_files(
-        objects,
-        folder / "data" / side,
-        worker.settings,
-        beside=[o.uri for o in (run.validation if side == "train" else run.train)],
-        should_stop=worker.should_stop,
-        on_progress=lambda done: _downloading(phases, side, done, of=size),
-    )
+def _asked(worker: Worker, tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """The recipe's prompts with their ids: a chat template may refuse one, and better now than with the base loaded."""
+    prompts = worker.recipe.evaluate.prompts
+    rules, chat = token_rules(tokenizer, worker.recipe.data), asked_rules(tokenizer, worker.recipe.data)
+    if chat is None:
+        return [(prompt, encode_prompt(prompt, rules)) for prompt in prompts]
+    with ChatTemplates(should_stop=worker.should_stop) as chats:
+        turns = [chats.of(chat).prompt(prompt).parts for prompt in prompts]
+    return [(p, encode_given(parts, rules, is_chat=True)) for p, parts in zip(prompts, turns, strict=True)]
 
 
-def _downloading(phases: Phases, side: Side, done: int, *, of: int) -> None:
-    phases.progress(side=side, bytes=done, of=of)
-    crash_point("download.middle")
+def _refuse_unknown_ids(
+    encoded: Iterable[EncodedSet], asked: Iterable[tuple[str, Sequence[int]]], tokenizer: Any, *, rows: int
+) -> None:
+    """The largest id of each side and of each prompt must have a row in the base's embeddings."""
+    largest = [(*found, side) for side in encoded if (found := side.largest_id()) is not None]
+    places = [(token, side.where(index)) for token, index, side in largest]
+    prompts = [(max(ids), f"evaluate.prompts: {prompt:.80}") for prompt, ids in asked if ids]
+    for token, where in [*places, *prompts]:
+        refuse_beyond(token, tokenizer.convert_ids_to_tokens(token), rows=rows, where=where)
 
 
-def _encoding(phases: Phases, done: int) -> None:
-    phases.progress(examples=done)
-    crash_point("encode.middle")
+def _pictured(train: Documents, data: DataSection, tokenizer: Any) -> tuple[ExamplePreview, ...]:
+    """Some examples of each source as they are learned."""
+    own = by_source(train, [source.name for source in data.sources])
+    return tuple(each for name, rows in own for each in pictures(train, tokenizer, source=name, rows=rows))
 
 
-def _routed(
-    data: DataSection, train: Sequence[DataFile], validation: Sequence[DataFile], tally: Tally
-) -> Iterator[tuple[Side, Example]]:
-    """Each checked example with its side."""
-    own = Tally()
-    for example in checked_lines(read_lines(train, max_record=data.max_record), data, tally=tally):
-        held_out = isinstance(data.validation, Fraction) and is_held_out(example.digest, data.validation.fraction)
-        yield ("validation" if held_out else "train"), example
-    for example in checked_lines(read_lines(validation, max_record=data.max_record), data, tally=own):
-        yield "validation", example
-    judge_lines([tally, own], data)
-    tally.merge(own)
+def _refuse_unused_sources(report: DataReport) -> None:
+    for source in report.train.sources:
+        if not source.used:
+            raise DataError(
+                f"data.train: no example of the source {source.name} is left to train on ({source.rows} were read to "
+                f"train on, {source.dropped} are longer than max_length {report.max_length}, {source.without_target} "
+                "have nothing to learn from); give it more examples, or leave it out"
+            )
 
 
-def _object(file: DataFile) -> dict[str, Any]:
-    source = file.source
-    return {
-        "uri": source.uri,
-        "etag": source.etag,
-        "version": source.version,
-        "size": source.size,
-        "sha256": file.sha256,
-    }
-
-
-def _report(
-    encoded: dict[Side, EncodedSet],
-    audit: dict[str, Any],
-    train: Documents,
-    validation: Documents,
-    limit: tuple[int, str],
-) -> DataReport:
-    seen = {side: encoded[side].digests() for side in encoded}
-    trained_on = {seen["train"][row] for row in train.rows}
-    return DataReport(
-        train=_side(train, audit["train"], seen["train"]),
-        validation=_side(validation, audit["validation"], seen["validation"]),
-        bad_lines=audit["bad"],
-        first_bad_lines=tuple(BadLine(**record) for record in audit["first_bad"]),
-        overlap=sum(seen["validation"][row] in trained_on for row in validation.rows),
-        max_length=limit[0],
-        max_length_reason=limit[1],
-    )
-
-
-def _side(documents: Documents, objects: list[dict[str, Any]], digests: list[bytes]) -> SideReport:
-    statistics = length_statistics(documents.encoded.lengths)
-    return SideReport(
-        objects=tuple(DataObject(**o) for o in objects),
-        rows=len(documents.encoded),
-        used=len(documents),
-        duplicates=len(digests) - len(set(digests)),
-        truncated=documents.truncated,
-        dropped=documents.dropped,
-        without_target=documents.without_target,
-        tokens=int(documents.lengths.sum()),
-        targets=int(documents.targets.sum()),
-        percentiles=statistics.percentiles,
-        histogram=Histogram(edges=statistics.edges, counts=statistics.counts),
-    )
+def _refuse_undrawn_source(course: Course, report: DataReport) -> None:
+    source = course.mixture.never_drawn(course.total)
+    if source is not None:
+        raise UsageError(
+            f"data.train: in {course.steps} steps of {course.batch_size} examples the source "
+            f"{report.train.sources[source].name}, whose share is {course.mixture.share(source):.3g}, is never drawn; "
+            "raise its weight, or train longer"
+        )

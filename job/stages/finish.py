@@ -11,7 +11,7 @@ import structlog
 from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, RunConflictError
 from job.core.report import Report
-from job.core.verdict import Verdict, judge
+from job.core.verdict import NOTHING_BETTER, Verdict, judge
 from job.edge.run.checkpoints import Checkpoint
 from job.render.card import Card, adapter_card
 from job.render.pictures import draw
@@ -19,7 +19,7 @@ from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.proving import load_published, prove
-from job.stages.report import assemble_report, notes
+from job.stages.report import assemble_report, notes, source_shares
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import answer
 
@@ -38,12 +38,14 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
     folder = attempt.worker.run_folder(artifacts.run_id)
     with phases.phase("publish"):
         chosen, verdict = _fetch_chosen(attempt, inputs, folder / "adapter", facts)
+        if chosen.step == 0:
+            attempt.notes.append(_nothing_better(facts))
         card = adapter_card(_card(attempt, inputs, facts, step=chosen.step))
         (folder / "adapter" / _CARD).write_text(card, encoding="utf-8")
         files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
     crash_point("prove.before")
     with phases.phase("prove"):
-        model = load_published(attempt, inputs, folder / "published", files)
+        model = load_published(attempt, inputs, folder / "published", files, left_to_peft=facts.left_to_peft)
         proven = prove(attempt, inputs, facts, model, step=chosen.step)
     with phases.phase("ask_tuned"):
         tuned = answer(
@@ -66,6 +68,14 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
     return report
 
 
+def _nothing_better(facts: TrainingFacts) -> str:
+    later = len(facts.progress.evaluations) - 1
+    return (
+        f"{NOTHING_BETTER}: none of {later} later evaluations has a significantly lower validation loss than step 0, "
+        "so the adapter leaves the base as it is; look at the data and at train.learning_rate, or train longer"
+    )
+
+
 def _for_people(attempt: Attempt, name: str) -> AbstractContextManager[None]:
     """The card is for people alone; what PEFT reads must be there."""
     return attempt.not_at_the_cost_of_the_run(f"adapter/{name}") if name == _CARD else nullcontext()
@@ -78,12 +88,16 @@ def _card(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, *, step: int) 
         base=identity.source,
         revision=identity.revision,
         licence=inputs.base.licence,
+        is_multimodal=facts.left_out is not None,
+        form=facts.form,
         data=inputs.dataset.report,
         lora=attempt.worker.recipe.lora,
         step=step,
         steps=facts.course.steps,
         base_loss=evaluations[0].loss,
         tuned_loss=evaluations[step].loss,
+        shares=source_shares(inputs, facts),
+        losses=[*zip(*map(inputs.dataset.losses_by_source, (evaluations[0], evaluations[step])), strict=True)],
     )
 
 

@@ -134,7 +134,7 @@ class _Follower:
             with model.model.disable_adapter():
                 answer(
                     model,
-                    questions_of(self._inputs, recipe),
+                    questions_of(self._inputs, recipe, should_stop=lambda: False),  # rank 0 waits for our answers
                     self._inputs.tokenizer,
                     max_new_tokens=recipe.evaluate.max_new_tokens,
                     seed=recipe.train.seed,

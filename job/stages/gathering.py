@@ -1,18 +1,24 @@
 """What training starts from, in the order of what it costs: the device, the small files, the data, the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import structlog
 
 from job.core.crash_points import crash_point
 from job.core.errors import StopRequestedError
 from job.stages.attempt import Attempt
 from job.stages.base_source import BaseSource
-from job.stages.dataset import prepare_dataset
+from job.stages.dataset import Dataset, prepare_dataset
 from job.stages.hardware import look_at_hardware
 from job.stages.identity import Run
 from job.stages.loading import Inputs
+from job.stages.stops import stops_elsewhere
+from job.tune.engines.families import refuse_family, words_on
 from job.tune.loop.track import refuse_trackers
 from job.tune.model.adapter import refuse_targets
-from job.tune.model.config import load_tokenizer, read_config, shape_of
+from job.tune.model.config import load_tokenizer, read_config, read_wrapper, shape_of
+
+log = structlog.get_logger(__name__)
 
 
 def gather(attempt: Attempt, run: Run, begin: Callable[[], int]) -> Inputs:
@@ -43,20 +49,25 @@ def gather(attempt: Attempt, run: Run, begin: Callable[[], int]) -> Inputs:
     with phases.phase("fetch_base"):
         small = source.fetch_small(phases.fetched)
     config, tokenizer = read_config(small), load_tokenizer(small)
+    refuse_family(config)
     refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
+    with phases.phase("fetch_base"):
+        source.refuse_broken_promises(small)
+    shape = shape_of(config)
     dataset = prepare_dataset(
         worker,
         run,
         tokenizer,
-        positions=shape_of(config).positions,
+        positions=shape.positions,
+        rows=shape.vocabulary,
         folder=worker.run_folder(run.artifacts.run_id),
         phases=phases,
     )
-    if dataset.report.overlap:
-        attempt.notes.append(
-            f"{dataset.report.overlap} held-out examples are also trained on: the validation loss flatters"
-        )
+    attempt.notes.extend(words_on(config, read_wrapper(small)))
+    for note in (*_notes_on(dataset), *stops_elsewhere(small, tokenizer, dataset.train)):
+        log.warning("data_note", reason=note)
+        attempt.notes.append(note)
     _stop_if_asked(attempt)
     # After the data, which is small beside them: a wrong line is reported before gigabytes move.
     with phases.phase("fetch_weights"):
@@ -70,6 +81,16 @@ def gather(attempt: Attempt, run: Run, begin: Callable[[], int]) -> Inputs:
         attempt_number=begin(),
         device=device,
     )
+
+
+def _notes_on(dataset: Dataset) -> Iterator[str]:
+    """What a reader of the report should know of the data."""
+    if dataset.report.overlap:
+        yield f"{dataset.report.overlap} held-out examples are also trained on: the validation loss flatters"
+    yield from dataset.notes
+    for source in dataset.report.validation.sources:
+        if not source.used:
+            yield f"no held-out example is from the source {source.name}: how well it is learned is not measured"
 
 
 def _stop_if_asked(attempt: Attempt) -> None:

@@ -5,12 +5,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import structlog
 
+from job.core.data_section import DataSection, DataSource
 from job.core.errors import DataError, NotFoundError, RunConflictError
-from job.core.recipe import DataSection, Fraction, Recipe, identity_of
+from job.core.recipe import Recipe, identity_of
 from job.core.run_record import RECORD_VERSION, RecordedObject, RunRecord, read_run_record
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
@@ -24,8 +26,26 @@ from job.edge.store.probing import Probe, probe
 log = structlog.get_logger(__name__)
 
 
-Sides = tuple[tuple[StoredObject, ...], tuple[StoredObject, ...]]
-"""Objects to train on, and held out."""
+Objects = tuple[StoredObject, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sides:
+    """What the data is, source by source."""
+
+    train: tuple[Objects, ...]
+    """Of each source to train on: one as a rule."""
+    validation: tuple[Objects, ...]
+    """Of each held-out source; empty when validation is a fraction of the training files."""
+
+    @property
+    def every(self) -> Objects:
+        """All objects."""
+        return tuple(chain.from_iterable((*self.train, *self.validation)))
+
+    def recorded(self) -> dict[str, Any]:
+        """As run.json holds them."""
+        return {"train": _records(self.train), "validation": _records(self.validation)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +54,23 @@ class Run:
 
     artifacts: Artifacts
     base: BaseModelIdentity
-    train: tuple[StoredObject, ...]
-    validation: tuple[StoredObject, ...]
-    """Empty when validation is a fraction of the training files."""
+    sides: Sides
     record: Mapping[str, Any]
     """What run.json says, or will say."""
     begun: bool
     """run.json stands. It is written once base and data have proved usable: bad input leaves nothing in the store."""
     done: bool
     """Its report is committed: there is nothing left to do."""
+
+    @property
+    def train(self) -> Objects:
+        """Of all sources."""
+        return tuple(chain.from_iterable(self.sides.train))
+
+    @property
+    def validation(self) -> Objects:
+        """Of all held-out sources."""
+        return tuple(chain.from_iterable(self.sides.validation))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,18 +178,16 @@ def _unfinished(wanted: _Wanted, artifacts: Artifacts) -> Run | None:
 
 
 def _new(wanted: _Wanted, artifacts: Artifacts, listed: Sides) -> Run:
-    train, validation = listed
     record = {
         "version": RECORD_VERSION,
         "run_id": artifacts.run_id,
         **wanted.identity(),
-        "data": {"train": _objects(train), "validation": _objects(validation)},
+        "data": listed.recorded(),
     }
     return Run(
         artifacts=artifacts,
         base=wanted.base,
-        train=train,
-        validation=validation,
+        sides=listed,
         record=record,
         begun=artifacts.run_record() is not None,
         done=artifacts.report() is not None,
@@ -169,15 +195,16 @@ def _new(wanted: _Wanted, artifacts: Artifacts, listed: Sides) -> Run:
 
 
 def list_data(data: DataSection, settings: StoreSettings, *, should_stop: Callable[[], bool]) -> Sides:
-    """What the recipe's URIs name now, by side; no validation when that is a fraction of the training files.
+    """What the recipe's URIs name now, by side and source; none held out when that is a fraction of the training files.
 
     Raises:
         NotFoundError: a URI names nothing.
     """
-    train = _expanded(data.train, settings, should_stop=should_stop)
-    if isinstance(data.validation, Fraction):
-        return train, ()
-    return train, _expanded(data.validation, settings, should_stop=should_stop)
+
+    def listed(sources: Sequence[DataSource]) -> tuple[Objects, ...]:
+        return tuple(_expanded(source.uris, settings, should_stop=should_stop) for source in sources)
+
+    return Sides(train=listed(data.sources), validation=listed(data.held_out_sources))
 
 
 def _expanded(
@@ -191,7 +218,7 @@ def _expanded(
 
 def _stands(wanted: _Wanted, run: Run) -> bool:
     """Whether every object of the run is still there, unchanged."""
-    objects = [*run.train, *run.validation]
+    objects = run.sides.every
     try:
         names = [glob.escape(o.uri) for o in objects]  # a name may hold what a pattern would
         found = expand(names, wanted.settings, should_stop=wanted.should_stop)
@@ -203,10 +230,9 @@ def _stands(wanted: _Wanted, run: Run) -> bool:
 def _is_listed(wanted: _Wanted, run: Run) -> bool:
     """Whether the recipe's URIs name exactly the run's objects now."""
     try:
-        train, validation = wanted.list_data()
+        return wanted.list_data().recorded() == run.sides.recorded()
     except NotFoundError:
         return False
-    return _objects(train) == _objects(run.train) and _objects(validation) == _objects(run.validation)
 
 
 def _from_record(wanted: _Wanted, artifacts: Artifacts, record: Mapping[str, Any]) -> Run:
@@ -216,7 +242,7 @@ def _from_record(wanted: _Wanted, artifacts: Artifacts, record: Mapping[str, Any
         DataError: it is not what this job writes there, or names data that the recipe does not.
     """
     try:
-        train, validation = _recorded_sides(read_run_record({**record}), artifacts.run_id, wanted.recipe.data)
+        sides = _recorded_sides(read_run_record({**record}), artifacts.run_id, wanted.recipe.data)
     except ValueError as error:
         raise DataError(
             f"{artifacts.uri}/run.json: damaged, or changed by somebody ({error}); look at who can write there, and "
@@ -225,8 +251,7 @@ def _from_record(wanted: _Wanted, artifacts: Artifacts, record: Mapping[str, Any
     return Run(
         artifacts=artifacts,
         base=wanted.base,
-        train=train,
-        validation=validation,
+        sides=sides,
         record=record,
         begun=True,
         done=artifacts.report() is not None,
@@ -237,26 +262,36 @@ def _recorded_sides(record: RunRecord, run_id: str, data: DataSection) -> Sides:
     """The record's objects by side, if it is that of this run, and they are within what the recipe names."""
     if record.run_id != run_id:
         raise ValueError(f"run_id: it is the record of {record.run_id!a:.80}")
-    held_out = () if isinstance(data.validation, Fraction) else data.validation
-    if bool(record.data.validation) != bool(held_out):
+    if bool(record.data.validation) != bool(data.held_out_sources):
         raise ValueError("data.validation: the recipe holds out examples in another way")
-    return (
-        _recorded(record.data.train, data.train, side="train"),
-        _recorded(record.data.validation, held_out, side="validation"),
+    return Sides(
+        train=_recorded(record.data.train, data.sources, side="train"),
+        validation=_recorded(record.data.validation, data.held_out_sources, side="validation"),
     )
 
 
-def _recorded(objects: Sequence[RecordedObject], uris: Sequence[str], *, side: str) -> tuple[StoredObject, ...]:
-    """The objects of one side, each one that the recipe's own URIs can mean: who chooses the data is the recipe."""
-    may = may_name(uris)
+def _recorded(objects: Sequence[RecordedObject], sources: Sequence[DataSource], *, side: str) -> tuple[Objects, ...]:
+    """The objects of one side, each one that its source's own URIs can mean: who chooses the data is the recipe."""
+    found: list[list[StoredObject]] = [[] for _ in sources]
+    may = [may_name(source.uris) for source in sources]
     for o in objects:
-        if not may(o.uri):
+        if o.source >= len(sources):
+            raise ValueError(f"data.{side}: the recipe has no source {o.source}")
+        if not may[o.source](o.uri):
             raise ValueError(f"data.{side}: {o.uri!a:.200} is not within what the recipe's data.{side} names")
-    return tuple(StoredObject(uri=o.uri, key=o.uri, etag=o.etag, version=o.version, size=o.size) for o in objects)
+        found[o.source].append(StoredObject(uri=o.uri, key=o.uri, etag=o.etag, version=o.version, size=o.size))
+    if not all(found):
+        raise ValueError(f"data.{side}: no object of source {found.index([])}")
+    return tuple(map(tuple, found))
 
 
-def _objects(objects: Sequence[StoredObject]) -> list[dict[str, Any]]:
-    return [{"uri": o.uri, "etag": o.etag, "version": o.version, "size": o.size} for o in objects]
+def _records(sources: Sequence[Objects]) -> list[dict[str, Any]]:
+    """The objects of one side; those of the second source on name its place."""
+    return [
+        {"uri": o.uri, "etag": o.etag, "version": o.version, "size": o.size} | ({"source": place} if place else {})
+        for place, objects in enumerate(sources)
+        for o in objects
+    ]
 
 
 def _base(base: BaseModelIdentity) -> dict[str, str]:
@@ -264,7 +299,7 @@ def _base(base: BaseModelIdentity) -> dict[str, str]:
 
 
 def _data_part(base: BaseModelIdentity, listed: Sides) -> str:
-    return _hash({"base": _base(base), "train": _objects(listed[0]), "validation": _objects(listed[1])})
+    return _hash({"base": _base(base), **listed.recorded()})
 
 
 def _hash(content: Mapping[str, Any]) -> str:

@@ -14,9 +14,10 @@ from job.stages.base_source import BaseSource
 from job.stages.dataset import Dataset
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.selftest import check_model
+from job.tune.engines.selftest import check_model, check_whole, text_of
 from job.tune.model.adapter import attach_lora, parameter_counts, trainable
 from job.tune.model.base import load_base
+from job.tune.model.config import read_wrapper
 
 log = structlog.get_logger(__name__)
 
@@ -36,7 +37,7 @@ class Inputs:
 
 
 def load_model(inputs: Inputs, recipe: Recipe, phases: Phases) -> PackedModel:
-    """Base and adapter on the device, checked on made-up documents.
+    """Base and adapter on the device, checked on a few documents.
 
     Raises:
         DataError: the base's weights cannot be read.
@@ -52,7 +53,9 @@ def load_model(inputs: Inputs, recipe: Recipe, phases: Phases) -> PackedModel:
     )
     model = PackedModel(adapted)
     with phases.phase("self_test"):
-        check_model(model)
+        text = text_of(inputs.dataset.train)
+        check_model(model, text)
+        check_whole(model, read_wrapper(inputs.base.folder), text)
     trained, total = parameter_counts(adapted)
     log.info(
         "model",

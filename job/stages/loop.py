@@ -43,8 +43,14 @@ class TrainingFacts:
     """The plan at the start; the cut of the last step stands in the progress."""
     engine_reason: str
     """Why this engine computes the gradients."""
+    left_to_peft: bool
+    """Whether linear layers are PEFT's own."""
     questions: list[Question]
     architecture: str
+    left_out: str | None
+    """What of a multimodal base was not loaded; None: it is a language model alone."""
+    form: str
+    """What its linear layers are: in which 4 bits, how many, and which are not."""
     trainable_parameters: int
     total_parameters: int
     resumed: Resumed
@@ -147,7 +153,7 @@ class Loop:
         self._record(self._stepper.finish())
         result = self._evaluated()
         self._progress.evaluations[result.step] = result
-        self._teller.evaluation(result)
+        self._teller.evaluation(result, self._inputs.dataset.losses_by_source(result))
         self._commit()
 
     def _commit(self) -> None:

@@ -9,13 +9,16 @@ import structlog
 from job.core.course import Course, course_of
 from job.core.cut import MemoryPlan, plan_memory
 from job.core.memory import AdapterShape, DeviceMemory, WantedEngine
+from job.core.mixture import portions
 from job.core.recipe import Recipe
 from job.stages.attempt import Phases
 from job.stages.loading import Inputs
 from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.selftest import text_of
 from job.tune.model.adapter import parameter_counts
 from job.tune.model.config import read_config, shape_of
+from job.tune.model.four_bit import left_whole
 
 log = structlog.get_logger(__name__)
 
@@ -57,12 +60,18 @@ def plan_training(
     """
     documents, train = inputs.dataset.train, recipe.train
     with phases.phase("self_test"):  # the kernels that it compares are compiled here
-        choice = choose_engine(model, engine, backward=backward)
-    course = course_of(train, examples=len(documents))
-    shape = shape_of(read_config(inputs.base.folder))
+        choice = choose_engine(model, engine, backward=backward, text=text_of(documents))
+    course = course_of(train, examples=portions(recipe.data, inputs.dataset.report.train.used_by_source))
+    shape = shape_of(read_config(inputs.base.folder), left_whole(model.model.get_base_model()))
+    adapter = AdapterShape(
+        parameters=parameter_counts(model.model)[0],
+        rank=recipe.lora.r,
+        optimizer=train.optimizer,
+        by_peft=choice.left_to_peft,
+    )
     memory = plan_memory(
         shape,
-        AdapterShape(parameters=parameter_counts(model.model)[0], rank=recipe.lora.r, optimizer=train.optimizer),
+        adapter,
         engine=choice.name,
         compiled=choice.compiled,
         device=free,

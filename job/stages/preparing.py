@@ -11,6 +11,7 @@ from job.core.recipe import Recipe
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs, load_model
 from job.stages.planning import Planned, plan_training
+from job.tune.data.chat import ChatTemplates, asked_rules
 from job.tune.data.frame import token_rules
 from job.tune.device.device import device_memory
 from job.tune.engines.packed_model import PackedModel
@@ -73,12 +74,20 @@ def prepare(attempt: Attempt, inputs: Inputs, *, trackers_folder: Path, on_loade
     return Prepared(model=model, accelerator=accelerator, planned=planned, adapter=adapter, state=state)
 
 
-def questions_of(inputs: Inputs, recipe: Recipe) -> list[Question]:
+def questions_of(inputs: Inputs, recipe: Recipe, *, should_stop: Callable[[], bool]) -> list[Question]:
     """What base and tuned model are asked."""
-    rules = token_rules(inputs.tokenizer, recipe.data)
-    return questions_of_prompts(recipe.evaluate.prompts, inputs.tokenizer, rules) + questions_of_documents(
-        inputs.dataset.validation, inputs.tokenizer, most=recipe.evaluate.answers
+    evaluation, judged = recipe.evaluate, recipe.data.held_out_sources or recipe.data.sources
+    asked = [place for place, source in enumerate(judged) if source.data.has_prompt]
+    questions = questions_of_documents(
+        inputs.dataset.validation, inputs.tokenizer, most=evaluation.answers, sources=asked
     )
+    if not evaluation.prompts:
+        return questions
+    rules = token_rules(inputs.tokenizer, recipe.data)
+    chat = asked_rules(inputs.tokenizer, recipe.data)
+    with ChatTemplates(should_stop=should_stop) as chats:
+        template = None if chat is None else chats.of(chat)
+        return questions_of_prompts(evaluation.prompts, rules, template) + questions
 
 
 def make_stepper(attempt: Attempt, inputs: Inputs, ready: Prepared, world: World) -> Stepper:

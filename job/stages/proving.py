@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from job.core.errors import SickDeviceError
 from job.edge.store.folder import FileEntry
@@ -16,7 +15,9 @@ from job.stages.loop import TrainingFacts
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.evaluate import evaluate
+from job.tune.model.adapter import load_with_peft
 from job.tune.model.base import load_base
+from job.tune.model.config import read_wrapper
 
 _SAME_LOSS = 1e-6
 """Relative difference that the proof accepts: the same kernels on the same numbers."""
@@ -24,7 +25,9 @@ _NEAR_LOSS = 1e-2
 """The same with other micro-batches or on another device, where bf16 rounds elsewhere."""
 
 
-def load_published(attempt: Attempt, inputs: Inputs, folder: Path, files: Mapping[str, FileEntry]) -> PackedModel:
+def load_published(
+    attempt: Attempt, inputs: Inputs, folder: Path, files: Mapping[str, FileEntry], *, left_to_peft: bool
+) -> PackedModel:
     """The adapter from the store, by PEFT, on a fresh 4-bit base.
 
     Args:
@@ -32,6 +35,7 @@ def load_published(attempt: Attempt, inputs: Inputs, folder: Path, files: Mappin
         inputs: the base and the run.
         folder: gets the adapter's files.
         files: what the store must give.
+        left_to_peft: whether linear layers were PEFT's own in training: then they are here.
     """
     shutil.rmtree(folder, ignore_errors=True)
     inputs.artifacts.fetch_adapter(folder, files, should_stop=attempt.worker.should_stop)
@@ -39,7 +43,10 @@ def load_published(attempt: Attempt, inputs: Inputs, folder: Path, files: Mappin
     if inputs.device.type == "cuda":
         torch.cuda.empty_cache()
     base = load_base(inputs.base.folder, device=inputs.device, dtype=compute_dtype(inputs.device))
-    return PackedModel(PeftModel.from_pretrained(base, folder)).eval()
+    model = PackedModel(load_with_peft(base, folder, read_wrapper(inputs.base.folder)))
+    if left_to_peft:
+        model.linears.leave_to_peft()
+    return model.eval()
 
 
 def prove(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, model: PackedModel, *, step: int) -> float:

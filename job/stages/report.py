@@ -20,12 +20,14 @@ from job.core.report import (
     ModelReport,
     PlanReport,
     Report,
+    SourceCurve,
+    SourceShare,
     StartReport,
     SweetSpot,
     Throughput,
     TrainingCurve,
 )
-from job.core.verdict import Verdict, is_exhausted
+from job.core.verdict import NOTHING_BETTER, Verdict, is_exhausted
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.base_source import loaded_from
@@ -66,9 +68,9 @@ def assemble_report(
         recipe=attempt.worker.recipe.model_dump(mode="json"),
         data=inputs.dataset.report,
         model=_model(inputs, facts),
-        plan=_plan(facts),
-        curve=_curve(facts),
-        evaluations=_evaluations(facts),
+        plan=_plan(inputs, facts),
+        curve=_curve(inputs, facts),
+        evaluations=_evaluations(inputs, facts),
         sweet_spot=_sweet_spot(attempt.worker.recipe, facts, verdict),
         exact_match=_exact_match(answers),
         answers=tuple(answers),
@@ -100,14 +102,15 @@ def _model(inputs: Inputs, facts: TrainingFacts) -> ModelReport:
         revision=inputs.base.identity.revision,
         licence=inputs.base.licence,
         architecture=facts.architecture,
-        quantisation=f"NF4, double quantisation, {facts.progress.cut.compute_dtype} compute",
+        left_out=facts.left_out,
+        quantisation=f"{facts.form}; {facts.progress.cut.compute_dtype} compute",
         loaded_from=loaded_from(inputs.base),
         trainable_parameters=facts.trainable_parameters,
         total_parameters=facts.total_parameters,
     )
 
 
-def _plan(facts: TrainingFacts) -> PlanReport:
+def _plan(inputs: Inputs, facts: TrainingFacts) -> PlanReport:
     cut = facts.progress.cut
     return PlanReport(
         engine=cut.engine,
@@ -123,21 +126,41 @@ def _plan(facts: TrainingFacts) -> PlanReport:
         reason=facts.memory.reason,
         steps=facts.course.steps,
         epochs=facts.course.epochs,
+        sources=source_shares(inputs, facts),
         out_of_memory=facts.out_of_memory,
         allocation_retries=facts.allocation_retries,
     )
 
 
-def _curve(facts: TrainingFacts) -> TrainingCurve:
-    progress = facts.progress
+def source_shares(inputs: Inputs, facts: TrainingFacts) -> tuple[SourceShare, ...]:
+    """What is taken of each source, where there are several; as planned, also in a run that stopped early."""
+    course, sources = facts.course, inputs.dataset.report.train.sources
+    drawn = course.mixture.drawn(course.total)
+    return tuple(
+        SourceShare(
+            name=source.name,
+            examples=drawn[place],
+            share=course.mixture.share(place),
+            epochs=drawn[place] / source.used,
+        )
+        for place, source in enumerate(sources)
+    )
+
+
+def _curve(inputs: Inputs, facts: TrainingFacts) -> TrainingCurve:
+    progress, sources = facts.progress, inputs.dataset.report.train.sources
     return TrainingCurve(
         loss=tuple(progress.losses),
         grad_norm=tuple(progress.grad_norms),
         learning_rate=tuple(progress.learning_rates),
+        sources=tuple(
+            SourceCurve(name=source.name, loss=tuple(each[place] for each in progress.source_losses))
+            for place, source in enumerate(sources)
+        ),
     )
 
 
-def _evaluations(facts: TrainingFacts) -> tuple[EvaluationReport, ...]:
+def _evaluations(inputs: Inputs, facts: TrainingFacts) -> tuple[EvaluationReport, ...]:
     return tuple(
         EvaluationReport(
             step=step,
@@ -145,6 +168,7 @@ def _evaluations(facts: TrainingFacts) -> tuple[EvaluationReport, ...]:
             perplexity=e.perplexity,
             token_accuracy=e.token_accuracy,
             tokens=int(e.tokens.sum()),
+            sources=inputs.dataset.losses_by_source(e),
         )
         for step, e in sorted(facts.progress.evaluations.items())
     )
@@ -180,6 +204,8 @@ def _sweet_spot(recipe: Recipe, facts: TrainingFacts, verdict: Verdict) -> Sweet
     reason = "lowest validation loss"
     if chosen.step != best.step:
         reason = f"earliest not significantly worse than the best, step {best.step} with {best.loss:.4f}"
+    if chosen.step == 0:
+        reason = f"{NOTHING_BETTER}: {reason}"
     patience = recipe.evaluate.patience
     return SweetSpot(
         step=chosen.step,

@@ -42,32 +42,34 @@ def resume(
     *,
     layers: int,
     targets: NDArray[np.int64],
+    sources: int,
     should_stop: Callable[[], bool],
-    ranks: int = 1,
 ) -> Resumed:
     """Bring the state to where the run stands.
 
     Args:
-        state: fresh, with the cut that is planned for this device.
+        state: fresh, with the cut that is planned for this device and how many processes make a step from here on.
         artifacts: the run.
         recipe: its seed and dropout.
         scratch: a folder for the checkpoint on its way.
         layers: of the decoder.
         targets: target tokens of each held-out document.
+        sources: of the training side.
         should_stop: polled while files arrive.
-        ranks: how many processes make each step from here on.
 
     Raises:
         DataError: a checkpoint of a newer version of the job.
     """
     torch.manual_seed(recipe.train.seed)
-    planned, state.progress.ranks = state.progress.cut, ranks
+    planned, ranks = state.progress.cut, state.progress.ranks
     loaded = checkpoints.Loaded(is_of_format_1=False)
 
     def refusal(checkpoint: Checkpoint, folder: Path) -> str | None:
         nonlocal loaded
         try:
-            loaded = checkpoints.load(state, folder, step=checkpoint.step, layers=layers, targets=targets)
+            loaded = checkpoints.load(
+                state, folder, step=checkpoint.step, layers=layers, targets=targets, sources=sources
+            )
         except DamagedStateError as error:
             return str(error)
         return None

@@ -1,7 +1,10 @@
 """Tells steps and evaluations to whoever follows the run."""
 
+from collections.abc import Sequence
+
 import structlog
 
+from job.core.report import SourceLoss
 from job.core.verdict import Evaluation
 from job.stages.attempt import Attempt
 from job.tune.loop.step import StepRecord
@@ -54,8 +57,9 @@ class StepTeller:
         )
         self._pending, self._waited = [], 0.0
 
-    def evaluation(self, result: Evaluation) -> None:
-        """One event for each evaluation."""
+    def evaluation(self, result: Evaluation, sources: Sequence[SourceLoss] = ()) -> None:
+        """One event for each evaluation, with the loss of each source where there are several."""
+        by_source = {source.name: source.loss for source in sources if source.loss is not None}
         log.info(
             "evaluation",
             step=result.step,
@@ -63,7 +67,10 @@ class StepTeller:
             perplexity=round(result.perplexity, 4),
             token_accuracy=round(result.token_accuracy, 4),
             tokens=int(result.tokens.sum()),
+            **({"sources": {name: round(loss, 4) for name, loss in by_source.items()}} if by_source else {}),
         )
+        named = {f"validation/loss/{name}": loss for name, loss in by_source.items()}
         self._tracking.log(
-            {"validation/loss": result.loss, "validation/token_accuracy": result.token_accuracy}, step=result.step
+            {"validation/loss": result.loss, "validation/token_accuracy": result.token_accuracy, **named},
+            step=result.step,
         )

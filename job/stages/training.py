@@ -26,6 +26,8 @@ from job.tune.loop.evaluate import Question, answer
 from job.tune.loop.sharing import share_state
 from job.tune.loop.track import Tracking
 from job.tune.model.adapter import parameter_counts
+from job.tune.model.config import read_wrapper
+from job.tune.model.four_bit import form_of
 from job.tune.world import ALONE, Order, World
 
 log = structlog.get_logger(__name__)
@@ -55,6 +57,7 @@ class TrainingStage:
             self._attempt, self._inputs, trackers_folder=self._trackers_folder, on_loaded=self._company.loaded
         )
         self._notice_idle_ranks()
+        ready.state.progress.ranks = self._company.size
         facts = self._facts(ready.model, ready.state, ready.planned, self._resume(ready.state, ready.planned))
         if self._company.size > 1:
             with self._attempt.phases.phase("join"):
@@ -84,8 +87,8 @@ class TrainingStage:
                 self._scratch,
                 layers=planned.layers,
                 targets=self._inputs.dataset.validation.targets,
+                sources=len(planned.course.mixture.sizes),
                 should_stop=attempt.worker.should_stop,
-                ranks=self._company.size,
             )
         if resumed.checkpoint is not None:
             step = resumed.checkpoint.step
@@ -96,19 +99,24 @@ class TrainingStage:
         return replace(resumed, passed_over=hidden)
 
     def _facts(self, model: PackedModel, state: State, planned: Planned, resumed: Resumed) -> TrainingFacts:
-        questions = questions_of(self._inputs, self._recipe)
+        inputs = self._inputs
+        questions = questions_of(inputs, self._recipe, should_stop=self._attempt.worker.should_stop)
         trained, total = parameter_counts(model.model)
+        architecture, wrapper = type(model.model.get_base_model()).__name__, read_wrapper(inputs.base.folder)
         return TrainingFacts(
             progress=state.progress,
             course=planned.course,
             memory=planned.memory,
             engine_reason=planned.choice.reason,
+            left_to_peft=planned.choice.left_to_peft,
             questions=questions,
-            architecture=type(model.model.get_base_model()).__name__,
+            architecture=architecture if wrapper is None else f"{wrapper.architecture} (its decoder: {architecture})",
+            left_out=None if wrapper is None else wrapper.left_out_words(),
+            form=form_of(model.model),
             trainable_parameters=trained,
             total_parameters=total,
             resumed=resumed,
-            adapter=adapter_to_publish(model.model),
+            adapter=adapter_to_publish(model.model, wrapper),
             nodes=self._company.nodes,
         )
 

@@ -12,7 +12,16 @@ from bench.training import filling
 from job.core.memory import ModelShape
 
 SHAPE = ModelShape(
-    layers=2, hidden=64, intermediate=128, vocabulary=100, positions=512, heads=4, key_heads=2, head_width=16
+    layers=2,
+    hidden=64,
+    intermediate=128,
+    vocabulary=100,
+    positions=512,
+    heads=4,
+    key_heads=2,
+    head_width=16,
+    linear_parameters=73_728,
+    whole_parameters=12_800,
 )
 RATES = {"gemm_flops": 1e12, "copy_bytes": 1e11}
 CUT = SimpleNamespace(recomputed_layers=0, kept_layers=0)

@@ -29,7 +29,31 @@ def test_each_layer_has_a_file_in_bf16(base):
     assert float(head.float().std()) == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.parametrize(("shape", "billions"), [("llama2-7b", 6.738), ("mistral-7b", 7.248), ("qwen3-8b", 8.191)])
+def test_a_base_in_bitsandbytes_form_is_one_that_the_product_loads_as_it_is(tmp_path, tokenizer_folder):
+    from bench.random_base import write_base
+    from job.tune.model.base import load_base
+
+    size = write_base("tiny-llama", tmp_path / "base", tokenizer_folder, form="bnb4")
+    loaded = load_base(tmp_path / "base", device=torch.device("cpu"), dtype=torch.bfloat16)
+
+    assert size < 10**7
+    assert loaded.model.layers[0].mlp.up_proj.weight.quant_state.nested
+    assert torch.isfinite(loaded(input_ids=torch.tensor([[1, 6, 8, 11]])).logits).all()
+
+
+SIZES = {
+    "llama2-7b": 6.738,
+    "mistral-7b": 7.248,
+    "qwen3-8b": 8.191,
+    "llama3.1-8b": 8.030,
+    "llama3.1-70b": 70.554,
+    "phi4-14b": 14.660,
+    "gemma3-12b": 12.187,
+    "ministral3-8b": 8.918,
+}
+
+
+@pytest.mark.parametrize(("shape", "billions"), SIZES.items())
 def test_shapes_are_those_of_the_models(shape, billions):
     assert shape in SHAPES
     files, _ = files_of(config_of(shape))

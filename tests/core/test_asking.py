@@ -2,13 +2,18 @@
 
 import pytest
 
-from job.core.asking import asked_fields, fields_given, prompt_of, typed
+from job.core.asking import asked_fields, asked_sources, fields_given, prompt_of, required_fields, typed
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
-from job.core.recipe import DataSection
 
 
 def by_text(text):
     return DataSection(train=("a",), text=text)
+
+
+def asked(fields, data):
+    """The prompt as text."""
+    return "".join(part.text for part in prompt_of(fields, data))
 
 
 PAIR = DataSection(train=("a",), prompt="{topic}: {question}\n", completion="{answer}")
@@ -24,7 +29,7 @@ def test_a_backslash_and_an_n_are_a_line_break_unless_another_backslash_stands_b
 
 def test_the_prompt_template_is_filled_in():
     assert asked_fields(PAIR) == ("topic", "question")
-    assert prompt_of(fields_given(["topic=a", r"question=b\nc=d"], PAIR), PAIR) == "a: b\nc=d\n"
+    assert asked(fields_given(["topic=a", r"question=b\nc=d"], PAIR), PAIR) == "a: b\nc=d\n"
 
 
 @pytest.mark.parametrize(
@@ -37,12 +42,46 @@ def test_the_prompt_template_is_filled_in():
 )
 def test_a_text_is_filled_in_up_to_its_last_field_which_is_the_answer(text, fields, prompt):
     assert asked_fields(by_text(text)) == tuple(fields)
-    assert prompt_of(fields, by_text(text)) == prompt
+    assert asked(fields, by_text(text)) == prompt
 
 
 def test_a_text_that_begins_with_the_answer_makes_no_prompt():
     with pytest.raises(UsageError, match=r"begins with \{text\}.*use --prompt"):
         prompt_of({}, by_text("{text}"))
+
+
+ALPACA = DataSection(train=("a",), prompt="I: {instruction}\n[Input: {input?}\n]R:", completion=" {output}")
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt"),
+    [
+        (["instruction=a", "input=b"], "I: a\nInput: b\nR:"),
+        (["instruction=a"], "I: a\nR:"),
+        (["instruction=a", "input= "], "I: a\nR:"),
+    ],
+)
+def test_an_optional_field_need_not_be_given(words, prompt):
+    assert required_fields(ALPACA) == {"instruction"}
+    assert asked(fields_given(words, ALPACA), ALPACA) == prompt
+
+
+def test_of_a_text_the_answer_is_the_last_field_that_must_be_there():
+    data = by_text("[{sys?}\n]{q} -> {meta.a}[ ({source?})]")
+
+    assert asked_fields(data) == ("sys", "q")
+    assert asked({"sys": None, "q": "x"}, data) == "x ->"
+    assert asked({"sys": "s", "q": "x"}, data) == "s\nx ->"
+
+
+def test_control_tokens_of_a_prompt_are_those_of_the_template_alone():
+    data = DataSection(train=("a",), prompt="<s>{q}</s>", completion="{a}")
+
+    assert [(part.text, part.control) for part in prompt_of({"q": "</s>"}, data)] == [
+        ("<s>", True),
+        ("</s>", False),
+        ("</s>", True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -57,3 +96,11 @@ def test_a_text_that_begins_with_the_answer_makes_no_prompt():
 def test_a_wrong_field_is_told_with_those_that_there_are(words, told):
     with pytest.raises(UsageError, match=told.replace("?", r"\?")):
         fields_given(words, PAIR)
+
+
+def test_of_several_sources_those_with_a_question_are_asked_first_and_each_template_once():
+    plain = {"uri": "a", "text": "{story}"}
+    asked = {"uri": "b", "prompt": "{q}\n", "completion": "{a}"}
+    data = DataSection.model_validate({"train": [plain, asked, {**asked, "uri": "c"}]})
+
+    assert [each.prompt for each in asked_sources(data)] == ["{q}\n", None]

@@ -48,7 +48,8 @@ def test_power_and_memory_set_the_pace_beside_the_peak_rate():
 
 @pytest.mark.parametrize(("engine", "measured"), [("fast", 1_250_000), ("generic", 550_000)])
 def test_a_tiny_model_waits_for_the_host(engine, measured):
-    tiny = replace(LLAMA_2_7B, layers=2, hidden=64, intermediate=128, heads=4, key_heads=2, head_width=16)
+    sizes = {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 4, "key_heads": 2, "head_width": 16}
+    tiny = replace(LLAMA_2_7B, **sizes, linear_parameters=73_728, whole_parameters=4_096_320)
     work = replace(WORK, shape=tiny, engine=engine, compiled=engine == "generic")
     h100, b200 = (forecast(work, gpu_named(name)).tokens_per_second for name in ("h100", "b200"))
 
@@ -57,7 +58,7 @@ def test_a_tiny_model_waits_for_the_host(engine, measured):
 
 
 def test_a_large_base_takes_longer_to_begin():
-    large = replace(WORK, shape=replace(LLAMA_2_7B, layers=320))
+    large = replace(WORK, shape=replace(LLAMA_2_7B, layers=320, linear_parameters=64_760_053_760))
 
     assert 50 < forecast(WORK, gpu_named("h100")).start_seconds < 70  # 55 to 67 were measured
     assert forecast(large, gpu_named("h200")).start_seconds > 140

@@ -7,10 +7,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from job.core.data_section import DataSection, Fraction, template_fields
 from job.core.errors import UsageError
 from job.core.given import Given, set_lines
 from job.core.mistakes import OTHER_WORDS, known_keys
-from job.core.recipe import DataSection, Fraction, Recipe, identity_of, is_hub_id, template_fields
+from job.core.recipe import Recipe, identity_of, is_hub_id
 from job.core.recipe_text import _Loader, load_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -248,13 +249,16 @@ def test_a_colon_or_an_at_sign_in_a_key_is_no_credential():
         ("{a}{b}{a}", ["a", "b", "a"]),
         ("{first name} {naïve} {_x-1}", ["first name", "naïve", "_x-1"]),
         ("nothing {{here}}", []),
+        ("{meta.lang} [{input?}]", ["meta.lang", "input"]),
     ],
 )
 def test_a_template_names_its_fields(template, fields):
     assert template_fields(template) == fields
 
 
-@pytest.mark.parametrize("template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{}", "{0}", "{ a }", "{a", "a}", "{a{b}}"])
+@pytest.mark.parametrize(
+    "template", ["{a.}", "{.a}", "{a[0]}", "{a!r}", "{a:>3}", "{}", "{0}", "{ a }", "{a", "a}", "{a{b}}"]
+)
 def test_a_template_holds_plain_field_names_only(template):
     """Anything more could reach into Python objects."""
     with pytest.raises(ValueError, match=r"brace|field|'[{}]'"):
@@ -423,3 +427,31 @@ def test_the_json_schema_refuses_what_the_recipe_refuses(wrong):
 def test_a_warm_up_that_would_not_happen_is_a_mistake():
     with pytest.raises(UsageError, match="constant_with_warmup"):
         load(SMALL, "train.warmup_steps=5", "train.schedule=constant")
+
+
+@pytest.mark.parametrize(
+    ("uri", "meant"),
+    [
+        ("file:///my%20data%20%5Bv1%5D%20100%25/a.jsonl", "/my data [v1] 100%/a.jsonl"),
+        ("file:///my data [v1] 100%/a.jsonl", "file:///my data [v1] 100%/a.jsonl"),
+        ("file:///gr%C3%B6%C3%9Fe", "/größe"),
+        ("/my%20data", "/my%20data"),
+        ("s3://data/my%20data", "s3://data/my%20data"),
+    ],
+)
+def test_a_file_uri_is_decoded_once_and_a_path_is_not(uri, meant):
+    recipe = load(SMALL, f"output='{uri}'", f"data.train='{uri}'")
+    assert (recipe.output, recipe.data.train) == (meant, (meant,))
+    assert load(SMALL, f"output='{recipe.output}'").output == meant
+
+
+@pytest.mark.parametrize("signs", ["%00", "%FF"])
+def test_a_file_uri_of_no_path_is_refused(signs):
+    assert "data.train" in refusal(SMALL, f"data.train='file:///a{signs}'")
+
+
+def test_what_decides_only_whether_the_job_ends_changes_no_identity():
+    for key in ("data.unused_limit=0.5", "data.strict_types=true"):
+        assert identity_of(load(SMALL, key)) == identity_of(load(SMALL))
+    skip = "data.on_bad_record=skip"
+    assert identity_of(load(SMALL, skip, "data.strict_types=true")) != identity_of(load(SMALL, skip))

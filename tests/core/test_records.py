@@ -7,14 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.core import records
+from job.core.data_section import DataSection
 from job.core.errors import DataError
-from job.core.recipe import DataSection
-from job.core.records import BadRecord, Example, Part, Tally, examples, is_held_out, parse_line
+from job.core.records import BadRecord, Example, Part, Tally, checked_lines, is_held_out, judge_lines, parse_line
 from job.core.report import BadLine
 
 TEXT = DataSection(train=("train.jsonl",), text="{text}")
 PAIR = DataSection(train=("train.jsonl",), prompt="{input}", completion="{output}")
 GOOD = b'{"text": "good"}'
+
+
+def examples(lines, data, *, tally):
+    """The examples of all lines there are, judged at their end."""
+    yield from checked_lines(lines, data, tally=tally)
+    judge_lines([tally], data)
 
 
 def lines(*raw, source="train.jsonl"):
@@ -51,7 +57,6 @@ def reason(raw, data=TEXT):
         (b'{"text": "x"},', "not JSON (Extra data"),
         (b'{"text": "x"} {"text": "y"}', "not JSON (Extra data"),
         (b'{"text": "a\tb"}', "not JSON (Invalid control character"),
-        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "holds a number with too many digits"),
         (b"[1, 2]", "not a JSON object but a list"),
         (b'"text"', "not a JSON object but a string"),
         (b"17", "not a JSON object but a number"),
@@ -64,11 +69,12 @@ def reason(raw, data=TEXT):
         (b'{"text": " \\t\\n"}', '"text" is empty'),
         ('{"text": "\u00a0\u2003"}'.encode(), '"text" is empty'),
         (b'{"text": null}', '"text" is null, not a string'),
-        (b'{"text": true}', '"text" is a boolean, not a string'),
-        (b'{"text": 5}', '"text" is a number, not a string'),
-        (b'{"text": 5.5}', '"text" is a number, not a string'),
-        (b'{"text": NaN}', '"text" is a number, not a string'),
+        (b'{"text": NaN}', '"text" is NaN, which JSON does not have'),
         (b'{"text": ["x"]}', '"text" is a list, not a string'),
+        (
+            b'{"text": [{"role": "user"}]}',
+            '"text" is a list, not a string; for a chat\'s messages write data.chat: text',
+        ),
         (b'{"text": {"x": 1}}', '"text" is an object, not a string'),
         (b'{"text": "caf\xe9"}', "not UTF-8 (byte 14 of the line)"),
         ('{"text": "x"}'.encode("utf-16-le"), "holds a NUL byte"),
@@ -95,6 +101,11 @@ def test_a_wrong_line_is_told_with_its_reason(raw, told):
         ('{"text": "a\u2028b\u0085c\u2029d"}'.encode(), "a\u2028b\u0085c\u2029d"),
         (b'{"text": "a\\nb\\tc"}', "a\nb\tc"),
         (b'{"text": "old", "text": "the last one counts"}', "the last one counts"),
+        (b'{"text": 5}', "5"),
+        (b'{"text": -1.50e3}', "-1.50e3"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "1" * 5000),
+        (b'{"text": true}', "true"),
+        (b'{"text": false}', "false"),
         (b'{"text": " kept as it is "}', " kept as it is "),
         (b'{"text": "x", "other": [null, {"deep": 1}], "n": NaN}', "x"),
         ('{"text": "a\ufeffb"}'.encode(), "a\ufeffb"),
@@ -127,10 +138,109 @@ def test_a_byte_order_mark_on_the_first_line_is_no_mistake():
     assert read(b"\xef\xbb\xbf" + GOOD, GOOD)[0] == ["good", "good"]
 
 
-def test_a_byte_order_mark_further_down_is_a_mistake():
-    """There two files were joined; who did that should look at what else happened."""
-    with pytest.raises(DataError, match=r"train\.jsonl:2: not JSON \(Unexpected UTF-8 BOM"):
-        read(GOOD, b"\xef\xbb\xbf" + GOOD)
+def test_a_byte_order_mark_further_down_is_none_of_the_record():
+    """Compressed files that were put one behind the other are one file of several beginnings."""
+    assert read(GOOD, b"\xef\xbb\xbf" + GOOD)[0] == ["good", "good"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (b'{"text": true}', '"text" is a boolean, not a string'),
+        (b'{"text": 5}', '"text" is a number, not a string'),
+        (b'{"text": 5.5}', '"text" is a number, not a string'),
+    ],
+)
+def test_strict_types_take_strings_alone(raw, told):
+    assert reason(raw, TEXT.model_copy(update={"strict_types": True})) == told
+
+
+ALPACA = DataSection(train=("a",), prompt="I: {instruction}\n[Input: {input?}\n]R:", completion=" {output}")
+
+
+@pytest.mark.parametrize("absent", [b"", b', "input": null', b', "input": ""', b', "input": " \\n"'])
+def test_an_optional_field_that_is_not_there_takes_its_group_with_it(absent):
+    made = parse_line(b'{"instruction": "a", "output": "b"' + absent + b"}", ALPACA, where="")
+    assert (made.text, made.borders) == ("I: a\nR: b", (7,))
+
+
+def test_an_optional_field_is_looked_at_where_it_is_there():
+    raw = b'{"instruction": "a", "output": "b", "input": %s}'
+    assert parse_line(raw % b'"c"', ALPACA, where="").text == "I: a\nInput: c\nR: b"
+    assert reason(raw % b'["c"]', ALPACA) == '"input" is a list, not a string'
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b'{"meta": {"lang": "de"}}', "de"),
+        (b'{"meta": {"lang": "de"}, "meta.lang": "fr"}', "fr"),
+        (b'{"meta": {"lang": 3}}', "3"),
+    ],
+)
+def test_a_field_inside_an_object_is_found_and_a_key_of_that_very_name_wins(raw, text):
+    assert parse_line(raw, DataSection(train=("a",), text="{meta.lang}"), where="").text == text
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (b'{"meta": {"lung": "de"}}', '"meta.lang" is missing (the record has "lung"; did you mean "lung"?)'),
+        (b'{"meta": ["de"]}', '"meta.lang" is missing ("meta" is a list, not an object)'),
+        (
+            b'{"meta": [{"lang": 1}]}',
+            '"meta.lang" is missing ("meta" is a list, not an object; for a chat\'s messages write data.chat: meta)',
+        ),
+        (b'{"other": 1}', '"meta.lang" is missing (the record has "other")'),
+        (b'{"meta": {"lang": {}}}', '"meta.lang" is an object, not a string'),
+    ],
+)
+def test_a_field_inside_an_object_that_is_not_there_is_told(raw, told):
+    assert reason(raw, DataSection(train=("a",), text="{meta.lang}")) == told
+
+
+def test_an_empty_answer_is_left_out_counted_and_named_and_is_no_wrong_line():
+    good, empty = (f'{{"input": "q", "output": "{answer}"}}'.encode() for answer in ("a", " "))
+
+    texts, tally = read(good, empty, good, data=PAIR)
+    assert (texts, tally.good, tally.bad, tally.empty) == (["qa", "qa"], 2, 0, 1)
+    assert [str(each) for each in tally.first_bad] == ['train.jsonl:2: "output" is empty']
+    with pytest.raises(DataError, match=r"1 wrong line of 2, 1 without an answer\n.*:1: .*\n.*:2: "):
+        read(empty, b'{"input": "q", "output": null}', data=PAIR)
+
+
+def test_an_answer_of_which_nothing_is_there_is_empty():
+    data = DataSection(train=("a",), prompt="{q}", completion="A: {a?}")
+    assert read(b'{"q": "x", "a": ""}', b'{"q": "x"}', data=data)[1].empty == 2
+
+
+def test_a_record_that_is_wrong_otherwise_is_wrong_whatever_its_answer():
+    assert read(b'{"input": 1, "output": ""}', data=PAIR)[1].empty == 1
+    with pytest.raises(DataError, match='"input" is null'):
+        read(b'{"output": "", "input": null}', data=PAIR)
+
+
+def test_a_field_that_is_empty_in_some_records_is_answered_with_the_optional_form():
+    data = DataSection(train=("a",), prompt="I: {instruction}\nInput: {input}\nR:", completion=" {output}")
+    with pytest.raises(DataError) as refused:
+        read(
+            b'{"instruction": "a", "input": "", "output": "b"}',
+            b'{"instruction": "a", "input": "c", "output": "b"}',
+            data=data,
+        )
+    assert str(refused.value).splitlines()[-1] == r'  data.prompt: "I: {instruction}\n[Input: {input?}\n]R:"'
+
+
+def test_the_share_of_wrong_lines_is_told_with_the_lines_that_it_is_of():
+    train, validation = Tally(side="data.train"), Tally(side="data.validation")
+    data = skipping(0.1)
+    list(records.checked_lines(lines(b"a", b"b", *[GOOD] * 6), data, tally=train))
+    list(records.checked_lines(lines(*[GOOD] * 32), data, tally=validation))
+
+    with pytest.raises(
+        DataError, match=r"2 wrong lines of 40\n(.*\n)+2 of 8 lines of data\.train are wrong \(25\.00%\)"
+    ):
+        records.judge_lines([train, validation], data)
 
 
 def test_each_file_may_begin_with_a_byte_order_mark():
@@ -244,7 +354,21 @@ def test_every_field_of_the_templates_must_be_there():
 def test_a_template_becomes_text(template, record, text):
     data = DataSection(train=("a",), text=template)
 
-    assert parse_line(json.dumps(record).encode(), data, where="") == text_example(text)
+    example = parse_line(json.dumps(record).encode(), data, where="")
+    assert (example.text, example.borders) == (text, (0,))
+
+
+def test_a_templates_own_text_may_hold_control_tokens_and_a_field_may_not():
+    data = DataSection(train=("a",), prompt="<s>{q}</s>", completion="{a}</s>")
+
+    example = parse_line(b'{"q": "</s>", "a": "<s>"}', data, where="")
+    assert [(part.text, part.learned, part.control) for part in example.parts] == [
+        ("<s>", False, True),
+        ("</s>", False, False),
+        ("</s>", False, True),
+        ("<s>", True, False),
+        ("</s>", True, True),
+    ]
 
 
 def test_braces_and_percent_signs_in_the_data_stay_as_they_are():

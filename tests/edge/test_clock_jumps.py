@@ -13,7 +13,7 @@ from lock_contract import Owners, die, never
 
 from job.core.errors import LockedError
 from job.edge.base.fetching import BaseModelIdentity
-from job.edge.base.hub import _retry_after_seconds
+from job.edge.base.hub_answers import retry_after_seconds
 from job.edge.base.quantised_copies import QuantisedCopy
 from job.edge.run.artifacts import Artifacts
 from job.edge.run.checkpoints import Checkpoint
@@ -162,9 +162,9 @@ def test_a_hub_that_names_a_moment_is_waited_for_by_its_own_clock(monkeypatch):
     error = busy_until(30)
     jump_at_each_look(monkeypatch)
 
-    assert [_retry_after_seconds(error) for _ in range(10)] == [30.0] * 10
+    assert [retry_after_seconds(error) for _ in range(10)] == [30.0] * 10
 
 
 def test_a_moment_without_the_hubs_clock_is_no_answer():
     """Then the pause is our own."""
-    assert _retry_after_seconds(busy_until(30, date=False)) is None
+    assert retry_after_seconds(busy_until(30, date=False)) is None

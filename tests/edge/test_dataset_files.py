@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import struct
 
 import pytest
 import zstandard
@@ -74,6 +75,38 @@ def test_a_compressed_file_that_ends_early_is_told_with_its_line(tmp_path, pack)
 def test_bytes_that_are_no_compressed_part_are_damage(tmp_path, pack):
     with pytest.raises(DataError, match=r"t\.jsonl:2: the compressed file is damaged"):
         lines(tmp_path / "x", pack(b"a\n") + b"something else")
+
+
+def skippable(content, magic=0x184D2A50):
+    """A zstd frame that holds no content."""
+    return struct.pack("<II", magic, len(content)) + content
+
+
+@pytest.mark.parametrize("size", [0, 4, 1015, 1016, 1020, 1023, 5000])
+def test_zstd_frames_without_content_are_passed_over_wherever_they_stand(tmp_path, size):
+    one, two = zstandard.compress(b"a\nb"), zstandard.compress(b"b\n")
+    empty = skippable(b"x" * size)
+    for packed in (empty + one + two, one + empty + two, one + two + empty, empty + one + empty + empty + two):
+        assert [line for _, line in lines(tmp_path / "x", packed)] == [b"a", b"bb"]
+
+
+def test_what_pzstd_writes_is_read(tmp_path):
+    content = [b"%d\n" % number * 1000 for number in range(50)]
+    packed = [zstandard.compress(part) for part in content]
+    file = b"".join(skippable(struct.pack("<I", len(frame))) + frame for frame in packed)
+    assert b"".join(line + b"\n" for _, line in lines(tmp_path / "x", file)) == b"".join(content)
+
+
+@pytest.mark.parametrize("zeros", [1, 512, 5000])
+def test_zeros_behind_gzip_are_none_of_its_content(tmp_path, zeros):
+    packed = gzip.compress(b"a\n")
+    assert lines(tmp_path / "x", packed + b"\0" * zeros) == [(1, b"a")]
+    assert lines(tmp_path / "x", packed + b"\0" * zeros + packed) == [(1, b"a"), (2, b"a")]
+
+
+def test_other_bytes_behind_gzip_are_damage(tmp_path):
+    with pytest.raises(DataError, match="damaged from here on"):
+        lines(tmp_path / "x", gzip.compress(b"a\n") + b"\0\0x")
 
 
 def test_a_flipped_bit_in_gzip_is_damage(tmp_path):

@@ -39,8 +39,8 @@ def test_a_config_of_no_model_there_is_ends_65_before_it_is_built(job, own_base,
 
 
 OTHER_SIZES = {
-    "an embedding of gigabytes": ({"vocab_size": 8 * 10**6}, "describes an embedding of 8,000,000 x 64 numbers"),
-    "hundreds of layers": ({"num_hidden_layers": 900}, "describes 900 layers, but the weights are 21 tensors"),
+    "an embedding of gigabytes": ({"vocab_size": 8 * 10**6}, "x 64 in the files, 8,000,000 x 64 in the model"),
+    "hundreds of layers": ({"num_hidden_layers": 900}, "8,082 tensors of the model are not in the files"),
 }
 
 

@@ -11,7 +11,12 @@ from job.edge.host.planted import refuse_planted
 
 SOMEBODY = 4711
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's files")
-PLACES = ["models", "models/quantised/base-form/MANIFEST.json", "runs/r1/encoded/audit.json", "cache/inductor/x.so"]
+PLACES = [
+    "models",
+    "models/quantised/base-form/MANIFEST.json",
+    "cache/encoded/0123/MANIFEST.json",
+    "cache/inductor/x.so",
+]
 
 
 def lay(path, kind):

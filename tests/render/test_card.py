@@ -19,6 +19,8 @@ def card_of(report):
                     "base": "someone/tiny",
                     "revision": "0" * 40,
                     "licence": "apache-2.0",
+                    "is_multimodal": False,
+                    "form": "NF4, double quantisation; 14 linear layers in 4 bits, 1 not (lm_head)",
                     "data": report.data,
                     "lora": LoraSection(r=4, alpha=8),
                     "step": 5,
@@ -40,6 +42,13 @@ def test_it_says_where_the_adapter_is_from(card_of):
     assert "# LoRA adapter for `someone/tiny`" in text
     assert 'from_pretrained("someone/tiny"' in text
     assert f'revision="{"0" * 40}"' in text
+
+
+def test_it_says_what_loads_the_base(card_of):
+    assert "base = AutoModelForCausalLM.from_pretrained(" in card_of()
+    whole = card_of(is_multimodal=True)
+    assert "import AutoModelForImageTextToText, Bits" in whole
+    assert "base = AutoModelForImageTextToText.from_pretrained(" in whole
 
 
 @pytest.mark.parametrize("name", ["base", "revision", "licence"])

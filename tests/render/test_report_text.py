@@ -102,3 +102,12 @@ def test_several_processes_are_shown_with_what_they_lost_and_sent(report):
     assert "by 8 processes on 2 nodes: 2,500 tokens a second each, 3.2 s waited" in shown(report, throughput=speed)
     assert "640.0 MB sent a step" in shown(report, throughput=speed)
     assert "processes" not in shown(report)
+
+
+def test_a_run_that_found_nothing_better_than_the_base_says_so_first(report):
+    assert "nothing better" not in "\n".join(report_lines(report))
+
+    spot = report.sweet_spot.model_copy(update={"step": report.evaluations[0].step})
+    assert report.evaluations[0].step == 0
+    _run, _blank, first, *_ = report_lines(report.model_copy(update={"sweet_spot": spot}))
+    assert first == "verdict            nothing better than the base was found: the adapter leaves it as it is"

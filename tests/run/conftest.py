@@ -1,6 +1,13 @@
 """Fixtures of the whole job: a tiny random base, made once a session, and a job on it."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+# Tiny models of every kind.
+sys.path.append(str(Path(__file__).parents[1] / "tune"))
+
 from job_process import Job
 from run_material import SECRETS, long_recipe, make_base
 

@@ -30,8 +30,9 @@ def own_base(job):
 def test_what_needs_torch_comes_last_and_quick_leaves_it_out(job):
     whole, quick = job.call("check"), job.call("check", "--quick")
 
-    assert rows(whole)[-1] == ("ok", "model")
-    assert rows(quick) == rows(whole)[:-1]
+    assert rows(whole)[-3:] == [("ok", "model"), ("ok", "weights"), ("ok", "self-test")]
+    assert rows(quick) == rows(whole)[:-3]
+    assert "as config.json promises: 21 tensors, 0.00 GB on this machine; fp32" in whole.stdout
     assert "24 training and 6 held-out examples" in quick.stdout
     assert quick.code == whole.code == 0
 
@@ -57,7 +58,7 @@ def test_where_the_base_names_no_tokenizer_lengths_come_with_the_model(job, own_
 
     assert "30 right lines, 0 wrong ones; lengths need the model's own classes" in quick.stdout
     assert rows(quick)[-1] == ("ok", "data")
-    assert [row for row in rows(whole) if row[0] == "ok"][-3:] == [("ok", "model"), ("ok", "lengths"), ("ok", "plan")]
+    assert [row for row in rows(whole) if row[0] == "ok"][-5:-2] == [("ok", "model"), ("ok", "lengths"), ("ok", "plan")]
     assert "24 training and 6 held-out examples" in whole.stdout
 
 
@@ -89,7 +90,8 @@ def test_a_warm_up_as_long_as_the_run_is_refused_by_every_command(job, command, 
 
 
 def test_advice_has_rows_of_its_own_and_refuses_nothing(job):
-    write_lines(job.data / "validation.jsonl", records(400, seed=1))
+    for name, rows in (("train", records(24)), ("validation", records(400, seed=1))):
+        write_lines(job.data / f"{name}.jsonl", [row | {"answer": f" {row['answer']}"} for row in rows])
     job.recipe["data"] |= {"prompt": "{question}", "completion": "{answer}"}
     job.recipe["train"] |= {"batch_size": 32, "learning_rate": 0.1}
     job.recipe["evaluate"] |= {"every_steps": 6, "prompts": ["{question}"]}

@@ -16,22 +16,42 @@ from job.core.plan_json import PlanJson
 from job.edge.host.interrupt import Interrupt
 
 
-def test_check_is_a_table_with_the_histogram_and_leaves_nothing(job):
+def test_check_is_a_table_with_the_histogram_and_leaves_encoded_data_alone(job):
     ended = job.call("check")
     assert ended.code == 0
     assert ended.stderr == ""
     rows = [[line[:3].strip(), line[4:15].strip()] for line in ended.stdout.splitlines() if line[:2] in ("ok", "NO")]
     assert rows == [
-        ["ok", name] for name in (*["recipe", "credentials", "output"], "base model", "input", "data", "plan", "model")
+        ["ok", name]
+        for name in (
+            *("recipe", "credentials", "output", "base model", "input"),
+            *("data", "plan", "model", "weights", "self-test"),
+        )
     ]
     assert "write and conditional write work" in ended.stdout
     assert "is new" in ended.stdout
     assert "24 training and 6 held-out examples" in ended.stdout
     assert "24 ####" in ended.stdout
     assert '"event"' not in ended.stdout
+    assert "a random llama of 2 layers: loss its own, documents apart, every adapter learns" in ended.stdout
     assert objects(job.store) == []
-    assert objects(job.workdir) == []
+    assert {name.split("/")[0] for name in objects(job.workdir)} == {"cache", "self-tests"}
+    assert all(name.startswith(("cache/encoded/", "self-tests/")) for name in objects(job.workdir))
     assert ended.outcome["code"] == 0
+
+
+def test_check_asks_the_self_test_once_and_not_at_all_when_it_shall_be_quick(job):
+    job.call("check")
+    (kept,) = (job.workdir / name for name in objects(job.workdir) if name.startswith("self-tests/"))
+    kept.write_text(kept.read_text().replace("a random llama", "what was kept"))
+    assert "what was kept of 2 layers" in job.call("check").stdout
+    kept.write_text('{"answer": "this family is refused", "refused": true}')
+    ended = job.call("check")
+    assert ended.code == 64
+    assert ended.outcome["reason"] == "this family is refused"
+    kept.unlink()
+    assert "self-test" not in job.call("check", "--quick").stdout
+    assert not kept.exists()
 
 
 def test_check_tells_every_failure_and_ends_with_the_code_of_the_first(job):
@@ -54,7 +74,7 @@ def test_check_names_the_wrong_lines(job):
     assert "train.jsonl:25: not JSON" in ended.stdout
 
 
-def test_plan_tells_lengths_memory_and_time_and_leaves_nothing(job, tmp_path):
+def test_plan_tells_lengths_memory_and_time_and_leaves_encoded_data_alone(job, tmp_path):
     base = shutil.copytree(job.recipe["model"]["base"], tmp_path / "base")
     job.recipe["model"]["base"] = str(base)
     for path in base.glob("*.safetensors"):
@@ -69,7 +89,7 @@ def test_plan_tells_lengths_memory_and_time_and_leaves_nothing(job, tmp_path):
     assert "memory: " in ended.stdout
     assert "--mem=" in ended.stdout
     assert objects(job.store) == []
-    assert objects(job.workdir) == []
+    assert all(name.startswith("cache/encoded/") for name in objects(job.workdir))
     assert job.call("check").code == 66  # a run needs them
 
 

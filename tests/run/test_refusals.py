@@ -53,9 +53,9 @@ WRONG_LINES = {
         ['train.jsonl:25: "answer" is missing (the record has "question")'],
     ),
     "empty field": (b'{"question": " ", "answer": "red"}\n', ['train.jsonl:25: "question" is empty']),
-    "a number for a string": (
-        b'{"question": "a", "answer": 7}\n',
-        ['train.jsonl:25: "answer" is a number, not a string'],
+    "an object for a string": (
+        b'{"question": "a", "answer": {"is": 7}}\n',
+        ['train.jsonl:25: "answer" is an object, not a string'],
     ),
     "not UTF-8": (b'{"question": "a\xff", "answer": "b"}\n', ["train.jsonl:25: not UTF-8"]),
     "a NUL byte": (b'{"question": "a\0", "answer": "b"}\n', ["train.jsonl:25: holds a NUL byte"]),
@@ -383,13 +383,18 @@ def test_a_loss_that_is_not_finite_ends_80_with_the_step_and_its_examples(job):
 
 
 def test_a_validation_loss_that_is_not_finite_ends_80_too(job):
-    """Here one word of the base is broken, and only the third held-out example has it."""
-    import torch
+    """Here one word of the base makes numbers beyond fp32 of finite weights; only the third held-out example has it."""
     from safetensors.torch import load_file, save_file
 
-    weights = copied_base(job) / "model.safetensors"
+    base = copied_base(job)
+    weights, words = base / "model.safetensors", json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
     tensors = load_file(weights)
-    tensors["model.embed_tokens.weight"][3 + 1 + 6 + 1 + 50] = torch.nan  # "60"
+    channel = 5
+    tensors["model.embed_tokens.weight"][:, channel] = 0
+    tensors["model.layers.0.self_attn.o_proj.weight"][channel] = 0
+    tensors["model.embed_tokens.weight"][words["60"], channel] = 1
+    for name in ("gate_proj", "up_proj"):
+        tensors[f"model.layers.0.mlp.{name}.weight"][:, channel] = 1e30
     save_file(tensors, weights, metadata={"format": "pt"})
     rows = [{"question": f"{n} red hats", "answer": f"red {n}"} for n in (20, 21, 60, 22)]
     write_lines(job.data / "validation.jsonl", rows)

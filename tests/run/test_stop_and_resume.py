@@ -1,6 +1,7 @@
 """Stopped, killed, started again: the same numbers come out, to the bit."""
 
 import json
+import os
 import re
 import signal
 
@@ -9,7 +10,6 @@ from job_process import Job
 from run_material import long_recipe
 
 from job.edge.host.crashing import disarm
-from job.tune.data.encoded import FORMAT, open_encoded
 
 
 def same_numbers(report, undisturbed):
@@ -105,22 +105,96 @@ def test_a_stop_before_the_first_step_leaves_only_word_of_itself_in_the_store(jo
     assert job.call("run", "--set", "train.steps=1").code == 0  # and nothing there that misleads the next
 
 
-@pytest.mark.parametrize("former", [{"format": 2}, {}])
-def test_what_an_older_image_encoded_is_encoded_anew(job, former):
-    """Its files have other columns; the oldest say nothing of their format."""
-    assert job.call("run", stop_in="ask_base").code == 75
-    (place,) = job.workdir.rglob("audit.json")
-    audit = json.loads(place.read_text())
-    assert audit["format"] == FORMAT == 3
-    place.write_text(json.dumps({name: audit[name] for name in audit if name != "format"} | former))
-    for side in ("train", "validation"):
-        (place.parent / f"{side}.arrow").write_bytes(b"of the former format")
+def encoded_folders(job):
+    return [path.parent for path in sorted((job.workdir / "cache" / "encoded").glob("*/MANIFEST.json"))]
 
+
+def test_another_run_over_the_same_data_encodes_nothing(job):
+    first = job.call("run", stop_in="ask_base")
+    assert {"download", "encode"} <= set(first.phases())
+    job.recipe["train"]["seed"] = 7
+    job.recipe["data"]["max_length"] = 32  # what is cut off later is in what is kept
+    second = job.call("run", stop_in="ask_base")
+    assert second.code == 75, second.stdout
+    assert not {"download", "encode"} & set(second.phases())
+    assert len(encoded_folders(job)) == 1
+    (one,), (other,) = first.named("dataset"), second.named("dataset")
+    assert (one["train"], one["validation"]) == (other["train"], other["validation"]) == (24, 6)
+
+
+def test_the_same_content_at_another_place_is_fetched_and_not_encoded(job):
+    assert job.call("run", stop_in="ask_base").code == 75
+    (job.folder / "elsewhere").mkdir()
+    (job.data / "train.jsonl").rename(job.folder / "elsewhere" / "train.jsonl")
+    job.recipe["data"]["train"] = f"file://{job.folder}/elsewhere/train.jsonl"
+    ended = job.call("run", stop_in="ask_base")
+    assert "download" in ended.phases()
+    assert "encode" not in ended.phases()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "Q: {question}\n"},
+        {"validation": {"fraction": 0.4}},
+        {"loss_on": "all"},
+        {"max_record": 999},
+        {"strict_types": True},
+    ],
+)
+def test_what_changes_the_token_ids_is_encoded_anew(job, change):
+    assert job.call("run", stop_in="ask_base").code == 75
+    job.recipe["data"].update(change)
+    assert "encode" in job.call("run", stop_in="ask_base").phases()
+    assert len(encoded_folders(job)) == 2
+
+
+@pytest.mark.parametrize("damage", ["shorter", "one bit", "gone", "other format", "no manifest"])
+def test_kept_data_that_is_damaged_is_encoded_anew(job, damage):
+    assert job.call("run", stop_in="ask_base").code == 75
+    (place,) = encoded_folders(job)
+    file, manifest = place / "train.arrow", place / "MANIFEST.json"
+    content, facts = file.read_bytes(), json.loads(manifest.read_text())
+    match damage:
+        case "shorter":
+            file.write_bytes(content[:-1])
+        case "one bit":
+            file.write_bytes(content[:900] + bytes([content[900] ^ 1]) + content[901:])
+        case "gone":
+            file.unlink()
+        case "other format":
+            manifest.write_text(json.dumps(facts | {"format": facts["format"] - 1}))
+        case _:
+            manifest.unlink()
     again = job.call("run", stop_in="ask_base")
     assert again.code == 75, again.stdout
     assert {"download", "encode"} <= set(again.phases())
-    assert json.loads(place.read_text()) == audit
-    assert [len(side) for side in open_encoded(place.parent).values()] == [24, 6]
+    assert file.read_bytes() == content
+    assert json.loads(manifest.read_text()) == facts
+
+
+def test_a_few_encoded_datasets_stay_those_used_last(job):
+    for number in range(6):
+        job.recipe["data"]["prompt"] = f"{number}: {{question}}\n"
+        assert job.call("run", stop_in="ask_base").code == 75
+    assert len(encoded_folders(job)) == 4
+    assert "encode" not in job.call("run", stop_in="ask_base").phases()
+    job.recipe["data"]["prompt"] = "0: {question}\n"
+    assert "encode" in job.call("run", stop_in="ask_base").phases()
+
+
+def test_what_stopped_starts_left_is_taken_away(job):
+    """Their folders hold no dataset; a young one may be another start's that has just begun."""
+    assert job.call("run", stop_in="encode").code == 75
+    assert encoded_folders(job) == []
+    (left,) = (job.workdir / "cache" / "encoded").iterdir()
+    young = left.with_name("0" * 32)
+    young.mkdir()
+    os.utime(left, (0, 0))
+    job.recipe["data"]["prompt"] = "another: {question}\n"
+    assert job.call("run", stop_in="ask_base").code == 75
+    assert not left.exists()
+    assert young.exists()
 
 
 @pytest.mark.parametrize("phase", ["ask_base", "train|evaluate", "prove", "ask_tuned"])

@@ -67,7 +67,8 @@ def test_from_the_first_look_to_the_proof_nothing_is_computed_in_bf16(job, halve
     assert plan["reason"] == "on the CPU, in fp32: it has no instructions for bf16"
     report = job.report()
     assert report["plan"]["compute_dtype"] == "fp32"
-    assert report["model"]["quantisation"] == "NF4, double quantisation, fp32 compute"
+    form = "NF4, double quantisation; 14 linear layers in 4 bits, 1 not (lm_head); fp32 compute"
+    assert report["model"]["quantisation"] == form
     assert report["adapter"]["proven_loss"] == pytest.approx(report["adapter"]["reported_loss"], rel=1e-6)
     assert (report["resume_exact"], report["notes"]) == (True, [])
 

@@ -107,6 +107,7 @@ def begin(order: dict) -> None:
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_DUMPABLE, 1)  # as after an exec: what /proc shows of us is our user's
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, which may have started the tests, is inherited
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])

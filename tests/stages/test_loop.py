@@ -1,6 +1,7 @@
 """The loop: when it evaluates, commits, stops and ends; and what it keeps of what went wrong."""
 
 import pytest
+import structlog
 import torch
 from structlog.testing import capture_logs
 from tiny import Ceiling, cut_of, poison
@@ -84,6 +85,7 @@ def test_a_held_out_example_that_never_fits_ends_the_run(start):
 
 
 def test_the_way_to_the_first_step_is_recorded_once_an_attempt(start):
+    structlog.reset_defaults()  # a command that was called before may have left warnings only
     made = start(steps=4)
     made.stop_after = 2
     with capture_logs() as first, pytest.raises(StopRequestedError):

@@ -47,6 +47,7 @@ def resumed(made, artifacts, tmp_path):
         tmp_path / "scratch",
         layers=LAYERS,
         targets=made.documents.targets,
+        sources=1,
         should_stop=lambda: False,
     )
 
@@ -196,16 +197,8 @@ def test_another_number_of_processes_is_kept_with_the_run(start, stored, tmp_pat
 
     _, artifacts = stored(change_state=made_by)
     made = start(steps=6)
-    found = resume(
-        made.state,
-        artifacts,
-        made.recipe,
-        tmp_path / "scratch",
-        layers=LAYERS,
-        targets=made.documents.targets,
-        should_stop=lambda: False,
-        ranks=now,
-    )
+    made.progress.ranks = now
+    found = resumed(made, artifacts, tmp_path)
 
     assert found.checkpoint is not None
     assert made.progress.ranks == now

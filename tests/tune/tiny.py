@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -27,16 +27,9 @@ from transformers import (
 
 from job.core.course import Course, plan_course
 from job.core.cut import Cut
+from job.core.data_section import DataSection
 from job.core.limits import Limits
-from job.core.recipe import (
-    CheckpointSection,
-    DataSection,
-    EvaluateSection,
-    LoraSection,
-    Recipe,
-    TrackSection,
-    TrainSection,
-)
+from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection, Recipe, TrackSection, TrainSection
 from job.core.records import Example, Part
 from job.core.verdict import Evaluation
 from job.edge.host.outcome import Outcome
@@ -45,8 +38,9 @@ from job.stages.attempt import Phases, Worker
 from job.stages.loop import Loop, TrainingFacts
 from job.stages.resuming import Resumed
 from job.tune.data.documents import Documents, select_documents
-from job.tune.data.encoded import encode
-from job.tune.data.frame import token_rules
+from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
+from job.tune.data.encoder import encoded_rows
+from job.tune.data.frame import TokenRules, token_rules
 from job.tune.data.micro_batch import MicroBatch, micro_batch
 from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.engine import Engine
@@ -150,9 +144,10 @@ def random_text(length: int, *, seed: int) -> str:
     return "".join(random.Random(seed).choices(LETTERS[2:], k=length))
 
 
-def example_of(*parts: tuple[str, bool], line: int = 1) -> Example:
-    """(text, learned) parts as an example."""
-    return Example(parts=tuple(Part(text=t, learned=learned) for t, learned in parts), where=f"train.jsonl:{line}")
+def example_of(*parts: tuple[str, bool], line: int = 1, control: bool = False) -> Example:
+    """(text, learned) parts as an example; `control`: as a template's own text."""
+    made = (Part(text=text, learned=learned, control=control) for text, learned in parts)
+    return Example(parts=tuple(made), where=f"train.jsonl:{line}")
 
 
 def documents_of(
@@ -167,15 +162,36 @@ def documents_of_examples(
     folder: Path, tokenizer: Any, examples: Sequence[Example], *, max_length: int = 128, data: DataSection = PAIR
 ) -> Documents:
     """Examples of any parts as the stages encode them."""
-    encoded = encode(
-        [("train", example) for example in examples],
-        tokenizer,
-        token_rules(tokenizer, data),
-        folder=folder,
-        should_stop=lambda: False,
-        on_progress=lambda _done: None,
+    rows = encoded_rows(examples, token_rules(tokenizer, data), source=0)
+    return _selected(folder, rows, max_length=max_length, too_long="truncate")
+
+
+def documents_of_sources(
+    folder: Path,
+    tokenizer: Any,
+    sources: Sequence[Sequence[tuple[str, str]]],
+    rules: Sequence[TokenRules] = (),
+    *,
+    max_length: int = 128,
+    too_long: Literal["truncate", "drop"] = "truncate",
+) -> Documents:
+    """(prompt, completion) pairs of each source, framed by the rules of each; none given: by those of PAIR."""
+    rows = b"".join(
+        encoded_rows(
+            [example_of((p, False), (c, True), line=n) for n, (p, c) in enumerate(pairs, start=1)], own, source=place
+        )
+        for place, (pairs, own) in enumerate(
+            zip(sources, rules or [token_rules(tokenizer, PAIR)] * len(sources), strict=True)
+        )
     )
-    return select_documents(encoded["train"], max_length=max_length, too_long="truncate")
+    return _selected(folder, rows, max_length=max_length, too_long=too_long)
+
+
+def _selected(folder: Path, rows: bytes, *, max_length: int, too_long: Literal["truncate", "drop"]) -> Documents:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "train.arrow"
+    path.write_bytes(stream_start() + rows + STREAM_END)
+    return select_documents(EncodedSet(path), max_length=max_length, too_long=too_long)
 
 
 def adapted(
@@ -265,7 +281,7 @@ class Teller:
 
     def __init__(self, made: "Attempt") -> None:
         self.step = made.records.append
-        self.evaluation = made.judged.append
+        self.evaluation = lambda result, _sources: made.judged.append(result)
 
 
 @dataclass(kw_only=True)
@@ -321,19 +337,24 @@ class Attempt:
     def loop(self, **sections: Any) -> Loop:
         """The loop of the stages; sections of the recipe by name."""
         stepper, recipe = self.stepper(), self.recipe.model_copy(update=sections)
-        dataset = SimpleNamespace(train=self.documents, validation=self.documents)
+        dataset = SimpleNamespace(
+            train=self.documents, validation=self.documents, losses_by_source=lambda _evaluation: ()
+        )
         memory = SimpleNamespace(cut=self.progress.cut)
         facts = self.facts = TrainingFacts(
             progress=self.progress,
             course=self.course,
             memory=memory,
             engine_reason="",
+            left_to_peft=False,
             questions=[],
             architecture="",
+            left_out=None,
+            form="",
             trainable_parameters=0,
             total_parameters=0,
             resumed=Resumed(checkpoint=None, passed_over=()),
-            adapter=adapter_to_publish(self.model.model),
+            adapter=adapter_to_publish(self.model.model, None),
         )
         planned = SimpleNamespace(choice=SimpleNamespace(engine=self.engine), course=self.course, layers=LAYERS)
         return Loop(

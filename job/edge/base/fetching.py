@@ -8,9 +8,12 @@ from pathlib import Path
 
 import structlog
 
+from job.core import quantisation
 from job.core.errors import LocalDiskError, NotFoundError, UsageError
+from job.core.promises import TensorHeader
 from job.core.recipe import is_hub_id
 from job.edge.base import files as model_files
+from job.edge.base import headers
 from job.edge.base import places as model_places
 from job.edge.base.hub import HUB_PATIENCE, HubRepo
 from job.edge.base.places import Place
@@ -69,9 +72,11 @@ def identify(
         should_stop: polled while a folder is read.
 
     Raises:
-        UsageError: no full commit for a hub id, or one for anything else; weights as pickles only.
+        UsageError: no full commit for a hub id, or one for anything else; weights as pickles only, or as GGUF.
         NotFoundError: no such folder or prefix, or no model in it.
     """
+    if source.lower().endswith(".gguf"):
+        raise quantisation.foreign("GGUF", source=source, named=())
     if is_hub_id(source):
         if revision is None or len(revision) != 40 or set(revision) - set("0123456789abcdef"):  # noqa: PLR2004 SHA-1
             raise UsageError(
@@ -135,6 +140,43 @@ def fetch(
     )
 
 
+def is_here(identity: BaseModelIdentity, models_folder: Path) -> bool:
+    """Whether nothing would have to be fetched: a local folder, or a copy that is whole."""
+    return local_path(identity.source) is not None or _ready_copy(identity, models_folder) is not None
+
+
+def read_headers(
+    identity: BaseModelIdentity,
+    *,
+    models_folder: Path,
+    settings: StoreSettings,
+    should_stop: Callable[[], bool],
+    patience: Patience | None = None,
+) -> dict[str, TensorHeader]:
+    """Every tensor of the model, by name, before its weights are brought here: only the headers of the files are read.
+
+    Args:
+        identity: from `identify`.
+        models_folder: keeps copies for later runs; one that is whole is read in place of the source.
+        settings: of the store, where the source is a store's prefix.
+        should_stop: polled while a hub or a store is asked.
+        patience: with a hub or store that fails; None: the one made for it.
+
+    Raises:
+        JobError: as `fetch`; a header is broken.
+    """
+    source, folder = identity.source, _ready_copy(identity, models_folder)
+    place: Place
+    if folder is None:
+        place = _place(identity, models_folder, settings, should_stop, complete=True, patience=patience)
+        files = place.files()
+        folder = _bring_small_files(place, files, source=source, complete=True)
+    else:
+        place = model_places.InFolder(folder=folder)
+        files = place.files()
+    return headers.read_headers(_weights(folder, files, source=source), place.read_part, source=source)
+
+
 def _bring(place: Place, *, source: str, weights: bool, complete: bool, on_progress: OnProgress | None) -> Path:
     files = place.files()
     folder = _bring_small_files(place, files, source=source, complete=complete)
@@ -159,6 +201,7 @@ def _refuse_strange(folder: Path, *, source: str) -> None:
     # Of the files as they came: a hub's list of their sizes is not all that they are.
     model_files.refuse_large(model_files.present_files(folder), source=source)
     model_files.refuse_unknown_architecture(folder, source=source)
+    model_files.four_bits(folder, source=source)
 
 
 def _weights(folder: Path, files: Mapping[str, int], *, source: str) -> dict[str, int]:

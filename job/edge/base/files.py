@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
+from job.core import quantisation
 from job.core.errors import DataError, NotFoundError, UsageError
+from job.core.quantisation import FourBits
 
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
@@ -24,6 +26,7 @@ _CARD_CHARACTERS = 1 << 16
 _DEEPEST_CARD = 20
 _MOST_LICENCES, _LONGEST_LICENCE = 8, 200
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_GGUF = ("*.gguf", "*.GGUF")
 _LONGEST_HEADER_BYTES = 2**24
 """A tensor takes a hundred bytes of it; the format itself would allow six times as many."""
 _MOST_BYTES = (((_CONFIG,), 2**20), (_TOKENIZER, 2**27), (("*.json", "*.jinja"), 2**25))
@@ -79,8 +82,10 @@ def refuse_unusable(names: Collection[str], *, source: str, complete: bool) -> N
 
     Raises:
         NotFoundError: no config.json, or no weights at all.
-        UsageError: the weights exist as pickles only.
+        UsageError: the weights exist as pickles only, or as GGUF.
     """
+    if _SINGLE not in names and _INDEX not in names and any(_matches(name, _GGUF) for name in names):
+        raise quantisation.foreign("GGUF", source=source, named=())
     if _CONFIG not in names:
         raise NotFoundError(f"{source}: no {_CONFIG}; correct model.base: it must name a transformers model")
     if _SINGLE in names or _INDEX in names:
@@ -177,6 +182,19 @@ def refuse_unknown_architecture(folder: Path, *, source: str) -> None:
     raise UsageError(
         f"{source}: model type {model_type!r} is unknown to the installed transformers; correct model.base"
     )
+
+
+def four_bits(folder: Path, *, source: str) -> FourBits | None:
+    """The 4 bits in which a base is published, by its config.json; None: it is not quantised.
+
+    Raises:
+        UsageError: it is quantised in another way.
+        DataError: the file is broken.
+    """
+    config = _read_json(folder / _CONFIG, source=source)
+    named = _front_matter(folder / "README.md").get("base_model")
+    names = [*(named if isinstance(named, list) else [named]), config.get("_name_or_path")]
+    return quantisation.four_bits_of(config, source=source, named=[n for n in names if isinstance(n, str)])
 
 
 def _is_known(model_type: object) -> bool:

@@ -1,15 +1,12 @@
 """Lists and downloads the files of one commit on the model hub, and translates what the hub refuses."""
 
 import errno
-import json
-import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -24,31 +21,32 @@ from job.core.errors import (
     UnavailableError,
     UsageError,
 )
+from job.edge.base.hub_answers import (
+    TryLaterError,
+    answer_behind,
+    answer_message,
+    chain,
+    disk_errno,
+    first_bytes,
+    is_large,
+    is_passing,
+    is_transient,
+    read_whole,
+    reason_of,
+    retry_after_seconds,
+)
 from job.edge.store.patience import Patience
 
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG})
-_REFUSAL_BYTES = 64 * 1024
-_ANSWER_BYTES = 32 * 1024 * 1024
-"""Of an answer of the hub's API, unpacked: a list of a hundred thousand files."""
 _SPARE_BYTES = 16 * 1024 * 1024
 """Beyond a file's size: of one that is fetched again from its beginning a piece may count twice."""
 _POLL_SECONDS = 0.2
 _WORKERS = 4
+_HOOKS = threading.Lock()
+"""Held while hooks are put into the library's session or taken out: all threads have the same one."""
 _Result = TypeVar("_Result")
 log = structlog.get_logger(__name__)
 HUB_PATIENCE = Patience(attempts=20, budget_seconds=300.0, first_pause_seconds=1.0, longest_pause_seconds=60.0)
 """The hub counts requests in windows of five minutes, and counts all pods behind one address together."""
-
-
-class TryLaterError(Exception):
-    """The hub answered 429 or 5xx; raised before the library sleeps on it, where no stop request would be seen.
-
-    Or it refused with a body that is no sentence, which the library would read to its end: the headers say all.
-    """
-
-    def __init__(self, response: Any) -> None:
-        super().__init__(f"the hub answered {response.status_code}")
-        self.response = response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +107,29 @@ class HubRepo:
                 _abort_xet()
                 raise
 
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        """`length` bytes of a file from `start` on.
+
+        Raises:
+            JobError: as `bring`.
+        """
+
+        def ask() -> bytes:
+            from huggingface_hub import get_session, hf_hub_url
+            from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+            url = hf_hub_url(self.repo_id, name, revision=self.revision)
+            headers = build_hf_headers() | {"Range": f"bytes={start}-{start + length - 1}"}
+            with get_session().stream("GET", url, headers=headers, timeout=self.patience.answer_seconds) as response:
+                if response.status_code >= 400:  # noqa: PLR2004 the HTTP class of refusals
+                    response.read()
+                    hf_raise_for_status(response)
+                skipped = 0 if response.status_code == 206 else start  # noqa: PLR2004 Partial Content
+                return first_bytes(response, skipped + length)[skipped:]
+
+        with _Watch(self.should_stop) as watch:
+            return self._persist(ask, what=name, stopped=self.should_stop, watch=watch)
+
     def _download(self, name: str, cache: Path, bar: type) -> None:
         from huggingface_hub import hf_hub_download
 
@@ -130,7 +151,7 @@ class HubRepo:
             except Exception as error:
                 if (final := self._final(error, what)) is not None:
                     raise final from error
-                if not _is_transient(error):
+                if not is_transient(error):
                     raise
                 failures += 1
                 now = time.monotonic()
@@ -138,15 +159,15 @@ class HubRepo:
                 pause = self._pause_seconds(error, failures)
                 if failures >= self.patience.attempts or now + pause > gives_up_at:
                     raise UnavailableError(
-                        f"{self._place}: {what} could not be read ({_reason(error)}), tried {failures} times; "
+                        f"{self._place}: {what} could not be read ({reason_of(error)}), tried {failures} times; "
                         "look at the network and at the hub's status, then start the same job again"
                     ) from error
-                log.warning("hub_retry", model=self.repo_id, what=what, reason=_reason(error), wait_seconds=pause)
+                log.warning("hub_retry", model=self.repo_id, what=what, reason=reason_of(error), wait_seconds=pause)
                 _sleep(pause, stopped)
 
     def _pause_seconds(self, error: Exception, failures: int) -> float:
         # Not for as long as the hub asks, whatever that is: a job that sleeps for an hour holds a GPU for nothing.
-        asked = _retry_after_seconds(error)
+        asked = retry_after_seconds(error)
         if asked is not None and asked <= self.patience.longest_pause_seconds:
             return asked
         return max(self.patience.pause_seconds(failures), min(asked or 0.0, self.patience.longest_pause_seconds))
@@ -166,16 +187,16 @@ class HubRepo:
 
         if isinstance(error, HFValidationError):
             return UsageError(f"model.base: {self.repo_id} is no hub id ({error})")
-        if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):
+        if any(isinstance(each, OfflineModeIsEnabled) for each in chain(error)):
             return NotFoundError(
                 f"{self._place}: {what} is not in the local cache, and HF_HUB_OFFLINE is set; "
                 "run `entrypoint.py fetch RECIPE --to FOLDER` beforehand, where there is a network, "
                 "and FOLDER/recipe.yaml here"
             )
-        response = _answer(error)
+        response = answer_behind(error)
         if response is not None:
             return self._refusal(response, what)
-        if (number := _disk_errno(error)) is not None:
+        if (number := disk_errno(error)) is not None:
             return LocalDiskError(
                 f"{self._place}: {what} could not be written ({errno.errorcode[number]}); "
                 "give the work folder more room, or name another one with --workdir"
@@ -192,7 +213,7 @@ class HubRepo:
         }
         if code in missing:
             return NotFoundError(f"{self._place}: {missing[code]}")
-        answer = f"HTTP {status}{_message(response)}"
+        answer = f"HTTP {status}{answer_message(response)}"
         if code == "GatedRepo" or status in {401, 403}:
             return DeniedError(
                 f"{self._place}: the hub refuses {what} ({answer}); if the model is gated, accept its licence at "
@@ -200,96 +221,9 @@ class HubRepo:
             )
         if status in {404, 410}:
             return NotFoundError(f"{self._place}: {what} not found ({answer}); correct model.base or model.revision")
-        if status >= 400 and not _is_passing(status):  # noqa: PLR2004 the HTTP class of refusals
+        if status >= 400 and not is_passing(status):  # noqa: PLR2004 the HTTP class of refusals
             return UnavailableError(f"{self._place}: {what}: unexpected answer ({answer}); look at HF_ENDPOINT")
         return None
-
-
-def _is_large(response: Any) -> bool:
-    """Whether an answer's body is larger than a refusal takes, or does not say how large it is."""
-    length = response.headers.get("Content-Length", "")
-    return response.request.method != "HEAD" and not (length.isdecimal() and int(length) <= _REFUSAL_BYTES)
-
-
-def _read_whole(response: Any) -> None:
-    """Take an answer into memory as the library would, but only so much of it, however small it came packed."""
-    pieces, size = [], 0
-    for piece in response.iter_bytes():
-        pieces.append(piece)
-        size += len(piece)
-        if size > _ANSWER_BYTES:
-            response.close()
-            raise ConnectionError(f"an answer of more than {_ANSWER_BYTES:,} bytes")
-    response._content = b"".join(pieces)  # noqa: SLF001 - where `read` keeps it
-
-
-def _is_passing(status: int) -> bool:
-    # 416: the library asked to resume beyond the end of a file; the next try starts afresh.
-    return status in {408, 416, 429} or status >= 500  # noqa: PLR2004 the HTTP class of server errors
-
-
-def _is_transient(error: Exception) -> bool:
-    """Whether trying again may help: asked only after `_final`."""
-    from huggingface_hub.errors import HTTPError  # httpx's in 1.x, httpx2's in 2.x
-
-    if isinstance(error, TryLaterError | HTTPError | json.JSONDecodeError):
-        return True
-    # The library's own (wrong size, no metadata) carry no errno; the transfer extension raises RuntimeError.
-    return isinstance(error, RuntimeError | ConnectionError | TimeoutError) or (
-        isinstance(error, OSError) and error.errno is None
-    )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _answer(error: Exception) -> Any | None:
-    """The hub's response behind a failure, if it answered at all."""
-    responses = (getattr(each, "response", None) for each in _chain(error))
-    return next((response for response in responses if response is not None), None)
-
-
-def _disk_errno(error: Exception) -> int | None:
-    for each in _chain(error):
-        if isinstance(each, OSError) and each.errno in _DISK_ERRORS:
-            return each.errno
-        if "No space left on device" in str(each):  # the transfer extension has no number for it
-            return errno.ENOSPC
-    return None
-
-
-def _message(response: Any) -> str:
-    message = response.headers.get("X-Error-Message")
-    return f": {message}" if message else ""
-
-
-def _reason(error: Exception) -> str:
-    # Never the library's text: it quotes URLs, and a CDN's URL is a signed one.
-    response = _answer(error)
-    if response is not None:
-        return f"HTTP {response.status_code}"
-    return type(list(_chain(error))[-1]).__name__
-
-
-def _retry_after_seconds(error: Exception) -> float | None:
-    response = _answer(error)
-    if response is None:
-        return None
-    value = response.headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"\d+", value):
-        return float(value)
-    with suppress(ValueError, TypeError):
-        # A moment on the hub's clock, which need not be ours.
-        now = parsedate_to_datetime(response.headers.get("Date", ""))
-        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
-    if (match := re.search(r";\s*t=(\d+)", response.headers.get("RateLimit", ""))) and response.status_code == 429:  # noqa: PLR2004 Too Many Requests
-        return float(match[1])
-    return None
 
 
 def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
@@ -357,13 +291,14 @@ class _Watch:
         """Look at the library's session; asked for again before each try, since it opens a new one after a failure."""
         from huggingface_hub import get_session
 
-        session = get_session()
-        hooks = session.event_hooks
-        if self._on_request not in hooks["request"]:
-            session.event_hooks = {
-                "request": [*hooks["request"], self._on_request],
-                "response": [*hooks["response"], self._on_response],
-            }
+        with _HOOKS:
+            session = get_session()
+            hooks = session.event_hooks
+            if self._on_request not in hooks["request"]:
+                session.event_hooks = {
+                    "request": [*hooks["request"], self._on_request],
+                    "response": [*hooks["response"], self._on_response],
+                }
 
     def __enter__(self) -> Self:
         return self
@@ -371,11 +306,12 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         from huggingface_hub import get_session
 
-        session = get_session()
         ours = (self._on_request, self._on_response)
-        session.event_hooks = {
-            kind: [hook for hook in hooks if hook not in ours] for kind, hooks in session.event_hooks.items()
-        }
+        with _HOOKS:
+            session = get_session()
+            session.event_hooks = {
+                kind: [hook for hook in hooks if hook not in ours] for kind, hooks in session.event_hooks.items()
+            }
 
     def _on_request(self, _request: Any) -> None:
         _raise_if(self._stopped)
@@ -383,10 +319,10 @@ class _Watch:
     def _on_response(self, response: Any) -> None:
         if response.status_code == 429 or response.status_code >= 500:  # noqa: PLR2004 Too Many Requests, server errors
             raise TryLaterError(response)
-        if response.status_code >= 400 and _is_large(response):  # noqa: PLR2004 the HTTP class of refusals
+        if response.status_code >= 400 and is_large(response):  # noqa: PLR2004 the HTTP class of refusals
             raise TryLaterError(response)
         if response.request.method == "GET" and response.request.url.path.startswith("/api/"):
-            _read_whole(response)
+            read_whole(response)
 
 
 def _abort_xet() -> None:

@@ -32,6 +32,10 @@ class Place(Protocol):
         """The local folder that then holds these files, name -> bytes; `on_bytes` gets the number of new bytes."""
         ...
 
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        """`length` bytes of a file from `start` on, without bringing all of it; called on several threads."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnHub:
@@ -51,6 +55,10 @@ class OnHub:
         assert folder is not None, "the library keeps a snapshot of what it downloaded"
         return folder
 
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        """A piece of a file of the commit."""
+        return self.repo.read_part(name, start, length)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InFolder:
@@ -66,6 +74,12 @@ class InFolder:
         """The local folder that then holds these files."""
         del sizes, on_bytes  # all of them stand here already
         return self.folder
+
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        """A piece of a file."""
+        with (self.folder / name).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +113,11 @@ class InStore:
         if any(name.endswith(".safetensors") for name in sizes):
             self._mark_complete()
         return self.copy
+
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        """A piece of an object."""
+        stored = self.objects[name]
+        return self.store.read_part(stored.key, start=start, length=length, etag=stored.etag)
 
     def _mark_complete(self) -> None:
         here = model_files.present_files(self.copy)

@@ -30,7 +30,8 @@ from job.edge.store.whole_files import remove_dead
 log = structlog.get_logger(__name__)
 Files = Iterable[tuple[str, Callable[[], bytes]]]
 """Name, and what makes the content; called on several threads."""
-_FORMAT = 1
+_FORMAT = 2
+"""Those of format 1 may hold tensors that their base lacked."""
 _KEPT = 3
 """Copies of one base that stay in the work folder, those used last: it has another one on each kind of GPU, and after
 each update of the libraries that quantise."""

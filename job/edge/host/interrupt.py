@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 _STOP_SIGNALS = (
@@ -76,3 +77,17 @@ class Interrupt:
     def reason(self) -> str | None:
         """The name of the signal that asked, or what within the process did."""
         return self._asked if self._signal is None else signal.Signals(self._signal).name
+
+
+@contextlib.contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Processes that are begun in this block never see a request to stop: what they are part of ends them in time.
+
+    A terminal and some schedulers send it to every process of a job, and the new one has no handler yet. One that
+    comes to this process meanwhile is seen at the end of the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -29,7 +29,7 @@ class Machine:
     cpus: float
     """Usable here: the fewest of the machine's, of those this process may run on, and of the container's share."""
     shm_bytes: int | None
-    """Size of /dev/shm. The job itself needs none: it reads data in its own process, and one GPU has no peers to share
+    """Size of /dev/shm. The job itself needs none: its processes speak through pipes, and one GPU has no peers to share
     memory with."""
 
 

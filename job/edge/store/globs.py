@@ -1,7 +1,7 @@
 """Shell patterns on keys and URIs: `*` and `?` stay in one folder, `**` goes any depth; hidden names need their dot."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 _WILD = re.compile(r"[*?[]")
 _VISIBLE = r"(?!\.)"
@@ -12,18 +12,37 @@ def has_glob(path: str) -> bool:
     return _WILD.search(path) is not None
 
 
-def literal_prefix(path: str) -> str:
-    """What every match begins with."""
-    wild = _WILD.search(path)
-    return path if wild is None else path[: wild.start()]
+def literal_prefix(path: str, *, literal: Collection[int] = ()) -> str:
+    """What every match begins with; arguments as of `matcher`."""
+    parts = path.split("/")
+    for number, part in enumerate(parts):
+        wild = _WILD.search(part)
+        if wild is not None and number not in literal:
+            return "/".join([*parts[:number], part[: wild.start()]])
+    return path
 
 
-def matcher(path: str) -> Callable[[str], bool]:
-    """Whether a key or URI matches a glob, or lies below a prefix that is empty or ends in "/"."""
+def wild_parts(path: str) -> list[int]:
+    """The places of the components with wildcards; `**` is the name of nothing."""
+    return [number for number, part in enumerate(path.split("/")) if _WILD.search(part) and part != "**"]
+
+
+def matcher(path: str, *, literal: Collection[int] = (), perhaps: bool = False) -> Callable[[str], bool]:
+    """Whether a key or URI matches a glob, or lies below a prefix that is empty or ends in "/".
+
+    Args:
+        path: the glob or the prefix.
+        literal: places of components whose wildcards are letters.
+        perhaps: whether the others may be either.
+    """
     if path.endswith("/") or not path:
         path += "**"
     last = path.count("/")
-    pattern = "".join(_folder(part, last=number == last) for number, part in enumerate(path.split("/")))
+    pattern = ""
+    for number, part in enumerate(path.split("/")):
+        written = re.escape(part) + ("" if number == last else "/")
+        wild = _folder(part, last=number == last)
+        pattern += written if number in literal else f"(?:{wild}|{written})" if perhaps else wild
     compiled = re.compile(pattern, re.DOTALL)
     return lambda key: compiled.fullmatch(key) is not None
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from job.core.errors import DataError, NotFoundError, StopRequestedError, UsageError
-from job.edge.store.globs import has_glob, literal_prefix, matcher
+from job.edge.store.globs import has_glob, literal_prefix, matcher, wild_parts
 from job.edge.store.lanes import Lanes
 from job.edge.store.objects import ObjectStore, StoredObject, StoreSettings, check_key
 from job.edge.store.opening import full_uri, locate, open_store, store_and_key
@@ -21,7 +21,8 @@ def expand(
     """The objects that URIs name, sorted and without duplicates.
 
     A URI is one object, a glob (`*`, `?`, `[...]`, and `**` for any depth), or everything below a prefix that ends in
-    "/". As in a shell, wildcards and prefixes leave out names that begin with a dot.
+    "/". As in a shell, wildcards and prefixes leave out names that begin with a dot. A file or folder that has the very
+    name, `notes [1].jsonl`, is what is meant, and no glob.
 
     Raises:
         NotFoundError: a URI matches nothing.
@@ -63,7 +64,7 @@ def may_name(uris: Sequence[str]) -> Callable[[str], bool]:
     exact, patterns = set(), []
     for full in map(full_uri, uris):
         if has_glob(full) or full.endswith("/"):
-            patterns.append(matcher(full))
+            patterns.append(matcher(full, perhaps=True))
         else:
             exact.add(full)
 
@@ -85,8 +86,12 @@ def _names(uri: str, opened: Callable[[str], ObjectStore], should_stop: Callable
     if not has_glob(full) and not full.endswith("/"):
         yield full
         return
-    matches = matcher(full)
-    start = locate(literal_prefix(full))
+    literal = _existing(full, opened)
+    if not full.endswith("/") and literal == set(wild_parts(full)) and "**" not in full.split("/"):
+        yield full
+        return
+    matches = matcher(full, literal=literal)
+    start = locate(literal_prefix(full, literal=literal))
     found = False
     for entry in opened(start.root).list(start.key):
         if should_stop():
@@ -97,3 +102,16 @@ def _names(uri: str, opened: Callable[[str], ObjectStore], should_stop: Callable
             yield name
     if not found:
         raise NotFoundError(f"{uri}: matches no object; correct the URI, or put the data there")
+
+
+def _existing(full: str, opened: Callable[[str], ObjectStore]) -> set[int]:
+    """The components with wildcards that are the very name of something."""
+    parts, literal = full.split("/"), set[int]()
+    for number in wild_parts(full):
+        if "**" in parts[:number] or any(place not in literal for place in wild_parts("/".join(parts[:number]))):
+            break  # below a folder that is not known
+        place = locate("/".join(parts[: number + 1]))
+        found = opened(place.root).list(place.key)
+        if any(entry.key == place.key or entry.key.startswith(f"{place.key}/") for entry in found):
+            literal.add(number)
+    return literal

@@ -122,6 +122,14 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def read_part(self, key: str, *, start: int, length: int, etag: str) -> bytes:
+        """`length` bytes of an object from `start` on, all of which it must have.
+
+        Raises:
+            DataError: the object is not (or no longer) the one with this `etag`, or ends before.
+        """
+        ...
+
     def write(self, key: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> str:
         """Write a small object whole and return its ETag; with a condition, of several writers one wins.
 

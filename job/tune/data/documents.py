@@ -18,24 +18,37 @@ class Documents:
     encoded: EncodedSet
     rows: NDArray[np.int64]
     max_length: int
-    truncated: int
-    dropped: int
+    dropped_rows: NDArray[np.int64]
     """Longer than max_length, and left out."""
-    without_target: int
+    rows_without_target: NDArray[np.int64]
     """Nothing to learn from after the cut, and left out."""
+    lengths: Lengths
+    """Tokens of each document after the cut."""
+    targets: NDArray[np.int64]
+    """Target tokens of each document after the cut."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def lengths(self) -> Lengths:
-        """Tokens of each document after the cut."""
-        return np.minimum(self.encoded.lengths[self.rows], self.max_length)
+    def truncated(self) -> int:
+        """Documents that were cut at max_length."""
+        return int((self.encoded.lengths[self.rows] > self.max_length).sum())
 
     @property
-    def targets(self) -> NDArray[np.int64]:
-        """Target tokens of each document after the cut."""
-        return self.encoded.target_counts(self.max_length)[self.rows]
+    def dropped(self) -> int:
+        """Examples that are longer than max_length, and left out."""
+        return len(self.dropped_rows)
+
+    @property
+    def without_target(self) -> int:
+        """Examples with nothing to learn from after the cut, and left out."""
+        return len(self.rows_without_target)
+
+    @property
+    def sources(self) -> NDArray[np.int32]:
+        """Place of each document's source; ascending, since a side is encoded source after source."""
+        return self.encoded.sources[self.rows]
 
     def token_ids(self, document: int) -> NDArray[np.int32]:
         """Token ids of one document after the cut."""
@@ -53,6 +66,15 @@ class Documents:
     def is_whole(self, document: int) -> bool:
         """Whether one document was not cut."""
         return bool(self.encoded.lengths[self.rows[document]] <= self.max_length)
+
+    def ends(self, most: int = 1000) -> set[int]:
+        """The tokens that the first documents which were not cut learn to end with."""
+        found = set()
+        for row in self.rows[:most]:
+            ids, spans = self.encoded.input_ids(int(row)), self.encoded.spans(int(row))
+            if len(ids) <= self.max_length:
+                found.add(int(ids[spans[-1, 1] - 1]))  # a chat template may write a line break behind it
+        return found
 
     def where(self, document: int) -> str:
         """`file:line` of one document."""
@@ -75,16 +97,18 @@ def select_documents(
             f"({int(over.sum())} such examples); raise data.max_length, or set data.too_long: truncate or drop"
         )
     kept = ~over if too_long == "drop" else np.ones(len(encoded), dtype=bool)
-    has_target = encoded.target_counts(max_length) > 0
+    targets = encoded.target_counts(max_length)
+    has_target = targets > 0
     rows = np.flatnonzero(kept & has_target)
-    if most is not None:
-        digests = encoded.digests()
-        rows = np.array(sorted(sorted(rows, key=lambda row: digests[row])[:most]), dtype=np.int64)
+    if most is not None and most < len(rows):
+        digests = encoded.digests()[rows]
+        rows = np.sort(rows[np.lexsort((digests[:, 1], digests[:, 0]))[:most]])
     return Documents(
         encoded=encoded,
         rows=rows,
         max_length=max_length,
-        truncated=int(over[rows].sum()),
-        dropped=int((~kept).sum()),
-        without_target=int((kept & ~has_target).sum()),
+        dropped_rows=np.flatnonzero(~kept),
+        rows_without_target=np.flatnonzero(kept & ~has_target),
+        lengths=np.minimum(encoded.lengths[rows], max_length),
+        targets=targets[rows],
     )

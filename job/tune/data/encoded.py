@@ -1,38 +1,60 @@
-"""Examples -> token ids with target spans in Arrow files, written once and read memory-mapped."""
+"""Encoded examples on disk: rows as an Arrow stream, and one side of the dataset read from it memory-mapped."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+import mmap
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from job.core.errors import StopRequestedError
 from job.core.lengths import Lengths
 from job.core.records import Example
-from job.tune.data.frame import Framed, TokenRules, encode_examples
+from job.core.same_content import Digests, is_in_part
+from job.tune.data.frame import Framed
 
-Side = Literal["train", "validation"]
-_SIDES: tuple[Side, ...] = ("train", "validation")
-_BATCH = 1000
-"""Examples handed to the tokenizer at once, ..."""
-_BATCH_CHARACTERS = 2**20
-"""... and characters, unless one has more by itself: while it is encoded a token takes hundreds of bytes."""
+DIGEST_BYTES = 16
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "target_spans": pa.list_(pa.int32()),
         "answer_from": pa.int32(),
-        "digest": pa.binary(),
+        "digest": pa.binary(DIGEST_BYTES),
         "where": pa.string(),
+        "source": pa.int32(),
     }
 )
-FORMAT = 3
-"""What `encode` writes: files of another format are encoded anew."""
+FORMAT = 5
+"""What is written: files of another format are encoded anew."""
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def rows_of(examples: Sequence[Example], framed: Sequence[Framed], *, source: int) -> bytes:
+    """Encoded examples of one source as a part of a stream, whichever process makes it; see `stream_start`."""
+    columns = [
+        _lists([each.ids for each in framed]),
+        _lists([list(chain.from_iterable(each.spans)) for each in framed]),  # start, end, start, end, ...
+        pa.array([each.answer_from for each in framed], pa.int32()),
+        pa.array([example.digest for example in examples], pa.binary(DIGEST_BYTES)),
+        pa.array([example.where for example in examples], pa.string()),
+        pa.array([source] * len(examples), pa.int32()),
+    ]
+    written: bytes = pa.record_batch(columns, schema=_SCHEMA).serialize().to_pybytes()
+    return written
+
+
+def _lists(rows: Sequence[Sequence[int]]) -> pa.Array:
+    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return pa.ListArray.from_arrays(ends, np.fromiter(chain.from_iterable(rows), np.int32, count=int(ends[-1])))
+
+
+def stream_start() -> bytes:
+    """What a file begins with; parts of `rows_of` follow in their order, and STREAM_END."""
+    written: bytes = _SCHEMA.serialize().to_pybytes()
+    return written
 
 
 class EncodedSet:
@@ -42,11 +64,16 @@ class EncodedSet:
     """[examples], not truncated."""
     answer_from: NDArray[np.int32]
     """[examples]: position where the last learned part of each begins."""
+    sources: NDArray[np.int32]
+    """[examples]: place of each one's source, ascending."""
 
     def __init__(self, path: Path) -> None:
-        self._table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        self.lengths = _numpy(pc.list_value_length(self._table.column("input_ids"))).astype(np.int32)
-        self.answer_from = _numpy(self._table.column("answer_from"))
+        with path.open("rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._table = pa.ipc.open_stream(pa.py_buffer(self._mapped)).read_all()
+        self.lengths = _joined([pc.list_value_length(part).to_numpy() for part in self._parts("input_ids")], np.int32)
+        self.answer_from = _joined([part.to_numpy().copy() for part in self._parts("answer_from")], np.int32)
+        self.sources = _joined([part.to_numpy().copy() for part in self._parts("source")], np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -63,99 +90,61 @@ class EncodedSet:
 
     def target_counts(self, max_length: int) -> NDArray[np.int64]:
         """[examples]: targets among the first `max_length` tokens of each."""
-        column = self._table.column("target_spans")
-        spans = np.minimum(_numpy(pc.list_flatten(column)).reshape(-1, 2), max_length)
-        targets_before = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0], dtype=np.int64)])
-        spans_before = np.concatenate([[0], np.cumsum(_numpy(pc.list_value_length(column)) // 2)])
-        counts: NDArray[np.int64] = np.diff(targets_before[spans_before])
-        return counts
+        return _joined([_target_counts(part, max_length) for part in self._parts("target_spans")], np.int64)
+
+    def largest_id(self) -> tuple[int, int] | None:
+        """The largest token id, and the first example that has it; None: there is no token."""
+        found, before = None, 0
+        for part in self._parts("input_ids"):
+            ids = part.flatten()
+            largest = pc.max(ids).as_py()
+            if largest is not None and (found is None or largest > found[0]):
+                ends = part.offsets.to_numpy()[1:] - part.offsets[0].as_py()
+                found = largest, before + int(np.searchsorted(ends, pc.index(ids, largest).as_py(), side="right"))
+            before += len(part)
+        return found
 
     def where(self, index: int) -> str:
         """`file:line` of one example."""
         return str(self._table.column("where")[index].as_py())
 
-    def digests(self) -> list[bytes]:
-        """The content names of all examples."""
-        values: list[bytes] = self._table.column("digest").to_pylist()
-        return values
+    def digests(self) -> Digests:
+        """[examples, 2]: the content names of all examples, in the order of their bytes."""
+        parts = [_digests(part) for part in self._parts("digest")]
+        return np.concatenate([np.zeros((0, 2), dtype=np.uint64), *parts])
+
+    def part(self, number: int, of: int) -> tuple[NDArray[np.int64], Digests]:
+        """Rows of the examples whose digests are in one of so many parts, and these: see `is_in_part`."""
+        rows, digests = [np.zeros(0, dtype=np.int64)], [np.zeros((0, 2), dtype=np.uint64)]
+        before = 0
+        for column in self._parts("digest"):
+            every = _digests(column)
+            inside = np.flatnonzero(is_in_part(every, number, of))
+            rows.append(inside + before)
+            digests.append(every[inside])
+            before += len(every)
+        return np.concatenate(rows), np.concatenate(digests)
+
+    def _parts(self, column: str) -> Iterator[Any]:
+        """A whole column, part by part; of what was read no page stays in this process: it is as large as the data."""
+        for part in self._table.column(column).chunks:
+            yield part
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _numpy(column: Any) -> Any:
-    return column.to_numpy() if len(column) else np.zeros(0, dtype=np.int32)
+def _target_counts(spans: pa.ListArray, max_length: int) -> NDArray[np.int64]:
+    ends = np.minimum(spans.flatten().to_numpy().reshape(-1, 2), max_length)
+    targets_before = np.concatenate([[0], np.cumsum(ends[:, 1] - ends[:, 0], dtype=np.int64)])
+    offsets = spans.offsets.to_numpy() // 2
+    counts: NDArray[np.int64] = np.diff(targets_before[offsets - offsets[0]])
+    return counts
 
 
-def encode(
-    examples: Iterable[tuple[Side, Example]],
-    tokenizer: Any,
-    rules: TokenRules,
-    *,
-    folder: Path,
-    should_stop: Callable[[], bool],
-    on_progress: Callable[[int], None],
-) -> dict[Side, EncodedSet]:
-    """Write both sides to Arrow files that appear whole.
-
-    Args:
-        examples: each with its side; read once.
-        tokenizer: the base model's.
-        rules: from `token_rules`.
-        folder: where the files stand; it belongs to one run, so its files can only hold this run's data.
-        should_stop: polled between batches.
-        on_progress: called with the number of encoded examples.
-
-    Raises:
-        StopRequestedError: asked to stop; the next attempt writes over what is there so far.
-    """
-    partial = {side: folder / f"{side}.partial" for side in _SIDES}
-    folder.mkdir(parents=True, exist_ok=True)
-    done = 0
-    with ExitStack() as files:
-        writers = {side: files.enter_context(pa.ipc.new_stream(str(partial[side]), _SCHEMA)) for side in _SIDES}
-        for batch in _batches(examples):
-            if should_stop():
-                raise StopRequestedError("asked to stop while encoding")
-            framed = encode_examples([example for _, example in batch], tokenizer, rules)
-            rows: dict[Side, list[dict[str, Any]]] = {side: [] for side in _SIDES}
-            for (side, example), each in zip(batch, framed, strict=True):
-                rows[side].append(_row(example, each))
-            for side, writer in writers.items():
-                # At once: a writer that keeps them, keeps as many as there are, whatever their length.
-                writer.write_batch(pa.RecordBatch.from_pylist(rows[side], schema=_SCHEMA))
-            done += len(batch)
-            on_progress(done)
-    for side in _SIDES:
-        partial[side].replace(_path(folder, side))
-    return open_encoded(folder)
+def _digests(column: pa.FixedSizeBinaryArray) -> Digests:
+    found = np.frombuffer(column.buffers()[1], dtype=">u8", count=2 * len(column), offset=column.offset * DIGEST_BYTES)
+    return found.reshape(-1, 2).astype(np.uint64)
 
 
-def open_encoded(folder: Path) -> dict[Side, EncodedSet]:
-    """Both sides as `encode` left them."""
-    return {side: EncodedSet(_path(folder, side)) for side in _SIDES}
-
-
-def _row(example: Example, framed: Framed) -> dict[str, Any]:
-    return {
-        "input_ids": framed.ids,
-        "target_spans": list(chain.from_iterable(framed.spans)),  # start, end, start, end, ...
-        "answer_from": framed.answer_from,
-        "digest": example.digest,
-        "where": example.where,
-    }
-
-
-def _path(folder: Path, side: Side) -> Path:
-    return folder / f"{side}.arrow"
-
-
-def _batches(examples: Iterable[tuple[Side, Example]]) -> Iterator[list[tuple[Side, Example]]]:
-    batch: list[tuple[Side, Example]] = []
-    characters = 0
-    for side, example in examples:
-        size = sum(len(part.text) for part in example.parts)
-        if batch and (len(batch) == _BATCH or characters + size > _BATCH_CHARACTERS):
-            yield batch
-            batch, characters = [], 0
-        batch.append((side, example))
-        characters += size
-    if batch:
-        yield batch
+def _joined(parts: Sequence[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]:
+    """A copy, as one array; a part may lie in the file."""
+    return np.concatenate([np.zeros(0, dtype=kind), *parts]).astype(kind, copy=False)

@@ -1,17 +1,24 @@
-"""Parts -> token ids with target spans, framed by BOS and EOS as the tokenizer and the recipe want it."""
+"""Parts -> token ids with target spans, framed by BOS and EOS as the tokenizer and the recipe want it.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from string import Formatter
+Control tokens are what a template writes as such. The text between them is spelled: what a record holds never becomes a
+control token. Each stretch of it, given or learned, is encoded once and by itself, so that what is given has the ids
+that it has without what follows, as it will at inference; and what goes on with a text is encoded as such, so that the
+ids before a border and those behind it read as the text.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
-from job.core.errors import DataError, UsageError
-from job.core.recipe import DataSection
-from job.core.records import Example
+from job.core.data_section import DataSection
+from job.core.errors import UsageError
+from job.core.records import Example, Part
+from job.tune.data.control import ControlFinder, ControlToken, control_tokens
+from job.tune.data.spelling import Spelling
 
-_PANIC = "PanicException"
-"""What a panic in Rust is in Python, by its name, for no module exports it; it is no Exception. Errors of the library
-are bare Exceptions."""
+_SHOWN = 12
+"""Characters on each side of a border in a message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +28,10 @@ class TokenRules:
     bos: int | None
     """Token before each example; None for tokenizers that put none."""
     eos: int
-    literal_special: bool
-    """Whether special tokens written in a template are meant as such. Otherwise text such as `</s>` in a record is
-    encoded letter by letter: data must not end an example early."""
+    control: ControlFinder
+    """Finds control tokens in a template's own text."""
+    spelling: Spelling
+    """Encodes all other text."""
     loss_on_prompt: bool
 
 
@@ -31,7 +39,7 @@ def token_rules(tokenizer: Any, data: DataSection) -> TokenRules:
     """Find out how the tokenizer frames a text.
 
     Raises:
-        UsageError: it has no end-of-sequence token, so the model could never learn to stop.
+        UsageError: it has no end-of-sequence token, so the model could never learn to stop; or no tokenizer.json.
     """
     if tokenizer.eos_token_id is None:
         raise UsageError(
@@ -40,44 +48,29 @@ def token_rules(tokenizer: Any, data: DataSection) -> TokenRules:
         )
     framed = tokenizer("a").input_ids
     puts_bos = tokenizer.bos_token_id is not None and framed[:1] == [tokenizer.bos_token_id]
-    templates = [t for t in (data.text, data.prompt, data.completion) if t is not None]
-    literals = "".join(literal for t in templates for literal, *_ in Formatter().parse(t))
+    control = control_tokens(tokenizer)
     return TokenRules(
         bos=tokenizer.bos_token_id if puts_bos else None,
         eos=tokenizer.eos_token_id,
-        literal_special=any(token in literals for token in tokenizer.all_special_tokens),
+        control=ControlFinder(control),
+        spelling=Spelling(tokenizer, control),
         loss_on_prompt=data.loss_on == "all",
     )
 
 
-def encode_texts(texts: Sequence[str], tokenizer: Any, rules: TokenRules) -> list[list[int]]:
-    """Token ids without frame.
+def encode_prompt(text: str, rules: TokenRules) -> list[int]:
+    """Token ids of a prompt that a person wrote, as the model saw such in training: after BOS, and without EOS."""
+    return encode_given([Part(text=text, learned=False, control=True)], rules)
 
-    Raises:
-        DataError: the tokenizer gives up: an expression in its files takes too long, say.
+
+def encode_given(parts: Sequence[Part], rules: TokenRules, *, is_chat: bool = False) -> list[int]:
+    """Token ids of what is given, as the model saw it in training: BOS where the tokenizer puts one, and no EOS.
+
+    A chat template puts BOS itself, or wants none.
     """
-    if not texts:
-        return []
-    try:
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=not rules.literal_special,
-            return_attention_mask=False,
-            verbose=False,  # length is judged later, on purpose
-        )
-    except BaseException as error:
-        if type(error) is Exception or type(error).__name__ == _PANIC:
-            raise DataError(
-                f"the base model's tokenizer cannot encode the data ({error}); correct its files"
-            ) from error
-        raise
-    return [list(ids) for ids in encoded.input_ids]
-
-
-def encode_prompt(text: str, tokenizer: Any, rules: TokenRules) -> list[int]:
-    """Token ids of a prompt as the model saw it in training: BOS where the tokenizer puts one, and no EOS."""
-    return _framed_start(encode_texts([text], tokenizer, rules)[0], rules)
+    draft = _Draft.of(parts, where="", rules=rules)
+    _encode([draft], rules)
+    return draft.ids if is_chat else _framed_start(draft.ids, rules)
 
 
 Span = tuple[int, int]
@@ -95,61 +88,140 @@ class Framed:
     """Position where the last learned part begins, whatever the loss is over: a question ends there."""
 
 
-def encode_examples(batch: Sequence[Example], tokenizer: Any, rules: TokenRules) -> list[Framed]:
+def encode_examples(batch: Sequence[Example], rules: TokenRules) -> list[Framed]:
     """Each example's token ids, framed.
 
-    What stands before a border between given and learned text has the ids that it has without what follows, as it will
-    at inference. Text is encoded as one as long as that holds by itself; where the tokenizer would merge across a
-    border, what follows is encoded as a text of its own.
+    Raises:
+        UsageError: the tokenizer marks where words begin or end, and the templates have a border within a word.
     """
-    drafts = [_Draft.of(example) for example in batch]
-    for stretch in range(max((len(draft.ends) for draft in drafts), default=0)):
-        _encode_stretch([draft for draft in drafts if stretch < len(draft.ends)], stretch, tokenizer, rules)
-    return [_frame([*draft.before, *draft.piece], draft.token_ends, rules) for draft in drafts]
+    drafts = [_Draft.of(example.parts, where=example.where, rules=rules) for example in batch]
+    _encode(drafts, rules)
+    of_chats = replace(rules, bos=None)
+    return [
+        _frame(draft.ids, draft.token_ends, of_chats if example.is_chat else rules)
+        for example, draft in zip(batch, drafts, strict=True)
+    ]
 
 
-@dataclass(slots=True, kw_only=True)
-class _Draft:
-    """One example, encoded stretch by stretch: given and learned ones by turns, the first is given."""
+@dataclass(slots=True)
+class _Piece:
+    """Text between control tokens, within one stretch."""
 
     text: str
-    ends: tuple[int, ...]
-    """Characters before the end of each stretch."""
-    token_ends: list[int] = field(default_factory=list)
-    """Tokens before the end of each stretch that is done."""
-    before: list[int] = field(default_factory=list)
-    """Ids before the piece."""
-    piece_from: int = 0
-    """Characters before the piece, the text that is encoded as one."""
-    piece: list[int] = field(default_factory=list)
-    """Ids of the piece so far."""
+    begins: bool
+    """Whether it is the beginning of a text; otherwise it goes on with the text before it."""
+    ids: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """One example: stretches that are given and learned by turns, of which the first is given."""
+
+    where: str
+    stretches: list[list[_Piece | ControlToken]]
 
     @classmethod
-    def of(cls, example: Example) -> "_Draft":
-        text = example.text
-        return cls(text=text, ends=(*example.borders, len(text)))
+    def of(cls, parts: Iterable[Part], *, where: str, rules: TokenRules) -> "_Draft":
+        """Split at control tokens; the blanks that these take are left out."""
+        stretches: list[list[_Piece | ControlToken]] = []
+        before: _Piece | ControlToken | None = None
+        for learned, group in groupby(parts, key=lambda part: part.learned):
+            if learned and not stretches:
+                stretches.append([])
+            stretch: list[_Piece | ControlToken] = []
+            for item in _items(group, rules.control):
+                if isinstance(item, ControlToken):
+                    if item.takes_before and stretch and isinstance(stretch[-1], _Piece):
+                        stretch[-1].text = stretch[-1].text.rstrip()
+                    before = item
+                else:
+                    behind_control = isinstance(before, ControlToken)
+                    text = item.lstrip() if isinstance(before, ControlToken) and before.takes_behind else item
+                    if not text:
+                        continue
+                    begins = before is None or (behind_control and rules.spelling.begins_behind_control)
+                    before = _Piece(text, begins)
+                stretch.append(before)
+            stretches.append(stretch)
+        return cls(where, stretches)
 
-    def start(self, stretch: int) -> int:
-        """Characters before a stretch."""
-        return self.ends[stretch - 1] if stretch else 0
+    @property
+    def ids(self) -> list[int]:
+        """All ids, without frame."""
+        return [token for stretch in self.stretches for token in _ids(stretch)]
+
+    @property
+    def token_ends(self) -> list[int]:
+        """Tokens before the end of each stretch."""
+        return list(accumulate(len(_ids(stretch)) for stretch in self.stretches))
+
+    def runs(self) -> Iterator[list[_Piece]]:
+        """Pieces with nothing but borders between them."""
+        items = (item for stretch in self.stretches for item in stretch)
+        for is_control, run in groupby(items, key=lambda item: isinstance(item, ControlToken)):
+            if not is_control:
+                yield [piece for piece in run if isinstance(piece, _Piece)]
 
 
-def _encode_stretch(drafts: Sequence[_Draft], stretch: int, tokenizer: Any, rules: TokenRules) -> None:
-    """Bring drafts, which all have this stretch, to its end."""
-    growing = [draft for draft in drafts if draft.start(stretch) < draft.ends[stretch]]
-    whole = encode_texts([draft.text[draft.piece_from : draft.ends[stretch]] for draft in growing], tokenizer, rules)
-    merged = []
-    for draft, ids in zip(growing, whole, strict=True):
-        if ids[: len(draft.piece)] == draft.piece:
-            draft.piece = ids
-        else:
-            merged.append(draft)
-    alone = encode_texts([draft.text[draft.start(stretch) : draft.ends[stretch]] for draft in merged], tokenizer, rules)
-    for draft, ids in zip(merged, alone, strict=True):
-        draft.before += draft.piece
-        draft.piece_from, draft.piece = draft.start(stretch), ids
-    for draft in drafts:
-        draft.token_ends.append(len(draft.before) + len(draft.piece))
+def _items(parts: Iterable[Part], control: ControlFinder) -> Iterator[str | ControlToken]:
+    """Control tokens, and all that stands between two of them as one text."""
+    text = ""
+    for may_hold_control, group in groupby(parts, key=lambda part: part.control):
+        joined = "".join(part.text for part in group)
+        for item in control.split(joined) if may_hold_control else (joined,):
+            if isinstance(item, str):
+                text += item
+                continue
+            if text:
+                yield text
+            yield item
+            text = ""
+    if text:
+        yield text
+
+
+def _ids(stretch: Iterable[_Piece | ControlToken]) -> list[int]:
+    ids: list[int] = []
+    for item in stretch:
+        ids += (item.id,) if isinstance(item, ControlToken) else item.ids
+    return ids
+
+
+def _encode(drafts: Sequence[_Draft], rules: TokenRules) -> None:
+    """Fill in the ids of all pieces."""
+    spelling = rules.spelling
+    pieces = [item for draft in drafts for stretch in draft.stretches for item in stretch if isinstance(item, _Piece)]
+    for begins, encode in ((True, spelling.beginning), (False, spelling.continuing)):
+        chosen = [piece for piece in pieces if piece.begins is begins]
+        for piece, ids in zip(chosen, encode([piece.text for piece in chosen]), strict=True):
+            piece.ids = ids
+    if not spelling.cuts_anywhere:
+        _refuse_cut_words(drafts, spelling)
+
+
+def _refuse_cut_words(drafts: Sequence[_Draft], spelling: Spelling) -> None:
+    """Hold each border against the text as one: pieces apart must have its ids, or read as it does.
+
+    Raises:
+        UsageError: a border changes the text.
+    """
+    cut = [(draft.where, run) for draft in drafts for run in draft.runs() if len(run) > 1]
+    for begins, encode in ((True, spelling.beginning), (False, spelling.continuing)):
+        chosen = [(where, run) for where, run in cut if run[0].begins is begins]
+        texts = ["".join(piece.text for piece in run) for _, run in chosen]
+        for (where, run), whole in zip(chosen, encode(texts), strict=True):
+            apart = _ids(run)
+            if apart != whole and spelling.read(apart) != spelling.read(whole):
+                raise UsageError(_cut_text(where, run))
+
+
+def _cut_text(where: str, run: Sequence[_Piece]) -> str:
+    borders = [f"...{one.text[-_SHOWN:]!r} and {other.text[:_SHOWN]!r}..." for one, other in pairwise(run)]
+    return (
+        f"{where}: cut between {', or between '.join(borders)}, the text reads otherwise than as one: the base model's "
+        "tokenizer marks words, or drops blanks; let data.prompt end with a whole word, and data.completion begin "
+        "with a space"
+    )
 
 
 def _framed_start(ids: list[int], rules: TokenRules) -> list[int]:

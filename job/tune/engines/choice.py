@@ -20,7 +20,7 @@ from job.tune.engines.engine import Engine
 from job.tune.engines.families import reason_against
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.selftest import difference
+from job.tune.engines.selftest import Text, difference
 
 log = structlog.get_logger(__name__)
 
@@ -34,9 +34,13 @@ class Choice:
     reason: str
     compiled: bool
     """Whether it compiles the decoder's layers."""
+    left_to_peft: bool = False
+    """Whether linear layers are PEFT's own, as ours did not agree with them."""
 
 
-def choose_engine(model: PackedModel, wanted: WantedEngine, *, backward: Callable[[Tensor], Any]) -> Choice:
+def choose_engine(
+    model: PackedModel, wanted: WantedEngine, *, backward: Callable[[Tensor], Any], text: Text = ()
+) -> Choice:
     """The fast engine where it knows the model and agrees with the generic one on this device.
 
     Else the generic one, with our linear layers where those agree with PEFT's own.
@@ -45,6 +49,7 @@ def choose_engine(model: PackedModel, wanted: WantedEngine, *, backward: Callabl
         model: base and adapter, on the device.
         wanted: `auto`, or one of the two.
         backward: autograd's, or accelerate's.
+        text: what they are tried with.
 
     Raises:
         UsageError: `fast` is asked for, and does not know the model or differs.
@@ -53,7 +58,7 @@ def choose_engine(model: PackedModel, wanted: WantedEngine, *, backward: Callabl
     attention = f"; attention by torch's kernels: {model.attention.reason}" if model.attention.reason else ""
 
     def generic(why: str) -> Choice:
-        return _generic(model, f"{why}{attention}", backward=backward)
+        return _generic(model, f"{why}{attention}", backward=backward, text=text)
 
     if wanted == "generic":
         return generic("asked for")
@@ -65,7 +70,7 @@ def choose_engine(model: PackedModel, wanted: WantedEngine, *, backward: Callabl
             engine = HandwrittenEngine(
                 model, ops_of(device), dtype=dtype_of(model.model), saving=Saving(kept_layers=0, recomputed_layers=0)
             )
-            against = difference(model, engine, AutogradEngine(model, backward))
+            against = difference(model, engine, AutogradEngine(model, backward), text)
         except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
             against = error_line(error)
         else:
@@ -77,29 +82,32 @@ def choose_engine(model: PackedModel, wanted: WantedEngine, *, backward: Callabl
     raise UsageError(f"--engine fast: {against}; leave the option out, and the generic engine trains this model")
 
 
-def _generic(model: PackedModel, why: str, *, backward: Callable[[Tensor], Any]) -> Choice:
+def _generic(model: PackedModel, why: str, *, backward: Callable[[Tensor], Any], text: Text) -> Choice:
     """The generic engine, with our linear layers where they agree with PEFT's own, else with PEFT's own."""
-    against = _reason_against_ops(model, AutogradEngine(model, backward))
+    against = _reason_against_ops(model, AutogradEngine(model, backward), text)
     if against is not None:
         log.warning("linear_layers_left_to_peft", reason=against, then="slower, and more memory is needed")
         model.linears.leave_to_peft()
         why = f"{why}; linear layers are PEFT's own: {against}"
     against_compiling = _reason_against_compiling(model)
     compiler = "inductor" if against_compiling is None else None
+    if not model.is_packed:
+        why = f"{why}; one document a row"
     how = "layers compiled" if against_compiling is None else f"layers not compiled: {against_compiling}"
     return Choice(
         engine=AutogradEngine(model, backward, compiler=compiler),
         name="generic",
         reason=f"{why}; {how}",
         compiled=compiler is not None,
+        left_to_peft=against is not None,
     )
 
 
-def _reason_against_ops(model: PackedModel, engine: AutogradEngine) -> str | None:
+def _reason_against_ops(model: PackedModel, engine: AutogradEngine, text: Text) -> str | None:
     if not model.linears:
         return None
     try:
-        return difference(model, engine, engine)
+        return difference(model, engine, engine, text)
     except Exception as error:  # noqa: BLE001 - as above
         return error_line(error)
 
@@ -114,6 +122,8 @@ def _reason_against_compiling(model: PackedModel) -> str | None:
     device = next(model.parameters()).device
     if device.type != "cuda":
         return "not on a GPU"
+    if not model.is_packed:
+        return "one document a row"
     if not model.layers:
         return "they are of no kind that transformers recomputes"
     if not model.linears:

@@ -1,7 +1,11 @@
-"""A micro-batch as the decoder and our attention take it."""
+"""A micro-batch as the decoder and our attention take it, and rotations that depend on the length of each document."""
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from job.kernels.blocks import blocks_of
@@ -27,3 +31,41 @@ def decoder_inputs(batch: MicroBatch, *, in_blocks: bool = False, for_compiled_c
         for each in by_documents.values():
             torch._dynamo.mark_dynamic(each, 0)  # noqa: SLF001 - its public name
     return {**by_documents, "input_ids": batch.input_ids, "position_ids": batch.position_ids}
+
+
+ROTATIONS_BY_LENGTH = ("longrope", "dynamic")
+
+
+def rotate_by_document(model: nn.Module) -> None:
+    """Have rotations choose their frequencies for each document, not for the longest of a row or of those before it."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
+        if any(kind in ROTATIONS_BY_LENGTH for kind in kinds):
+            module.forward = partial(_by_document, module)
+
+
+def _by_document(module: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each document, one after the other: [1, T, width].
+
+    A document begins where a position is 0. While a model generates, each call has one document, or a part of one.
+    """
+    if len(position_ids) > 1:
+        return _afresh(module, x, position_ids, *args, **kwargs)
+    starts = torch.nonzero(position_ids[0] == 0).flatten().tolist()
+    borders = sorted({0, *starts, position_ids.shape[1]})
+    parts = [position_ids[:, start:end] for start, end in pairwise(borders)]
+    cos, sin = zip(*(_afresh(module, x, part, *args, **kwargs) for part in parts), strict=True)
+    return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
+
+
+def _afresh(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Its own forward, with nothing left of longer documents: transformers keeps the frequencies of the longest."""
+    kinds = [f"{name}_" for name in module.rope_type] if isinstance(module.rope_type, dict) else [""]
+    for kind in kinds:
+        original = getattr(module, f"{kind}original_inv_freq", None)
+        if original is not None:
+            setattr(module, f"{kind}inv_freq", original.to(args[1].device, copy=True))
+            setattr(module, f"{kind}max_seq_len_cached", module.original_max_seq_len)
+    rotated: tuple[Tensor, Tensor] = type(module).forward(module, *args, **kwargs)
+    return rotated

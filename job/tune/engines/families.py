@@ -1,18 +1,132 @@
-"""The families that the hand-written step knows: their tensors, taken out of transformers' and PEFT's modules."""
+"""How each family of decoders trains: by the hand-written step, in packs, or one document a row; or why it does not."""
 
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
+from job.core.errors import UsageError
+from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import Decoder, DecoderLayer
 from job.kernels.weights import Adapter, Dequantise, Group, Linear, Quantised
+from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
+from job.tune.model.adapter import chosen_by_all_linear
+from job.tune.model.config import empty_model
+from job.tune.model.mixtures import experts_in
+from job.tune.model.wrappers import Wrapper
 
-_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+Training = Literal["hand-written", "packed"]
+FAMILIES: Mapping[str, Training] = {
+    "llama": "hand-written",
+    "mistral": "hand-written",
+    "qwen2": "hand-written",
+    "qwen3": "hand-written",
+    **dict.fromkeys(
+        (
+            *("apertus", "arcee", "bitnet", "cohere", "cohere2", "cwm", "diffllama", "ernie4_5", "exaone4", "gemma"),
+            *("gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite"),
+            *("granitemoehybrid", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "jais2", "ministral"),
+            *("ministral3", "nanochat", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "seed_oss"),
+            *("smollm3", "starcoder2", "vaultgemma"),
+        ),
+        "packed",
+    ),
+}
+"""Families whose layers look at other tokens by attention alone, and take it from where ours is registered: documents
+in one row do not see each other, to the bit. All others train one document a row. Adding one is an entry here and one
+in `tests/tune/tiny_families.py`, whose tests hold it against plain PEFT."""
+_FAST = tuple(name for name, training in FAMILIES.items() if training == "hand-written")
+_MOST_EXPERTS_BYTES = 8 * GIB
+"""Of experts, in 16 bits. With more, most of the base would not be in 4 bits, and fits few GPUs."""
+_ACROSS = re.compile(r"Conv1d|Mamba|DeltaNet|LightningAttention|Recurrent|ShortConv|Rglru|Retention|xLSTM|Rwkv")
+"""Modules that hand something from token to token, and so from document to document, beside attention."""
+
+
+def is_packed(causal_lm: Any) -> bool:
+    """Whether a row of this model may hold several documents.
+
+    Experts compute other last bits when other tokens go through them as well.
+    """
+    known = causal_lm.config.model_type in FAMILIES
+    return known and not layers_across(causal_lm) and not experts_in(causal_lm)
+
+
+def layers_across(causal_lm: Any) -> list[int]:
+    """Numbers of the layers that look at other tokens by other means than attention."""
+    found = {
+        int(number.group(1))
+        for name, module in causal_lm.named_modules()
+        if _ACROSS.search(type(module).__name__) and (number := re.search(r"\.(\d+)\.", f".{name}."))
+    }
+    return sorted(found)
+
+
+def refuse_family(config: Any) -> None:
+    """Refuse, by the config alone, a base that this job does not train.
+
+    Raises:
+        UsageError: most of it are experts, and too large; the message says how large.
+    """
+    against = _reason_against_experts(empty_model(config))
+    if against is not None:
+        raise UsageError(f"model.base: {against}")
+
+
+def _reason_against_experts(model: Any) -> str | None:
+    experts = 2 * experts_in(model)
+    if experts <= _MOST_EXPERTS_BYTES:
+        return None
+    return (
+        f"{model.config.model_type} is a mixture of experts, which would stay in 16 bits: {experts / 1e9:.0f} GB of "
+        f"its {2 * _parameters(model) / 1e9:.0f} GB; this job trains mixtures with at most "
+        f"{_MOST_EXPERTS_BYTES / 1e9:.1f} GB of experts; choose a smaller one, or a dense base"
+    )
+
+
+def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
+    """What a person should know of how this base trains, or that it does not.
+
+    Args:
+        config: as it is trained.
+        wrapper: the multimodal model that it is the decoder of.
+    """
+    model = empty_model(config)
+    words, experts, across = [], 2 * experts_in(model), layers_across(model)
+    if wrapper is not None:
+        words.append(
+            f"{wrapper.architecture} is a model of more than text: its text decoder ({config.model_type}) is trained; "
+            f"not loaded, and without an adapter: {wrapper.left_out_words()}"
+        )
+    against = _reason_against_experts(model)
+    if against is not None:
+        words.append(f"`run` refuses this base: {against}")
+    if experts:
+        words.append(
+            f"{config.model_type} is a mixture of experts, and {experts / 1e6:,.1f} MB of them stay in 16 bits; "
+            "neither they nor their router get an adapter"
+        )
+    chosen = chosen_by_all_linear(model)
+    if chosen is not None:
+        words.append(f"{config.model_type}: lora.targets all-linear adapts {', '.join(chosen)}")
+    if across:
+        words.append(
+            f"{config.model_type}: layers {_ranges(across)} hand something on from token to token beside attention"
+        )
+    if not is_packed(model):
+        words.append(f"{config.model_type} trains one document a row: slower than packed, with the same result")
+    return words
+
+
+def _ranges(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:12])) + (f" and {len(numbers) - 12} more" if len(numbers) > 12 else "")  # noqa: PLR2004 - a line
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def reason_against(model: PeftModel) -> str | None:
@@ -26,9 +140,12 @@ def is_supported(config: Any) -> bool:
 
 
 def _reasons_of_config(config: Any) -> Iterator[str]:
-    if config.model_type not in _FAMILY:
-        yield f"{config.model_type} is not of the Llama family ({', '.join(_FAMILY)})"
+    if config.model_type not in _FAST:
+        yield f"{config.model_type} is not of the Llama family ({', '.join(_FAST)})"
         return
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if rope in ROTATIONS_BY_LENGTH:
+        yield f"its rotation depends on a document's length ({rope})"
     if config.hidden_act != "silu":
         yield f"its activation is {config.hidden_act}, not silu"
     if config.attention_dropout:
@@ -52,9 +169,9 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
             yield f"{path} has a weight of zero, and its gradient is computed by dividing by it"
         if place in {"o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"} and _base_of(module).bias is not None:
             yield f"{path} has a bias"
-        base = _base_of(module)
-        if not is_in_whole_blocks(base):
-            yield f"{path}: {base.weight.quant_state.shape.numel()} elements are no whole blocks of {NF4_BLOCK}"
+        against_form = _reason_against_form(_base_of(module))
+        if against_form is not None:
+            yield f"{path} {against_form}"
 
 
 def decoder_of(model: PeftModel, *, dequantise: Dequantise) -> Decoder:
@@ -111,11 +228,23 @@ def _window(attention: Any, config: Any) -> int | None:
 
 def is_in_whole_blocks(module: Any) -> bool:
     """Whether the kernels can dequantise a layer's weight: in whole blocks of the usual sizes, or not quantised."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if state is None:
-        return True
-    blocks: tuple[int, int] = state.blocksize, state.state2.blocksize
-    return blocks == (NF4_BLOCK, NF4_OUTER_BLOCK) and state.shape.numel() % NF4_BLOCK == 0
+    return _reason_against_form(module) is None
+
+
+def _reason_against_form(module: Any) -> str | None:
+    weight = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if weight is None or state is None:
+        return None
+    if state.quant_type != "nf4":
+        return f"is in {state.quant_type.upper()}, not NF4"
+    if not state.nested:
+        return "has scales that are not quantised themselves"
+    if (state.blocksize, state.state2.blocksize) != (NF4_BLOCK, NF4_OUTER_BLOCK) or weight.dtype != torch.uint8:
+        return "is packed in another way"
+    if state.shape.numel() % NF4_BLOCK:
+        return f"has {state.shape.numel()} elements, no whole blocks of {NF4_BLOCK}"
+    return None
 
 
 def _base_of(module: nn.Module) -> Any:

@@ -98,7 +98,7 @@ def _fitting(model: PeftModel) -> Iterator[tuple[Any, Any]]:
         if isinstance(module, LoraLayer):
             if _is_plain(module):
                 yield module, _adapted_forward
-        elif module not in adapted and (module is head or _is_in_four_bits(module)):
+        elif module not in adapted and (module is head or _is_in_four_bits(module)) and is_in_whole_blocks(module):
             yield module, _frozen_forward
 
 
@@ -115,7 +115,7 @@ def _is_plain(module: Any) -> bool:
 
 
 def _is_in_four_bits(module: Any) -> bool:
-    return isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state") and is_in_whole_blocks(module)
+    return isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state")
 
 
 def _dequantised(module: Any, layer: Linear) -> Linear:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
-from job.tune.engines.decoder_inputs import decoder_inputs
+from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document
+from job.tune.engines.families import is_packed
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
@@ -36,7 +37,10 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         register()
-        self._causal_lm().set_attn_implementation(PER_DOCUMENT)
+        self.is_packed = is_packed(self._causal_lm())
+        """Whether the decoder gets a row of documents; else one document at a time, by transformers' own attention."""
+        self._attend()
+        rotate_by_document(model)
         self.linears = FusedLinears(model)
         self.layers = LayerForwards(self._causal_lm())
 
@@ -61,8 +65,14 @@ class PackedModel(nn.Module):
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Last hidden states at the places whose next token is a target: [N, hidden]."""
-        causal_lm = self._causal_lm()
-        decoder = getattr(causal_lm, causal_lm.base_model_prefix)
+        decoder = _decoder_of(self._causal_lm())
+        if not self.is_packed:
+            lengths = list(batch.document_lengths)
+            rows = zip(
+                *(torch.split(part, lengths, dim=1) for part in (batch.input_ids, batch.position_ids)), strict=True
+            )
+            alone = [decoder(input_ids=ids, position_ids=at, use_cache=False).last_hidden_state for ids, at in rows]
+            return torch.cat(alone, dim=1)[0].index_select(0, batch.target_places)
         compiled = self.layers.compiled and torch.is_grad_enabled()
         inputs = decoder_inputs(batch, in_blocks=self.attention.own, for_compiled_code=compiled)
         states: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
@@ -87,9 +97,8 @@ class PackedModel(nn.Module):
     def generating(self) -> Iterator[Any]:
         """The model with transformers' own attention, PEFT's own layers and a cache, for `generate`."""
         causal_lm = self._causal_lm()
-        capped = getattr(causal_lm.config, "attn_logit_softcapping", None) is not None
         was_training = self.training
-        causal_lm.set_attn_implementation("eager" if capped else "sdpa")
+        causal_lm.set_attn_implementation(_own_attention(causal_lm))
         causal_lm.config.use_cache = True
         self.eval()
         try:
@@ -97,5 +106,20 @@ class PackedModel(nn.Module):
                 yield self.model
         finally:
             causal_lm.config.use_cache = False
-            causal_lm.set_attn_implementation(PER_DOCUMENT)
+            self._attend()
             self.train(was_training)
+
+    def _attend(self) -> None:
+        causal_lm = self._causal_lm()
+        causal_lm.set_attn_implementation(PER_DOCUMENT if self.is_packed else _own_attention(causal_lm))
+
+
+def _decoder_of(causal_lm: Any) -> Any:
+    """What makes hidden states of tokens; Llama 4 does not have it under the name that it gives."""
+    decoder = getattr(causal_lm, causal_lm.base_model_prefix, None)
+    return causal_lm.model if decoder is None else decoder
+
+
+def _own_attention(causal_lm: Any) -> str:
+    capped = getattr(causal_lm.config, "attn_logit_softcapping", None) is not None
+    return "eager" if capped or not causal_lm._supports_sdpa else "sdpa"  # noqa: SLF001 - transformers has no other word

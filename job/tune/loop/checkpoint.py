@@ -32,11 +32,17 @@ from job.tune.loop.saved_state import (
     read_adapter,
     read_saved_state,
 )
+from job.tune.model.adapter import name_for_whole
+from job.tune.model.wrappers import Wrapper
 
 ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
 """What PEFT and vLLM read."""
 FILES = (*ADAPTER_FILES, OPTIMIZER, RANDOM, EVALUATIONS, STATE)
 """What a checkpoint is made of."""
+
+
+_OF_PEFT = "base_model.model."
+"""Before each name of the model that PEFT put an adapter on."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,6 +54,8 @@ class Progress:
     """Training loss of each step, in nats a target token."""
     grad_norms: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
+    source_losses: list[list[float | None]] = field(default_factory=list)
+    """Of each step the training loss of each source, None for one that it has nothing of; empty where there is one."""
     tokens: int = 0
     """Real tokens trained on."""
     seconds: float = 0.0
@@ -88,6 +96,8 @@ def save(state: State, folder: Path) -> None:
     progress = {
         f.name: getattr(state.progress, f.name) for f in fields(Progress) if f.name not in {"evaluations", "cut"}
     }
+    if not state.progress.source_losses:  # what a run of one source saves, earlier versions read as well
+        del progress["source_losses"]
     content = {
         "format": FORMAT,
         "progress": progress | {"cut": asdict(state.progress.cut)},
@@ -116,7 +126,7 @@ class Loaded:
     """Whether its dropout drew from the generators' state, and compiled layers had code for each padded size."""
 
 
-def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray[np.int64]) -> Loaded:
+def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray[np.int64], sources: int = 1) -> Loaded:
     """Restore model, optimizer, schedule, progress and random generators; nothing is touched before all is read.
 
     Args:
@@ -125,6 +135,7 @@ def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray
         step: the one that its name says.
         layers: number of the decoder's layers.
         targets: target tokens of each held-out document.
+        sources: of the training side.
 
     Raises:
         DamagedStateError: it is not what this run writes.
@@ -136,6 +147,7 @@ def load(state: State, folder: Path, *, step: int, layers: int, targets: NDArray
         cut=state.progress.cut,
         layers=layers,
         targets=targets,
+        sources=sources,
     )
     saved = read_saved_state(folder, expected, step=step)
     set_peft_model_state_dict(state.model, dict(saved.adapter))
@@ -156,13 +168,21 @@ def adapter_form(model: PeftModel) -> dict[str, Tensor]:
     return {name: t.to("meta") for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
+def load_adapter(model: PeftModel, folder: Path, wrapper: Wrapper | None) -> None:
     """Put the adapter of a folder into the model; every tensor must find its place.
+
+    Args:
+        model: base and adapter.
+        folder: with a published adapter.
+        wrapper: the multimodal model that the base is the decoder of.
 
     Raises:
         DamagedStateError: it is damaged, or another model's.
     """
-    set_peft_model_state_dict(model, read_adapter(folder / ADAPTER, adapter_form(model)))
+    form = adapter_form(model)
+    names = _published_names(form, wrapper)
+    tensors = read_adapter(folder / ADAPTER, {names[name]: tensor for name, tensor in form.items()})
+    set_peft_model_state_dict(model, {name: tensors[names[name]] for name in form})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +190,8 @@ class AdapterToPublish:
     """What our adapter looks like, whoever saved its weights."""
 
     form: Mapping[str, Tensor]
+    names: Mapping[str, str]
+    """What its tensors are called when they are published."""
     config: str
     """adapter_config.json."""
 
@@ -181,19 +203,35 @@ class AdapterToPublish:
         """
         tensors = read_adapter(weights, self.form)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+        named = {self.names[name]: tensor for name, tensor in tensors.items()}
+        save_file(named, folder / ADAPTER, metadata={"format": "pt"})
         (folder / ADAPTER_CONFIG).write_text(self.config, encoding="utf-8")
 
 
-def adapter_to_publish(model: PeftModel) -> AdapterToPublish:
-    """What is published of this model once its weights are chosen."""
-    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+def adapter_to_publish(model: PeftModel, wrapper: Wrapper | None) -> AdapterToPublish:
+    """What is published of this model once its weights are chosen.
+
+    Args:
+        model: base and adapter.
+        wrapper: the multimodal model that the base is the decoder of: then names and targets are those of the whole.
+    """
+    ours: Any = model.peft_config["default"]
+    config = type(ours)(**ours.to_dict() | {"inference_mode": True})
+    if wrapper is not None:
+        name_for_whole(config, model, wrapper)
+    form = adapter_form(model)
     with tempfile.TemporaryDirectory() as folder:
-        type(model.peft_config["default"])(**config).save_pretrained(folder)
+        config.save_pretrained(folder)
         _order_targets(Path(folder) / ADAPTER_CONFIG)
-        return AdapterToPublish(
-            form=adapter_form(model), config=(Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")
-        )
+        written = (Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")
+    return AdapterToPublish(form=form, names=_published_names(form, wrapper), config=written)
+
+
+def _published_names(form: Mapping[str, Tensor], wrapper: Wrapper | None) -> dict[str, str]:
+    """A tensor's name on the decoder -> on the model that was published."""
+    if wrapper is None:
+        return {name: name for name in form}
+    return {name: f"{_OF_PEFT}{wrapper.outside(name.removeprefix(_OF_PEFT))}" for name in form}
 
 
 def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

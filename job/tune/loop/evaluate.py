@@ -1,8 +1,8 @@
 """How good the model is on held-out documents: their loss, and its own answers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,12 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from job.core.dealing import deal
 from job.core.errors import StopRequestedError
 from job.core.packing import pack
+from job.core.records import Example, Part
 from job.core.verdict import Evaluation
+from job.tune.data.chat import ChatTemplate
+from job.tune.data.control import control_tokens
 from job.tune.data.documents import Documents
-from job.tune.data.frame import TokenRules, encode_prompt
+from job.tune.data.frame import TokenRules, encode_given, encode_prompt
 from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.packed_model import PackedModel
 from job.tune.world import ALONE, World
@@ -99,20 +102,49 @@ class Question:
     ids: tuple[int, ...]
     prompt: str
     expected: str | None
+    ends: tuple[int, ...] = ()
+    """Tokens that end the answer, beside the tokenizer's end of sequence: a chat's end of turn."""
 
 
-def questions_of_prompts(prompts: Sequence[str], tokenizer: Any, rules: TokenRules) -> list[Question]:
-    """The recipe's prompts."""
-    return [Question(ids=tuple(encode_prompt(p, tokenizer, rules)), prompt=p, expected=None) for p in prompts]
+def questions_of_prompts(
+    prompts: Sequence[str], rules: TokenRules, template: ChatTemplate | None = None
+) -> list[Question]:
+    """The recipe's prompts; with a template each is a user's turn."""
+    if template is not None:
+        return [question_of_chat(template.prompt(text), text, rules, template) for text in prompts]
+    return [Question(ids=tuple(encode_prompt(p, rules)), prompt=p, expected=None) for p in prompts]
 
 
-def questions_of_documents(documents: Documents, tokenizer: Any, *, most: int) -> list[Question]:
+def question_of_chat(example: Example, prompt: str, rules: TokenRules, template: ChatTemplate) -> Question:
+    """What a chat template rendered up to the answer."""
+    ends = () if template.end_of_turn is None else (template.end_of_turn,)
+    ids = tuple(encode_given(example.parts, rules, is_chat=True))
+    return Question(ids=ids, prompt=prompt, expected=None, ends=ends)
+
+
+def question_of_parts(parts: Sequence[Part], rules: TokenRules) -> Question:
+    """What a template made of a record: what stands in a field is no control token here either."""
+    prompt = "".join(part.text for part in parts)
+    return Question(ids=tuple(encode_given(parts, rules)), prompt=prompt, expected=None)
+
+
+def questions_of_documents(
+    documents: Documents, tokenizer: Any, *, most: int, sources: Sequence[int] = (0,)
+) -> list[Question]:
     """Questions from the first held-out documents that are whole: no right answer equals one that was cut off.
 
-    The last learned part is the answer; what stands before it is the prompt.
+    The last learned part is the answer; what stands before it is the prompt. Sources are asked by turns.
+
+    Args:
+        documents: held out.
+        tokenizer: the base model's.
+        most: questions, at most.
+        sources: places of those whose documents have a prompt.
     """
-    questions = []
-    for document in islice(filter(documents.is_whole, range(len(documents))), most):
+    questions, control = [], {token.id for token in control_tokens(tokenizer)}
+    asked = [filter(documents.is_whole, np.flatnonzero(documents.sources == source).tolist()) for source in sources]
+    by_turns = (each for turn in zip_longest(*asked) for each in turn if each is not None)
+    for document in islice(by_turns, most):
         ids, start = documents.token_ids(document).tolist(), documents.answer_from(document)
         end = int(documents.spans(document)[-1, 1])
         questions.append(
@@ -120,6 +152,7 @@ def questions_of_documents(documents: Documents, tokenizer: Any, *, most: int) -
                 ids=tuple(ids[:start]),
                 prompt=tokenizer.decode(ids[:start], skip_special_tokens=True),
                 expected=tokenizer.decode(ids[start:end], skip_special_tokens=True).strip(),
+                ends=tuple({ids[end - 1]} & control),
             )
         )
     return questions
@@ -175,11 +208,12 @@ def _answers(
     with torch.random.fork_rng(devices=devices), model.generating() as generator, torch.no_grad():
         torch.manual_seed(seed)
         for members in groups:
+            ends = {tokenizer.eos_token_id, *(end for i in members for end in questions[i].ends)}
             ids, mask = _left_padded([questions[i].ids for i in members], tokenizer.eos_token_id)
             written = generator.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                generation_config=_greedy(tokenizer, max_new_tokens),
+                generation_config=_greedy(tokenizer, max_new_tokens, ends),
                 stopping_criteria=StoppingCriteriaList([_Stop(should_stop)]),
             )
             for i, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
@@ -200,12 +234,12 @@ def _together(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield members
 
 
-def _greedy(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+def _greedy(tokenizer: Any, max_new_tokens: int, ends: Iterable[int]) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(ends),
         pad_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from job.core.cut import Cut
 from job.core.errors import DataError
-from job.core.recipe import NotNegative, Section, Whole
 from job.core.run_record import first_mistake
+from job.core.section import NotNegative, Section, Whole
 from job.core.verdict import Evaluation
 from job.tune.device.device import cuda_in_use
 
@@ -38,8 +38,9 @@ _BEFORE_FORMAT_3 = {"compute_dtype": "bf16"}
 """What every cut was, on every device."""
 _OTHER_BYTES = 2**20
 """Of each file beside its numbers: headers, names."""
-_MOST_BYTES_A_STEP, _MOST_STATE_BYTES = 100, 2**24
-"""Of the state: its three numbers of a step, and the rest, of which the base's answers are the most."""
+_MOST_BYTES_A_STEP, _MOST_BYTES_A_SOURCE, _MOST_STATE_BYTES = 100, 30, 2**24
+"""Of the state: its three numbers of a step and one more for each source, and the rest, of which the base's answers are
+the most."""
 _WORDS = 624
 """Of a Mersenne Twister's state."""
 Form = Mapping[str, Tensor]
@@ -56,6 +57,7 @@ class _Progress(Section):
     losses: list[_Finite]
     grad_norms: list[_Finite]
     learning_rates: list[_Finite]
+    source_losses: list[list[_Finite | None]] = Field(default_factory=list)
     tokens: Whole
     seconds: NotNegative
     ranks: Annotated[int, Field(strict=True, ge=1)] = 1
@@ -77,6 +79,8 @@ class Expected:
     """Of the decoder."""
     targets: NDArray[np.int64]
     """Target tokens of each held-out document."""
+    sources: int
+    """Of the training side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +142,7 @@ def read_adapter(path: Path, form: Form) -> dict[str, Tensor]:
 
 
 def _read(folder: Path, expected: Expected, step: int) -> SavedState:
-    content = _json(folder / STATE, most_bytes=_MOST_STATE_BYTES + _MOST_BYTES_A_STEP * step)
+    content = _json(folder / STATE, most_bytes=_most_bytes(step, expected.sources))
     version = content.get("format", 1)
     if type(version) is int and version > FORMAT:
         raise DataError(
@@ -159,6 +163,10 @@ def _read(folder: Path, expected: Expected, step: int) -> SavedState:
         python_random=_python_random(content["python_random"]),
         numpy_random=_numpy_random(content["numpy_random"]),
     )
+
+
+def _most_bytes(step: int, sources: int) -> int:
+    return _MOST_STATE_BYTES + (_MOST_BYTES_A_STEP + _MOST_BYTES_A_SOURCE * sources) * step
 
 
 def _json(path: Path, *, most_bytes: int) -> dict[str, Any]:
@@ -202,6 +210,9 @@ def _progress(content: dict[str, Any], expected: Expected, version: int, step: i
     cut, numbers = read.cut, (read.losses, read.grad_norms, read.learning_rates)
     if read.step != step or any(len(each) != step for each in numbers):
         raise ValueError(f"{STATE} is that of step {read.step}, with the numbers of {[*map(len, numbers)]} steps")
+    by_source = [len(each) for each in read.source_losses]
+    if by_source != ([expected.sources] * step if expected.sources > 1 else []):
+        raise ValueError(f"{STATE} has the losses of other sources")
     layers = {cut.kept_layers, cut.recomputed_layers}
     if min(cut.micro_batch_tokens, cut.evaluation_tokens) < 1 or not layers <= {*range(expected.layers + 1)}:
         raise ValueError("the cut is impossible")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import numpy as np
 import structlog
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,7 @@ from job.core.errors import CannotFitError, DivergedError
 from job.core.packing import grain_of, pack_evenly
 from job.core.recipe import TrainSection
 from job.tune.data.documents import Documents
-from job.tune.data.micro_batch import micro_batch
+from job.tune.data.micro_batch import MicroBatch, micro_batch
 from job.tune.engines.engine import Engine, adopt_or_shrink
 from job.tune.loop.checkpoint import State
 from job.tune.loop.flat import FlatAdapter
@@ -81,7 +82,10 @@ class _Unread:
 
     step: int
     numbers: Tensor
-    """[2] fp32 on the host: loss and gradient norm, valid once `ended` has passed."""
+    """[2 + sources] fp32 on the host: loss, gradient norm, and where there are several sources the loss of each one's
+    targets, summed; valid once `ended` has passed."""
+    source_targets: tuple[int, ...]
+    """Targets of each source; empty where there is one."""
     learning_rate: float
     tokens: int
     began: Mark
@@ -131,6 +135,8 @@ class Stepper:
         self._world = world
         self._lengths = documents.lengths
         self._targets = documents.targets
+        self._source_of = documents.sources
+        self._sources = int(documents.sources.max(initial=0)) + 1
         self._unread: _Unread | None = None
         self._mark: Mark | None = None
         """When the last step ended; None: the time since was not training."""
@@ -182,12 +188,12 @@ class Stepper:
         """
         began = self._mark or take_mark(self._accelerator.device)
         batch = self._course.batch(number)
-        loss = self._gradients(number, batch, cut_short)
+        loss, by_source = self._gradients(number, batch, cut_short)
         grad_norm = self._accelerator.clip_grad_norm_(self._adapter.vectors, self._train.max_grad_norm)
         # Before the update: when the step before was not finite, the optimizer's state is spoilt and nothing may move.
         record = self._read()
         rate = self._state.scheduler.get_last_lr()[0]
-        numbers = torch.stack([loss, grad_norm])
+        numbers = torch.cat([torch.stack([loss, grad_norm]), by_source])
         crash_point("step.before_update")
         self._update(torch.isfinite(numbers).all())
         crash_point("step.after_update")
@@ -197,6 +203,7 @@ class Stepper:
         self._unread = _Unread(
             step=number,
             numbers=numbers,
+            source_targets=self._source_targets(batch),
             learning_rate=rate,
             tokens=int(self._lengths[batch].sum()),
             began=began,
@@ -250,8 +257,15 @@ class Stepper:
         self._engine.refresh()
         self._state.scheduler.step()
 
-    def _gradients(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> Tensor:
-        """Loss and gradients of a batch: the sum over all its targets, divided by their number.
+    def _source_targets(self, batch: Sequence[int]) -> tuple[int, ...]:
+        if self._sources == 1:
+            return ()
+        counts = np.zeros(self._sources, dtype=np.int64)
+        np.add.at(counts, self._source_of[batch], self._targets[batch])
+        return tuple(counts.tolist())
+
+    def _gradients(self, number: int, batch: Sequence[int], cut_short: Callable[[], bool]) -> tuple[Tensor, Tensor]:
+        """Loss and gradients of a batch: the sum over all its targets, divided by their number; and each source's sum.
 
         Each rank computes those of its share, cut as its own memory asks; then they are summed.
         """
@@ -261,7 +275,7 @@ class Stepper:
         shares = deal(self._lengths[batch].tolist(), shares=self._world.size)
         own = [batch[place] for place in shares[self._world.rank]]
         try:
-            loss = self._backward(number, own, targets, cut_short)
+            loss, by_source = self._backward(number, own, targets, cut_short)
         except StepCutShortError:
             self._world.agree(go=False)
             raise
@@ -269,12 +283,14 @@ class Stepper:
         if not self._world.agree(go=True):
             self._adapter.clear()
             raise StepCutShortError(self._setbacks)
-        self._world.sum_in_order([loss.view(1)])
+        self._world.sum_in_order([sums := torch.cat([loss.view(1), by_source])])
         self._waited = done, take_mark(device)
         self._world.sum_in_order([vector.grad for vector in self._adapter.vectors if vector.grad is not None])
-        return loss
+        return sums[0], sums[1:]
 
-    def _backward(self, number: int, batch: Sequence[int], targets: int, cut_short: Callable[[], bool]) -> Tensor:
+    def _backward(
+        self, number: int, batch: Sequence[int], targets: int, cut_short: Callable[[], bool]
+    ) -> tuple[Tensor, Tensor]:
         """Loss and gradients of our share of a step with so many targets.
 
         When memory runs out it is tried anew in smaller micro-batches, which changes no sum.
@@ -291,19 +307,34 @@ class Stepper:
                 self._adapter.clear()
                 self._shrink(int(self._lengths[batch].max()), failure)
 
-    def _accumulate(self, number: int, batch: Sequence[int], targets: int, cut_short: Callable[[], bool]) -> Tensor:
-        total = torch.zeros((), device=self._accelerator.device)
+    def _accumulate(
+        self, number: int, batch: Sequence[int], targets: int, cut_short: Callable[[], bool]
+    ) -> tuple[Tensor, Tensor]:
+        device = self._accelerator.device
+        total = torch.zeros((), device=device)
+        by_source = torch.zeros(self._sources if self._sources > 1 else 0, device=device)
         lengths, budget = self._lengths[batch].tolist(), self._state.progress.cut.micro_batch_tokens
         packs = pack_evenly(lengths, most=max([budget, *lengths]), grain=grain_of(budget))
         for place, members in enumerate(packs):
-            part = micro_batch(self._documents, [batch[i] for i in members]).to(self._accelerator.device)
+            part = micro_batch(self._documents, [batch[i] for i in members]).to(device)
             seed = dropout_seed(self._train.seed, number, place, rank=self._world.rank)
-            total += self._engine.accumulate(part, targets=targets, seed=seed).sum() / targets
+            losses = self._engine.accumulate(part, targets=targets, seed=seed)
+            total += losses.sum() / targets
+            if self._sources > 1:
+                by_source += self._by_source(losses, part)
             self._notice_compiler()
             crash_point("step.middle")
             if cut_short():
                 raise StepCutShortError(self._setbacks)
-        return total
+        return total, by_source
+
+    def _by_source(self, losses: Tensor, part: MicroBatch) -> Tensor:
+        """[sources]: summed loss of each one's targets, in an order that does not change from run to run."""
+        owners = torch.from_numpy(np.repeat(self._source_of[list(part.documents)], part.target_counts))
+        pinned = owners.pin_memory() if losses.is_cuda else owners
+        here = pinned.to(losses.device, non_blocking=True)
+        every = torch.arange(self._sources, device=losses.device)
+        return torch.where(here[None] == every[:, None], losses.float(), 0.0).sum(dim=1)
 
     def _notice_compiler(self) -> None:
         """Note what it did; a failure in the cut: an attempt that resumes must not compile and round differently."""
@@ -328,7 +359,7 @@ class Stepper:
         if unread is None:
             return None
         wait_for(unread.ended, self._world)
-        loss, grad_norm = unread.numbers.tolist()
+        loss, grad_norm, *by_source = unread.numbers.tolist()
         progress = self._state.progress
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             progress.step = unread.step - 1
@@ -337,6 +368,9 @@ class Stepper:
         progress.losses.append(loss)
         progress.grad_norms.append(grad_norm)
         progress.learning_rates.append(unread.learning_rate)
+        if by_source:
+            means = [nats / n if n else None for nats, n in zip(by_source, unread.source_targets, strict=True)]
+            progress.source_losses.append(means)
         progress.tokens += unread.tokens
         progress.seconds += seconds
         self._waited_seconds += 0.0 if unread.waited is None else seconds_between(*unread.waited)

@@ -1,15 +1,22 @@
-"""The LoRA adapter on a base: attached, counted, and refused where a target cannot take one."""
+"""The LoRA adapter on a base: attached, counted, named for others, and refused where a target cannot take one."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from job.core.close_names import closest
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
+from job.tune.model.config import empty_model
+from job.tune.model.mixtures import experts_in, is_router
+from job.tune.model.wrappers import Wrapper
 
 
 def attach_lora(base: Any, lora: LoraSection, *, source: str, revision: str | None, seed: int) -> PeftModel:
@@ -27,17 +34,8 @@ def attach_lora(base: Any, lora: LoraSection, *, source: str, revision: str | No
     """
     targets = _check_targets(base, lora)
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        bias="none",
-        task_type="CAUSAL_LM",
-        revision=revision,
-    )
-    model = get_peft_model(base, config)
-    config.base_model_name_or_path = source
+    model = _adapted(base, lora, targets, revision=revision)
+    model.peft_config["default"].base_model_name_or_path = source
     for parameter in trainable(model):
         parameter.data = parameter.data.float()  # master weights; peft ignores autocast_adapter_dtype on a 4-bit base
     return model
@@ -58,31 +56,114 @@ def refuse_targets(config: Any, lora: LoraSection) -> int:
     """Check the recipe's targets against the base's config alone: no weight is read.
 
     Returns:
-        Parameters of the adapter.
+        Parameters of the adapter, counted on one without values.
 
     Raises:
-        UsageError: it is no causal language model; a target is no linear module of it, or is a tied head.
+        UsageError: it is no causal language model; a target is no linear module of it, or is a tied head; PEFT has no
+            adapter for a target.
     """
+    base = empty_model(config)
+    return parameter_counts(_adapted(base, lora, _check_targets(base, lora), revision=None))[0]
+
+
+def load_with_peft(base: Any, folder: Path, wrapper: Wrapper | None) -> PeftModel:
+    """A published adapter on the base, as PEFT loads it for anybody.
+
+    On a multimodal model PEFT gets the whole of it, so that names and targets are held to what others load; parts
+    beside the decoder have no values there, and the decoder alone is what the result computes with.
+
+    Args:
+        base: from `load_base`, with nothing added to it yet.
+        folder: with what PEFT reads.
+        wrapper: the multimodal model that the base is the decoder of.
+    """
+    if wrapper is None:
+        return PeftModel.from_pretrained(base, folder)
+    whole = wrapper.around(base)
+    model: Any = PeftModel.from_pretrained(whole, folder)
+    for name, module in [*whole.named_modules()]:
+        if isinstance(module, LoraLayer):
+            inner = wrapper.inside(name)
+            assert inner is not None, f"{name} got an adapter, and is no part of the text decoder"
+            base.set_submodule(inner, module)
+    model.base_model.model = base
+    return model
+
+
+def name_for_whole(config: LoraConfig, model: PeftModel, wrapper: Wrapper) -> None:
+    """Have a config's targets mean, on the whole multimodal model, what they are in the decoder, and nothing else.
+
+    By the last part of their names, which is what servers go by too; where that says too much, by their whole names.
+    """
+    modules = model.get_base_model().named_modules()
+    adapted = {wrapper.outside(name) for name, module in modules if isinstance(module, LoraLayer)}
+    config.target_modules = {name.rpartition(".")[2] for name in adapted}
+    beside = sorted(wrapper.left_out())
+    config.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?" if beside else None
+    if {name for name, _ in wrapper.whole.named_modules() if check_target_module_exists(config, name)} != adapted:
+        config.target_modules = adapted
+
+
+def _adapted(base: Any, lora: LoraSection, targets: str | list[str], *, revision: str | None) -> PeftModel:
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+        revision=revision,
+    )
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: PeftModel = get_peft_model(base, config)
     except ValueError as error:
-        raise UsageError(f"model.base: {config.model_type} is no causal language model; choose another base") from error
-    targets, head = _check_targets(model, lora), model.get_output_embeddings()
-    adapted = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (module is not head if isinstance(targets, str) else name.rpartition(".")[2] in targets)
-    ]
-    return sum(lora.r * (module.in_features + module.out_features) for module in adapted)
+        raise UsageError(f"lora.targets: {error}; list the modules that shall get an adapter without it") from error
+    if config.target_parameters:
+        raise UsageError(
+            f"lora.targets: in {type(base).__name__} PEFT takes {', '.join(sorted(_NAMES_OF_EXPERTS))} for the experts "
+            "and their router, which get no adapter here; leave those names out of the list"
+        )
+    return model
+
+
+_NAMES_OF_EXPERTS: frozenset[str] = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""What linear modules of experts were called before their weights became one tensor; PEFT still goes by these names."""
+
+
+_WITH_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_NOT_IN_MAMBA = frozenset({"out_proj"})
+"""Families in which PEFT refuses an adapter on modules of this name: fused kernels read their weights past it."""
+
+
+def chosen_by_all_linear(base: Any) -> list[str] | None:
+    """Names of what `all-linear` adapts, where that is not every linear module but the head; None: it is.
+
+    In a mixture of experts: no routers, no experts; nor dense layers and shared experts whose modules are called like
+    those of experts, as PEFT would put their adapters on the experts.
+    """
+    not_adapted = _NAMES_OF_EXPERTS if experts_in(base) else frozenset()
+    if base.config.model_type in _WITH_MAMBA:
+        not_adapted |= _NOT_IN_MAMBA
+    if not not_adapted:
+        return None
+    head = base.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not is_router(base, name, module)
+    }
+    return sorted(names - not_adapted)
 
 
 def _check_targets(base: Any, lora: LoraSection) -> str | list[str]:
     if isinstance(lora.targets, str):
-        return lora.targets
+        return chosen_by_all_linear(base) or lora.targets
     head = base.get_output_embeddings()
-    linear = {name.rpartition(".")[2]: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name.rpartition(".")[2]: module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not is_router(base, name, module)
+    }
     unknown = [target for target in lora.targets if target not in linear]
     if unknown:
         meant = {target: found for target in unknown if (found := closest(target, linear)) is not None}

@@ -1,7 +1,7 @@
 """The base model in 4 bits: loaded tensor by tensor, and written as files that load without quantising."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers import GenerationConfig
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from job.core.errors import DataError
+from job.core.promises import refuse
 from job.tune.device.compute_dtype import dtype_of
-from job.tune.model.config import CONFIG, read_config
-from job.tune.model.four_bit import compute_in, quantisation, without_cpu_repacking
-from job.tune.model.tensor_files import Files, StoredTensor, sharded, stored_tensors, tensors_bytes
+from job.tune.model.config import CONFIG, causal_lm_of, read_config, read_whole_config, read_wrapper
+from job.tune.model.four_bit import compute_in, kept_in_fp32, quantisation, without_cpu_repacking
+from job.tune.model.promises import filled, hold_to_promises
+from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
+from job.tune.model.wrappers import parts_of
 
 
 def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -28,37 +32,44 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     and larger, and turn on checkpointing.
 
     Raises:
-        DataError: the weights cannot be read, or the config describes a model that they are far too small for.
+        DataError: the weights cannot be read, are not those of the model that the config describes, or are not finite.
     """
     if device.type == "cuda":
         # The adapter multiplies in fp32: with TF32 a step on an H200 is six times faster. Its inputs come from bf16,
         # which TF32 holds exactly; sums stay in fp32.
         torch.set_float32_matmul_precision("high")
-    config, quantised = AutoConfig.from_pretrained(folder, trust_remote_code=False), quantisation(dtype)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    config = config if isinstance(config, kind.config_class) else config.get_text_config()
-    done = getattr(config, "quantization_config", None) == quantised.to_dict()
+    config = read_config(folder)
+    kind = causal_lm_of(config)
+    quantised, not_finite = quantisation(dtype), set[str]()
     try:
-        tensors = stored_tensors(folder, device)
-        if dtype is torch.float32 and not hasattr(config, "quantization_config"):
+        tensors = stored_tensors(folder, device, not_finite=not_finite)
+        left = hold_to_promises(folder, {name: tensor.header for name, tensor in tensors.items()}, source=str(folder))
+        form = getattr(config, "quantization_config", None)
+        tensors = {**parts_of(read_whole_config(folder), tensors).text}
+        done = left is not None and form == quantised.to_dict()
+        if left is not None:
+            config.quantization_config = {**config.quantization_config, "llm_int8_skip_modules": left}
+        elif form is not None:
+            del config.quantization_config  # left over by whoever saved it: nothing is in 4 bits
+        if dtype is torch.float32 and left is None:
             # So that the base in 4 bits is the same on every processor, also one that was published in fp32.
-            tensors = {name: replace(tensor, in_bf16=True) for name, tensor in tensors.items()}
-        _refuse_other_sizes(config.get_text_config(), tensors, folder)
-        model = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            quantization_config=None if done else quantised,
+            exact = kept_in_fp32(kind)
+            tensors = {name: replace(each, in_bf16=not exact(name)) for name, each in tensors.items()}
+        model, found = filled(
+            kind,
+            config,
+            tensors,
+            quantization_config=quantised if left is None else None,
             dtype=dtype,
             device_map={"": device},
-            attn_implementation="eager",
-            local_files_only=True,
         )
     except SafetensorError as error:
         raise DataError(f"{folder}: a weights file is damaged ({error}); fetch the base model again") from error
+    refuse(found, source=str(folder))  # also of a copy: what the files lack was made up at random
+    _refuse_not_finite(not_finite, folder)
     model.requires_grad_(False)  # noqa: FBT003 - torch's signature
     without_cpu_repacking(model)
-    if hasattr(config, "quantization_config") and not done:
+    if left is not None and not done:
         compute_in(model, dtype)
     model.config.use_cache = False
     # `generate` takes what we leave open from here: a base's own sampling rules or repetition penalty.
@@ -66,34 +77,27 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     return model
 
 
-def _refuse_other_sizes(config: Any, tensors: Mapping[str, StoredTensor], folder: Path) -> None:
-    """What the files lack would be made up at random, and takes memory: hold the config against their headers.
-
-    The embedding is never in 4 bits, and a layer has a tensor at least: both hold for every decoder.
-    """
-    largest = max((tensor.values for tensor in tensors.values()), default=0)
-    embedding = config.vocab_size * config.hidden_size
-    if embedding > largest:
-        told = f"an embedding of {config.vocab_size:,} x {config.hidden_size:,} numbers"
-        found = f"the largest tensor of the weights has {largest:,}"
-    elif config.num_hidden_layers > len(tensors):
-        told, found = f"{config.num_hidden_layers:,} layers", f"the weights are {len(tensors):,} tensors"
-    else:
-        return
-    raise DataError(f"{folder}/{CONFIG}: describes {told}, but {found}; copy the model again")
+def _refuse_not_finite(names: Collection[str], folder: Path) -> None:
+    if names:
+        raise DataError(
+            f"{folder}: not every number in the weights is finite: NaN or infinity in {min(names)}, in {len(names):,} "
+            "of all tensors; nothing can be learned from that: copy the model again, or choose another model.base"
+        )
 
 
 def quantised_files(base: Any, folder: Path) -> Files:
     """A base that `load_base` has just loaded, as files that it reads again without quantising.
 
     Args:
-        base: with nothing added to it yet.
+        base: with nothing added to it yet; of a multimodal model they hold its decoder alone, under the whole's names.
         folder: where it was loaded from.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     form = quantisation(dtype_of(base)).to_dict()
     yield CONFIG, json.dumps(config | {"quantization_config": form}, indent=2).encode
-    yield from sharded(_tensors(base))
+    wrapper = read_wrapper(folder)
+    name = str if wrapper is None else wrapper.outside
+    yield from sharded({name(each): tensor for each, tensor in _tensors(base).items()})
 
 
 def quantised_bytes(base: Any) -> int:
@@ -104,6 +108,11 @@ def quantised_bytes(base: Any) -> int:
 def is_quantised(folder: Path) -> bool:
     """Whether the weights in a folder are in fewer bits already, as its config says."""
     return getattr(read_config(folder), "quantization_config", None) is not None
+
+
+def can_be_kept(base: Any) -> bool:
+    """Whether `quantised_files` of a base are read as the same model: of some, transformers makes another one then."""
+    return not any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in base.modules())
 
 
 def _tensors(base: Any) -> dict[str, Tensor]:

@@ -1,59 +1,163 @@
 """A base model's config and tokenizer: read without its code, and the sizes that the plan needs."""
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from job.core.errors import UsageError
 from job.core.memory import ModelShape
+from job.tune.model.four_bit import put_into_four_bits
+from job.tune.model.tensor_files import stored_names
+from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
 
 CONFIG = "config.json"
+HEAD = "lm_head.weight"
 
 
 def read_config(folder: Path) -> Any:
-    """The base model's config.
+    """The config of the base as it is trained: of a multimodal model, its text decoder's.
 
     Raises:
-        UsageError: it needs code of its own, or transformers does not know it as a causal language model.
+        UsageError: it needs code of its own, transformers does not know it, or its decoder is not trained.
+    """
+    whole = read_whole_config(folder)
+    text = text_config_of(whole)
+    if text is not whole and text.tie_word_embeddings:
+        # Some say so by default alone; transformers goes by the files too.
+        text.tie_word_embeddings = not any(name.endswith(HEAD) for name in stored_names(folder))
+    return text
+
+
+def read_whole_config(folder: Path) -> Any:
+    """The config of the base as it is published.
+
+    Raises:
+        UsageError: it needs code of its own, or transformers does not know it.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UsageError(
             f"{folder}/config.json: not a model that transformers knows without running code from it ({error})"
         ) from error
-    return config.get_text_config()
 
 
-def shape_of(config: Any) -> ModelShape:
-    """Sizes of a decoder from its config.
+def read_wrapper(folder: Path) -> Wrapper | None:
+    """The multimodal model that a base is; None: it is a language model alone."""
+    return wrapper_of(read_whole_config(folder))
+
+
+def causal_lm_of(config: Any) -> Any:
+    """The class of the causal language model that a config describes.
 
     Raises:
-        UsageError: the config lacks a size, as those of decoders unlike Llama do.
+        UsageError: it describes none.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _no_causal_lm(config)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def empty_model(config: Any) -> Any:
+    """The model that a config describes, on the meta device: names and sizes, no weights.
+
+    Raises:
+        UsageError: it describes no causal language model.
     """
     try:
-        hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-        intermediate, positions = config.intermediate_size, config.max_position_embeddings
-    except AttributeError as error:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise _no_causal_lm(config) from error
+
+
+def _no_causal_lm(config: Any) -> UsageError:
+    return UsageError(f"model.base: {config.model_type} is no causal language model; choose another base")
+
+
+def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
+    """Sizes of a decoder, counted on the model that its config describes: no weight is read.
+
+    Args:
+        config: of a decoder.
+        left: linear modules that a base which comes in 4 bits has not in them; None: this job chooses them.
+
+    Raises:
+        UsageError: it describes no causal language model, or one without a size that the plan needs.
+    """
+    model = empty_model(config)
+    sizes = {name: largest(config, name) for name in _SIZES}
+    unknown = [name for name, size in sizes.items() if size is None]
+    if unknown:
         raise UsageError(
-            f"model.base: {config.model_type} is not like Llama: its config has no {error.name}; choose another base"
-        ) from error
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or hidden // heads
+            f"model.base: {config.model_type}: its config has no {', '.join(unknown)}; choose another base"
+        )
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     softcap, scale = softcap_and_scale(config)
+    linear = put_into_four_bits(model, left)
     return ModelShape(
-        layers=layers,
+        layers=sizes["num_hidden_layers"],
         hidden=hidden,
-        intermediate=intermediate,
+        intermediate=_intermediate(config, linear.values()) or hidden,
         vocabulary=config.vocab_size,
-        positions=positions,
+        positions=largest(config, "max_position_embeddings") or largest(config, "max_seq_len") or UNBOUNDED_POSITIONS,
         heads=heads,
-        key_heads=key_heads,
-        head_width=width,
-        tied=config.tie_word_embeddings,
+        key_heads=largest(config, "num_key_value_heads") or heads,
+        head_width=largest(config, "head_dim") or hidden // heads,
+        linear_parameters=sum(module.in_features * module.out_features for module in linear.values()),
+        whole_parameters=_parameters(model) - sum(module.weight.numel() for module in linear.values()),
         logits="capped" if softcap is not None else "plain" if scale == 1 else "scaled",
+        norms=max(2, _as_wide(model, hidden) // sizes["num_hidden_layers"]),
     )
+
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+UNBOUNDED_POSITIONS = 2048
+"""Of a model that names none: BLOOM's and MPT's positions are distances, and they were trained with as many."""
+
+
+def largest(config: Any, name: str) -> Any:
+    """A size in a config; where layers differ in it (Gemma 4's heads), the largest; None: it has none."""
+    layers = getattr(config, "per_layer_config", None)
+    of_layers = [getattr(layer, name, None) for layer in layers] if layers else [_plain(config, name)]
+    found = [value for value in of_layers if value is not None]
+    return max(found) if found else _plain(config, name)
+
+
+def _plain(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except ValueError:  # of a size that layers differ in
+        return None
+
+
+def _as_wide(model: nn.Module, hidden: int) -> int:
+    """Modules whose weight is a vector of the stream's width: norms."""
+    weights = (getattr(module, "weight", None) for module in model.modules())
+    return sum(isinstance(weight, nn.Parameter) and weight.shape == (hidden,) for weight in weights)
+
+
+def _intermediate(config: Any, linear: Iterable[nn.Linear]) -> int:
+    """The widest input of a linear module; experts are none, and a token goes through some of them."""
+    chosen = next((n for name in _CHOSEN if (n := _plain(config, name))), 0)
+    width = next((n for name in _EXPERT_WIDTHS if (n := _plain(config, name))), 0)
+    return max([module.in_features for module in linear] + [_first(chosen) * _first(width)], default=0)
+
+
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+
+
+def _first(value: Any) -> int:
+    return int(value[0] if isinstance(value, list | tuple) else value)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -73,6 +177,17 @@ def load_tokenizer(folder: Path) -> Any:
 
 def softcap_and_scale(config: Any) -> tuple[float | None, float]:
     """What a model with this config does to its logits: their cap (None: none), and the factor on them before it."""
-    scale = getattr(config, "logit_scale", None) or 1.0
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        factor = getattr(config, name, None)
+        if isinstance(factor, int | float):  # MPT's may be a word, which transformers passes over
+            scale *= factor or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
-    return getattr(config, "final_logit_softcapping", None), scale / divisor
+    if config.model_type in _MULTIPLIED:
+        divisor = 1 / divisor
+    return next((cap for name in caps if (cap := getattr(config, name, None))), None), scale / divisor
+
+
+_MULTIPLIED = ("hyperclovax",)
+"""Families whose `logits_scaling` is a factor; elsewhere it divides."""

@@ -1,17 +1,23 @@
 """The form of 4 bits: NF4 with double quantisation. Owner of bitsandbytes, its optimizers apart."""
 
 import importlib.metadata
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Collection
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+from transformers.integrations import replace_with_bnb_linear
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
 
 from job.core.memory import NF4_BLOCK
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_name
+from job.tune.model.mixtures import experts_in
 
 
 def quantised_form(device: torch.device) -> dict[str, str]:
@@ -39,6 +45,54 @@ def quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def form_of(model: Any) -> str:
+    """What the model's layers truly are, counted: `NF4, double quantisation; 14 linear layers in 4 bits, 1 not (head)`.
+
+    Args:
+        model: with an adapter on it or without.
+    """
+    packed: Counter[str] = Counter()
+    plain: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            packed[_kind(module.weight.quant_state)] += 1
+        elif type(module) is nn.Linear and ".lora_" not in name:
+            plain[name.removesuffix(".base_layer").rpartition(".")[2]] += 1
+    kinds = [kind if len(packed) == 1 else f"{kind} ({count})" for kind, count in packed.most_common()]
+    names = ", ".join(name if count == 1 else f"{count} {name}" for name, count in plain.most_common())
+    left = f", {plain.total()} not ({names})" if plain else ""
+    stacked = experts_in(model)
+    experts = f", nor {stacked:,} parameters of experts" if stacked else ""
+    return f"{' and '.join(kinds) or 'not quantised'}; {packed.total()} linear layers in 4 bits{left}{experts}"
+
+
+def _kind(state: Any) -> str:
+    blocks = "" if state.blocksize == NF4_BLOCK else f" in blocks of {state.blocksize}"
+    return f"{state.quant_type.upper()}{blocks}, {'double' if state.nested else 'single'} quantisation"
+
+
+def put_into_four_bits(model: Any, left: Collection[str] | None) -> dict[str, nn.Linear]:
+    """Do to a model on the meta device what loading does to one with weights.
+
+    Args:
+        model: changed in place.
+        left: modules that stay as they are; None: those that transformers leaves.
+
+    Returns:
+        The modules that are in 4 bits, by name.
+    """
+    if left is None:
+        left = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001 - as it does
+    replace_with_bnb_linear(model, modules_to_not_convert=[*left], quantization_config=quantisation(torch.bfloat16))
+    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+def left_whole(model: Any) -> list[str]:
+    """Names of the linear modules that are not in 4 bits, as the model has them without its adapter."""
+    found = ((name.removesuffix(".base_layer"), module) for name, module in model.named_modules())
+    return [name for name, module in found if type(module) in {nn.Linear, Conv1D} and ".lora_" not in name]
+
+
 def without_cpu_repacking(model: nn.Module) -> None:
     """Keep the layers' weights as they are packed.
 
@@ -54,10 +108,16 @@ def compute_in(model: Any, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = module.weight.quant_state.dtype = dtype
-    exact = model._keep_in_fp32_modules_strict or ()  # noqa: SLF001 - transformers' own list
+    exact = kept_in_fp32(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not any(part in name for part in exact):
+        if parameter.is_floating_point() and not exact(name):
             parameter.data = parameter.data.to(dtype)
+
+
+def kept_in_fp32(kind: Any) -> Callable[[str], bool]:
+    """Whether a tensor of this class keeps fp32 where bf16 computes, as some routers and decays do."""
+    names = kind._keep_in_fp32_modules_strict or ()  # noqa: SLF001 - transformers' own list
+    return lambda name: any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in names)
 
 
 def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -2,21 +2,31 @@
 
 import ctypes
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from job.core.promises import TensorHeader
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 64 * 2**20
 """Bytes of a file that is written. It is in memory twice, and several are made at once: a gigabyte for eight."""
+_EXPONENTS = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+"""Whole numbers of the same width, and those bits which are all set in NaN and infinity, and in nothing else."""
+_PIECE = 2**20
+"""Values that are looked at at once: they stay in the processor's cache."""
 Files = Iterator[tuple[str, Callable[[], bytes]]]
 """Name of each file, and what makes its content: callable on any thread, and several at once."""
 
@@ -31,27 +41,37 @@ class StoredTensor:
 
     file: Path
     name: str
-    dtype: str
-    """As the format writes it: `BF16`."""
-    values: int
-    """How many, as they are stored."""
+    header: TensorHeader
     on_cpu: bool
     """Whether it stays on the host: then it is copied, or the model would live in the file's own pages."""
     in_bf16: bool = False
     """Whether its values are rounded to bf16, as they are where bf16 computes."""
+    not_finite: set[str] = field(repr=False)
+    """Gets the tensor's name when a value of it is NaN or infinite: who loads it has threads that raise nothing."""
 
     def __getitem__(self, index: Any) -> Tensor:
         if self.on_cpu:
             _give_back_freed_memory()
         with safe_open(self.file, framework="pt") as file:
             part: Tensor = file.get_slice(self.name)[index]
+        if not _is_finite(part):
+            self.not_finite.add(self.name)
         if self.in_bf16 and part.is_floating_point():
             return part.bfloat16().to(part.dtype)
         return part.clone() if self.on_cpu else part
 
     def get_dtype(self) -> str:
         """The dtype, under the name by which transformers asks a slice of safetensors for it."""
-        return self.dtype
+        return self.header.dtype
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By the bits of the exponent, a piece at a time: exact in every dtype, also where no bf16 is computed."""
+    if tensor.dtype not in _EXPONENTS:
+        return True
+    whole, exponent = _EXPONENTS[tensor.dtype]
+    bits = tensor.reshape(-1).view(whole)
+    return all(int((piece & exponent).max()) != exponent for piece in torch.split(bits, _PIECE) if piece.numel())
 
 
 def _give_back_freed_memory() -> None:
@@ -62,12 +82,13 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def stored_tensors(folder: Path, device: torch.device) -> dict[str, StoredTensor]:
+def stored_tensors(folder: Path, device: torch.device, *, not_finite: set[str]) -> dict[str, StoredTensor]:
     """Every tensor of the model in a folder, by name; no data is read.
 
     Args:
         folder: with `model.safetensors`, or several files and their index.
         device: where they will go.
+        not_finite: gets the name of each tensor that is read and holds a value that is NaN or infinite.
 
     Raises:
         SafetensorError: a file is damaged.
@@ -84,11 +105,25 @@ def stored_tensors(folder: Path, device: torch.device) -> dict[str, StoredTensor
                 tensors[name] = StoredTensor(
                     file=path,
                     name=name,
-                    dtype=tensor.get_dtype(),
-                    values=math.prod(tensor.get_shape()),
+                    header=TensorHeader(dtype=tensor.get_dtype(), shape=tuple(tensor.get_shape())),
                     on_cpu=device.type == "cpu",
+                    not_finite=not_finite,
                 )
     return tensors
+
+
+def stored_names(folder: Path) -> list[str]:
+    """Every tensor's name, as far as it is known before there are weights: by the index, or in the one file.
+
+    What is wrong with those files is said where tensors are read; here there are no names then.
+    """
+    try:
+        if (folder / _SINGLE).is_file():
+            with safe_open(folder / _SINGLE, framework="pt") as file:
+                return [*file.keys()]
+        return [*json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return []
 
 
 def tensors_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -48,10 +48,25 @@ def _class_named(folder: Path) -> str | None:
 
 def named_positions(folder: Path) -> int | None:
     """How many positions the base's config names; None: it names none."""
+    return _size(folder, "max_position_embeddings")
+
+
+def named_rows(folder: Path) -> int | None:
+    """How many rows of embeddings the base's config names; None: it names none."""
+    return _size(folder, "vocab_size")
+
+
+def _size(folder: Path, name: str) -> int | None:
     config = _object(folder / "config.json")
     text = config.get("text_config")
-    positions = (text if isinstance(text, dict) else config).get("max_position_embeddings")
-    return positions if isinstance(positions, int) and not isinstance(positions, bool) and positions > 0 else None
+    size = (text if isinstance(text, dict) else config).get(name)
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
+
+
+def generation_stops(folder: Path) -> list[int]:
+    """The tokens at which the base's generation_config ends an answer; empty: it names none."""
+    stops = _object(folder / "generation_config.json").get("eos_token_id")
+    return [each for each in (stops if isinstance(stops, list) else [stops]) if isinstance(each, int)]
 
 
 def encodes_alike(one: Any, other: Any) -> bool:

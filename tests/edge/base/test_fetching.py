@@ -19,7 +19,7 @@ import pytest
 from warm_image import WarmImage
 
 from job.core.errors import DataError, NotFoundError, StopRequestedError, UsageError
-from job.edge.base.fetching import BaseModel, fetch, identify
+from job.edge.base.fetching import BaseModel, fetch, identify, read_headers
 from job.edge.store.objects import StoreSettings
 
 ROOT = Path(__file__).parents[3]
@@ -28,9 +28,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_thisTokenMustNeverBeShown1234567890"
 
 
-def safetensors(*tensor_bytes: int) -> bytes:
+def safetensors(*tensor_bytes: int, first: int = 0) -> bytes:
     header, at = {}, 0
-    for number, size in enumerate(tensor_bytes):
+    for number, size in enumerate(tensor_bytes, start=first):
         header[f"t{number}"] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
@@ -66,6 +66,9 @@ class Hub(ThreadingHTTPServer):
         self.files = {**MODEL, **NOISE}
         self.refuse: Callable[[str], tuple[int, dict[str, str]] | None] = lambda _path: None
         self.asked: Counter[str] = Counter()
+        self.knows_parts = True
+        self.sent = 0
+        """Bytes of answers to requests for a part."""
         self.tokens: set[str | None] = set()
 
     @property
@@ -110,10 +113,12 @@ class HubHandler(BaseHTTPRequestHandler):
             return
         etag = hashlib.sha256(content).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if asked := self.headers.get("Range"):
-            start = int(asked.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            self.reply(206, headers, content[start:], body=body)
+        if (asked := self.headers.get("Range")) and self.server.knows_parts:
+            start, end = asked.removeprefix("bytes=").split("-")
+            part = content[int(start) : int(end) + 1 if end else None]
+            headers["Content-Range"] = f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}"
+            self.server.sent += len(part)
+            self.reply(206, headers, part, body=body)
         else:
             self.reply(200, headers, content, body=body)
 
@@ -141,7 +146,7 @@ FETCH = """
 import json, os, resource, sys
 from pathlib import Path
 from job.core.errors import JobError
-from job.edge.base.fetching import fetch, identify
+from job.edge.base.fetching import fetch, identify, read_headers
 from job.edge.store.patience import Patience
 from job.edge.host.logs import configure
 from job.edge.store.objects import StoreSettings
@@ -152,6 +157,16 @@ if "LARGEST_FILE_BYTES" in os.environ:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE_BYTES"]),) * 2)
 configure(secrets=[])
 try:
+    if sys.argv[6:] == ["headers"]:
+        found = read_headers(
+            identify(sys.argv[4], sys.argv[5], settings=StoreSettings()),
+            models_folder=folder,
+            settings=StoreSettings(),
+            should_stop=lambda: False,
+            patience=Patience(attempts=100, budget_seconds=budget, first_pause_seconds=0.05),
+        )
+        print(json.dumps({"code": 0, "tensors": {name: header.shape for name, header in found.items()}}))
+        sys.exit()
     model = fetch(
         identify(sys.argv[4], sys.argv[5], settings=StoreSettings()),
         models_folder=folder,
@@ -253,6 +268,57 @@ def test_offline_and_not_fetched_says_how_to_fetch_beforehand(hub, fetcher):
     assert "HF_HUB_OFFLINE" in result["message"]
     assert "entrypoint.py fetch" in result["message"]
     assert not hub.asked
+
+
+LARGE = {
+    "a.safetensors": safetensors(3_000_000),
+    "b.safetensors": safetensors(*[1] * 5000, first=1),  # its header is larger than what is read at first
+    "c.safetensors": safetensors(2_000_000, first=5001),
+}
+LARGE_SHAPES = {"t0": [3_000_000], **{f"t{number}": [1] for number in range(1, 5001)}, "t5001": [2_000_000]}
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["", "busy"])
+def test_the_headers_of_a_hub_model_are_read_without_its_weights(hub, fetcher, busy):
+    hub.files = SMALL | LARGE | {"model.safetensors.index.json": index(*LARGE)}
+    refusals = {f"/{REPO}/resolve/{COMMIT}/{name}": 2 * busy for name in LARGE}
+
+    def refuse(path):
+        if not refusals.get(path):
+            return None
+        refusals[path] -= 1
+        return 429, {"Retry-After": "0"}
+
+    hub.refuse = refuse
+    result = fetcher("headers")
+
+    assert result["tensors"] == LARGE_SHAPES
+    assert hub.sent < 1_000_000 < sum(map(len, LARGE.values()))
+    assert not list(fetcher.models.rglob("*.safetensors"))
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+
+
+def test_the_headers_of_a_hub_that_sends_all_of_a_file_are_read_all_the_same(hub, fetcher, monkeypatch):
+    hub.files = SMALL | LARGE | {"model.safetensors.index.json": index(*LARGE)}
+    hub.knows_parts = False
+
+    assert fetcher("headers")["tensors"] == LARGE_SHAPES
+
+
+def test_a_header_that_is_none_is_refused_before_the_weights_move(hub, fetcher):
+    hub.files["model.safetensors"] = b"\xff" * 2_000_000
+
+    result = fetcher("headers")
+    assert (result["code"], hub.sent) == (65, 2**17)
+    assert "model.safetensors: no safetensors header; copy the model again" in result["message"]
+
+
+def test_the_headers_of_a_gated_model_are_denied_as_its_files_are(hub, fetcher):
+    hub.refuse = lambda path: (403, {"X-Error-Code": "GatedRepo"}) if path.endswith(".safetensors") else None
+
+    result = fetcher("headers")
+    assert result["code"] == 77
+    assert "accept its licence" in result["message"]
 
 
 def test_the_small_files_alone_come_without_the_weights(hub, fetcher):
@@ -587,6 +653,75 @@ def test_a_model_in_a_store_is_copied_once_and_then_needs_no_store(bucket, tmp_p
     assert {name: (first.folder / name).read_bytes() for name in MODEL} == MODEL
     assert not [name for name in NOISE if name != "consolidated.safetensors" and (first.folder / name).exists()]
     assert (first.licence, first.bytes) == ("apache-2.0", sum(map(len, MODEL.values())))
+
+
+def headers_of(source: str, models_folder: Path) -> Any:
+    identity = identify(source, None, settings=StoreSettings())
+    return read_headers(identity, models_folder=models_folder, settings=StoreSettings(), should_stop=never)
+
+
+def test_the_headers_of_a_model_in_a_store_or_a_folder_are_read_without_its_weights(bucket, tmp_path):
+    files = SMALL | LARGE | {"model.safetensors.index.json": index(*LARGE)}
+    stored, local = (
+        headers_of(put(bucket, files), tmp_path / "models"),
+        headers_of(str(write(tmp_path / "base", files)), tmp_path / "models"),
+    )
+
+    assert stored == local
+    assert {name: [*header.shape] for name, header in stored.items()} == LARGE_SHAPES
+    assert {header.dtype for header in stored.values()} == {"U8"}
+    assert not list((tmp_path / "models").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"model.safetensors": b"\2"}, "no safetensors header"),
+        ({"model.safetensors": struct.pack("<Q", 9) + b"[[[[[[[[["}, "nonsense in the safetensors header"),
+        ({"model.safetensors": struct.pack("<Q", 8) + b'{"a":{}}'}, r"nonsense in the safetensors header \(KeyError\)"),
+        (
+            {
+                "model.safetensors.index.json": index("a.safetensors", "b.safetensors"),
+                "a.safetensors": safetensors(1, 2),
+                "b.safetensors": safetensors(3, first=1),
+            },
+            "b.safetensors: t1 stands in another file as well",
+        ),
+    ],
+    ids=["short", "no JSON", "no shapes", "twice"],
+)
+def test_a_header_that_says_nothing_is_a_data_error(bucket, tmp_path, files, said):
+    with pytest.raises(DataError, match=said):
+        headers_of(put(bucket, SMALL | files), tmp_path)
+
+
+FP8 = {"model_type": "llama", "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+
+
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_a_base_that_is_quantised_already_is_refused_by_its_small_files(bucket, tmp_path, where):
+    card = b"---\nbase_model: someone/whole\n---\n"
+    files = MODEL | {"config.json": json.dumps(FP8).encode(), "README.md": card}
+    source = put(bucket, files) if where == "store" else str(write(tmp_path / "base", files))
+
+    with pytest.raises(UsageError, match=r"by FP8, a scale a block, .*; someone/whole may be the model that it was"):
+        take(source, tmp_path / "models")
+    assert not list((tmp_path / "models").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("names", [["model-Q4_K_M.gguf"], ["model.gguf", "config.json"]])
+def test_a_gguf_is_refused_as_what_it_is(bucket, tmp_path, names):
+    files = dict.fromkeys(names, b"{}")
+    for source in (put(bucket, files), str(write(tmp_path / "base", files)), str(tmp_path / "base" / names[0])):
+        with pytest.raises(UsageError, match=r"by GGUF, .*take the unquantised model"):
+            identify(source, None, settings=StoreSettings())
+
+
+def test_a_gguf_on_the_hub_is_refused_with_the_model_that_its_name_has(hub, fetcher):
+    hub.files = {"tiny-llama.Q4_K_M.gguf": b"GGUF", "README.md": b""}
+    result = fetcher()
+    assert result["code"] == 64
+    assert "by GGUF" in result["message"]
 
 
 def test_a_store_copy_stopped_between_files_is_not_complete_and_goes_on(bucket, tmp_path):

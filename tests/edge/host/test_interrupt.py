@@ -28,10 +28,20 @@ sys.exit(75)
 """
 
 
+def _as_from_a_shell():
+    """The tests themselves may have been started by nohup, which a child inherits."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture
 def worker():
     child = subprocess.Popen(
-        [sys.executable, "-c", WORK], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WORK],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=_as_from_a_shell,  # noqa: PLW1509 - it does nothing else
     )
     yield child
     child.kill()

@@ -12,7 +12,7 @@ from job.edge.run.run_store import RunStore
 from job.edge.store import directory
 from job.edge.store.objects import Entry, StoreSettings
 from job.edge.store.opening import open_store
-from job.stages import dataset
+from job.stages import sources
 
 OBJECTS_OF_A_CHECKPOINT = 7
 PAGE = 1000
@@ -160,7 +160,6 @@ def test_the_size_of_twenty_thousand_data_files_is_added_up_once(tmp_path, monke
             return super().__iter__()
 
     objects = Counted([Entry(key=str(number), size=1, modified=0.0) for number in range(20_000)])
-    run = type("Run", (), {"train": objects, "validation": ()})
     worker = type("Worker", (), {"settings": StoreSettings(), "should_stop": staticmethod(never)})
 
     def fetch_files(objects, *_args, on_progress, **_):
@@ -168,9 +167,8 @@ def test_the_size_of_twenty_thousand_data_files_is_added_up_once(tmp_path, monke
             on_progress(done)
         return []
 
-    monkeypatch.setattr(dataset, "fetch_files", fetch_files)
-    phases = type("Silent", (), {"progress": staticmethod(lambda **_: None)})
-    dataset._fetch(worker, phases, run, Path(tmp_path), "train")
+    monkeypatch.setattr(sources, "fetch_files", fetch_files)
+    sources.fetch_sources(worker, [objects], Path(tmp_path), on_progress=lambda _done, _of: None)
     assert Counted.passes <= 2
 
 

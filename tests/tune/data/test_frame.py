@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import documents_of, documents_of_examples, example_of
 
+from job.core.data_section import DataSection
 from job.core.errors import UsageError
-from job.core.recipe import DataSection
-from job.tune.data.frame import encode_examples, encode_prompt, encode_texts, token_rules
+from job.tune.data.frame import encode_examples, encode_prompt, token_rules
 from job.tune.data.micro_batch import micro_batch
 
 BOS, EOS, SPACE, AB = 1, 2, 29, 35
@@ -23,14 +23,15 @@ def data(**templates):
     return DataSection(train=("train.jsonl",), **templates)
 
 
-def framed(tokenizer, section, *parts):
-    [row] = encode_examples([example_of(*parts)], tokenizer, token_rules(tokenizer, section))
+def framed(tokenizer, section, *parts, control=False):
+    [row] = encode_examples([example_of(*parts, control=control)], token_rules(tokenizer, section))
     return row
 
 
-def encoded(tokenizer, section, prompt, completion):
+def encoded(tokenizer, section, prompt, completion, *, control=False):
     """Ids, and the first target: of a pair the targets are all that follows."""
-    row = framed(tokenizer, section, *([(prompt, False)] if prompt else []), (completion, True))
+    parts = [(prompt, False)] if prompt else []
+    row = framed(tokenizer, section, *parts, (completion, True), control=control)
     [(first, end)] = row.spans
     assert end == len(row.ids)
     return row.ids, first
@@ -56,13 +57,13 @@ def test_with_loss_on_all_the_prompt_is_a_target_too(tokenizer):
 def test_a_tokenizer_that_puts_no_bos_gets_none(plain_tokenizer):
     assert encoded(plain_tokenizer, PAIR, "cd", "ef") == ([C, D, E, F, EOS], 2)
     assert encoded(plain_tokenizer, TEXT, "", "cd") == ([C, D, EOS], 1)
-    assert encode_prompt("cd", plain_tokenizer, token_rules(plain_tokenizer, PAIR)) == [C, D]
+    assert encode_prompt("cd", token_rules(plain_tokenizer, PAIR)) == [C, D]
 
 
 def test_bos_and_eos_that_the_template_writes_stand_once(tokenizer):
     section = data(prompt="<s>{q}", completion="{a}</s>")
-    assert encoded(tokenizer, section, "<s>cd", "ef</s>") == ([BOS, C, D, E, F, EOS], 3)
-    assert encode_prompt("<s>cd", tokenizer, token_rules(tokenizer, section)) == [BOS, C, D]
+    assert encoded(tokenizer, section, "<s>cd", "ef</s>", control=True) == ([BOS, C, D, E, F, EOS], 3)
+    assert encode_prompt("<s>cd", token_rules(tokenizer, section)) == [BOS, C, D]
 
 
 def test_a_special_token_in_a_record_is_only_text(tokenizer):
@@ -73,7 +74,7 @@ def test_a_special_token_in_a_record_is_only_text(tokenizer):
 def test_a_prompt_keeps_its_ids_where_the_tokenizer_would_merge_across_the_border(tokenizer):
     assert encoded(tokenizer, TEXT, "", "cab")[0] == [BOS, C, AB, EOS]
     assert encoded(tokenizer, PAIR, "ca", "bd") == ([BOS, C, A, B, D, EOS], 3)
-    assert encode_prompt("ca", tokenizer, token_rules(tokenizer, PAIR)) == [BOS, C, A]
+    assert encode_prompt("ca", token_rules(tokenizer, PAIR)) == [BOS, C, A]
 
 
 def test_without_an_end_of_sequence_token_the_base_is_refused(tokenizer):
@@ -128,9 +129,9 @@ def test_after_a_border_that_the_tokenizer_would_merge_across_the_rest_is_a_text
 
 def test_an_eos_that_a_template_writes_ends_each_learned_part_and_stands_once(tokenizer):
     section = data(prompt="{q}", completion="{a}</s>")
-    row = framed(tokenizer, section, ("c", False), ("d</s>", True), ("e", False), ("f</s>", True))
+    row = framed(tokenizer, section, ("c", False), ("d</s>", True), ("e", False), ("f</s>", True), control=True)
     assert (row.ids, row.spans) == ([BOS, C, D, EOS, E, F, EOS], ((2, 4), (5, 7)))
-    assert framed(tokenizer, section, ("c</s>", False), ("", True)).ids == [BOS, C, EOS, EOS]
+    assert framed(tokenizer, section, ("c</s>", False), ("", True), control=True).ids == [BOS, C, EOS, EOS]
 
 
 def stretches(example):
@@ -146,7 +147,10 @@ def reference(example, tokenizer, rules):
     """Ids of one example and, for each, whether it is a target, found token by token."""
     ids, learned, run, run_ids = [], [], "", []
     for text, is_learned in stretches(example):
-        [whole], [alone] = encode_texts([run + text], tokenizer, rules), encode_texts([text], tokenizer, rules)
+        whole, alone = (
+            tokenizer(each, add_special_tokens=False, split_special_tokens=True).input_ids
+            for each in (run + text, text)
+        )
         if whole[: len(run_ids)] == run_ids:
             new, run, run_ids = whole[len(run_ids) :], run + text, whole
         else:
@@ -177,7 +181,7 @@ def test_examples_of_any_parts_are_framed_as_by_the_reference(tokenizer, plain_t
     """Encoded together as each is alone; spans are ascending, apart from each other, and none is empty."""
     used = tokenizer if puts_bos else plain_tokenizer
     rules = token_rules(used, data(prompt="{q}", completion="{a}", loss_on=loss_on))
-    rows = encode_examples(examples, used, rules)
+    rows = encode_examples(examples, rules)
     assert [(row.ids, marked(row)) for row in rows] == [reference(example, used, rules) for example in examples]
     for row in rows:
         edges = [edge for span in row.spans for edge in span]
@@ -188,7 +192,7 @@ def test_examples_of_any_parts_are_framed_as_by_the_reference(tokenizer, plain_t
 @often
 @given(examples=some_examples)
 def test_what_is_learned_reads_as_the_learned_parts_and_the_rest_as_the_others(tokenizer, examples):
-    for example, row in zip(examples, encode_examples(examples, tokenizer, token_rules(tokenizer, PAIR)), strict=True):
+    for example, row in zip(examples, encode_examples(examples, token_rules(tokenizer, PAIR)), strict=True):
         targets = np.array(marked(row))
         for learned in (True, False):
             read = tokenizer.decode(np.array(row.ids)[targets == learned], skip_special_tokens=True)
@@ -199,7 +203,7 @@ def test_what_is_learned_reads_as_the_learned_parts_and_the_rest_as_the_others(t
 @often
 @given(examples=some_examples)
 def test_a_question_is_cut_where_the_last_learned_part_begins(tokenizer, examples):
-    for example, row in zip(examples, encode_examples(examples, tokenizer, token_rules(tokenizer, PAIR)), strict=True):
+    for example, row in zip(examples, encode_examples(examples, token_rules(tokenizer, PAIR)), strict=True):
         found = stretches(example)
         before = max((place for place, (_, learned) in enumerate(found) if learned), default=len(found))
         read = tokenizer.decode(row.ids[: row.answer_from], skip_special_tokens=True)
@@ -212,7 +216,7 @@ def test_spans_and_counts_on_disk_are_those_of_the_first_max_length_tokens(
     tokenizer, tmp_path_factory, examples, max_length
 ):
     documents = documents_of_examples(tmp_path_factory.mktemp("cut"), tokenizer, examples, max_length=max_length)
-    rows = encode_examples(examples, tokenizer, token_rules(tokenizer, PAIR))
+    rows = encode_examples(examples, token_rules(tokenizer, PAIR))
     cut = [np.flatnonzero(marked(row)[:max_length]).tolist() for row in rows]
     assert documents.encoded.target_counts(max_length).tolist() == [len(places) for places in cut]
     assert documents.rows.tolist() == [n for n, places in enumerate(cut) if places]

@@ -305,7 +305,7 @@ def with_config(tmp_path, **changes):
         ({"hidden_act": "gelu"}, "its activation is gelu"),
         ({"attention_dropout": 0.1}, "attention dropout"),
         ({"mlp_bias": True}, "has a bias"),
-        ({"hidden_size": 40, "intermediate_size": 99}, "no whole blocks of 64"),
+        ({"hidden_size": 40, "intermediate_size": 99}, "elements, no whole blocks of 64"),
     ],
 )
 def test_what_it_cannot_do_is_named(tmp_path, changes, reason):

@@ -4,14 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import adapted, micro_batch
-from transformers import AttentionInterface
+from tiny import CPU, adapted, micro_batch
+from tiny_families import write_family
+from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
 
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
-from job.tune.engines import loss
+from job.tune.engines import loss, packed_model, selftest
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention, register
-from job.tune.engines.selftest import _gradient_difference, check_model
+from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.selftest import _documents, _gradient_difference, check_model, text_of
+from job.tune.model.adapter import attach_lora
+from job.tune.model.base import load_base
 
 
 @pytest.fixture
@@ -34,6 +38,25 @@ def test_a_healthy_model_passes_in_bf16(model):
     model.train()
     check_model(model)
     assert model.training
+
+
+def test_a_healthy_model_passes_on_the_examples_that_it_will_learn(model, documents):
+    check_model(model, text_of(documents))
+
+
+def test_what_it_is_tried_with_are_the_examples_one_behind_the_other(model, documents):
+    text = text_of(documents)
+    tried = _documents(model, CPU, text)
+    assert [len(each) for each in tried] == [96, 48, 72]
+    for place, document in enumerate(tried):
+        whole = torch.cat([*text[place:]])
+        assert torch.equal(document, whole.repeat(5)[: len(document)])
+
+
+def test_little_text_is_tried_over_and_over(model):
+    first, second, third = _documents(model, CPU, [torch.tensor([5, 6, 7]), torch.tensor([8, 9])])
+    assert (first[:7].tolist(), second[:4].tolist()) == ([5, 6, 7, 8, 9, 5, 6], [8, 9, 8, 9])
+    assert third[:4].tolist() == [5, 6, 7, 8]
 
 
 def test_a_document_has_the_same_losses_wherever_it_stands(any_model, documents):
@@ -90,6 +113,54 @@ def test_an_unknown_factor_on_the_logits_is_found(model):
     model.model.get_base_model().config.final_logit_softcapping = 0.5
     with pytest.raises(UsageError, match="the loss of this job is"):
         check_model(model)
+
+
+def test_a_rotation_chosen_by_the_longest_document_of_a_pack_is_found(tmp_path, monkeypatch):
+    base = load_base(write_family(tmp_path, "phi3, longrope"), device=CPU, dtype=torch.float32)
+    lora = LoraSection(r=4)
+    check_model(PackedModel(attach_lora(base, lora, source="tiny", revision=None, seed=0)))
+
+    base = load_base(tmp_path, device=CPU, dtype=torch.float32)
+    monkeypatch.setattr(packed_model, "rotate_by_document", lambda _model: None)
+    with pytest.raises(UsageError, match="Phi3ForCausalLM: a document changes its neighbour"):
+        check_model(PackedModel(attach_lora(base, lora, source="tiny", revision=None, seed=0)))
+
+
+def test_a_window_that_is_not_handed_on_is_found(tmp_path, broken_attention):
+    def without_window(*arguments, sliding_window=None, **options):
+        return per_document_attention(*arguments, **options)
+
+    base = load_base(write_family(tmp_path, "ministral3"), device=CPU, dtype=torch.float32)
+    model = PackedModel(attach_lora(base, LoraSection(r=4), source="tiny", revision=None, seed=0))
+    broken_attention(without_window)
+    with pytest.raises(UsageError, match="the loss of this job is"):
+        check_model(model)
+
+
+def test_a_base_that_makes_much_of_rounding_may_be_trained(broken_attention, monkeypatch):
+    """Deep, of random weights, with sharp attention: each last bit of attention's results moves its losses."""
+
+    def rounded_otherwise(*arguments, **options):
+        result, *rest = per_document_attention(*arguments, **options)
+        up = torch.randint(0, 2, result.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return (result + result * up * torch.finfo(result.dtype).eps, *rest)
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = Qwen3Config(vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=24, **heads)
+    base = AutoModelForCausalLM.from_config(config)
+    for name, parameter in base.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.constant_(parameter, 4.0)
+    base.to(torch.bfloat16)
+    model = PackedModel(attach_lora(base, LoraSection(r=4), source="tiny", revision=None, seed=0))
+    broken_attention(rounded_otherwise)
+    text = [torch.arange(40) % 7 + 5, torch.arange(60) % 11 + 3]
+    check_model(model, text)
+
+    monkeypatch.setattr(selftest, "_ROUNDING_TIMES", 0)
+    with pytest.raises(UsageError, match="the loss of this job is"):
+        check_model(model, text)
 
 
 def test_an_adapter_that_learns_nothing_is_found(model, monkeypatch):

@@ -227,10 +227,10 @@ def test_an_adapter_of_another_recipe_is_not_loaded(saved, bases, documents, tmp
     lora = LoraSection(r=64, targets=("q_proj",))
     other = attempt(bases["llama"], documents, folder=tmp_path, lora=lora)
     with pytest.raises(DataError, match="belongs to another model or recipe"):
-        checkpoints.load_adapter(other.model.model, saved[1])
+        checkpoints.load_adapter(other.model.model, saved[1], None)
     fewer = attempt(bases["llama"], documents, folder=tmp_path, lora=LoraSection(r=64, targets=("v_proj",)))
     with pytest.raises(DataError, match="belongs to another model or recipe"):
-        checkpoints.load_adapter(fewer.model.model, saved[1])
+        checkpoints.load_adapter(fewer.model.model, saved[1], None)
 
 
 def test_evaluations_come_back_to_the_bit(saved, bases, documents, tmp_path):

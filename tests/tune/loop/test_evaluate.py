@@ -151,7 +151,7 @@ def test_questions_come_from_prompts_and_from_held_out_documents(tokenizer, tmp_
     cut = documents_of(tmp_path, tokenizer, [("ab", "cdefghijkl"), *pairs], max_length=8)
     assert cut.truncated == 1
     assert questions_of_documents(cut, tokenizer, most=2) == found
-    [asked] = questions_of_prompts(["cd"], tokenizer, token_rules(tokenizer, PAIR))
+    [asked] = questions_of_prompts(["cd"], token_rules(tokenizer, PAIR))
     assert (asked.ids, asked.prompt, asked.expected) == ((1, 5, 6), "cd", None)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from tiny import (
@@ -11,16 +12,19 @@ from tiny import (
     backward,
     cut_of,
     documents_of,
+    documents_of_sources,
     one_by_one,
     poison,
     random_text,
     watch_micro_batches,
 )
 
-from job.core.course import plan_course
+from job.core.course import course_of, plan_course
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
+from job.core.mixture import Portion
 from job.core.packing import pack_evenly
 from job.core.recipe import LoraSection
+from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.engine import adopt_or_shrink
 
@@ -57,6 +61,33 @@ def test_every_target_token_of_a_step_counts_the_same(start, documents):
     assert made.progress.losses == [pytest.approx(total / targets, rel=1e-5)]
     norm = torch.stack([(g / targets).norm() for g in gradients.values()]).norm().item()
     assert made.progress.grad_norms == [pytest.approx(norm, rel=1e-5)]
+
+
+def test_of_several_sources_each_ones_loss_is_that_of_its_own_targets(start, tmp_path, tokenizer):
+    pairs = [(random_text(14 - n, seed=n), random_text(n, seed=50 + n)) for n in (1, 13, 2, 9, 1, 5, 12, 3)]
+    documents = documents_of_sources(tmp_path / "two", tokenizer, [pairs[:3], pairs[3:]])
+    own = [np.flatnonzero(documents.sources == source) for source in (0, 1)]
+    made = start(documents=documents, batch_size=8, steps=1, micro_batch_tokens=32, optimizer="sgd")
+    made.course = course_of(made.recipe.train, examples=[Portion(examples=len(rows)) for rows in own])
+    made.model.eval()
+    totals = [backward(made.model, [micro_batch(documents, [row]) for row in rows])[0] for rows in own]
+
+    made.run(evaluate_every=100)
+    [losses] = made.progress.source_losses
+    assert losses == [
+        pytest.approx(total / documents.targets[rows].sum(), rel=1e-5) for total, rows in zip(totals, own, strict=True)
+    ]
+    assert sum(totals) / documents.targets.sum() == pytest.approx(made.progress.losses[0], rel=1e-5)
+
+
+def test_a_step_that_has_nothing_of_a_source_has_no_loss_of_it(start, tmp_path, tokenizer):
+    pairs = [(random_text(6, seed=n), random_text(4, seed=50 + n)) for n in range(8)]
+    documents = documents_of_sources(tmp_path / "two", tokenizer, [pairs[:7], pairs[7:]])
+    made = start(documents=documents, batch_size=2, steps=4, micro_batch_tokens=32)
+    made.course = course_of(made.recipe.train, examples=[Portion(examples=7), Portion(examples=1)])
+    made.run(evaluate_every=100)
+    assert [loss is None for _, loss in made.progress.source_losses].count(False) == 1
+    assert all(loss is not None for loss, _ in made.progress.source_losses)
 
 
 # --- not finite ---

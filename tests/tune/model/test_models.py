@@ -3,16 +3,18 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from tiny import CPU, adapted, backward, gradients, head_of, micro_batch, targets_of
+from tiny import CPU, adapted, backward, gradients, head_of, micro_batch, targets_of, write_base
+from tiny_families import config_of as config_of_family
 from torch import nn
-from transformers import BloomConfig
+from transformers import CONFIG_MAPPING, T5Config
 
 from job.core.errors import DataError, UsageError
 from job.core.recipe import LoraSection, TrainSection
+from job.tune.engines.families import refuse_family
 from job.tune.loop.optimizer import make_optimizer
 from job.tune.model.adapter import attach_lora, parameter_counts, refuse_targets, trainable
 from job.tune.model.base import load_base
-from job.tune.model.config import load_tokenizer, read_config, shape_of
+from job.tune.model.config import empty_model, load_tokenizer, read_config, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,7 @@ def test_every_architecture_says_its_sizes(bases):
         assert (shape.layers, shape.hidden, shape.intermediate, shape.vocabulary) == (2, 64, 128, 300), name
         assert shape.positions == 256
         assert shape.logits == ("capped" if name == "gemma2" else "plain"), name
+        assert shape.norms == (4 if name in {"gemma2", "gemma3"} else 2), name
 
 
 @pytest.mark.parametrize(("name", "value"), [("logit_scale", 0.0625), ("logits_scaling", 8.0)])
@@ -139,9 +142,63 @@ def test_a_factor_on_the_logits_is_part_of_the_shape(bases, name, value):
     assert shape_of(config).logits == "scaled"
 
 
-def test_a_decoder_unlike_llama_is_refused_by_its_config():
-    with pytest.raises(UsageError, match="bloom is not like Llama: its config has no intermediate_size"):
-        shape_of(BloomConfig())
+def test_what_the_config_says_of_parameters_is_what_a_loaded_base_has(tmp_path):
+    """Starcoder 2's MLP has two matrices, not three; BLOOM's config does not even name their width."""
+    for name in ("starcoder2", "bloom", "gpt2"):
+        config = config_of_family(name)
+        shape = shape_of(config)
+        base = load_base(write_base(tmp_path / name, config), device=CPU, dtype=torch.bfloat16)
+        in_four_bits = [m.weight.quant_state.shape.numel() for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)]
+        assert shape.linear_parameters == sum(in_four_bits), name
+        assert shape.parameters == sum(parameter.numel() for parameter in empty_model(config).parameters()), name
+
+
+def test_a_config_of_no_decoder_is_refused():
+    with pytest.raises(UsageError, match="t5 is no causal language model"):
+        shape_of(T5Config())
+
+
+def test_the_plan_for_a_large_mixture_counts_every_weight():
+    """Mixtral 8x7B: 46.7 billion, 45 of them in experts, which stay in 16 bits and get no adapter."""
+    config = CONFIG_MAPPING["mixtral"](
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+    )
+    shape = shape_of(config)
+
+    assert shape.parameters == 46_702_792_704
+    assert shape.linear_parameters == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+    assert refuse_targets(config, LoraSection(r=8)) == 32 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
+    with pytest.raises(UsageError, match=r"mixtral is a mixture of experts.* 90 GB of its 93 GB.*dense base"):
+        refuse_family(config)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "granitemoe", "llama4_text", "glm4_moe", "mixtral"])
+def test_no_router_and_no_expert_gets_an_adapter(name, tmp_path):
+    config = config_of_family(name)
+    base = load_base(write_base(tmp_path, config), device=CPU, dtype=torch.bfloat16)
+    model = attach_lora(base, LoraSection(r=4), source="tiny", revision=None, seed=0)
+    adapted_ones = {n.partition(".lora_")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+
+    assert {"q_proj", "o_proj"} <= adapted_ones
+    assert not {"gate", "router", "layer", "shared_expert_gate", "experts"} & adapted_ones
+    assert parameter_counts(model)[0] == refuse_targets(config, LoraSection(r=4))
+
+
+def test_a_target_that_peft_takes_for_experts_is_refused():
+    with pytest.raises(UsageError, match=r"PEFT takes .*gate_proj.* for the experts"):
+        refuse_targets(
+            config_of_family("glm4_moe"), LoraSection(targets=("q_proj", "gate_proj", "up_proj", "down_proj"))
+        )
+
+
+def test_a_target_that_peft_refuses_is_refused_by_the_config_alone():
+    with pytest.raises(UsageError, match=r"out_proj.*incompatible with Mamba"):
+        refuse_targets(config_of_family("nemotron_h"), LoraSection(targets=("out_proj",)))
 
 
 def test_checkpointing_activations_changes_no_gradient(bases, documents):

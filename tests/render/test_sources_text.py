@@ -1,0 +1,114 @@
+"""Several sources side by side: within 80 columns, and nothing where there is but one."""
+
+import pytest
+
+from job.core.lines import cells
+from job.core.recipe import LoraSection
+from job.core.report import Report, SourceCurve, SourceLoss, SourceReport, SourceShare, read_report
+from job.render.card import Card, adapter_card
+from job.render.report_text import report_lines
+from job.render.sources_text import source_lines
+
+NAMES = ("notes", "a very long name of a source that has no room")
+
+
+def counted(name, used):
+    return SourceReport(
+        name=name,
+        rows=used,
+        used=used,
+        truncated=0,
+        dropped=0,
+        without_target=0,
+        bad_lines=0,
+        tokens=40 * used,
+        targets=10 * used,
+        percentiles={"p50": 40, "p100": 2048} if used else {},
+    )
+
+
+def with_sources(report, *, names=NAMES, held_out=(120, 0)):
+    """The same run of two sources; of the second nothing is held out."""
+    data = report.data.model_copy(
+        update={
+            side: getattr(report.data, side).model_copy(
+                update={"sources": tuple(counted(n, used) for n, used in zip(names, many, strict=True))}
+            )
+            for side, many in (("train", (1_000_000, 250_000)), ("validation", held_out))
+        }
+    )
+    shares = [(NAMES[0], 3_000_000, 0.75, 3.0), (NAMES[1], 1_000_000, 0.25, 4.0)]
+    evaluations = tuple(
+        each.model_copy(
+            update={
+                "sources": (
+                    SourceLoss(name=names[0], examples=120, tokens=1200, loss=each.loss),
+                    SourceLoss(name=names[1], examples=0, tokens=0, loss=None),
+                )
+            }
+        )
+        for each in report.evaluations
+    )
+    plan = report.plan.model_copy(
+        update={"sources": tuple(SourceShare(name=n, examples=d, share=s, epochs=e) for n, d, s, e in shares)}
+    )
+    losses = tuple(SourceCurve(name=name, loss=report.curve.loss) for name in names)
+    curve = report.curve.model_copy(update={"sources": losses})
+    return report.model_copy(update={"data": data, "plan": plan, "curve": curve, "evaluations": evaluations})
+
+
+def test_shares_lengths_and_losses_of_each_source_have_room_in_80_columns(report):
+    lines = source_lines(with_sources(report))
+
+    assert [line.split() for line in lines[:2]] == [
+        ["source", "examples", "share", "epochs", "drawn", "p50", "tokens", "longest"],
+        ["notes", "1,000,000", "75.0%", "3", "3,000,000", "40", "2,048"],
+    ]
+    assert lines[2].startswith("  a very long name ...  ")
+    assert [line.split()[-3:] for line in lines[-2:]] == [["120", "2.5000", "1.2500"], ["0", "-", "-"]]
+    assert max(map(cells, lines)) <= 80
+
+
+def test_a_run_of_one_source_is_shown_as_ever(report):
+    assert source_lines(report) == []
+    assert not any("source" in line for line in report_lines(report))
+
+
+def test_a_report_whose_sources_do_not_belong_together_is_none(report):
+    whole = with_sources(report).model_dump(mode="json")
+    assert isinstance(read_report(whole), Report)
+
+    for change in ("plan", "curve", "evaluation"):
+        other = with_sources(report).model_dump(mode="json")
+        place = other["evaluations"][1] if change == "evaluation" else other[change]
+        place["sources"] = place["sources"][:1]
+        with pytest.raises(ValueError, match="sources: data, plan, curve and evaluations do not name the same ones"):
+            read_report(other)
+
+
+def test_the_card_says_what_each_source_gave_and_how_well_it_is_learned(report):
+    mixed = with_sources(report, names=("notes`\n# Heading", NAMES[1]))
+    before, after = (evaluation.sources for evaluation in mixed.evaluations[:2])
+    card = adapter_card(
+        Card(
+            run_id="ab12",
+            base="someone/tiny",
+            revision="0" * 40,
+            licence=None,
+            is_multimodal=False,
+            form="NF4",
+            data=mixed.data,
+            lora=LoraSection(),
+            step=5,
+            steps=10,
+            base_loss=2.0,
+            tuned_loss=1.0,
+            shares=mixed.plan.sources,
+            losses=[*zip(before, after, strict=True)],
+        )
+    )
+
+    assert "75.0% of what was drawn" in card
+    assert "2.5000 (base) -> 1.2500 on 120 held out" in card
+    assert "\n# Heading" not in card
+    assert card.count("held out\n") == 1  # of the second source there is none

@@ -1,0 +1,138 @@
+"""Writes docs/models.md: every family that the tests train and how, and every layout of a base and what becomes of it.
+
+python tests/tune/models_page.py
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "models.md"
+if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"
+    sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(ROOT / "tests" / "run")]
+
+from layout_table import LAYOUTS, ROWS, outcome_of, token_beyond  # noqa: E402 - found where the lines above look
+from tiny_families import FAMILIES, config_of  # noqa: E402 - found where the lines above look
+from tiny_wrappers import WRAPPED, whole_class_of, whole_config_of  # noqa: E402 - as above
+
+from job.tune.engines import families  # noqa: E402 - as above
+from job.tune.model.adapter import chosen_by_all_linear  # noqa: E402 - as above
+from job.tune.model.config import empty_model  # noqa: E402 - as above
+from job.tune.model.mixtures import experts_in  # noqa: E402 - as above
+from job.tune.model.wrappers import Wrapper, text_config_of  # noqa: E402 - as above
+
+_HEAD = """\
+<!-- Written by `make docs` from tests/tune/tiny_families.py and tests/run/layout_table.py; change it there. -->
+
+# The models
+
+Each row is a family of decoders, by transformers' `model_type`, that the tests build tiny and random and train beside
+plain transformers, bitsandbytes and PEFT, which get one document at a time: the loss of every token is the same to 1e-4
+and every gradient of the adapter to 1e-3, in fp32 on the CPU. Documents are longer than every window, chunk and
+original length in their configs, others beside them are shorter; whatever stands beside a document, its losses are the
+same to the bit. What the base is in 4 bits is read again from its copy to the bit. `make test-families` runs them all.
+
+*Hand-written*: on a GPU the fast engine trains it; elsewhere, and where that does not fit, it is packed. *Packed*:
+documents stand in one row without padding, and none sees another; on a GPU layers are compiled where attention is
+neither capped nor dropped. *One document a row*: the decoder gets a document at a time, with transformers' own
+attention, and nothing is compiled: slower, above all with short documents. A family that is not in this table trains
+that way too, if `check` on a small random copy of its config, and the checks at the start of a run, find its loss
+right. The adapter opens with `PeftModel.from_pretrained` on the class that is named: each run ends by proving that.
+
+Layers' linear modules are in 4 bits; embeddings, head, norms and the other small tensors never are. *In 16 bits* says
+what large ones stay so too. A mixture with more than 8 GiB of experts is refused by `check`, with its size.
+
+"""
+_COLUMNS = (
+    *("family", "model_type", "how it trains", "as plain PEFT", "documents apart", "in 16 bits besides"),
+    *("`all-linear` adapts", "adapter opens on"),
+)
+_LAYOUTS = """\
+
+## The layouts of a base
+
+What is trained, and what is refused, with the exit code and the sentence: by `check` from the configuration and the
+headers of the files, before anything is fetched whole; NaN and infinity when the weights are loaded. Each row is
+written by the tests from one tiny Llama, called BASE here. What is trained is the plain model's to the bit where the
+layout holds the same numbers.
+
+| layout | exit | what becomes of it |
+|---|--:|---|
+"""
+_SHOWN = 800
+"""Characters of a sentence."""
+
+_WRAPPERS = """
+## Models of more than text
+
+Of these the text decoder is trained, and nothing else is loaded: what takes pictures or sound stays in its files, and
+no memory is planned for it. `all-linear` means the decoder's. The adapter has the names of the class that publishes the
+whole model: PEFT puts it on that (`AutoModelForImageTextToText`), where it gives the loss that the report names, which
+each run tries when it begins, and when it proves the published adapter. The tests hold losses and gradients against the
+whole model with PEFT's adapter on it, as above; names of the tensors as today's and earlier versions of transformers
+write them, whole models that are published in 4 bits, with their towers in 4 bits or not, and copies are tried as well.
+Others are refused by `check`, by name.
+
+Of Qwen 3.5, `AutoModelForCausalLM` makes the decoder alone, whose names are others: the adapter is for the whole model.
+
+| model | model_type | adapter opens on | text decoder | how it trains | not loaded |
+|---|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """What docs/models.md should be."""
+    families_table = _table([_COLUMNS, ("---",) * len(_COLUMNS), *sorted(_rows())])
+    return _HEAD + families_table + _WRAPPERS + _table(sorted(_wrapper_rows())) + _LAYOUTS + _table(_layouts())
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def _layouts() -> Iterator[tuple[str, ...]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in LAYOUTS:
+            yield _layout(name, *outcome_of(name, Path(scratch)))
+    yield _layout(f"a tokenizer that knows more tokens than the {ROWS} rows, none of them in the data", 0, "trained")
+    yield _layout("the same, and the data has such a token", *token_beyond())
+    yield _layout("more rows than the tokenizer knows tokens", 0, "trained")
+
+
+def _layout(name: str, code: int, said: str) -> tuple[str, ...]:
+    return name, str(code), said.replace("|", "\\|").replace("<", "&lt;")[:_SHOWN]
+
+
+def _wrapper_rows() -> Iterator[tuple[str, ...]]:
+    for name, (model_type, _) in WRAPPED.items():
+        config = whole_config_of(name)
+        text, left_out = text_config_of(config), Wrapper(config).left_out()
+        beside = ", ".join(part.removeprefix("model.") for part in left_out) or "-"
+        kinds = f"`{model_type}`", whole_class_of(config).__name__, f"`{text.model_type}`"
+        yield name, *kinds, _how(empty_model(text)), beside
+
+
+def _rows() -> Iterator[tuple[str, ...]]:
+    for name, (model_type, _) in FAMILIES.items():
+        model = empty_model(config_of(name))
+        chosen = chosen_by_all_linear(model)
+        adapted = "all but the head" if chosen is None else ", ".join(chosen)
+        opens = f"`{type(model).__name__}`"
+        parity = "losses 1e-4, gradients 1e-3"
+        how, whole = _how(model), "experts" if experts_in(model) else "-"
+        yield name, f"`{model_type}`", how, parity, "to the bit", whole, adapted, opens
+
+
+def _how(model: Any) -> str:
+    if not families.is_packed(model):
+        return "one document a row"
+    return "hand-written" if families.is_supported(model.config) else "packed"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
