@@ -24,7 +24,6 @@ from job.ending import Session, log_finished
 from job.launch.launched import leave, sit_down
 from job.options import (
     AddedUp,
-    arm_crash_point,
     device_option,
     engine_option,
     leave_ending,
@@ -33,12 +32,11 @@ from job.options import (
     plan_options,
     preview_options,
     recipe_argument,
-    run_with_others,
     shared_options,
-    team_options,
     time_options,
     workdir_option,
 )
+from job.together import arm_crash_point, run_with_others, team_options
 
 log = structlog.get_logger(__name__)
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$|^JOB_NOTIFY_URL$", re.IGNORECASE)

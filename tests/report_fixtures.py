@@ -8,21 +8,17 @@ from job.core.report import (
     AdapterReport,
     Answer,
     AttemptReport,
-    BadLine,
-    DataObject,
-    DataReport,
     EvaluationReport,
     ExactMatch,
-    Histogram,
     ModelReport,
     PlanReport,
     Report,
-    SideReport,
     StartReport,
     SweetSpot,
     Throughput,
     TrainingCurve,
 )
+from job.core.report_data import BadLine, DataObject, DataReport, Histogram, SideReport
 
 SHA256 = "ab" * 32
 COMMIT = "01c7f73d771dfac7d292323805ebc428287df4f9"

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "the house": (
         ("entrypoint",),
-        ("job.cli", "job.options", "job.ending"),
+        ("job.cli", "job.options", "job.together", "job.ending"),
         ("job.commands", "job.commands.*"),
         ("job.launch", "job.launch.*"),
         ("job.stages", "job.stages.*"),
@@ -95,10 +95,10 @@ OWNERS = {
     "boto3": ("job.edge.store.s3*",),
     "botocore": ("job.edge.store.s3*",),
     "signal": ("job.edge.host.interrupt", "job.edge.host.crashing", "job.launch.launched"),
-    "subprocess": ("job.launch.launched",),
+    "subprocess": ("job.launch.launched", "job.edge.workers", "job.tune.data.rendering"),
     "torch.distributed": ("job.tune.world",),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
-    "click": ("job.cli", "job.options"),
+    "click": ("job.cli", "job.options", "job.together"),
     "os.environ": ("job.cli", "job.edge.workers"),
     "os.environb": ("job.cli",),
     "os.getenv": ("job.cli",),

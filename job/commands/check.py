@@ -16,7 +16,7 @@ from job.core.errors import JobError
 from job.core.memory import ModelShape
 from job.core.mixture import portions
 from job.core.recipe import Recipe, is_hub_id
-from job.core.report import DataReport
+from job.core.report_data import DataReport
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.host.logs import quiet_libraries

@@ -13,7 +13,7 @@ from job.core.gpus import Gpu
 from job.core.lengths import Lengths
 from job.core.memory import AdapterShape, EngineName, ModelShape
 from job.core.mixture import portions
-from job.core.report import DataReport
+from job.core.report_data import DataReport
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.host.logs import quiet_libraries

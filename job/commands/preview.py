@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from job.core.preview import ExamplePreview, SourceTokens
-from job.core.report import DataReport
+from job.core.report_data import DataReport
 from job.edge.base import fetching
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted

@@ -5,7 +5,7 @@ from typing import Literal
 
 from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
 from job.core.memory import EngineName
-from job.core.report import DataReport
+from job.core.report_data import DataReport
 from job.core.section import Section
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from job.core.recipe import LoraSection, is_hub_id
-from job.core.report import DataReport, SourceLoss, SourceShare
+from job.core.report import SourceLoss, SourceShare
+from job.core.report_data import DataReport
 from job.core.visible import code_span
 
 

@@ -5,7 +5,7 @@ from string import Template
 
 from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
 from job.core.memory import GIB
-from job.core.report import DataReport
+from job.core.report_data import DataReport
 from job.render.report_text import histogram_lines
 from job.render.sources_text import source_rows
 

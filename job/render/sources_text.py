@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from job.core.course import Course
 from job.core.lines import cells
-from job.core.report import DataReport, Report, SourceReport, SourceShare
+from job.core.report import Report, SourceShare
+from job.core.report_data import DataReport, SourceReport
 
 _MOST_NAME = 20
 """Columns of a name, so that a line has room in 80."""

@@ -10,7 +10,7 @@ from job.core.course import Course
 from job.core.data_section import DataSection
 from job.core.lengths import length_statistics
 from job.core.records import Tally
-from job.core.report import BadLine, DataObject, DataReport, Histogram, SideReport, SourceReport
+from job.core.report_data import BadLine, DataObject, DataReport, Histogram, SideReport, SourceReport
 from job.core.same_content import count_repeated, count_shared
 from job.core.unused import LeftOut
 from job.tune.data.documents import Documents

@@ -15,7 +15,8 @@ from job.core.errors import DataError, UsageError
 from job.core.lengths import choose_max_length
 from job.core.mixture import portions
 from job.core.preview import ExamplePreview
-from job.core.report import DataReport, SourceLoss
+from job.core.report import SourceLoss
+from job.core.report_data import DataReport
 from job.core.unused import judge_unused
 from job.core.verdict import Evaluation
 from job.core.vocabulary import refuse_beyond

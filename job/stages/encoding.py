@@ -29,7 +29,7 @@ from job.core.data_section import DataSection, Fraction
 from job.core.errors import DataError, JobError, LocalDiskError, NotFoundError
 from job.core.memory import GIB
 from job.core.records import Tally
-from job.core.report import DataObject
+from job.core.report_data import DataObject
 from job.edge.dataset_files import DataFile, read_lines
 from job.edge.host.machine import Machine, look_at_machine
 from job.edge.store.folder import FileEntry, LocalFolder

@@ -24,7 +24,8 @@ from job.tune.device.device import allocation_retries
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.checkpoint import AdapterToPublish, Progress
 from job.tune.loop.evaluate import Question, evaluate
-from job.tune.loop.step import Setbacks, StepCutShortError, Stepper, StepRecord, shrink
+from job.tune.loop.step import StepCutShortError, Stepper, shrink
+from job.tune.loop.step_record import Setbacks, StepRecord
 from job.tune.world import ALONE, LOST, Order, World
 
 log = structlog.get_logger(__name__)

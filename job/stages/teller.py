@@ -7,7 +7,7 @@ import structlog
 from job.core.report import SourceLoss
 from job.core.verdict import Evaluation
 from job.stages.attempt import Attempt
-from job.tune.loop.step import StepRecord
+from job.tune.loop.step_record import StepRecord
 from job.tune.loop.track import Tracking
 
 log = structlog.get_logger(__name__)

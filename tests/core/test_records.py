@@ -10,7 +10,7 @@ from job.core import records
 from job.core.data_section import DataSection
 from job.core.errors import DataError
 from job.core.records import BadRecord, Example, Part, Tally, checked_lines, is_held_out, judge_lines, parse_line
-from job.core.report import BadLine
+from job.core.report_data import BadLine
 
 TEXT = DataSection(train=("train.jsonl",), text="{text}")
 PAIR = DataSection(train=("train.jsonl",), prompt="{input}", completion="{output}")

@@ -10,17 +10,15 @@ from job.core.limits import Limits
 from job.core.report import (
     AdapterReport,
     AttemptReport,
-    DataReport,
     EvaluationReport,
-    Histogram,
     ModelReport,
     PlanReport,
     Report,
-    SideReport,
     SweetSpot,
     Throughput,
     TrainingCurve,
 )
+from job.core.report_data import DataReport, Histogram, SideReport
 from job.render.pictures import LENGTHS_PNG, LOSS_PNG, draw
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from job.core.lines import cells
 from job.core.recipe import LoraSection
-from job.core.report import Report, SourceCurve, SourceLoss, SourceReport, SourceShare, read_report
+from job.core.report import Report, SourceCurve, SourceLoss, SourceShare, read_report
+from job.core.report_data import SourceReport
 from job.render.card import Card, adapter_card
 from job.render.report_text import report_lines
 from job.render.sources_text import source_lines

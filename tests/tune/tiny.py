@@ -49,7 +49,8 @@ from job.tune.loop import checkpoint as checkpoints
 from job.tune.loop.checkpoint import Progress, State, adapter_to_publish
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer
-from job.tune.loop.step import Stepper, StepRecord
+from job.tune.loop.step import Stepper
+from job.tune.loop.step_record import StepRecord
 from job.tune.loop.track import make_accelerator
 from job.tune.model.adapter import attach_lora, trainable
 from job.tune.model.base import load_base

@@ -25,41 +25,13 @@ from job.tune.loop.checkpoint import State
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.marks import Mark, seconds_between, take_mark, wait_for
 from job.tune.loop.sharing import settle
+from job.tune.loop.step_record import Setbacks, StepRecord
 from job.tune.world import ALONE, World
 
 log = structlog.get_logger(__name__)
 
 _NAMED_EXAMPLES = 64
 """Examples that the message about a diverged step names: nobody reads a longer one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """What one step did, as it is logged."""
-
-    step: int
-    of: int
-    """Steps of the whole run."""
-    loss: float
-    """In nats a target token."""
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    """Real tokens of the step."""
-    seconds: float
-    setbacks: "Setbacks"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setbacks:
-    """What made a step's numbers differ from those planned."""
-
-    cuts: tuple[Cut, ...] = ()
-    """Smaller cuts that the step was tried with after running out of memory, in order."""
-    compiler_failure: str | None = None
-    """Why compiled layers run uncompiled from this step on; None: nothing has failed."""
-    recompilations: tuple[str, ...] = ()
-    """Why the step waited for the compiler, once for each time."""
 
 
 class StepCutShortError(Exception):
