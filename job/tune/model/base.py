@@ -1,7 +1,7 @@
 """The base model in 4 bits: loaded tensor by tensor, and written as files that load without quantising."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     except SafetensorError as error:
         raise DataError(f"{folder}: a weights file is damaged ({error}); fetch the base model again") from error
     refuse(found, source=str(folder))  # also of a copy: what the files lack was made up at random
-    _refuse_not_finite(not_finite, folder)
+    refuse_not_finite(not_finite, folder)
     model.requires_grad_(False)  # noqa: FBT003 - torch's signature
     without_cpu_repacking(model)
     if left is not None and not done:
@@ -77,7 +77,12 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     return model
 
 
-def _refuse_not_finite(names: Collection[str], folder: Path) -> None:
+def refuse_not_finite(names: Collection[str], folder: Path) -> None:
+    """Raise what tensors were found to hold.
+
+    Raises:
+        DataError: a value that is NaN or infinite.
+    """
     if names:
         raise DataError(
             f"{folder}: not every number in the weights is finite: NaN or infinity in {min(names)}, in {len(names):,} "
@@ -92,12 +97,17 @@ def quantised_files(base: Any, folder: Path) -> Files:
         base: with nothing added to it yet; of a multimodal model they hold its decoder alone, under the whole's names.
         folder: where it was loaded from.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    form = quantisation(dtype_of(base)).to_dict()
-    yield CONFIG, json.dumps(config | {"quantization_config": form}, indent=2).encode
+    yield quantised_config(folder, dtype_of(base))
     wrapper = read_wrapper(folder)
     name = str if wrapper is None else wrapper.outside
     yield from sharded({name(each): tensor for each, tensor in _tensors(base).items()})
+
+
+def quantised_config(folder: Path, dtype: torch.dtype) -> tuple[str, Callable[[], bytes]]:
+    """The file that says of a base in a folder that its weights are in 4 bits."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    form = quantisation(dtype).to_dict()
+    return CONFIG, json.dumps(config | {"quantization_config": form}, indent=2).encode
 
 
 def quantised_bytes(base: Any) -> int:

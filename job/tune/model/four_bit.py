@@ -87,6 +87,19 @@ def put_into_four_bits(model: Any, left: Collection[str] | None) -> dict[str, nn
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
 
 
+def packed_tensors(name: str, empty: Any, value: Tensor) -> dict[str, Tensor]:
+    """A weight in 4 bits as files have it: packed, with its quantisation state beside it, all on the value's device.
+
+    Args:
+        name: the weight's.
+        empty: what stands for it in a model on the meta device, from `put_into_four_bits`.
+        value: [N, K] in the compute dtype.
+    """
+    packed = bnb.nn.Params4bit(value, requires_grad=False, **empty.__dict__).to(value.device)
+    state: dict[str, Tensor] = packed.quant_state.as_dict(packed=True)
+    return {name: packed.data, **{f"{name}.{part}": tensor for part, tensor in state.items()}}
+
+
 def left_whole(model: Any) -> list[str]:
     """Names of the linear modules that are not in 4 bits, as the model has them without its adapter."""
     found = ((name.removesuffix(".base_layer"), module) for name, module in model.named_modules())

@@ -147,10 +147,16 @@ def sharded(tensors: Mapping[str, Tensor], *, most_bytes: int = _SHARD_BYTES) ->
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}.safetensors"
         places |= dict.fromkeys(shard, file)
-        yield file, partial(_content, shard)
-    yield _INDEX, json.dumps({"weight_map": places}, indent=2).encode
+        yield file, partial(content_of, shard)
+    yield index_of(places)
 
 
-def _content(shard: Mapping[str, Tensor]) -> bytes:
+def index_of(places: Mapping[str, str]) -> tuple[str, Callable[[], bytes]]:
+    """The file that says of each tensor in which file it is."""
+    return _INDEX, json.dumps({"weight_map": dict(places)}, indent=2).encode
+
+
+def content_of(shard: Mapping[str, Tensor]) -> bytes:
+    """A file's content: these tensors, from whatever device."""
     content: bytes = save({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()})
     return content
