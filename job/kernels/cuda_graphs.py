@@ -45,7 +45,13 @@ class Replay:
     """Does what a `Step` does, and replays small micro-batches."""
 
     def __init__(
-        self, step: Step, parameters: Sequence[nn.Parameter], *, most_tokens: int, on_failure: Callable[[str], None]
+        self,
+        step: Step,
+        parameters: Sequence[nn.Parameter],
+        *,
+        most_tokens: int,
+        on_failure: Callable[[str], None],
+        records: bool = True,
     ) -> None:
         """Parameters and their gradients must stay where they are in memory, for as long as this is used.
 
@@ -55,12 +61,13 @@ class Replay:
             most_tokens: of a micro-batch that is replayed; 0: none is.
             on_failure: called once with the reason why nothing is recorded any more; small micro-batches are padded
                 all the same, so that their results do not change.
+            records: false where a step waits for others, which no recording can: small micro-batches are padded alike.
         """
         self._step = step
         self._parameters = parameters
         self._most_tokens = most_tokens
         self._on_failure = on_failure
-        self._failed = False
+        self._failed = not records
         self._recordings: dict[Size, _Recording] = {}
         self._refresh: Callable[[], None] | None = None
         self._pool: Any = None

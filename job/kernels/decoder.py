@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -33,6 +34,38 @@ class DecoderLayer:
         return self.qkv, self.out, self.gate_up, self.down
 
 
+class Arrivals(Protocol):
+    """Brings a layer's weights to the device, where they are not all there."""
+
+    def begin(self, *, trains: bool) -> None:
+        """Before a pass through all layers."""
+        ...
+
+    def forward(self, layer: int) -> None:
+        """Before a layer is passed forward."""
+        ...
+
+    def backward(self, layer: int) -> None:
+        """Before it is passed backward, and before its activations are recomputed for that."""
+        ...
+
+
+class _Here:
+    """All weights are on the device."""
+
+    def begin(self, *, trains: bool) -> None:
+        """Nothing to wait for."""
+
+    def forward(self, layer: int) -> None:
+        """As above."""
+
+    def backward(self, layer: int) -> None:
+        """As above."""
+
+
+HERE: Arrivals = _Here()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Decoder:
     """A decoder of the Llama family as tensors, with its head."""
@@ -49,6 +82,7 @@ class Decoder:
     """Added to the mean square, in every norm."""
     rotation: Callable[[Tensor], tuple[Tensor, Tensor]]
     """Positions [T] -> cos and sin, each [T, head width / 2] fp32."""
+    arrivals: Arrivals = HERE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

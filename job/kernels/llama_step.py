@@ -112,7 +112,10 @@ class Step:
         context = _StepContext(row=row, segments=segments, cos=cos, sin=sin)
         stream = self._decoder.embeddings[row.ids].to(self._dtype)
         kept: list[_Kept | Tensor] = []
+        arrivals = self._decoder.arrivals
+        arrivals.begin(trains=True)
         for index in range(len(self._decoder.layers)):
+            arrivals.forward(index)
             if index < self._recomputed:
                 kept.append(stream.clone())
                 self._layer_forward(index, stream, context)
@@ -123,6 +126,7 @@ class Step:
         del stream
         for index in range(len(self._decoder.layers) - 1, -1, -1):
             state = kept.pop()
+            arrivals.backward(index)
             if isinstance(state, Tensor):
                 state = self._layer_forward(index, state, context)
             self._mlp_backward(index, state, grad, context)

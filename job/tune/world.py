@@ -41,6 +41,7 @@ class Order(enum.IntEnum):
     STOP = 5
     DONE = 6
     PREPARE = 7
+    PROVE = 8
 
 
 class PeerSilentError(StalledError):
@@ -210,7 +211,7 @@ class Ranks:
 
         self._dist, self._device, self._patience = dist, device, patience
         self.rank, self.size, self.bytes_sent, self.lost = seat.rank, seat.size, 0, False
-        cuda = device.type == "cuda"
+        cuda = self._on_gpu = device.type == "cuda"
         with _peers():
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
@@ -224,6 +225,10 @@ class Ranks:
             self._orders = dist.new_group(backend="gloo", timeout=_FOR_EVER)
             self._words = dist.new_group(backend="gloo", timeout=_FOR_EVER)
         self._kept: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._rows: ProcessGroup | None = None
+        self._turns: ProcessGroup | None = None
+        self.before_meeting: Callable[[], None] = _nothing
+        """Called before ranks meet in anything but a turn: who holds a sharded base helps the others to end theirs."""
 
     def lose(self) -> None:
         """As in `World`, like what follows."""
@@ -250,12 +255,14 @@ class Ranks:
 
     def agree(self, *, go: bool) -> bool:
         """On the CPU alone: a device that waits for nobody."""
+        self.before_meeting()
         mine, all_of_them = torch.tensor([int(go)]), torch.zeros(self.size, dtype=torch.int64)
         self._gathered(all_of_them, mine)
         return bool(all_of_them.all())
 
     def sum_in_order(self, vectors: Sequence[Tensor]) -> None:
         """A piece at a time."""
+        self.before_meeting()
         for vector in vectors:
             for piece in torch.split(vector, _PIECE):
                 self._sum(piece)
@@ -289,6 +296,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """As JSON."""
+        self.before_meeting()
         mine = _bytes_of(json.dumps(value).encode())
         sizes = torch.zeros(self.size, dtype=torch.int64)
         self._gathered(sizes, torch.tensor([mine.numel()]))
@@ -315,14 +323,45 @@ class Ranks:
             shared[name] = tensor
         return said, shared
 
-    def _gathered(self, into: Tensor, mine: Tensor) -> None:
+    def _gathered(self, into: Tensor, mine: Tensor, group: "ProcessGroup | None" = None) -> None:
+        group = group or self._words
         with _peers():
-            work = self._dist.all_gather_into_tensor(into, mine, group=self._words, async_op=True)
-            self._wait(work, self._words)
+            self._wait(self._dist.all_gather_into_tensor(into, mine, group=group, async_op=True), group)
+
+    # --- a base that is sharded ---------------------------------------------------------------------------------------
+
+    def share_rows(self) -> None:
+        """Get ready for turns and rows, in groups of their own, where they queue behind nothing; all ranks, once."""
+        if self._turns is None:
+            with _peers():
+                self._turns = self._dist.new_group(backend="gloo", timeout=_FOR_EVER)
+                self._rows = self._dist.new_group(backend="nccl" if self._on_gpu else "gloo", timeout=_FOR_EVER)
+
+    def turn(self, wish: int) -> int:
+        """The largest of what all ranks wish for."""
+        wishes = torch.zeros(self.size, dtype=torch.int64)
+        self._gathered(wishes, torch.tensor([wish]), self._turns)
+        return int(wishes.max())
+
+    def gather_row(self, part: Tensor, row: Tensor) -> Callable[[], None]:
+        """Begin to gather a row of bytes, of which each rank has a part; returns what waits for it.
+
+        On a GPU it begins once the current stream has done what it was given so far, on a stream of its own; there
+        only the current stream waits.
+        """
+        with _peers():
+            work = self._dist.all_gather_into_tensor(row, part, group=self._rows, async_op=True)
+        self.bytes_sent += (self.size - 1) * part.numel()
+
+        def wait() -> None:
+            with _peers():
+                self._wait(work, self._rows)
+
+        return wait
 
     def _wait(self, work: Any, group: Any) -> None:
         """On a GPU's group only its stream waits."""
-        if group is self._data and self._device.type == "cuda":
+        if self._on_gpu and (group is self._data or group is self._rows):
             work.wait()
             return
         seconds = self._patience()
@@ -336,6 +375,10 @@ class Ranks:
                     "then start the same job again"
                 ) from error
             raise
+
+
+def _nothing() -> None:
+    """There is no sharded base."""
 
 
 def _bytes_of(content: bytes) -> Tensor:

@@ -15,7 +15,14 @@ from tiny import watch_micro_batches as watch
 from job.core.errors import JobError
 from job.core.recipe import LoraSection
 from job.core.seat import Seat
+from job.kernels.decoder import Saving
+from job.kernels.llama_step import Step
+from job.kernels.which_ops import ops_of
 from job.stages.following import _Follower
+from job.tune.engines.autograd import AutogradEngine
+from job.tune.engines.handwritten import HandwrittenEngine
+from job.tune.loop import evaluate as evaluation
+from job.tune.loop.evaluate import Question
 from job.tune.loop.sharing import share_state
 from job.tune.model.config import load_tokenizer
 from job.tune.world import ALONE, Meeting, Order
@@ -28,14 +35,21 @@ def seat(rank, size, port):
     return Seat(rank=rank, size=size, folder="", supervisor=0, **place)
 
 
-def prepare(order, rank):
+def prepare(order, rank, world):
     """A tiny attempt, and what is special about this rank."""
     tokenizer = load_tokenizer(order["tokenizer"])
     pairs = [(random_text(p, seed=i), random_text(c, seed=100 + i)) for i, (p, c) in enumerate(SIZES)]
     folder = Path(order["folder"], f"rank-{rank}")
     documents = documents_of(folder / "documents", tokenizer, pairs, data=PAIR)
     lora = LoraSection(r=8, alpha=16, targets=("v_proj", "lm_head"), dropout=order.get("dropout", 0.0))
-    made = attempt(Path(order["base"]), documents, folder=folder, lora=lora, **order["options"])
+    shards = world if order.get("sharded") else None
+    made = attempt(Path(order["base"]), documents, folder=folder, lora=lora, shards=shards, **order["options"])
+    made.world = world
+    if order.get("engine") == "fast":
+        if "fast_ceiling" in order["special"].get(str(rank), {}):
+            fast_ceiling(order["special"][str(rank)]["fast_ceiling"])
+        saving = Saving(kept_layers=0, recomputed_layers=0)
+        made.engine = HandwrittenEngine(made.model, ops_of(CPU), dtype=torch.float32, saving=saving)
     special = order["special"].get(str(rank), {})
     if "ceiling" in special:
         Ceiling(made, special["ceiling"])
@@ -56,6 +70,18 @@ def prepare(order, rank):
     made.cut_after = special.get("cut_after")
     made.model.seed_dropout = _noted(made.model.seed_dropout, seeds := [])
     return made, seeds
+
+
+def fast_ceiling(most):
+    """The fast engine runs out of memory in the midst of a pass with more tokens."""
+    layer_forward = Step._layer_forward
+
+    def limited(self, index, stream, context):
+        if index == 2 and len(stream) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+        return layer_forward(self, index, stream, context)
+
+    Step._layer_forward = limited
 
 
 def _noted(call, seen):
@@ -90,16 +116,33 @@ def follow(made):
     _Follower(ours, SimpleNamespace(dataset=dataset), ready, made.world).obey()
 
 
+def ask(made, order):
+    """Answers of unlike numbers of tokens, some groups to each rank."""
+    evaluation._PROMPTS_AT_ONCE = 1
+    tokenizer = load_tokenizer(order["tokenizer"])
+    prompts = [random_text(3 + i, seed=i) for i in range(order["ask"])]
+    questions = [
+        Question(ids=tuple(tokenizer(prompt)["input_ids"]), prompt=prompt, expected=None, ends=(7 + i,))
+        for i, prompt in enumerate(prompts)
+    ]
+    options = {"max_new_tokens": 12, "seed": 0, "should_stop": lambda: False}
+    return evaluation.answer(made.model, questions, tokenizer, world=made.world, **options)
+
+
 def main(rank, size, port, order):
-    made, seeds = prepare(order, rank)
+    world = ALONE
     if size > 1:
-        made.world = Meeting(seat(rank, size, port)).join(CPU, patience=lambda: order.get("patience", 300.0))
+        world = Meeting(seat(rank, size, port)).join(CPU, patience=lambda: order.get("patience", 300.0))
+    made, seeds = prepare(order, rank, world)
+    if size > 1:
         share_state(made.world, made.state, made.flat)
-    else:
-        assert made.world is ALONE
-    error = None
+        made.engine = made.engine or AutogradEngine(made.model, made.accelerator.backward)
+        made.engine.adopt(made.progress.cut)
+        made.engine.refresh()
+    error = answers = None
     try:
         train(made, order) if rank == 0 else follow(made)
+        answers = ask(made, order) if order.get("ask") else None
     except JobError as raised:
         error = raised
     progress = made.progress
@@ -115,6 +158,9 @@ def main(rank, size, port, order):
         "tokens": progress.cut.micro_batch_tokens,
         "committed": made.committed,
         "seeds": seeds,
+        "answers": answers,
+        "device_bytes": made.model.sharded and made.model.sharded.device_bytes,
+        "setbacks": sum(len(record.setbacks.cuts) for record in made.records),
         "waited": facts.waited_seconds if facts else None,
         "bytes": facts.bytes_sent if facts else None,
         "loaded_distributed": "torch.distributed.distributed_c10d" in sys.modules

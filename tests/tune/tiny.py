@@ -53,7 +53,8 @@ from job.tune.loop.step import Stepper
 from job.tune.loop.step_record import StepRecord
 from job.tune.loop.track import make_accelerator
 from job.tune.model.adapter import attach_lora, trainable
-from job.tune.model.base import load_base
+from job.tune.model.base import load_base, quantised_files
+from job.tune.model.sharded import ShardedLayers
 from job.tune.world import ALONE, World
 
 CPU = torch.device("cpu")
@@ -125,6 +126,14 @@ def write_base(folder: Path, config: Any, *, most_bytes: str = "1GB") -> Path:
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)  # norms that do something
     model.save_pretrained(folder, max_shard_size=most_bytes)
+    return folder
+
+
+def write_copy(folder: Path, base: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """The folder that holds what a base becomes in 4 bits."""
+    folder.mkdir()
+    for name, content in quantised_files(load_base(base, device=CPU, dtype=dtype), base):
+        (folder / name).write_bytes(content())
     return folder
 
 
@@ -202,10 +211,12 @@ def adapted(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     moved: bool = False,
+    shards: Any = None,
 ) -> PackedModel:
-    """Base and fresh adapter. `moved`: lora_B is not zero, as it is after some steps."""
-    loaded = load_base(base, device=CPU, dtype=dtype)
-    model = PackedModel(attach_lora(loaded, lora, source="tiny/base", revision=None, seed=seed))
+    """Base and fresh adapter. `moved`: lora_B is not zero, as it is after some steps. `shards`: the base's ranks."""
+    loaded = load_base(base, device=CPU, dtype=dtype, on_host=shards is not None)
+    sharded = None if shards is None else ShardedLayers(loaded, shards, CPU)
+    model = PackedModel(attach_lora(loaded, lora, source="tiny/base", revision=None, seed=seed), sharded)
     if moved:
         torch.manual_seed(seed + 1)
         for parameter in trainable(model):
@@ -440,18 +451,20 @@ def attempt(
     dtype: torch.dtype = torch.float32,
     learning_rate: float = 1e-2,
     schedule: str = "linear",
+    recomputed_layers: int = 0,
+    shards: Any = None,
 ) -> Attempt:
     """As the stages prepare it."""
     train = TrainSection(
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer, schedule=schedule
     )
     recipe = Recipe(model={"base": "tiny/base", "revision": "0" * 40}, data=PAIR, lora=lora, train=train, output="o")
-    model = adapted(base, lora, dtype=dtype)
+    model = adapted(base, lora, dtype=dtype, shards=shards)
     course = plan_course(examples=len(documents), batch_size=batch_size, steps=steps, epochs=None, seed=train.seed)
     flat = FlatAdapter(model)
     made = make_optimizer(flat.vectors, train)
     scheduler = get_scheduler(schedule, made, num_warmup_steps=1, num_training_steps=steps)
-    progress = Progress(cut=cut_of(micro_batch_tokens))
+    progress = Progress(cut=cut_of(micro_batch_tokens, recomputed_layers=recomputed_layers))
     torch.manual_seed(train.seed)
     return Attempt(
         model=model,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from job.core.errors import UsageError
 from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.attention import WIDEST_HEAD, Attention
-from job.kernels.decoder import Decoder, DecoderLayer
+from job.kernels.decoder import HERE, Arrivals, Decoder, DecoderLayer
 from job.kernels.weights import Adapter, Dequantise, Group, Linear, Quantised
 from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.model.adapter import chosen_by_all_linear
@@ -174,7 +174,7 @@ def _reasons(causal_lm: Any) -> Iterator[str]:
             yield f"{path} {against_form}"
 
 
-def decoder_of(model: PeftModel, *, dequantise: Dequantise) -> Decoder:
+def decoder_of(model: PeftModel, *, dequantise: Dequantise, arrivals: Arrivals = HERE) -> Decoder:
     """The model's decoder as tensors; `reason_against` has found nothing."""
     causal_lm: Any = model.get_base_model()
     config, trunk = causal_lm.config, causal_lm.model
@@ -212,6 +212,7 @@ def decoder_of(model: PeftModel, *, dequantise: Dequantise) -> Decoder:
         head_width=_head_width(config),
         epsilon=config.rms_norm_eps,
         rotation=rotation,
+        arrivals=arrivals,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from job.core.cut import Cut
 from job.kernels.attention import Segments
 from job.kernels.cuda_graphs import Replay, most_tokens
-from job.kernels.decoder import PackedRow, Saving
+from job.kernels.decoder import HERE, PackedRow, Saving
 from job.kernels.llama_step import Step
 from job.kernels.ops import Ops
 from job.tune.data.micro_batch import MicroBatch
@@ -38,7 +38,7 @@ class HandwrittenEngine:
             saving: what layers keep and recompute until a cut is adopted.
         """
         self._model = model
-        self._decoder = decoder_of(model.model, dequantise=ops.dequantise)
+        self._decoder = decoder_of(model.model, dequantise=ops.dequantise, arrivals=model.sharded or HERE)
         self._dropout = max(group.dropout for layer in self._decoder.layers for group in layer.groups)
         own = model.attention.own
         self._make: _MakeStep = lambda saving: Step(self._decoder, ops, dtype=dtype, saving=saving, own_attention=own)
@@ -67,6 +67,7 @@ class HandwrittenEngine:
                 step,
                 trainable(self._model),
                 most_tokens=most_tokens(step),
+                records=self._model.sharded is None,
                 on_failure=lambda reason: log.warning("no_cuda_graphs", reason=reason, then="small batches are slower"),
             )
 

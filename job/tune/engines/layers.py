@@ -11,9 +11,9 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 from torch._inductor import config as inductor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job import kernels
+from job.tune.model.sharded import ShardedLayers, layers_of
 
 _MOST_VARIANTS = 64
 """Variants of a layer's code, by kind of layer; a model that needs more would be compiled all the time."""
@@ -22,14 +22,15 @@ _MOST_VARIANTS = 64
 class LayerForwards:
     """Replaces the forward of a model's layers; compiled code runs only where there will be a backward."""
 
-    def __init__(self, causal_lm: Any) -> None:
-        self._layers = [module for module in causal_lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    def __init__(self, causal_lm: Any, sharded: ShardedLayers | None = None) -> None:
+        self._layers = layers_of(causal_lm)
+        self._sharded = sharded
         self._run = _as_it_is
         self.recomputing = False
         """Whether activations are recomputed in the backward."""
         self.compiled = False
-        for layer in self._layers:
-            layer.forward = partial(self._forward, layer)
+        for number, layer in enumerate(self._layers):
+            layer.forward = partial(self._forward if sharded is None else partial(self._sharded_forward, number), layer)
 
     def __bool__(self) -> bool:
         return bool(self._layers)
@@ -42,6 +43,20 @@ class LayerForwards:
         if self.recomputing:
             return checkpoint(self._run, layer, *args, use_reentrant=False, **kwargs)
         return self._run(layer, *args, **kwargs)
+
+    def _sharded_forward(self, number: int, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Ask for the layer's weights first, and leave a mark by which the backward asks for them again."""
+        sharded = self._sharded
+        assert sharded is not None, "its forward is this one because of that"
+        if number == 0:
+            sharded.begin(trains=torch.is_grad_enabled())
+        sharded.forward(number)
+        result = self._forward(layer, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return result
+        if isinstance(result, tuple):
+            return (_Mark.apply(result[0], sharded, number), *result[1:])
+        return _Mark.apply(result, sharded, number)
 
     def compile(self, backend: str) -> None:
         """Compile the layers from now on; all layers of one kind share their code, whatever a micro-batch's size.
@@ -61,6 +76,20 @@ class LayerForwards:
     def stop_compiling(self) -> None:
         """Run the layers uncompiled from now on."""
         self._run, self.compiled = _as_it_is, False
+
+
+class _Mark(torch.autograd.Function):
+    """The identity at a layer's end; its backward is the first of the layer's, also before one that recomputes."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, sharded: ShardedLayers, number: int) -> torch.Tensor:
+        ctx.sharded, ctx.number = sharded, number
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        ctx.sharded.backward(ctx.number)
+        return gradient, None, None
 
 
 def _as_it_is(layer: Any, *args: Any, **kwargs: Any) -> Any:

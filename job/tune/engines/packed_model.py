@@ -18,6 +18,7 @@ from job.tune.engines.families import is_packed
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
+from job.tune.model.sharded import ShardedLayers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,16 +34,23 @@ class DocumentScores:
 class PackedModel(nn.Module):
     """The adapted model with our attention, linear layers and loss in it, and its layers compiled or not."""
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, sharded: ShardedLayers | None = None) -> None:
+        """Change the model's layers in place.
+
+        Args:
+            model: base and adapter.
+            sharded: where the layers' weights come from; None: they are there.
+        """
         super().__init__()
         self.model = model
+        self.sharded = sharded
         register()
         self.is_packed = is_packed(self._causal_lm())
         """Whether the decoder gets a row of documents; else one document at a time, by transformers' own attention."""
         self._attend()
         rotate_by_document(model)
         self.linears = FusedLinears(model)
-        self.layers = LayerForwards(self._causal_lm())
+        self.layers = LayerForwards(self._causal_lm(), sharded)
 
     @cached_property
     def attention(self) -> AttentionChoice:

@@ -3,17 +3,13 @@
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from job.core.cut import Cut, common_cut
 from job.core.errors import SickDeviceError
+from job.tune.device.digest import digest
 from job.tune.loop.checkpoint import State, flatten
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import set_schedule
 from job.tune.world import World
-
-_PIECE = 2**22
-"""Elements that a digest looks at together: its numbers take eight bytes each."""
 
 
 def share_state(world: World, state: State, adapter: FlatAdapter) -> None:
@@ -63,13 +59,4 @@ def settle(world: World, adapter: FlatAdapter, cut: Cut, *, waited_seconds: floa
 
 
 def _digest(adapter: FlatAdapter) -> list[int]:
-    """Of all bits of the adapter, weighted by their places, modulo 2**64."""
-    sums = []
-    for vector in adapter.vectors:
-        words = vector.detach().view(torch.int32)
-        total = torch.zeros((), dtype=torch.int64, device=words.device)
-        for start in range(0, len(words), _PIECE):
-            piece = words[start : start + _PIECE].to(torch.int64)
-            total += (piece * torch.arange(start + 1, start + 1 + len(piece), device=words.device)).sum()
-        sums.append(int(total))
-    return sums
+    return [int(digest(vector)) for vector in adapter.vectors]

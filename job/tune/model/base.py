@@ -22,7 +22,7 @@ from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_
 from job.tune.model.wrappers import parts_of
 
 
-def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
+def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype, on_host: bool = False) -> Any:
     """The base in 4 bits (NF4, double quantisation), frozen; embeddings, norms and head in `dtype`.
 
     Tensor by tensor: from the file to the device, and there into 4 bits, so that the host's memory never holds more
@@ -30,6 +30,13 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
 
     Frozen by hand: peft's prepare_model_for_kbit_training would make norms, embeddings and head fp32, which is slower
     and larger, and turn on checkpointing.
+
+    Args:
+        folder: with configuration and weights.
+        device: computes.
+        dtype: computes in it.
+        on_host: leave every tensor in its file's pages, for a device that will get its own part of them; of a base
+            that is in 4 bits already.
 
     Raises:
         DataError: the weights cannot be read, are not those of the model that the config describes, or are not finite.
@@ -41,8 +48,9 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     config = read_config(folder)
     kind = causal_lm_of(config)
     quantised, not_finite = quantisation(dtype), set[str]()
+    place = torch.device("cpu") if on_host else device
     try:
-        tensors = stored_tensors(folder, device, not_finite=not_finite)
+        tensors = stored_tensors(folder, place, not_finite=not_finite, in_pages=on_host)
         left = hold_to_promises(folder, {name: tensor.header for name, tensor in tensors.items()}, source=str(folder))
         form = getattr(config, "quantization_config", None)
         tensors = {**parts_of(read_whole_config(folder), tensors).text}
@@ -61,7 +69,7 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
             tensors,
             quantization_config=quantised if left is None else None,
             dtype=dtype,
-            device_map={"": device},
+            device_map={"": place},
         )
     except SafetensorError as error:
         raise DataError(f"{folder}: a weights file is damaged ({error}); fetch the base model again") from error

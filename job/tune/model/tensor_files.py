@@ -82,13 +82,16 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def stored_tensors(folder: Path, device: torch.device, *, not_finite: set[str]) -> dict[str, StoredTensor]:
+def stored_tensors(
+    folder: Path, device: torch.device, *, not_finite: set[str], in_pages: bool = False
+) -> dict[str, StoredTensor]:
     """Every tensor of the model in a folder, by name; no data is read.
 
     Args:
         folder: with `model.safetensors`, or several files and their index.
         device: where they will go.
         not_finite: gets the name of each tensor that is read and holds a value that is NaN or infinite.
+        in_pages: whether those on the host are left in their file's own pages, which all processes have in common.
 
     Raises:
         SafetensorError: a file is damaged.
@@ -106,7 +109,7 @@ def stored_tensors(folder: Path, device: torch.device, *, not_finite: set[str]) 
                     file=path,
                     name=name,
                     header=TensorHeader(dtype=tensor.get_dtype(), shape=tuple(tensor.get_shape())),
-                    on_cpu=device.type == "cpu",
+                    on_cpu=device.type == "cpu" and not in_pages,
                     not_finite=not_finite,
                 )
     return tensors

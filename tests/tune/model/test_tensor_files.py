@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load
-from tiny import ARCHITECTURES, CPU, adapted, backward, micro_batch, trainable, write_base
+from tiny import ARCHITECTURES, CPU, adapted, backward, micro_batch, trainable, write_base, write_copy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from job.core.errors import DataError
@@ -17,14 +17,6 @@ from job.tune.model.config import read_config, shape_of
 from job.tune.model.tensor_files import _is_finite, sharded, stored_tensors, tensors_bytes
 
 DTYPES = (torch.bfloat16, torch.float32)
-
-
-def write_copy(folder, base, *, dtype=torch.bfloat16):
-    """The folder that holds what a base becomes in 4 bits."""
-    folder.mkdir()
-    for name, content in quantised_files(load_base(base, device=CPU, dtype=dtype), base):
-        (folder / name).write_bytes(content())
-    return folder
 
 
 def everything_of(model):
