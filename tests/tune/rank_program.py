@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,9 +43,12 @@ def prepare(order, rank, world):
     folder = Path(order["folder"], f"rank-{rank}")
     documents = documents_of(folder / "documents", tokenizer, pairs, data=PAIR)
     lora = LoraSection(r=8, alpha=16, targets=("v_proj", "lm_head"), dropout=order.get("dropout", 0.0))
+    folder.mkdir(exist_ok=True)
     shards = world if order.get("sharded") else None
     made = attempt(Path(order["base"]), documents, folder=folder, lora=lora, shards=shards, **order["options"])
     made.world = world
+    if "evaluation_tokens" in order:
+        made.progress.cut = replace(made.progress.cut, evaluation_tokens=order["evaluation_tokens"])
     if order.get("engine") == "fast":
         if "fast_ceiling" in order["special"].get(str(rank), {}):
             fast_ceiling(order["special"][str(rank)]["fast_ceiling"])
@@ -53,6 +57,8 @@ def prepare(order, rank, world):
     special = order["special"].get(str(rank), {})
     if "ceiling" in special:
         Ceiling(made, special["ceiling"])
+    if "evaluation_ceiling" in special:
+        evaluation_ceiling(made, special["evaluation_ceiling"])
     if "poison" in special:
         poison(made, special["poison"], "nan")
     if "moved" in special:  # what rank 0 shares is not what this one would begin with
@@ -70,6 +76,34 @@ def prepare(order, rank, world):
     made.cut_after = special.get("cut_after")
     made.model.seed_dropout = _noted(made.model.seed_dropout, seeds := [])
     return made, seeds
+
+
+def sick(gather_row, call):
+    """A link that changes one bit of what it carries, once."""
+    calls = []
+
+    def spoilt(part, row):
+        arrived = gather_row(part, row)
+        calls.append(row)
+
+        def wait():
+            arrived()
+            if len(calls) == call:
+                row[len(row) // 2 + 5] ^= 4
+
+        return wait
+
+    return spoilt
+
+
+def evaluation_ceiling(made, most):
+    """An evaluation runs out of memory in the midst of a pass with more tokens."""
+
+    def half_way(layer, inputs):
+        if not layer.training and inputs[0].shape[1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+
+    made.model.model.get_base_model().model.layers[2].register_forward_pre_hook(half_way)
 
 
 def fast_ceiling(most):
@@ -133,7 +167,15 @@ def main(rank, size, port, order):
     world = ALONE
     if size > 1:
         world = Meeting(seat(rank, size, port)).join(CPU, patience=lambda: order.get("patience", 300.0))
-    made, seeds = prepare(order, rank, world)
+        if "sick_link" in order["special"].get(str(rank), {}):
+            world.gather_row = sick(world.gather_row, order["special"][str(rank)]["sick_link"])
+    try:
+        made, seeds = prepare(order, rank, world)
+    except JobError as error:
+        place = Path(order["folder"], f"rank-{rank}")
+        save_file({}, place / "adapter.safetensors")
+        (place / "result.json").write_text(json.dumps({"error": type(error).__name__, "said": str(error)}))
+        os._exit(0)
     if size > 1:
         share_state(made.world, made.state, made.flat)
         made.engine = made.engine or AutogradEngine(made.model, made.accelerator.backward)

@@ -39,10 +39,11 @@ def material(tmp_path_factory):
 def ranks(tmp_path, material, warm):
     """Train in so many processes; `special`: what is done to one of them; `wait_for`: whose end is waited for."""
 
-    def train(size, *, special=None, wait_for=None, steps=4, batch_size=8, optimizer="adamw_torch", tokens=64, **order):
+    def train(size, *, special=None, wait_for=None, steps=4, batch_size=8, optimizer="adamw_torch", tokens=64, layers=0, **order):
         folder = tmp_path / f"{size}-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         options = {"steps": steps, "batch_size": batch_size, "optimizer": optimizer, "micro_batch_tokens": tokens}
+        options["recomputed_layers"] = layers
         order = {**material, "folder": str(folder), "special": special or {}, "options": options, **order}
         (folder / "order.json").write_text(json.dumps(order))
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
