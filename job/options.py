@@ -306,6 +306,7 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
         workdir=options["workdir"].resolve(),
         device=options["device"],
         engine=options.get("engine", "auto"),
+        placement=options.get("base_placement"),
         should_stop=session.interrupt,
     )
     session.attempt = Attempt(

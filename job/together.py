@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from job.core.memory import Placement
 from job.ending import Session
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ def team_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="HOST:PORT",
             help="Where the nodes meet: a free port of node 0, as the others reach it.",
         ),
+        click.option(
+            "--base-placement",
+            envvar="JOB_BASE_PLACEMENT",
+            type=click.Choice(get_args(Placement)),
+            help="`replicated`: each GPU holds the whole base; `sharded`: its layers are spread over all GPUs, which is "
+            "slower. Without it the base is sharded where it fits no single one.",
+        ),
     )[::-1]:
         command = option(command)
     return command
@@ -57,6 +65,7 @@ def run_with_others(
     Returns:
         Whether that was done: the report is the business of the process that owns the run.
     """
+    from job.core.placement import refuse_shards_of_one
     from job.core.seat import team_of
 
     if session.seat is not None:
@@ -76,6 +85,7 @@ def run_with_others(
         gpus = 1 if on_cpu else max(1, visible_gpus(environment.get("CUDA_VISIBLE_DEVICES")))
     team = team_of(gpus=gpus, nodes=options["nodes"], node_rank=options["node_rank"], rendezvous=options["rendezvous"])
     if team.size == 1:
+        refuse_shards_of_one(options["base_placement"])
         return False
     from job.launch.supervisor import supervise
 

@@ -37,6 +37,7 @@ FLOORS = {
         ("job.stages.loop", "job.stages.following"),
         ("job.stages.preparing",),
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
+        ("job.stages.placing",),
         ("job.stages.company",),
         ("job.stages.gathering", "job.stages.loading"),
         (

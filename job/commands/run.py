@@ -57,15 +57,18 @@ def _carry_out(attempt: Attempt, held: Held, seat: Seat | None) -> Report:
         from job.stages.finish import finish
         from job.stages.gathering import gather
         from job.stages.hardware import hardware_errors
+        from job.stages.placing import place_base
         from job.stages.training import TrainingStage
 
         quiet_libraries()
     with Company(attempt, seat) as company:
         company.begin(held.run)
-        inputs = company.in_turn(lambda: gather(attempt, held.run, held.records.begin))
+        inputs = company.in_turn(
+            lambda: place_base(attempt, gather(attempt, held.run, held.records.begin), company, makes_copy=True)
+        )
         with hardware_errors(inputs.device):
             facts = TrainingStage(attempt, inputs, company).run()
-            return finish(attempt, inputs, facts)
+            return finish(attempt, inputs, facts, company.world)
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:

@@ -10,6 +10,8 @@ EngineName = Literal["fast", "generic"]
 WantedEngine = Literal["auto", EngineName]
 """What a user can ask for."""
 LogitsKind = Literal["plain", "scaled", "capped"]
+Placement = Literal["replicated", "sharded"]
+"""Where the base is: the whole of it on each GPU, or each of its layers spread over all of them."""
 ComputeDtype = Literal["bf16", "fp32"]
 """What the base computes in: fp32 on processors without instructions for bf16."""
 
@@ -106,7 +108,7 @@ class MemoryParts:
     """Bytes of each part. The peak is during a step."""
 
     weights: int
-    """The base in 4 bits."""
+    """The base in 4 bits; where it is sharded our share of it, and the two layers that are there at a time."""
     embeddings: int
     """Embedding and head, and what else is not in 4 bits: bf16."""
     adapter: int
@@ -160,13 +162,18 @@ class MemoryParts:
         return self.fixed + dequantised + max(at_the_head, in_the_backward)
 
 
-def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *, compiled: bool = True) -> MemoryParts:
+def memory_parts(
+    shape: ModelShape, adapter: AdapterShape, engine: EngineName, *, compiled: bool = True, shards: int = 1
+) -> MemoryParts:
     """Bytes of each part; the fast engine has no layers that could be compiled.
 
     The fast engine: what `job/kernels/llama_step.py` keeps, tensor by tensor. The generic one, its layers compiled,
     keeps in bf16: a layer's input, the stream between its halves, and what each norm gives (4 hidden); query, key,
     value and the attention's result; gate, up and their product; the input of each adapter's ranks. With Llama-2-7B on
-    an H200 that is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384.
+    that is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384.
+
+    With `shards` the layers' weights are spread over so many GPUs, two layers are whole at a time, and none is kept
+    dequantised.
     """
     query, keys = shape.heads * shape.head_width, shape.key_heads * shape.head_width
     wide, rank = _padded(3 * adapter.rank), _padded(adapter.rank)
@@ -202,8 +209,12 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *
         workspace, spared = dequantised + head, dequantised
         # The stream's gradient, and at the widest: the product and its gradient, the gradients of gate and up.
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
+    weights = math.ceil(_NF4_BYTES * shape.linear_parameters)
+    if shards > 1:
+        weights = weights // shards + 2 * weights // shape.layers
+        dequantised = 0
     return MemoryParts(
-        weights=math.ceil(_NF4_BYTES * shape.linear_parameters),
+        weights=weights,
         embeddings=_BF16 * shape.whole_parameters,
         adapter=_FP32 * adapter.parameters,
         gradients=_FP32 * adapter.parameters,

@@ -181,8 +181,8 @@ class Throughput(Section):
     ranks: int = 1
     """Processes that made each step of this attempt, a GPU each."""
     nodes: int = 1
-    placement: Literal["replicated"] = "replicated"
-    """Where the base is: the whole of it with each process."""
+    placement: Literal["replicated", "sharded"] = "replicated"
+    """Where the base is: the whole of it with each process, or its layers spread over all of them."""
     tokens_per_second_a_rank: float = 0.0
     """By this attempt's number of processes."""
     waited_seconds: float = 0.0

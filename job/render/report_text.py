@@ -133,6 +133,7 @@ def _together(report: Report) -> list[str]:
     if speed.ranks == 1:
         return []
     nodes = f" on {speed.nodes} nodes" if speed.nodes > 1 else ""
+    nodes += ", the base sharded over them" if speed.placement == "sharded" else ""
     each = f"{speed.tokens_per_second_a_rank:,.0f} tokens a second each"
     lost = f"{speed.waited_seconds:.1f} s waited for others in this attempt"
     return [f"       by {speed.ranks} processes{nodes}: {each}, {lost}, {speed.bytes_a_step / 1e6:,.1f} MB sent a step"]

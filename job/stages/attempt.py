@@ -11,7 +11,7 @@ import structlog
 from job.core.errors import DeniedError, LocalDiskError, UnavailableError, UsageError
 from job.core.given import Given
 from job.core.limits import Limits
-from job.core.memory import WantedEngine
+from job.core.memory import Placement, WantedEngine
 from job.core.recipe import Recipe
 from job.edge.host.outcome import Outcome
 from job.edge.store.objects import StoreSettings
@@ -110,6 +110,8 @@ class Worker:
     device: str
     """`auto`, `cuda` or `cpu`."""
     engine: WantedEngine
+    placement: Placement | None = None
+    """Of the base, as asked for; None: nothing is."""
     should_stop: Callable[[], bool]
 
     @property

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from job.core.errors import LocalDiskError
 from job.core.promises import TensorHeader
 from job.core.recipe import ModelSection
 from job.edge.base import fetching
@@ -13,9 +14,11 @@ from job.edge.base.fetching import BaseModel, BaseModelIdentity, OnProgress
 from job.edge.base.quantised_copies import QuantisedCopy
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
-from job.tune.model.base import can_be_kept, is_quantised, quantised_bytes, quantised_files
+from job.tune.device.compute_dtype import compute_dtype
+from job.tune.model.base import can_be_kept, is_in_four_bits, is_quantised, quantised_bytes, quantised_files
 from job.tune.model.four_bit import quantised_form
 from job.tune.model.promises import hold_to_promises
+from job.tune.model.streamed_copy import StreamedCopy
 
 
 def loaded_from(base: BaseModel) -> Literal["weights", "copy in 4 bits"]:
@@ -103,6 +106,35 @@ class BaseSource:
             return
         size = quantised_bytes(loaded)
         self._copy.keep(quantised_files(loaded, base.folder), beside=base.folder, needed_bytes=size, on_beat=on_beat)
+
+    def make_copy(
+        self, base: BaseModel, *, device: torch.device, on_beat: Callable[[], None], on_progress: OnProgress
+    ) -> BaseModel:
+        """A base in 4 bits that is read part by part: as it is, or its copy, made from file to file.
+
+        Args:
+            base: from `fetch`.
+            device: quantises.
+            on_beat: called when something moves.
+            on_progress: called while the copy is verified.
+
+        Raises:
+            UsageError: it cannot be put into 4 bits without loading it.
+            DataError: its weights are not all finite.
+            LocalDiskError: the copy could not be written; a warning has said why.
+        """
+        if base.quantised or is_in_four_bits(base.folder):
+            return base
+        copy = StreamedCopy(base.folder, device=device, dtype=compute_dtype(device))
+        self._copy.keep(copy.files(), beside=base.folder, needed_bytes=copy.needed_bytes, on_beat=on_beat)
+        copy.check()
+        made = None if self._copy.find() is None else self._copy.bring(on_progress)
+        if made is None:
+            raise LocalDiskError(
+                f"{self._copy.folder}: the copy of the base in 4 bits, of which each GPU reads its part, could not be "
+                "written; the warning before this says why; give the work folder more room"
+            )
+        return made
 
     def _fetch(self, on_progress: OnProgress, *, weights: bool) -> BaseModel:
         return fetching.fetch(

@@ -68,6 +68,11 @@ class Company:
         return self._seat.size
 
     @property
+    def is_first_of_node(self) -> bool:
+        """Whether it is ours to do what is done once a node."""
+        return self._seat.local_rank == 0
+
+    @property
     def nodes(self) -> int:
         """On how many nodes they are."""
         return self._seat.nodes
@@ -110,11 +115,21 @@ class Company:
         if self._seat.local_rank == 0:
             inputs = gather()
             if self._meeting is not None:
-                self._meeting.say(f"gathered.{node}", inputs.base.quantised)
+                # The copy that shards are read from stands already, and loading it needs all of us.
+                self._meeting.say(f"gathered.{node}", inputs.base.quantised or inputs.placement == "sharded")
             return inputs
         if not self._wait_for(f"gathered.{node}"):
             self._wait_for(f"loaded.{node}")
         return gather()
+
+    def as_rank_0_decides(self, what: str, decide: Callable[[], Any]) -> Any:
+        """What rank 0 decides, who says it to the others; anything that JSON holds."""
+        if self._meeting is None:
+            return decide()
+        if self._seat.leads:
+            self._meeting.say(what, decided := decide())
+            return decided
+        return self._wait_for(what)
 
     def loaded(self) -> None:
         """The base stands on our device, and its copy on the disk."""
@@ -122,12 +137,12 @@ class Company:
             self._meeting.say(f"loaded.{self._seat.node}", _YES)
 
     def join(self, device: torch.device) -> World:
-        """Wait until all are ready, and become a group.
+        """Wait until all are ready, and become a group; once.
 
         Raises:
             JobError: what another one has ended with.
         """
-        if self._meeting is not None:
+        if self._meeting is not None and self.world is ALONE:
             self._meeting.say(f"ready.{self.rank}", _YES)
             for rank in range(self.size):
                 self._wait_for(f"ready.{rank}")

@@ -22,13 +22,20 @@ from job.stages.proving import load_published, prove
 from job.stages.report import assemble_report, notes, source_shares
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import answer
+from job.tune.world import ALONE, World
 
 log = structlog.get_logger(__name__)
 _CARD = "README.md"
 
 
-def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
+def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World = ALONE) -> Report:
     """Carry a trained run to its committed report.
+
+    Args:
+        attempt: this process.
+        inputs: the base and the run.
+        facts: of the training.
+        world: the others, whom a base that is sharded needs for the proof too.
 
     Raises:
         SickDeviceError: the adapter in the store does not give the loss that was measured in training.
@@ -45,7 +52,9 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
         files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
     crash_point("prove.before")
     with phases.phase("prove"):
-        model = load_published(attempt, inputs, folder / "published", files, left_to_peft=facts.left_to_peft)
+        model = load_published(
+            attempt, inputs, folder / "published", files, left_to_peft=facts.left_to_peft, world=world
+        )
         proven = prove(attempt, inputs, facts, model, step=chosen.step)
     with phases.phase("ask_tuned"):
         tuned = answer(
@@ -56,6 +65,9 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
             seed=recipe.train.seed,
             should_stop=attempt.moves_on,  # asked after each token
         )
+    if model.sharded is not None:
+        world.agree(go=True)  # that nobody needs anybody's shards any more
+        model.sharded.close()
     report = assemble_report(attempt, inputs, facts, verdict, files=files, proven_loss=proven, tuned=tuned)
     with phases.phase("report"):
         crash_point("pictures.before")

@@ -7,7 +7,8 @@ from job.core.errors import SickDeviceError, StopRequestedError
 from job.stages.attempt import Attempt
 from job.stages.company import Company
 from job.stages.gathering import gather
-from job.stages.loading import Inputs
+from job.stages.loading import Inputs, load_placed, release_memory
+from job.stages.placing import place_base
 from job.stages.preparing import Prepared, make_stepper, prepare, questions_of
 from job.tune.engines.engine import adopt_or_shrink
 from job.tune.loop.evaluate import answer, evaluate
@@ -27,12 +28,24 @@ def obey(attempt: Attempt, company: Company, inputs: Inputs) -> None:
         StopRequestedError: rank 0 was asked to stop, and has committed what there was.
         JobError: as for a process that works alone; what another one has ended with.
     """
+    ready = _prepared(attempt, company, inputs)
+    assert isinstance(company.world, Ranks), "who follows is not alone"
+    follower = _Follower(attempt, inputs, ready, company.world)
+    del ready  # the follower's own, who may have to let it go
+    with attempt.phases.phase("follow"):
+        follower.obey()
+
+
+def _prepared(attempt: Attempt, company: Company, inputs: Inputs) -> Prepared:
+    """What rank 0 has, with its state."""
     folder = attempt.worker.workdir / "trackers" / f"rank-{company.rank}"
-    ready = prepare(attempt, inputs, trackers_folder=folder, on_loaded=company.loaded)
+    if inputs.placement == "sharded":  # a base of which each holds a part needs all of us to be loaded
+        with attempt.phases.phase("join"):
+            company.join(inputs.device)
+    ready = prepare(attempt, inputs, trackers_folder=folder, on_loaded=company.loaded, world=company.world)
     torch.manual_seed(attempt.worker.recipe.train.seed)
     with attempt.phases.phase("join"):
         world = company.join(inputs.device)
-        assert isinstance(world, Ranks), "who follows is not alone"
         share_state(world, ready.state, ready.adapter)
     progress, engine = ready.state.progress, ready.planned.choice.engine
     if ready.planned.choice.name != progress.cut.engine:
@@ -42,8 +55,7 @@ def obey(attempt: Attempt, company: Company, inputs: Inputs) -> None:
         )
     progress.cut = adopt_or_shrink(engine, progress.cut)
     engine.refresh()
-    with attempt.phases.phase("follow"):
-        _Follower(attempt, inputs, ready, world).obey()
+    return ready
 
 
 def gather_as_others_did(attempt: Attempt, company: Company) -> Inputs:
@@ -55,7 +67,11 @@ def gather_as_others_did(attempt: Attempt, company: Company) -> Inputs:
     """
     with attempt.phases.phase("identify"):
         run = company.begun()
-    return company.in_turn(lambda: gather(attempt, run, lambda: _NO_ATTEMPT))
+    return company.in_turn(
+        lambda: place_base(
+            attempt, gather(attempt, run, lambda: _NO_ATTEMPT), company, makes_copy=company.is_first_of_node
+        )
+    )
 
 
 class _Follower:
@@ -80,10 +96,25 @@ class _Follower:
                     self._evaluate(number, tokens)
                 case Order.SETTLE:
                     self._finish().settle()
+                case Order.PROVE:
+                    self._keep_company()
                 case Order.STOP:
                     raise StopRequestedError("asked to stop; rank 0 has committed what there was")
                 case Order.DONE:
                     return
+
+    def _keep_company(self) -> None:
+        """The base anew, for rank 0 alone: that one proves what was published, and we send it our shards."""
+        old = self._ready.model.sharded
+        assert old is not None, "rank 0 needs us for a base that is sharded"
+        old.close()
+        del old, self._ready
+        self._stepper = None
+        release_memory(self._inputs.device)
+        sharded = load_placed(self._inputs, self._world, self._attempt.phases.on_beat)[1]
+        self._world.agree(go=True)
+        assert sharded is not None, "as above"
+        sharded.close()
 
     def _finish(self) -> Stepper:
         """Read the last step's numbers when rank 0 does, so that one that is not finite ends all of us alike."""

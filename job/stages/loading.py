@@ -1,11 +1,14 @@
 """The model of an attempt: its 4-bit base, a copy of that for later starts, and a fresh adapter that can learn."""
 
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 import torch
 
+from job.core.memory import Placement
 from job.core.recipe import Recipe
 from job.edge.base.fetching import BaseModel
 from job.edge.run.artifacts import Artifacts
@@ -18,6 +21,8 @@ from job.tune.engines.selftest import check_model, check_whole, text_of
 from job.tune.model.adapter import attach_lora, parameter_counts, trainable
 from job.tune.model.base import load_base
 from job.tune.model.config import read_wrapper
+from job.tune.model.sharded import ShardedLayers
+from job.tune.world import Ranks, World
 
 log = structlog.get_logger(__name__)
 
@@ -34,24 +39,49 @@ class Inputs:
     artifacts: Artifacts
     attempt_number: int
     device: torch.device
+    placement: Placement = "replicated"
+    """Where the base goes."""
 
 
-def load_model(inputs: Inputs, recipe: Recipe, phases: Phases) -> PackedModel:
-    """Base and adapter on the device, checked on a few documents.
+def load_placed(inputs: Inputs, world: World, on_beat: Callable[[], None]) -> tuple[Any, ShardedLayers | None]:
+    """The base on the device; where it is sharded our part of it, and where the rest comes from.
 
     Raises:
         DataError: the base's weights cannot be read.
-        UsageError: the recipe's targets or the base's architecture cannot be trained.
+        SickDeviceError: shards do not arrive as they are in the files.
+        PeerLostError: another rank is gone, of those that hold shards.
     """
-    base = load_base(inputs.base.folder, device=inputs.device, dtype=compute_dtype(inputs.device))
-    if not inputs.base.quantised:
+    device, is_sharded = inputs.device, inputs.placement == "sharded"
+    base = load_base(inputs.base.folder, device=device, dtype=compute_dtype(device), on_host=is_sharded)
+    if not is_sharded:
+        return base, None
+    assert isinstance(world, Ranks), "who is alone holds the whole base"
+    return base, ShardedLayers(base, world, device, on_beat=on_beat)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what the last model took, once nobody holds it any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def load_model(inputs: Inputs, recipe: Recipe, phases: Phases, world: World) -> PackedModel:
+    """Base and adapter on the device, checked on a few documents.
+
+    Raises:
+        UsageError: the recipe's targets or the base's architecture cannot be trained.
+        JobError: as `load_placed`.
+    """
+    base, sharded = load_placed(inputs, world, phases.on_beat)
+    if not inputs.base.quantised and sharded is None:
         with phases.phase("keep_copy"):
             inputs.source.keep(base, inputs.base, phases.on_beat)
     identity = inputs.base.identity
     adapted = attach_lora(
         base, recipe.lora, source=identity.source, revision=recipe.model.revision, seed=recipe.train.seed
     )
-    model = PackedModel(adapted)
+    model = PackedModel(adapted, sharded)
     with phases.phase("self_test"):
         text = text_of(inputs.dataset.train)
         check_model(model, text)

@@ -12,6 +12,7 @@ from job.core.course import Course
 from job.core.crash_points import crash_point
 from job.core.cut import MemoryPlan
 from job.core.errors import DivergedError, StopRequestedError
+from job.core.memory import Placement
 from job.core.verdict import Evaluation, is_exhausted
 from job.stages.attempt import Attempt
 from job.stages.base_source import loaded_from
@@ -64,6 +65,7 @@ class TrainingFacts:
     recompilations: int = 0
     allocation_retries: int = 0
     nodes: int = 1
+    placement: Placement = "replicated"
     waited_seconds: float = 0.0
     """Within the steps of this attempt, for other ranks: a rank's, on the average."""
     bytes_sent: int = 0

@@ -43,6 +43,7 @@ def plan_training(
     backward: Callable[..., Any],
     free: DeviceMemory,
     phases: Phases,
+    shards: int = 1,
 ) -> Planned:
     """Choose the engine by trying it, and the cut by what was free before the model was loaded.
 
@@ -54,6 +55,7 @@ def plan_training(
         backward: accelerate's, for the engine that goes by autograd.
         free: the device's memory.
         phases: the clock.
+        shards: GPUs that the base is spread over; 1: it is whole.
 
     Raises:
         UsageError: the engine that is asked for does not know this model or device.
@@ -77,6 +79,7 @@ def plan_training(
         device=free,
         max_length=documents.max_length,
         step_tokens=course.largest_step(documents.lengths),
+        shards=shards,
     )
     log.info(
         "plan",
@@ -84,6 +87,7 @@ def plan_training(
         epochs=round(course.epochs, 3),
         batch_size=train.batch_size,
         **asdict(memory.cut),
+        placement=inputs.placement,
         engine_reason=choice.reason,
         reason=memory.reason,
     )

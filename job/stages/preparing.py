@@ -35,7 +35,9 @@ class Prepared:
     state: State
 
 
-def prepare(attempt: Attempt, inputs: Inputs, *, trackers_folder: Path, on_loaded: Callable[[], None]) -> Prepared:
+def prepare(
+    attempt: Attempt, inputs: Inputs, *, trackers_folder: Path, on_loaded: Callable[[], None], world: World
+) -> Prepared:
     """Load and plan.
 
     Args:
@@ -43,6 +45,7 @@ def prepare(attempt: Attempt, inputs: Inputs, *, trackers_folder: Path, on_loade
         inputs: base and data.
         trackers_folder: where trackers leave their files.
         on_loaded: called once the base stands on the device, and its copy in 4 bits on the disk.
+        world: who else holds a part of the base, where it is sharded.
 
     Raises:
         JobError: as the stages do.
@@ -50,7 +53,7 @@ def prepare(attempt: Attempt, inputs: Inputs, *, trackers_folder: Path, on_loade
     recipe, phases = attempt.worker.recipe, attempt.phases
     with phases.phase("load_model"):
         free = device_memory(inputs.device)
-        model = load_model(inputs, recipe, phases)
+        model = load_model(inputs, recipe, phases, world)
         on_loaded()
         accelerator = make_accelerator(recipe.track, on_cpu=inputs.device.type == "cpu", folder=trackers_folder)
         planned = plan_training(
@@ -61,6 +64,7 @@ def prepare(attempt: Attempt, inputs: Inputs, *, trackers_folder: Path, on_loade
             backward=accelerator.backward,
             free=free,
             phases=phases,
+            shards=1 if model.sharded is None else world.size,
         )
         crash_point("model.loaded")
         adapter = FlatAdapter(model)

@@ -1,23 +1,19 @@
 """The proof: the adapter as anybody would get it, from the store, gives the loss that was measured in training."""
 
-import gc
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from job.core.errors import SickDeviceError
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
-from job.stages.loading import Inputs
+from job.stages.loading import Inputs, load_placed, release_memory
 from job.stages.loop import TrainingFacts
-from job.tune.device.compute_dtype import compute_dtype
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.evaluate import evaluate
 from job.tune.model.adapter import load_with_peft
-from job.tune.model.base import load_base
 from job.tune.model.config import read_wrapper
+from job.tune.world import ALONE, Order, World
 
 _SAME_LOSS = 1e-6
 """Relative difference that the proof accepts: the same kernels on the same numbers."""
@@ -26,9 +22,15 @@ _NEAR_LOSS = 1e-2
 
 
 def load_published(
-    attempt: Attempt, inputs: Inputs, folder: Path, files: Mapping[str, FileEntry], *, left_to_peft: bool
+    attempt: Attempt,
+    inputs: Inputs,
+    folder: Path,
+    files: Mapping[str, FileEntry],
+    *,
+    left_to_peft: bool,
+    world: World = ALONE,
 ) -> PackedModel:
-    """The adapter from the store, by PEFT, on a fresh 4-bit base.
+    """The adapter from the store, by PEFT, on a fresh 4-bit base; where that is sharded the others keep us company.
 
     Args:
         attempt: asked whether to stop while files arrive.
@@ -36,14 +38,15 @@ def load_published(
         folder: gets the adapter's files.
         files: what the store must give.
         left_to_peft: whether linear layers were PEFT's own in training: then they are here.
+        world: the others.
     """
     shutil.rmtree(folder, ignore_errors=True)
     inputs.artifacts.fetch_adapter(folder, files, should_stop=attempt.worker.should_stop)
-    gc.collect()
-    if inputs.device.type == "cuda":
-        torch.cuda.empty_cache()
-    base = load_base(inputs.base.folder, device=inputs.device, dtype=compute_dtype(inputs.device))
-    model = PackedModel(load_with_peft(base, folder, read_wrapper(inputs.base.folder)))
+    release_memory(inputs.device)
+    if inputs.placement == "sharded":
+        world.order(Order.PROVE)
+    base, sharded = load_placed(inputs, world, attempt.phases.on_beat)
+    model = PackedModel(load_with_peft(base, folder, read_wrapper(inputs.base.folder)), sharded)
     if left_to_peft:
         model.linears.leave_to_peft()
     return model.eval()

@@ -184,6 +184,7 @@ def _throughput(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Throu
         step_seconds_median=facts.step_seconds_median,
         ranks=progress.ranks,
         nodes=facts.nodes,
+        placement=facts.placement,
         tokens_per_second_a_rank=rate / progress.ranks,
         waited_seconds=round(facts.waited_seconds, 3),
         bytes_a_step=facts.bytes_sent // max(1, len(facts.step_seconds)),

@@ -53,8 +53,15 @@ class TrainingStage:
         Raises:
             JobError: as the stages do; what is committed stays committed.
         """
+        if self._inputs.placement == "sharded":  # a base of which each holds a part needs all of us to be loaded
+            with self._attempt.phases.phase("join"):
+                self._world = self._company.join(self._inputs.device)
         ready = prepare(
-            self._attempt, self._inputs, trackers_folder=self._trackers_folder, on_loaded=self._company.loaded
+            self._attempt,
+            self._inputs,
+            trackers_folder=self._trackers_folder,
+            on_loaded=self._company.loaded,
+            world=self._world,
         )
         self._notice_idle_ranks()
         ready.state.progress.ranks = self._company.size
@@ -65,6 +72,8 @@ class TrainingStage:
                 share_state(self._world, ready.state, ready.adapter)
         self._adopt(ready.planned, facts)
         self._train(ready, facts)
+        if ready.model.sharded is not None:
+            ready.model.sharded.close()
         return facts
 
     def _notice_idle_ranks(self) -> None:
@@ -118,6 +127,7 @@ class TrainingStage:
             resumed=resumed,
             adapter=adapter_to_publish(model.model, wrapper),
             nodes=self._company.nodes,
+            placement=inputs.placement,
         )
 
     def _adopt(self, planned: Planned, facts: TrainingFacts) -> None:

@@ -55,8 +55,8 @@ class LayerForwards:
         if not torch.is_grad_enabled():
             return result
         if isinstance(result, tuple):
-            return (_Mark.apply(result[0], sharded, number), *result[1:])
-        return _Mark.apply(result, sharded, number)
+            return (_marked(result[0], sharded, number), *result[1:])
+        return _marked(result, sharded, number)
 
     def compile(self, backend: str) -> None:
         """Compile the layers from now on; all layers of one kind share their code, whatever a micro-batch's size.
@@ -87,9 +87,13 @@ class _Mark(torch.autograd.Function):
         return states.view_as(states)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         ctx.sharded.backward(ctx.number)
         return gradient, None, None
+
+
+def _marked(states: torch.Tensor, sharded: ShardedLayers, number: int) -> Any:
+    return _Mark.apply(states, sharded, number)  # type: ignore[no-untyped-call] # torch has no types here
 
 
 def _as_it_is(layer: Any, *args: Any, **kwargs: Any) -> Any:

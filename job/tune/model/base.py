@@ -128,6 +128,13 @@ def is_quantised(folder: Path) -> bool:
     return getattr(read_config(folder), "quantization_config", None) is not None
 
 
+def is_in_four_bits(folder: Path) -> bool:
+    """Whether they are in truth, by their files, in 4 bits that this job reads."""
+    tensors = stored_tensors(folder, torch.device("cpu"), not_finite=set())
+    headers = {name: tensor.header for name, tensor in tensors.items()}
+    return hold_to_promises(folder, headers, source=str(folder)) is not None
+
+
 def can_be_kept(base: Any) -> bool:
     """Whether `quantised_files` of a base are read as the same model: of some, transformers makes another one then."""
     return not any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in base.modules())

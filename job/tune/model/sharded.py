@@ -50,7 +50,9 @@ class _Piece:
 
 def layers_of(causal_lm: Any) -> list[nn.Module]:
     """The decoder's layers, in the order of their use."""
-    found: list[nn.Module] = [module for module in causal_lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    found: list[nn.Module] = [
+        module for module in causal_lm.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     return found
 
 

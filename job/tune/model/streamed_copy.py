@@ -62,8 +62,8 @@ class StreamedCopy:
             )
 
     @property
-    def bytes(self) -> int:
-        """Of all files, about."""
+    def needed_bytes(self) -> int:
+        """What all files take, about."""
         whole = {name: math.prod(each.header.shape) for name, each in self._tensors.items()}
         return sum(size * 9 // 16 if name in self._empty else 4 * size for name, size in whole.items())
 

@@ -39,7 +39,18 @@ def material(tmp_path_factory):
 def ranks(tmp_path, material, warm):
     """Train in so many processes; `special`: what is done to one of them; `wait_for`: whose end is waited for."""
 
-    def train(size, *, special=None, wait_for=None, steps=4, batch_size=8, optimizer="adamw_torch", tokens=64, layers=0, **order):
+    def train(
+        size,
+        *,
+        special=None,
+        wait_for=None,
+        steps=4,
+        batch_size=8,
+        optimizer="adamw_torch",
+        tokens=64,
+        layers=0,
+        **order,
+    ):
         folder = tmp_path / f"{size}-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         options = {"steps": steps, "batch_size": batch_size, "optimizer": optimizer, "micro_batch_tokens": tokens}

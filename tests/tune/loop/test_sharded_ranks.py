@@ -27,7 +27,7 @@ def equal(one, other):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("engine", ["generic", "fast"])
-def test_losses_evaluations_and_answers_are_those_of_a_replicated_base_to_the_bit(ranks, engine, size):  # noqa: F811
+def test_losses_evaluations_and_answers_are_those_of_a_replicated_base_to_the_bit(ranks, engine, size):
     order = {"engine": engine, "evaluate_every": 2, "ask": 5, "dropout": 0.1}
     replicated, sharded = ranks(size, **order), ranks(size, **order, sharded=True)
 
@@ -60,7 +60,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize("case", SHARED)
-def test_what_happens_to_one_rank_happens_as_with_a_replicated_base_to_the_bit(ranks, case):  # noqa: F811
+def test_what_happens_to_one_rank_happens_as_with_a_replicated_base_to_the_bit(ranks, case):
     size, order = SHARED[case]
     replicated, sharded = ranks(size, **order), ranks(size, **order, sharded=True)
 
@@ -73,13 +73,13 @@ def test_what_happens_to_one_rank_happens_as_with_a_replicated_base_to_the_bit(r
     assert (replicated[0].result["error"] is None) == (case not in {"a step without time", "not finite on one rank"})
 
 
-def test_each_rank_holds_its_part_and_two_layers(ranks, material):  # noqa: F811
+def test_each_rank_holds_its_part_and_two_layers(ranks, material):
     held = [ranks(size, sharded=True, steps=1)[0].result["device_bytes"] for size in (2, 4)]
 
     assert held[0] - held[1] == pytest.approx(5 / 4 * held[1] / (5 / 4 + 2), rel=0.01)
 
 
-def test_a_rank_that_dies_ends_the_others_with_the_last_whole_step_committed(ranks):  # noqa: F811
+def test_a_rank_that_dies_ends_the_others_with_the_last_whole_step_committed(ranks):
     ended = ranks(3, special={"1": {"end": "exit", "at": 3}}, sharded=True)
 
     assert ended.pop(1).code == 9
@@ -87,14 +87,14 @@ def test_a_rank_that_dies_ends_the_others_with_the_last_whole_step_committed(ran
     assert ended[0].result["committed"] == [0, 2]
 
 
-def test_a_rank_that_is_frozen_is_waited_for_no_longer_than_patience_allows(ranks):  # noqa: F811
+def test_a_rank_that_is_frozen_is_waited_for_no_longer_than_patience_allows(ranks):
     ended = ranks(2, special={"1": {"end": "freeze", "at": 3}}, wait_for=[0], patience=3.0, sharded=True)
 
     assert ended[0].result["error"] == "PeerSilentError"
     assert ended[0].result["committed"] == [0, 2]
 
 
-def test_bytes_that_arrive_as_other_ones_are_found_before_the_first_step(ranks):  # noqa: F811
+def test_bytes_that_arrive_as_other_ones_are_found_before_the_first_step(ranks):
     """Layers are gathered from the last one on: the third gather is layer 2's, whose second half rank 1 has sent."""
     ended = ranks(2, special={"1": {"sick_link": 3}}, sharded=True)
 
@@ -111,8 +111,9 @@ def test_bytes_that_arrive_as_other_ones_are_found_before_the_first_step(ranks):
         {"bnb_4bit_quant_type": "fp4"},
     ],
 )
-def test_layers_of_other_forms_and_of_two_sizes_are_the_same_to_the_bit(ranks, tmp_path, form):  # noqa: F811
+def test_layers_of_other_forms_and_of_two_sizes_are_the_same_to_the_bit(ranks, tmp_path, form):
     config = config_of("qwen2")  # with biases
+    config.layer_types = ["full_attention"] * 5
     config.num_hidden_layers = 5
     plain = write_base(tmp_path / "plain", config)
     published = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} | form

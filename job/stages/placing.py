@@ -1,0 +1,64 @@
+"""Where the base goes: rank 0 decides it by its own GPU; a base to be sharded is put into 4 bits before it is loaded."""
+
+from dataclasses import replace
+
+import structlog
+
+from job.core.memory import AdapterShape, Placement
+from job.core.placement import Placed, place
+from job.stages.attempt import Attempt
+from job.stages.company import Company
+from job.stages.loading import Inputs
+from job.tune.device.device import device_memory
+from job.tune.engines.families import is_packed, is_supported
+from job.tune.model.adapter import refuse_targets
+from job.tune.model.config import empty_model, read_config, shape_of
+from job.tune.model.sharded import reason_against_sharding
+
+log = structlog.get_logger(__name__)
+
+
+def place_base(attempt: Attempt, inputs: Inputs, company: Company, *, makes_copy: bool) -> Inputs:
+    """The same, with the base's placement, and with its copy in 4 bits where shards are read from that.
+
+    Args:
+        attempt: this process.
+        inputs: base and data.
+        company: the others.
+        makes_copy: whether it is our part to make the copy on this node; else it stands already.
+
+    Raises:
+        UsageError: it is asked for shards, and this base or this number of processes does not allow them.
+        JobError: as `BaseSource.make_copy`.
+    """
+    if company.size == 1:
+        return inputs
+    placement: Placement = company.as_rank_0_decides("placement", lambda: _decide(attempt, inputs, company.size))
+    if placement == "sharded" and makes_copy:
+        with attempt.phases.phase("keep_copy"):
+            base = inputs.source.make_copy(
+                inputs.base,
+                device=inputs.device,
+                on_beat=attempt.phases.on_beat,
+                on_progress=attempt.phases.fetched,
+            )
+        inputs = replace(inputs, base=base)
+    return replace(inputs, placement=placement)
+
+
+def _decide(attempt: Attempt, inputs: Inputs, ranks: int) -> Placement:
+    worker, config = attempt.worker, read_config(inputs.base.folder)
+    lora = worker.recipe.lora
+    model = empty_model(config)
+    placed: Placed = place(
+        shape_of(config),
+        AdapterShape(parameters=refuse_targets(config, lora), rank=lora.r, optimizer=worker.recipe.train.optimizer),
+        engine="fast" if worker.engine != "generic" and is_supported(config) else "generic",
+        device=device_memory(inputs.device),
+        max_length=inputs.dataset.train.max_length,
+        ranks=ranks,
+        wanted=worker.placement,
+        against=reason_against_sharding(model, packed=is_packed(model)),
+    )
+    log.info("placement", placement=placed.placement, reason=placed.reason)
+    return placed.placement
