@@ -49,8 +49,8 @@ def team_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--base-placement",
             envvar="JOB_BASE_PLACEMENT",
             type=click.Choice(get_args(Placement)),
-            help="`replicated`: each GPU holds the whole base; `sharded`: its layers are spread over all GPUs, which is "
-            "slower. Without it the base is sharded where it fits no single one.",
+            help="`replicated`: each GPU holds the whole base; `sharded`: its layers are spread over all GPUs, which "
+            "is slower. Without it the base is sharded where it fits no single one.",
         ),
     )[::-1]:
         command = option(command)

@@ -25,7 +25,7 @@ def refuse_shards_of_one(wanted: Placement | None) -> None:
         raise UsageError("--base-placement sharded: there is one GPU, and nothing to spread the base over; give more")
 
 
-def place(  # noqa: PLR0913 - what it depends on
+def place(
     shape: ModelShape,
     adapter: AdapterShape,
     *,

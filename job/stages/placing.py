@@ -1,4 +1,4 @@
-"""Where the base goes: rank 0 decides it by its own GPU; a base to be sharded is put into 4 bits before it is loaded."""
+"""Where the base goes: rank 0 decides it by its own GPU; one to be sharded is put into 4 bits before it is loaded."""
 
 from dataclasses import replace
 

@@ -69,6 +69,8 @@ class TrainingStage:
         if self._company.size > 1:
             with self._attempt.phases.phase("join"):
                 self._world = self._company.join(self._inputs.device)
+                if ready.model.sharded is not None:  # it may go on from where each GPU held the whole base
+                    ready.state.progress.cut = replace(ready.state.progress.cut, kept_layers=0)
                 share_state(self._world, ready.state, ready.adapter)
         self._adopt(ready.planned, facts)
         self._train(ready, facts)

@@ -47,14 +47,19 @@ def prepare(order, rank, world):
     shards = world if order.get("sharded") else None
     made = attempt(Path(order["base"]), documents, folder=folder, lora=lora, shards=shards, **order["options"])
     made.world = world
-    if "evaluation_tokens" in order:
-        made.progress.cut = replace(made.progress.cut, evaluation_tokens=order["evaluation_tokens"])
+    made.progress.cut = replace(made.progress.cut, **order.get("cut", {}))
     if order.get("engine") == "fast":
         if "fast_ceiling" in order["special"].get(str(rank), {}):
             fast_ceiling(order["special"][str(rank)]["fast_ceiling"])
         saving = Saving(kept_layers=0, recomputed_layers=0)
         made.engine = HandwrittenEngine(made.model, ops_of(CPU), dtype=torch.float32, saving=saving)
-    special = order["special"].get(str(rank), {})
+    disturb(made, order["special"].get(str(rank), {}))
+    made.model.seed_dropout = _noted(made.model.seed_dropout, seeds := [])
+    return made, seeds
+
+
+def disturb(made, special):
+    """What is special about this rank."""
     if "ceiling" in special:
         Ceiling(made, special["ceiling"])
     if "evaluation_ceiling" in special:
@@ -74,8 +79,6 @@ def prepare(order, rank, world):
     if end is not None:
         watch(made, lambda _batch: made.progress.step + 1 == special["at"] and end())
     made.cut_after = special.get("cut_after")
-    made.model.seed_dropout = _noted(made.model.seed_dropout, seeds := [])
-    return made, seeds
 
 
 def sick(gather_row, call):

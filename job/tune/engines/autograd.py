@@ -79,7 +79,8 @@ class AutogradEngine:
     def adopt(self, cut: Cut) -> None:
         """See `Engine`."""
         self._model.layers.recomputing = cut.checkpointing
-        self._model.linears.keep_dequantised(wanted=cut.kept_layers > 0)
+        # Of a base that is sharded nothing can be kept: most of it is not there.
+        self._model.linears.keep_dequantised(wanted=cut.kept_layers > 0 and self._model.sharded is None)
         if self._compiler is not None and cut.compiled and not self._model.layers.compiled:
             self._model.layers.compile(self._compiler)
 

@@ -61,7 +61,8 @@ class HandwrittenEngine:
     def adopt(self, cut: Cut) -> None:
         """See `Engine`."""
         self._step = None  # its matrices are freed before the new ones are made
-        step = self._step = self._make(Saving(kept_layers=cut.kept_layers, recomputed_layers=cut.recomputed_layers))
+        kept = cut.kept_layers if self._model.sharded is None else 0  # of what is not there nothing can be kept
+        step = self._step = self._make(Saving(kept_layers=kept, recomputed_layers=cut.recomputed_layers))
         if step.device.type == "cuda":
             self._step = Replay(
                 step,

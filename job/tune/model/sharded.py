@@ -1,4 +1,4 @@
-"""A base that is sharded over the ranks: each keeps a part of each layer's bytes, and gathers a layer before it is used.
+"""A base that is sharded over the ranks: each keeps a part of each layer's bytes, and gathers a layer before its use.
 
 The large tensors of a decoder layer (weights in 4 bits with their scales, matrices that are not in 4 bits) are one row
 of bytes, of which each rank keeps one part. There are two buffers; layer i is gathered into buffer i % 2, one layer

@@ -44,6 +44,8 @@ def test_losses_evaluations_and_answers_are_those_of_a_replicated_base_to_the_bi
 SHARED = {
     "activations recomputed": (2, {"layers": 5}),
     "activations recomputed on the fast engine": (2, {"layers": 3, "engine": "fast"}),
+    "weights that a cut says are kept": (2, {"cut": {"kept_layers": 5}}),
+    "weights that a cut says are kept on the fast engine": (2, {"cut": {"kept_layers": 5}, "engine": "fast"}),
     "memory runs out on one rank": (2, {"tokens": 300, "checkpoint_every": 2, "special": {"1": {"ceiling": 80}}}),
     "memory runs out on rank 0 of the fast engine": (
         2,
@@ -51,7 +53,7 @@ SHARED = {
     ),
     "memory runs out in an evaluation": (
         2,
-        {"evaluate_every": 2, "evaluation_tokens": 300, "special": {"1": {"evaluation_ceiling": 200}}},
+        {"evaluate_every": 2, "cut": {"evaluation_tokens": 300}, "special": {"1": {"evaluation_ceiling": 200}}},
     ),
     "ranks without work": (3, {"batch_size": 2}),
     "a step without time": (2, {"special": {"0": {"cut_after": 2}}}),
