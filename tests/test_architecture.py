@@ -36,8 +36,13 @@ FLOORS = {
         ("job.stages.report", "job.stages.proving"),
         ("job.stages.loop", "job.stages.following"),
         ("job.stages.preparing",),
-        ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
-        ("job.stages.placing",),
+        (
+            "job.stages.committing",
+            "job.stages.placing",
+            "job.stages.planning",
+            "job.stages.resuming",
+            "job.stages.teller",
+        ),
         ("job.stages.company",),
         ("job.stages.gathering", "job.stages.loading"),
         (

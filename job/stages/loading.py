@@ -56,7 +56,9 @@ def load_placed(inputs: Inputs, world: World, on_beat: Callable[[], None]) -> tu
     if not is_sharded:
         return base, None
     assert isinstance(world, Ranks), "who is alone holds the whole base"
-    return base, ShardedLayers(base, world, device, on_beat=on_beat)
+    sharded = ShardedLayers(base, world, device, on_beat=on_beat)
+    log.info("shards", ranks=world.size, bytes=sharded.device_bytes)
+    return base, sharded
 
 
 def release_memory(device: torch.device) -> None:

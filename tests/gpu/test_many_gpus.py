@@ -32,7 +32,7 @@ def base(tmp_path_factory):
         vocab_size=128,
         hidden_size=512,
         intermediate_size=1376,
-        num_hidden_layers=4,
+        num_hidden_layers=5,
         num_attention_heads=4,
         max_position_embeddings=64,
         bos_token_id=1,
@@ -52,8 +52,8 @@ def job_in(folder, base):
     return job
 
 
-def carried(job, gpus, engine):
-    ended = job.start("run", "--device", "cuda", "--gpus", str(gpus), "--engine", engine, cold=True)
+def carried(job, gpus, engine, *options):
+    ended = job.start("run", "--device", "cuda", "--gpus", str(gpus), "--engine", engine, *options, cold=True)
     assert ended.code == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
     return ended, job.report()
 
@@ -109,5 +109,51 @@ def test_a_rank_that_is_killed_ends_the_run_and_nothing_is_left(tmp_path, base, 
         ended = running.end()
     assert ended.code == 70, ended.stdout[-4000:]
     assert f"rank {rank} ended without a word" in ended.outcome["reason"]
+    assert ended.outcome["last_committed_step"] >= 10
+    assert nothing_is_left(supervisor)
+
+
+SHARDED = ("--base-placement", "sharded")
+
+
+@pytest.mark.parametrize("engine", ["fast", "generic"])
+def test_a_base_that_is_sharded_over_two_gpus_gives_the_bits_of_two_that_each_hold_it(tmp_path, base, engine):
+    """Losses, evaluations, answers, the adapter, and the proof by PEFT's own forward, which ends the run."""
+    _, whole = carried(job_in(tmp_path / "replicated", base), 2, engine)
+    ended, sharded = carried(job_in(tmp_path / "sharded", base), 2, engine, *SHARDED)
+
+    assert ended.named("placement")[0]["placement"] == "sharded"
+    assert sharded["plan"]["engine"] == engine
+    assert sharded["throughput"]["placement"] == "sharded"
+    for key in ("curve", "evaluations", "answers", "sweet_spot"):
+        assert sharded[key] == whole[key], key
+    files = [{**each["adapter"]["files"], "README.md": None} for each in (sharded, whole)]
+    assert files[0] == files[1]
+    assert sharded["throughput"]["bytes_a_step"] > whole["throughput"]["bytes_a_step"]
+
+
+def test_a_sharded_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, base):
+    _, undisturbed = carried(job_in(tmp_path / "undisturbed", base), 2, "fast", *SHARDED)
+    job = job_in(tmp_path / "stopped", base)
+    with job.begun("run", "--device", "cuda", "--gpus", "2", *SHARDED, "--grace-seconds", "30", cold=True) as running:
+        running.until(lambda event: event["event"] == "step" and event["step"] >= 5)
+        strike(running.child.pid, 1, signal.SIGTERM)
+        assert running.end().code == 75
+
+    _, report = carried(job, 2, "fast", *SHARDED)
+    assert report["resume_exact"]
+    assert report["curve"] == undisturbed["curve"]
+
+
+def test_a_rank_of_a_sharded_base_that_is_killed_ends_the_run_and_nothing_is_left(tmp_path, base):
+    """The other GPU waits for its part of a layer."""
+    job = job_in(tmp_path / "killed", base)
+    job.recipe["train"]["steps"] = 2000
+    with job.begun("run", "--device", "cuda", "--gpus", "2", *SHARDED, "--grace-seconds", "30", cold=True) as running:
+        running.until(lambda event: event["event"] == "checkpoint" and event["step"] >= 10)
+        supervisor = running.child.pid
+        strike(supervisor, 1)
+        ended = running.end()
+    assert ended.code == 70, ended.stdout[-4000:]
     assert ended.outcome["last_committed_step"] >= 10
     assert nothing_is_left(supervisor)

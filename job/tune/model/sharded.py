@@ -124,13 +124,10 @@ class ShardedLayers:
         """What our parts and the buffers take."""
         return sum(tensor.nbytes for tensor in (*self._parts, *self._buffers))
 
-    def place_of(self, layer: nn.Module) -> int:
-        """A layer's number."""
-        return self._layers.index(layer)
-
     def close(self) -> None:
-        """Ranks meet without us from here on."""
+        """Ranks meet without us from here on, and our parts are let go."""
         self._world.before_meeting = lambda: None
+        self._parts, self._buffers = [], []
 
     # --- turns --------------------------------------------------------------------------------------------------------
 
