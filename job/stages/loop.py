@@ -21,7 +21,7 @@ from job.stages.loading import Inputs
 from job.stages.planning import Planned
 from job.stages.resuming import Resumed
 from job.stages.teller import StepTeller
-from job.tune.device.device import allocation_retries
+from job.tune.device.device import allocation_retries, on_own_stream
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.checkpoint import AdapterToPublish, Progress
 from job.tune.loop.evaluate import Question, evaluate
@@ -181,7 +181,8 @@ class Loop:
         except LOST as error:
             log.warning("not_saved", reason=f"the device waits for a rank that is gone: {error}")
         else:
-            self._committer.commit()
+            with on_own_stream(self._inputs.device):  # what waits for them on the device holds the others' stream
+                self._committer.commit()
 
     def _stop(self) -> NoReturn:
         self._commit()

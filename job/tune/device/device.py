@@ -3,6 +3,8 @@
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,13 @@ def driver_version() -> str | None:
         return None
     found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
     return found[1] if found else None
+
+
+@contextmanager
+def on_own_stream(device: torch.device) -> Iterator[None]:
+    """Meanwhile a GPU's work goes by a stream that waits for no other: what is read must be done already."""
+    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def cuda_in_use() -> bool:

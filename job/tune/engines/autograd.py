@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from job.core.cut import Cut
+from job.core.errors import JobError
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.device.failures import error_line
 from job.tune.engines.layers import reason_for_last, variants_compiled
@@ -62,7 +63,7 @@ class AutogradEngine:
                 more, self._proved = variants_compiled() - self._proved, variants_compiled()
                 if self._is_ahead:
                     self.recompilations = (*self.recompilations, reason_for_last(more))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, JobError):  # that another rank is gone is no failure of the compiler
             raise
         except Exception as error:
             if before is None:

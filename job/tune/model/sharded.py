@@ -161,18 +161,15 @@ class ShardedLayers:
         if layer != self._at + 1:
             raise _disorderly(layer, self._at)
         self._at = layer
-        last = layer == len(self._layers) - 1
-        if layer and (not last or self._kind == _FORWARD):
-            self._gather_next()
+        self._gather_beside(layer)
         self._wait(layer % 2)
 
     def backward(self, layer: int) -> None:
         """Before a layer's backward, and before its forward is recomputed for that."""
         if layer not in {self._at, self._at - 1} or self._kind != _TRAINING:
             raise _disorderly(layer, self._at)
-        if layer == self._at - 1:
-            self._gather_next()
         self._at = layer
+        self._gather_beside(layer)
         self._wait(layer % 2)
 
     def _open(self, kind: int) -> None:
@@ -188,10 +185,11 @@ class ShardedLayers:
     def _finish(self) -> None:
         """Gather what a pass that was cut short, or that was not ours, has left of its turn."""
         while self._ahead:
-            self._gather_next()
+            self._gather(self._ahead.popleft())
 
-    def _gather_next(self) -> None:
-        if self._ahead:
+    def _gather_beside(self, layer: int) -> None:
+        """The next one of the turn, if it is for the other buffer: what was there has done its work."""
+        if self._ahead and self._ahead[0] % 2 != layer % 2:
             self._gather(self._ahead.popleft())
 
     def _gather(self, layer: int) -> None:
@@ -263,14 +261,28 @@ def _to_device(causal_lm: Any, device: torch.device, *, but: Collection[int]) ->
     """What is whole on each rank, out of its file's pages; not parameters with these identities, which are in rows."""
     for module in causal_lm.modules():
         for parameter in module.parameters(recurse=False):
-            if id(parameter) not in but:
+            in_row = id(parameter) in but
+            if not in_row:
                 parameter.data = parameter.data.to(device, copy=True)
-            if getattr(parameter, "quant_state", None) is not None:
-                parameter.quant_state.to(device)
+            for state, name in _small_parts(getattr(parameter, "quant_state", None), scales=not in_row):
+                setattr(state, name, getattr(state, name).to(device, copy=True))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+            setattr(module, name, buffer.to(device, copy=True))
     if getattr(causal_lm, "hf_device_map", None):
         causal_lm.hf_device_map = {"": device}
+
+
+def _small_parts(state: Any, *, scales: bool) -> Iterator[tuple[Any, str]]:
+    """What of a quantisation state is in no row: code books and offset, and the scales of a weight that is in none."""
+    if state is None:
+        return
+    yield state, "code"
+    if scales:
+        yield state, "absmax"
+    if state.nested:
+        yield from ((state, "offset"), (state.state2, "code"))
+        if scales:
+            yield state.state2, "absmax"
 
 
 def _disorderly(layer: int, before: int) -> UsageError:

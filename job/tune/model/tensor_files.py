@@ -46,14 +46,19 @@ class StoredTensor:
     """Whether it stays on the host: then it is copied, or the model would live in the file's own pages."""
     in_bf16: bool = False
     """Whether its values are rounded to bf16, as they are where bf16 computes."""
+    mapped: Any = field(default=None, repr=False)
+    """The open file, where tensors are left in its pages: one mapping for all; None: it is opened for each."""
     not_finite: set[str] = field(repr=False)
     """Gets the tensor's name when a value of it is NaN or infinite: who loads it has threads that raise nothing."""
 
     def __getitem__(self, index: Any) -> Tensor:
         if self.on_cpu:
             _give_back_freed_memory()
-        with safe_open(self.file, framework="pt") as file:
-            part: Tensor = file.get_slice(self.name)[index]
+        if self.mapped is not None:
+            part: Tensor = self.mapped.get_slice(self.name)[index]
+        else:
+            with safe_open(self.file, framework="pt") as file:
+                part = file.get_slice(self.name)[index]
         if not _is_finite(part):
             self.not_finite.add(self.name)
         if self.in_bf16 and part.is_floating_point():
@@ -103,6 +108,7 @@ def stored_tensors(
     tensors = {}
     for path in (folder / name for name in names):
         with safe_open(path, framework="pt") as file:
+            mapped = safe_open(path, framework="pt") if in_pages else None
             for name in file.keys():  # noqa: SIM118 - no dict
                 tensor = file.get_slice(name)
                 tensors[name] = StoredTensor(
@@ -110,6 +116,7 @@ def stored_tensors(
                     name=name,
                     header=TensorHeader(dtype=tensor.get_dtype(), shape=tuple(tensor.get_shape())),
                     on_cpu=device.type == "cpu" and not in_pages,
+                    mapped=mapped,
                     not_finite=not_finite,
                 )
     return tensors
