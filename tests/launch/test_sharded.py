@@ -4,6 +4,7 @@ import signal
 
 import pytest
 from job_process import Job
+from layouts import bnb4_base
 from many_processes import nothing_is_left, strike
 from run_material import long_recipe, make_base
 from safetensors.torch import load_file, save_file
@@ -114,3 +115,12 @@ def test_there_is_nothing_to_spread_over_one_process(tmp_path, deep, warm):
 
     assert ended.code == 64
     assert "nothing to spread the base over" in ended.outcome["reason"]
+
+
+def test_a_base_that_is_published_in_4_bits_is_read_as_it_is(tmp_path, deep, warm):
+    job = job_on(tmp_path / "job", bnb4_base(deep, tmp_path / "base", bnb_4bit_quant_type="nf4"), warm)
+    ended = job.start("run", *SHARDED, cold=True)
+
+    assert ended.code == 0, ended.stdout + ended.stderr
+    assert job.report()["throughput"]["placement"] == "sharded"
+    assert not (job.workdir / "models" / "quantised").exists()

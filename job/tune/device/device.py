@@ -72,7 +72,7 @@ def driver_version() -> str | None:
 @contextmanager
 def on_own_stream(device: torch.device) -> Iterator[None]:
     """Meanwhile a GPU's work goes by a stream that waits for no other: what is read must be done already."""
-    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():  # type: ignore[no-untyped-call] # torch has no types here
         yield
 
 

@@ -1,0 +1,72 @@
+"""The copy in 4 bits that shards are read from: made before the base is loaded, or the reason why there is none."""
+
+import pytest
+import torch
+from tiny import CPU, write_copy
+
+from job.core.errors import LocalDiskError, UsageError
+from job.core.recipe import ModelSection
+from job.edge.base.fetching import BaseModel, BaseModelIdentity
+from job.edge.store.objects import StoreSettings
+from job.stages.base_source import BaseSource
+from job.tune.device.compute_dtype import compute_dtype
+from job.tune.model.base import load_base
+
+IDENTITY = BaseModelIdentity(source="owner/name", revision="0" * 40)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Has the copy of a base made, in a work folder."""
+
+    def make(folder, *, models=tmp_path / "models", quantised=False):
+        source = BaseSource(
+            IDENTITY,
+            ModelSection(base="owner/name", revision="0" * 40),
+            device=CPU,
+            models_folder=models,
+            settings=StoreSettings(),
+            should_stop=lambda: False,
+        )
+        base = BaseModel(folder=folder, identity=IDENTITY, licence=None, bytes=1, quantised=quantised)
+        beats = []
+        made = source.make_copy(
+            base, device=CPU, on_beat=lambda: beats.append(1), on_progress=lambda _done, _of: beats.append(1)
+        )
+        return base, made, beats
+
+    return make
+
+
+def test_it_is_what_the_loaded_base_would_have_become(copied, bases, tmp_path):
+    _, made, beats = copied(bases["llama"])
+    dtype = compute_dtype(CPU)
+
+    assert made.quantised
+    assert tmp_path / "models" in made.folder.parents
+    assert beats
+    one, other = (load_base(each, device=CPU, dtype=dtype).state_dict() for each in (bases["llama"], made.folder))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_base_that_comes_in_4_bits_needs_none(copied, bases, tmp_path):
+    base, made, beats = copied(write_copy(tmp_path / "published", bases["llama"]))
+    assert made is base
+    base, made, _ = copied(bases["llama"], quantised=True)
+    assert made is base
+    assert not beats
+    assert not (tmp_path / "models").exists()
+
+
+def test_one_that_cannot_be_written_ends_the_run(copied, bases, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "quantised").write_text("a file where a folder should be")
+
+    with pytest.raises(LocalDiskError, match="could not be written"):
+        copied(bases["llama"])
+
+
+def test_a_base_that_is_put_together_while_it_is_loaded_is_refused(copied, bases):
+    with pytest.raises(UsageError, match="put together while it is loaded"):
+        copied(bases["gpt_neox"])
