@@ -63,9 +63,7 @@ def _carry_out(attempt: Attempt, held: Held, seat: Seat | None) -> Report:
         quiet_libraries()
     with Company(attempt, seat) as company:
         company.begin(held.run)
-        inputs = company.in_turn(
-            lambda: place_base(attempt, gather(attempt, held.run, held.records.begin), company, makes_copy=True)
-        )
+        inputs = company.in_turn(lambda: place_base(attempt, gather(attempt, held.run, held.records.begin), company))
         with hardware_errors(inputs.device):
             facts = TrainingStage(attempt, inputs, company).run()
             return finish(attempt, inputs, facts, company.world)

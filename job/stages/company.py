@@ -68,11 +68,6 @@ class Company:
         return self._seat.size
 
     @property
-    def is_first_of_node(self) -> bool:
-        """Whether it is ours to do what is done once a node."""
-        return self._seat.local_rank == 0
-
-    @property
     def nodes(self) -> int:
         """On how many nodes they are."""
         return self._seat.nodes

@@ -67,11 +67,7 @@ def gather_as_others_did(attempt: Attempt, company: Company) -> Inputs:
     """
     with attempt.phases.phase("identify"):
         run = company.begun()
-    return company.in_turn(
-        lambda: place_base(
-            attempt, gather(attempt, run, lambda: _NO_ATTEMPT), company, makes_copy=company.is_first_of_node
-        )
-    )
+    return company.in_turn(lambda: place_base(attempt, gather(attempt, run, lambda: _NO_ATTEMPT), company))
 
 
 class _Follower:

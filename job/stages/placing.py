@@ -18,14 +18,13 @@ from job.tune.model.sharded import reason_against_sharding
 log = structlog.get_logger(__name__)
 
 
-def place_base(attempt: Attempt, inputs: Inputs, company: Company, *, makes_copy: bool) -> Inputs:
+def place_base(attempt: Attempt, inputs: Inputs, company: Company) -> Inputs:
     """The same, with the base's placement, and with its copy in 4 bits where shards are read from that.
 
     Args:
         attempt: this process.
         inputs: base and data.
         company: the others.
-        makes_copy: whether it is our part to make the copy on this node; else it stands already.
 
     Raises:
         UsageError: it is asked for shards, and this base or this number of processes does not allow them.
@@ -34,9 +33,9 @@ def place_base(attempt: Attempt, inputs: Inputs, company: Company, *, makes_copy
     if company.size == 1:
         return inputs
     placement: Placement = company.as_rank_0_decides("placement", lambda: _decide(attempt, inputs, company.size))
-    if placement == "sharded" and makes_copy:
+    if placement == "sharded":
         with attempt.phases.phase("keep_copy"):
-            base = inputs.source.make_copy(
+            base = inputs.source.make_copy(  # by the first process of a node; the others find it
                 inputs.base,
                 device=inputs.device,
                 on_beat=attempt.phases.on_beat,

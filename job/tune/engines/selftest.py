@@ -8,7 +8,7 @@ out.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -104,10 +104,11 @@ def check_whole(model: PackedModel, wrapper: Wrapper | None, text: Text = ()) ->
     with _undisturbed(model, device), model.generating() as ours, torch.no_grad():
         document = _documents(model, device, text)[0]
         whole = wrapper.around(ours.get_base_model())
-        alone, inside = (
-            cross_entropy(each(input_ids=document[None], use_cache=False).logits[0, :-1].float(), document[1:])
-            for each in (ours, whole)
-        )
+        with nullcontext() if model.sharded is None else model.sharded.asked_by(wrapper.decoder):
+            alone, inside = (
+                cross_entropy(each(input_ids=document[None], use_cache=False).logits[0, :-1].float(), document[1:])
+                for each in (ours, whole)
+            )
     if not abs(inside - alone) <= _OWN_LOSS_TOLERANCE * alone:  # so that NaN fails too
         raise UsageError(
             f"{wrapper.architecture}: its loss on text is {float(inside):.4f} where its text decoder alone, which this "

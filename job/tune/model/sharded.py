@@ -11,6 +11,7 @@ to know what another one has left to do, and one that ran out of memory tries ag
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,6 +129,23 @@ class ShardedLayers:
         """Ranks meet without us from here on, and our parts are let go."""
         self._world.before_meeting = lambda: None
         self._parts, self._buffers = [], []
+
+    @contextmanager
+    def asked_by(self, decoder: nn.Module) -> Iterator[None]:
+        """Meanwhile layers of another class, with the same tensors in them, ask for what a forward of theirs needs."""
+
+        def ask(number: int, _layer: nn.Module, _inputs: Any) -> None:
+            if number == 0:
+                self.begin(trains=False)
+            self.forward(number)
+
+        others = [(number, layer) for number, layer in enumerate(layers_of(decoder)) if layer not in self._layers]
+        hooks = [layer.register_forward_pre_hook(partial(ask, number)) for number, layer in others]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     # --- turns --------------------------------------------------------------------------------------------------------
 

@@ -190,9 +190,14 @@ class Wrapper:
         self.whole.is_loaded_in_4bit = getattr(causal_lm, "is_loaded_in_4bit", False)  # PEFT chooses its layers by it
         return self.whole.eval()
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The module of the whole model that its text decoder's layers are in."""
+        return self.whole.get_submodule(self._decoder)
+
     def _fill(self, decoder: nn.Module) -> None:
         """Put the modules of a decoder of the same family into the whole model's own."""
-        own = self.whole.get_submodule(self._decoder)
+        own = self.decoder
         for name, module in list(own.named_modules()):
             if next(module.parameters(recurse=False), None) is not None:
                 own.set_submodule(name, decoder.get_submodule(name))

@@ -8,15 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tensor_files import resident_bytes
 from tiny import CPU, config_of, write_base, write_copy
+from tiny_wrappers import WRAPPED, write_wrapper
 from torch import nn
 from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job.core.errors import SickDeviceError, UsageError
+from job.core.recipe import LoraSection
 from job.tune.device.digest import digest
+from job.tune.engines.choice import choose_engine
 from job.tune.engines.families import is_packed
+from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.selftest import _micro_batch, check_model, check_whole
+from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base
-from job.tune.model.config import empty_model
+from job.tune.model.config import empty_model, read_wrapper
 from job.tune.model.sharded import ShardedLayers, layers_of, reason_against_sharding
 
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -192,3 +198,24 @@ def test_layers_that_share_weights_are_not_sharded():
     model.model.layers[1].mlp = model.model.layers[0].mlp
 
     assert "share their weights" in reason_against_sharding(model, packed=True)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_a_decoder_out_of_a_multimodal_base_is_compared_with_the_whole_by_the_layers_that_are_there(name, tmp_path):
+    """The whole model's own layers have the decoder's tensors in them (qwen3_vl), or are the decoder's own (llava)."""
+    text = {**WRAPPED[name][1]["text_config"], "num_hidden_layers": 5}
+    base = write_copy(tmp_path / "copy", write_wrapper(tmp_path / "base", name, text_config=text), dtype=torch.float32)
+    lora = LoraSection(r=4, targets=("q_proj", "down_proj"))
+    losses = []
+    for world in (None, OneRank()):
+        loaded = load_base(base, device=CPU, dtype=torch.float32, on_host=world is not None)
+        layers = None if world is None else ShardedLayers(loaded, world, CPU)
+        model = PackedModel(attach_lora(loaded, lora, source="tiny", revision=None, seed=0), layers)
+        check_model(model)
+        check_whole(model, read_wrapper(base))
+        choice = choose_engine(model, "fast", backward=torch.Tensor.backward)
+        assert choice.name == "fast"
+        batch = _micro_batch([torch.arange(3, 40), torch.arange(50, 70)])
+        losses.append(choice.engine.accumulate(batch, targets=batch.targets, seed=0))
+
+    assert torch.equal(*losses)
