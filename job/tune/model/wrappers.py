@@ -193,7 +193,8 @@ class Wrapper:
     @property
     def decoder(self) -> nn.Module:
         """The module of the whole model that its text decoder's layers are in."""
-        return self.whole.get_submodule(self._decoder)
+        found: nn.Module = self.whole.get_submodule(self._decoder)
+        return found
 
     def _fill(self, decoder: nn.Module) -> None:
         """Put the modules of a decoder of the same family into the whole model's own."""
