@@ -100,6 +100,8 @@ def test_several_processes_are_shown_with_what_they_lost_and_sent(report):
     speed = report.throughput.model_copy(update={**together, "bytes_a_step": 640_000_000})
 
     assert "by 8 processes on 2 nodes: 2,500 tokens a second each, 3.2 s waited" in shown(report, throughput=speed)
+    sharded = speed.model_copy(update={"placement": "sharded"})
+    assert "by 8 processes on 2 nodes, the base sharded over them: 2,500" in shown(report, throughput=sharded)
     assert "640.0 MB sent a step" in shown(report, throughput=speed)
     assert "processes" not in shown(report)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_rank import OneRank
 from test_tensor_files import resident_bytes
 from tiny import CPU, config_of, write_base, write_copy
 from tiny_wrappers import WRAPPED, write_wrapper
@@ -27,31 +28,6 @@ from job.tune.model.sharded import ShardedLayers, layers_of, reason_against_shar
 
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 FORWARD, TRAINING = 1, 2
-
-
-class OneRank:
-    """In place of all ranks: gathers what it holds, at once or once it is waited for; others wish what they do."""
-
-    rank, size = 0, 1
-
-    def __init__(self, *, lazy=False, wishes=()):
-        self.lazy, self.wishes, self.gathered = lazy, iter(wishes), []
-        self.before_meeting = lambda: None
-
-    def share_rows(self):
-        pass
-
-    def gather(self, value):
-        return [value]
-
-    def turn(self, wish):
-        return max(wish, next(self.wishes, 0))
-
-    def gather_row(self, part, row):
-        self.gathered.append(part)
-        if not self.lazy:
-            row.copy_(part)
-        return lambda: row.copy_(part)
 
 
 class Layer(GradientCheckpointingLayer):
