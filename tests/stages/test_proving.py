@@ -28,7 +28,10 @@ def test_linear_layers_that_were_left_to_peft_are_peft_s_in_the_proof(bases, doc
         }
     )
     inputs = SimpleNamespace(
-        artifacts=SimpleNamespace(fetch_adapter=fetch_adapter), base=SimpleNamespace(folder=bases["llama"]), device=CPU
+        artifacts=SimpleNamespace(fetch_adapter=fetch_adapter),
+        base=SimpleNamespace(folder=bases["llama"]),
+        device=CPU,
+        placement="replicated",
     )
     attempt = stages_attempt(recipe, tmp_path)
     batch = micro_batch(documents, range(4))
