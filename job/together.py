@@ -77,6 +77,8 @@ def run_with_others(
     team = team_of(gpus=gpus, nodes=options["nodes"], node_rank=options["node_rank"], rendezvous=options["rendezvous"])
     if team.size == 1:
         return False
+    if team.node_rank > 0:
+        session.word_is_left_elsewhere()
     from job.launch.supervisor import supervise
 
     supervise(attempt, team, arguments=sys.argv[1:], environment=environment, reason=lambda: session.interrupt.reason)
