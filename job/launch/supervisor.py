@@ -135,7 +135,7 @@ class _Watch:
                 asked_at = asked_at or now
                 self._attempt.standing.asked_at = asked_at
                 self._launched.stop(self._reason())
-                if not self._launched.has_begun:
+                if self._team.nodes > 1 and not self._launched.has_begun:
                     return  # the nodes have not met yet: there is nothing to save
                 # Until then they have ended by themselves: their grace is a little shorter than ours.
                 if grace is not None and now - asked_at > grace - min(SUPERVISOR_SECONDS, grace / 4) / 2:
