@@ -72,13 +72,14 @@ class Pods:
         """A new pod: an empty work folder, an empty message."""
         place = self._job.folder / f"pod-{index}-{len(list(self._job.folder.glob('pod-*')))}"
         (place / "work").mkdir(parents=True)
-        given = variables(index)
+        message = place / "termination-log"
+        given = {name: re.sub("^/work(?=/|$)", str(place / "work"), text) for name, text in variables(index).items()}
+        assert given["JOB_WORKDIR"] == given["HOME"] == given["TMPDIR"] == str(place / "work")
         assert given["JOB_RENDEZVOUS"] == f"{NAME}-0.qlora-job:29500"
         here = {"JOB_RENDEZVOUS": f"localhost:{self._port}", "JOB_DEVICE": "cpu", "JOB_GPUS": "1"}
-        here |= {"JOB_WORKDIR": str(place / "work"), "JOB_OUTCOME_FILE": str(place / "termination-log")}
-        here |= {"PATH": "/usr/bin:/bin", "HOME": str(place), "OMP_NUM_THREADS": "1"}
+        here |= {"JOB_OUTCOME_FILE": str(message), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(ROOT / "entrypoint.py"), "run", str(self._job.write())]
-        return started(command, cwd=place, environment=given | here), place / "termination-log"
+        return started(command, cwd=place, environment=given | here), message
 
 
 @pytest.fixture

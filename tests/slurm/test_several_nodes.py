@@ -140,8 +140,9 @@ def test_a_request_to_stop_reaches_the_job_on_every_node(desk, number):
 @pytest.mark.parametrize(("first", "second"), [(0, 70), (75, 81), (81, 70), (70, 137)])
 def test_the_exit_code_is_that_of_the_run_which_the_first_node_has(desk, first, second):
     """srun's is the highest of all. The other node is gone first, on a disk that both see."""
-    say = f'until [[ ! -e $JOB_WORKDIR/node-1 && -e $DESK/gone ]]; do sleep 0.02; done; echo \'{{"state": "ended", "code": {first}, "reason": "x"}}\' > "$JOB_OUTCOME_FILE"'
-    desk.behave(f"[[ $JOB_NODE_RANK == 1 ]] && {{ touch $DESK/gone; exit {second}; }}; {say}; exit {first}")
+    gone = "until [[ ! -e $JOB_WORKDIR/node-1 && -e $DESK/gone ]]; do sleep 0.02; done"
+    say = f'echo \'{{"state": "ended", "code": {first}, "reason": "x"}}\' > "$JOB_OUTCOME_FILE"'
+    desk.behave(f"[[ $JOB_NODE_RANK == 1 ]] && {{ touch $DESK/gone; exit {second}; }}; {gone}; {say}; exit {first}")
 
     assert desk.start(**TWO).code == first
 
