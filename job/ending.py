@@ -93,6 +93,10 @@ class Session:
             with suppress(JobError):  # one mistake at a time
                 self.notice = Notice(url)
 
+    def word_is_left_elsewhere(self) -> None:
+        """Another node speaks for the run: who is to be notified hears of it once, and the store as well."""
+        self.output = self.notice = None
+
     def end(self, error: BaseException | None, *, shown: bool) -> int:
         """Write how it ended into the outcome file, and log it; returns the exit code.
 

@@ -87,6 +87,8 @@ def run_with_others(
     if team.size == 1:
         refuse_shards_of_one(options["base_placement"])
         return False
+    if team.node_rank > 0:
+        session.word_is_left_elsewhere()
     from job.launch.supervisor import supervise
 
     supervise(attempt, team, arguments=sys.argv[1:], environment=environment, reason=lambda: session.interrupt.reason)

@@ -23,7 +23,7 @@ _LONG = (
     *_TOGETHER,
     "tests/launch/",
     *("tests/edge/run/test_lock", "tests/edge/store/test_stores", "tests/edge/base/test_fetching"),
-    *("tests/k8s/test_container", "tests/bench/", "tests/tune/", "tests/slurm/"),
+    *("tests/k8s/test_container", "tests/k8s/test_two_pods", "tests/bench/", "tests/tune/", "tests/slurm/"),
 )
 """What takes half a minute and more, the longest first, so that no worker waits for another one at the end."""
 

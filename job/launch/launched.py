@@ -12,6 +12,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from job.core.seat import Seat, take_seat
+from job.edge.host.interrupt import kept_from_children
 
 _LOOK_SECONDS = 0.25
 _PID = "pid-r{:02d}"
@@ -31,7 +32,8 @@ class Launched:
             folder: where workers leave word of themselves.
         """
         self._folder = folder
-        with (folder / LOG).open("ab") as said:
+        # Some schedulers signal every process of a job, and a launcher that is asked to stop kills its workers.
+        with kept_from_children(), (folder / LOG).open("ab") as said:
             self._child = subprocess.Popen(  # noqa: S603 - our own interpreter
                 command, env=dict(environment), stdin=subprocess.DEVNULL, stderr=said, start_new_session=True
             )
@@ -49,6 +51,11 @@ class Launched:
     def code(self) -> int | None:
         """The launcher's own exit code."""
         return self._child.poll()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a worker has come."""
+        return bool(self._pids)
 
     @property
     def works(self) -> bool:

@@ -135,6 +135,8 @@ class _Watch:
                 asked_at = asked_at or now
                 self._attempt.standing.asked_at = asked_at
                 self._launched.stop(self._reason())
+                if self._team.nodes > 1 and not self._launched.has_begun:
+                    return  # the nodes have not met yet: there is nothing to save
                 # Until then they have ended by themselves: their grace is a little shorter than ours.
                 if grace is not None and now - asked_at > grace - min(SUPERVISOR_SECONDS, grace / 4) / 2:
                     return
@@ -199,6 +201,9 @@ class _Watch:
 
     def _lost(self, cause: WorkerEnd) -> JobError:
         if not self._said and self._team.nodes > 1:
+            if self._attempt.worker.should_stop():
+                met_at = self._team.rendezvous
+                return StopRequestedError(f"asked to stop before the nodes had come together at {met_at}")
             return UnavailableError(
                 f"the nodes did not come together at {self._team.rendezvous} (the launcher ended with "
                 f"{self._launched.code}); look whether all {self._team.nodes} were started and reach it"

@@ -3,6 +3,7 @@
 import contextvars
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -50,10 +51,11 @@ class Company:
 
         Raises:
             PeerLostError: it is gone.
+            StopRequestedError: it is that of an attempt that is over.
         """
         self._attempt = attempt
         self._seat = seat or _NO_OTHER
-        self._meeting = None if seat is None else Meeting(seat)
+        self._meeting = None if seat is None else _met(Meeting(seat))
         self.world: World = ALONE
         self._left = threading.Event()
 
@@ -196,6 +198,17 @@ class Company:
                     self.world.lose()
             except PeerLostError:
                 return  # the launcher is gone, and its supervisor will end us
+
+
+def _met(meeting: Meeting) -> Meeting:
+    """Take our seat, unless it is taken: a node that starts anew may find the first one at its old attempt's end."""
+    key, mine = f"seat.{meeting.seat.rank}", uuid.uuid4().hex
+    meeting.say(key, mine)
+    if meeting.heard(key) != mine:
+        raise StopRequestedError(
+            "this node was started again while the first one still ends the attempt before; they meet in the next"
+        )
+    return meeting
 
 
 def _error(cause: dict[str, Any]) -> JobError:

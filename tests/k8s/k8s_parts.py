@@ -17,8 +17,18 @@ def of_kind(documents: list[Document], kind: str) -> list[Document]:
 
 
 def jobs(documents: list[Document]) -> list[Document]:
-    """Each Job, and the Job that each CronJob makes."""
-    return of_kind(documents, "Job") + [each["spec"]["jobTemplate"] for each in of_kind(documents, "CronJob")]
+    """Each Job, and the Job that each CronJob and each JobSet makes."""
+    nightly = [each["spec"]["jobTemplate"] for each in of_kind(documents, "CronJob")]
+    return of_kind(documents, "Job") + nightly + [_only_job(each) for each in of_kind(documents, "JobSet")]
+
+
+def _only_job(jobset: Document) -> Document:
+    """The Job of a JobSet, with the JobSet's labels, and what the JobSet does about it in `jobset`."""
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert replicated.get("replicas", 1) == 1, "the pods of a run are one Job's"
+    name = f"{jobset['metadata']['name']}-{replicated['name']}-0"
+    metadata = {"name": name, "labels": jobset["metadata"].get("labels", {})}
+    return {"metadata": metadata, "spec": replicated["template"]["spec"], "jobset": jobset["spec"]}
 
 
 def job_specs(documents: list[Document]) -> list[dict[str, Any]]:
@@ -44,6 +54,11 @@ def trainer(pod: dict[str, Any]) -> dict[str, Any]:
 def environment(pod: dict[str, Any]) -> dict[str, str | None]:
     """Name -> value of the trainer's variables; None where it comes from elsewhere."""
     return {each["name"]: each.get("value") for each in trainer(pod).get("env", [])}
+
+
+def nodes(pod: dict[str, Any]) -> int:
+    """On how many nodes the run is, by what the job is given."""
+    return int(environment(pod).get("JOB_NODES") or 1)
 
 
 def quantity(text: str | int) -> Decimal:

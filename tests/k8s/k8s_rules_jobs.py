@@ -1,10 +1,11 @@
 """What must hold for the fields of Jobs and CronJobs: exit codes go the way of the table, nothing lasts for ever."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from k8s_manifests import Document
-from k8s_parts import containers, environment, of_kind
+from k8s_parts import containers, environment, nodes, of_kind
 
 from job.core.errors import ENDINGS, Again
 
@@ -21,16 +22,53 @@ OURS = {row.code for row in ENDINGS}
 QUEUE, QUEUE_SECONDS = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/max-exec-time-seconds"
 
 
+JOBSET_FATES = {
+    "FailJobSet": "FailJob",
+    "RestartJobSet": "Count",
+    "RestartJobSetAndIgnoreMaxRestarts": "Ignore",
+}
+"""What a JobSet does with all pods, as what a Job does with one."""
+
+
 def fate(spec: dict[str, Any], code: int, *, disrupted: bool = False) -> str:
     """What the Job controller does with a pod that ended so: the first rule that matches, else it counts."""
-    for rule in spec["podFailurePolicy"]["rules"]:
+    rule = _first_rule(spec, code, disrupted=disrupted)
+    return "Count" if rule is None else spec["podFailurePolicy"]["rules"][rule]["action"]
+
+
+def _first_rule(spec: dict[str, Any], code: int, *, disrupted: bool) -> int | None:
+    for number, rule in enumerate(spec["podFailurePolicy"]["rules"]):
         if codes := rule.get("onExitCodes"):
             if (code in codes["values"]) == (codes["operator"] == "In"):
-                return rule["action"]
+                return number
         elif disrupted and any(
             (each["type"], each.get("status")) == ("DisruptionTarget", "True") for each in rule["onPodConditions"]
         ):
-            return rule["action"]
+            return number
+    return None
+
+
+def fate_of_run(job: Document, code: int, *, disrupted: bool = False) -> str:
+    """What becomes of the run after the first pod that ended so: by the Job alone, or by its JobSet."""
+    action = fate(job["spec"], code, disrupted=disrupted)
+    if "jobset" not in job:
+        return action
+    if action == "Ignore" or (action == "Count" and job["spec"].get("backoffLimit") != 0):
+        return "the Job makes a pod anew, alone"
+    if action == "Count":
+        return _by_jobset(job["jobset"], "BackoffLimitExceeded", "Job has reached the specified backoff limit")
+    number = _first_rule(job["spec"], code, disrupted=disrupted)
+    what = "has condition DisruptionTarget" if disrupted else f"failed with exit code {code}"
+    return _by_jobset(job["jobset"], "PodFailurePolicy", f"Pod ns/pod {what} matching FailJob rule at index {number}")
+
+
+def _by_jobset(jobset: dict[str, Any], reason: str, message: str) -> str:
+    """What its controller does about a Job that failed so: the first rule that matches, else all begin anew."""
+    for rule in jobset["failurePolicy"].get("rules", []):
+        reasons, patterns = rule.get("onJobFailureReasons"), rule.get("onJobFailureMessagePatterns")
+        fits = not patterns or any(re.search(pattern, message) for pattern in patterns)
+        if fits and (not reasons or reason in reasons):
+            return JOBSET_FATES[rule["action"]]
     return "Count"
 
 
@@ -38,12 +76,12 @@ def exit_codes_go_the_way_of_the_table(job: Document) -> Iterator[str]:
     for row in ENDINGS:
         if row.again is Again.DONE:
             continue
-        if (found := fate(job["spec"], row.code)) != FATES[row.again]:
+        if (found := fate_of_run(job, row.code)) != FATES[row.again]:
             yield f"exit code {row.code}: {found}, but the table says {row.again.value!r}: {FATES[row.again]}"
-        if fate(job["spec"], row.code, disrupted=True) != "Ignore":
+        if fate_of_run(job, row.code, disrupted=True) != "Ignore":
             yield f"a pod that is evicted and ends {row.code} is not ignored"
     for code in (1, 137, 143):
-        if fate(job["spec"], code) != "Count":
+        if fate_of_run(job, code) != "Count":
             yield f"exit code {code}, which is none of ours, does not count"
 
 
@@ -87,8 +125,13 @@ def the_job_knows_its_grace_period(job: Document) -> Iterator[str]:
 
 def every_job_has_a_last_bound(job: Document) -> Iterator[str]:
     spec, labels = job["spec"], job.get("metadata", {}).get("labels", {})
-    if spec.get("backoffLimit") is None:
+    by_index = (spec.get("backoffLimitPerIndex"), spec.get("maxFailedIndexes"))
+    if spec.get("backoffLimit") is None and (by_index[0] is None or by_index[1] != 0):
         yield "no backoffLimit"
+    if "jobset" in job and not job["jobset"]["failurePolicy"].get("maxRestarts"):
+        yield "no maxRestarts"
+    if "jobset" in job and _by_jobset(job["jobset"], "DeadlineExceeded", "") != "FailJob":
+        yield "activeDeadlineSeconds bounds nothing: the JobSet begins anew"
     if QUEUE not in labels and not spec.get("activeDeadlineSeconds"):
         yield "no activeDeadlineSeconds"
     if QUEUE in labels and "activeDeadlineSeconds" in spec:
@@ -98,8 +141,9 @@ def every_job_has_a_last_bound(job: Document) -> Iterator[str]:
 
 
 def a_job_is_one_run_that_starts_when_it_is_applied(job: Document) -> Iterator[str]:
-    if (job["spec"].get("completions", 1), job["spec"].get("parallelism", 1)) != (1, 1):
-        yield "completions and parallelism are 1: one run"
+    of_a_run = nodes(job["spec"]["template"]["spec"])
+    if (job["spec"].get("completions", 1), job["spec"].get("parallelism", 1)) != (of_a_run, of_a_run):
+        yield "completions and parallelism are the nodes of one run, JOB_NODES, or 1"
     if "suspend" in job["spec"]:
         yield "suspend is set: without Kueue the Job waits for ever"
 
@@ -117,7 +161,7 @@ def _of_queues(labels: dict[str, str]) -> dict[str, str]:
 
 
 def a_single_job_is_tidied_up_by_its_ttl(documents: list[Document]) -> Iterator[str]:
-    for document in of_kind(documents, "Job"):
+    for document in of_kind(documents, "Job") + of_kind(documents, "JobSet"):
         if not document["spec"].get("ttlSecondsAfterFinished"):
             yield "no ttlSecondsAfterFinished"
 

@@ -10,9 +10,10 @@ from urllib.parse import parse_qs, urlsplit
 from k8s_manifests import Document
 
 KINDS = {
-    "v1": ["Pod", "ConfigMap", "Secret", "ServiceAccount", "Node", "Event", "PersistentVolumeClaim"],
+    "v1": ["Pod", "ConfigMap", "Secret", "ServiceAccount", "Node", "Event", "PersistentVolumeClaim", "Service"],
     "batch/v1": ["Job", "CronJob"],
     "networking.k8s.io/v1": ["NetworkPolicy"],
+    "jobset.x-k8s.io/v1alpha2": ["JobSet"],
 }
 LOG = '{"event": "step"}\n'
 

@@ -34,7 +34,8 @@ exec {kubectl} --server={url} "$@" "${{dry[@]}}"
 def pod_and_node():
     (job,) = of_kind(standalone(), "Job")
     name = {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
-    labels = name | job["spec"]["template"]["metadata"]["labels"]
+    number = {"batch.kubernetes.io/job-completion-index": "0"}  # of several pods
+    labels = name | number | job["spec"]["template"]["metadata"]["labels"]
     terminated = {"exitCode": 75, "message": "{}"}
     status = {"phase": "Running", "containerStatuses": [{"name": "trainer", "state": {"terminated": terminated}}]}
     spec = job["spec"]["template"]["spec"] | {"nodeName": "NODE"}
@@ -54,7 +55,7 @@ def pod_and_node():
 @pytest.fixture(scope="module")
 def server():
     manifests = [each for each in standalone() if each["kind"] != "Job"] + of_kind(overlay("nightly"), "CronJob")
-    objects = [*manifests, *pod_and_node()]
+    objects = [*manifests, *of_kind(overlay("jobset"), "JobSet"), *pod_and_node()]
     for each in objects:
         each["metadata"] |= {"namespace": "default", "uid": "1"} if each["kind"] != "Node" else {}
     with api_server(objects) as running:

@@ -7,8 +7,9 @@ import subprocess
 
 import pytest
 import yaml
-from k8s_manifests import COMPONENTS, JOB, K8S, KUBECTL, OVERLAYS, composed, documents, overlay, standalone
-from k8s_parts import environment, job_labels, job_specs, of_kind, pod_specs
+from k8s_manifests import COMPONENTS, JOB, K8S, KUBECTL, OVERLAYS, composed, documents, kustomized, overlay, standalone
+from k8s_parts import environment, job_labels, job_specs, of_kind, pod_specs, trainer
+from k8s_rules import complaints
 from k8s_schemas import VERSIONS, invalid
 
 from job.core.errors import ENDINGS, Again
@@ -35,7 +36,7 @@ def test_the_table_says_of_every_exit_code_what_the_job_does():
 
 
 def test_every_component_and_overlay_is_named():
-    tree = blocks()[0]
+    tree = re.sub(r"\s+", " ", blocks()[0])
 
     assert set(re.findall(r"[a-z-]+", tree.split("can be added:")[1].split("overlays/")[0])) == set(COMPONENTS)
     assert set(tree.split("together:")[1].split()) == set(OVERLAYS)
@@ -121,7 +122,9 @@ def test_the_labels_that_are_selected_by_are_those_of_the_jobs():
 
 
 def test_manifests_that_are_shown_are_valid():
-    shown = [document for block in blocks("yaml") for document in documents(block) if "apiVersion" in document]
+    shown = [
+        each for block in blocks("yaml") for each in documents(block) if each.get("kind", "Component") != "Component"
+    ]
 
     assert [document["kind"] for document in shown] == ["PriorityClass"]
     assert [wrong for v in VERSIONS for document in shown if (wrong := invalid(document, v))] == []
@@ -146,8 +149,37 @@ def test_the_hours_of_a_night_are_those_of_the_manifests():
 
 
 @needs_kubectl
+@pytest.mark.parametrize("last", [[], ["jobset"], ["nightly"]], ids=["indexed", "jobset", "nightly"])
+def test_the_component_for_another_size_gives_all_numbers_that_belong_together(tmp_path, last):
+    (text,) = [block for block in blocks("yaml") if "kind: Component" in block]
+    (tmp_path / "size").mkdir()
+    (tmp_path / "size" / "kustomization.yaml").write_text(text, encoding="utf-8")
+    here = os.path.relpath(K8S / "components", tmp_path.resolve())
+    names = [f"{here}/multi-gpu", f"{here}/multi-node", "size", *(f"{here}/{name}" for name in last)]
+    lines = [f"resources: [{here}/../base]", f"components: [{', '.join(names)}]"]
+    (tmp_path / "kustomization.yaml").write_text("\n".join(lines), encoding="utf-8")
+    rendered = documents(kustomized(tmp_path))
+
+    assert complaints(rendered) == []
+    assert [wrong for v in VERSIONS for each in rendered if (wrong := invalid(each, v))] == []
+    (spec,) = job_specs(rendered)
+    assert spec["completions"] == 3
+    assert trainer(spec["template"]["spec"])["resources"]["limits"]["nvidia.com/gpu"] == 4
+
+
+def test_the_numbers_of_several_nodes_are_those_of_the_manifests():
+    (spec,), (child,) = job_specs(overlay("multi-node")), job_specs(overlay("jobset"))
+    (jobset,) = of_kind(overlay("jobset"), "JobSet")
+
+    assert f"`backoffLimitPerIndex: {spec['backoffLimitPerIndex']}`" in README
+    assert f"`maxRestarts: {jobset['spec']['failurePolicy']['maxRestarts']}`" in README
+    assert f"`{jobset['metadata']['name']}-{jobset['spec']['replicatedJobs'][0]['name']}-0`" in README
+    assert spec["completions"] == child["completions"] == 2  # "on each of two nodes"
+
+
+@needs_kubectl
 def test_the_five_lines_of_your_own_render(tmp_path):
-    (text,) = [block for block in blocks("yaml") if "resources:" in block]
+    (text,) = [block for block in blocks("yaml") if block.startswith("resources:")]
     (tmp_path / "qlora-job").mkdir()
     (tmp_path / "qlora-job" / "k8s").symlink_to(K8S)
     own = tmp_path / "own"

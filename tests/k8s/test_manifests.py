@@ -21,9 +21,9 @@ from k8s_manifests import (
     sources_digest,
     standalone,
 )
-from k8s_parts import environment, job_labels, job_specs, of_kind, pod_specs
+from k8s_parts import environment, job_labels, job_specs, jobs, of_kind, pod_specs, trainer
 from k8s_rules import complaints
-from k8s_rules_jobs import fate, shortest_interval_seconds
+from k8s_rules_jobs import fate, fate_of_run, shortest_interval_seconds
 from k8s_schemas import VERSIONS, invalid
 from kubernetes_validate import utils
 
@@ -31,6 +31,8 @@ from job.core.recipe_text import load_recipe
 
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="NO KUBECTL: components are not rendered here")
 CONFIGMAP = "qlora-job-recipe"
+LAST = {"nightly", "jobset"}
+"""They take the Job as the others have made it, into something else."""
 
 
 def recipe_of(rendered):
@@ -100,7 +102,10 @@ def test_every_component_is_in_an_overlay():
     text = "\n".join((K8S / "overlays" / name / "kustomization.yaml").read_text() for name in OVERLAYS)
 
     assert {name for name in COMPONENTS if f"components/{name}" not in text} == set()
-    assert set(OVERLAYS) == {"once", "nightly", "spot-gke", "spot-aws", "kueue"}
+    assert set(OVERLAYS) == {
+        *("once", "nightly", "spot-gke", "spot-aws", "kueue"),
+        *("multi-gpu", "multi-node", "jobset"),
+    }
 
 
 @needs_kubectl
@@ -172,14 +177,88 @@ def test_kueue_decides_when_and_counts_the_time_over_all_admissions():
 
 
 def test_with_the_network_policy_the_pod_reaches_names_and_https_and_nothing_reaches_the_pod():
-    (policy,) = of_kind(overlay("nightly"), "NetworkPolicy")
+    policy, peers = of_kind(overlay("nightly"), "NetworkPolicy")
     (spec,) = job_specs(overlay("nightly"))
     open_ports = [(port["protocol"], port["port"]) for rule in policy["spec"]["egress"] for port in rule["ports"]]
 
+    assert peers["metadata"]["name"] == "qlora-job-peers"
+    assert policy["spec"]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "qlora-job"}}
     assert policy["spec"]["podSelector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
     assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
     assert "ingress" not in policy["spec"]
     assert open_ports == [("UDP", 53), ("TCP", 53), ("TCP", 443)]
+    # The other policy is for pods that have a number among several, which those of a plain Job have not.
+    assert peers["spec"]["podSelector"]["matchExpressions"] == [
+        {"key": "batch.kubernetes.io/job-completion-index", "operator": "Exists"}
+    ]
+    assert spec.get("completionMode") is None
+
+
+# --- several GPUs, several nodes --------------------------------------------------------------------------------------
+
+
+def test_several_gpus_of_a_node_have_what_one_has_each():
+    (pod,), (one,) = pod_specs(overlay("multi-gpu")), pod_specs(standalone())
+    resources, alone = trainer(pod)["resources"], trainer(one)["resources"]
+
+    assert environment(pod)["JOB_GPUS"] == "8"
+    assert resources["limits"]["nvidia.com/gpu"] == 8 * alone["limits"]["nvidia.com/gpu"]
+    assert resources["limits"]["memory"] == f"{8 * int(alone['limits']['memory'].removesuffix('Gi'))}Gi"
+    assert resources["requests"]["cpu"] == str(8 * int(alone["requests"]["cpu"]))
+    assert environment(pod)["OMP_NUM_THREADS"] == alone["requests"]["cpu"]  # as one process alone has, so it is exact
+    assert environment(pod)["JOB_GRACE_SECONDS"] == str(pod["terminationGracePeriodSeconds"])
+
+
+@pytest.mark.parametrize("name", ["multi-node", "jobset"])
+@pytest.mark.parametrize(
+    ("code", "disrupted", "expected"),
+    [
+        *((code, False, "FailJob") for code in (64, 65, 66, 77, 78, 80, 81, 84)),
+        *((code, False, "Count") for code in (69, 70, 74, 82, 83, 137)),
+        (75, False, "Ignore"),
+        (70, True, "Ignore"),  # its node is lost
+        (137, True, "Ignore"),
+    ],
+)
+def test_the_first_of_several_pods_that_ends_decides_as_one_alone_does(name, code, disrupted, expected):
+    (job,) = jobs(overlay(name))
+
+    assert fate_of_run(job, code, disrupted=disrupted) == expected
+
+
+@pytest.mark.parametrize("name", ["multi-node", "jobset"])
+def test_several_pods_are_one_run_whose_report_ends_it(name):
+    (job,) = jobs(overlay(name))
+    spec, variables = job["spec"], environment(job["spec"]["template"]["spec"])
+
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    assert variables["JOB_NODES"] == "2"
+    assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    assert spec["podReplacementPolicy"] == "Failed"
+
+
+def test_an_end_counts_once_for_each_pod_of_an_indexed_job():
+    (spec,), (alone,) = job_specs(overlay("multi-node")), job_specs(standalone())
+
+    assert "backoffLimit" not in spec
+    assert (spec["backoffLimitPerIndex"], spec["maxFailedIndexes"]) == (alone["backoffLimit"], 0)
+
+
+def test_the_jobset_is_the_indexed_job_and_makes_all_its_pods_anew_at_once():
+    """Whatever was said of the Job is said once: only what follows the end of a pod is the JobSet's."""
+    (made,), (job,) = job_specs(overlay("jobset")), job_specs(overlay("multi-node"))
+    (jobset,) = of_kind(overlay("jobset"), "JobSet")
+    own = {"backoffLimit", "backoffLimitPerIndex", "maxFailedIndexes", "podFailurePolicy", "ttlSecondsAfterFinished"}
+
+    assert {name: made[name] for name in made.keys() - own} == {name: job[name] for name in job.keys() - own}
+    assert made["backoffLimit"] == 0
+    assert "Ignore" not in {rule["action"] for rule in made["podFailurePolicy"]["rules"]}
+    assert jobset["spec"]["ttlSecondsAfterFinished"] == job["ttlSecondsAfterFinished"]
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == job["backoffLimitPerIndex"]
+    assert jobset["metadata"]["labels"] == of_kind(overlay("multi-node"), "Job")[0]["metadata"]["labels"]
+    kinds = [document["kind"] for document in overlay("jobset")]
+    assert "Job" not in kinds
+    assert "Service" not in kinds  # JobSet makes one of the same name
 
 
 # --- components ------------------------------------------------------------------------------------------------------
@@ -203,7 +282,7 @@ def test_the_base_is_job_yaml_with_the_recipe_in_a_file():
 
 @needs_kubectl
 @pytest.mark.parametrize("nightly", [[], ["nightly"]], ids=["once", "every night"])
-@pytest.mark.parametrize("name", [each for each in COMPONENTS if each != "nightly"])
+@pytest.mark.parametrize("name", [each for each in COMPONENTS if each not in LAST])
 def test_a_component_alone_is_valid_and_right(tmp_path, name, nightly):
     rendered = composed(tmp_path, name, *nightly)
 
@@ -213,14 +292,16 @@ def test_a_component_alone_is_valid_and_right(tmp_path, name, nightly):
 
 
 @needs_kubectl
-def test_components_go_together_in_any_order_and_leave_each_other_alone(tmp_path):
-    names = [each for each in COMPONENTS if each not in {"nightly", "spot-gke"}]
-    one, other = composed(tmp_path, *names, "nightly"), composed(tmp_path, *reversed(names), "nightly")
+@pytest.mark.parametrize("last", sorted(LAST))
+def test_components_go_together_in_any_order_and_leave_each_other_alone(tmp_path, last):
+    names = [each for each in COMPONENTS if each not in {*LAST, "spot-gke"}]
+    one, other = composed(tmp_path, *names, last), composed(tmp_path, *reversed(names), last)
 
     assert complaints(one) == complaints(other) == []
+    assert [wrong for v in VERSIONS for document in one if (wrong := invalid(document, v))] == []
     (pod,), (reverse) = pod_specs(one), pod_specs(other)
     assert environment(pod) == environment(reverse[0])
-    assert {"HF_TOKEN", "AWS_ROLE_ARN", "JOB_GRACE_SECONDS"} <= environment(pod).keys()
+    assert {"HF_TOKEN", "AWS_ROLE_ARN", "JOB_GRACE_SECONDS", "JOB_GPUS", "JOB_NODES"} <= environment(pod).keys()
     assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "qlora-job-s3", "optional": True}}]
     assert {volume["name"] for volume in pod["volumes"]} == {"recipe", "work", "shm", "models", "identity"}
     assert "eks.amazonaws.com/role-arn" in of_kind(one, "ServiceAccount")[0]["metadata"]["annotations"]

@@ -270,6 +270,98 @@ def test_an_error_in_a_job_of_kueue_is_seen(path, value, told):
     assert [each for each in wrong if told in each], wrong
 
 
+NODES_ERRORS = [
+    ("Job", "spec.completions", 3, "the nodes of one run"),
+    ("Job", "spec.parallelism", 1, "the nodes of one run"),
+    ("Job", "spec.completionMode", GONE, "pods have no numbers"),
+    ("Job", "spec.successPolicy", GONE, "when pod 0 has"),
+    ("Job", "spec.successPolicy.rules.0.succeededIndexes", "0-1", "when pod 0 has"),
+    ("Job", "spec.backoffLimit", 3, "backoffLimit counts the end of each pod"),
+    ("Job", "spec.maxFailedIndexes", GONE, "no backoffLimit"),
+    ("Job", f"{POD}.subdomain", GONE, "the pods' subdomain is None"),
+    ("Job", f"{POD}.subdomain", "other", "subdomain other: there is no such Service"),
+    ("Job", f"{TRAINER}.env", without("JOB_NODES"), "one pod: no index"),
+    ("Job", f"{TRAINER}.env", variable("JOB_NODE_RANK", "0"), "JOB_NODE_RANK is not"),
+    ("Job", f"{TRAINER}.env", variable("JOB_RENDEZVOUS", "qlora-job-0.qlora-job:29500"), "not pod 0 of the Job"),
+    ("Job", f"{TRAINER}.env", variable("POD_JOB", "qlora-job"), "$(POD_JOB) is not known"),
+    ("Job", f"{TRAINER}.env", variable("JOB_GPUS", "4"), "JOB_GPUS 4"),
+    ("Job", f"{TRAINER}.env", without("JOB_GPUS"), "JOB_GPUS 1"),
+    ("Job", f"{TRAINER}.env", variable("OMP_NUM_THREADS", "16"), "OMP_NUM_THREADS 16, for each of 8"),
+    ("Job", f"{TRAINER}.env", source("OMP_NUM_THREADS", "resourceFieldRef"), "no divisor"),
+    ("Job", f"{TRAINER}.resources.requests.cpu", "8", "cpu is 8"),
+    ("Service", "spec.clusterIP", GONE, "not headless"),
+    ("Service", "spec.publishNotReadyAddresses", GONE, "no names before they are ready"),
+    ("Service", "spec.selector.x", "y", "does not select the pods"),
+    ("Service", "metadata.name", "other", "there is no such Service"),
+]
+
+
+@pytest.mark.parametrize(("kind", "path", "value", "told"), NODES_ERRORS, ids=shown)
+def test_an_error_in_a_job_of_several_pods_is_seen(kind, path, value, told):
+    wrong = complaints(planted(overlay("multi-node"), kind, path, value))
+
+    assert [each for each in wrong if told in each], wrong
+
+
+@pytest.mark.parametrize("path", ["ingress", "egress", "podSelector.matchLabels.x"])
+def test_a_network_policy_that_keeps_the_pods_of_a_run_apart_is_seen(path):
+    spoilt = planted(overlay("multi-node")[::-1], "NetworkPolicy", f"spec.{path}", "y" if "." in path else GONE)
+    wrong = complaints(spoilt)
+
+    assert [each for each in wrong if "of the run's own pods is not open" in each], wrong
+
+
+CHILD = "spec.replicatedJobs.0.template.spec"
+JOBSET_RULES = "spec.failurePolicy.rules"
+JOBSET_ERRORS = [
+    (f"{JOBSET_RULES}.0.onJobFailureMessagePatterns", ["rule at index 0$"], "exit code 75: FailJob"),
+    (f"{JOBSET_RULES}.0.onJobFailureMessagePatterns", GONE, "exit code 64: Ignore"),
+    (JOBSET_RULES, lambda rules: rules[1:], "exit code 75: FailJob"),
+    (JOBSET_RULES, lambda rules: rules[:1], "exit code 64: Count"),
+    (f"{JOBSET_RULES}.1.onJobFailureReasons", ["PodFailurePolicy"], "activeDeadlineSeconds bounds nothing"),
+    ("spec.failurePolicy.maxRestarts", GONE, "no maxRestarts"),
+    (f"{CHILD}.podFailurePolicy.rules.0.action", "Ignore", "a pod that is evicted and ends 65 is not ignored"),
+    (f"{CHILD}.podFailurePolicy.rules.2.action", "Ignore", "the Job makes a pod anew, alone"),
+    (f"{CHILD}.backoffLimit", 3, "the Job makes a pod anew, alone"),
+    (f"{CHILD}.completions", 3, "the nodes of one run"),
+    (f"{CHILD}.template.spec.terminationGracePeriodSeconds", 60, "JOB_GRACE_SECONDS is 300"),
+    ("spec.network.publishNotReadyAddresses", GONE, "network does not give the pods names"),
+    ("spec.network.subdomain", "other", "network does not give the pods names"),
+    ("spec.ttlSecondsAfterFinished", GONE, "no ttlSecondsAfterFinished"),
+    ("metadata.labels.team", "a", "the pods do not have those of their Job"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "told"), JOBSET_ERRORS, ids=shown)
+def test_an_error_in_a_jobset_is_seen(path, value, told):
+    wrong = complaints(planted(overlay("jobset"), "JobSet", path, value))
+
+    assert [each for each in wrong if told in each], wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("spec.replicas", 2, "'replicas' was unexpected"),
+        ("spec.failurePolicy.maxRestarts", "3", "'3' is not of type"),
+        (f"{JOBSET_RULES}.0.action", "Restart", "'Restart' is not one of"),
+        (f"{JOBSET_RULES}.0.name", GONE, "'name' is a required property"),
+        (f"{JOBSET_RULES}.0.name", "goes-on", "does not match"),
+        (f"{JOBSET_RULES}.0.onJobFailureReasons", ["Evicted"], "'Evicted' is not one of"),
+        (f"{JOBSET_RULES}.0.onJobFailureMessagePatterns", ["["], "is not a 'regex'"),
+        ("spec.network.enableDNS", True, "'enableDNS' was unexpected"),
+        ("spec.replicatedJobs.0.name", GONE, "'name' is a required property"),
+        (f"{CHILD}.completionMode", 5, "completionMode"),
+        (f"{CHILD}.template.spec.gracePeriodSeconds", 300, "gracePeriodSeconds"),
+        ("apiVersion", "jobset.x-k8s.io/v1", "v1alpha2"),
+    ],
+)
+def test_what_no_jobset_has_is_seen(path, value, told):
+    (jobset,) = of_kind(planted(overlay("jobset"), "JobSet", path, value), "JobSet")
+
+    assert told in invalid(jobset, VERSIONS[0])
+
+
 def test_a_secret_in_the_manifests_is_seen():
     secret = {"kind": "Secret", "metadata": {"name": "s3", "labels": {"app.kubernetes.io/name": "qlora-job"}}}
 
@@ -281,6 +373,8 @@ def test_every_rule_has_seen_an_error():
     spoilt = [planted(standalone(), "Job", path, value) for path, value, _ in JOB_ERRORS]
     spoilt += [planted(standalone(), kind, path, value) for kind, path, value, _ in OTHER_ERRORS]
     spoilt += [planted(overlay("nightly"), "CronJob", path, value) for path, value, _ in NIGHTLY_ERRORS]
+    spoilt += [planted(overlay("multi-node"), kind, path, value) for kind, path, value, _ in NODES_ERRORS]
+    spoilt.append(planted(overlay("multi-node")[::-1], "NetworkPolicy", "spec.ingress", GONE))
 
     assert [rule.__name__ for rule in RULES if not any(heard(rule, each) for each in spoilt)] == []
 

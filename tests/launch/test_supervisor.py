@@ -30,6 +30,7 @@ def stop(*_):
     say(state="ended", code=75, again="yes, not counted", reason=f"stopped by rank {rank}", last_committed_step=4)
     os._exit(0)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if deed == "deaf" else stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # the launcher is kept from it
 say(state="running", phase="train", step=3, of=9, loss=1.5, run_uri="file:///r", last_committed_step=2)
 if deed == "die": os.kill(os.getpid(), signal.SIGKILL)
 if deed.isdigit():
@@ -38,9 +39,11 @@ if deed.isdigit():
 time.sleep(600)
 """
 LAUNCHER = """
-import subprocess, sys
+import subprocess, sys, time
 workers = [subprocess.Popen([sys.executable, "-c", sys.argv[1], str(rank), sys.argv[2], deed])
            for rank, deed in enumerate(sys.argv[3:])]
+while not workers:  # the other nodes have not come
+    time.sleep(60)
 sys.exit(max(abs(worker.wait()) for worker in workers))
 """
 
@@ -49,7 +52,7 @@ sys.exit(max(abs(worker.wait()) for worker in workers))
 def supervised(tmp_path, monkeypatch):
     """Supervise stand-ins that do what their deeds say; returns the attempt and what was raised."""
 
-    def supervise(*deeds, grace=None, asked=lambda: False, others=0.5):
+    def supervise(*deeds, grace=None, asked=lambda: False, others=0.5, nodes=1):
         monkeypatch.setattr(supervisor, "_OTHERS_SECONDS", others)
         monkeypatch.setattr(supervisor, "_FOLLOWERS_SECONDS", 0.2)
         folders = []
@@ -70,9 +73,8 @@ def supervised(tmp_path, monkeypatch):
         )
         raised = None
         try:
-            supervisor.supervise(
-                attempt, Team(gpus=len(deeds)), arguments=[], environment=dict(os.environ), reason=lambda: "SIGTERM"
-            )
+            team = Team(gpus=len(deeds) or 1, nodes=nodes, rendezvous="node-0:29500" if nodes > 1 else None)
+            supervisor.supervise(attempt, team, arguments=[], environment=dict(os.environ), reason=lambda: "SIGTERM")
         except Exception as error:  # noqa: BLE001 - looked at by the test
             raised = error
         assert not folders[0].exists()
@@ -173,11 +175,40 @@ def _is_ours(place):
         return False
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_launcher_never_sees_a_request_to_stop(tmp_path, number):
+    """Some schedulers send it to every process of a job; torch's launcher would kill its workers, or leave them."""
+    ready = "print('ready', flush=True); import time; time.sleep(600)"
+    launched = Launched([sys.executable, "-c", ready], environment=dict(os.environ), folder=tmp_path)
+    try:
+        os.kill(launched._child.pid, number)
+        assert number in _pending(launched._child.pid)
+        assert launched.runs
+    finally:
+        launched.kill()
+
+
+def _pending(process):
+    """Signals that it was sent and does not see."""
+    status = Path(f"/proc/{process}/status").read_text()
+    mask = int(next(line for line in status.splitlines() if line.startswith("ShdPnd:")).split()[1], 16)
+    return {number for number in range(1, 65) if mask & (1 << (number - 1))}
+
+
+def test_a_node_that_is_asked_to_stop_before_all_have_met_ends_at_once(supervised):
+    """There is nothing to save, and whoever waits for the end of the grace waits for it in vain."""
+    _, raised = supervised(grace=600.0, asked=lambda: True, nodes=2, others=60.0)
+
+    assert type(raised) is StopRequestedError
+    assert "before the nodes had come together at node-0:29500" in str(raised)
+
+
 def test_nodes_that_do_not_meet_are_an_outage(supervised, monkeypatch):
     """No worker has come, and the launcher has given up."""
     launched = SimpleNamespace(code=1, runs=False, works=False, look=lambda: None, has_ended=lambda _rank: False)
     team = Team(gpus=1, nodes=2, rendezvous="node-0:29500")
-    attempt = SimpleNamespace(grace_seconds=None, standing=Standing(), worker=SimpleNamespace())
+    worker = SimpleNamespace(should_stop=lambda: False)
+    attempt = SimpleNamespace(grace_seconds=None, standing=Standing(), worker=worker)
     watch = supervisor._Watch(attempt, team, launched, Path("/nowhere"), lambda: None)
 
     with pytest.raises(UnavailableError, match="node-0:29500"):

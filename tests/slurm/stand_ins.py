@@ -17,9 +17,25 @@ PATIENCE_SECONDS = 900
 """Longest that anything here may take; no test depends on how fast it is."""
 
 SRUN = """#!/bin/bash
+# A task on each node, here each on the same one: in a session of its own, as on another machine, and with its number.
 echo "srun $*" >> "$DESK/calls"
-while [[ $1 == --* ]]; do shift; done
-exec "$@"
+while [[ $1 == --* ]]; do
+  case $1 in --nodes=*) nodes=${1#*=} ;; esac
+  shift
+done
+((nodes > 1)) || exec "$@"
+[[ $1 != mkdir || ! -e $DESK/refuse-mkdir ]] || exit 1
+tasks=() highest=0
+trap 'for task in "${tasks[@]}"; do kill -USR2 "$task"; done' USR2
+for ((n = 0; n < nodes; n++)); do
+  SLURM_NODEID=$n setsid "$@" &
+  tasks+=($!)
+done
+for task in "${tasks[@]}"; do
+  while kill -0 "$task" 2> /dev/null; do wait "$task"; code=$?; done
+  ((code <= highest)) || highest=$code
+done
+exit "$highest"
 """
 SCONTROL = """#!/bin/bash
 case "$1 $2" in
@@ -56,7 +72,7 @@ env > "$DESK/submitted-with"
 [[ ! -e $DESK/refuse-sbatch ]] && echo 12
 """
 JOB = """#!/bin/bash
-env > "$DESK/environment"
+env > "$DESK/environment${JOB_NODE_RANK:-}"
 printf '%s\\n' "$@" > "$DESK/arguments"
 if [[ -e $DESK/outcome.json ]]; then cp "$DESK/outcome.json" "$JOB_OUTCOME_FILE"; fi
 source "$DESK/behaviour"
@@ -193,9 +209,9 @@ class Desk:
     def calls(self) -> list[str]:
         return [line for line in (self.folder / "calls").read_text().splitlines() if line.startswith("scontrol")]
 
-    def seen(self) -> dict[str, str]:
-        """The environment that the job had."""
-        lines = (self.folder / "environment").read_text().splitlines()
+    def seen(self, node: int | None = None) -> dict[str, str]:
+        """The environment that the job had; of several nodes that of one."""
+        lines = (self.folder / f"environment{'' if node is None else node}").read_text().splitlines()
         return dict(line.split("=", 1) for line in lines if "=" in line)
 
 

@@ -18,7 +18,7 @@ def options():
 
 
 def test_its_options_are_those_of_train_sbatch_or_sbatch_s_own():
-    assert {"--gres", "--cpus-per-task", "--mem"} <= OURS.keys()
+    assert {"--gpus-per-node", "--cpus-per-task", "--mem"} <= OURS.keys()
     assert options().keys() - OURS.keys() == SBATCH_S_OWN
 
 
@@ -26,4 +26,4 @@ def test_memory_and_disk_are_those_of_the_json_and_the_rest_is_train_sbatch_s():
     _text, ask = filled("slurm")
     sizes = {"--mem": f"{ask['host_memory_gib']}G", "--tmp": f"{ask['disk_gib']}G"}
 
-    assert options() == {name: OURS[name] for name in ("--gres", "--cpus-per-task")} | sizes
+    assert options() == {name: OURS[name] for name in ("--gpus-per-node", "--cpus-per-task")} | sizes

@@ -41,6 +41,8 @@ class Interrupt:
         # writes here at the signal itself is seen at once by any other thread that asks.
         self._news, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        # A worker is begun by a launcher from which they were kept, and so from whatever that has begun.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
     def ignore(self) -> None:
         """The exit code is decided: a signal while the interpreter ends must not replace it by its own."""

@@ -1,5 +1,6 @@
 """Signals set a flag and nothing else; tried on real processes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.edge.host.interrupt import _STOP_SIGNALS, Interrupt
+from job.edge.host.interrupt import _STOP_SIGNALS, Interrupt, kept_from_children
 
 ROOT = Path(__file__).parents[3]
 WORK = """
@@ -77,6 +78,25 @@ def test_what_nohup_started_outlives_its_terminal():
     assert child.stdout.readline() == "saving\n"
     assert child.communicate("\n\n", timeout=60)[0] == "saved SIGTERM\nending\n"
     assert child.returncode == 75
+
+
+def test_who_is_begun_by_one_that_is_kept_from_requests_to_stop_hears_them_all_the_same():
+    """A launcher does not, its workers do."""
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with kept_from_children():
+        child = subprocess.Popen(
+            [sys.executable, "-c", launcher, WORK],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    assert child.stdout.readline() == "ready False None False\n"
+    os.killpg(child.pid, signal.SIGTERM)
+    assert child.stdout.readline() == "saving\n"
+    assert child.communicate("\n\n", timeout=60)[0] == "saved SIGTERM\nending\n"
+    assert child.returncode == 0
 
 
 def test_a_signal_that_another_process_of_the_run_got_is_ours_too():
