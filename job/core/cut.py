@@ -10,12 +10,14 @@ from typing import Literal
 
 from job.core.memory import (
     GIB,
+    ON_ONE,
     AdapterShape,
     ComputeDtype,
     DeviceMemory,
     EngineName,
     MemoryParts,
     ModelShape,
+    Spread,
     memory_parts,
 )
 
@@ -79,6 +81,7 @@ def plan_memory(
     device: DeviceMemory,
     max_length: int,
     step_tokens: int,
+    spread: Spread = ON_ONE,
 ) -> MemoryPlan:
     """The fastest cut that fits.
 
@@ -92,6 +95,7 @@ def plan_memory(
         device: what is free.
         max_length: tokens of the longest example, which is never cut.
         step_tokens: tokens of the largest step.
+        spread: how many such devices train together, and where the base is among them.
     """
     compiled = compiled and engine == "generic"
 
@@ -113,7 +117,7 @@ def plan_memory(
         tokens = max(_CPU_MICRO_BATCH_TOKENS[device.compute_dtype], max_length)
         without = ", in fp32: it has no instructions for bf16" if device.compute_dtype == "fp32" else ""
         return planned(tokens, 0, 0, reason=f"on the CPU{without}", peak=None)
-    parts = memory_parts(shape, adapter, engine, compiled=compiled)
+    parts = memory_parts(shape, adapter, engine, compiled=compiled, spread=spread)
     sizes = list(_sizes(shape, parts, int(_HEADROOM[engine] * device.free_bytes), max_length=max_length, engine=engine))
     if not sizes:
         peak = parts.peak(layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers)

@@ -12,6 +12,8 @@ WantedEngine = Literal["auto", EngineName]
 LogitsKind = Literal["plain", "scaled", "capped"]
 ComputeDtype = Literal["bf16", "fp32"]
 """What the base computes in: fp32 on processors without instructions for bf16."""
+Placement = Literal["replicated", "sharded"]
+"""Where the base is with several GPUs: the whole of it with each, or a part of each layer, gathered when it is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,18 @@ class DeviceMemory:
     """Free before the base model is loaded."""
     compute_dtype: ComputeDtype = "bf16"
     """All GPUs that are accepted compute in bf16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """How a run is spread over GPUs."""
+
+    ranks: int = 1
+    """How many train together."""
+    placement: Placement = "replicated"
+
+
+ON_ONE = Spread()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +62,8 @@ class ModelShape:
     """What the model does to its logits."""
     norms: int = 2
     """Of a layer, over a token's whole width; Gemma's have four."""
+    layer_whole_parameters: int = 0
+    """Of the whole ones, those in layers: norms, biases, experts."""
 
     @property
     def parameters(self) -> int:
@@ -99,6 +115,12 @@ OPTIMIZER_BYTES = {
     "sgd": 0,
 }
 """State of a trained parameter, by the recipe's name of the optimizer; the scales of 8-bit states are 1/32 more."""
+SUM_PIECE = 2**24
+"""Elements of a vector that several GPUs sum at once."""
+_ROWS = 2
+"""Of a sharded base, the layers that are there as a whole: the one in use, and the next one."""
+_ROW_ALIGNMENT = 16
+"""Bytes that a shard of a row is a multiple of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +138,8 @@ class MemoryParts:
     optimizer: int
     update: int
     """A copy of the adapter, kept until an update has proved finite."""
+    sums: int
+    """What is sent to other GPUs and received from them at once."""
     workspace: int
     """Dequantised weights of one layer, the head beside its adapter."""
     logits: int
@@ -143,6 +167,7 @@ class MemoryParts:
             + self.gradients
             + self.optimizer
             + self.update
+            + self.sums
             + self.workspace
         )
 
@@ -160,8 +185,15 @@ class MemoryParts:
         return self.fixed + dequantised + max(at_the_head, in_the_backward)
 
 
-def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *, compiled: bool = True) -> MemoryParts:
-    """Bytes of each part; the fast engine has no layers that could be compiled.
+def memory_parts(
+    shape: ModelShape,
+    adapter: AdapterShape,
+    engine: EngineName,
+    *,
+    compiled: bool = True,
+    spread: Spread = ON_ONE,
+) -> MemoryParts:
+    """Bytes of each part, on one of the GPUs that train together; the fast engine has no layers that could be compiled.
 
     The fast engine: what `job/kernels/llama_step.py` keeps, tensor by tensor. The generic one, its layers compiled,
     keeps in bf16: a layer's input, the stream between its halves, and what each norm gives (4 hidden); query, key,
@@ -202,13 +234,19 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *
         workspace, spared = dequantised + head, dequantised
         # The stream's gradient, and at the widest: the product and its gradient, the gradients of gate and up.
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
+    weights, whole = math.ceil(_NF4_BYTES * shape.linear_parameters), shape.whole_parameters
+    if spread.placement == "sharded":
+        row = row_bytes(shape, ranks=spread.ranks)
+        weights, whole = shape.layers * row // spread.ranks + _ROWS * row, whole - shape.layer_whole_parameters
+        dequantised = 0  # none are kept: there would be room for the base
     return MemoryParts(
-        weights=math.ceil(_NF4_BYTES * shape.linear_parameters),
-        embeddings=_BF16 * shape.whole_parameters,
+        weights=weights,
+        embeddings=_BF16 * whole,
         adapter=_FP32 * adapter.parameters,
         gradients=_FP32 * adapter.parameters,
         optimizer=OPTIMIZER_BYTES[adapter.optimizer] * adapter.parameters,
         update=_FP32 * adapter.parameters,
+        sums=0 if spread.ranks == 1 else 2 * _FP32 * min(SUM_PIECE, adapter.parameters),
         workspace=workspace,
         logits=logits,
         dequantised_layer=dequantised,
@@ -219,6 +257,16 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *
         token_layer=token_layer,
         token_recomputed=_BF16 * shape.hidden,
     )
+
+
+def row_bytes(shape: ModelShape, *, ranks: int) -> int:
+    """A layer's frozen bytes as one row that can be shared out evenly: in 4 bits, and what stays in bf16 beside them.
+
+    On average: layers of one base differ little.
+    """
+    row = (_NF4_BYTES * shape.linear_parameters + _BF16 * shape.layer_whole_parameters) / shape.layers
+    shares = ranks * _ROW_ALIGNMENT
+    return math.ceil(row / shares) * shares
 
 
 def _padded(rank: int) -> int:
