@@ -143,6 +143,7 @@ def check(session: Session, /, recipe: Path, quick: bool, **options: Any) -> Non
         phases=attempt.phases,
         quick=quick,
         for_a_person=sys.stdout.isatty(),
+        chosen_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
         on_look=lambda name: say_passing(f"... {name}", dumb=_is_dumb()),
         on_row=show,
     )
