@@ -330,14 +330,17 @@ def end_in_every_way(bench):
     attempts.append((several, f"goes on with {several.name}: SIGTERM", 75, None))
     for way, what, code, rank in attempts:
         endings.attempt(way, what, code=code, rank=rank)
-        bench.write("endings", title, endings_text(endings, options), own=f" --grace {options.grace:g}")
+        bench.write(
+            "endings", title, endings_text(endings, options, of=len(attempts)), own=f" --grace {options.grace:g}"
+        )
     return endings.good
 
 
-def endings_text(endings, options):
-    """A row for each attempt."""
+def endings_text(endings, options, *, of):
+    """A row for each attempt so far."""
     header = ("", "goes on from step", "exit code", "seconds until it ended", "last committed step", "processes left")
-    judged = "Every one as it should be" if endings.good else "**Not every one as it should be**"
+    judged = f"{len(endings.rows)} of {of} attempts, "
+    judged += "every one as it should be" if endings.good else "**not every one as it should be**"
     told = (
         f"{judged}: 75 within the grace of {options.grace:g} s, 70 where a rank is killed, going on from the last "
         "committed step, nothing left."
