@@ -8,7 +8,8 @@ import pytest
 
 from bench import many_gpus, ours
 from bench.many_gpus import Carried, Way, losses_text, rates_text
-from bench.workload import kind_of
+from bench.workload import kind_of, workload_of
+from job.core.scaling import sent_bytes
 
 STUB = str(Path(__file__).parent / "stub_run.py")
 
@@ -32,7 +33,9 @@ def cells(text, name):
 # --- rates -----------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_are_measured_beside_one(bench):
+def test_two_processes_are_measured_beside_one(bench, base, examples, tmp_path):
+    given = {"text": "{t}", "batch": 4, "steps": 3, "max_length": 64}
+    parameters = workload_of(base, examples, tmp_path / "lengths", **given).adapter.parameters
     code, text = bench("--part", "rates", "--batch", "4", "--steps", "3", "--turns", "1")
 
     assert code == 0, text
@@ -42,7 +45,7 @@ def test_two_processes_are_measured_beside_one(bench):
     assert float(one[1].replace(",", "")) > 0
     assert one[3].startswith("0.00 of ")
     assert one[4] == "0.0"
-    assert float(two[4]) > 1  # MB of an adapter
+    assert float(two[4]) == pytest.approx(sent_bytes(parameters, ranks=2) / 1e6, abs=0.06)  # as the plan counts
     assert one[-1] == two[-1]  # the same losses
     assert re.search(r"The second is \d+\.\d{3} times as fast as the first \(turns: \d+\.\d{3}\)\.", text)
 
