@@ -10,14 +10,12 @@ from typing import Literal
 
 from job.core.memory import (
     GIB,
-    ON_ONE,
     AdapterShape,
     ComputeDtype,
     DeviceMemory,
     EngineName,
     MemoryParts,
     ModelShape,
-    Spread,
     memory_parts,
 )
 
@@ -81,7 +79,7 @@ def plan_memory(
     device: DeviceMemory,
     max_length: int,
     step_tokens: int,
-    spread: Spread = ON_ONE,
+    shards: int = 1,
 ) -> MemoryPlan:
     """The fastest cut that fits.
 
@@ -95,7 +93,7 @@ def plan_memory(
         device: what is free.
         max_length: tokens of the longest example, which is never cut.
         step_tokens: tokens of the largest step.
-        spread: how many such devices train together, and where the base is among them.
+        shards: GPUs that the base is spread over; 1: it is whole.
     """
     compiled = compiled and engine == "generic"
 
@@ -117,7 +115,7 @@ def plan_memory(
         tokens = max(_CPU_MICRO_BATCH_TOKENS[device.compute_dtype], max_length)
         without = ", in fp32: it has no instructions for bf16" if device.compute_dtype == "fp32" else ""
         return planned(tokens, 0, 0, reason=f"on the CPU{without}", peak=None)
-    parts = memory_parts(shape, adapter, engine, compiled=compiled, spread=spread)
+    parts = memory_parts(shape, adapter, engine, compiled=compiled, shards=shards)
     sizes = list(_sizes(shape, parts, int(_HEADROOM[engine] * device.free_bytes), max_length=max_length, engine=engine))
     if not sizes:
         peak = parts.peak(layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers)
@@ -128,6 +126,13 @@ def plan_memory(
     peak = parts.peak(layers=shape.layers, tokens=tokens, kept_layers=kept, recomputed_layers=recomputed)
     reason = f"{peak / GIB:.1f} GiB at the peak by estimate, {device.free_bytes / GIB:.1f} GiB free"
     return planned(tokens, kept, recomputed, reason=reason, peak=peak)
+
+
+def least_bytes(shape: ModelShape, adapter: AdapterShape, *, engine: EngineName, max_length: int, shards: int) -> int:
+    """What a GPU must have free for one example at a time, by estimate and with the headroom that plans have."""
+    parts = memory_parts(shape, adapter, engine, shards=shards)
+    least = parts.peak(layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers)
+    return math.ceil(least / _HEADROOM[engine])
 
 
 _Size = tuple[int, int, int]

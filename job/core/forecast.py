@@ -7,19 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from job.core.course import Course
-from job.core.cut import Cut, MemoryPlan, cost_of, plan_memory
+from job.core.cut import Cut, MemoryPlan, cost_of, least_bytes, plan_memory
 from job.core.gpus import Gpu, Speed
 from job.core.lengths import Lengths
 from job.core.memory import (
     GIB,
-    ON_ONE,
     AdapterShape,
     DeviceMemory,
     EngineName,
     MemoryParts,
     ModelShape,
     Placement,
-    Spread,
     memory_parts,
     row_bytes,
 )
@@ -155,23 +153,30 @@ def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
     Several GPUs have the whole base each where it fits one of them, and else a part of each layer.
     """
     free = int((gpu.memory_gib - _CONTEXT_GIB) * GIB)
-    spread = Spread(ranks=cluster.ranks)
-    memory = _planned(work, gpu, free, spread)
-    if cluster.ranks > 1 and not _fits(memory, free):
-        spread = Spread(ranks=cluster.ranks, placement="sharded")
-        memory = _planned(work, gpu, free, spread)
+    placement = _placement(work, free, cluster)
+    shards = cluster.ranks if placement == "sharded" else 1
+    memory = plan_memory(
+        work.shape,
+        work.adapter,
+        engine=work.engine,
+        compiled=work.compiled,
+        device=DeviceMemory(kind="cuda", name=gpu.name, free_bytes=free),
+        max_length=work.max_length,
+        step_tokens=work.course.largest_step(work.lengths),
+        shards=shards,
+    )
     alone = None if gpu.speed is None else _tokens_per_second(work, memory.cut, gpu.speed)
-    scaled = _scaled(work, memory.cut, gpu, cluster, spread.placement)
+    scaled = _scaled(work, memory.cut, gpu, cluster, placement)
     speed = alone if alone is None or scaled is None else alone * scaled.times_one
     launching = _LAUNCH_SECONDS if cluster.ranks > 1 else 0.0
     evaluating = _evaluating_tokens(work, memory.cut, cluster.ranks)
     return Forecast(
         gpu=gpu,
         cluster=cluster,
-        placement=spread.placement,
-        parts=_parts(work, spread),
+        placement=placement,
+        parts=_parts(work, shards),
         memory=memory,
-        fits=_fits(memory, free),
+        fits=memory.predicted_peak_bytes is not None and memory.predicted_peak_bytes < free,
         scaled=scaled,
         sent_bytes=sent_bytes(work.adapter.parameters, ranks=cluster.ranks),
         tokens_per_second=speed,
@@ -180,21 +185,10 @@ def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
     )
 
 
-def _planned(work: Workload, gpu: Gpu, free: int, spread: Spread) -> MemoryPlan:
-    return plan_memory(
-        work.shape,
-        work.adapter,
-        engine=work.engine,
-        compiled=work.compiled,
-        device=DeviceMemory(kind="cuda", name=gpu.name, free_bytes=free),
-        max_length=work.max_length,
-        step_tokens=work.course.largest_step(work.lengths),
-        spread=spread,
-    )
-
-
-def _fits(memory: MemoryPlan, free: int) -> bool:
-    return memory.predicted_peak_bytes is not None and memory.predicted_peak_bytes < free
+def _placement(work: Workload, free: int, cluster: Cluster) -> Placement:
+    """As a run chooses it: whole on each GPU where one example at a time fits beside it."""
+    least = least_bytes(work.shape, work.adapter, engine=work.engine, max_length=work.max_length, shards=1)
+    return "replicated" if cluster.ranks == 1 or least <= free else "sharded"
 
 
 def _tokens_per_second(work: Workload, cut: Cut, speed: Speed) -> float:
@@ -219,7 +213,7 @@ def _scaled(work: Workload, cut: Cut, gpu: Gpu, cluster: Cluster, placement: Pla
         return None
     steps = dealt_steps(work.course, work.lengths, ranks=cluster.ranks)
     summing = sum_seconds(work.adapter.parameters, cluster, link, memory_bytes_per_second=speed.bytes_per_second)
-    gathering = gather_seconds(row_bytes(work.shape, ranks=cluster.ranks), cluster, link)
+    gathering = gather_seconds(row_bytes(work.shape), cluster, link)
 
     def seconds(share: Share) -> float:
         return _step_seconds(work, cut, speed, tokens=share.tokens, examples=share.examples)
@@ -237,8 +231,8 @@ def _scaled(work: Workload, cut: Cut, gpu: Gpu, cluster: Cluster, placement: Pla
     )
 
 
-def _parts(work: Workload, spread: Spread) -> MemoryParts:
-    return memory_parts(work.shape, work.adapter, work.engine, compiled=work.compiled, spread=spread)
+def _parts(work: Workload, shards: int) -> MemoryParts:
+    return memory_parts(work.shape, work.adapter, work.engine, compiled=work.compiled, shards=shards)
 
 
 def trained_tokens(work: Workload) -> int:
@@ -271,8 +265,8 @@ def ask_for(work: Workload, cluster: Cluster = ALONE, placement: Placement = "re
     """Host memory and disk: the base is on the disk in bf16 and once more in 4 bits, and passes the host's memory."""
     base = 2 * work.shape.parameters / GIB
     checkpoint = 8 * work.adapter.parameters / GIB
-    layers, parts = work.shape.layers, _parts(work, Spread(ranks=cluster.ranks, placement=placement))
-    whole = _parts(work, ON_ONE)
+    layers, parts = work.shape.layers, _parts(work, cluster.ranks if placement == "sharded" else 1)
+    whole = _parts(work, 1)
     packed = (whole.weights + whole.embeddings) / GIB
     least = parts.peak(layers=layers, tokens=work.max_length, kept_layers=0, recomputed_layers=layers)
     a_process = _HOST_GIB + 4 * work.adapter.parameters / GIB

@@ -10,10 +10,10 @@ EngineName = Literal["fast", "generic"]
 WantedEngine = Literal["auto", EngineName]
 """What a user can ask for."""
 LogitsKind = Literal["plain", "scaled", "capped"]
+Placement = Literal["replicated", "sharded"]
+"""Where the base is: the whole of it on each GPU, or each of its layers spread over all of them."""
 ComputeDtype = Literal["bf16", "fp32"]
 """What the base computes in: fp32 on processors without instructions for bf16."""
-Placement = Literal["replicated", "sharded"]
-"""Where the base is with several GPUs: the whole of it with each, or a part of each layer, gathered when it is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +27,6 @@ class DeviceMemory:
     """Free before the base model is loaded."""
     compute_dtype: ComputeDtype = "bf16"
     """All GPUs that are accepted compute in bf16."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """How a run is spread over GPUs."""
-
-    ranks: int = 1
-    """How many train together."""
-    placement: Placement = "replicated"
-
-
-ON_ONE = Spread()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,12 +103,6 @@ OPTIMIZER_BYTES = {
     "sgd": 0,
 }
 """State of a trained parameter, by the recipe's name of the optimizer; the scales of 8-bit states are 1/32 more."""
-SUM_PIECE = 2**24
-"""Elements of a vector that several GPUs sum at once."""
-_ROWS = 2
-"""Of a sharded base, the layers that are there as a whole: the one in use, and the next one."""
-_ROW_ALIGNMENT = 16
-"""Bytes that a shard of a row is a multiple of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +110,7 @@ class MemoryParts:
     """Bytes of each part. The peak is during a step."""
 
     weights: int
-    """The base in 4 bits."""
+    """The base in 4 bits; where it is sharded our share of it, and the two layers that are there at a time."""
     embeddings: int
     """Embedding and head, and what else is not in 4 bits: bf16."""
     adapter: int
@@ -138,8 +120,6 @@ class MemoryParts:
     optimizer: int
     update: int
     """A copy of the adapter, kept until an update has proved finite."""
-    sums: int
-    """What is sent to other GPUs and received from them at once."""
     workspace: int
     """Dequantised weights of one layer, the head beside its adapter."""
     logits: int
@@ -167,7 +147,6 @@ class MemoryParts:
             + self.gradients
             + self.optimizer
             + self.update
-            + self.sums
             + self.workspace
         )
 
@@ -186,19 +165,17 @@ class MemoryParts:
 
 
 def memory_parts(
-    shape: ModelShape,
-    adapter: AdapterShape,
-    engine: EngineName,
-    *,
-    compiled: bool = True,
-    spread: Spread = ON_ONE,
+    shape: ModelShape, adapter: AdapterShape, engine: EngineName, *, compiled: bool = True, shards: int = 1
 ) -> MemoryParts:
-    """Bytes of each part, on one of the GPUs that train together; the fast engine has no layers that could be compiled.
+    """Bytes of each part; the fast engine has no layers that could be compiled.
 
     The fast engine: what `job/kernels/llama_step.py` keeps, tensor by tensor. The generic one, its layers compiled,
     keeps in bf16: a layer's input, the stream between its halves, and what each norm gives (4 hidden); query, key,
     value and the attention's result; gate, up and their product; the input of each adapter's ranks. With Llama-2-7B on
     an H200 that is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384.
+
+    With `shards` the layers' weights are spread over so many GPUs, two layers are whole at a time, and none is kept
+    dequantised.
     """
     query, keys = shape.heads * shape.head_width, shape.key_heads * shape.head_width
     wide, rank = _padded(3 * adapter.rank), _padded(adapter.rank)
@@ -235,10 +212,11 @@ def memory_parts(
         # The stream's gradient, and at the widest: the product and its gradient, the gradients of gate and up.
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
     weights, whole = math.ceil(_NF4_BYTES * shape.linear_parameters), shape.whole_parameters
-    if spread.placement == "sharded":
-        row = row_bytes(shape, ranks=spread.ranks)
-        weights, whole = shape.layers * row // spread.ranks + _ROWS * row, whole - shape.layer_whole_parameters
-        dequantised = 0  # none are kept: there would be room for the base
+    if shards > 1:
+        weights += _BF16 * shape.layer_whole_parameters
+        whole -= shape.layer_whole_parameters
+        weights = weights // shards + 2 * weights // shape.layers
+        dequantised = 0
     return MemoryParts(
         weights=weights,
         embeddings=_BF16 * whole,
@@ -246,7 +224,6 @@ def memory_parts(
         gradients=_FP32 * adapter.parameters,
         optimizer=OPTIMIZER_BYTES[adapter.optimizer] * adapter.parameters,
         update=_FP32 * adapter.parameters,
-        sums=0 if spread.ranks == 1 else 2 * _FP32 * min(SUM_PIECE, adapter.parameters),
         workspace=workspace,
         logits=logits,
         dequantised_layer=dequantised,
@@ -259,14 +236,9 @@ def memory_parts(
     )
 
 
-def row_bytes(shape: ModelShape, *, ranks: int) -> int:
-    """A layer's frozen bytes as one row that can be shared out evenly: in 4 bits, and what stays in bf16 beside them.
-
-    On average: layers of one base differ little.
-    """
-    row = (_NF4_BYTES * shape.linear_parameters + _BF16 * shape.layer_whole_parameters) / shape.layers
-    shares = ranks * _ROW_ALIGNMENT
-    return math.ceil(row / shares) * shares
+def row_bytes(shape: ModelShape) -> int:
+    """What of a layer a sharded base gathers, on average: weights in 4 bits, and what stays in bf16 beside them."""
+    return math.ceil((_NF4_BYTES * shape.linear_parameters + _BF16 * shape.layer_whole_parameters) / shape.layers)
 
 
 def _padded(rank: int) -> int:

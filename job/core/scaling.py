@@ -8,8 +8,9 @@ from job.core.course import Course
 from job.core.dealing import deal
 from job.core.lengths import Lengths
 from job.core.links import Link, network
-from job.core.memory import SUM_PIECE
 
+SUM_PIECE = 2**24
+"""Elements of a vector that several GPUs sum at once."""
 _FP32 = 4
 _PASSES = 10
 """How often a summed vector passes a GPU's memory: into the buffer, out to the others and in, added up, and back."""

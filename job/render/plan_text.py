@@ -95,8 +95,6 @@ def _memory(work: Workload, shown: Forecast) -> list[str]:
         "copy until an update is known to be finite": parts.update,
         "workspace": parts.workspace - (parts.spared_workspace if cut.kept_layers == layers else 0),
     }
-    if parts.sums:
-        rows["sums over all GPUs, on their way"] = parts.sums
     if cut.kept_layers:
         rows[f"dequantised weights of {cut.kept_layers} of {layers} layers"] = cut.kept_layers * parts.dequantised_layer
     peak = shown.memory.predicted_peak_bytes or 0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from job.core.errors import PeerLostError, StalledError, StopRequestedError, action_for, exit_code, is_effect
-from job.core.memory import SUM_PIECE
+from job.core.scaling import SUM_PIECE
 from job.core.seat import Seat
 
 if TYPE_CHECKING:

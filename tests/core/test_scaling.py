@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_2_7b import LLAMA_2_7B, WORK
 
@@ -57,6 +57,7 @@ def test_one_gpu_is_once_as_fast():
     assert times_one(dealt(16, 1), seconds=lambda share: share.tokens, exchange=lambda _: 0.0) == 1
 
 
+@settings(deadline=None, derandomize=True, database=None, max_examples=30)
 @given(
     ranks=st.integers(1, 9),
     size=st.integers(1, 40),
@@ -128,8 +129,7 @@ def test_two_gpus_of_a_kind_are_nearly_twice_as_fast(gpu, size):
 
     assert one.scaled is None
     assert (1.95 if size == 256 else 1.6) < two.scaled.times_one <= 2
-    # Not to the digit: what is on its way in a sum may leave room for a smaller micro-batch only.
-    assert two.tokens_per_second == pytest.approx(one.tokens_per_second * two.scaled.times_one, rel=0.03)
+    assert two.tokens_per_second == one.tokens_per_second * two.scaled.times_one
     assert two.training_seconds < one.training_seconds
     assert two.start_seconds > one.start_seconds
 
