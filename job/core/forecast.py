@@ -29,10 +29,10 @@ from job.core.scaling import (
     busiest,
     dealt_steps,
     gather_seconds,
-    gathers,
     sent_bytes,
     sum_seconds,
     times_one,
+    waiting_for_gathers,
 )
 from job.core.section import Section
 
@@ -221,8 +221,13 @@ def _scaled(work: Workload, cut: Cut, gpu: Gpu, cluster: Cluster, placement: Pla
     def exchange(step: Dealt) -> float:
         if placement == "replicated":
             return summing
-        passes = max(math.ceil(share.tokens / cut.micro_batch_tokens) for share in step.shares)
-        return summing + gathers(layers=work.shape.layers, passes=passes) * gathering
+        most = max(step.shares, key=lambda share: share.tokens)
+        return summing + waiting_for_gathers(
+            gathering,
+            layers=work.shape.layers,
+            passes=math.ceil(most.tokens / cut.micro_batch_tokens),
+            computing=seconds(most),
+        )
 
     return Scaled(
         times_one=times_one(steps, seconds=seconds, exchange=exchange),

@@ -120,9 +120,20 @@ def gather_seconds(row_bytes: int, cluster: Cluster, link: Link) -> float:
     return _CALL_SECONDS + _slower(within, row_bytes * _elsewhere(cluster), cluster, link)
 
 
-def gathers(*, layers: int, passes: int) -> int:
-    """Layers that are gathered in a step of so many micro-batches: forward all, backward all but the last two."""
-    return passes * (2 * layers - 2)
+def waiting_for_gathers(gather: float, *, layers: int, passes: int, computing: float) -> float:
+    """Seconds of a step that gathers of a sharded base's layers take beyond what is computed meanwhile.
+
+    A layer is gathered while the one before it is computed: all of them forward, and all but the last two backward,
+    which takes twice as long.
+
+    Args:
+        gather: seconds of one.
+        layers: of the base.
+        passes: micro-batches of the rank that has the most.
+        computing: seconds that it computes in the step.
+    """
+    a_layer = computing / passes / layers / 3
+    return passes * (layers - 1) * (max(0.0, gather - a_layer) + max(0.0, gather - 2 * a_layer))
 
 
 def _elsewhere(cluster: Cluster) -> float:

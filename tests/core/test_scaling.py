@@ -19,10 +19,10 @@ from job.core.scaling import (
     cluster_of,
     dealt_steps,
     gather_seconds,
-    gathers,
     sent_bytes,
     sum_seconds,
     times_one,
+    waiting_for_gathers,
 )
 
 PARAMETERS = WORK.adapter.parameters
@@ -106,9 +106,17 @@ def test_between_nodes_the_network_sets_the_pace_and_more_gpus_of_a_node_share_i
     assert seconds(2, 1) < seconds(1, 2) / 10
 
 
-def test_a_layer_is_gathered_once_forward_and_once_backward_but_for_the_last_two():
-    assert gathers(layers=32, passes=1) == 62
-    assert gathers(layers=32, passes=3) == 186
+def test_a_layer_that_is_gathered_while_the_one_before_is_computed_costs_what_is_left():
+    def waiting(gather, computing, passes=1):
+        return waiting_for_gathers(gather, layers=32, passes=passes, computing=computing)
+
+    assert waiting(0.001, 32 * 3 * 0.002) == 0
+    assert waiting(0.003, 32 * 3 * 0.002) == pytest.approx(31 * 0.001)  # forward only: backward takes 4 ms
+    assert waiting(0.005, 32 * 3 * 0.002) == pytest.approx(31 * (0.003 + 0.001))
+    assert waiting(0.005, 2 * 32 * 3 * 0.002, passes=2) == pytest.approx(2 * 31 * (0.003 + 0.001))
+
+
+def test_a_gather_takes_what_comes_from_the_others():
     assert gather_seconds(440_000_000, Cluster(gpus=2), NVLINK_4) == pytest.approx(220e6 / 360e9, rel=0.1)
     assert gather_seconds(440_000_000, cluster_of(gpus=1, nodes=2, gigabits=100), NVLINK_4) > 0.018
 
@@ -196,11 +204,16 @@ def test_a_sharded_base_takes_its_share_and_two_layers_and_keeps_no_decoded_weig
     assert fewer.parts.weights < 0.6 * found.parts.weights
 
 
-def test_gathering_costs_time_in_each_micro_batch():
-    sharded = forecast(LARGE, gpu_named("rtx5090"), Cluster(gpus=2))
+def test_gathering_costs_time_where_links_are_slow_and_micro_batches_small():
+    def exchanging(name, batch, nodes=1):
+        work = of_batch(batch, shape=LLAMA_2_70B, adapter=LARGE.adapter)
+        found = forecast(work, gpu_named(name, memory_gib=31.4), cluster_of(gpus=2, nodes=nodes, gigabits=100))
+        assert found.placement == "sharded"
+        return found.scaled.exchange_seconds
 
-    assert sharded.placement == "sharded"
-    assert sharded.scaled.exchange_seconds > 158 * 0.2e9 / 19.2e9  # over PCIe, by the host
+    assert exchanging("h100", 256) < 0.02  # the sum alone
+    assert exchanging("h100", 4, nodes=2) > 1  # 39 GB pass the network twice
+    assert exchanging("rtx5090", 4) > exchanging("h100", 4)
 
 
 def test_a_base_that_fits_several_no_more_than_one_is_said_not_to_fit():
