@@ -12,7 +12,8 @@ rates     tokens a second of one GPU and of N, in turns (1, N, 1, N), for each -
 losses    the same steps on one GPU and on N, side by side
 endings   SIGTERM; going on with one GPU and with N; a rank that is killed, and going on after it
 
-With --placement the two that are compared are N GPUs with a replicated and N with a sharded base.
+Of a large base a run takes a minute and a half, most of it to start: where a call may last ten minutes, one part and
+one batch fit into it. With --placement the two that are compared are N GPUs with a replicated and N with a sharded base.
 """
 
 import json
@@ -186,6 +187,7 @@ def rates_text(found, warm_up, computed, failures):
         by_the_plan = "" if computed is None else f"; by the plan's formula {computed:.3f}"
         ratio = statistics.median(second) / statistics.median(first)
         lines.append(f"The second is {ratio:.3f} times as fast as the first (turns: {turns}){by_the_plan}.")
+    lines.append("Rates are medians of the turns; waiting, bytes, peak and losses are the last one's.")
     lines.append("\n".join([*_turns(found, warm_up), *failures]))
     return "\n\n".join(line for line in lines if line)
 
@@ -360,7 +362,7 @@ def main(arguments=None):
     parser.add_argument("--loss-batch", type=int, default=16, help="of losses and endings")
     parser.add_argument("--placement", choices=["sharded"], help="beside a replicated base")
     parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS")
-    parser.add_argument("--limit", type=float, default=150.0, metavar="SECONDS", help="of each run")
+    parser.add_argument("--limit", type=float, default=200.0, metavar="SECONDS", help="of each run")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by default it would leave a run behind
     parts, good = options.part or PARTS, []
