@@ -12,8 +12,8 @@ rates     tokens a second of one GPU and of N, in turns (1, N, 1, N), for each -
 losses    the same steps on one GPU and on N, side by side
 endings   SIGTERM; going on with one GPU and with N; a rank that is killed, and going on after it
 
-Of a large base a run takes a minute and a half, most of it to start: where a call may last ten minutes, one part and
-one batch fit into it. With --placement the two that are compared are N GPUs with a replicated and N with a sharded base.
+Most of a large base's run is its start: where a call has a limit, one part and one batch at a time. With --placement
+the two that are compared are N GPUs with a replicated base and N with a sharded one.
 """
 
 import json
