@@ -17,6 +17,7 @@ _PASSES = 10
 _CALL_SECONDS = 40e-6
 """What one exchange takes however little it is (NCCL: 20 to 50 microseconds, by nccl-tests' smallest sizes)."""
 _STEPS_LOOKED_AT = 64
+"""The first ones: in a long run the rest differ little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +61,10 @@ class Dealt:
 
 
 def dealt_steps(course: Course, lengths: Lengths, *, ranks: int) -> list[Dealt]:
-    """Steps of the run, evenly chosen, as the ranks deal them: whole documents, by their tokens."""
-    looked_at = min(course.steps, _STEPS_LOOKED_AT)
+    """Steps of the run as the ranks deal them: whole documents, by their tokens."""
     found = []
-    for place in range(looked_at):
-        own = lengths[course.batch(1 + place * course.steps // looked_at)].tolist()
+    for step in range(1, min(course.steps, _STEPS_LOOKED_AT) + 1):
+        own = lengths[course.batch(step)].tolist()
         dealt = deal(own, shares=ranks)
         shares = tuple(Share(tokens=sum(own[i] for i in places), examples=len(places)) for places in dealt)
         found.append(Dealt(whole=Share(tokens=sum(own), examples=len(own)), shares=shares))
