@@ -65,7 +65,8 @@ overlaps. Shares are dealt as the job deals them, document by document. The sum 
 of them in a host: each GPU sends 4P (g - 1) / n bytes within its host while the host sends 4P g (n - g) / n to
 others, and the slower of the two counts; then a ring carries 4P (n - 1) / n bytes within and 4P (n - g) / n between;
 10 times 4P bytes pass the GPU's memory; each of 2 (P / 2^24 + 1) exchanges begins with 40 microseconds
-(`job/core/scaling.py`).
+(`job/core/scaling.py`). What each GPU does by itself, whatever its share, is counted too: 145 tokens' time a
+micro-batch, and 40 times 4P bytes for the update (`job/core/cut.py`, `forecast.py`).
 
 Each way, and what is counted with: {link} {rate:.0f} GB/s a GPU, {share:.0%} of it; Ethernet {ethernet:.1f} GB/s a
 host, {ethernet_share:.0%} of it, its cards reading the GPUs' memory; memory {memory:.2f} TB/s. Where they are from:
