@@ -51,7 +51,7 @@ class ModelShape:
     norms: int = 2
     """Of a layer, over a token's whole width; Gemma's have four."""
     layer_whole_parameters: int = 0
-    """Of the whole ones, those in layers: norms, biases, experts."""
+    """Of the whole ones, those in matrices of layers: routers and experts."""
 
     @property
     def parameters(self) -> int:
@@ -237,7 +237,7 @@ def memory_parts(
 
 
 def row_bytes(shape: ModelShape) -> int:
-    """What of a layer a sharded base gathers, on average: weights in 4 bits, and what stays in bf16 beside them."""
+    """What of a layer a sharded base gathers, on average: weights in 4 bits, and matrices that stay in bf16."""
     return math.ceil((_NF4_BYTES * shape.linear_parameters + _BF16 * shape.layer_whole_parameters) / shape.layers)
 
 

@@ -10,7 +10,7 @@ from job.core.lengths import Lengths
 from job.core.links import Link, network
 
 SUM_PIECE = 2**24
-"""Elements of a vector that several GPUs sum at once."""
+"""Elements of a vector that several GPUs sum at once: two pieces of 64 MiB are all the memory that a sum needs."""
 _FP32 = 4
 _PASSES = 10
 """How often a summed vector passes a GPU's memory: into the buffer, out to the others and in, added up, and back."""

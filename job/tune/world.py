@@ -254,7 +254,7 @@ class Ranks:
         return bool(all_of_them.all())
 
     def sum_in_order(self, vectors: Sequence[Tensor]) -> None:
-        """A piece at a time: two of 64 MiB are all the memory that it needs."""
+        """A piece at a time."""
         for vector in vectors:
             for piece in torch.split(vector, SUM_PIECE):
                 self._sum(piece)

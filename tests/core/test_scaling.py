@@ -181,7 +181,6 @@ LLAMA_2_70B = replace(
     key_heads=8,
     linear_parameters=68_451_041_280,
     whole_parameters=2 * 32000 * 8192 + 161 * 8192,
-    layer_whole_parameters=160 * 8192,
 )
 LARGE = of_batch(16, shape=LLAMA_2_70B, adapter=replace(WORK.adapter, parameters=207_000_000))
 
@@ -197,9 +196,13 @@ def test_a_sharded_base_takes_its_share_and_two_layers_and_keeps_no_decoded_weig
     base = 0.5157 * LLAMA_2_70B.linear_parameters
 
     assert found.parts.weights == pytest.approx(base / 2 + 2 * base / 80, rel=2e-3)
-    assert found.parts.embeddings == 2 * (2 * 32000 + 1) * 8192
+    assert found.parts.embeddings == 2 * LLAMA_2_70B.whole_parameters
     assert found.memory.cut.kept_layers == 0
     assert found.memory.predicted_peak_bytes < 38.7 * 2**30
+    experts = replace(LARGE, shape=replace(LLAMA_2_70B, layer_whole_parameters=10_000_000))
+    shared = forecast(experts, gpu_named("a100-40"), Cluster(gpus=2)).parts
+    assert found.parts.embeddings - shared.embeddings == 20_000_000
+    assert shared.weights - found.parts.weights == pytest.approx(20_000_000 * (1 / 2 + 2 / 80), rel=1e-3)
     fewer = forecast(LARGE, gpu_named("a100-40"), Cluster(gpus=4))
     assert fewer.parts.weights < 0.6 * found.parts.weights
 

@@ -143,13 +143,14 @@ def _as_wide(model: nn.Module, hidden: int) -> int:
 
 
 def _whole_in_layers(model: nn.Module, layers: int, linear: Iterable[nn.Linear]) -> int:
-    """Parameters of the decoder's layers that are not in 4 bits; 0: it has no list of as many modules."""
+    """Parameters in matrices of the decoder's layers that are not in 4 bits; 0: it has no list of as many modules."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers)
     found = next(lists, None)
     if found is None:
         return 0
-    within = {id(module) for module in found.modules()}
-    return _parameters(found) - sum(module.weight.numel() for module in linear if id(module) in within)
+    in_four_bits = {id(module.weight) for module in linear}
+    matrices = (each for each in found.parameters() if each.ndim > 1 and id(each) not in in_four_bits)
+    return sum(each.numel() for each in matrices)
 
 
 def _intermediate(config: Any, linear: Iterable[nn.Linear]) -> int:
