@@ -143,6 +143,7 @@ def check(session: Session, /, recipe: Path, quick: bool, **options: Any) -> Non
         phases=attempt.phases,
         quick=quick,
         for_a_person=sys.stdout.isatty(),
+        chosen_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
         on_look=lambda name: say_passing(f"... {name}", dumb=_is_dumb()),
         on_row=show,
     )
@@ -165,11 +166,13 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
     from job.commands.plan import ask_templates, plan
     from job.core.gpus import gpus_of
     from job.core.plan_json import plan_json
+    from job.core.scaling import cluster_of
     from job.render.plan_text import plan_lines
 
     named, usd_per_hour = [given.text.strip() for given in options["gpus"]], options["usd_per_hour"]
     gpus = gpus_of(named, memory_gib=options["gpu_memory"])
-    found = plan(attempt.worker, gpus, run_id=attempt.run_id, phases=attempt.phases)
+    cluster = cluster_of(gpus=options["gpus_a_node"], nodes=options["nodes"], gigabits=options["network"])
+    found = plan(attempt.worker, gpus, cluster=cluster, run_id=attempt.run_id, phases=attempt.phases)
     facts = found.data, found.candidates, found.work, found.forecasts
     if options["as_json"]:
         lines = plan_json(*facts, usd_per_hour=usd_per_hour).model_dump_json(indent=2).splitlines()

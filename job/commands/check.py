@@ -19,6 +19,7 @@ from job.core.recipe import Recipe, is_hub_id
 from job.core.report_data import DataReport
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
+from job.edge.host.gpu import look_at_links
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
 from job.edge.remembered import remembered
@@ -99,6 +100,7 @@ def check(
     phases: Phases,
     quick: bool,
     for_a_person: bool,
+    chosen_gpus: str | None = None,
     on_look: Callable[[str], None],
     on_row: Callable[[Row], None],
 ) -> JobError | None:
@@ -110,6 +112,7 @@ def check(
         phases: the clock.
         quick: leave out what needs torch.
         for_a_person: who waits: a hub that is away is not waited for.
+        chosen_gpus: CUDA_VISIBLE_DEVICES, of a machine that has GPUs.
         on_look: gets the name of each row before it is known.
         on_row: gets each row as it comes.
 
@@ -123,6 +126,8 @@ def check(
     table = _Table(on_look=on_look, on_row=on_row)
     table.look("credentials", lambda: _credentials(worker.recipe))
     table.look("output", lambda: _output(worker))
+    if worker.device != "cpu" and (links := look_at_links(chosen_gpus)) is not None:
+        table.look("gpus", lambda: (str(links), None))
     base = table.look("base model", lambda: _base(worker, FOR_A_PERSON if for_a_person else None))
     run = table.look("input", lambda: _inputs(worker, run_id, base))
     table.advise(advice.of_recipe(worker.recipe))

@@ -14,6 +14,7 @@ from job.core.lengths import Lengths
 from job.core.memory import AdapterShape, EngineName, ModelShape
 from job.core.mixture import portions
 from job.core.report_data import DataReport
+from job.core.scaling import ALONE, Cluster
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.host.logs import quiet_libraries
@@ -40,8 +41,15 @@ class Plan:
     """On how this base trains, or why it does not."""
 
 
-def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Phases) -> Plan:
-    """Read the data, and the base's configuration and tokenizer; cut the batches for each GPU.
+def plan(worker: Worker, gpus: Sequence[Gpu], *, cluster: Cluster = ALONE, run_id: str | None, phases: Phases) -> Plan:
+    """Read the data, and the base's configuration and tokenizer; cut the batches for each kind of GPU.
+
+    Args:
+        worker: as a run's.
+        gpus: the kinds.
+        cluster: how many of a kind train together.
+        run_id: as asked for.
+        phases: the clock.
 
     Raises:
         JobError: as a run would, for what a run would refuse without a GPU; the base may be without weights.
@@ -87,7 +95,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
         data=dataset.report,
         candidates=candidates(every, chosen=dataset.report.max_length, positions=shape.positions),
         work=work,
-        forecasts=[forecast(work, gpu) for gpu in gpus],
+        forecasts=[forecast(work, gpu, cluster) for gpu in gpus],
         words=[
             *([] if weights is None else [f"base: {weights}"]),
             *words_on(config, read_wrapper(base.folder)),

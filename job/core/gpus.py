@@ -6,6 +6,16 @@ from typing import Literal
 
 from job.core.close_names import did_you_mean
 from job.core.errors import CannotFitError, UsageError
+from job.core.links import (
+    NVLINK_3,
+    NVLINK_4,
+    NVLINK_5,
+    PCIE_4,
+    PCIE_4_BY_HOST,
+    PCIE_5,
+    PCIE_5_BY_HOST,
+    Link,
+)
 
 _Generation = Literal["hopper", "blackwell", "ada", "ampere"]
 _SUSTAINED_SHARE = 0.8
@@ -49,9 +59,13 @@ class Gpu:
     """All of it, as CUDA reports it."""
     speed: Speed | None
     """None: not known, so no time is forecast."""
+    link: Link | None
+    """To others of its kind in the same host, as they are usually built; None: not known, as its speed."""
 
 
-def _gpu(name: str, memory_gib: float, generation: _Generation, *figures: float, measured: float | None = None) -> Gpu:
+def _gpu(
+    name: str, memory_gib: float, generation: _Generation, *figures: float, link: Link, measured: float | None = None
+) -> Gpu:
     """With its dense TFLOP/s, watts and GB/s."""
     tflops, watts, gigabytes = figures
     speed = Speed(
@@ -61,23 +75,23 @@ def _gpu(name: str, memory_gib: float, generation: _Generation, *figures: float,
         bytes_per_second=gigabytes * 1e9,
         measured_tflops=measured,
     )
-    return Gpu(name=name, memory_gib=memory_gib, speed=speed)
+    return Gpu(name=name, memory_gib=memory_gib, speed=speed, link=link)
 
 
 GPUS = (
-    _gpu("h200", 139.8, "hopper", 989, 700, 4800, measured=685),
-    _gpu("b200", 178.4, "blackwell", 2250, 1000, 8000),
-    _gpu("h100", 79.2, "hopper", 989, 700, 3350, measured=706),
-    _gpu("h100-pcie", 79.2, "hopper", 756, 350, 2000),
-    _gpu("a100", 79.2, "ampere", 312, 400, 2039),
-    _gpu("a100-40", 39.4, "ampere", 312, 400, 1555),
-    _gpu("l40s", 44.4, "ada", 362, 350, 864),
-    _gpu("a6000", 47.4, "ampere", 155, 300, 768),
-    _gpu("rtx5090", 31.4, "blackwell", 209, 575, 1792),
-    _gpu("rtx4090", 23.5, "ada", 165, 450, 1008),
-    _gpu("rtx3090", 23.6, "ampere", 71, 350, 936),
-    _gpu("a10g", 22.1, "ampere", 70, 300, 600),
-    _gpu("l4", 22.1, "ada", 121, 72, 300),
+    _gpu("h200", 139.8, "hopper", 989, 700, 4800, link=NVLINK_4, measured=685),
+    _gpu("b200", 178.4, "blackwell", 2250, 1000, 8000, link=NVLINK_5),
+    _gpu("h100", 79.2, "hopper", 989, 700, 3350, link=NVLINK_4, measured=706),
+    _gpu("h100-pcie", 79.2, "hopper", 756, 350, 2000, link=PCIE_5),
+    _gpu("a100", 79.2, "ampere", 312, 400, 2039, link=NVLINK_3),
+    _gpu("a100-40", 39.4, "ampere", 312, 400, 1555, link=NVLINK_3),
+    _gpu("l40s", 44.4, "ada", 362, 350, 864, link=PCIE_4),
+    _gpu("a6000", 47.4, "ampere", 155, 300, 768, link=PCIE_4),
+    _gpu("rtx5090", 31.4, "blackwell", 209, 575, 1792, link=PCIE_5_BY_HOST),
+    _gpu("rtx4090", 23.5, "ada", 165, 450, 1008, link=PCIE_4_BY_HOST),
+    _gpu("rtx3090", 23.6, "ampere", 71, 350, 936, link=PCIE_4_BY_HOST),
+    _gpu("a10g", 22.1, "ampere", 70, 300, 600, link=PCIE_4),
+    _gpu("l4", 22.1, "ada", 121, 72, 300, link=PCIE_4),
 )
 _WITHOUT_BF16 = ("v100", "t4", "p100", "p40", "rtx2080")
 _WITHOUT_CUDA = ("mi", "gaudi", "tpu", "trn", "trainium", "max1550")
@@ -121,4 +135,4 @@ def gpus_of(names: Sequence[str], *, memory_gib: float | None) -> list[Gpu]:
     named = [gpu_named(name, memory_gib=memory_gib) for name in dict.fromkeys(names)]
     if named:
         return named
-    return [*GPUS] if memory_gib is None else [Gpu(name="your GPU", memory_gib=memory_gib, speed=None)]
+    return [*GPUS] if memory_gib is None else [Gpu(name="your GPU", memory_gib=memory_gib, speed=None, link=None)]

@@ -50,6 +50,8 @@ class ModelShape:
     """What the model does to its logits."""
     norms: int = 2
     """Of a layer, over a token's whole width; Gemma's have four."""
+    layer_whole_parameters: int = 0
+    """Of the whole ones, those in matrices of layers: routers and experts."""
 
     @property
     def parameters(self) -> int:
@@ -170,7 +172,7 @@ def memory_parts(
     The fast engine: what `job/kernels/llama_step.py` keeps, tensor by tensor. The generic one, its layers compiled,
     keeps in bf16: a layer's input, the stream between its halves, and what each norm gives (4 hidden); query, key,
     value and the attention's result; gate, up and their product; the input of each adapter's ranks. With Llama-2-7B on
-    that is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384.
+    an H200 that is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384.
 
     With `shards` the layers' weights are spread over so many GPUs, two layers are whole at a time, and none is kept
     dequantised.
@@ -209,13 +211,15 @@ def memory_parts(
         workspace, spared = dequantised + head, dequantised
         # The stream's gradient, and at the widest: the product and its gradient, the gradients of gate and up.
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
-    weights = math.ceil(_NF4_BYTES * shape.linear_parameters)
+    weights, whole = math.ceil(_NF4_BYTES * shape.linear_parameters), shape.whole_parameters
     if shards > 1:
+        weights += _BF16 * shape.layer_whole_parameters
+        whole -= shape.layer_whole_parameters
         weights = weights // shards + 2 * weights // shape.layers
         dequantised = 0
     return MemoryParts(
         weights=weights,
-        embeddings=_BF16 * shape.whole_parameters,
+        embeddings=_BF16 * whole,
         adapter=_FP32 * adapter.parameters,
         gradients=_FP32 * adapter.parameters,
         optimizer=OPTIMIZER_BYTES[adapter.optimizer] * adapter.parameters,
@@ -230,6 +234,11 @@ def memory_parts(
         token_layer=token_layer,
         token_recomputed=_BF16 * shape.hidden,
     )
+
+
+def row_bytes(shape: ModelShape) -> int:
+    """What of a layer a sharded base gathers, on average: weights in 4 bits, and matrices that stay in bf16."""
+    return math.ceil((_NF4_BYTES * shape.linear_parameters + _BF16 * shape.layer_whole_parameters) / shape.layers)
 
 
 def _padded(rank: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
-from job.core.memory import EngineName
+from job.core.memory import EngineName, Placement
 from job.core.report_data import DataReport
 from job.core.section import Section
 
@@ -64,7 +64,7 @@ class WorkJson(Section):
 
 
 class ForecastJson(Section):
-    """One kind of GPU."""
+    """One kind of GPU; memory is that of each of them, where there are several."""
 
     name: str
     """As `--gpu` takes it, or `your GPU` for one that is known by its memory alone."""
@@ -82,8 +82,26 @@ class ForecastJson(Section):
     """Layers that keep their dequantised weights."""
     recomputed_layers: int
     """Layers that recompute their activations in the backward pass."""
+    gpus: int
+    """How many train together: `--gpus` times `--nodes`."""
+    placement: Placement
+    """`replicated`: each GPU has the whole base; `sharded`: a part of each layer, for the base does not fit one GPU."""
     tokens_per_second: float | None
-    """Real tokens, in training; null: it does not fit, or the GPU's speed is not known."""
+    """Real tokens, in training, of all GPUs together; null: it does not fit, or the GPU's speed is not known."""
+    tokens_per_second_a_gpu: float | None
+    """The same by their number; null as above."""
+    times_one_gpu: float | None
+    """How many times as fast as one of them, computed; null as above, and for one GPU."""
+    busiest_share: float | None
+    """Tokens of the GPU that has the most in a step, by those of an even share; null as above, and for one GPU."""
+    sent_bytes_a_step: int
+    """Bytes that each GPU sends to the others in a step, to sum gradients."""
+    exchange_seconds_a_step: float | None
+    """Seconds of a step in which GPUs exchange and do not compute; null as above, and for one GPU."""
+    link: str | None
+    """What joins the GPUs of a node, as they are usually built; null: the GPU is not known."""
+    network_gbit_per_second: float | None
+    """What a node's network carries each way; null: there is one node."""
     speed_from: Literal["measured", "derived"] | None
     """Whether the GPU's pace was measured, or is derived from its data sheet; null: it is not known."""
     start_seconds: float
@@ -93,7 +111,7 @@ class ForecastJson(Section):
     seconds: float | None
     """From start to report: both together; null as above."""
     usd: float | None
-    """Cost of the run; null as above, and without `--usd-per-hour`."""
+    """Cost of the run on all GPUs; null as above, and without `--usd-per-hour`."""
 
 
 class PlanJson(Section):
@@ -144,26 +162,36 @@ def plan_json(
             ),
         ),
         forecasts=tuple(_forecast(each, usd_per_hour) for each in forecasts),
-        ask=ask_for(work),
+        ask=ask_for(work, forecasts[0].cluster, forecasts[0].placement),
     )
 
 
 def _forecast(found: Forecast, usd_per_hour: float | None) -> ForecastJson:
-    cut = found.memory.cut
+    cut, cluster, fits = found.memory.cut, found.cluster, found.fits
+    # What one example alone does not fit into gets no time: it would look like the cheapest choice.
+    speed, scaled = (found.tokens_per_second, found.scaled) if fits else (None, None)
     return ForecastJson(
         name=found.gpu.name,
         memory_gib=found.gpu.memory_gib,
-        fits=found.fits,
+        fits=fits,
         predicted_peak_bytes=found.memory.predicted_peak_bytes,
         micro_batch_tokens=cut.micro_batch_tokens,
         evaluation_tokens=cut.evaluation_tokens,
         kept_layers=cut.kept_layers,
         recomputed_layers=cut.recomputed_layers,
-        # What one example alone does not fit into gets no time: it would look like the cheapest choice.
-        tokens_per_second=found.tokens_per_second if found.fits else None,
+        gpus=cluster.ranks,
+        placement=found.placement,
+        tokens_per_second=speed,
+        tokens_per_second_a_gpu=None if speed is None else speed / cluster.ranks,
+        times_one_gpu=None if scaled is None else scaled.times_one,
+        busiest_share=None if scaled is None else scaled.busiest,
+        sent_bytes_a_step=found.sent_bytes,
+        exchange_seconds_a_step=None if scaled is None else scaled.exchange_seconds,
+        link=None if found.gpu.link is None else found.gpu.link.name,
+        network_gbit_per_second=None if cluster.network is None else 8 * cluster.network.rate / 1e9,
         speed_from=None if found.gpu.speed is None else found.gpu.speed.source,
         start_seconds=found.start_seconds,
-        training_seconds=found.training_seconds if found.fits else None,
-        seconds=found.seconds if found.fits else None,
-        usd=found.usd(usd_per_hour) if found.fits else None,
+        training_seconds=found.training_seconds if fits else None,
+        seconds=found.seconds if fits else None,
+        usd=found.usd(usd_per_hour) if fits else None,
     )

@@ -6,6 +6,7 @@ from string import Template
 from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
 from job.core.memory import GIB
 from job.core.report_data import DataReport
+from job.core.scaling import Cluster
 from job.render.report_text import histogram_lines
 from job.render.sources_text import source_rows
 
@@ -45,7 +46,7 @@ def plan_lines(
         "",
         *_table(forecasts, usd_per_hour),
         "",
-        *_ask(ask_for(work), templates),
+        *_ask(ask_for(work, forecasts[0].cluster, forecasts[0].placement), templates),
     ]
 
 
@@ -84,8 +85,9 @@ def _work(work: Workload) -> list[str]:
 def _memory(work: Workload, shown: Forecast) -> list[str]:
     parts, cut = shown.parts, shown.memory.cut
     layers = work.shape.layers
+    shared_out = ", a part of each layer and two of them whole" if shown.placement == "sharded" else ""
     rows = {
-        "base in 4 bits": parts.weights,
+        f"base in 4 bits{shared_out}": parts.weights,
         "embedding, head and what else is not in 4 bits": parts.embeddings,
         "adapter, fp32": parts.adapter,
         "its gradients": parts.gradients,
@@ -110,8 +112,10 @@ def _memory(work: Workload, shown: Forecast) -> list[str]:
 
 
 def _table(forecasts: Sequence[Forecast], usd_per_hour: float | None) -> list[str]:
-    head = "gpu          memory    peak  micro-batch  again  tokens/s   start    train"
-    lines = [head + ("      cost" if usd_per_hour else "")]
+    several = forecasts[0].cluster.ranks > 1
+    head = "gpu          memory    peak  micro-batch  again  tokens/s"
+    head += "     a GPU  times one  placement " if several else ""
+    lines = [*_together(forecasts[0].cluster), head + "   start    train" + ("      cost" if usd_per_hour else "")]
     for each in forecasts:
         peak, cut = (each.memory.predicted_peak_bytes or 0) / GIB, each.memory.cut
         line = f"{each.gpu.name:<11} {each.gpu.memory_gib:>7.1f} {peak:>7.1f}  "
@@ -120,15 +124,39 @@ def _table(forecasts: Sequence[Forecast], usd_per_hour: float | None) -> list[st
             continue
         line += f"{cut.micro_batch_tokens:>11,}  {cut.recomputed_layers:>5}"
         if each.tokens_per_second is not None and each.training_seconds is not None:
-            line += (
-                f"  {each.tokens_per_second:>8,.0f}  {_time(each.start_seconds):>6}  {_time(each.training_seconds):>7}"
-            )
+            line += f"  {each.tokens_per_second:>8,.0f}{_scaled(each)}"
+            line += f"  {_time(each.start_seconds):>6}  {_time(each.training_seconds):>7}"
             line += f"  {each.usd(usd_per_hour):>7.2f} $" if usd_per_hour else ""
+        elif several:
+            line += f"  {each.placement:>30}"
         lines.append(line)
+    return [*lines, *_sources(forecasts), *_exchanged(forecasts)]
+
+
+def _together(cluster: Cluster) -> list[str]:
+    """What the table is of, where it is several GPUs."""
+    if cluster.ranks == 1:
+        return []
+    where = "of one node" if cluster.network is None else f"of each of {cluster.nodes} nodes, {cluster.network.name}"
+    return [f"{cluster.gpus} GPU{'s' if cluster.gpus > 1 else ''} {where}; memory is that of each GPU:"]
+
+
+def _scaled(found: Forecast) -> str:
+    """What several GPUs make of it."""
+    if found.scaled is None or found.tokens_per_second is None:
+        return ""
+    a_gpu = found.tokens_per_second / found.cluster.ranks
+    return f"  {a_gpu:>8,.0f}  {found.scaled.times_one:>9.2f}  {found.placement:<10}"
+
+
+def _sources(forecasts: Sequence[Forecast]) -> list[str]:
+    """Where speed and time are from."""
+    lines = []
     named = {each.gpu.name: each.gpu.speed for each in forecasts if each.gpu.speed is not None}
     measured = [name for name, speed in named.items() if speed.source == "measured"]
+    one = " of one GPU" if forecasts[0].cluster.ranks > 1 else ""
     if measured:
-        lines.append(f"speed measured with Llama-2-7B: {', '.join(measured)}")
+        lines.append(f"speed{one} measured with Llama-2-7B: {', '.join(measured)}")
     if len(named) > len(measured):
         lines.append("the others' is derived from peak rate, power and memory bandwidth of their data sheets")
     if named:
@@ -136,11 +164,28 @@ def _table(forecasts: Sequence[Forecast], usd_per_hour: float | None) -> list[st
     return lines
 
 
+def _exchanged(forecasts: Sequence[Forecast]) -> list[str]:
+    """What several GPUs lose, those of the first kind."""
+    first, lines = forecasts[0], []
+    if first.scaled is not None and first.gpu.link is not None:
+        link = first.cluster.network or first.gpu.link
+        megabytes, milliseconds = first.sent_bytes / 1e6, 1000 * first.scaled.exchange_seconds
+        lines += [
+            "what several GPUs do together is computed, not measured",
+            f"{first.gpu.name}: the one with most of a step has {first.scaled.busiest - 1:.1%} more than an even share",
+            f"exchanged a step: {megabytes:,.0f} MB a GPU, {milliseconds:.1f} ms, over {link.name}",
+        ]
+    return lines
+
+
 def _ask(ask: Ask, templates: Sequence[str]) -> list[str]:
+    gpus = "one GPU" if ask.gpus == 1 else f"{ask.gpus} GPUs"
+    each = "" if ask.gpus * ask.nodes == 1 else " each"
+    nodes = "" if ask.nodes == 1 else f", on each of {ask.nodes} nodes"
     lines = [
         (
-            f"ask for: one GPU (from {ask.gpu_memory_gib} GiB; more is faster), {ask.host_memory_gib} GiB of host "
-            f"memory, {ask.disk_gib} GiB of disk (the base and the work folder)"
+            f"ask for: {gpus} (from {ask.gpu_memory_gib} GiB{each}; more is faster), {ask.host_memory_gib} GiB of host "
+            f"memory, {ask.disk_gib} GiB of disk (the base and the work folder){nodes}"
         )
     ]
     for template in templates:

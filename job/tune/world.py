@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from job.core.errors import PeerLostError, StalledError, StopRequestedError, action_for, exit_code, is_effect
+from job.core.scaling import SUM_PIECE
 from job.core.seat import Seat
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 _FOR_EVER = timedelta(days=30)
 """Whoever waits for an order waits as long as the one that orders lives: a socket that closes ends the wait."""
-_PIECE = 2**24
-"""Elements of a vector that are summed at once: two pieces of 64 MiB are all the memory that a sum needs."""
 _KEYS = "qlora-job"
 _LONGEST = 2000
 """Characters of a reason."""
@@ -264,7 +263,7 @@ class Ranks:
         """A piece at a time."""
         self.before_meeting()
         for vector in vectors:
-            for piece in torch.split(vector, _PIECE):
+            for piece in torch.split(vector, SUM_PIECE):
                 self._sum(piece)
 
     def _sum(self, piece: Tensor) -> None:
@@ -286,7 +285,7 @@ class Ranks:
 
     def _room(self, piece: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Two buffers; those of the large pieces are kept."""
-        if piece.numel() < _PIECE // 16:
+        if piece.numel() < SUM_PIECE // 16:
             return piece.new_empty(size), piece.new_empty(size)
         sent, received = self._kept.get((piece.device, piece.dtype), (None, None))
         if sent is None or received is None or sent.numel() < size:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from job_process import ROOT, environment_without_job, records, write_lines
+from nvml_calls import LinkedGpus, play
 from terminals import lines_seen, terminal
 
 from job.commands.check import FOR_A_PERSON
@@ -35,6 +36,15 @@ def test_what_needs_torch_comes_last_and_quick_leaves_it_out(job):
     assert "as config.json promises: 21 tensors, 0.00 GB on this machine; fp32" in whole.stdout
     assert "24 training and 6 held-out examples" in quick.stdout
     assert quick.code == whole.code == 0
+
+
+def test_a_node_with_gpus_says_how_they_are_linked(job, monkeypatch):
+    play(monkeypatch, LinkedGpus("NVIDIA L40S", "NVIDIA L40S")).reaching = {(0, 1)}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    ended = job.call("check", "--quick", "--device", "auto")
+
+    assert "ok  gpus        2 NVIDIA L40S: PCIe, across NUMA nodes\n" in ended.stdout
+    assert ("ok", "gpus") not in rows(job.call("check", "--quick"))  # on the CPU they are nobody's business
 
 
 def test_quick_comes_from_the_environment_as_well(job, monkeypatch):

@@ -144,6 +144,22 @@ def test_plan_as_json_is_one_object_with_the_numbers_of_the_text(job):
     assert f"--mem={found.ask.host_memory_gib}G --tmp={found.ask.disk_gib}G\n" in text
 
 
+def test_plan_for_several_gpus_takes_the_options_and_variables_of_run(job, monkeypatch):
+    one = job.call("plan", "--gpu", "h100").stdout
+    two = job.call("plan", "--gpu", "h100", "--gpus", "2", "--usd-per-hour", "4").stdout
+    assert "2 GPUs of one node; memory is that of each GPU:" in two
+    assert "GPUs of one node" not in one
+    assert "nvidia.com/gpu: 2}" in two
+    assert "--gpus-per-node=2 " in two
+    monkeypatch.setenv("JOB_GPUS", "4")
+    monkeypatch.setenv("JOB_NODES", "2")
+    monkeypatch.setenv("JOB_NETWORK", "200")
+    found = PlanJson.model_validate_json(job.call("plan", "--gpu", "h100", "--json").stdout)
+    (h100,) = found.forecasts
+    assert (h100.gpus, h100.network_gbit_per_second, found.ask.gpus, found.ask.nodes) == (8, 200, 4, 2)
+    assert h100.busiest_share == 4  # two examples a step, and eight GPUs
+
+
 def test_plan_as_json_leaves_stdout_empty_when_it_fails(job, monkeypatch):
     (job.data / "train.jsonl").unlink()
     monkeypatch.setenv("JOB_JSON", "1")

@@ -1,13 +1,15 @@
-"""Health of the GPU as its driver reports it: memory errors, repairs, slow-downs, who else is on it. Owner of NVML.
+"""What the driver reports of GPUs: memory errors, repairs, slow-downs, who else is on one, links. Owner of NVML.
 
 The driver's management library counts GPUs in its own order and sees all of them, whatever CUDA_VISIBLE_DEVICES is:
 the caller names the one it computes on by UUID or place on the bus.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,6 +96,105 @@ def look_at_gpu(*, uuid: str | None, bus_id: str | None = None) -> GpuHealth:
             return _Look(pynvml, uuid=uuid, bus_id=bus_id).health()
     except pynvml.NVMLError as error:
         return GpuHealth(not_looked_at=(f"the GPU's health: {error}",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuLinks:
+    """How the GPUs that a process may use reach each other."""
+
+    names: tuple[str, ...] = ()
+    """Of each."""
+    pairs: Mapping[str, int] = field(default_factory=dict)
+    """By which way, in words, so many pairs reach each other."""
+    nvlinks: int = 0
+    """That are up at the first of them."""
+    not_known: str | None = None
+    """Why it could not be asked."""
+
+    def __str__(self) -> str:
+        gpus = ", ".join(f"{count} {name}" for name, count in Counter(self.names).items())
+        if self.not_known is not None:
+            return f"{gpus}; how they are linked is not known: {self.not_known}"
+        every = sum(self.pairs.values())
+        ways = [
+            (f"{self.nvlinks} x " if way == _BY_NVLINK and self.nvlinks else "")
+            + (way if count == every else f"{way} ({count} of {every} pairs)")
+            for way, count in self.pairs.items()
+        ]
+        return f"{gpus}: {'; '.join(ways)}" if ways else gpus
+
+
+def look_at_links(chosen: str | None, *, root: Path = Path("/")) -> GpuLinks | None:
+    """Ask the driver how the GPUs that this process may use reach each other; None: there is none.
+
+    Args:
+        chosen: CUDA_VISIBLE_DEVICES; None: it is not set.
+        root: where /dev is.
+    """
+    count = visible_gpus(chosen, root=root)
+    if not count:
+        return None
+    unknown = ("GPUs" if count > 1 else "GPU",) * count
+    try:
+        import pynvml
+    except ImportError:
+        return GpuLinks(names=unknown, not_known="nvidia-ml-py is not installed (extra `gpu`)")
+    try:
+        with _open(pynvml):
+            return _links_of(pynvml, chosen)
+    except pynvml.NVMLError as error:
+        return GpuLinks(names=unknown, not_known=str(error))
+
+
+def _links_of(pynvml: Any, chosen: str | None) -> GpuLinks:
+    gpus = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    if chosen is not None:
+        wanted = [name.strip() for name in chosen.split(",")][: visible_gpus(chosen)]
+        uuids = [pynvml.nvmlDeviceGetUUID(gpu) for gpu in gpus]
+        # CUDA takes the beginning of a UUID too; and its numbers are the driver's where all GPUs are alike.
+        named = [[str(place) == name or uuids[place].startswith(name) for place in range(len(gpus))] for name in wanted]
+        if not all(map(any, named)):
+            unknown = ("GPUs" if len(wanted) > 1 else "GPU",) * len(wanted)
+            return GpuLinks(names=unknown, not_known=f"the driver lists {len(gpus)}, and not all of {chosen}")
+        gpus = [gpus[each.index(True)] for each in named]
+    ways = Counter(_way(pynvml, one, other) for one, other in combinations(gpus, 2))
+    return GpuLinks(
+        names=tuple(pynvml.nvmlDeviceGetName(gpu) for gpu in gpus),
+        pairs=dict(ways),
+        nvlinks=_nvlinks(pynvml, gpus) if _BY_NVLINK in ways else 0,
+    )
+
+
+def _way(pynvml: Any, one: Any, other: Any) -> str:
+    """How two GPUs reach each other, in words."""
+    if pynvml.nvmlDeviceGetP2PStatus(one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) == pynvml.NVML_P2P_STATUS_OK:
+        return _BY_NVLINK
+    direct = pynvml.nvmlDeviceGetP2PStatus(one, other, _P2P_READ) == pynvml.NVML_P2P_STATUS_OK
+    level = pynvml.nvmlDeviceGetTopologyCommonAncestor(one, other)
+    return f"{'PCIe' if direct else 'no link, by the memory of the host'}, {_LEVELS.get(level, 'far apart')}"
+
+
+def _nvlinks(pynvml: Any, gpus: Sequence[Any]) -> int:
+    """That are up at the first GPU; 0: the driver does not count them."""
+    up = 0
+    with suppress(pynvml.NVMLError):
+        for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+            up += pynvml.nvmlDeviceGetNvLinkState(gpus[0], link)
+    return up
+
+
+_BY_NVLINK = "NVLink"
+_P2P_READ = 0
+"""NVML_P2P_CAPS_INDEX_READ, which nvidia-ml-py has as a tuple."""
+_LEVELS = {
+    0: "on one board",
+    10: "behind one switch",
+    20: "behind several switches",
+    30: "at one host bridge",
+    40: "in one NUMA node",
+    50: "across NUMA nodes",
+}
+"""NVML_TOPOLOGY_*, as `nvidia-smi topo -m` has them: PIX, PXB, PHB, NODE, SYS."""
 
 
 @contextmanager

@@ -112,6 +112,7 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         whole_parameters=_parameters(model) - sum(module.weight.numel() for module in linear.values()),
         logits="capped" if softcap is not None else "plain" if scale == 1 else "scaled",
         norms=max(2, _as_wide(model, hidden) // sizes["num_hidden_layers"]),
+        layer_whole_parameters=_whole_in_layers(model, sizes["num_hidden_layers"], linear.values()),
     )
 
 
@@ -139,6 +140,17 @@ def _as_wide(model: nn.Module, hidden: int) -> int:
     """Modules whose weight is a vector of the stream's width: norms."""
     weights = (getattr(module, "weight", None) for module in model.modules())
     return sum(isinstance(weight, nn.Parameter) and weight.shape == (hidden,) for weight in weights)
+
+
+def _whole_in_layers(model: nn.Module, layers: int, linear: Iterable[nn.Linear]) -> int:
+    """Parameters in matrices of the decoder's layers that are not in 4 bits; 0: it has no list of as many modules."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers)
+    found = next(lists, None)
+    if found is None:
+        return 0
+    in_four_bits = {id(module.weight) for module in linear}
+    matrices = (each for each in found.parameters() if each.ndim > 1 and id(each) not in in_four_bits)
+    return sum(each.numel() for each in matrices)
 
 
 def _intermediate(config: Any, linear: Iterable[nn.Linear]) -> int:

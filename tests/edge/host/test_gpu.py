@@ -1,11 +1,11 @@
 """The GPU's health through the real nvidia-ml-py, whose C library is played by an object with the same functions."""
 # ruff: noqa: N802 - the C library's own names
 
-import ctypes
 import sys
 
 import pynvml
 import pytest
+from nvml_calls import give, number, play, put
 
 from job.core.errors import SickDeviceError
 from job.edge.host.gpu import GpuProcess, look_at_gpu
@@ -103,27 +103,9 @@ class Driver:
         return put(out, 13000)
 
 
-def put(out, value):
-    out._obj.value = value
-    return pynvml.NVML_SUCCESS
-
-
-def give(out, handle):
-    if handle is None:
-        return pynvml.NVML_ERROR_NOT_FOUND
-    ctypes.memmove(out, ctypes.byref(ctypes.c_void_p(handle)), ctypes.sizeof(ctypes.c_void_p))
-    return pynvml.NVML_SUCCESS
-
-
-def number(handle):
-    return ctypes.cast(handle, ctypes.c_void_p).value
-
-
 @pytest.fixture
 def driver(monkeypatch):
-    playing = Driver()
-    monkeypatch.setattr(pynvml, "nvmlLib", playing)
-    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+    playing = play(monkeypatch, Driver())
     yield playing
     assert playing.opened == playing.closed
 

@@ -153,6 +153,14 @@ def test_what_the_config_says_of_parameters_is_what_a_loaded_base_has(tmp_path):
         assert shape.parameters == sum(parameter.numel() for parameter in empty_model(config).parameters()), name
 
 
+def test_matrices_that_stay_whole_in_the_layers_are_counted_apart(bases):
+    """A base that is sharded keeps embedding, head and all norms as they are."""
+    assert shape_of(read_config(bases["llama"])).layer_whole_parameters == 0
+    assert shape_of(read_config(bases["gemma2"])).layer_whole_parameters == 0
+    mixture = shape_of(config_of_family("mixtral"))
+    assert 0 < mixture.layer_whole_parameters < mixture.whole_parameters
+
+
 def test_a_config_of_no_decoder_is_refused():
     with pytest.raises(UsageError, match="t5 is no causal language model"):
         shape_of(T5Config())
@@ -172,6 +180,7 @@ def test_the_plan_for_a_large_mixture_counts_every_weight():
 
     assert shape.parameters == 46_702_792_704
     assert shape.linear_parameters == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+    assert shape.whole_parameters - shape.layer_whole_parameters == (2 * 32000 + 65) * 4096  # but routers and experts
     assert refuse_targets(config, LoraSection(r=8)) == 32 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
     with pytest.raises(UsageError, match=r"mixtral is a mixture of experts.* 90 GB of its 93 GB.*dense base"):
         refuse_family(config)

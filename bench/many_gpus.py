@@ -1,0 +1,381 @@
+"""Several GPUs of one host beside one of them: how fast, with which losses, in which memory, and how a run ends.
+
+    python -m bench.random_base llama2-7b BASE --tokenizer TOKENIZER
+    python -m bench.many_gpus --base BASE --train GSM8K.jsonl [--gpus 2] [--part rates|losses|endings]...
+        [--batch 256]... [--placement sharded] [--results bench/RESULTS.md]
+
+Each run is the product's own, `entrypoint.py run --gpus N`, in processes of its own that are killed after --limit
+seconds. Parts, each with a section of its own, which is written anew after every run, so that what was measured before
+a limit is there:
+
+rates     tokens a second of one GPU and of N, in turns (1, N, 1, N), for each --batch; time waited, bytes, memory
+losses    the same steps on one GPU and on N, side by side
+endings   SIGTERM; going on with one GPU and with N; a rank that is killed, and going on after it
+
+Most of a large base's run is its start: where a call has a limit, one part and one batch at a time. With --placement
+the two that are compared are N GPUs with a replicated base and N with a sharded one.
+"""
+
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import ours
+from bench.comparisons import Ours
+from bench.gpu_memory import memory_watched
+from bench.options import parser_of
+from bench.processes import NoResultError, begun, run, workers_of
+from bench.results import device_and_versions, table, write_section
+from bench.workload import kind_of, workload_of
+from job.core.forecast import forecast
+from job.core.memory import GIB
+from job.core.scaling import Cluster
+from job.edge.host.gpu import look_at_links
+from job.tune.model.config import read_config, shape_of
+
+PARTS = ("rates", "losses", "endings")
+_MAX_LENGTH = 512
+_EXAMPLES = 1000
+"""Of all steps of a run for its rate, about: a batch of 256 makes 10 steps, as where one GPU is measured."""
+_SHOWN = (1, 2, 3, 5, 10, 20, 30, 40, 50)
+_COMMITTED_EVERY, _STRUCK_AT = 20, 5
+"""Steps."""
+_NO_END = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a run is spread."""
+
+    gpus: int
+    placement: str | None = None
+
+    @property
+    def name(self):
+        """In a table."""
+        gpus = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}"
+        return gpus if self.placement is None else f"{gpus}, {self.placement}"
+
+    @property
+    def options(self):
+        """Of the command line."""
+        placement = [] if self.placement is None else ["--base-placement", self.placement]
+        return ["--gpus", str(self.gpus), *placement]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """A run that has ended well."""
+
+    report: dict
+    rates: tuple[float, ...]
+    """Real tokens a second of each step."""
+    in_use: tuple[int, ...]
+    """Bytes of each GPU, at most; empty where there is none."""
+
+
+class Bench:
+    """What all runs of one call have in common."""
+
+    def __init__(self, options, folder):
+        self.options, self.folder = options, folder
+        self._runs = 0
+        self.max_length = min(_MAX_LENGTH, shape_of(read_config(options.base)).positions)
+        several = options.gpus
+        if options.placement is None:
+            self.ways = (Way(gpus=1), Way(gpus=several))
+        else:
+            self.ways = (Way(gpus=several, placement="replicated"), Way(gpus=several, placement=options.placement))
+
+    def prepare(self, *, batch, steps, every_steps=None):
+        """Folder and command of a new run, without how it is spread."""
+        self._runs += 1
+        folder = self.folder / f"{self._runs:02d}"
+        folder.mkdir()
+        contestant, options = Ours(name="run", about="", batch=batch, steps=steps), self.options
+        content = ours.recipe_content(
+            contestant,
+            base=options.base,
+            train=options.train,
+            text=options.text,
+            max_length=self.max_length,
+            folder=folder,
+        )
+        if every_steps is not None:
+            content["checkpoint"]["every_steps"] = every_steps
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(json.dumps(content))
+        # One work folder for all: encoded data and the base in 4 bits are made once.
+        work = ["--workdir", str(self.folder / "work")]
+        return folder, [*ours.command_of(contestant, recipe, options.device, folder), *work]
+
+    def carry(self, way, *, batch, steps):
+        """One run to its end.
+
+        Raises:
+            NoResultError: it failed, or took too long.
+        """
+        folder, command = self.prepare(batch=batch, steps=steps)
+        with memory_watched() as in_use:
+            output = run([*command, *way.options], limit_seconds=self.options.limit, log=folder / "process")
+        events = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
+        rates = tuple(event["tokens_per_second"] for event in events if event.get("event") == "step")
+        report = json.loads((folder / "store/runs/run/report.json").read_text())
+        return Carried(report=report, rates=rates, in_use=tuple(in_use))
+
+    def write(self, part, title, text, *, own=""):
+        """The part's section; `own` are its options on the command line."""
+        options = self.options
+        name = "-".join(["many-gpus", part, options.base.name, *([options.placement] if options.placement else [])])
+        command = f"    python -m bench.many_gpus --base FOLDER --train TRAIN.jsonl --gpus {options.gpus} "
+        command += f"--part {part.partition('-')[0]}{own}"
+        links = look_at_links(os.environ.get("CUDA_VISIBLE_DEVICES")) if options.device != "cpu" else None
+        head = f"{device_and_versions()}" + (f" {links}." if links is not None else "")
+        write_section(options.results, name, f"## {title}: {options.base.name}\n\n{command}\n\n{head}\n\n{text}")
+        print(f"{title}\n\n{text}\n", flush=True)
+
+
+# --- rates -----------------------------------------------------------------------------------------------------------
+
+
+def measure_rates(bench, batch):
+    """In turns; whether each run gave a result."""
+    options, found = bench.options, {way: [] for way in bench.ways}
+    steps = options.steps or max(10, _EXAMPLES // batch)
+    warm_up = max(1, steps // 3) if options.warm_up is None else options.warm_up
+    computed, failures = _computed(bench, batch, steps), []
+    for turn in range(1, options.turns + 1):
+        for way in bench.ways:
+            try:
+                found[way].append(bench.carry(way, batch=batch, steps=steps))
+            except NoResultError as error:
+                failures.append(f"- turn {turn}, {way.name}: no result: {error}")
+            title = f"{bench.ways[1].name} beside {bench.ways[0].name}, {batch} examples a step"
+            own = f" --batch {batch} --turns {options.turns}"
+            bench.write(f"rates-{batch}", title, rates_text(found, warm_up, computed, failures), own=own)
+    return not failures
+
+
+def _computed(bench, batch, steps):
+    """How many times as fast the plan's formula says that several GPUs are; None: it does not know this kind."""
+    kind = kind_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    options = bench.options
+    if kind is None or options.placement is not None:
+        return None
+    folder, given = bench.folder / f"lengths-{batch}", {"batch": batch, "steps": steps, "max_length": bench.max_length}
+    work = workload_of(options.base, options.train, folder, text=options.text, **given)
+    return forecast(work, kind, Cluster(gpus=options.gpus)).scaled.times_one
+
+
+def rates_text(found, warm_up, computed, failures):
+    """Table, the ratio of each turn, and how each run went."""
+    header = ("", "real tok/s", "of each", "waited s, of s in steps", "MB sent a step", "peak GiB", "planned GiB")
+    header += ("planned / peak", "in use on each GPU, GiB", "loss")
+    rows = [_rates_row(way, runs, warm_up) for way, runs in found.items() if runs]
+    first, second = ([_rate(each, warm_up) for each in runs] for runs in found.values())
+    lines = [table(header, rows)]
+    if first and second:
+        turns = ", ".join(f"{two / one:.3f}" for one, two in zip(first, second, strict=False))
+        by_the_plan = "" if computed is None else f"; by the plan's formula {computed:.3f}"
+        ratio = statistics.median(second) / statistics.median(first)
+        lines.append(f"The second is {ratio:.3f} times as fast as the first (turns: {turns}){by_the_plan}.")
+    lines.append("Rates are medians of the turns; waiting, bytes, peak and losses are the last one's.")
+    lines.append("\n".join([*_turns(found, warm_up), *failures]))
+    return "\n\n".join(line for line in lines if line)
+
+
+def _rate(carried, warm_up):
+    return statistics.median(carried.rates[warm_up:] or carried.rates)
+
+
+def _rates_row(way, runs, warm_up):
+    rate = statistics.median(_rate(each, warm_up) for each in runs)
+    report, throughput = runs[-1].report, runs[-1].report["throughput"]
+    peak, planned = throughput["peak_memory_bytes"], report["plan"]["predicted_peak_bytes"]
+    in_use = [max(sizes) for sizes in zip(*(each.in_use for each in runs), strict=True)]
+    losses = report["curve"]["loss"]
+    return (
+        way.name,
+        f"{rate:,.0f}",
+        f"{rate / throughput['ranks']:,.0f}",
+        f"{throughput['waited_seconds']:.2f} of {throughput['seconds']:.1f}",
+        f"{throughput['bytes_a_step'] / 1e6:,.1f}",
+        f"{peak / GIB:.2f}",
+        f"{planned / GIB:.2f}" if planned else "",
+        f"{planned / peak - 1:+.1%}" if planned else "",
+        ", ".join(f"{size / GIB:.1f}" for size in in_use),
+        f"{losses[0]:.3f} to {losses[-1]:.3f}",
+    )
+
+
+def _turns(found, warm_up):
+    """A line for each run."""
+    for way, runs in found.items():
+        for turn, each in enumerate(runs, 1):
+            timed, plan = each.rates[warm_up:] or each.rates, each.report["plan"]
+            yield (
+                f"- turn {turn}, {way.name}: {_rate(each, warm_up):,.0f} real tokens a second, median of {len(timed)} "
+                f"steps from {min(timed):,.0f} to {max(timed):,.0f}; {plan['engine']} engine, "
+                f"{plan['micro_batch_tokens']:,} tokens a micro-batch, {plan['kept_layers']} layers with dequantised "
+                f"weights kept, {plan['recomputed_layers']} recomputed"
+            )
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def compare_losses(bench):
+    """Side by side; whether both runs gave a result."""
+    options, title = bench.options, f"Losses of {bench.ways[1].name} beside those of {bench.ways[0].name}"
+    own = f" --loss-steps {options.loss_steps} --loss-batch {options.loss_batch}"
+    try:
+        reports = [bench.carry(way, batch=options.loss_batch, steps=options.loss_steps).report for way in bench.ways]
+    except NoResultError as error:
+        bench.write("losses", title, f"No result: {error}", own=own)
+        return False
+    bench.write("losses", title, losses_text(bench.ways, *reports), own=own)
+    return True
+
+
+def losses_text(ways, first, second):
+    """Some steps, and the largest differences of all."""
+    one, two = (report["curve"]["loss"] for report in (first, second))
+    shown = [step for step in _SHOWN if step < len(one)] + [len(one)]
+    rows = [(step, *(f"{losses[step - 1]:.5f}" for losses in (one, two))) for step in dict.fromkeys(shown)]
+    rows = [(*row, f"{two[row[0] - 1] - one[row[0] - 1]:+.5f}") for row in rows]
+    apart = [abs(a - b) for a, b in zip(one, two, strict=True)]
+    norms = [abs(b / a - 1) for a, b in zip(*(r["curve"]["grad_norm"] for r in (first, second)), strict=True)]
+    before, after = (abs(first["evaluations"][at]["loss"] - second["evaluations"][at]["loss"]) for at in (0, -1))
+    told = (
+        f"Of {len(one)} steps the largest difference is {max(apart):.5f} nats a token (step "
+        f"{apart.index(max(apart)) + 1}), {max(a / b for a, b in zip(apart, one, strict=True)):.3%} of the loss; "
+        f"of gradient norms {max(norms):.2%}. The evaluation before the first step differs by {before:.2g}, that "
+        f"after the last one by {after:.2g}."
+    )
+    return f"{table(('step', *(way.name for way in ways), 'difference'), rows)}\n\n{told}"
+
+
+# --- endings ---------------------------------------------------------------------------------------------------------
+
+
+class Endings:
+    """One run, ended and gone on with again and again."""
+
+    def __init__(self, bench):
+        options = bench.options
+        self._options = options
+        self._folder, self._command = bench.prepare(
+            batch=options.loss_batch, steps=_NO_END, every_steps=_COMMITTED_EVERY
+        )
+        self._command += ["--grace-seconds", f"{options.grace:g}", "--lease-seconds", "10"]
+        self._command += ["--outcome-file", str(self._folder / "outcome.json")]
+        self._committed = None
+        """By the attempt before; None: there was none."""
+        self.rows = []
+        self.good = True
+
+    def attempt(self, way, what, *, code, rank=None):
+        """One attempt that goes on where the last one ended, and what ends it.
+
+        Args:
+            way: how it is spread.
+            what: in words.
+            code: what it should end with.
+            rank: which one is killed, once a checkpoint is committed; None: the run is asked to stop.
+        """
+        try:
+            row, good = self._attempt(way, code=code, rank=rank)
+        except NoResultError as error:
+            row, good = (str(error), *[""] * 5), False
+        self.rows.append((what, *row))
+        self.good = self.good and good
+
+    def _attempt(self, way, *, code, rank):
+        before, log = self._committed or 0, self._folder / f"process-{len(self.rows)}"
+        with begun([*self._command, *way.options], limit_seconds=self._options.limit, log=log) as running:
+            first = 0
+            if self._committed is not None:
+                first = running.until(lambda event: event["event"] == "resumed")["step"]
+            running.until(lambda event: event["event"] == "step" and event["step"] >= first + _STRUCK_AT)
+            if rank is None:
+                os.kill(running.pid, signal.SIGTERM)
+            else:
+                running.until(lambda event: event["event"] == "checkpoint" and event["step"] > first)
+                os.kill(workers_of(running.pid)[rank], signal.SIGKILL)
+            struck = time.monotonic()
+            ended = running.end()
+            seconds, left = time.monotonic() - struck, len(workers_of(running.pid))
+        outcome = json.loads((self._folder / "outcome.json").read_text())
+        self._committed = outcome["last_committed_step"]
+        good = ended == code and first == before and self._committed > first and not left
+        within = rank is not None or seconds <= self._options.grace
+        row = (first, ended, f"{seconds:.1f}", self._committed, left, outcome["reason"])
+        return row, good and within
+
+
+def end_in_every_way(bench):
+    """Whether each attempt ended as it should."""
+    endings, options, several = Endings(bench), bench.options, bench.ways[1]
+    title = f"How a run on {several.name} ends"
+    attempts = [(several, f"{several.name}: SIGTERM", 75, None)]
+    if options.placement is None:
+        attempts.append((Way(gpus=1), "goes on with 1 GPU: SIGTERM", 75, None))
+    attempts.append((several, f"goes on with {several.name}: rank {options.gpus - 1} killed", 70, options.gpus - 1))
+    attempts.append((several, f"goes on with {several.name}: SIGTERM", 75, None))
+    for way, what, code, rank in attempts:
+        endings.attempt(way, what, code=code, rank=rank)
+        bench.write(
+            "endings", title, endings_text(endings, options, of=len(attempts)), own=f" --grace {options.grace:g}"
+        )
+    return endings.good
+
+
+def endings_text(endings, options, *, of):
+    """A row for each attempt so far."""
+    header = ("", "goes on from step", "exit code", "seconds until it ended", "last committed step", "processes left")
+    judged = f"{len(endings.rows)} of {of} attempts, "
+    judged += "every one as it should be" if endings.good else "**not every one as it should be**"
+    told = (
+        f"{judged}: 75 within the grace of {options.grace:g} s, 70 where a rank is killed, going on from the last "
+        "committed step, nothing left."
+    )
+    return f"{table((*header, 'reason'), endings.rows)}\n\n{told}"
+
+
+def main(arguments=None):
+    parser = parser_of(__doc__)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--part", action="append", choices=PARTS, help="all of them without it; may be repeated")
+    parser.add_argument("--batch", type=int, action="append", help="of the rates; 256 and 16 without it")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="of a run for its rate")
+    parser.add_argument("--warm-up", type=int, help="steps of it that do not count")
+    parser.add_argument("--loss-steps", type=int, default=50)
+    parser.add_argument("--loss-batch", type=int, default=16, help="of losses and endings")
+    parser.add_argument("--placement", choices=["sharded"], help="beside a replicated base")
+    parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS")
+    parser.add_argument("--limit", type=float, default=200.0, metavar="SECONDS", help="of each run")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by default it would leave a run behind
+    parts, good = options.part or PARTS, []
+    with tempfile.TemporaryDirectory(prefix="many-gpus-") as scratch:
+        bench = Bench(options, Path(scratch).resolve())
+        if "rates" in parts:
+            good += [measure_rates(bench, batch) for batch in options.batch or (256, 16)]
+        if "losses" in parts:
+            good.append(compare_losses(bench))
+        if "endings" in parts:
+            good.append(end_in_every_way(bench))
+    sys.exit(not all(good))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Several processes beside one on the CPU; and how endings are judged, of a stub that ends right or wrong."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import many_gpus, ours
+from bench.many_gpus import Carried, Way, losses_text, rates_text
+from bench.workload import kind_of, workload_of
+from job.core.scaling import sent_bytes
+
+STUB = str(Path(__file__).parent / "stub_run.py")
+
+
+@pytest.fixture
+def bench(tmp_path, base, examples):
+    def call(*options):
+        given = ["--base", str(base), "--train", str(examples), "--text", "{t}", "--device", "cpu"]
+        with pytest.raises(SystemExit) as ended:
+            many_gpus.main([*given, *options, "--results", str(tmp_path / "R.md")])
+        return ended.value.code, (tmp_path / "R.md").read_text()
+
+    return call
+
+
+def cells(text, name):
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# --- rates -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_measured_beside_one(bench, base, examples, tmp_path):
+    given = {"text": "{t}", "batch": 4, "steps": 3, "max_length": 64}
+    parameters = workload_of(base, examples, tmp_path / "lengths", **given).adapter.parameters
+    code, text = bench("--part", "rates", "--batch", "4", "--steps", "3", "--turns", "1")
+
+    assert code == 0, text
+    assert "<!-- begin many-gpus-rates-4-tiny-llama -->" in text
+    assert "## 2 GPUs beside 1 GPU, 4 examples a step: tiny-llama" in text
+    one, two = cells(text, "1 GPU"), cells(text, "2 GPUs")
+    assert float(one[1].replace(",", "")) > 0
+    assert one[3].startswith("0.00 of ")
+    assert one[4] == "0.0"
+    assert float(two[4]) == pytest.approx(sent_bytes(parameters, ranks=2) / 1e6, abs=0.06)  # as the plan counts
+    assert one[-1] == two[-1]  # the same losses
+    assert re.search(r"The second is \d+\.\d{3} times as fast as the first \(turns: \d+\.\d{3}\)\.", text)
+
+
+def carried(rates, *, ranks=1, planned=None):
+    throughput = {
+        "ranks": ranks,
+        "waited_seconds": 0.25,
+        "seconds": 10.0,
+        "bytes_a_step": 2_000_000,
+        "peak_memory_bytes": 2**30,
+    }
+    plan = {"engine": "fast", "micro_batch_tokens": 4096, "kept_layers": 2, "recomputed_layers": 0}
+    report = {
+        "throughput": throughput,
+        "plan": plan | {"predicted_peak_bytes": planned},
+        "curve": {"loss": [3.0, 2.0]},
+    }
+    return Carried(report=report, rates=rates, in_use=(2**30, ranks * 2**29) if planned else ())
+
+
+def test_ratios_are_of_each_turn_and_of_the_medians_after_the_warm_up():
+    found = {
+        Way(gpus=1): [carried((1.0, 100.0, 110.0)), carried((1.0, 100.0, 90.0))],
+        Way(gpus=2): [carried((1.0, 210.0), ranks=2, planned=2**30), carried((1.0, 190.0), ranks=2, planned=2**30)],
+    }
+    text = rates_text(found, 1, 1.99, ["- turn 3, 2 GPUs: no result: no result within 150 s"])
+
+    assert "2.000 times as fast as the first (turns: 2.000, 2.000); by the plan's formula 1.990." in text
+    assert cells(text, "2 GPUs")[1:] == [
+        *("200", "100", "0.25 of 10.0", "2.0", "1.00", "1.00", "+0.0%", "1.0, 1.0", "3.000 to 2.000")
+    ]
+    assert "- turn 2, 1 GPU: 95 real tokens a second, median of 2 steps from 90 to 100; fast engine" in text
+    assert text.endswith("- turn 3, 2 GPUs: no result: no result within 150 s")
+
+
+def test_a_run_that_fails_is_said_and_the_rest_is_measured(bench, monkeypatch):
+    monkeypatch.setattr(ours, "command_of", lambda *_: [sys.executable, "-c", "raise ValueError('no GPU')"])
+    code, text = bench("--part", "rates", "--batch", "4", "--turns", "1")
+
+    assert code == 1
+    assert "- turn 1, 1 GPU: no result: ended with 1: ValueError: no GPU" in text
+    assert "- turn 1, 2 GPUs: no result" in text
+
+
+def test_a_placement_compares_it_with_the_other_one(bench, monkeypatch):
+    """And the options reach the command line."""
+    echo = [sys.executable, "-c", "import sys; raise ValueError(' '.join(sys.argv[3:]))"]
+    monkeypatch.setattr(ours, "command_of", lambda *_: echo)
+    text = bench("--part", "rates", "--batch", "4", "--turns", "1", "--gpus", "4", "--placement", "sharded")[1]
+
+    assert "<!-- begin many-gpus-rates-4-tiny-llama-sharded -->" in text
+    for placement in ("replicated", "sharded"):
+        assert (
+            f"4 GPUs, {placement}: no result: ended with 1: ValueError: --gpus 4 --base-placement {placement}" in text
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA T1000", None),
+    ],
+)
+def test_a_driver_s_name_is_a_kind_of_the_plan(name, kind):
+    found = kind_of(name)
+
+    assert (found and found.name) == kind
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_losses_stand_side_by_side_with_the_largest_differences():
+    one = {"curve": {"loss": [4.0] * 50, "grad_norm": [2.0] * 50}, "evaluations": [{"loss": 5.0}, {"loss": 3.0}]}
+    losses = [4.0] * 30 + [4.002] + [4.0] * 19
+    two = {"curve": {"loss": losses, "grad_norm": [2.1] * 50}, "evaluations": [{"loss": 5.0}, {"loss": 3.01}]}
+    text = losses_text((Way(gpus=1), Way(gpus=2)), one, two)
+
+    assert cells(text, "30") == ["30", "4.00000", "4.00000", "+0.00000"]
+    assert text.count("\n| 50 |") == 1
+    assert "Of 50 steps the largest difference is 0.00200 nats a token (step 31), 0.050% of the loss" in text
+    assert "of gradient norms 5.00%" in text
+    assert "before the first step differs by 0, that after the last one by 0.01." in text
+
+
+# --- endings ---------------------------------------------------------------------------------------------------------
+
+
+def ended(bench, monkeypatch, wrong=""):
+    monkeypatch.setattr(ours, "command_of", lambda *_: [sys.executable, STUB])
+    monkeypatch.setenv("STUB", wrong)
+    return bench("--part", "endings", "--limit", "60" if wrong != "hangs" else "1.5")
+
+
+def test_a_run_that_ends_and_goes_on_as_it_should_is_found_right(bench, monkeypatch):
+    code, text = ended(bench, monkeypatch)
+
+    assert code == 0, text
+    assert "4 of 4 attempts, every one as it should be" in text
+    first, alone, killed, last = (
+        cells(text, name)
+        for name in (
+            "2 GPUs: SIGTERM",
+            "goes on with 1 GPU: SIGTERM",
+            "goes on with 2 GPUs: rank 1 killed",
+            "goes on with 2 GPUs: SIGTERM",
+        )
+    )
+    assert (first[1], alone[1], killed[1], last[1]) == ("0", first[4], alone[4], killed[4])
+    assert [row[2] for row in (first, alone, killed, last)] == ["75", "75", "70", "75"]
+    assert killed[-1] == "rank 1 ended without a word"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "seen"),
+    [
+        ("0", r"\| 2 GPUs: SIGTERM \| 0 \| 0 \|"),
+        ("leaves", r"\| 2 GPUs: SIGTERM \| 0 \| 75 \| [\d.]+ \| \d+ \| 1 \|"),
+        ("forgets", r"\| goes on with 1 GPU: SIGTERM \| 0 \| 75 \|"),
+        ("hangs", r"\| 2 GPUs: SIGTERM \| (it did not end in its time|its time was over .*) \|"),
+    ],
+)
+def test_what_is_wrong_is_seen(bench, monkeypatch, wrong, seen):
+    code, text = ended(bench, monkeypatch, wrong)
+
+    assert code == 1
+    assert "4 of 4 attempts, **not every one as it should be**" in text
+    assert re.search(seen, text)
