@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 
-.PHONY: demo test test-hostile test-demo-base chaos test-stores test-slurm test-slurm-short image sbom test-image lint types docs lock templates clean
+.PHONY: demo test test-hostile test-demo-base chaos chaos-short test-stores test-slurm test-slurm-short image sbom test-image lint types docs lock templates clean
 
 # The CPU lock pins every package. Where pip finds a CPU build of torch (an extra index in PIP_EXTRA_INDEX_URL, or a
 # wheel in PIP_FIND_LINKS) it is taken; otherwise the CUDA build comes, which runs on the CPU as well.
@@ -20,7 +20,8 @@ demo: $(VENV)/installed
 		--output file://$(CURDIR)/$(DEMO)/store --workdir $(DEMO)/work --device cpu --outcome-file $(DEMO)/outcome.json
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		--ignore tests/chaos
 
 # Every attack by what is read from outside, each in a process that may take little memory; `make test` has those that
 # take seconds.
@@ -43,6 +44,10 @@ test-demo-base: $(VENV)/installed
 chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CHAOS_RESULTS=bench/RESULTS.md \
 		$(BIN)/python -m pytest -s -m "chaos or not chaos" tests/chaos
+
+# One or two of each kind, in minutes.
+chaos-short: $(VENV)/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/chaos
 
 # Against a real Ceph RGW and a real Swift, which tests/stores/ installs and starts here (root, Debian or Ubuntu) and
 # takes down again.

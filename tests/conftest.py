@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from faults import faulty_proxy
+from hypothesis import settings
 from servers import KINDS, S3Server, make_certificates, new_bucket, serve
 
 # The job as a process, for every room that begins one.
@@ -16,6 +17,10 @@ from job_process import environment_without_job
 from warm_image import warm_image
 
 from job.core.library_settings import LIBRARY_SETTINGS
+
+# No test depends on how fast the machine is, and none draws other cases on another day.
+settings.register_profile("steady", deadline=None, derandomize=True, database=None)
+settings.load_profile("steady")
 
 _TOGETHER = ("tests/run/", "tests/chaos/", "tests/hostile/")
 """Rooms whose files share a run that takes as long as a file of theirs: one pytest worker has all of a room."""
