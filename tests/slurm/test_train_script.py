@@ -252,11 +252,10 @@ def test_the_outcome_file_becomes_the_job_s_comment_and_stays_beside_the_log(des
 
 
 def test_the_comment_is_kept_current_while_the_job_runs(desk):
-    """The job here goes on only when each of its words has been told."""
-    told = 'until grep -q "Comment=.*step.*$n" "$DESK/calls"; do sleep 0.1; done'
-    desk.behave(
-        f'for n in 1 2 3; do echo "{{\\"step\\": $n}}" > "$JOB_OUTCOME_FILE"; {told}; done; exit 0', outcome={"step": 0}
-    )
+    """The job here goes on only when the comment says what it wrote; it writes at one stroke, as the real one does."""
+    written = 'echo "{\\"step\\": $n}" > "$JOB_OUTCOME_FILE.new"; mv "$JOB_OUTCOME_FILE.new" "$JOB_OUTCOME_FILE"'
+    seen = 'until grep -q "Comment=.*step.*$n" "$DESK/calls"; do sleep 0.1; done'
+    desk.behave(f"for n in 1 2 3; do {written}; {seen}; done; exit 0", outcome={"step": 0})
     done = desk.start(QLORA_TELL_SECONDS="0")
 
     assert [json.loads(text)["step"] for text in done.comments][-3:] == [1, 2, 3]

@@ -15,11 +15,13 @@ from tiny import PAIR
 from job.core.chunks import in_chunks
 from job.core.data_section import DataSection
 from job.core.errors import DataError
+from job.core.records import Example
 from job.edge import workers
 from job.edge.workers import in_order
 from job.tune.data.documents import select_documents
-from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
+from job.tune.data.encoded import STREAM_END, EncodedSet, rows_of, stream_start
 from job.tune.data.encoder import Encoder, rules_of
+from job.tune.data.frame import Framed
 
 ROOT = Path(__file__).parents[3]
 HALF = PAIR.model_copy(update={"validation": PAIR.validation.model_copy(update={"fraction": 0.5})})
@@ -215,3 +217,36 @@ def test_half_a_million_examples_take_no_more_than_numbers_do(tokenizer, tmp_pat
     assert count > 500_000
     assert repeated > 0.99 * count
     assert shared == count - 1
+
+
+def rows_for(encoder, given):
+    (chunk,) = in_chunks(given, side="train")
+    return encoder(chunk).rows["train"]
+
+
+def written(path, parts):
+    path.write_bytes(stream_start() + b"".join(parts) + STREAM_END)
+    return EncodedSet(path)
+
+
+def test_the_largest_id_is_found_in_whichever_part_it_stands_first(tmp_path):
+    def part(*rows):
+        examples = [Example(parts=(), where=f"train.jsonl:{n}") for n in range(len(rows))]
+        framed = [Framed(ids=list(ids), spans=((1, len(ids)),), answer_from=1) for ids in rows]
+        return rows_of(examples, framed, source=0)
+
+    parts = [part((1, 7), (2, 3)), part((4, 5), (6, 9, 2), (9, 1)), part((9, 9), (8, 0))]
+    assert written(tmp_path / "train.arrow", parts).largest_id() == (9, 3)
+    assert written(tmp_path / "none.arrow", []).largest_id() is None
+
+
+def test_pages_of_a_column_that_was_read_do_not_stay(tokenizer, tmp_path):
+    path = tmp_path / "train.arrow"
+    rows = rows_for(Encoder(rules_of(tokenizer, PAIR)), [line for line in lines(1000) if line[2] != b"{"])
+    found = written(path, [rows] * 100)
+    found.largest_id(), found.digests(), found.target_counts(100)
+
+    maps = Path("/proc/self/smaps").read_text().split(f" {path}\n")[1:]
+    assert maps
+    resident = sum(int(each.split("Rss:")[1].split()[0]) * 1024 for each in maps)
+    assert resident < path.stat().st_size / 20
