@@ -43,7 +43,9 @@ class ModelShape:
     linear_parameters: int
     """Of the layers' linear modules, which are in 4 bits."""
     whole_parameters: int
-    """All others, which stay in bf16: embedding and head, norms, experts."""
+    """All others, which stay in bf16: embedding and head, norms, routers."""
+    expert_parameters: int = 0
+    """Of a mixture's experts, which are in 4 bits as well."""
     logits: LogitsKind = "plain"
     """What the model does to its logits."""
     norms: int = 2
@@ -52,7 +54,7 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All of them."""
-        return self.linear_parameters + self.whole_parameters
+        return self.linear_parameters + self.expert_parameters + self.whole_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +205,7 @@ def memory_parts(shape: ModelShape, adapter: AdapterShape, engine: EngineName, *
         # The stream's gradient, and at the widest: the product and its gradient, the gradients of gate and up.
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
     return MemoryParts(
-        weights=math.ceil(_NF4_BYTES * shape.linear_parameters),
+        weights=math.ceil(_NF4_BYTES * (shape.linear_parameters + shape.expert_parameters)),
         embeddings=_BF16 * shape.whole_parameters,
         adapter=_FP32 * adapter.parameters,
         gradients=_FP32 * adapter.parameters,

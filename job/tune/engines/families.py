@@ -12,10 +12,11 @@ from job.core.errors import UsageError
 from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import Decoder, DecoderLayer
-from job.kernels.weights import Adapter, Dequantise, Group, Linear, Quantised
+from job.kernels.weights import Adapter, Dequantise, Group, Linear
 from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import empty_model
+from job.tune.model.four_bit import quantised_of
 from job.tune.model.mixtures import experts_in
 from job.tune.model.wrappers import Wrapper
 
@@ -264,18 +265,5 @@ def linear_of(module: Any) -> Linear:
             dropout=float(getattr(module.lora_dropout[name], "p", 0.0)),
         )
     state = getattr(base.weight, "quant_state", None)
-    weight = base.weight.detach() if state is None else _quantised(base.weight, state)
+    weight = base.weight.detach() if state is None else quantised_of(base.weight, state)
     return Linear(weight=weight, bias=None if base.bias is None else base.bias.detach(), adapter=adapter)
-
-
-def _quantised(weight: Tensor, state: Any) -> Quantised:
-    return Quantised(
-        packed=weight.detach().reshape(-1),
-        scales=state.absmax,
-        scales_code=state.state2.code.float(),
-        outer_scales=state.state2.absmax.float(),
-        offset=state.offset.reshape(1).float(),
-        code=state.code.float(),
-        height=int(state.shape[0]),
-        width=int(state.shape[1]),
-    )

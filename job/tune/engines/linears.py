@@ -1,4 +1,4 @@
-"""The adapted model's linear layers, each a fused op in the place of PEFT's and bitsandbytes' own forward."""
+"""The adapted model's linear layers and experts, fused ops in the place of PEFT's and bitsandbytes' own forward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from job.kernels.linear_op import linear
 from job.kernels.weights import Linear, Quantised
 from job.kernels.which_ops import ops_of
+from job.tune.engines.experts import FusedExperts
 from job.tune.engines.families import is_in_whole_blocks, linear_of
 
 _MOST_SEEDS = 2**31
@@ -31,24 +32,27 @@ class FusedLinears:
         }
         for module in self._modules:
             module.mask_seed = None
+        self.experts = FusedExperts(model)
         self._swapped = False
         self.keeps_dequantised = False
         """Whether weights are dequantised once and kept, not at each use."""
         self._swap_in()
 
     def __bool__(self) -> bool:
-        return bool(self._modules)
+        return bool(self._modules) or (bool(self.experts) and self._swapped)
 
     def _swap_in(self) -> None:
         for module, (its_forward, layer) in self._modules.items():
             # The same objects each time: compiled code may guard on their identity.
             module.forward, module.fused = its_forward, layer
+        self.experts.swap_in()
         self._swapped = True
 
     def _swap_out(self) -> None:
         if self._swapped:
             for module in self._modules:
                 del module.forward, module.fused
+            self.experts.swap_out()
         self._swapped = False
 
     def keep_dequantised(self, *, wanted: bool) -> None:
@@ -79,14 +83,21 @@ class FusedLinears:
                 module.mask_seed = its_seed
 
     @contextmanager
-    def as_peft_has_them(self) -> Iterator[None]:
-        """Meanwhile PEFT's own forward, which generates token by token without dequantising a weight for each."""
+    def as_peft_has_them(self, *, experts: bool = True) -> Iterator[None]:
+        """Meanwhile PEFT's own forward, which generates token by token without dequantising a weight for each.
+
+        Args:
+            experts: whether theirs too; it dequantises all of a layer's experts at each call.
+        """
         was_swapped = self._swapped
         self._swap_out()
+        if was_swapped and not experts:
+            self.experts.swap_in()
         try:
             yield
         finally:
             if was_swapped:
+                self.experts.swap_out()
                 self._swap_in()
 
 

@@ -102,12 +102,26 @@ class PackedModel(nn.Module):
         causal_lm.config.use_cache = True
         self.eval()
         try:
-            with self.linears.as_peft_has_them():
+            with self.linears.as_peft_has_them(experts=False):
                 yield self.model
         finally:
             causal_lm.config.use_cache = False
             self._attend()
             self.train(was_training)
+
+    @contextmanager
+    def as_peft_has_it(self) -> Iterator[None]:
+        """Meanwhile linear layers and experts by PEFT, transformers and bitsandbytes alone.
+
+        These would keep a layer's dequantised experts until the backward, so that all layers are recomputed in it.
+        """
+        recomputing = self.layers.recomputing
+        self.layers.recomputing = recomputing or bool(self.linears.experts)
+        try:
+            with self.linears.as_peft_has_them():
+                yield
+        finally:
+            self.layers.recomputing = recomputing
 
     def _attend(self) -> None:
         causal_lm = self._causal_lm()

@@ -79,7 +79,7 @@ def check_model(model: PackedModel, text: Text = ()) -> None:
         UsageError: this architecture cannot be trained by this job; the message says what is wrong.
     """
     device = next(model.parameters()).device
-    with _undisturbed(model, device), model.linears.as_peft_has_them(), _refusing_what_does_not_run(model, device):
+    with _undisturbed(model, device), model.as_peft_has_it(), _refusing_what_does_not_run(model, device):
         documents = _documents(model, device, text)
         _check_order(model, documents[1])
         tolerance = _check_loss(model, documents[0])
@@ -163,7 +163,7 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
     with _undisturbed(model, device), _moved_adapter(model, engine, reference):
         documents = _documents(model, device, text)
         batch = _micro_batch(documents)
-        with model.linears.as_peft_has_them():  # ours would agree with themselves
+        with model.as_peft_has_it():  # ours would agree with themselves
             theirs, their_gradients = _losses_and_gradients(model, reference, batch)
         ours, our_gradients = _losses_and_gradients(model, engine, batch)
         off = float(_share(ours - theirs, theirs))

@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from job.core.errors import UsageError
 from job.core.memory import ModelShape
 from job.tune.model.four_bit import put_into_four_bits
+from job.tune.model.mixtures import experts_in_four_bits
 from job.tune.model.tensor_files import stored_names
 from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
 
@@ -98,7 +99,7 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         )
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     softcap, scale = softcap_and_scale(config)
-    linear = put_into_four_bits(model, left)
+    linear, in_experts = put_into_four_bits(model, left), experts_in_four_bits(model)
     return ModelShape(
         layers=sizes["num_hidden_layers"],
         hidden=hidden,
@@ -109,7 +110,8 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         key_heads=largest(config, "num_key_value_heads") or heads,
         head_width=largest(config, "head_dim") or hidden // heads,
         linear_parameters=sum(module.in_features * module.out_features for module in linear.values()),
-        whole_parameters=_parameters(model) - sum(module.weight.numel() for module in linear.values()),
+        whole_parameters=_parameters(model) - sum(module.weight.numel() for module in linear.values()) - in_experts,
+        expert_parameters=in_experts,
         logits="capped" if softcap is not None else "plain" if scale == 1 else "scaled",
         norms=max(2, _as_wide(model, hidden) // sizes["num_hidden_layers"]),
     )
