@@ -124,7 +124,12 @@ def _workload(
     engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
     return Workload(
         shape=shape,
-        adapter=AdapterShape(parameters=parameters, rank=recipe.lora.r, optimizer=recipe.train.optimizer),
+        adapter=AdapterShape(
+            parameters=parameters,
+            rank=recipe.lora.r,
+            optimizer=recipe.train.optimizer,
+            on_experts=recipe.lora.on_experts,
+        ),
         engine=engine,
         compiled=engine == "generic"
         and reason_against_fused_attention(config) is None

@@ -8,6 +8,7 @@ W_e + s B_e A_e, Hu et al. 2021, arXiv 2106.09685, eq. 3. Experts: Shazeer et al
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Rows:
         """Each expert that has rows, and which; asks the device the first time."""
         if self._spans is None:
             ends = [0, *self.ends.tolist()]
-            self._spans = [(n, slice(*pair)) for n, pair in enumerate(zip(ends, ends[1:], strict=False)) if pair[0] < pair[1]]
+            self._spans = [(n, slice(*pair)) for n, pair in enumerate(pairwise(ends)) if pair[0] < pair[1]]
         return self._spans
 
     def in_order(self, weights: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class _Experts(torch.autograd.Function):
 
 
 def _product(x: Tensor, linear: ExpertsLinear, rows: Rows) -> Tensor:
-    """x W^T + s x A^T B^T + bias, each row by its expert: [S, N]."""
+    """X W^T + s x A^T B^T + bias, each row by its expert: [S, N]."""
     result = _by_weights(x, linear.weights, rows, transposed=True)
     if linear.adapter is not None:
         a, b = _rounded(linear.adapter, len(linear.weights), x)

@@ -68,6 +68,7 @@ def plan_training(
         rank=recipe.lora.r,
         optimizer=train.optimizer,
         by_peft=choice.left_to_peft,
+        on_experts=recipe.lora.on_experts,
     )
     memory = plan_memory(
         shape,

@@ -60,9 +60,7 @@ def dequantise(ops, *, width=192):
 def dequantise_experts(ops, *, width=192):
     """Blocks fill neither a program nor an outer block; one expert has no rows, and its place stays as it is."""
     parts = [
-        bnb.functional.quantize_4bit(
-            torch.randn(96, width), blocksize=64, compress_statistics=True, quant_type="nf4"
-        )
+        bnb.functional.quantize_4bit(torch.randn(96, width), blocksize=64, compress_statistics=True, quant_type="nf4")
         for _ in range(4)
     ]
     states = [state for _, state in parts]

@@ -1,4 +1,4 @@
-"""A layer's experts as one op: a loop over tokens under autograd, also where an expert gets no token, or all of them."""
+"""A layer's experts as one op: a loop over tokens under autograd, where one gets no token, or all of them."""
 
 import bitsandbytes as bnb
 import pytest

@@ -1,4 +1,4 @@
-"""The adapted model's experts in 4 bits, each layer's a fused op in the place of transformers' and PEFT's own forward."""
+"""The adapted model's experts in 4 bits, a layer's as a fused op in the place of PEFT's own forward."""
 
 from types import MethodType
 from typing import Any
@@ -77,6 +77,4 @@ def _gate(module: Any) -> Any:
 def _adapter(wrapper: nn.Module) -> ExpertsAdapter:
     layer: Any = wrapper
     (name,) = layer.lora_A
-    return ExpertsAdapter(
-        a=layer.lora_A[name].weight, b=layer.lora_B[name].weight, scaling=float(layer.scaling[name])
-    )
+    return ExpertsAdapter(a=layer.lora_A[name].weight, b=layer.lora_B[name].weight, scaling=float(layer.scaling[name]))

@@ -17,7 +17,7 @@ from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import empty_model
 from job.tune.model.four_bit import quantised_of
-from job.tune.model.mixtures import experts_in
+from job.tune.model.mixtures import experts_in, experts_in_four_bits
 from job.tune.model.wrappers import Wrapper
 
 Training = Literal["hand-written", "packed"]
@@ -42,7 +42,7 @@ in one row do not see each other, to the bit. All others train one document a ro
 in `tests/tune/tiny_families.py`, whose tests hold it against plain PEFT."""
 _FAST = tuple(name for name, training in FAMILIES.items() if training == "hand-written")
 _MOST_EXPERTS_BYTES = 8 * GIB
-"""Of experts, in 16 bits. With more, most of the base would not be in 4 bits, and fits few GPUs."""
+"""Of experts that stay in 16 bits. With more, most of the base would not be in 4 bits, and fits few GPUs."""
 _ACROSS = re.compile(r"Conv1d|Mamba|DeltaNet|LightningAttention|Recurrent|ShortConv|Rglru|Retention|xLSTM|Rwkv")
 """Modules that hand something from token to token, and so from document to document, beside attention."""
 
@@ -70,7 +70,7 @@ def refuse_family(config: Any) -> None:
     """Refuse, by the config alone, a base that this job does not train.
 
     Raises:
-        UsageError: most of it are experts, and too large; the message says how large.
+        UsageError: most of it are experts that cannot be put into 4 bits, and too large; the message says how large.
     """
     against = _reason_against_experts(empty_model(config))
     if against is not None:
@@ -78,13 +78,13 @@ def refuse_family(config: Any) -> None:
 
 
 def _reason_against_experts(model: Any) -> str | None:
-    experts = 2 * experts_in(model)
-    if experts <= _MOST_EXPERTS_BYTES:
+    left = 2 * (experts_in(model) - experts_in_four_bits(model))
+    if left <= _MOST_EXPERTS_BYTES:
         return None
     return (
-        f"{model.config.model_type} is a mixture of experts, which would stay in 16 bits: {experts / 1e9:.0f} GB of "
-        f"its {2 * _parameters(model) / 1e9:.0f} GB; this job trains mixtures with at most "
-        f"{_MOST_EXPERTS_BYTES / 1e9:.1f} GB of experts; choose a smaller one, or a dense base"
+        f"{model.config.model_type} is a mixture of experts whose code does not let them be put into 4 bits: "
+        f"{left / 1e9:.0f} GB of its {2 * _parameters(model) / 1e9:.0f} GB would stay in 16 bits, and at most "
+        f"{_MOST_EXPERTS_BYTES / 1e9:.1f} GB may; choose a smaller one, or a dense base"
     )
 
 
@@ -96,7 +96,7 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
         wrapper: the multimodal model that it is the decoder of.
     """
     model = empty_model(config)
-    words, experts, across = [], 2 * experts_in(model), layers_across(model)
+    words, across = [], layers_across(model)
     if wrapper is not None:
         words.append(
             f"{wrapper.architecture} is a model of more than text: its text decoder ({config.model_type}) is trained; "
@@ -105,11 +105,7 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
     against = _reason_against_experts(model)
     if against is not None:
         words.append(f"`run` refuses this base: {against}")
-    if experts:
-        words.append(
-            f"{config.model_type} is a mixture of experts, and {experts / 1e6:,.1f} MB of them stay in 16 bits; "
-            "neither they nor their router get an adapter"
-        )
+    words.extend(_words_on_experts(model))
     chosen = chosen_by_all_linear(model)
     if chosen is not None:
         words.append(f"{config.model_type}: lora.targets all-linear adapts {', '.join(chosen)}")
@@ -120,6 +116,20 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
     if not is_packed(model):
         words.append(f"{config.model_type} trains one document a row: slower than packed, with the same result")
     return words
+
+
+def _words_on_experts(model: Any) -> Iterator[str]:
+    experts, inside = experts_in(model), experts_in_four_bits(model)
+    if not experts:
+        return
+    left = f"; {2 * (experts - inside) / 1e6:,.1f} MB of them stay in 16 bits" if experts > inside else ""
+    yield (
+        f"{model.config.model_type} is a mixture of experts: {inside:,} of its {_parameters(model):,} parameters are "
+        f"experts in 4 bits, each quantised by itself{left}"
+    )
+    yield (
+        f"{model.config.model_type}: routers stay as they are: they get no adapter, and no load-balancing loss is added"
+    )
 
 
 def _ranges(numbers: list[int]) -> str:

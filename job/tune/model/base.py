@@ -27,7 +27,8 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     """The base in 4 bits (NF4, double quantisation), frozen; embeddings, norms and head in `dtype`.
 
     Tensor by tensor: from the file to the device, and there into 4 bits, so that the host's memory never holds more
-    than one; of a mixture expert by expert, so that the device's does not either. A folder whose weights are in 4 bits already (see `quantised_files`) gives the same base to the bit.
+    than one; of a mixture expert by expert, so that the device's does not either. A folder whose weights are in 4 bits
+    already (see `quantised_files`) gives the same base to the bit.
 
     Frozen by hand: peft's prepare_model_for_kbit_training would make norms, embeddings and head fp32, which is slower
     and larger, and turn on checkpointing.

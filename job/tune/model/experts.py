@@ -144,7 +144,7 @@ class ExpertsApart:
         (value,) = taken.values()
         value = value[0] if isinstance(value, list) else value
         if value.shape != (1, *shape[1:]):
-            raise DataError(f"{target}: expert {expert} in the files is {tuple(value.shape[1:])}, not {tuple(shape[1:])}")
+            raise DataError(f"{target}: expert {expert} is {[*value.shape[1:]]} in the files, not {[*shape[1:]]}")
         return value[0]
 
 
@@ -174,22 +174,26 @@ class _Dequantising:
         self._module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        places = {name: _place(self._module, name) for name in in_four_bits(self._module)}
-        stand_ins = {name: place.data for name, place in places.items()}
+        module = self._module
+        places = [(name, *_place(module, name)) for name in in_four_bits(module)]
+        stand_ins = [parameters[key] for _, parameters, key in places]
         try:
-            for name, place in places.items():
-                place.data = dequantised_experts(self._module, name, dtype=place.dtype)
-            return type(self._module).forward(self._module, *args, **kwargs)
+            for name, parameters, key in places:
+                # Another parameter, not other data in this one: autograd would find the stand-in in the backward.
+                values = dequantised_experts(module, name, dtype=parameters[key].dtype)
+                parameters[key] = nn.Parameter(values, requires_grad=False)
+            return type(module).forward(module, *args, **kwargs)
         finally:
-            for name, place in places.items():
-                place.data = stand_ins[name]
+            for (_, parameters, key), stand_in in zip(places, stand_ins, strict=True):
+                parameters[key] = stand_in
 
 
-def _place(module: Any, name: str) -> nn.Parameter:
-    """The parameter itself, which PEFT hides behind a parametrization while its own forward runs."""
+def _place(module: Any, name: str) -> tuple[dict[str, Any], str]:
+    """Where the parameter stands: PEFT puts it behind a parametrization while its own forward runs."""
     hidden = getattr(module, "parametrizations", {})
-    place: nn.Parameter = hidden[name].original if name in hidden else getattr(module, name)
-    return place
+    if name in hidden:
+        return hidden[name]._parameters, "original"  # noqa: SLF001 - as below
+    return module._parameters, name  # noqa: SLF001 - setattr would go through the parametrization
 
 
 def dequantised_experts(module: Any, name: str, *, dtype: torch.dtype) -> Tensor:

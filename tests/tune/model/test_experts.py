@@ -1,4 +1,4 @@
-"""A mixture's experts in 4 bits: bitsandbytes' own, matrix by matrix, whatever the files call them; copied to the bit."""
+"""A mixture's experts in 4 bits: bitsandbytes' own, a matrix at a time, from any files; copied to the bit."""
 
 import json
 
