@@ -108,8 +108,8 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, of: Experts) -> Tensor:
         [T, hidden].
     """
     factors = [factor for linear in (of.first, of.second) for factor in _factors(linear)]
-    result: Tensor = _Experts.apply(x, weights, *factors, of, Rows(chosen, len(of.first.weights)))
-    return result
+    apply: Callable[..., Tensor] = _Experts.apply
+    return apply(x, weights, *factors, of, Rows(chosen, len(of.first.weights)))
 
 
 def _factors(linear: ExpertsLinear) -> tuple[Tensor | None, Tensor | None]:
@@ -127,7 +127,8 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(x, weights, inner)
         ctx.of, ctx.rows = of, rows
         weighted = result * rows.in_order(weights)[:, None]
-        return rows.by_token(weighted).sum(dim=1).to(x.dtype)
+        out: Tensor = rows.by_token(weighted).sum(dim=1).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -130,22 +130,22 @@ class ExpertsApart:
             pattern: [tensors[expert][...]] if len(tensors) == shape[0] else [tensors[0][expert : expert + 1]]
             for pattern, tensors in source.tensors.items()
         }
-        converter = source.converter
-        for operation in () if converter is None else converter.operations:
-            taken = operation.convert(
-                taken,
-                source_patterns=converter.source_patterns,
-                target_patterns=converter.target_patterns,
-                full_layer_name=target,
-                model=self._model,
-                config=self._config,
-                missing_keys=None,
-            )
+        if source.converter is not None:
+            for operation in source.converter.operations:
+                taken = operation.convert(
+                    taken,
+                    source_patterns=source.converter.source_patterns,
+                    target_patterns=source.converter.target_patterns,
+                    full_layer_name=target,
+                    model=self._model,
+                    config=self._config,
+                    missing_keys=None,
+                )
         (value,) = taken.values()
-        value = value[0] if isinstance(value, list) else value
-        if value.shape != (1, *shape[1:]):
-            raise DataError(f"{target}: expert {expert} is {[*value.shape[1:]]} in the files, not {[*shape[1:]]}")
-        return value[0]
+        matrices: Tensor = value[0] if isinstance(value, list) else value
+        if matrices.shape != (1, *shape[1:]):
+            raise DataError(f"{target}: expert {expert} is {[*matrices.shape[1:]]} in the files, not {[*shape[1:]]}")
+        return matrices[0]
 
 
 def _tensors(part: Quantised) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ _METHOD = "bitsandbytes_4bit"
 """Under what name transformers finds who quantises."""
 
 
-class _WithoutExperts(Bnb4BitHfQuantizer):
+class _WithoutExperts(Bnb4BitHfQuantizer):  # type: ignore[misc] # transformers has no types
     """Quantises what transformers' own does."""
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
@@ -190,7 +190,8 @@ def dequantised(weight: Quantised, dtype: torch.dtype) -> Tensor:
         offset=weight.offset.reshape(()),
         state2=scales,
     )
-    return bnb.functional.dequantize_4bit(weight.packed.reshape(-1, 1), quant_state=state)
+    values: Tensor = bnb.functional.dequantize_4bit(weight.packed.reshape(-1, 1), quant_state=state)
+    return values
 
 
 def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -76,7 +76,8 @@ def experts_in_four_bits(model: nn.Module) -> int:
 
 def take_out_experts(model: nn.Module) -> None:
     """Take the experts out of a model that is about to be loaded: nothing is missing, and no memory is taken."""
-    for _, module in [*experts_modules(model)]:
+    modules: list[Any] = [module for _, module in experts_modules(model)]
+    for module in modules:
         for name in weights_of_experts(module):
             del module._parameters[name]  # noqa: SLF001 - delattr would do the same
         module._is_hf_initialized = True  # noqa: SLF001 - or transformers fills it with random numbers
