@@ -34,7 +34,7 @@ def test_a_mixture_is_trained_in_4_bits_with_adapters_on_its_experts_and_proven(
 
     whole, cut = (json.loads((job.store / f"runs/{name}/report.json").read_text()) for name in ("whole", "cut"))
     assert [whole["model"]["loaded_from"], cut["model"]["loaded_from"]] == ["weights", "copy in 4 bits"]
-    assert f"{EXPERTS:,} parameters of experts in 4 bits" in whole["model"]["form"]
+    assert f"{EXPERTS:,} parameters of experts in 4 bits" in whole["model"]["quantisation"]
     for report in (whole, cut):
         assert any(said in note for note in report["notes"])
         assert report["adapter"]["proven_loss"] == report["adapter"]["reported_loss"]
