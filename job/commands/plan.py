@@ -133,6 +133,7 @@ def _workload(
         engine=engine,
         compiled=engine == "generic"
         and reason_against_fused_attention(config) is None
+        and shape.experts is None
         and is_packed(empty_model(config)),
         course=course,
         lengths=lengths,

@@ -20,6 +20,9 @@ from job.kernels.which_ops import ops_of
 
 _ALIGNED = 8
 """Numbers in bf16 that are 16 bytes, which grouped products want rows to start at."""
+_FEW = 16
+"""Rows that a product on the CPU has at least: one of one to three rows is added up in another order, and a token's
+result would depend on how many others go to the same expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -233,7 +236,12 @@ def _one_by_one(x: Tensor, matrices: Iterator[Tensor], width: int, rows: Rows, *
     """A product for each expert that has rows; one matrix may be written over the one before."""
     out = x.new_empty(len(x), width)
     for (_, span), matrix in zip(rows.spans(), matrices, strict=True):
-        torch.mm(x[span], matrix.t() if transposed else matrix, out=out[span])
+        factor = matrix.t() if transposed else matrix
+        count = span.stop - span.start
+        if count < _FEW:
+            out[span] = torch.mm(functional.pad(x[span], (0, 0, 0, _FEW - count)), factor)[:count]
+        else:
+            torch.mm(x[span], factor, out=out[span])
     return out
 
 

@@ -45,7 +45,9 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
         files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
     crash_point("prove.before")
     with phases.phase("prove"):
-        model = load_published(attempt, inputs, folder / "published", files, left_to_peft=facts.left_to_peft)
+        model = load_published(
+            attempt, inputs, folder / "published", files, left_to_peft=facts.left_to_peft, packed=facts.packed
+        )
         proven = prove(attempt, inputs, facts, model, step=chosen.step)
     with phases.phase("ask_tuned"):
         tuned = answer(

@@ -26,7 +26,7 @@ _NEAR_LOSS = 1e-2
 
 
 def load_published(
-    attempt: Attempt, inputs: Inputs, folder: Path, files: Mapping[str, FileEntry], *, left_to_peft: bool
+    attempt: Attempt, inputs: Inputs, folder: Path, files: Mapping[str, FileEntry], *, left_to_peft: bool, packed: bool
 ) -> PackedModel:
     """The adapter from the store, by PEFT, on a fresh 4-bit base.
 
@@ -36,6 +36,7 @@ def load_published(
         folder: gets the adapter's files.
         files: what the store must give.
         left_to_peft: whether linear layers were PEFT's own in training: then they are here.
+        packed: whether rows held several documents.
     """
     shutil.rmtree(folder, ignore_errors=True)
     inputs.artifacts.fetch_adapter(folder, files, should_stop=attempt.worker.should_stop)
@@ -46,6 +47,8 @@ def load_published(
     model = PackedModel(load_with_peft(base, folder, read_wrapper(inputs.base.folder)))
     if left_to_peft:
         model.linears.leave_to_peft()
+    if not packed:
+        model.take_one_document_a_row()
     return model.eval()
 
 

@@ -39,10 +39,11 @@ same to the bit. What the base is in 4 bits is read again from its copy to the b
 
 *Hand-written*: on a GPU the fast engine trains it; elsewhere, and where that does not fit, it is packed. *Packed*:
 documents stand in one row without padding, and none sees another; on a GPU layers are compiled where attention is
-neither capped nor dropped. *One document a row*: the decoder gets a document at a time, with transformers' own
-attention, and nothing is compiled: slower, above all with short documents. A family that is not in this table trains
-that way too, if `check` on a small random copy of its config, and the checks at the start of a run, find its loss
-right. The adapter opens with `PeftModel.from_pretrained` on the class that is named: each run ends by proving that.
+neither capped nor dropped, and there are no experts. *One document a row*: the decoder gets a document at a time, with
+transformers' own attention, and nothing is compiled: slower, above all with short documents. A family that is not in
+this table trains that way too, if `check` on a small random copy of its config, and the checks at the start of a run,
+find its loss right. The adapter opens with `PeftModel.from_pretrained` on the class that is named: each run ends by
+proving that.
 
 Layers' linear modules are in 4 bits; embeddings, head, norms and the other small tensors never are. *Experts* of a
 mixture are in 4 bits too: each expert's two matrices are quantised by themselves, to the bit as bitsandbytes quantises

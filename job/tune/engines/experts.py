@@ -1,5 +1,7 @@
 """The adapted model's experts in 4 bits, a layer's as a fused op in the place of PEFT's own forward."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -35,6 +37,17 @@ class FusedExperts:
         for outer in self._outer:
             outer.forward = MethodType(_forward, outer)
         self._swapped = True
+
+    @contextmanager
+    def ours(self) -> Iterator[None]:
+        """Ours meanwhile, whoever's they were."""
+        was_swapped = self._swapped
+        self.swap_in()
+        try:
+            yield
+        finally:
+            if not was_swapped:
+                self.swap_out()
 
     def swap_out(self) -> None:
         """Theirs from now on."""

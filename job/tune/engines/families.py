@@ -33,6 +33,7 @@ FAMILIES: Mapping[str, Training] = {
             *("granitemoehybrid", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "jais2", "ministral"),
             *("ministral3", "nanochat", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "seed_oss"),
             *("smollm3", "starcoder2", "vaultgemma"),
+            *("mixtral", "qwen3_moe", "olmoe", "granitemoe"),
         ),
         "packed",
     ),
@@ -50,10 +51,11 @@ _ACROSS = re.compile(r"Conv1d|Mamba|DeltaNet|LightningAttention|Recurrent|ShortC
 def is_packed(causal_lm: Any) -> bool:
     """Whether a row of this model may hold several documents.
 
-    Experts compute other last bits when other tokens go through them as well.
+    Of a mixture, where its experts are in 4 bits, and so multiplied by us: transformers' own products give a token
+    other last bits when other tokens go to the same expert. Whether ours do not, the self-test finds out.
     """
     known = causal_lm.config.model_type in FAMILIES
-    return known and not layers_across(causal_lm) and not experts_in(causal_lm)
+    return known and not layers_across(causal_lm) and experts_in(causal_lm) == experts_in_four_bits(causal_lm)
 
 
 def layers_across(causal_lm: Any) -> list[int]:

@@ -109,6 +109,11 @@ class PackedModel(nn.Module):
             self._attend()
             self.train(was_training)
 
+    def take_one_document_a_row(self) -> None:
+        """From now on, for good."""
+        self.is_packed = False
+        self._attend()
+
     @contextmanager
     def as_peft_has_it(self) -> Iterator[None]:
         """Meanwhile linear layers and experts by PEFT, transformers and bitsandbytes alone.

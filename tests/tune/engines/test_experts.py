@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
+from job.kernels import experts as grouped
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.selftest import check_model
+from job.tune.engines.selftest import _gradient_difference, check_model
 from job.tune.loop.checkpoint import adapter_to_publish
 from job.tune.model.adapter import attach_lora, load_with_peft, parameter_counts, refuse_targets
 from job.tune.model.base import load_base
@@ -122,6 +123,39 @@ def test_a_published_adapter_on_experts_is_loaded_onto_a_base_in_4_bits(tmp_path
     again = PackedModel(load_with_peft(base, published(model, tmp_path), None)).eval()
     with torch.no_grad():
         assert torch.equal(again(micro_batch_of(documents)), losses)
+
+
+def test_a_mixture_whose_products_do_not_keep_documents_apart_trains_one_a_row(tmp_path, monkeypatch):
+    """As on a device that adds up few rows in another order than many: never refused, never wrong."""
+    folder = write_family(tmp_path / "base", "qwen3_moe")
+    documents = [torch.randint(3, 300, (length,)) for length in _LENGTHS]
+    apart = model_of(folder)
+    check_model(apart)
+    assert apart.is_packed
+    expected, _ = accumulated(choice_for(apart), apart, documents)
+
+    def by_count(x, matrix, **options):
+        return real(x, matrix, **options).mul_(1 + 1e-6 * len(x))
+
+    real = torch.mm
+    monkeypatch.setattr(grouped.torch, "mm", by_count)
+    model = model_of(folder)
+    check_model(model)
+    assert not model.is_packed
+    monkeypatch.undo()
+    choice = choice_for(model)
+    assert "one document a row" in choice.reason
+    losses, _ = accumulated(choice, model, documents)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rounding_may_turn_a_gradient_twice_as_far_as_it_does(monkeypatch):
+    """What a token that goes to another expert changes is no mistake; what is beyond that is one."""
+    theirs, rounded = {"a": torch.tensor([1.0, 0.0])}, {"a": torch.tensor([1.0, 0.3])}
+    turned = {"a": torch.tensor([0.9, 0.45])}
+    assert "points elsewhere" in _gradient_difference(turned, theirs)
+    assert _gradient_difference(turned, theirs, rounded) is None
+    assert "points elsewhere" in _gradient_difference({"a": torch.tensor([0.3, 0.95])}, theirs, rounded)
 
 
 def test_without_the_adapter_experts_are_the_base_s(tmp_path):
