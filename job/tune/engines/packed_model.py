@@ -102,7 +102,7 @@ class PackedModel(nn.Module):
         causal_lm.config.use_cache = True
         self.eval()
         try:
-            with self.linears.as_peft_has_them(experts=False):
+            with self.linears.as_peft_has_them(experts_too=False):
                 yield self.model
         finally:
             causal_lm.config.use_cache = False
