@@ -1,7 +1,8 @@
-"""Adapters on experts: PEFT's own losses and gradients, loaded by PEFT as `target_parameters`, dropout refused."""
+"""Experts of every mixture: in 4 bits as by bitsandbytes; adapters on them as PEFT trains and opens them."""
 
 import json
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
@@ -56,6 +57,35 @@ def by_anybody(folder, adapter, ours):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return PeftModel.from_pretrained(base.requires_grad_(False), adapter, is_trainable=True).eval()
+
+
+@each_mixture
+def test_each_expert_is_what_bitsandbytes_makes_of_its_matrix(name, tmp_path):
+    folder = write_family(tmp_path / "base", name)
+    base = load_base(folder, device=CPU, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    modules = dict(experts_modules(whole))
+    assert modules
+    assert {path for path, module in base.named_modules() if in_four_bits(module)} == set(modules)
+    for path, module in modules.items():
+        held = in_four_bits(base.get_submodule(path))
+        assert tuple(held) == weights_of_experts(module)
+        for kind, weights in held.items():
+            in_16_bits = getattr(module, kind).detach()
+            values = dequantised_experts(base.get_submodule(path), kind, dtype=torch.float32)
+            assert values.shape == in_16_bits.shape
+            assert base.get_submodule(path).get_parameter(kind).shape == in_16_bits.shape
+            for expert, matrix in enumerate(in_16_bits):
+                rows = matrix.t().contiguous() if module.is_transposed else matrix
+                packed, state = bnb.functional.quantize_4bit(
+                    rows, blocksize=64, compress_statistics=True, quant_type="nf4"
+                )
+                assert torch.equal(weights.packed[expert], packed.reshape(-1))
+                assert torch.equal(weights.scales[expert], state.absmax)
+                assert torch.equal(weights.outer_scales[expert], state.state2.absmax)
+                assert torch.equal(weights.offsets[expert], state.offset)
+                theirs = bnb.functional.dequantize_4bit(packed, state)
+                assert torch.equal(values[expert].t() if module.is_transposed else values[expert], theirs)
 
 
 @each_mixture

@@ -1,65 +1,29 @@
-"""A mixture's experts in 4 bits: bitsandbytes' own, a matrix at a time, from any files; copied to the bit."""
+"""A mixture's experts in 4 bits: read and quantised one at a time, counted, and copied to the bit."""
 
 import json
+from itertools import groupby
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CPU
-from tiny_families import FAMILIES, config_of, write_family
-from transformers import AutoModelForCausalLM
+from tiny_families import write_family
 
 from job.core.errors import DataError
+from job.tune.model import experts
 from job.tune.model.base import load_base, quantised_files
 from job.tune.model.config import empty_model, read_config, shape_of
-from job.tune.model.experts import dequantised_experts, in_four_bits
+from job.tune.model.experts import in_four_bits
 from job.tune.model.four_bit import form_of
-from job.tune.model.mixtures import experts_in, experts_modules, weights_of_experts
-
-_LEFT = ("llama4_text", "doge")
-"""Llama 4's experts transformers itself makes linear modules of; Doge's are rows of embeddings."""
-MIXTURES = [name for name in FAMILIES if name not in _LEFT and experts_in(empty_model(config_of(name)))]
-_SOME = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3", "olmoe")
-each_mixture = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in _SOME else pytest.mark.families) for name in MIXTURES]
-)
-
-
-@each_mixture
-def test_each_expert_is_what_bitsandbytes_makes_of_its_matrix(name, tmp_path):
-    folder = write_family(tmp_path / "base", name)
-    base = load_base(folder, device=CPU, dtype=torch.float32)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    modules = dict(experts_modules(whole))
-    assert modules
-    assert {path for path, module in base.named_modules() if in_four_bits(module)} == set(modules)
-    for path, module in modules.items():
-        held = in_four_bits(base.get_submodule(path))
-        assert tuple(held) == weights_of_experts(module)
-        for kind, weights in held.items():
-            in_16_bits = getattr(module, kind).detach()
-            values = dequantised_experts(base.get_submodule(path), kind, dtype=torch.float32)
-            assert values.shape == in_16_bits.shape
-            assert base.get_submodule(path).get_parameter(kind).shape == in_16_bits.shape
-            for expert, matrix in enumerate(in_16_bits):
-                rows = matrix.t().contiguous() if module.is_transposed else matrix
-                packed, state = bnb.functional.quantize_4bit(
-                    rows, blocksize=64, compress_statistics=True, quant_type="nf4"
-                )
-                assert torch.equal(weights.packed[expert], packed.reshape(-1))
-                assert torch.equal(weights.scales[expert], state.absmax)
-                assert torch.equal(weights.outer_scales[expert], state.state2.absmax)
-                assert torch.equal(weights.offsets[expert], state.offset)
-                theirs = bnb.functional.dequantize_4bit(packed, state)
-                assert torch.equal(values[expert].t() if module.is_transposed else values[expert], theirs)
+from job.tune.model.mixtures import experts_in
+from job.tune.model.tensor_files import StoredTensor
 
 
 def test_all_experts_are_in_4_bits_and_counted_as_what_they_stand_for(tmp_path):
     folder = write_family(tmp_path / "base", "qwen3_moe")
     base, shape = load_base(folder, device=CPU, dtype=torch.float32), shape_of(read_config(folder))
     in_experts = 2 * 4 * 64 * (2 * 64 + 64)
-    assert shape.expert_parameters == experts_in(base) == in_experts
+    assert shape.experts.parameters == experts_in(base) == in_experts
     assert shape.parameters == sum(p.numel() for p in empty_model(read_config(folder)).parameters())
     assert form_of(base).endswith(f"1 not (lm_head); {in_experts:,} parameters of experts in 4 bits")
     held = [weights for module in base.modules() for weights in in_four_bits(module).values()]
@@ -69,7 +33,7 @@ def test_all_experts_are_in_4_bits_and_counted_as_what_they_stand_for(tmp_path):
     assert all(bool(p.isinf().all()) for p in stand_ins)  # who computes with them past us sees it
 
 
-@each_mixture
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_a_copy_in_4_bits_holds_the_experts_to_the_bit(name, tmp_path):
     folder, copy = write_family(tmp_path / "base", name), tmp_path / "copy"
     base = load_base(folder, device=CPU, dtype=torch.float32)
@@ -83,6 +47,39 @@ def test_a_copy_in_4_bits_holds_the_experts_to_the_bit(name, tmp_path):
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(base(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(("name", "at_once"), [("qwen3_moe", 2), ("gpt_oss", 1)])
+def test_an_expert_is_quantised_before_the_next_one_is_read(name, at_once, tmp_path, monkeypatch):
+    """Of files with a tensor for each expert's gate and up, and of files that hold all experts in one tensor."""
+    folder, events = write_family(tmp_path / "base", name), []
+    read, quantise = StoredTensor.__getitem__, experts.quantised
+
+    def noted(self, index):
+        part = read(self, index)
+        if ".experts." in self.name and not self.name.endswith("bias"):
+            events.append(part.numel())
+        return part
+
+    monkeypatch.setattr(StoredTensor, "__getitem__", noted)
+    monkeypatch.setattr(experts, "quantised", lambda matrix: (events.append("quantised"), quantise(matrix))[1])
+    load_base(folder, device=CPU, dtype=torch.float32)
+    runs = [[*run] for is_read, run in groupby(events, key=lambda event: event != "quantised") if is_read]
+    assert len(runs) == events.count("quantised") == 2 * 2 * 4
+    assert max(map(len, runs)) == at_once
+    width = read_config(folder).hidden_size
+    inner = getattr(read_config(folder), "moe_intermediate_size", read_config(folder).intermediate_size)
+    assert max(map(sum, runs)) == 2 * inner * width  # one expert's first matrix
+
+
+def test_a_number_in_an_expert_that_is_not_finite_is_named(tmp_path):
+    folder = write_family(tmp_path / "base", "qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    tensors[name][5, 7] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=rf"NaN or infinity in {name}, in 1 of all tensors"):
+        load_base(folder, device=CPU, dtype=torch.float32)
 
 
 def test_a_copy_of_other_experts_is_refused(tmp_path):
