@@ -194,8 +194,8 @@ def test_without_the_adapter_experts_are_the_base_s(tmp_path):
     choice_for(model)
     ids = torch.arange(3, 40)[None]
     base = load_base(folder, device=CPU, dtype=torch.float32)
-    with torch.no_grad(), model.model.disable_adapter():
-        without = model.model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad(), model.generating() as own, own.disable_adapter():
+        without = own(input_ids=ids, use_cache=False).logits
         assert any(in_four_bits(module) for module in base.modules())
         torch.testing.assert_close(without, base(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
