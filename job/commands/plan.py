@@ -132,10 +132,16 @@ def _workload(
     engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
     return Workload(
         shape=shape,
-        adapter=AdapterShape(parameters=parameters, rank=recipe.lora.r, optimizer=recipe.train.optimizer),
+        adapter=AdapterShape(
+            parameters=parameters,
+            rank=recipe.lora.r,
+            optimizer=recipe.train.optimizer,
+            on_experts=recipe.lora.on_experts,
+        ),
         engine=engine,
         compiled=engine == "generic"
         and reason_against_fused_attention(config) is None
+        and shape.experts is None
         and is_packed(empty_model(config)),
         course=course,
         lengths=lengths,

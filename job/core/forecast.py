@@ -261,6 +261,7 @@ def flops_per_token(work: Workload) -> float:
     """Floating-point operations of a step, a real token.
 
     The base: 2 forward and 2 for the gradient of the input, a weight; no gradient of the weight itself. The adapter: 6.
+    Of experts those count that a token goes through.
     Attention: 12 layers width a pair of tokens that see each other (Kaplan et al. 2020, arXiv 2001.08361, section 2.1,
     and one and a half times as much for the backward). The head: target tokens only.
     """
@@ -269,7 +270,7 @@ def flops_per_token(work: Workload) -> float:
     head = 4 * shape.vocabulary * shape.hidden * work.targets / tokens
     pairs = float((lengths * (lengths + 1) / 2).sum()) / tokens
     attention = 12 * shape.layers * shape.heads * shape.head_width * pairs
-    return 4 * shape.linear_parameters + head + 6 * work.adapter.parameters + attention
+    return 4 * shape.active_parameters + head + 6 * work.adapter.active_parameters(shape) + attention
 
 
 def ask_for(work: Workload, cluster: Cluster = ALONE, placement: Placement = "replicated") -> Ask:

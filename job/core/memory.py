@@ -30,6 +30,28 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsShape:
+    """Sizes of a mixture's experts that are in 4 bits."""
+
+    parameters: int
+    """Of all layers' experts."""
+    sides: int
+    """Height and width of all their matrices: parameters of an adapter of rank 1 on each."""
+    number: int
+    """Of a layer's experts."""
+    chosen: int
+    """What a token goes through of them."""
+    first: int
+    """Height of an expert's first matrix: what is kept of a token that goes through it."""
+    inner: int
+    """Width of its second matrix."""
+    largest: int
+    """Elements of the matrices that are dequantised at once: one of each expert of a layer."""
+    beside: int = 0
+    """What a dense block beside a layer's experts, which all tokens go through, widens a token to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """Sizes of a decoder."""
 
@@ -45,18 +67,32 @@ class ModelShape:
     linear_parameters: int
     """Of the layers' linear modules, which are in 4 bits."""
     whole_parameters: int
-    """All others, which stay in bf16: embedding and head, norms, experts."""
+    """All others, which stay in bf16: embedding and head, norms, routers."""
     logits: LogitsKind = "plain"
     """What the model does to its logits."""
     norms: int = 2
     """Of a layer, over a token's whole width; Gemma's have four."""
     layer_whole_parameters: int = 0
-    """Of the whole ones, those in matrices of layers: routers and experts."""
+    """Of the whole ones, those in matrices of layers: routers, and experts that are not in 4 bits."""
+    experts: ExpertsShape | None = None
+    """Of a mixture whose experts are in 4 bits as well; None: it has none."""
+
+    @property
+    def four_bit_parameters(self) -> int:
+        """Those in 4 bits."""
+        return self.linear_parameters + (0 if self.experts is None else self.experts.parameters)
 
     @property
     def parameters(self) -> int:
         """All of them."""
-        return self.linear_parameters + self.whole_parameters
+        return self.four_bit_parameters + self.whole_parameters
+
+    @property
+    def active_parameters(self) -> float:
+        """Those in 4 bits that a token is multiplied with."""
+        if self.experts is None:
+            return self.linear_parameters
+        return self.linear_parameters + self.experts.parameters * self.experts.chosen / self.experts.number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +104,22 @@ class AdapterShape:
     optimizer: str
     by_peft: bool = False
     """Whether PEFT's own layers compute it, which keep an fp32 copy of each one's input."""
+    on_experts: bool = False
+    """Whether each expert has factors of its own."""
+
+    def active_parameters(self, shape: ModelShape) -> float:
+        """Those that a token is multiplied with."""
+        if shape.experts is None or not self.on_experts:
+            return self.parameters
+        of_experts = self.rank * shape.experts.sides
+        return self.parameters - of_experts * (1 - shape.experts.chosen / shape.experts.number)
 
 
 NF4_BLOCK = 64
 """Weights in 4 bits that share a scale: bitsandbytes' own choice for a layer, which transformers has no word for."""
 NF4_OUTER_BLOCK = 256
 """Scales that share an outer scale (double quantisation)."""
-_BF16, _FP32 = 2, 4
+_BF16, _FP32, _INT64 = 2, 4, 8
 _NF4_BYTES = 1 / 2 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_OUTER_BLOCK)
 """One weight in 4 bits, with its share of an 8-bit scale and of an fp32 outer scale.
 
@@ -184,7 +229,8 @@ def memory_parts(
     if shape.logits != "plain":
         logits = _LOGITS_BY_AUTOGRAD[shape.logits] * _LOGITS_CHUNK * shape.vocabulary
     if engine == "generic":
-        kept = (2 + shape.norms) * shape.hidden + 2 * (query + keys) + 3 * shape.intermediate
+        intermediate = shape.intermediate if shape.experts is None else shape.experts.beside
+        kept = (2 + shape.norms) * shape.hidden + 2 * (query + keys) + 3 * intermediate
         kept += _ADAPTED * adapter.rank
         token_layer = math.ceil((1.0 if compiled else _NOT_COMPILED) * (_BF16 * kept + _FP32 * shape.heads))
         # One weight at a time, as it is and as a gradient's other factor.
@@ -197,6 +243,10 @@ def memory_parts(
             in_fp32 = (5 + shape.norms) * shape.hidden + query + shape.intermediate + _ADAPTED * adapter.rank
             in_fp32 += shape.heads
             token_layer = _FP32 * in_fp32 + _BF16 * (2 * (query + keys) + 3 * shape.intermediate)
+        if shape.experts is not None:
+            workspace = max(workspace, _BF16 * shape.experts.largest)
+            token_layer += _kept_by_experts(shape.experts)
+            token += _in_the_backward_of_experts(shape.experts, shape.hidden)
     else:
         kept = (shape.hidden + wide) + (query + 2 * keys) + query + rank + (shape.hidden + twice)
         kept += 2 * shape.intermediate + rank
@@ -211,7 +261,7 @@ def memory_parts(
         workspace, spared = dequantised + head, dequantised
         # The stream's gradient, and at the widest: the product and its gradient, the gradients of gate and up.
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
-    weights, whole = math.ceil(_NF4_BYTES * shape.linear_parameters), shape.whole_parameters
+    weights, whole = math.ceil(_NF4_BYTES * shape.four_bit_parameters), shape.whole_parameters
     if shards > 1:
         weights += _BF16 * shape.layer_whole_parameters
         whole -= shape.layer_whole_parameters
@@ -238,7 +288,22 @@ def memory_parts(
 
 def row_bytes(shape: ModelShape) -> int:
     """What of a layer a sharded base gathers, on average: weights in 4 bits, and matrices that stay in bf16."""
-    return math.ceil((_NF4_BYTES * shape.linear_parameters + _BF16 * shape.layer_whole_parameters) / shape.layers)
+    return math.ceil((_NF4_BYTES * shape.four_bit_parameters + _BF16 * shape.layer_whole_parameters) / shape.layers)
+
+
+def _kept_by_experts(of: ExpertsShape) -> int:
+    """Bytes of a token in a layer: each expert's first product, and the router's probabilities and choices."""
+    choices = 5 * _INT64 * of.chosen
+    return _BF16 * of.chosen * of.first + 2 * _FP32 * of.number + choices
+
+
+def _in_the_backward_of_experts(of: ExpertsShape, hidden: int) -> int:
+    """Bytes of a token.
+
+    What goes into a layer's experts and its gradient, before and after sorting; what the gate keeps, its result, and
+    the gradients of both.
+    """
+    return _BF16 * of.chosen * (4 * hidden + of.first + 5 * of.inner)
 
 
 def _padded(rank: int) -> int:

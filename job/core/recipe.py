@@ -8,6 +8,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from job.core.data_section import OF_CHATS, DataSection, Source
 from job.core.section import Count, Flag, NotNegative, Positive, Section, Seed, Share, Text, Uri, Whole
 
+ALL_LINEAR, EXPERTS = "all-linear", "experts"
+"""What `lora.targets` can name beside modules."""
+
 
 class ModelSection(Section):
     """The base model. It is read in 4 bits (NF4, double quantisation) and computes in bf16.
@@ -51,11 +54,29 @@ class LoraSection(Section):
     dropout: Share = 0.0
     """Dropout before the adapter. Above 0 the masks depend on the micro-batches, so another GPU gives other numbers."""
     targets: Annotated[
-        Annotated[Literal["all-linear"], Tag("<name>")]
+        Annotated[Literal["all-linear", "experts"], Tag("<name>")]
         | Annotated[tuple[Text, ...], Field(min_length=1), Tag("<list>")],
         Discriminator(lambda value: "<name>" if isinstance(value, str) else "<list>"),
     ] = "all-linear"
-    """Names of the linear modules that get an adapter, or `all-linear` (all but the head). `lm_head` may be listed."""
+    """Names of the linear modules that get an adapter, or `all-linear` (all but the head). `lm_head` may be listed.
+
+    `experts`, alone or in a list, with `all-linear` or names beside it, gives each expert of a mixture factors of its
+    own: they are many. Without it experts get none, and routers never do.
+    """
+
+    @property
+    def on_experts(self) -> bool:
+        """Whether experts get an adapter."""
+        return EXPERTS in ((self.targets,) if isinstance(self.targets, str) else self.targets)
+
+    @model_validator(mode="after")
+    def _experts_have_no_dropout(self) -> Self:
+        if self.on_experts and self.dropout:
+            raise ValueError(
+                f"PEFT has no dropout before the adapters of experts; set lora.dropout to 0, or leave {EXPERTS} out of "
+                "lora.targets"
+            )
+        return self
 
 
 Optimizer = Literal[

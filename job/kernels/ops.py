@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from job.kernels.weights import Quantised
+from job.kernels.weights import Quantised, QuantisedExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,6 +28,7 @@ class Ops(Protocol):
     """Implemented by `reference`, and by `triton_elementwise` where Triton runs."""
 
     def dequantise(self, weight: Quantised, out: Tensor) -> None: ...
+    def dequantise_experts(self, weights: QuantisedExperts, rows: Tensor, out: Tensor) -> None: ...
     def rms_forward(self, x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, epsilon: float) -> None: ...
     def rms_backward_add(self, grad: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, into: Tensor) -> None: ...
     def rotate_forward(

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.ops import Masks
-from job.kernels.weights import Quantised
+from job.kernels.weights import Quantised, QuantisedExperts
 
 
 def dequantise(weight: Quantised, out: Tensor) -> None:
@@ -20,6 +20,19 @@ def dequantise(weight: Quantised, out: Tensor) -> None:
     packed = weight.packed.reshape(-1)
     values = weight.code[torch.stack([packed >> 4, packed & 15], dim=1).long()]
     out.copy_((values.reshape(-1, NF4_BLOCK) * scales[:, None]).reshape(weight.height, weight.width))
+
+
+def dequantise_experts(weights: QuantisedExperts, rows: Tensor, out: Tensor) -> None:
+    """NF4 -> values of the experts that are used: [E, N, K]; the others' places are left as they are.
+
+    Args:
+        weights: of E experts.
+        rows: [E] int32, of each expert; with none it is not used.
+        out: [E, N, K].
+    """
+    for expert, count in enumerate(rows.tolist()):
+        if count:
+            dequantise(weights[expert], out[expert])
 
 
 def rms_forward(x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, epsilon: float) -> None:

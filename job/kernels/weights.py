@@ -45,6 +45,44 @@ class Quantised:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantisedExperts:
+    """The weights of a layer's experts, each [N, K] in NF4 by itself: what `Quantised` has, one below the other."""
+
+    packed: Tensor
+    """[E, N K / 2] uint8."""
+    scales: Tensor
+    """[E, N K / 64] uint8."""
+    scales_code: Tensor
+    """[256] fp32, the same for all."""
+    outer_scales: Tensor
+    """[E, N K / 64 / 256, rounded up] fp32."""
+    offsets: Tensor
+    """[E] fp32: each expert's scales have a mean of their own."""
+    code: Tensor
+    """[16] fp32."""
+    height: int
+    """N."""
+    width: int
+    """K."""
+
+    def __len__(self) -> int:
+        """E."""
+        return len(self.packed)
+
+    def __getitem__(self, expert: int) -> Quantised:
+        return Quantised(
+            packed=self.packed[expert],
+            scales=self.scales[expert],
+            scales_code=self.scales_code,
+            outer_scales=self.outer_scales[expert],
+            offset=self.offsets[expert : expert + 1],
+            code=self.code,
+            height=self.height,
+            width=self.width,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
     """LoRA on one layer: y += scaling * B A dropout(x)."""
 

@@ -53,7 +53,13 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World 
     crash_point("prove.before")
     with phases.phase("prove"):
         model = load_published(
-            attempt, inputs, folder / "published", files, left_to_peft=facts.left_to_peft, world=world
+            attempt,
+            inputs,
+            folder / "published",
+            files,
+            left_to_peft=facts.left_to_peft,
+            packed=facts.packed,
+            world=world,
         )
         proven = prove(attempt, inputs, facts, model, step=chosen.step)
     with phases.phase("ask_tuned"):

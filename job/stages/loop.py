@@ -47,6 +47,8 @@ class TrainingFacts:
     """Why this engine computes the gradients."""
     left_to_peft: bool
     """Whether linear layers are PEFT's own."""
+    packed: bool
+    """Whether a row holds several documents."""
     questions: list[Question]
     architecture: str
     left_out: str | None

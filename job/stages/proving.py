@@ -28,6 +28,7 @@ def load_published(
     files: Mapping[str, FileEntry],
     *,
     left_to_peft: bool,
+    packed: bool,
     world: World = ALONE,
 ) -> PackedModel:
     """The adapter from the store, by PEFT, on a fresh 4-bit base; where that is sharded the others keep us company.
@@ -38,6 +39,7 @@ def load_published(
         folder: gets the adapter's files.
         files: what the store must give.
         left_to_peft: whether linear layers were PEFT's own in training: then they are here.
+        packed: whether rows held several documents.
         world: the others.
     """
     shutil.rmtree(folder, ignore_errors=True)
@@ -49,6 +51,8 @@ def load_published(
     model = PackedModel(load_with_peft(base, folder, read_wrapper(inputs.base.folder)), sharded)
     if left_to_peft:
         model.linears.leave_to_peft()
+    if not packed:
+        model.take_one_document_a_row()
     return model.eval()
 
 

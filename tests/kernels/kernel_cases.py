@@ -12,7 +12,7 @@ from job.kernels import triton_elementwise as kernels
 from job.kernels.attention import Attention, Segments
 from job.kernels.blocks import blocks_of
 from job.kernels.ops import Masks
-from job.kernels.weights import Quantised
+from job.kernels.weights import Quantised, QuantisedExperts
 
 T, K, HEADS, WIDTH = 7, 96, 3, 16
 EPSILON = 1e-5
@@ -54,6 +54,29 @@ def dequantise(ops, *, width=192):
         ),
         out,
     )
+    return (out,)
+
+
+def dequantise_experts(ops, *, width=192):
+    """Blocks fill neither a program nor an outer block; one expert has no rows, and its place stays as it is."""
+    parts = [
+        bnb.functional.quantize_4bit(torch.randn(96, width), blocksize=64, compress_statistics=True, quant_type="nf4")
+        for _ in range(4)
+    ]
+    states = [state for _, state in parts]
+    weights = QuantisedExperts(
+        packed=torch.stack([packed.reshape(-1) for packed, _ in parts]),
+        scales=torch.stack([state.absmax for state in states]),
+        scales_code=states[0].state2.code,
+        outer_scales=torch.stack([state.state2.absmax for state in states]),
+        offsets=torch.stack([state.offset for state in states]),
+        code=states[0].code,
+        height=96,
+        width=width,
+    )
+    out = torch.full((4, 96, width), 7.0)
+    ops.dequantise_experts(weights, torch.tensor([3, 0, 1, 2], dtype=torch.int32), out)
+    assert bool((out[1] == 7).all())
     return (out,)
 
 
@@ -161,6 +184,7 @@ def main():
         "attention_windowed": attention(heads=2, key_heads=1, width=16, window=50),
         "attention_barely_windowed": attention(heads=2, key_heads=2, width=16, window=2),
         "dequantise": both(dequantise),
+        "dequantise_experts": both(dequantise_experts),
         "dequantise_across_rows": both(lambda ops: dequantise(ops, width=172)),
         "rms_forward": both(rms_forward),
         "rms_backward_add": both(rms_backward_add),

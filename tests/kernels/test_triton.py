@@ -40,6 +40,7 @@ def differences():
         "attention_barely_windowed",
         "dequantise",
         "dequantise_across_rows",
+        "dequantise_experts",
         "rms_forward",
         "rms_backward_add",
         "rotate",

@@ -23,7 +23,7 @@ from tiny_wrappers import WRAPPED, whole_class_of, whole_config_of  # noqa: E402
 from job.tune.engines import families  # noqa: E402 - as above
 from job.tune.model.adapter import chosen_by_all_linear  # noqa: E402 - as above
 from job.tune.model.config import empty_model  # noqa: E402 - as above
-from job.tune.model.mixtures import experts_in  # noqa: E402 - as above
+from job.tune.model.mixtures import experts_in, experts_in_four_bits  # noqa: E402 - as above
 from job.tune.model.wrappers import Wrapper, text_config_of  # noqa: E402 - as above
 
 _HEAD = """\
@@ -39,17 +39,23 @@ same to the bit. What the base is in 4 bits is read again from its copy to the b
 
 *Hand-written*: on a GPU the fast engine trains it; elsewhere, and where that does not fit, it is packed. *Packed*:
 documents stand in one row without padding, and none sees another; on a GPU layers are compiled where attention is
-neither capped nor dropped. *One document a row*: the decoder gets a document at a time, with transformers' own
-attention, and nothing is compiled: slower, above all with short documents. A family that is not in this table trains
-that way too, if `check` on a small random copy of its config, and the checks at the start of a run, find its loss
-right. The adapter opens with `PeftModel.from_pretrained` on the class that is named: each run ends by proving that.
+neither capped nor dropped, and there are no experts. *One document a row*: the decoder gets a document at a time, with
+transformers' own attention, and nothing is compiled: slower, above all with short documents. A family that is not in
+this table trains that way too, if `check` on a small random copy of its config, and the checks at the start of a run,
+find its loss right. The adapter opens with `PeftModel.from_pretrained` on the class that is named: each run ends by
+proving that.
 
-Layers' linear modules are in 4 bits; embeddings, head, norms and the other small tensors never are. *In 16 bits* says
-what large ones stay so too. A mixture with more than 8 GiB of experts is refused by `check`, with its size.
+Layers' linear modules are in 4 bits; embeddings, head, norms and the other small tensors never are. *Experts* of a
+mixture are in 4 bits too: each expert's two matrices are quantised by themselves, to the bit as bitsandbytes quantises
+them in a linear layer, and plain transformers and PEFT, which keep experts in 16 bits, get the values that those stand
+for. `lora.targets: [all-linear, experts]` gives each expert factors of its own, under the names that PEFT's
+`target_parameters` opens; routers get none, and no load-balancing loss is added. Where experts stay *in 16 bits*, a
+mixture with more than 8 GiB of them is refused by `check`, with its size. Dense and shared MLPs of a mixture get an
+adapter from `all-linear` but in families where PEFT takes the names of their modules for the experts: the row shows it.
 
 """
 _COLUMNS = (
-    *("family", "model_type", "how it trains", "as plain PEFT", "documents apart", "in 16 bits besides"),
+    *("family", "model_type", "how it trains", "as plain PEFT", "documents apart", "experts"),
     *("`all-linear` adapts", "adapter opens on"),
 )
 _LAYOUTS = """\
@@ -124,8 +130,13 @@ def _rows() -> Iterator[tuple[str, ...]]:
         adapted = "all but the head" if chosen is None else ", ".join(chosen)
         opens = f"`{type(model).__name__}`"
         parity = "losses 1e-4, gradients 1e-3"
-        how, whole = _how(model), "experts" if experts_in(model) else "-"
-        yield name, f"`{model_type}`", how, parity, "to the bit", whole, adapted, opens
+        yield name, f"`{model_type}`", _how(model), parity, "to the bit", _experts(model), adapted, opens
+
+
+def _experts(model: Any) -> str:
+    if not experts_in(model):
+        return "-"
+    return "in 4 bits" if experts_in_four_bits(model) == experts_in(model) else "in 16 bits"
 
 
 def _how(model: Any) -> str:

@@ -359,6 +359,7 @@ class Attempt:
             memory=memory,
             engine_reason="",
             left_to_peft=False,
+            packed=True,
             questions=[],
             architecture="",
             left_out=None,

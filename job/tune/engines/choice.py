@@ -20,7 +20,8 @@ from job.tune.engines.engine import Engine
 from job.tune.engines.families import reason_against
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.selftest import Text, difference
+from job.tune.engines.selftest import difference
+from job.tune.engines.trial_documents import Text
 
 log = structlog.get_logger(__name__)
 
@@ -88,6 +89,8 @@ def _generic(model: PackedModel, why: str, *, backward: Callable[[Tensor], Any],
     if against is not None:
         log.warning("linear_layers_left_to_peft", reason=against, then="slower, and more memory is needed")
         model.linears.leave_to_peft()
+        if model.linears.experts:
+            model.take_one_document_a_row()
         why = f"{why}; linear layers are PEFT's own: {against}"
     against_compiling = _reason_against_compiling(model)
     compiler = "inductor" if against_compiling is None else None
@@ -128,4 +131,6 @@ def _reason_against_compiling(model: PackedModel) -> str | None:
         return "they are of no kind that transformers recomputes"
     if not model.linears:
         return "their linear layers are PEFT's own"
+    if model.linears.experts:
+        return "how many tokens an expert gets is seen when it runs"
     return _reason_of_device(device) or reason_against_fused_attention(model.model.get_base_model().config)

@@ -12,11 +12,12 @@ from job.core.errors import UsageError
 from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import HERE, Arrivals, Decoder, DecoderLayer
-from job.kernels.weights import Adapter, Dequantise, Group, Linear, Quantised
+from job.kernels.weights import Adapter, Dequantise, Group, Linear
 from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import empty_model
-from job.tune.model.mixtures import experts_in
+from job.tune.model.four_bit import quantised_of
+from job.tune.model.mixtures import experts_in, experts_in_four_bits
 from job.tune.model.wrappers import Wrapper
 
 Training = Literal["hand-written", "packed"]
@@ -32,6 +33,7 @@ FAMILIES: Mapping[str, Training] = {
             *("granitemoehybrid", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "jais2", "ministral"),
             *("ministral3", "nanochat", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "seed_oss"),
             *("smollm3", "starcoder2", "vaultgemma"),
+            *("mixtral", "qwen3_moe", "olmoe", "granitemoe"),
         ),
         "packed",
     ),
@@ -41,7 +43,7 @@ in one row do not see each other, to the bit. All others train one document a ro
 in `tests/tune/tiny_families.py`, whose tests hold it against plain PEFT."""
 _FAST = tuple(name for name, training in FAMILIES.items() if training == "hand-written")
 _MOST_EXPERTS_BYTES = 8 * GIB
-"""Of experts, in 16 bits. With more, most of the base would not be in 4 bits, and fits few GPUs."""
+"""Of experts that stay in 16 bits. With more, most of the base would not be in 4 bits, and fits few GPUs."""
 _ACROSS = re.compile(r"Conv1d|Mamba|DeltaNet|LightningAttention|Recurrent|ShortConv|Rglru|Retention|xLSTM|Rwkv")
 """Modules that hand something from token to token, and so from document to document, beside attention."""
 
@@ -49,10 +51,11 @@ _ACROSS = re.compile(r"Conv1d|Mamba|DeltaNet|LightningAttention|Recurrent|ShortC
 def is_packed(causal_lm: Any) -> bool:
     """Whether a row of this model may hold several documents.
 
-    Experts compute other last bits when other tokens go through them as well.
+    Of a mixture, where its experts are in 4 bits, and so multiplied by us: transformers' own products give a token
+    other last bits when other tokens go to the same expert. Whether ours do not, the self-test finds out.
     """
     known = causal_lm.config.model_type in FAMILIES
-    return known and not layers_across(causal_lm) and not experts_in(causal_lm)
+    return known and not layers_across(causal_lm) and experts_in(causal_lm) == experts_in_four_bits(causal_lm)
 
 
 def layers_across(causal_lm: Any) -> list[int]:
@@ -69,7 +72,7 @@ def refuse_family(config: Any) -> None:
     """Refuse, by the config alone, a base that this job does not train.
 
     Raises:
-        UsageError: most of it are experts, and too large; the message says how large.
+        UsageError: most of it are experts that cannot be put into 4 bits, and too large; the message says how large.
     """
     against = _reason_against_experts(empty_model(config))
     if against is not None:
@@ -77,13 +80,13 @@ def refuse_family(config: Any) -> None:
 
 
 def _reason_against_experts(model: Any) -> str | None:
-    experts = 2 * experts_in(model)
-    if experts <= _MOST_EXPERTS_BYTES:
+    left = 2 * (experts_in(model) - experts_in_four_bits(model))
+    if left <= _MOST_EXPERTS_BYTES:
         return None
     return (
-        f"{model.config.model_type} is a mixture of experts, which would stay in 16 bits: {experts / 1e9:.0f} GB of "
-        f"its {2 * _parameters(model) / 1e9:.0f} GB; this job trains mixtures with at most "
-        f"{_MOST_EXPERTS_BYTES / 1e9:.1f} GB of experts; choose a smaller one, or a dense base"
+        f"{model.config.model_type} is a mixture of experts whose code does not let them be put into 4 bits: "
+        f"{left / 1e9:.0f} GB of its {2 * _parameters(model) / 1e9:.0f} GB would stay in 16 bits, and at most "
+        f"{_MOST_EXPERTS_BYTES / 1e9:.1f} GB may; choose a smaller one, or a dense base"
     )
 
 
@@ -95,7 +98,7 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
         wrapper: the multimodal model that it is the decoder of.
     """
     model = empty_model(config)
-    words, experts, across = [], 2 * experts_in(model), layers_across(model)
+    words, across = [], layers_across(model)
     if wrapper is not None:
         words.append(
             f"{wrapper.architecture} is a model of more than text: its text decoder ({config.model_type}) is trained; "
@@ -104,11 +107,7 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
     against = _reason_against_experts(model)
     if against is not None:
         words.append(f"`run` refuses this base: {against}")
-    if experts:
-        words.append(
-            f"{config.model_type} is a mixture of experts, and {experts / 1e6:,.1f} MB of them stay in 16 bits; "
-            "neither they nor their router get an adapter"
-        )
+    words.extend(_words_on_experts(model))
     chosen = chosen_by_all_linear(model)
     if chosen is not None:
         words.append(f"{config.model_type}: lora.targets all-linear adapts {', '.join(chosen)}")
@@ -119,6 +118,20 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
     if not is_packed(model):
         words.append(f"{config.model_type} trains one document a row: slower than packed, with the same result")
     return words
+
+
+def _words_on_experts(model: Any) -> Iterator[str]:
+    experts, inside = experts_in(model), experts_in_four_bits(model)
+    if not experts:
+        return
+    left = f"; {2 * (experts - inside) / 1e6:,.1f} MB of them stay in 16 bits" if experts > inside else ""
+    yield (
+        f"{model.config.model_type} is a mixture of experts: {inside:,} of its {_parameters(model):,} parameters are "
+        f"experts in 4 bits, each quantised by itself{left}"
+    )
+    yield (
+        f"{model.config.model_type}: routers stay as they are: they get no adapter, and no load-balancing loss is added"
+    )
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -265,18 +278,5 @@ def linear_of(module: Any) -> Linear:
             dropout=float(getattr(module.lora_dropout[name], "p", 0.0)),
         )
     state = getattr(base.weight, "quant_state", None)
-    weight = base.weight.detach() if state is None else _quantised(base.weight, state)
+    weight = base.weight.detach() if state is None else quantised_of(base.weight, state)
     return Linear(weight=weight, bias=None if base.bias is None else base.bias.detach(), adapter=adapter)
-
-
-def _quantised(weight: Tensor, state: Any) -> Quantised:
-    return Quantised(
-        packed=weight.detach().reshape(-1),
-        scales=state.absmax,
-        scales_code=state.state2.code.float(),
-        outer_scales=state.state2.absmax.float(),
-        offset=state.offset.reshape(1).float(),
-        code=state.code.float(),
-        height=int(state.shape[0]),
-        width=int(state.shape[1]),
-    )

@@ -1,4 +1,4 @@
-"""The adapted model's linear layers, each a fused op in the place of PEFT's and bitsandbytes' own forward."""
+"""The adapted model's linear layers and experts, fused ops in the place of PEFT's and bitsandbytes' own forward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
+from job.kernels.experts import Experts, ExpertsAdapter, ExpertsLinear, experts
 from job.kernels.linear_op import linear
 from job.kernels.weights import Linear, Quantised
 from job.kernels.which_ops import ops_of
 from job.tune.engines.families import is_in_whole_blocks, linear_of
+from job.tune.model.experts import in_four_bits
+from job.tune.model.mixtures import weights_of_experts
 
 _MOST_SEEDS = 2**31
 
@@ -31,24 +34,27 @@ class FusedLinears:
         }
         for module in self._modules:
             module.mask_seed = None
+        self.experts = FusedExperts(model)
         self._swapped = False
         self.keeps_dequantised = False
         """Whether weights are dequantised once and kept, not at each use."""
         self._swap_in()
 
     def __bool__(self) -> bool:
-        return bool(self._modules)
+        return bool(self._modules) or (bool(self.experts) and self._swapped)
 
     def _swap_in(self) -> None:
         for module, (its_forward, layer) in self._modules.items():
             # The same objects each time: compiled code may guard on their identity.
             module.forward, module.fused = its_forward, layer
+        self.experts.swap_in()
         self._swapped = True
 
     def _swap_out(self) -> None:
         if self._swapped:
             for module in self._modules:
                 del module.forward, module.fused
+            self.experts.swap_out()
         self._swapped = False
 
     def keep_dequantised(self, *, wanted: bool) -> None:
@@ -79,14 +85,21 @@ class FusedLinears:
                 module.mask_seed = its_seed
 
     @contextmanager
-    def as_peft_has_them(self) -> Iterator[None]:
-        """Meanwhile PEFT's own forward, which generates token by token without dequantising a weight for each."""
+    def as_peft_has_them(self, *, experts_too: bool = True) -> Iterator[None]:
+        """Meanwhile PEFT's own forward, which generates token by token without dequantising a weight for each.
+
+        Args:
+            experts_too: whether theirs too; it dequantises all of a layer's experts at each call.
+        """
         was_swapped = self._swapped
         self._swap_out()
+        if was_swapped and not experts_too:
+            self.experts.swap_in()
         try:
             yield
         finally:
             if was_swapped:
+                self.experts.swap_out()
                 self._swap_in()
 
 
@@ -140,3 +153,82 @@ def _adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _frozen_forward(self: Any, x: Tensor) -> Tensor:
     return linear(x, self.fused, None)
+
+
+class FusedExperts:
+    """Replaces the forward of a model's experts; their classes, parameters and what is saved stay as they are."""
+
+    def __init__(self, model: PeftModel) -> None:
+        wrapped = {each.base_layer: each for each in model.modules() if isinstance(each, ParamWrapper)}
+        self._outer: dict[Any, Any] = {}
+        """What is called -> the forward that it has without us; None: its class's own."""
+        for module in model.modules():
+            if in_four_bits(module):
+                outer: Any = module
+                while outer in wrapped:
+                    outer = wrapped[outer]
+                self._outer[outer] = vars(outer).get("forward")
+        self._swapped = False
+
+    def __bool__(self) -> bool:
+        return bool(self._outer)
+
+    def swap_in(self) -> None:
+        """Ours from now on."""
+        for outer in self._outer:
+            outer.forward = MethodType(_experts_forward, outer)
+        self._swapped = True
+
+    @contextmanager
+    def ours(self) -> Iterator[None]:
+        """Ours meanwhile, whoever's they were."""
+        was_swapped = self._swapped
+        self.swap_in()
+        try:
+            yield
+        finally:
+            if not was_swapped:
+                self.swap_out()
+
+    def swap_out(self) -> None:
+        """Theirs from now on."""
+        if self._swapped:
+            for outer, own in self._outer.items():
+                del outer.forward
+                if own is not None:
+                    outer.forward = own
+        self._swapped = False
+
+
+def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    return experts(hidden_states, top_k_index, top_k_weights, experts_of(self))
+
+
+def experts_of(outer: Any) -> Experts:
+    """A layer's experts as the kernels take them, with the adapters that are on and not merged.
+
+    Args:
+        outer: the module, or what PEFT has wrapped around it.
+    """
+    module, adapters = outer, dict[str, ExpertsAdapter]()
+    while isinstance(module, ParamWrapper):
+        if not module.disable_adapters:
+            adapters[module.parameter_name] = _adapter(module)
+        module = module.base_layer
+    first, second = weights_of_experts(module)
+
+    def product(name: str) -> ExpertsLinear:
+        bias = getattr(module, f"{name}_bias") if module.has_bias else None
+        return ExpertsLinear(weights=in_four_bits(module)[name], bias=bias, adapter=adapters.get(name))
+
+    return Experts(first=product(first), gate=_gate(module), second=product(second))
+
+
+def _gate(module: Any) -> Any:
+    return module._apply_gate if module.has_gate else module.act_fn  # noqa: SLF001 - as transformers' own products do
+
+
+def _adapter(wrapper: nn.Module) -> ExpertsAdapter:
+    layer: Any = wrapper
+    (name,) = layer.lora_A
+    return ExpertsAdapter(a=layer.lora_A[name].weight, b=layer.lora_B[name].weight, scaling=float(layer.scaling[name]))

@@ -110,12 +110,31 @@ class PackedModel(nn.Module):
         causal_lm.config.use_cache = True
         self.eval()
         try:
-            with self.linears.as_peft_has_them():
+            with self.linears.as_peft_has_them(experts_too=False):
                 yield self.model
         finally:
             causal_lm.config.use_cache = False
             self._attend()
             self.train(was_training)
+
+    def take_one_document_a_row(self) -> None:
+        """From now on, for good."""
+        self.is_packed = False
+        self._attend()
+
+    @contextmanager
+    def as_peft_has_it(self) -> Iterator[None]:
+        """Meanwhile linear layers and experts by PEFT, transformers and bitsandbytes alone.
+
+        These would keep a layer's dequantised experts until the backward, so that all layers are recomputed in it.
+        """
+        recomputing = self.layers.recomputing
+        self.layers.recomputing = recomputing or bool(self.linears.experts)
+        try:
+            with self.linears.as_peft_has_them():
+                yield
+        finally:
+            self.layers.recomputing = recomputing
 
     def _attend(self) -> None:
         causal_lm = self._causal_lm()

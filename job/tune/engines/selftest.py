@@ -9,43 +9,25 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
+import structlog
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from job.core.errors import JobError, UsageError
-from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.device.failures import error_line
-from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.engines.engine import Engine
 from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.trial_documents import Text, one_row, trial_documents
 from job.tune.model.adapter import trainable
 from job.tune.model.wrappers import Wrapper
 
-_LENGTHS = (24, 9, 16)
-"""Tokens of documents of random tokens; the first is longer than the limits that attention or rotations have."""
-_LENGTHS_OF_TEXT = (96, 48, 72)
-"""Tokens of documents of text."""
-_EXAMPLES_OF_TEXT = 16
-"""Taken for them; short ones are put together."""
-Text = Sequence[Tensor]
-"""Token ids of examples that the base can read, each [tokens] int64. To a base that has learned to read, random tokens
-are no text: its gradients on them are up to nine times as large by one engine in bf16 as by another, where both are
-right (SmolLM2-135M; on text they are 0.14 apart in direction, and in fp32 equal). Empty: random tokens, for a base that
-has learned nothing."""
-_LIMITS = (
-    *("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "window_size"),
-    *("attention_window_size", "floor_scale", "chunk_size", "mamba_chunk_size", "block_size", "keep_window_size"),
-)
-"""Where configs name such limits, at their top or in their `rope_parameters`."""
-_MOST_TOKENS = 600
-"""Of a document: longer ones would take a GPU that just holds the model its memory. Limits beyond are not reached."""
-_BEYOND = 8
-"""Tokens by which the longest document passes them."""
+log = structlog.get_logger(__name__)
+
 _TOLERANCE = 0.05
 """Mean difference of a token's loss between our forward and the model's own, as a share of the mean loss; of a nat,
 where the mean is less: a base that knows its text by heart has a loss of nearly nothing.
@@ -56,7 +38,8 @@ _OWN_LOSS_TOLERANCE = 0.01
 """The same where the layers are PEFT's on both sides, and no rounding can choose another expert: a window that is not
 handed on moves the loss by 0.017. Where one rounding of the embedding moves the losses by more, as in a deep base of
 random weights whose attention is sharp, twice that, and at most `_TOLERANCE`."""
-_ROUNDING_TIMES = 2
+_ROUNDING_TIMES, _MOST_BY_ROUNDING = 2, 0.8
+"""The most is of a gradient's direction or norm, and less than what another gradient is away."""
 _DIRECTION_TOLERANCE = 0.35
 """Distance of an adapter's gradients by two engines, each scaled to a norm of 1. In bf16 with random weights they are
 up to 0.18 apart, and as far from fp32; in fp32 1e-5. A gradient of something else is more than 1 away.
@@ -79,11 +62,16 @@ def check_model(model: PackedModel, text: Text = ()) -> None:
         UsageError: this architecture cannot be trained by this job; the message says what is wrong.
     """
     device = next(model.parameters()).device
-    with _undisturbed(model, device), model.linears.as_peft_has_them(), _refusing_what_does_not_run(model, device):
-        documents = _documents(model, device, text)
-        _check_order(model, documents[1])
-        tolerance = _check_loss(model, documents[0])
-        _check_isolation(model, documents, tolerance)
+    with _undisturbed(model, device), model.as_peft_has_it(), _refusing_what_does_not_run(model, device):
+        documents = trial_documents(_config(model), device, text)
+        try:
+            _check_rows(model, documents)
+        except UsageError as error:
+            if not model.is_packed or not model.linears.experts:
+                raise
+            log.warning("one_document_a_row", reason=str(error))
+            model.take_one_document_a_row()
+            _check_rows(model, documents)
         _check_gradients(model, documents)
 
 
@@ -102,7 +90,7 @@ def check_whole(model: PackedModel, wrapper: Wrapper | None, text: Text = ()) ->
         return
     device = next(model.parameters()).device
     with _undisturbed(model, device), model.generating() as ours, torch.no_grad():
-        document = _documents(model, device, text)[0]
+        document = trial_documents(_config(model), device, text)[0]
         whole = wrapper.around(ours.get_base_model())
         with nullcontext() if model.sharded is None else model.sharded.asked_by(wrapper.decoder):
             alone, inside = (
@@ -136,6 +124,10 @@ def _name(model: PackedModel) -> str:
     return type(model.model.get_base_model()).__name__
 
 
+def _config(model: PackedModel) -> Any:
+    return model.model.get_base_model().config
+
+
 @contextmanager
 def _undisturbed(model: PackedModel, device: torch.device) -> Iterator[None]:
     """Without dropout; random generators, gradients and mode are left as they were."""
@@ -162,45 +154,61 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
     """
     device = next(model.parameters()).device
     with _undisturbed(model, device), _moved_adapter(model, engine, reference):
-        documents = _documents(model, device, text)
-        batch = _micro_batch(documents)
-        with model.linears.as_peft_has_them():  # ours would agree with themselves
+        documents = trial_documents(_config(model), device, text)
+        batch = one_row(documents)
+        with model.as_peft_has_it():  # ours would agree with themselves
             theirs, their_gradients = _losses_and_gradients(model, reference, batch)
+            with _rounded_embedding(model.model.get_base_model()):
+                rounded = _losses_and_gradients(model, reference, batch)[1] if model.linears.experts else {}
         ours, our_gradients = _losses_and_gradients(model, engine, batch)
         off = float(_share(ours - theirs, theirs))
         if not off <= _TOLERANCE:
             return f"a token's loss differs by {off:.1%}"
-        against = _gradient_difference(our_gradients, their_gradients)
+        against = _gradient_difference(our_gradients, their_gradients, rounded)
         if against is not None:
             return against
-        other = _micro_batch([torch.roll(documents[0], 1), *documents[1:]])
+        other = one_row([torch.roll(documents[0], 1), *documents[1:]])
         kept = slice(len(documents[0]) - 1, None)
         if not torch.equal(_losses_and_gradients(model, engine, other)[0][kept], ours[kept]):
             return "a document changes its neighbour"
     return None
 
 
-def _gradient_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str | None:
-    """Direction and norm are compared apart: a gradient that is too long points the right way."""
+def _gradient_difference(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], rounded: Mapping[str, Tensor] = MappingProxyType({})
+) -> str | None:
+    """Direction and norm are compared apart: a gradient that is too long points the right way.
+
+    What rounding changes where it may send a token to another expert (`rounded`), twice as much may be otherwise.
+    """
     squares: dict[str, list[float]] = {}
     for name, gradient in theirs.items():
         if name not in ours:
             return f"{name} gets no gradient"
-        our_norm, their_norm = ours[name].norm(), gradient.norm()
-        turned = float((ours[name] / our_norm - gradient / their_norm).norm())
-        if not turned <= _DIRECTION_TOLERANCE:  # so that NaN fails too
+        turned, ratio = _apart(ours[name], gradient)
+        by_rounding = _apart(rounded[name], gradient) if name in rounded else (0.0, 1.0)
+        if not turned <= _allowed(_DIRECTION_TOLERANCE, by_rounding[0]):  # so that NaN fails too
             return f"the gradient of {name} points elsewhere (by {turned:.1%})"
-        ratio = float(our_norm / their_norm)
-        if abs(ratio - 1) > _ONE_NORM_TOLERANCE:
+        if abs(ratio - 1) > _allowed(_ONE_NORM_TOLERANCE, by_rounding[1] - 1):
             return f"the gradient of {name} is {ratio:.2f} times as large"
         of_its_kind = squares.setdefault(_LAYER.sub(".", name), [0.0, 0.0])
-        of_its_kind[0] += float(our_norm) ** 2
-        of_its_kind[1] += float(their_norm) ** 2
+        of_its_kind[0] += float(ours[name].norm()) ** 2
+        of_its_kind[1] += float(gradient.norm()) ** 2
     for kind, (our_square, their_square) in squares.items():
         ratio = math.sqrt(our_square / their_square)
         if abs(ratio - 1) > _NORM_TOLERANCE:
             return f"the gradient of all {kind} is {ratio:.2f} times as large"
     return None
+
+
+def _apart(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """How far two gradients' directions are apart, and how many times as long the first one is."""
+    norms = one.norm(), other.norm()
+    return float((one / norms[0] - other / norms[1]).norm()), float(norms[0] / norms[1])
+
+
+def _allowed(tolerance: float, by_rounding: float) -> float:
+    return max(tolerance, min(_ROUNDING_TIMES * abs(by_rounding), _MOST_BY_ROUNDING))
 
 
 @contextmanager
@@ -227,12 +235,6 @@ def _losses_and_gradients(model: PackedModel, engine: Engine, batch: MicroBatch)
     return losses, {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def text_of(documents: Documents) -> Text:
-    """The first documents of a side, for a self-test."""
-    first = range(min(len(documents), _EXAMPLES_OF_TEXT))
-    return [torch.from_numpy(documents.token_ids(document).astype(np.int64)) for document in first]
-
-
 def _share(difference: Tensor, losses: Tensor) -> Tensor:
     """Mean size of differences of losses, as a share of the mean loss or, where that is less, of a nat."""
     return difference.abs().mean() / losses.mean().clamp(min=1.0)
@@ -242,53 +244,10 @@ def _mean(difference: Tensor) -> float:
     return float(difference.abs().mean())
 
 
-def _documents(model: PackedModel, device: torch.device, text: Text) -> list[Tensor]:
-    config = model.model.get_base_model().config
-    first, *others = _LENGTHS_OF_TEXT if text else _LENGTHS
-    lengths = (_longest(config, least=first), *others)
-    if not text:
-        return [torch.randint(0, config.vocab_size, (length,)).to(device) for length in lengths]
-    return [_of_text(text[place % len(text) :], length).to(device) for place, length in enumerate(lengths)]
-
-
-def _of_text(examples: Text, length: int) -> Tensor:
-    """One example, and those behind it until there are enough tokens, over and over if need be."""
-    ids = torch.cat(list(examples))
-    return ids.repeat(-(-length // len(ids)))[:length]
-
-
-def _longest(config: Any, *, least: int) -> int:
-    """Tokens of a document that is longer than every limit that can be passed."""
-    ropes = [getattr(config, "rope_parameters", None) or {}]
-    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
-    named = [getattr(config, name, None) for name in _LIMITS] + [rope.get(name) for rope in ropes for name in _LIMITS]
-    if any(rope.get("rope_type") in ROTATIONS_BY_LENGTH for rope in ropes):
-        named.append(getattr(config, "max_position_embeddings", None))
-    passed = [limit + _BEYOND for limit in named if isinstance(limit, int) and limit + _BEYOND <= _MOST_TOKENS]
-    return max(least, *passed) if passed else least
-
-
-def _micro_batch(documents: Sequence[Tensor]) -> MicroBatch:
-    lengths = [len(d) for d in documents]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    places = [torch.arange(start, start + length - 1) for start, length in zip(starts, lengths, strict=True)]
-    cu_seqlens = torch.tensor([*starts, sum(lengths)], dtype=torch.int32, device=documents[0].device)
-    return MicroBatch(
-        input_ids=torch.cat(list(documents))[None],
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(documents[0].device),
-        document_lengths=tuple(lengths),
-        cu_seqlens=cu_seqlens,
-        target_places=torch.cat(places).to(documents[0].device),
-        target_ids=torch.cat([d[1:] for d in documents]),
-        target_counts=tuple(length - 1 for length in lengths),
-        documents=tuple(range(len(lengths))),
-    )
-
-
 @torch.no_grad()
 def _check_loss(model: PackedModel, document: Tensor) -> float:
     """Returns the share of the loss that two right computations may be apart."""
-    ours = model(_micro_batch([document]))
+    ours = model(one_row([document]))
     with model.generating() as own:
         theirs, rounded = _own_losses(own, document), _own_losses(own, document, rounded=True)
     tolerance = min(max(_OWN_LOSS_TOLERANCE, _ROUNDING_TIMES * float(_share(rounded - theirs, theirs))), _TOLERANCE)
@@ -301,19 +260,25 @@ def _check_loss(model: PackedModel, document: Tensor) -> float:
     return tolerance
 
 
-def _own_losses(own: Any, document: Tensor, *, rounded: bool = False) -> Tensor:
-    """[tokens - 1], by the model's own code; rounded: with each number of the embedding moved by its last bit."""
+@contextmanager
+def _rounded_embedding(model: Any) -> Iterator[None]:
+    """Meanwhile with each number of the embedding moved by its last bit: what that changes, rounding alone can."""
 
     def moved(_module: Any, _inputs: Any, embedding: Tensor) -> Tensor:
         up = torch.randint(0, 2, embedding.shape, device=embedding.device) * 2 - 1
         return embedding + embedding * up * torch.finfo(embedding.dtype).eps
 
-    hook = own.get_input_embeddings().register_forward_hook(moved) if rounded else None
+    hook = model.get_input_embeddings().register_forward_hook(moved)
     try:
-        logits: Any = own(input_ids=document[None], use_cache=False).logits[0, :-1].float()
+        yield
     finally:
-        if hook is not None:
-            hook.remove()
+        hook.remove()
+
+
+def _own_losses(own: Any, document: Tensor, *, rounded: bool = False) -> Tensor:
+    """[tokens - 1], by the model's own code; rounded: as `_rounded_embedding` does."""
+    with _rounded_embedding(own) if rounded else nullcontext():
+        logits: Any = own(input_ids=document[None], use_cache=False).logits[0, :-1].float()
     return cross_entropy(logits, document[1:], reduction="none")
 
 
@@ -321,8 +286,8 @@ def _own_losses(own: Any, document: Tensor, *, rounded: bool = False) -> Tensor:
 def _check_order(model: PackedModel, document: Tensor) -> None:
     """A token is predicted from those before it: models that fill gaps see it, and would seem to learn at once."""
     other = document.clone()
-    other[-1] = (document[-1] + 1) % model.model.get_base_model().config.vocab_size
-    before, after = (model(_micro_batch([each]))[:-1] for each in (document, other))
+    other[-1] = (document[-1] + 1) % _config(model).vocab_size
+    before, after = (model(one_row([each]))[:-1] for each in (document, other))
     if not _share(before - after, before) <= _OWN_LOSS_TOLERANCE:
         raise UsageError(
             f"{_name(model)}: a token changes the losses of those before it (by {_mean(before - after):.4f}), so the "
@@ -330,14 +295,23 @@ def _check_order(model: PackedModel, document: Tensor) -> None:
         )
 
 
+def _check_rows(model: PackedModel, documents: Sequence[Tensor]) -> None:
+    """Of a mixture by our products of its experts: to transformers' a token's neighbours are a matter of last bits."""
+    with model.linears.experts.ours():
+        _check_order(model, documents[1])
+    tolerance = _check_loss(model, documents[0])
+    with model.linears.experts.ours():
+        _check_isolation(model, documents, tolerance)
+
+
 @torch.no_grad()
 def _check_isolation(model: PackedModel, documents: Sequence[Tensor], tolerance: float) -> None:
-    before = model(_micro_batch(documents))
+    before = model(one_row(documents))
     other = [torch.roll(documents[0], 1), *documents[1:]]
-    after = model(_micro_batch(other))
+    after = model(one_row(other))
     kept = slice(len(documents[0]) - 1, None)
     # Without the longest one the row has another size, which may round otherwise: no bits are compared.
-    without = model(_micro_batch(documents[1:]))
+    without = model(one_row(documents[1:]))
     off = _share(before[kept] - without, without)
     if not torch.equal(before[kept], after[kept]) or not off <= tolerance:
         raise UsageError(
@@ -347,7 +321,7 @@ def _check_isolation(model: PackedModel, documents: Sequence[Tensor], tolerance:
 
 
 def _check_gradients(model: PackedModel, documents: Sequence[Tensor]) -> None:
-    batch = _micro_batch(documents)
+    batch = one_row(documents)
     torch.autograd.backward(model.summed_loss(batch, weight_per_target=1 / batch.targets)[0])
     # lora_B starts at zero, which keeps lora_A's first gradient at zero too: B stands for both.
     dead = [

@@ -113,8 +113,9 @@ def save(state: State, folder: Path) -> None:
 def _order_targets(config: Path) -> None:
     """Sort the targets: PEFT keeps them in a set, whose order, and so the file's hash, each process draws anew."""
     content = json.loads(config.read_text(encoding="utf-8"))
-    if isinstance(content["target_modules"], list):
-        content["target_modules"].sort()
+    for targets in ("target_modules", "target_parameters"):
+        if isinstance(content[targets], list):
+            content[targets].sort()
     config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 

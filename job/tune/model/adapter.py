@@ -1,21 +1,24 @@
 """The LoRA adapter on a base: attached, counted, named for others, and refused where a target cannot take one."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from job.core.close_names import closest
 from job.core.errors import UsageError
-from job.core.recipe import LoraSection
+from job.core.recipe import ALL_LINEAR, EXPERTS, LoraSection
 from job.tune.model.config import empty_model
-from job.tune.model.mixtures import experts_in, is_router
+from job.tune.model.mixtures import experts_in, experts_modules, is_router, weights_of_experts
 from job.tune.model.wrappers import Wrapper
 
 
@@ -90,13 +93,18 @@ def load_with_peft(base: Any, folder: Path, wrapper: Wrapper | None) -> PeftMode
     return model
 
 
+def _is_of_modules(module: nn.Module) -> bool:
+    """Whether it is an adapter on a module, not on a parameter of one."""
+    return isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+
+
 def name_for_whole(config: LoraConfig, model: PeftModel, wrapper: Wrapper) -> None:
     """Have a config's targets mean, on the whole multimodal model, what they are in the decoder, and nothing else.
 
     By the last part of their names, which is what servers go by too; where that says too much, by their whole names.
     """
     modules = model.get_base_model().named_modules()
-    adapted = {wrapper.outside(name) for name, module in modules if isinstance(module, LoraLayer)}
+    adapted = {wrapper.outside(name) for name, module in modules if _is_of_modules(module)}
     config.target_modules = {name.rpartition(".")[2] for name in adapted}
     beside = sorted(wrapper.left_out())
     config.exclude_modules = rf"({'|'.join(map(re.escape, beside))})(\..*)?" if beside else None
@@ -104,12 +112,22 @@ def name_for_whole(config: LoraConfig, model: PeftModel, wrapper: Wrapper) -> No
         config.target_modules = adapted
 
 
-def _adapted(base: Any, lora: LoraSection, targets: str | list[str], *, revision: str | None) -> PeftModel:
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """What gets an adapter, as PEFT is asked for it."""
+
+    modules: str | list[str]
+    parameters: list[str]
+    """Experts'."""
+
+
+def _adapted(base: Any, lora: LoraSection, targets: _Targets, *, revision: str | None) -> PeftModel:
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
         bias="none",
         task_type="CAUSAL_LM",
         revision=revision,
@@ -118,10 +136,10 @@ def _adapted(base: Any, lora: LoraSection, targets: str | list[str], *, revision
         model: PeftModel = get_peft_model(base, config)
     except ValueError as error:
         raise UsageError(f"lora.targets: {error}; list the modules that shall get an adapter without it") from error
-    if config.target_parameters:
+    if {*(config.target_parameters or ())} - {*targets.parameters}:
         raise UsageError(
             f"lora.targets: in {type(base).__name__} PEFT takes {', '.join(sorted(_NAMES_OF_EXPERTS))} for the experts "
-            "and their router, which get no adapter here; leave those names out of the list"
+            f"and their router; leave those names out of the list, or write `{EXPERTS}` for the experts"
         )
     return model
 
@@ -138,13 +156,15 @@ _NOT_IN_MAMBA = frozenset({"out_proj"})
 def chosen_by_all_linear(base: Any) -> list[str] | None:
     """Names of what `all-linear` adapts, where that is not every linear module but the head; None: it is.
 
-    In a mixture of experts: no routers, no experts; nor dense layers and shared experts whose modules are called like
-    those of experts, as PEFT would put their adapters on the experts.
+    In a mixture of experts: no routers, no experts; nor dense layers and shared experts in families where PEFT would
+    put the adapters of modules with their names on the experts.
     """
-    not_adapted = _NAMES_OF_EXPERTS if experts_in(base) else frozenset()
+    is_mixture, not_adapted = bool(experts_in(base)), frozenset[str]()
+    if is_mixture:
+        not_adapted = _taken_for_experts(base)
     if base.config.model_type in _WITH_MAMBA:
         not_adapted |= _NOT_IN_MAMBA
-    if not not_adapted:
+    if not not_adapted and not is_mixture:
         return None
     head = base.get_output_embeddings()
     names = {
@@ -155,16 +175,52 @@ def chosen_by_all_linear(base: Any) -> list[str] | None:
     return sorted(names - not_adapted)
 
 
-def _check_targets(base: Any, lora: LoraSection) -> str | list[str]:
-    if isinstance(lora.targets, str):
-        return chosen_by_all_linear(base) or lora.targets
+def _taken_for_experts(base: Any) -> frozenset[str]:
+    """Names that PEFT, in this base's family, takes for its experts and their router.
+
+    Those that stay in 16 bits may become modules of these names when they are read.
+    """
+    if next(experts_modules(base), None) is None:
+        return _NAMES_OF_EXPERTS
+    config = LoraConfig(target_modules=[*_NAMES_OF_EXPERTS])
+    convert_peft_config_for_transformers(config, base, None)
+    return _NAMES_OF_EXPERTS - {*(config.target_modules or ())}
+
+
+def _check_targets(base: Any, lora: LoraSection) -> _Targets:
+    names = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
+    parameters = _parameters_of_experts(base) if lora.on_experts else []
+    modules: str | list[str] = [name for name in names if name not in {ALL_LINEAR, EXPERTS}]
+    _check_modules(base, modules)
+    if ALL_LINEAR in names:
+        chosen = chosen_by_all_linear(base)
+        modules = ALL_LINEAR if chosen is None else [*chosen, *(name for name in modules if name not in chosen)]
+    return _Targets(modules, parameters)
+
+
+def _parameters_of_experts(base: Any) -> list[str]:
+    """The ends of their names, which no other parameter of the model has."""
+    ends = {
+        f"{path.rpartition('.')[2]}.{name}"
+        for path, module in experts_modules(base)
+        for name in weights_of_experts(module)
+    }
+    if not ends:
+        raise UsageError(
+            f"lora.targets: {type(base).__name__} has no experts that this job puts into 4 bits; leave {EXPERTS} out "
+            "of the list"
+        )
+    return sorted(ends)
+
+
+def _check_modules(base: Any, targets: Sequence[str]) -> None:
     head = base.get_output_embeddings()
     linear = {
         name.rpartition(".")[2]: module
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and not is_router(base, name, module)
     }
-    unknown = [target for target in lora.targets if target not in linear]
+    unknown = [target for target in targets if target not in linear]
     if unknown:
         meant = {target: found for target in unknown if (found := closest(target, linear)) is not None}
         hint = f"; did you mean {', '.join(f'{found} for {wrong}' for wrong, found in meant.items())}?" if meant else ""
@@ -173,9 +229,8 @@ def _check_targets(base: Any, lora: LoraSection) -> str | list[str]:
             f"it has {', '.join(sorted(linear))}{hint}"
         )
     tied = base.config.tie_word_embeddings
-    if tied and any(linear[target] is head for target in lora.targets):
+    if tied and any(linear[target] is head for target in targets):
         raise UsageError(
             "lora.targets: lm_head shares its weights with the input embeddings in this model (tied), so an adapter "
             "on it could not be merged or served; leave lm_head out of the list"
         )
-    return list(lora.targets)

@@ -16,7 +16,8 @@ from job.core.errors import DataError
 from job.core.promises import refuse
 from job.tune.device.compute_dtype import dtype_of
 from job.tune.model.config import CONFIG, causal_lm_of, read_config, read_whole_config, read_wrapper
-from job.tune.model.four_bit import compute_in, kept_in_fp32, quantisation, without_cpu_repacking
+from job.tune.model.experts import ExpertsApart
+from job.tune.model.four_bit import compute_in, kept_in_fp32, quantisation, without_cpu_repacking, without_experts
 from job.tune.model.promises import filled, hold_to_promises
 from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
 from job.tune.model.wrappers import parts_of
@@ -26,7 +27,8 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype, on_host
     """The base in 4 bits (NF4, double quantisation), frozen; embeddings, norms and head in `dtype`.
 
     Tensor by tensor: from the file to the device, and there into 4 bits, so that the host's memory never holds more
-    than one. A folder whose weights are in 4 bits already (see `quantised_files`) gives the same base to the bit.
+    than one; of a mixture expert by expert, so that the device's does not either. A folder whose weights are in 4 bits
+    already (see `quantised_files`) gives the same base to the bit.
 
     Frozen by hand: peft's prepare_model_for_kbit_training would make norms, embeddings and head fp32, which is slower
     and larger, and turn on checkpointing.
@@ -63,14 +65,17 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype, on_host
             # So that the base in 4 bits is the same on every processor, also one that was published in fp32.
             exact = kept_in_fp32(kind)
             tensors = {name: replace(each, in_bf16=not exact(name)) for name, each in tensors.items()}
-        model, found = filled(
-            kind,
-            config,
-            tensors,
-            quantization_config=quantised if left is None else None,
-            dtype=dtype,
-            device_map={"": place},
-        )
+        experts = ExpertsApart(config, tensors)
+        with without_experts():
+            model, found = filled(
+                kind,
+                config,
+                experts.others,
+                quantization_config=quantised if left is None else None,
+                dtype=dtype,
+                device_map={"": place},
+            )
+        experts.fill(model, device=place, dtype=dtype)
     except SafetensorError as error:
         raise DataError(f"{folder}: a weights file is damaged ({error}); fetch the base model again") from error
     refuse(found, source=str(folder))  # also of a copy: what the files lack was made up at random

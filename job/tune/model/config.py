@@ -9,8 +9,9 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from job.core.errors import UsageError
-from job.core.memory import ModelShape
+from job.core.memory import ExpertsShape, ModelShape
 from job.tune.model.four_bit import put_into_four_bits
+from job.tune.model.mixtures import experts_modules, matrix_of_expert, weights_of_experts
 from job.tune.model.tensor_files import stored_names
 from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
 
@@ -98,7 +99,9 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         )
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     softcap, scale = softcap_and_scale(config)
-    linear = put_into_four_bits(model, left)
+    linear, experts = put_into_four_bits(model, left), _experts(config, model)
+    in_linear = sum(module.in_features * module.out_features for module in linear.values())
+    left_whole = _parameters(model) - sum(module.weight.numel() for module in linear.values())
     return ModelShape(
         layers=sizes["num_hidden_layers"],
         hidden=hidden,
@@ -108,11 +111,37 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         heads=heads,
         key_heads=largest(config, "num_key_value_heads") or heads,
         head_width=largest(config, "head_dim") or hidden // heads,
-        linear_parameters=sum(module.in_features * module.out_features for module in linear.values()),
-        whole_parameters=_parameters(model) - sum(module.weight.numel() for module in linear.values()),
+        linear_parameters=in_linear,
+        whole_parameters=left_whole - (0 if experts is None else experts.parameters),
         logits="capped" if softcap is not None else "plain" if scale == 1 else "scaled",
         norms=max(2, _as_wide(model, hidden) // sizes["num_hidden_layers"]),
         layer_whole_parameters=_whole_in_layers(model, sizes["num_hidden_layers"], linear.values()),
+        experts=experts,
+    )
+
+
+def _experts(config: Any, model: Any) -> ExpertsShape | None:
+    """Those that are put into 4 bits; where layers differ in them, the largest count."""
+    found = dict(experts_modules(model))
+    if not found:
+        return None
+    matrices = [
+        (module.get_parameter(name), matrix_of_expert(module, module.get_parameter(name).shape))
+        for module in found.values()
+        for name in weights_of_experts(module)
+    ]
+    blocks = tuple(f"{path.rpartition('.')[0]}." for path in found)
+    inputs = (getattr(m, "in_features", 0) for path, m in model.named_modules() if path.startswith(blocks))
+    number = max(len(stack) for stack, _ in matrices)
+    return ExpertsShape(
+        parameters=sum(stack.numel() for stack, _ in matrices),
+        sides=sum(len(stack) * sum(sides) for stack, sides in matrices),
+        number=number,
+        chosen=min(number, _chosen(config) or number),
+        first=max(height for _, (height, _) in matrices[::2]),
+        inner=max(width for _, (_, width) in matrices[1::2]),
+        largest=max(stack.numel() for stack, _ in matrices),
+        beside=max((width for width in inputs if width != config.hidden_size), default=0),
     )
 
 
@@ -149,15 +178,20 @@ def _whole_in_layers(model: nn.Module, layers: int, linear: Iterable[nn.Linear])
     if found is None:
         return 0
     in_four_bits = {id(module.weight) for module in linear}
+    for _, module in experts_modules(model):
+        in_four_bits |= {id(module.get_parameter(name)) for name in weights_of_experts(module)}
     matrices = (each for each in found.parameters() if each.ndim > 1 and id(each) not in in_four_bits)
     return sum(each.numel() for each in matrices)
 
 
 def _intermediate(config: Any, linear: Iterable[nn.Linear]) -> int:
     """The widest input of a linear module; experts are none, and a token goes through some of them."""
-    chosen = next((n for name in _CHOSEN if (n := _plain(config, name))), 0)
     width = next((n for name in _EXPERT_WIDTHS if (n := _plain(config, name))), 0)
-    return max([module.in_features for module in linear] + [_first(chosen) * _first(width)], default=0)
+    return max([module.in_features for module in linear] + [_chosen(config) * _first(width)], default=0)
+
+
+def _chosen(config: Any) -> int:
+    return _first(next((n for name in _CHOSEN if (n := _plain(config, name))), 0))
 
 
 _CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")

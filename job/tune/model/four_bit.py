@@ -3,7 +3,8 @@
 import importlib.metadata
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from job.core.memory import NF4_BLOCK
+from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
+from job.kernels.weights import Quantised
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_name
-from job.tune.model.mixtures import experts_in
+from job.tune.model.mixtures import experts_in, experts_in_four_bits, take_out_experts
 
 
 def quantised_form(device: torch.device) -> dict[str, str]:
@@ -45,6 +49,29 @@ def quantisation(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+@contextmanager
+def without_experts() -> Iterator[None]:
+    """Meanwhile transformers loads models in 4 bits without those experts that are put into them apart."""
+    its_own = AUTO_QUANTIZER_MAPPING[_METHOD]
+    AUTO_QUANTIZER_MAPPING[_METHOD] = _WithoutExperts
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZER_MAPPING[_METHOD] = its_own
+
+
+_METHOD = "bitsandbytes_4bit"
+"""Under what name transformers finds who quantises."""
+
+
+class _WithoutExperts(Bnb4BitHfQuantizer):  # type: ignore[misc] # transformers has no types
+    """Quantises what transformers' own does."""
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
+        super()._process_model_before_weight_loading(model, device_map, **options)
+        take_out_experts(model)
+
+
 def form_of(model: Any) -> str:
     """What the model's layers truly are, counted: `NF4, double quantisation; 14 linear layers in 4 bits, 1 not (head)`.
 
@@ -61,8 +88,10 @@ def form_of(model: Any) -> str:
     kinds = [kind if len(packed) == 1 else f"{kind} ({count})" for kind, count in packed.most_common()]
     names = ", ".join(name if count == 1 else f"{count} {name}" for name, count in plain.most_common())
     left = f", {plain.total()} not ({names})" if plain else ""
-    stacked = experts_in(model)
-    experts = f", nor {stacked:,} parameters of experts" if stacked else ""
+    inside = experts_in_four_bits(model)
+    outside = experts_in(model) - inside
+    experts = f"; {inside:,} parameters of experts in 4 bits" if inside else ""
+    experts += f"; {outside:,} parameters of experts not" if outside else ""
     return f"{' and '.join(kinds) or 'not quantised'}; {packed.total()} linear layers in 4 bits{left}{experts}"
 
 
@@ -131,6 +160,51 @@ def kept_in_fp32(kind: Any) -> Callable[[str], bool]:
     """Whether a tensor of this class keeps fp32 where bf16 computes, as some routers and decays do."""
     names = kind._keep_in_fp32_modules_strict or ()  # noqa: SLF001 - transformers' own list
     return lambda name: any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in names)
+
+
+def quantised(matrix: Tensor) -> Quantised:
+    """A matrix in 4 bits, to the bit as a linear layer's weight would be.
+
+    Args:
+        matrix: [N, K] in the compute dtype, on the device that will hold it.
+    """
+    packed, state = bnb.functional.quantize_4bit(
+        matrix, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    return quantised_of(packed, state)
+
+
+def quantised_of(packed: Tensor, state: Any) -> Quantised:
+    """What bitsandbytes holds, as the kernels take it."""
+    return Quantised(
+        packed=packed.detach().reshape(-1),
+        scales=state.absmax,
+        scales_code=state.state2.code.float(),
+        outer_scales=state.state2.absmax.float(),
+        offset=state.offset.reshape(1).float(),
+        code=state.code.float(),
+        height=int(state.shape[0]),
+        width=int(state.shape[1]),
+    )
+
+
+def dequantised(weight: Quantised, dtype: torch.dtype) -> Tensor:
+    """A matrix's values [N, K], by bitsandbytes' own code."""
+    scales = bnb.functional.QuantState(
+        absmax=weight.outer_scales, code=weight.scales_code, blocksize=NF4_OUTER_BLOCK, dtype=torch.float32
+    )
+    state = bnb.functional.QuantState(
+        absmax=weight.scales,
+        shape=torch.Size((weight.height, weight.width)),
+        code=weight.code,
+        blocksize=NF4_BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=weight.offset.reshape(()),
+        state2=scales,
+    )
+    values: Tensor = bnb.functional.dequantize_4bit(weight.packed.reshape(-1, 1), quant_state=state)
+    return values
 
 
 def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:

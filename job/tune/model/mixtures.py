@@ -1,11 +1,17 @@
-"""What of a model are experts and their routers: they stay in 16 bits, and get no adapter."""
+"""What of a model are experts and their routers, and which experts are put into 4 bits."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+
+from job.core.memory import NF4_BLOCK
 
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """What configs call the number of experts of a layer."""
+_FIRST = ("up_proj", "gate_up_proj")
+"""What transformers calls the first weight of a layer's experts, without a gate and with one."""
 
 
 def experts_in(model: Any) -> int:
@@ -35,3 +41,43 @@ def _experts_of_a_layer(config: Any) -> int:
         if number:
             return int(max(number) if isinstance(number, list | tuple) else number)
     return 0
+
+
+def weights_of_experts(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that are put into 4 bits: both, or none.
+
+    Of a module whose class lets transformers' grouped products compute it, whose rows are whole blocks, and whose
+    result is a plain weighted sum.
+    """
+    if not hasattr(module, "is_concatenated") or getattr(module, "has_post_expert_norm", False):
+        return ()
+    first, second = _FIRST[bool(module.has_gate)], "down_proj"
+    found = [module._parameters.get(name) for name in (first, second)]  # noqa: SLF001 - its own alone
+    whole = all(each is not None and matrix_of_expert(module, each.shape)[1] % NF4_BLOCK == 0 for each in found)
+    return (first, second) if whole else ()
+
+
+def matrix_of_expert(module: Any, shape: torch.Size) -> tuple[int, int]:
+    """[out, in] of an expert, from the shape of all experts' parameter."""
+    _, *sides = shape
+    return (sides[1], sides[0]) if module.is_transposed else (sides[0], sides[1])
+
+
+def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules whose experts are, or can be, in 4 bits."""
+    yield from ((name, module) for name, module in model.named_modules() if weights_of_experts(module))
+
+
+def experts_in_four_bits(model: nn.Module) -> int:
+    """Parameters of experts that are put into 4 bits."""
+    modules = (module for _, module in experts_modules(model))
+    return sum(getattr(module, name).numel() for module in modules for name in weights_of_experts(module))
+
+
+def take_out_experts(model: nn.Module) -> None:
+    """Take the experts out of a model that is about to be loaded: nothing is missing, and no memory is taken."""
+    modules: list[Any] = [module for _, module in experts_modules(model)]
+    for module in modules:
+        for name in weights_of_experts(module):
+            del module._parameters[name]  # noqa: SLF001 - delattr would do the same
+        module._is_hf_initialized = True  # noqa: SLF001 - or transformers fills it with random numbers

@@ -21,7 +21,9 @@ from job.tune.engines.selftest import check_model
 from job.tune.model.adapter import attach_lora, refuse_targets, trainable
 from job.tune.model.base import can_be_kept, load_base, quantised_files
 from job.tune.model.config import read_config, shape_of
+from job.tune.model.experts import dequantised_experts
 from job.tune.model.four_bit import form_of
+from job.tune.model.mixtures import experts_modules, weights_of_experts
 
 _OF_EACH_KIND = (
     *("llama, rope dynamic", "ministral3", "phi3, longrope", "gemma3_text", "gpt2", "qwen2_moe, window", "mixtral"),
@@ -78,6 +80,10 @@ def plain(folder: Path, ours: PackedModel) -> PeftModel:
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    for path, module in experts_modules(base):  # transformers leaves them in 16 bits
+        held = ours.model.get_base_model().get_submodule(path)
+        for kind in weights_of_experts(module):
+            getattr(module, kind).data = dequantised_experts(held, kind, dtype=torch.float32)
     model = attach_lora(base.requires_grad_(False), _LORA, source="tiny", revision=None, seed=0).eval()
     values = {name: parameter for name, parameter in ours.model.named_parameters() if parameter.requires_grad}
     for name, parameter in model.named_parameters():

@@ -26,7 +26,9 @@ from job.tune.model import tensor_files, wrappers
 from job.tune.model.adapter import attach_lora, load_with_peft, refuse_targets, trainable
 from job.tune.model.base import load_base, quantised_files
 from job.tune.model.config import empty_model, read_config, read_whole_config, read_wrapper, shape_of
+from job.tune.model.experts import dequantised_experts
 from job.tune.model.four_bit import form_of, left_whole
+from job.tune.model.mixtures import experts_modules, weights_of_experts
 from job.tune.model.promises import hold_to_promises
 
 _OF_EACH_KIND = ("gemma3", "mistral3, ministral3", "qwen3_vl", "qwen3_5")
@@ -82,9 +84,24 @@ def by_anybody(base: Path, adapter: Path, kind=None, quantised=_NF4) -> PeftMode
     for module in whole.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if quantised is not None and next(experts_modules(whole), None) is not None:
+        give_experts(whole, base)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*adapter keys.*")
         return PeftModel.from_pretrained(whole.requires_grad_(False), adapter, is_trainable=True).eval()
+
+
+def give_experts(whole, folder: Path) -> None:
+    """The values that its experts have in 4 bits: transformers leaves them in 16."""
+    decoder, wrapper = load_base(folder, device=CPU, dtype=torch.float32), read_wrapper(folder)
+    for path, module in experts_modules(whole):
+        inner = path if wrapper is None else wrapper.inside(path)
+        held = decoder.get_submodule(inner)
+        for kind in weights_of_experts(module):
+            values = dequantised_experts(held, kind, dtype=torch.float32)
+            getattr(module, kind).data = (
+                values if module.is_transposed == held.is_transposed else values.mT.contiguous()
+            )
 
 
 def random_documents(folder: Path) -> list[torch.Tensor]:
@@ -124,6 +141,22 @@ def test_a_decoder_trains_as_plain_peft_trains_it_in_the_whole_model(name, tmp_p
     assert torch.equal(changed[: len(kept)], kept)
     without, _ = accumulated(choice, model, documents[:-1])
     assert torch.equal(without, kept)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", [name for name in WRAPPED if "moe" in name])
+def test_adapters_on_experts_are_those_of_the_whole_model(name, tmp_path):
+    folder = write_wrapper(tmp_path / "base", name)
+    model = ours_on(folder, LoraSection(r=4, alpha=8, targets=("all-linear", "experts")))
+    choice, documents = choice_for(model), random_documents(folder)
+    ours, _ = accumulated(choice, model, documents)
+    adapter = published(model, folder, tmp_path)
+    theirs = by_anybody(folder, adapter)
+    torch.testing.assert_close(ours, plain_losses(theirs, documents), rtol=1e-4, atol=1e-4)
+    base = load_base(folder, device=CPU, dtype=torch.float32)
+    again = PackedModel(load_with_peft(base, adapter, read_wrapper(folder))).eval()
+    with torch.no_grad():
+        assert torch.equal(again(micro_batch_of(documents)), ours)
 
 
 def left_in_files(folder: Path) -> set[str]:

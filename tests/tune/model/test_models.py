@@ -9,6 +9,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, T5Config
 
 from job.core.errors import DataError, UsageError
+from job.core.memory import GIB, AdapterShape, memory_parts
 from job.core.recipe import LoraSection, TrainSection
 from job.tune.engines.families import refuse_family
 from job.tune.loop.optimizer import make_optimizer
@@ -167,7 +168,7 @@ def test_a_config_of_no_decoder_is_refused():
 
 
 def test_the_plan_for_a_large_mixture_counts_every_weight():
-    """Mixtral 8x7B: 46.7 billion, 45 of them in experts, which stay in 16 bits and get no adapter."""
+    """Mixtral 8x7B: 46.7 billion, 45 of them in experts, in 4 bits as all others; a token meets a quarter of those."""
     config = CONFIG_MAPPING["mixtral"](
         hidden_size=4096,
         intermediate_size=14336,
@@ -182,8 +183,83 @@ def test_the_plan_for_a_large_mixture_counts_every_weight():
     assert shape.linear_parameters == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
     assert shape.whole_parameters - shape.layer_whole_parameters == (2 * 32000 + 65) * 4096  # but routers and experts
     assert refuse_targets(config, LoraSection(r=8)) == 32 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
-    with pytest.raises(UsageError, match=r"mixtral is a mixture of experts.* 90 GB of its 93 GB.*dense base"):
+    assert shape.experts is not None
+    assert shape.experts.parameters == 32 * 8 * 3 * 4096 * 14336
+    assert shape.experts.sides == 32 * 8 * (4096 + 2 * 14336 + 14336 + 4096)
+    assert shape.active_parameters == shape.linear_parameters + shape.experts.parameters / 4
+    assert (shape.experts.first, shape.experts.inner, shape.experts.beside) == (2 * 14336, 14336, 0)
+    on_all = LoraSection(r=8, targets=("all-linear", "experts"))
+    assert refuse_targets(config, on_all) == refuse_targets(config, LoraSection(r=8)) + 8 * shape.experts.sides
+    assert shape.whole_parameters == 2 * 32000 * 4096 + 32 * (2 * 4096 + 8 * 4096) + 4096
+    refuse_family(config)
+
+
+def test_a_large_mixture_whose_experts_cannot_be_in_4_bits_is_refused_with_their_size():
+    """The shape of Llama 4 Scout."""
+    sizes = {"num_local_experts": 16, "num_experts_per_tok": 1, "intermediate_size_mlp": 16384, "head_dim": 128}
+    config = CONFIG_MAPPING["llama4_text"](
+        hidden_size=5120,
+        intermediate_size=8192,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        interleave_moe_layer_step=1,
+        **sizes,
+    )
+    with pytest.raises(UsageError, match=r"llama4_text is a mixture of experts.*: 193 GB of its .* in 16 bits.*dense"):
         refuse_family(config)
+    assert shape_of(config).experts is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own", "billions", "active", "gib"),
+    [
+        (
+            "qwen3_moe",  # Qwen3-30B-A3B
+            {
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "moe_intermediate_size": 768,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+            },
+            30.5,
+            2.7,
+            18,
+        ),
+        (
+            "gpt_oss",  # gpt-oss-20b
+            {
+                "vocab_size": 201088,
+                "hidden_size": 2880,
+                "intermediate_size": 2880,
+                "num_hidden_layers": 24,
+                "num_local_experts": 32,
+                "num_experts_per_tok": 4,
+            },
+            20.9,
+            3.0,
+            14,
+        ),
+    ],
+)
+def test_shapes_of_today_s_mixtures_fit_one_gpu_by_the_plan(model_type, own, billions, active, gib):
+    """Weights alone, and all that a step of 4,096 tokens takes where activations are recomputed."""
+    config = CONFIG_MAPPING[model_type](**own)
+    shape = shape_of(config)
+    refuse_family(config)
+    assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.1)
+    assert shape.active_parameters / 1e9 == pytest.approx(active, abs=0.1)
+    adapter = AdapterShape(parameters=refuse_targets(config, LoraSection(r=16)), rank=16, optimizer="adamw_8bit")
+    parts = memory_parts(shape, adapter, "generic", compiled=False)
+    assert parts.weights + parts.embeddings < gib * GIB
+    assert parts.workspace >= 2 * shape.experts.largest
+    peak = parts.peak(layers=shape.layers, tokens=4096, kept_layers=0, recomputed_layers=shape.layers)
+    assert gib * GIB / 2 < peak < 40 * GIB
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "granitemoe", "llama4_text", "glm4_moe", "mixtral"])

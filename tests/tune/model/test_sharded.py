@@ -20,7 +20,8 @@ from job.tune.device.digest import digest
 from job.tune.engines.choice import choose_engine
 from job.tune.engines.families import is_packed
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.selftest import _micro_batch, check_model, check_whole
+from job.tune.engines.selftest import check_model, check_whole
+from job.tune.engines.trial_documents import one_row
 from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base
 from job.tune.model.config import empty_model, read_wrapper
@@ -191,7 +192,7 @@ def test_a_decoder_out_of_a_multimodal_base_is_compared_with_the_whole_by_the_la
         check_whole(model, read_wrapper(base))
         choice = choose_engine(model, "fast", backward=torch.Tensor.backward)
         assert choice.name == "fast"
-        batch = _micro_batch([torch.arange(3, 40), torch.arange(50, 70)])
+        batch = one_row([torch.arange(3, 40), torch.arange(50, 70)])
         losses.append(choice.engine.accumulate(batch, targets=batch.targets, seed=0))
 
     assert torch.equal(*losses)
