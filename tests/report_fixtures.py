@@ -2,17 +2,16 @@
 
 import pytest
 
+from job.core.held_out import Answer, ExactMatch
 from job.core.limits import Limits
 from job.core.report import (
     AdapterFile,
     AdapterReport,
-    Answer,
     AttemptReport,
     BadLine,
     DataObject,
     DataReport,
     EvaluationReport,
-    ExactMatch,
     Histogram,
     ModelReport,
     PlanReport,

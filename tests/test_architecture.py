@@ -96,7 +96,7 @@ OWNERS = {
     "os.getenv": ("job.cli",),
     "os.putenv": ("job.cli",),
     "huggingface_hub": ("job.edge.base.*",),
-    "matplotlib": ("job.render.pictures",),
+    "matplotlib": ("job.render.pictures", "job.render.page.figures"),
     "pynvml": ("job.edge.host.gpu",),
     "triton": ("job.kernels.triton_*",),
 }

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from job.core.ended import WITHOUT_A_WORD
+from job.core.held_out import Answer, exact_match, held_out, loss_of_example
 from job.core.recipe import Recipe
 from job.core.report import (
     AdapterFile,
     AdapterReport,
-    Answer,
     AttemptReport,
     EvaluationReport,
-    ExactMatch,
     ModelReport,
     PlanReport,
     Report,
@@ -59,7 +58,7 @@ def assemble_report(
         proven_loss: validation loss of the published adapter.
         tuned: the tuned model's answers, in the order of the run's questions.
     """
-    answers = _answers(facts, tuned)
+    answers = _answers(inputs, facts, tuned, chosen=verdict.sweet_spot_step)
     return Report(
         run_id=inputs.artifacts.run_id,
         run_uri=inputs.artifacts.uri,
@@ -72,8 +71,11 @@ def assemble_report(
         curve=_curve(inputs, facts),
         evaluations=_evaluations(inputs, facts),
         sweet_spot=_sweet_spot(attempt.worker.recipe, facts, verdict),
-        exact_match=_exact_match(answers),
+        exact_match=exact_match(answers),
         answers=tuple(answers),
+        held_out=held_out(
+            facts.progress.evaluations, chosen=verdict.sweet_spot_step, where=inputs.dataset.validation.where
+        ),
         adapter=AdapterReport(
             uri=f"{inputs.artifacts.uri}/adapter",
             files={name: AdapterFile(size=f.size, sha256=f.sha256) for name, f in files.items()},
@@ -213,23 +215,16 @@ def _sweet_spot(recipe: Recipe, facts: TrainingFacts, verdict: Verdict) -> Sweet
     )
 
 
-def _answers(facts: TrainingFacts, tuned: Sequence[str]) -> list[Answer]:
-    base = facts.progress.base_answers or []
-    return [
-        Answer(prompt=q.prompt, expected=q.expected, base=b, tuned=t)
-        for q, b, t in zip(facts.questions, base, tuned, strict=True)
-    ]
-
-
-def _exact_match(answers: Sequence[Answer]) -> ExactMatch | None:
-    asked = [a for a in answers if a.expected is not None]
-    if not asked:
-        return None
-    return ExactMatch(
-        examples=len(asked),
-        base=sum(a.base == a.expected for a in asked) / len(asked),
-        tuned=sum(a.tuned == a.expected for a in asked) / len(asked),
-    )
+def _answers(inputs: Inputs, facts: TrainingFacts, tuned: Sequence[str], *, chosen: int) -> list[Answer]:
+    answers, evaluations, where = [], facts.progress.evaluations, inputs.dataset.validation.where
+    for q, b, t in zip(facts.questions, facts.progress.base_answers or [], tuned, strict=True):
+        answer = Answer(prompt=q.prompt, expected=q.expected, base=b, tuned=t)
+        if q.document is not None:
+            losses = [loss_of_example(evaluations[step], q.document) for step in (0, chosen)]
+            found = {"where": where(q.document), "base_loss": losses[0], "tuned_loss": losses[1]}
+            answer = answer.model_copy(update=found)
+        answers.append(answer)
+    return answers
 
 
 def _attempts(inputs: Inputs, facts: TrainingFacts) -> tuple[AttemptReport, ...]:
