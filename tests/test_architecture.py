@@ -31,7 +31,7 @@ FLOORS = {
         ("job",),
     ),
     "job.stages": (
-        ("job.stages.finish", "job.stages.training"),
+        ("job.stages.finish", "job.stages.so_far", "job.stages.training"),
         ("job.stages.report", "job.stages.proving"),
         ("job.stages.loop",),
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),

@@ -90,9 +90,9 @@ def held_out(evaluations: Mapping[int, Evaluation], *, chosen: int, where: Calla
     drawn = _evenly(len(tokens), MOST_DRAWN)
     return HeldOut(
         examples=len(tokens),
-        plus_minus=tuple(_plus_minus(each.nll, tokens) for _, each in sorted(evaluations.items())),
+        plus_minus=tuple(plus_minus(each.nll, tokens) for _, each in sorted(evaluations.items())),
         gain=round(before.loss - after.loss, _DIGITS),
-        gain_plus_minus=_plus_minus(before.nll - after.nll, tokens),
+        gain_plus_minus=plus_minus(before.nll - after.nll, tokens),
         worse=int((change > 0).sum()),
         base=_rounded(base[drawn]),
         tuned=_rounded(tuned[drawn]),
@@ -109,7 +109,7 @@ def held_out(evaluations: Mapping[int, Evaluation], *, chosen: int, where: Calla
     )
 
 
-def _plus_minus(sums: NDArray[np.float64], tokens: NDArray[np.int64]) -> float | None:
+def plus_minus(sums: NDArray[np.float64], tokens: NDArray[np.int64]) -> float | None:
     """Half of the 95 % interval of a mean a token, whose examples are drawn as wholes.
 
     Cochran 1977, "Sampling Techniques", section 6.4: the error of a ratio of two sums.

@@ -160,8 +160,8 @@ def _repeated_examples(report: Report) -> str | None:
     if train.duplicates <= _REPEATED * train.rows:
         return None
     return (
-        f"{train.duplicates:,} of {train.rows:,} training examples ({train.duplicates / max(1, train.rows):.0%}) repeat "
-        "another one: leave them out, unless they are to count more"
+        f"{train.duplicates:,} of {train.rows:,} training examples ({train.duplicates / max(1, train.rows):.0%}) "
+        "repeat another one: leave them out, unless they are to count more"
     )
 
 
@@ -206,13 +206,13 @@ def _number(report: Report, section: str, key: str) -> float | None:
     """A value of the recipe, which a bucket may hold in any form."""
     part: Any = report.recipe.get(section)
     value = part.get(key) if isinstance(part, dict) else None
-    return value if type(value) in {int, float} and math.isfinite(value) else None
+    return value if isinstance(value, int | float) and math.isfinite(value) and value > 0 else None
 
 
 def _round(steps: float) -> int:
     """To two digits: no more is known."""
     whole = max(1, math.ceil(steps))
-    unit = 10 ** max(0, len(str(whole)) - 2)
+    unit = int(10 ** max(0, len(str(whole)) - 2))
     return math.ceil(whole / unit) * unit
 
 

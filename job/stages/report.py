@@ -240,21 +240,39 @@ def _attempts(inputs: Inputs, facts: TrainingFacts) -> tuple[AttemptReport, ...]
                 "from_step": facts.resumed.checkpoint.step if facts.resumed.checkpoint else 0,
                 "last_committed_step": facts.progress.step,
             }
-        reports.append(
-            AttemptReport(
-                number=known["number"],
-                started=known.get("started") or "",
-                ended=end.get("ended"),
-                host=known.get("host") or "",
-                device=device_name(inputs.device) if mine else end.get("device"),
-                exit_code=end.get("exit_code"),
-                reason=end.get("reason") or WITHOUT_A_WORD,
-                from_step=end.get("from_step"),
-                last_committed_step=end.get("last_committed_step"),
-                passed_over=facts.resumed.passed_over if mine else (),
-            )
-        )
+        device, passed_over = (device_name(inputs.device), facts.resumed.passed_over) if mine else (None, ())
+        reports.append(attempt_report(known, end, device=device, passed_over=passed_over))
     return tuple(reports)
+
+
+def attempt_report(
+    known: Mapping[str, Any],
+    end: Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    passed_over: tuple[dict[str, str], ...] = (),
+) -> AttemptReport:
+    """One attempt as its records have it.
+
+    Args:
+        known: its record.
+        end: how it ended; None: as its record says.
+        device: its own; None: as its end's record says.
+        passed_over: checkpoints that did not verify.
+    """
+    ended = (known["end"] or {}) if end is None else end
+    return AttemptReport(
+        number=known["number"],
+        started=known.get("started") or "",
+        ended=ended.get("ended"),
+        host=known.get("host") or "",
+        device=device or ended.get("device"),
+        exit_code=ended.get("exit_code"),
+        reason=ended.get("reason") or WITHOUT_A_WORD,
+        from_step=ended.get("from_step"),
+        last_committed_step=ended.get("last_committed_step"),
+        passed_over=passed_over,
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from job.core.held_out import Answer
 from job.render.page.blocks import Answers, Chapter, Room, ShownAnswer, Words
 
+_AT_ONCE, _MOST_AT_ONCE = 6, 12
+"""Answers that are seen without asking; more where they are wrong."""
 _ORDER = {"asked": 0, "wrong": 1, "right": 2}
 
 
@@ -15,11 +17,12 @@ def answers_chapter(answers: Sequence[Answer], room: Room) -> Chapter:
         return Chapter(anchor="answers", name="Answers", blocks=[Words(text=said)])
     ordered = sorted(answers, key=lambda each: (_ORDER[_state(each)], -_change(each)))
     shown = [_shown(each, room) for each in ordered[: room.answers]]
+    at_once = max(_AT_ONCE, sum(each.state != "right" for each in shown[:_MOST_AT_ONCE]))
     right = sum(_state(each) == "right" for each in answers)
     expected = sum(each.expected is not None for each in answers)
     said = "The recipe's own prompts come first; then the wrong answers, those whose loss rose most before the others."
     counted = f" {right:,} of {expected:,} expected answers came word for word." if expected else ""
-    block = Answers(answers=shown, left_out=len(answers) - len(shown))
+    block = Answers(answers=shown[:at_once], folded=shown[at_once:], left_out=len(answers) - len(shown))
     return Chapter(anchor="answers", name="Answers", blocks=[Words(text=said + counted), block])
 
 

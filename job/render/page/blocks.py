@@ -58,6 +58,8 @@ class Picture:
     kind: ClassVar[str] = "picture"
     drawing: Markup
     caption: str
+    is_wide: bool = False
+    """Whether it has a row of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +108,9 @@ class Answers:
 
     kind: ClassVar[str] = "answers"
     answers: Sequence[ShownAnswer]
+    """That are seen at once."""
+    folded: Sequence[ShownAnswer]
+    """That are seen when they are asked for."""
     left_out: int
 
 

@@ -25,7 +25,9 @@ _COLOURS = {
     "green": "#2e8b57",
 }
 """Drawn with these; in the page each is its variable, which has another value in the dark."""
-_INCHES = (6.2, 3.6)
+_INCHES, _WIDE = (6.2, 3.6), (10.5, 3.9)
+_LOG_FROM = 20
+"""Times the lowest loss: from there on the highest one would leave the others no height."""
 _MOST_POINTS = 400
 """Of a curve: more are not seen, and 50,000 steps would be a page of their own."""
 _MOST_BINS, _MOST_DOTS, _MOST_RUNS = 60, 500, 6
@@ -67,11 +69,26 @@ def losses(
             _mark(axes, spot)
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats a target token")
-        axes.set_ylim(0, top_of([e.loss for e in judged], curve.loss))
-        plain_numbers(axes)
+        _scale(axes, [e.loss for e in judged], curve.loss)
         axes.legend(frameon=False, loc="best")
 
-    return _svg("losses", draw, _of_losses(curve, judged, spot))
+    return _svg("losses", draw, _of_losses(curve, judged, spot), inches=_WIDE)
+
+
+def _scale(axes: Any, judged: Sequence[float], trained: Sequence[float]) -> None:
+    """The axis of losses; a logarithmic one where they differ much."""
+    lowest = min([*judged, *trained], default=0.0)
+    top = top_of(judged, trained)
+    plain_numbers(axes)
+    if lowest > 0 and top / lowest > _LOG_FROM:
+        from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(lowest / 1.3, top * 1.3)
+    else:
+        axes.set_ylim(0, top)
 
 
 def _mark(axes: Any, spot: SweetSpot) -> None:
@@ -181,8 +198,8 @@ def examples(found: HeldOut) -> Markup:
     return _svg(
         "examples",
         draw,
-        f"{found.examples:,} held-out examples: the loss of {found.worse:,} has risen; {found.outliers_in_all:,} lie far "
-        "from the others.",
+        f"{found.examples:,} held-out examples: the loss of {found.worse:,} has risen; {found.outliers_in_all:,} lie "
+        "far from the others.",
     )
 
 
@@ -214,15 +231,15 @@ def several(runs: Sequence[RunLine]) -> tuple[Markup, int]:
             )
         axes.set_xlabel("step")
         axes.set_ylabel("validation loss, nats a target token")
-        axes.set_ylim(0, top_of([e.loss for run in drawn for e in run.report.evaluations], ()))
-        plain_numbers(axes)
+        _scale(axes, [e.loss for run in drawn for e in run.report.evaluations], ())
         axes.legend(frameon=False, loc="best")
 
     said = [
         f"run {run.number} from {run.report.sweet_spot.base_loss:.4g} to {run.report.sweet_spot.loss:.4g}"
         for run in drawn
     ]
-    return _svg("several", draw, f"Validation loss: {', '.join(said)}."), len(runs) - len(drawn)
+    says = f"Validation loss: {', '.join(said)}."
+    return _svg("several", draw, says, inches=_WIDE), len(runs) - len(drawn)
 
 
 def _some(judged: Sequence[EvaluationReport]) -> list[EvaluationReport]:
@@ -267,7 +284,7 @@ def _merged(histogram: Histogram) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 # --- from matplotlib into the page ------------------------------------------------------------------------------------
 
 
-def _svg(name: str, draw_on: Callable[[Any], None], says: str) -> Markup:
+def _svg(name: str, draw_on: Callable[[Any], None], says: str, *, inches: tuple[float, float] = _INCHES) -> Markup:
     """A drawing as an element of the page, with what it shows for who cannot see it."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -278,7 +295,7 @@ def _svg(name: str, draw_on: Callable[[Any], None], says: str) -> Markup:
         settings[part] = _COLOURS["grey"]
     written = io.BytesIO()
     with mpl.rc_context(settings):
-        figure = Figure(figsize=_INCHES, layout="constrained")
+        figure = Figure(figsize=inches, layout="constrained")
         FigureCanvasSVG(figure)
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
@@ -325,7 +342,7 @@ def _rename(root: ET.Element, prefix: str) -> None:
     text = " ".join(value for element in root.iter() for name, value in element.attrib.items() if name != "id")
     used = {*re.findall(r"#([\w-]+)", text)}
     for element in root.iter():
-        own = element.attrib.pop("id", None)
+        own = element.attrib.pop("id", "")
         if own in used:
             element.set("id", prefix + own)
         for name, value in element.attrib.items():

@@ -1,6 +1,7 @@
 """A finished run's report -> what its page shows, in the order in which it is asked for."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from job.core.next_steps import next_steps
 from job.core.report import Report
@@ -11,10 +12,15 @@ from job.render.page.blocks import Block, Chapter, Listing, Page, Picture, Pictu
 from job.render.page.cost import cost_chapter
 from job.render.page.data import data_chapter
 from job.render.page.facts import facts_chapters
+from job.render.page.writing import written
 
 
-def finished_page(report: Report, room: Room) -> Page:
-    """All of it, with at most as much of each as there is room for."""
+def report_html(report: Report) -> bytes:
+    """The page of a finished run."""
+    return written(partial(_page, report))
+
+
+def _page(report: Report, room: Room) -> Page:
     chapters = [
         _curves(report),
         _evaluations(report, room),
@@ -75,6 +81,7 @@ def _curves(report: Report) -> Chapter:
         Picture(
             drawing=figures.losses(curve, report.evaluations, report.sweet_spot, plus_minus=around),
             caption=f"Loss of training and validation, and the step that was chosen. {said}".strip(),
+            is_wide=True,
         ),
     ]
     if curve.loss:

@@ -1,6 +1,7 @@
 "use strict";
 for (const form of document.querySelectorAll("form.filter")) {
   const answers = [...form.parentElement.querySelectorAll(".answer")];
+  const rest = form.parentElement.querySelector("details.rest");
   const said = form.querySelector("output");
   const choose = () => {
     const words = form.elements.words.value.toLowerCase();
@@ -11,6 +12,7 @@ for (const form of document.querySelectorAll("form.filter")) {
       answer.hidden = !fits;
       shown += fits ? 1 : 0;
     }
+    if (rest && (words || state)) rest.open = true;
     said.textContent = `${shown} of ${answers.length}`;
   };
   form.addEventListener("input", choose);

@@ -14,6 +14,7 @@ from job import __version__
 from job.core.visible import visible
 from job.render.page.blocks import Page, Room
 
+REPORT_HTML = "report.html"
 MOST_BYTES = 1_000_000
 _HERE = Path(__file__).parent
 _JOINERS = {"\u200c", "\u200d"}
