@@ -152,7 +152,7 @@ def _wrong_lines(report: Report) -> str | None:
     if not data.bad_lines or not data.first_bad_lines:
         return None
     first = data.first_bad_lines[0]
-    return f"{data.bad_lines:,} wrong lines were left out: mend them, the first is {first.where} ({first.reason})"
+    return f"wrong lines were left out ({data.bad_lines:,}): mend them, the first is {first.where} ({first.reason})"
 
 
 def _repeated_examples(report: Report) -> str | None:

@@ -28,8 +28,8 @@ _COLOURS = {
 _INCHES, _WIDE = (6.2, 3.6), (10.5, 3.9)
 _LOG_FROM = 20
 """Times the lowest loss: from there on the highest one would leave the others no height."""
-_MOST_POINTS = 400
-"""Of a curve: more are not seen, and 50,000 steps would be a page of their own."""
+_MOST_POINTS = 200
+"""Of a curve: more are noise to the eye, and 50,000 steps would be a page of their own."""
 _MOST_BINS, _MOST_DOTS, _MOST_RUNS = 60, 500, 6
 _LINES = ("blue", "orange", "green", "red", "grey", "blue")
 _DASHES = ("-", "--", "-", ":", "-.", ":")
@@ -137,6 +137,7 @@ def by_step(name: str, values: Sequence[float], *, says: str) -> Markup:
         axes.set_ylabel(says)
         axes.set_ylim(0, _ceiling(values))
         plain_numbers(axes)
+        axes.yaxis.set_major_formatter("{x:g}")
 
     last = _ends(values, 1, len(values)) if values else "no step yet"
     return _svg(name, draw, f"{says.capitalize()}: {last}; highest {max(values, default=0.0):.3g}.")

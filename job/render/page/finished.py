@@ -35,7 +35,7 @@ def _page(report: Report, room: Room) -> Page:
         standing=f"Finished {report.finished[:40]}",
         verdict=_verdict(report),
         figures=_figures(report),
-        to_do=[room.cut(step) for step in next_steps(report)],
+        to_do=[room.cut(f"{step[:1].upper()}{step[1:]}.") for step in next_steps(report)],
         to_do_none="Nothing in the figures of this run asks for another one.",
         chapters=[chapter for chapter in chapters if chapter is not None],
     )
