@@ -159,7 +159,7 @@ def test_cost_has_time_over_all_attempts_and_why_each_ended():
     end = KILLED.model_copy(update={"ended": "2025-01-31T04:00:34+00:00", "exit_code": 75, "reason": "asked to stop"})
     text = page_of(gsm8k(attempts=(end, FINISHED))).text()
 
-    assert "0.0778 h in 2 attempts" in text
+    assert "280 s in 2 attempts" in text
     assert "6% in training steps (goodput)" in text
     assert "75 asked to stop" in text
     assert "1 more left no word of their end" in page_of(gsm8k(attempts=(KILLED, FINISHED))).text()

@@ -39,6 +39,16 @@ def test_notes_and_left_out_lines_are_told(report):
     assert "held out and trained on" not in text
 
 
+def test_what_to_do_next_is_told_below_the_notes(report):
+    lines = report_lines(report)
+    told = [line for line in lines if line.startswith("what next")]
+
+    assert told[-1] == (
+        'what next          wrong lines were left out (1): mend them, the first is train.jsonl:17 ("text" is missing)'
+    )
+    assert lines.index(told[0]) > lines.index("note               the store has no conditional writes")
+
+
 def test_attempts_are_told_when_there_was_more_than_one(report):
     assert "attempt 1: ended without a word" in shown(report)
     assert "attempt 2: exit 0: finished" in shown(report)

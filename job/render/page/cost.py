@@ -38,7 +38,7 @@ def _hours(report: Report) -> dict[str, str]:
     silent = len(report.attempts) - len(took)
     without = f"; {silent} more left no word of their end" if silent else ""
     named = "1 attempt" if len(took) == 1 else f"{len(took):,} attempts"
-    shown = {"time on the device": f"{sum(took) / _HOUR:,.3g} h in {named}{without}"}
+    shown = {"time on the device": f"{_seconds(sum(took))} in {named}{without}"}
     share = report.throughput.seconds / sum(took)
     if not silent and share <= 1:
         shown["useful of it"] = f"{share:.0%} in training steps (goodput)"

@@ -81,14 +81,19 @@ def _scale(axes: Any, judged: Sequence[float], trained: Sequence[float]) -> None
     top = top_of(judged, trained)
     plain_numbers(axes)
     if lowest > 0 and top / lowest > _LOG_FROM:
-        from matplotlib.ticker import NullFormatter, StrMethodFormatter
-
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(axes, axes.yaxis)
         axes.set_ylim(lowest / 1.3, top * 1.3)
     else:
         axes.set_ylim(0, top)
+
+
+def _logarithmic(axes: Any, *which: Any) -> None:
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    for axis in which:
+        (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _mark(axes: Any, spot: SweetSpot) -> None:
@@ -169,8 +174,13 @@ def examples(found: HeldOut) -> Markup:
     base, tuned = (np.array([side[i] for i in chosen]) for side in (found.base, found.tuned))
 
     def draw(axes: Any) -> None:
-        most = float(max(base.max(initial=0.0), tuned.max(initial=0.0))) * 1.05 or 1.0
-        axes.plot([0, most], [0, most], color=_COLOURS["grey"], linestyle="--", linewidth=1, label="no change")
+        every = np.concatenate([base, tuned, [1.0] if not len(base) else []])
+        least, most = float(every.min()), float(every.max())
+        if least > 0 and most / least > _LOG_FROM:
+            _logarithmic(axes, axes.xaxis, axes.yaxis)
+        else:
+            least = 0.0
+        axes.plot([least, most], [least, most], color=_COLOURS["grey"], linestyle="--", linewidth=1, label="no change")
         axes.plot(
             base,
             tuned,

@@ -8,7 +8,7 @@ from job.core.report import Report
 from job.core.verdict import NOTHING_BETTER
 from job.render.page import figures
 from job.render.page.answers import answers_chapter
-from job.render.page.blocks import Block, Chapter, Listing, Page, Picture, Pictures, Room, Table, Words
+from job.render.page.blocks import Block, Chapter, Page, Picture, Pictures, Room, Table, Words
 from job.render.page.cost import cost_chapter
 from job.render.page.data import data_chapter
 from job.render.page.facts import facts_chapters
@@ -69,7 +69,7 @@ def _figures(report: Report) -> dict[str, str]:
         "chosen step": f"{spot.step:,} of {report.plan.steps:,}",
     }
     if match is not None:
-        shown["right answers"] = f"{match.base:.0%} → {match.tuned:.0%} of {match.examples:,}"
+        shown[f"right answers of {match.examples:,}"] = f"{match.base:.0%} → {match.tuned:.0%}"
     return shown | {"real tokens a second": f"{report.throughput.tokens_per_second:,.0f}"}
 
 
@@ -190,7 +190,7 @@ def _examples(report: Report, room: Room) -> Chapter | None:
             )
         ]
     else:
-        blocks.append(Listing(items=["No example lies far from the others."]))
+        blocks.append(Words(text="No example lies far from the others."))
     return Chapter(anchor="examples", name="Each example", blocks=blocks)
 
 
