@@ -189,7 +189,7 @@ def _late_stop(report: Report) -> str | None:
 def _by_source(report: Report) -> list[tuple[SourceLoss, float, float]]:
     """Each held-out source with its loss before training and at the chosen step."""
     base = report.evaluations[0]
-    chosen = next(each for each in report.evaluations if each.step == report.sweet_spot.step)
+    chosen = next((each for each in report.evaluations if each.step == report.sweet_spot.step), base)
     pairs = zip(base.sources, chosen.sources, strict=True)
     return [(a, a.loss, b.loss) for a, b in pairs if a.loss is not None and b.loss is not None]
 
