@@ -459,7 +459,7 @@ def test_a_run_that_failed_shows_what_is_committed_why_it_ended_and_what_to_do()
     assert "The run is not finished: step 100 of 200 is committed." in page.text()
     assert "lowest validation loss so far is 1.2500, at step 50 (2.5000 before training)" in page.text()
     assert "Attempt 2 ended with 74: no room left" in page.text()
-    assert "give the work folder more room" in page.text()
+    assert "Give the work folder more room" in page.text()
     assert "step-000150-a01 was passed over: damaged" in page.text()
     assert len(page.named("svg")) == 1
 

@@ -76,7 +76,7 @@ def test_a_run_that_failed_has_a_page_of_what_is_committed(job, tmp_path):
     assert "The run is not finished: step 4 of 6 is committed." in page
     assert "before training" in page
     assert "ended with 70" in page
-    assert "report it with the log" in page
+    assert "Report it with the log" in page
     assert "<svg" in page
     assert not (job.only_run() / "report.html").exists()
 

@@ -49,7 +49,7 @@ def _page(run: RunSoFar, room: Room) -> Page:
         standing="Not finished",
         verdict=_verdict(run, room),
         figures=_figures(run),
-        to_do=[room.cut(each) for each in _to_do(run)],
+        to_do=[room.cut(f"{each[:1].upper()}{each[1:]}") for each in _to_do(run)],
         to_do_none="",
         chapters=[*_curves(run, room), _attempts(run, room), *_data(run, room), _recipe(run, room)],
     )
@@ -99,7 +99,8 @@ def _curves(run: RunSoFar, room: Room) -> list[Chapter]:
     chapters = []
     if run.curve.loss or run.evaluations:
         drawing = figures.losses(run.curve, run.evaluations, None, plus_minus=run.plus_minus)
-        pictures = [Picture(drawing=drawing, caption="Loss of training and validation, as far as it is committed.")]
+        caption = "Loss of training and validation, as far as it is committed."
+        pictures = [Picture(drawing=drawing, caption=caption, is_wide=True)]
         chapters.append(Chapter(anchor="curves", name="Curves", blocks=[Pictures(pictures=pictures)]))
     if run.evaluations:
         places = some_places(len(run.evaluations), room.rows, keep=len(run.evaluations) - 1)
