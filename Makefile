@@ -33,6 +33,13 @@ test-hostile: $(VENV)/installed
 test-families: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -m "families or not families" tests/tune/engines
 
+# The report's page as a browser shows it: a desk, a phone, the dark, paper, and what axe-core says. The screenshots stay in
+# .page/. tests/page/install.sh brings the browser (root, Debian or Ubuntu); without one the tests are skipped.
+.PHONY: test-page
+test-page: $(VENV)/installed
+	tests/page/install.sh
+	$(BIN)/python -m pytest -m "page or not page" tests/page tests/render/test_page.py
+
 # Builds the demo's base anew: the one in recipes/demo-base to the bit on the kind of machine that it names, elsewhere one
 # that has learned as much. `python recipes/demo_base.py recipes/demo-base` builds it there, after a change of the script.
 test-demo-base: $(VENV)/installed
@@ -120,4 +127,4 @@ locks/cu1%.txt: pyproject.toml locks/cuda.txt $(VENV)/installed
 	$(LOCK_FOR_CUDA) --constraints $(VENV)/pins.txt --torch-backend cu1$* --python-version 3.12 --output-file $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) work
+	rm -rf $(VENV) $(DEMO) .page work

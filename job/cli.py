@@ -32,6 +32,7 @@ from job.options import (
     plan_options,
     preview_options,
     recipe_argument,
+    report_options,
     shared_options,
     time_options,
     workdir_option,
@@ -278,48 +279,46 @@ def try_run(
 
 
 @cli.command(
-    help="Show the report of a finished run and leave its pictures beside report.json; of several runs show a table, "
-    "the newest first: when, for how long, on what data, the losses, what differs in the recipes, which was best. It "
-    "ends with 66 when one of them is not finished.\n\n"
+    help="Show the report of a finished run and leave its pictures and its page beside report.json; of several runs "
+    "show a table, the newest first: when, for how long, on what data, the losses, what differs in the recipes, which "
+    "was best. It ends with 66 when one of them is not finished.\n\n"
     "RUN is a run's URI; {output} or {output}/runs for all of them, and how the last jobs there ended (the last part "
     "of {output}/runs/* is a pattern); a file with one URI a line; or a recipe, for the run that it names now (only "
     "there the options mean something)."
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option(
-    "--last",
-    envvar="JOB_LAST",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Of several runs only the N that were begun last.",
-)
+@report_options
 @shared_options
 @click.pass_obj
-def report(session: Session, /, runs: tuple[str, ...], last: int | None, **options: Any) -> None:
+def report(session: Session, /, runs: tuple[str, ...], last: int | None, html: Path | None, **options: Any) -> None:
     """Show one report, or several runs side by side."""
-    from job.commands.report import last_endings, leave_pictures, look_at, open_run, run_of_recipe, run_uris, unfinished
+    from job.commands import report as reports
     from job.render.endings_text import endings_lines
     from job.render.report_text import report_lines
     from job.render.runs_table import newest_first, runs_table
 
     if len(runs) == 1 and runs[0].endswith((".yaml", ".yml")):
         attempt = make_attempt(session, Path(runs[0]), options)
-        artifacts, found = run_of_recipe(attempt.worker, attempt.run_id)
+        artifacts, found = reports.run_of_recipe(attempt.worker, attempt.run_id)
     else:
-        ended = endings_lines(last_endings(runs))
+        ended = endings_lines(reports.last_endings(runs))
         try:
-            uris = [uri for name in runs for uri in run_uris(name, most=last)]
+            uris = [uri for name in runs for uri in reports.run_uris(name, most=last)]
         except NotFoundError:
             if ended:  # also of what never became a run
                 _say(session, *ended)
             raise
         if tuple(uris) != runs or len(uris) > 1:
-            rows = newest_first([look_at(uri) for uri in uris], most=last)
-            _say(session, *runs_table(rows, width=terminal_width(sys.stdout)), *ended)
-            session.failure = unfinished(rows)
+            rows = newest_first([reports.look_at(uri) for uri in uris], most=last)
+            page = reports.page_of_several(rows, html)
+            _say(session, *runs_table(rows, width=terminal_width(sys.stdout)), *ended, *page)
+            session.failure = reports.unfinished(rows)
             return
-        artifacts, found = open_run(uris[0])
-    _say(session, *report_lines(found), leave_pictures(artifacts, found))
+        if page := reports.page_of_unfinished(uris[0], html):
+            _say(session, *page)
+            return
+        artifacts, found = reports.open_run(uris[0])
+    _say(session, *report_lines(found), *reports.leave_beside(artifacts, found), *reports.write_page(found, html))
 
 
 @cli.command()

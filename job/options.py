@@ -294,6 +294,29 @@ def preview_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which runs `report` shows, and where besides the terminal."""
+    for option in (
+        click.option(
+            "--last",
+            envvar="JOB_LAST",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Of several runs only the N that were begun last.",
+        ),
+        click.option(
+            "--html",
+            envvar="JOB_HTML",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="Write it as a page for a browser as well: one file, which loads nothing. A run that is not finished "
+            "has one too, of what is committed; several runs are laid over each other.",
+        ),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
 def leave_ending(session: Session, path: Path, options: Mapping[str, Any]) -> None:
     """From here on the end is written down in the output that the recipe names, be it right or wrong."""
     from job.core.recipe_text import named_output

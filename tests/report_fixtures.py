@@ -2,14 +2,13 @@
 
 import pytest
 
+from job.core.held_out import Answer, ExactMatch
 from job.core.limits import Limits
 from job.core.report import (
     AdapterFile,
     AdapterReport,
-    Answer,
     AttemptReport,
     EvaluationReport,
-    ExactMatch,
     ModelReport,
     PlanReport,
     Report,

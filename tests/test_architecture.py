@@ -32,7 +32,7 @@ FLOORS = {
         ("job",),
     ),
     "job.stages": (
-        ("job.stages.finish", "job.stages.training"),
+        ("job.stages.finish", "job.stages.so_far", "job.stages.training"),
         ("job.stages.report", "job.stages.proving"),
         ("job.stages.loop", "job.stages.following"),
         ("job.stages.preparing",),
@@ -110,7 +110,7 @@ OWNERS = {
     "os.getenv": ("job.cli",),
     "os.putenv": ("job.cli",),
     "huggingface_hub": ("job.edge.base.*",),
-    "matplotlib": ("job.render.pictures",),
+    "matplotlib": ("job.render.pictures", "job.render.page.figures"),
     "pynvml": ("job.edge.host.gpu",),
     "triton": ("job.kernels.triton_*",),
 }

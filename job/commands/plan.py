@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from job.core.course import course_of, evaluation_count
 from job.core.errors import NotFoundError
-from job.core.forecast import Candidate, Forecast, Workload, candidates, forecast
+from job.core.forecast import Forecast, Workload, forecast
 from job.core.gpus import Gpu
-from job.core.lengths import Lengths
+from job.core.lengths import Candidate, Lengths, candidates
 from job.core.memory import AdapterShape, EngineName, ModelShape
 from job.core.mixture import portions
 from job.core.report_data import DataReport

@@ -12,13 +12,18 @@ from job.core.ended import Ended
 from job.core.errors import DataError, DeniedError, JobError, LocalDiskError, NotFoundError, UsageError
 from job.core.recipe import Recipe
 from job.core.report import Report
-from job.core.run_record import RecordedObject, first_mistake, read_run_record
+from job.core.run_record import first_mistake, recorded_objects
 from job.edge.relative_paths import located
 from job.edge.run import endings
 from job.edge.run.artifacts import Artifacts, begun_runs, finished_runs
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
-from job.render.pictures import draw
+from job.edge.store.whole_files import whole_file
+from job.render.page.finished import report_html
+from job.render.page.several import several_html
+from job.render.page.unfinished import unfinished_html
+from job.render.page.writing import REPORT_HTML
+from job.render.pictures import LENGTHS_PNG, LOSS_PNG, draw
 from job.render.runs_table import RunRow
 from job.stages.attempt import Worker
 from job.stages.identity import find_run
@@ -66,15 +71,45 @@ def run_of_recipe(worker: Worker, run_id: str | None) -> tuple[Artifacts, Report
     return artifacts, _report(artifacts, worker.recipe.output, named_by_recipe=True)
 
 
-def leave_pictures(artifacts: Artifacts, report: Report) -> str:
-    """Draw the report's pictures beside it, and say where they are, or that the reader may not write there."""
-    pictures = draw(report)
+def leave_beside(artifacts: Artifacts, report: Report) -> list[str]:
+    """Make the report's pictures and its page anew beside it; says where, or that the reader may not write there."""
     try:
-        for name, picture in pictures.items():
-            artifacts.publish(name, picture)
+        for name, content in {**draw(report), REPORT_HTML: report_html(report)}.items():
+            artifacts.publish(name, content)
     except (DeniedError, LocalDiskError) as error:
-        return f"pictures: not written ({error})"
-    return f"pictures: {', '.join(f'{artifacts.uri}/{name}' for name in pictures)}"
+        return [f"pictures, page: not written ({error})"]
+    pictures = ", ".join(f"{artifacts.uri}/{name}" for name in (LENGTHS_PNG, LOSS_PNG))
+    return [f"pictures: {pictures}", f"page: {artifacts.uri}/{REPORT_HTML}"]
+
+
+def write_page(report: Report, file: Path | None) -> list[str]:
+    """Write a finished run's page to a local file, if one is named, and say so."""
+    return [] if file is None else _written(report_html(report), file)
+
+
+def page_of_several(rows: Sequence[RunRow], file: Path | None) -> list[str]:
+    """The same of several runs."""
+    return [] if file is None else _written(several_html(rows), file)
+
+
+def page_of_unfinished(run_uri: str, file: Path | None) -> list[str]:
+    """The same of a run that has no report yet; nothing for one that has, or that is not there."""
+    if file is None:
+        return []
+    output, run_id = _parts(run_uri)
+    artifacts = Artifacts(open_store(output, StoreSettings()), run_id)
+    record = artifacts.run_record()
+    if record is None or artifacts.report() is not None:
+        return []
+    from job.stages.so_far import run_so_far
+
+    return [f"not finished: {_standing(artifacts)}", *_written(unfinished_html(run_so_far(artifacts, record)), file)]
+
+
+def _written(page: bytes, file: Path) -> list[str]:
+    with whole_file(file) as written:
+        written.write(page)
+    return [f"page: {file}"]
 
 
 def last_endings(names: Sequence[str]) -> list[Ended]:
@@ -115,7 +150,7 @@ def look_at(run_uri: str) -> RunRow:
     if record is None:
         return RunRow(run_id=run_id, recipe={}, report=None, standing="not there")
     content, attempts = artifacts.read_report(), artifacts.attempts()
-    objects = _objects(record)
+    objects = recorded_objects(record)
     return RunRow(
         run_id=run_id,
         recipe=recipe if isinstance(recipe := record.get("recipe"), dict) else {},
@@ -126,15 +161,6 @@ def look_at(run_uri: str) -> RunRow:
         objects=len(objects),
         bytes=sum(each.size for each in objects),
     )
-
-
-def _objects(record: dict[str, Any]) -> tuple[RecordedObject, ...]:
-    """The run's data as its record has it; nothing of one that was not written by us."""
-    try:
-        data = read_run_record(record).data
-    except ValueError:
-        return ()
-    return (*data.train, *data.validation)
 
 
 def _seconds(attempts: Sequence[Mapping[str, Any]]) -> float | None:

@@ -1,7 +1,6 @@
 """What a run will need and take on a kind of GPU, before one is at hand."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -293,29 +292,3 @@ def ask_for(work: Workload, cluster: Cluster = ALONE, placement: Placement = "re
 
 def _rounded(gib: float) -> int:
     return math.ceil(gib / _ROUND_GIB) * _ROUND_GIB
-
-
-class Candidate(Section):
-    """A max_length and what it cuts."""
-
-    tokens: int
-    """The max_length."""
-    examples_over: int
-    """Training examples that are longer."""
-    share_cut: float
-    """Share of all tokens that lie beyond it."""
-
-
-def candidates(lengths: Lengths, *, chosen: int, positions: int) -> Sequence[Candidate]:
-    """What each max_length would cut: powers of two up to the longest example, and the chosen one."""
-    longest = int(lengths.max())
-    limits = {2**power for power in range(7, 24) if 2**power < 2 * longest and 2**power <= positions} | {chosen}
-    total = int(lengths.sum())
-    return [
-        Candidate(
-            tokens=limit,
-            examples_over=int((lengths > limit).sum()),
-            share_cut=int(np.maximum(lengths - limit, 0).sum()) / total,
-        )
-        for limit in sorted(limits)
-    ]

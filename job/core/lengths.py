@@ -1,6 +1,7 @@
-"""Lengths of the examples -> max_length and statistics."""
+"""Lengths of the examples -> max_length, what others would cut, and statistics."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.core.errors import DataError, UsageError
+from job.core.section import Section
 
 Lengths = NDArray[np.int32]
 """Tokens of each example, BOS and EOS included."""
@@ -70,6 +72,32 @@ def _cut(lengths: Lengths, limit: int) -> str:
         f"; {over} of {len(lengths)} examples are longer ({lost:,} of {tokens:,} tokens, {lost / tokens:.2%}, lie "
         "beyond it)"
     )
+
+
+class Candidate(Section):
+    """A max_length and what it cuts."""
+
+    tokens: int
+    """The max_length."""
+    examples_over: int
+    """Training examples that are longer."""
+    share_cut: float
+    """Share of all tokens that lie beyond it."""
+
+
+def candidates(lengths: Lengths, *, chosen: int, positions: int) -> Sequence[Candidate]:
+    """What each max_length would cut: powers of two up to the longest example, and the chosen one."""
+    longest = int(lengths.max())
+    limits = {2**power for power in range(7, 24) if 2**power < 2 * longest and 2**power <= positions} | {chosen}
+    total = int(lengths.sum())
+    return [
+        Candidate(
+            tokens=limit,
+            examples_over=int((lengths > limit).sum()),
+            share_cut=int(np.maximum(lengths - limit, 0).sum()) / total,
+        )
+        for limit in sorted(limits)
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from job.core.held_out import Answer, ExactMatch, HeldOut
 from job.core.limits import StopFigures
 from job.core.memory import ComputeDtype
 from job.core.report_data import DataReport, SourceReport
@@ -134,23 +135,6 @@ class SweetSpot(Section):
     stopped_early: bool
 
 
-class Answer(Section):
-    """One prompt, answered by both."""
-
-    prompt: str
-    expected: str | None
-    base: str
-    tuned: str
-
-
-class ExactMatch(Section):
-    """Held-out examples whose answer is the expected one, word for word."""
-
-    examples: int
-    base: float
-    tuned: float
-
-
 class AdapterReport(Section):
     """What stands in adapter/, and the proof that it works."""
 
@@ -245,6 +229,8 @@ class Report(Section):
     sweet_spot: SweetSpot
     exact_match: ExactMatch | None
     answers: tuple[Answer, ...]
+    held_out: HeldOut | None = None
+    """None: an earlier version of the job wrote the report."""
     adapter: AdapterReport
     throughput: Throughput
     start: StartReport | None = None
@@ -272,6 +258,10 @@ class Report(Section):
         judged = [e.step for e in self.evaluations]
         if self.sweet_spot.step not in judged or len(set(judged)) != len(judged):
             raise ValueError("sweet_spot: its step is none of the evaluations, or one stands there twice")
+        if self.held_out is not None and (
+            len(self.held_out.plus_minus) != len(judged) or len(self.held_out.base) != len(self.held_out.tuned)
+        ):
+            raise ValueError("held_out: has not one value for each evaluation, or not both losses of each example")
         return self
 
 

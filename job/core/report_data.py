@@ -5,6 +5,7 @@ from typing import Self
 
 from pydantic import model_validator
 
+from job.core.lengths import Candidate
 from job.core.preview import ExamplePreview
 from job.core.section import Section
 
@@ -108,3 +109,5 @@ class DataReport(Section):
     max_length_reason: str
     preview: tuple[ExamplePreview, ...] = ()
     """The first, the longest and the shortest training example of each source, as they are learned."""
+    candidates: tuple[Candidate, ...] = ()
+    """What other max_lengths would cut of the training examples, the shortest first; the chosen one is among them."""

@@ -58,6 +58,15 @@ def read_run_record(content: dict[str, Any]) -> RunRecord:
         raise ValueError(first_mistake(error)) from error
 
 
+def recorded_objects(content: dict[str, Any]) -> tuple[RecordedObject, ...]:
+    """The objects of both sides, for people; none of a record that is not ours."""
+    try:
+        data = read_run_record(content).data
+    except ValueError:
+        return ()
+    return (*data.train, *data.validation)
+
+
 def first_mistake(error: ValidationError) -> str:
     """Where the first value that is wrong stands, and why; not the value, which may be anything."""
     (first, *_) = error.errors(include_url=False, include_input=False, include_context=False)

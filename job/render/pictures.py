@@ -48,7 +48,7 @@ def _lengths(axes: Any, report: Report) -> None:
     axes.set_ylabel("examples")
     axes.set_title(f"{data.train.rows:,} training examples, {data.train.truncated:,} cut at max_length", pad=12)
     axes.set_xlim(0, max(edges[-1], data.max_length) * 1.03)
-    _plain_numbers(axes)
+    plain_numbers(axes)
     axes.legend(frameon=False, loc="best")
 
 
@@ -85,9 +85,9 @@ def _losses(axes: Any, report: Report) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats a target token")
     axes.set_xlim(-0.02 * max(1, len(report.curve.loss)), 1.02 * max(1, len(report.curve.loss)))
-    axes.set_ylim(0, _top(report))
+    axes.set_ylim(0, top_of([e.loss for e in report.evaluations], report.curve.loss))
     axes.set_title(f"{_shown(report.model.base)}: {spot.base_loss:.3f} to {spot.loss:.3f}", pad=12)
-    _plain_numbers(axes)
+    plain_numbers(axes)
     axes.legend(frameon=False, loc="best")
 
 
@@ -106,13 +106,17 @@ def _training(axes: Any, losses: Sequence[float]) -> None:
         axes.plot(steps[window - 1 :], means, color=_GREY, linewidth=1.6, label=f"training, mean of {window} steps")
 
 
-def _top(report: Report) -> float:
-    losses = [e.loss for e in report.evaluations] + list(report.curve.loss)
-    usual = max(report.sweet_spot.base_loss, float(np.median(losses)))
+def top_of(judged: Sequence[float], trained: Sequence[float]) -> float:
+    """Where the axis of losses ends: the first of `judged` is the base's."""
+    losses = [*judged, *trained]
+    if not losses:
+        return 1.0
+    usual = max(judged[0] if judged else 0.0, float(np.median(losses)))
     return min(1.05 * max(losses), _TALLEST * usual) or 1.0
 
 
-def _plain_numbers(axes: Any) -> None:
+def plain_numbers(axes: Any) -> None:
+    """Steps, tokens and examples as whole numbers with thousands apart."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from string import Template
 
-from job.core.forecast import Ask, Candidate, Forecast, Workload, ask_for, trained_tokens
+from job.core.forecast import Ask, Forecast, Workload, ask_for, trained_tokens
+from job.core.lengths import Candidate
 from job.core.memory import GIB
 from job.core.report_data import DataReport
 from job.core.scaling import Cluster

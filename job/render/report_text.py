@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from job.core.lines import worth_naming
+from job.core.next_steps import next_steps
 from job.core.report import Report
 from job.core.verdict import NOTHING_BETTER
 from job.render.preview_text import example_lines
@@ -64,7 +65,8 @@ def _outcome(report: Report) -> list[str]:
             f"exact match        base {match.base:.0%} -> tuned {match.tuned:.0%} of {match.examples} held out"
         )
     lines.append(f"adapter            {report.adapter.uri} (proven: loss {report.adapter.proven_loss:.4f})")
-    return lines + [f"note               {note}" for note in report.notes]
+    lines += [f"note               {note}" for note in report.notes]
+    return lines + [f"what next          {step}" for step in next_steps(report)]
 
 
 def _evaluations(report: Report) -> list[str]:

@@ -40,6 +40,32 @@ def newest_first(rows: Sequence[RunRow], *, most: int | None) -> list[RunRow]:
     return sorted(rows, key=lambda row: row.begun or "", reverse=True)[:most]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """Several runs side by side, as values."""
+
+    head: Sequence[str]
+    words: Sequence[str]
+    """Of the head those above words; the others stand above figures."""
+    cells: Sequence[Sequence[str]]
+    """A row for each run; one without a report has fewer."""
+    best: int | None
+    """The row with the lowest tuned loss; None where losses cannot be compared."""
+    verdict: str
+
+
+def compared(rows: Sequence[RunRow]) -> Compared:
+    """What the table says, for others that show it."""
+    differences, best = _differences([row.recipe for row in rows]), _best(rows)
+    return Compared(
+        head=_HEAD,
+        words=_WORDS,
+        cells=[_cells(row, each) for row, each in zip(rows, differences, strict=True)],
+        best=next((place for place, row in enumerate(rows) if row is best), None),
+        verdict=_verdict(rows, best, differences),
+    )
+
+
 def runs_table(rows: Sequence[RunRow], *, width: int | None = None) -> list[str]:
     """Runs side by side: a line each, or where that is wider than the terminal two, the second one set in.
 

@@ -12,7 +12,7 @@ from job.core.chunks import Side
 from job.core.course import Course, course_of
 from job.core.data_section import DataSection
 from job.core.errors import DataError, UsageError
-from job.core.lengths import choose_max_length
+from job.core.lengths import candidates, choose_max_length
 from job.core.mixture import portions
 from job.core.preview import ExamplePreview
 from job.core.report import SourceLoss
@@ -101,7 +101,9 @@ def prepare_dataset(
     course = course_of(worker.recipe.train, examples=portions(data, report.train.used_by_source))
     refuse_endless_warm_up(course, warmup_steps=worker.recipe.train.warmup_steps)
     _refuse_undrawn_source(course, report)
-    report = report.model_copy(update={"preview": _pictured(train, data, tokenizer)})
+    lengths = encoded["train"].lengths
+    others = candidates(lengths, chosen=limit.tokens, positions=positions)
+    report = report.model_copy(update={"preview": _pictured(train, data, tokenizer), "candidates": tuple(others)})
     _log(report, course)
     return Dataset(train=train, validation=validation, report=report, notes=notes)
 

@@ -14,6 +14,8 @@ from job.core.report import Report
 from job.core.verdict import NOTHING_BETTER, Verdict, judge
 from job.edge.run.checkpoints import Checkpoint
 from job.render.card import Card, adapter_card
+from job.render.page.finished import report_html
+from job.render.page.writing import REPORT_HTML
 from job.render.pictures import draw
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
@@ -81,6 +83,9 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World 
             with attempt.not_at_the_cost_of_the_run(name):
                 artifacts.publish(name, picture)
         report = report.model_copy(update={"notes": notes(attempt, facts)})  # with what was not written just now
+        with attempt.not_at_the_cost_of_the_run(REPORT_HTML):
+            artifacts.publish(REPORT_HTML, report_html(report))
+        report = report.model_copy(update={"notes": notes(attempt, facts)})
         artifacts.publish_report(report.model_dump_json(indent=2).encode() + b"\n")
     shutil.rmtree(folder, ignore_errors=True)
     return report

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from job.core.ended import WITHOUT_A_WORD
+from job.core.held_out import Answer, exact_match, held_out, loss_of_example
 from job.core.recipe import Recipe
 from job.core.report import (
     AdapterFile,
     AdapterReport,
-    Answer,
     AttemptReport,
     EvaluationReport,
-    ExactMatch,
     ModelReport,
     PlanReport,
     Report,
@@ -59,7 +58,7 @@ def assemble_report(
         proven_loss: validation loss of the published adapter.
         tuned: the tuned model's answers, in the order of the run's questions.
     """
-    answers = _answers(facts, tuned)
+    answers = _answers(inputs, facts, tuned, chosen=verdict.sweet_spot_step)
     return Report(
         run_id=inputs.artifacts.run_id,
         run_uri=inputs.artifacts.uri,
@@ -72,8 +71,11 @@ def assemble_report(
         curve=_curve(inputs, facts),
         evaluations=_evaluations(inputs, facts),
         sweet_spot=_sweet_spot(attempt.worker.recipe, facts, verdict),
-        exact_match=_exact_match(answers),
+        exact_match=exact_match(answers),
         answers=tuple(answers),
+        held_out=held_out(
+            facts.progress.evaluations, chosen=verdict.sweet_spot_step, where=inputs.dataset.validation.where
+        ),
         adapter=AdapterReport(
             uri=f"{inputs.artifacts.uri}/adapter",
             files={name: AdapterFile(size=f.size, sha256=f.sha256) for name, f in files.items()},
@@ -220,23 +222,16 @@ def _sweet_spot(recipe: Recipe, facts: TrainingFacts, verdict: Verdict) -> Sweet
     )
 
 
-def _answers(facts: TrainingFacts, tuned: Sequence[str]) -> list[Answer]:
-    base = facts.progress.base_answers or []
-    return [
-        Answer(prompt=q.prompt, expected=q.expected, base=b, tuned=t)
-        for q, b, t in zip(facts.questions, base, tuned, strict=True)
-    ]
-
-
-def _exact_match(answers: Sequence[Answer]) -> ExactMatch | None:
-    asked = [a for a in answers if a.expected is not None]
-    if not asked:
-        return None
-    return ExactMatch(
-        examples=len(asked),
-        base=sum(a.base == a.expected for a in asked) / len(asked),
-        tuned=sum(a.tuned == a.expected for a in asked) / len(asked),
-    )
+def _answers(inputs: Inputs, facts: TrainingFacts, tuned: Sequence[str], *, chosen: int) -> list[Answer]:
+    answers, evaluations, where = [], facts.progress.evaluations, inputs.dataset.validation.where
+    for q, b, t in zip(facts.questions, facts.progress.base_answers or [], tuned, strict=True):
+        answer = Answer(prompt=q.prompt, expected=q.expected, base=b, tuned=t)
+        if q.document is not None:
+            losses = [loss_of_example(evaluations[step], q.document) for step in (0, chosen)]
+            found = {"where": where(q.document), "base_loss": losses[0], "tuned_loss": losses[1]}
+            answer = answer.model_copy(update=found)
+        answers.append(answer)
+    return answers
 
 
 def _attempts(inputs: Inputs, facts: TrainingFacts) -> tuple[AttemptReport, ...]:
@@ -252,21 +247,39 @@ def _attempts(inputs: Inputs, facts: TrainingFacts) -> tuple[AttemptReport, ...]
                 "from_step": facts.resumed.checkpoint.step if facts.resumed.checkpoint else 0,
                 "last_committed_step": facts.progress.step,
             }
-        reports.append(
-            AttemptReport(
-                number=known["number"],
-                started=known.get("started") or "",
-                ended=end.get("ended"),
-                host=known.get("host") or "",
-                device=device_name(inputs.device) if mine else end.get("device"),
-                exit_code=end.get("exit_code"),
-                reason=end.get("reason") or WITHOUT_A_WORD,
-                from_step=end.get("from_step"),
-                last_committed_step=end.get("last_committed_step"),
-                passed_over=facts.resumed.passed_over if mine else (),
-            )
-        )
+        device, passed_over = (device_name(inputs.device), facts.resumed.passed_over) if mine else (None, ())
+        reports.append(attempt_report(known, end, device=device, passed_over=passed_over))
     return tuple(reports)
+
+
+def attempt_report(
+    known: Mapping[str, Any],
+    end: Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    passed_over: tuple[dict[str, str], ...] = (),
+) -> AttemptReport:
+    """One attempt as its records have it.
+
+    Args:
+        known: its record.
+        end: how it ended; None: as its record says.
+        device: its own; None: as its end's record says.
+        passed_over: checkpoints that did not verify.
+    """
+    ended = (known["end"] or {}) if end is None else end
+    return AttemptReport(
+        number=known["number"],
+        started=known.get("started") or "",
+        ended=ended.get("ended"),
+        host=known.get("host") or "",
+        device=device or ended.get("device"),
+        exit_code=ended.get("exit_code"),
+        reason=ended.get("reason") or WITHOUT_A_WORD,
+        from_step=ended.get("from_step"),
+        last_committed_step=ended.get("last_committed_step"),
+        passed_over=passed_over,
+    )
 
 
 def _versions() -> dict[str, str]:

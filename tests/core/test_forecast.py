@@ -8,8 +8,9 @@ from llama_2_7b import LLAMA_2_7B, WORK
 
 from job.core.course import plan_course
 from job.core.errors import CannotFitError, UsageError
-from job.core.forecast import ask_for, candidates, flops_per_token, forecast, trained_tokens
+from job.core.forecast import ask_for, flops_per_token, forecast, trained_tokens
 from job.core.gpus import GPUS, gpu_named
+from job.core.lengths import candidates
 
 
 def test_the_work_of_a_token_is_counted_as_when_it_was_measured():

@@ -7,8 +7,9 @@ import pytest
 from llama_2_7b import WORK
 from report_fixtures import DATA
 
-from job.core.forecast import candidates, forecast
+from job.core.forecast import forecast
 from job.core.gpus import Gpu, gpu_named
+from job.core.lengths import candidates
 from job.core.plan_json import plan_json
 from job.core.scaling import ALONE, cluster_of
 

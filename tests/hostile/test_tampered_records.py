@@ -13,10 +13,13 @@ from tampering import documents
 from job.commands.report import look_at, open_run
 from job.core.errors import DataError, NotFoundError, RunConflictError
 from job.core.history import repeated_failure, stopped_in_vain
+from job.core.next_steps import next_steps
 from job.core.recipe_text import load_recipe
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.directory import DirectoryStore
 from job.edge.store.objects import StoreSettings
+from job.render.page.finished import report_html
+from job.render.page.several import several_html
 from job.render.pictures import draw
 from job.render.report_text import report_lines
 from job.render.runs_table import runs_table
@@ -160,8 +163,11 @@ def finished(tmp_path_factory, base):
         lambda uri: report_lines(open_run(uri)[1]),
         lambda uri: runs_table([look_at(uri), look_at(uri)]),
         pytest.param(lambda uri: draw(open_run(uri)[1]), marks=pytest.mark.hostile),
+        pytest.param(lambda uri: report_html(open_run(uri)[1]), marks=pytest.mark.hostile),
+        pytest.param(lambda uri: several_html([look_at(uri), look_at(uri)]), marks=pytest.mark.hostile),
+        lambda uri: next_steps(open_run(uri)[1]),
     ],
-    ids=["text", "table", "pictures"],
+    ids=["text", "table", "pictures", "page", "page of several", "what to do next"],
 )
 def test_whatever_a_report_says_it_is_shown_or_refused(finished, look, often):
     path = finished.only_run() / "report.json"

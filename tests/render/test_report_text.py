@@ -1,6 +1,6 @@
 """The report for people: what a terminal shows."""
 
-from job.core.report import Answer
+from job.core.held_out import Answer
 from job.render.report_text import histogram_lines, report_lines
 
 
@@ -37,6 +37,16 @@ def test_notes_and_left_out_lines_are_told(report):
     assert "note               the store has no conditional writes" in text
     assert "wrong lines left out 1, duplicates 2, too long and dropped 1" in text
     assert "held out and trained on" not in text
+
+
+def test_what_to_do_next_is_told_below_the_notes(report):
+    lines = report_lines(report)
+    told = [line for line in lines if line.startswith("what next")]
+
+    assert told[-1] == (
+        'what next          wrong lines were left out (1): mend them, the first is train.jsonl:17 ("text" is missing)'
+    )
+    assert lines.index(told[0]) > lines.index("note               the store has no conditional writes")
 
 
 def test_attempts_are_told_when_there_was_more_than_one(report):

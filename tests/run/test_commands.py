@@ -186,11 +186,11 @@ def test_plan_refuses_a_gpu_that_cannot(job, gpu, code, told):
     assert told in ended.outcome["reason"]
 
 
-def test_report_shows_a_run_and_leaves_both_pictures(finished, tmp_path):
+def test_report_shows_a_run_and_leaves_both_pictures_and_the_page(finished, tmp_path):
     job, _ended = finished
     run = shutil.copytree(job.only_run(), tmp_path / "runs" / "copy")
     pictures = ("lengths.png", "loss.png")
-    for name in pictures:
+    for name in (*pictures, "report.html"):
         (run / name).unlink()
     ended = call("report", f"file://{run}")
     assert ended.code == 0
@@ -203,6 +203,8 @@ def test_report_shows_a_run_and_leaves_both_pictures(finished, tmp_path):
         content = (run / name).read_bytes()
         assert content.startswith(b"\x89PNG")
         assert struct.unpack(">II", content[16:24]) == (1080, 600)
+    assert f"page: file://{run}/report.html" in ended.stdout
+    assert (run / "report.html").read_bytes() == (job.only_run() / "report.html").read_bytes()
 
 
 @pytest.mark.parametrize("uri", ["file:///nowhere/runs/x", "file:///nowhere", "somewhere"])

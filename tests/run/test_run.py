@@ -64,8 +64,8 @@ def test_the_report_is_valid_against_its_own_schema_and_is_written_last(finished
     Report.model_validate(report)
     times = {path: path.stat().st_mtime_ns for path in job.only_run().rglob("*") if path.is_file()}
     after = {path.name for path, time in times.items() if time > times[job.only_run() / "report.json"]}
-    # They tell of the commit, and that nobody works on it any more; the command `report` draws the pictures anew.
-    assert after - {"lengths.png", "loss.png"} == {"01-end.json", "lock.json"}
+    # They tell of the commit, and that nobody works on it any more; the command `report` makes what people see anew.
+    assert after - {"lengths.png", "loss.png", "report.html"} == {"01-end.json", "lock.json"}
 
 
 def test_it_has_learned_and_the_report_says_from_what_to_what(finished):
@@ -125,7 +125,7 @@ def test_nothing_temporary_is_left_in_store_or_work_folder(finished):
     assert "step-000030-a01" in steps
     fixed = ["adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
     fixed += ["attempts/01-end.json", "attempts/01.json", "latest.json", "lengths.png", "lock.json", "loss.png"]
-    fixed += ["report.json", "run.json"]
+    fixed += ["report.html", "report.json", "run.json"]
     assert [key for key in objects(run) if not key.startswith("checkpoints/")] == fixed
     assert all((run / "checkpoints" / step / "MANIFEST.json").exists() for step in steps)
     kept = [job.workdir / "models/quantised", job.workdir / "cache/encoded"]

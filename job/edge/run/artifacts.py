@@ -6,6 +6,7 @@ runs/{run_id}/checkpoints/step-000050-a01/...       the state after a step, comm
 runs/{run_id}/lock.json                             who works on it now
 runs/{run_id}/latest.json                           a hint for people
 runs/{run_id}/adapter/...                           the chosen adapter
+runs/{run_id}/report.html, *.png                    for people, made of the report
 runs/{run_id}/report.json                           last of all: the run is done
 
 Before each write that counts the attempt looks whether the lock is still its own, and the write itself is on condition

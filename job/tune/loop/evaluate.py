@@ -104,6 +104,8 @@ class Question:
     expected: str | None
     ends: tuple[int, ...] = ()
     """Tokens that end the answer, beside the tokenizer's end of sequence: a chat's end of turn."""
+    document: int | None = None
+    """Which held-out document asks it; None for a prompt of the recipe."""
 
 
 def questions_of_prompts(
@@ -153,6 +155,7 @@ def questions_of_documents(
                 prompt=tokenizer.decode(ids[:start], skip_special_tokens=True),
                 expected=tokenizer.decode(ids[start:end], skip_special_tokens=True).strip(),
                 ends=tuple({ids[end - 1]} & control),
+                document=document,
             )
         )
     return questions

@@ -150,7 +150,9 @@ def test_questions_come_from_prompts_and_from_held_out_documents(tokenizer, tmp_
     assert [(q.prompt, q.expected) for q in found] == [("cd", "ef"), ("ab", "gh")]
     cut = documents_of(tmp_path, tokenizer, [("ab", "cdefghijkl"), *pairs], max_length=8)
     assert cut.truncated == 1
-    assert questions_of_documents(cut, tokenizer, most=2) == found
+    asked = questions_of_documents(cut, tokenizer, most=2)
+    assert [(q.ids, q.expected) for q in asked] == [(q.ids, q.expected) for q in found]
+    assert [[q.document for q in each] for each in (found, asked)] == [[0, 1], [1, 2]]
     [asked] = questions_of_prompts(["cd"], token_rules(tokenizer, PAIR))
     assert (asked.ids, asked.prompt, asked.expected) == ((1, 5, 6), "cd", None)
 

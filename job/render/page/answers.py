@@ -1,0 +1,52 @@
+"""Answers of base and tuned model side by side: the wrong ones first, and among them those that became worse."""
+
+from collections.abc import Sequence
+
+from job.core.held_out import Answer
+from job.render.page.blocks import Answers, Chapter, Room, ShownAnswer, Words
+
+_AT_ONCE, _MOST_AT_ONCE = 6, 12
+"""Answers that are seen without asking; more where they are wrong."""
+_ORDER = {"asked": 0, "wrong": 1, "right": 2}
+
+
+def answers_chapter(answers: Sequence[Answer], room: Room) -> Chapter:
+    """At most as many as there is room for."""
+    if not answers:
+        said = "Nothing was asked: evaluate.prompts and evaluate.answers say what both models answer."
+        return Chapter(anchor="answers", name="Answers", blocks=[Words(text=said)])
+    ordered = sorted(answers, key=lambda each: (_ORDER[_state(each)], -_change(each)))
+    shown = [_shown(each, room) for each in ordered[: room.answers]]
+    at_once = max(_AT_ONCE, sum(each.state != "right" for each in shown[:_MOST_AT_ONCE]))
+    right = sum(_state(each) == "right" for each in answers)
+    expected = sum(each.expected is not None for each in answers)
+    said = "The recipe's own prompts come first; then the wrong answers, those whose loss rose most before the others."
+    counted = f" {right:,} of {expected:,} expected answers came word for word." if expected else ""
+    block = Answers(answers=shown[:at_once], folded=shown[at_once:], left_out=len(answers) - len(shown))
+    return Chapter(anchor="answers", name="Answers", blocks=[Words(text=said + counted), block])
+
+
+def _state(answer: Answer) -> str:
+    if answer.expected is None:
+        return "asked"
+    return "right" if answer.tuned == answer.expected else "wrong"
+
+
+def _change(answer: Answer) -> float:
+    if answer.base_loss is None or answer.tuned_loss is None:
+        return 0.0
+    return answer.tuned_loss - answer.base_loss
+
+
+def _shown(answer: Answer, room: Room) -> ShownAnswer:
+    figures = [room.cut(answer.where)] if answer.where is not None else []
+    if answer.base_loss is not None and answer.tuned_loss is not None:
+        figures.append(f"loss {answer.base_loss:.4f} → {answer.tuned_loss:.4f}")
+    return ShownAnswer(
+        prompt=room.cut(answer.prompt),
+        expected=None if answer.expected is None else room.cut(answer.expected),
+        base=room.cut(answer.base),
+        tuned=room.cut(answer.tuned),
+        state=_state(answer),
+        figures=", ".join(figures),
+    )

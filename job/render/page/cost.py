@@ -1,0 +1,104 @@
+"""What a run took: time over all attempts and how much of it was useful, speed, the way to the first step."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from job.core.lines import worth_naming
+from job.core.report import AttemptReport, Report
+from job.render.page.blocks import Block, Chapter, Facts, Room, Table
+
+_HOUR = 3600
+
+
+def cost_chapter(report: Report, room: Room) -> Chapter:
+    """All of it."""
+    speed = report.throughput
+    facts = {
+        "device": room.cut(report.device),
+        **_hours(report),
+        "speed": f"{speed.tokens_per_second:,.0f} real tokens a second, median step {speed.step_seconds_median:.3g} s",
+        "trained on": f"{speed.tokens:,} real tokens in {speed.seconds:,.0f} s",
+        "peak memory": _memory(report),
+        "engine": room.cut(f"{report.plan.engine}: {report.plan.engine_reason}".removesuffix(": ")),
+        "micro-batch": room.cut(f"{report.plan.micro_batch_tokens:,} tokens; {report.plan.reason}".removesuffix("; ")),
+    }
+    blocks: list[Block] = [Facts(facts=facts)]
+    if report.start is not None:
+        name = f"The way to the first step, {_seconds(report.start.seconds)}"
+        blocks.append(_parts(name, report.start.spent, room))
+    blocks.append(_parts("This attempt's time", speed.phase_seconds, room))
+    blocks.append(attempts_table(report.attempts, room))
+    return Chapter(anchor="cost", name="Cost", blocks=blocks)
+
+
+def _hours(report: Report) -> dict[str, str]:
+    took = [seconds for each in report.attempts if (seconds := _took(each)) is not None]
+    if not took or sum(took) <= 0:
+        return {}
+    silent = len(report.attempts) - len(took)
+    without = f"; {silent} more left no word of their end" if silent else ""
+    named = "1 attempt" if len(took) == 1 else f"{len(took):,} attempts"
+    shown = {"time on the device": f"{_seconds(sum(took))} in {named}{without}"}
+    share = report.throughput.seconds / sum(took)
+    if not silent and share <= 1:
+        shown["useful of it"] = f"{share:.0%} in training steps (goodput)"
+    return shown
+
+
+def _took(attempt: AttemptReport) -> float | None:
+    began, ended = _moment(attempt.started), _moment(attempt.ended)
+    return None if began is None or ended is None else max(0.0, (ended - began).total_seconds())
+
+
+def _moment(text: str | None) -> datetime | None:
+    try:
+        moment = None if text is None else datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _memory(report: Report) -> str:
+    predicted = report.plan.predicted_peak_bytes
+    planned = "" if predicted is None else f", {predicted / 2**30:.2f} GiB planned"
+    return f"{report.throughput.peak_memory_bytes / 2**30:.2f} GiB{planned}"
+
+
+def _parts(name: str, spent: Mapping[str, float], room: Room) -> Block:
+    """The longest first."""
+    total = sum(spent.values())
+    parts = worth_naming(spent)
+    shown = [*parts.items()][: room.rows]
+    rows = [(room.cut(part), _seconds(took), f"{took / total:.0%}" if total > 0 else "-") for part, took in shown]
+    return Table(caption=name, head=("phase", "time", "share"), rows=rows, left_out=len(parts) - len(shown))
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= _HOUR:
+        return f"{seconds / _HOUR:,.2f} h"
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.1f} s"  # noqa: PLR2004 - beyond it tenths say nothing
+
+
+def attempts_table(attempts: Sequence[AttemptReport], room: Room) -> Table:
+    """Who worked on the run and why each ended; the last ones where there is no room for all."""
+    shown = attempts[-room.rows :]
+    rows = [
+        (
+            f"{each.number}",
+            room.cut(each.started[:19].replace("T", " ")),
+            "-" if (took := _took(each)) is None else _seconds(took),
+            room.cut(each.host),
+            _steps(each),
+            "-" if each.exit_code is None else str(each.exit_code),
+            room.cut(each.reason),
+        )
+        for each in shown
+    ]
+    head = ("attempt", "started (UTC)", "took", "host", "steps", "exit", "why it ended")
+    return Table(caption="Attempts", head=head, rows=rows, words=(1, 3, 6), left_out=len(attempts) - len(shown))
+
+
+def _steps(attempt: AttemptReport) -> str:
+    if attempt.from_step is None or attempt.last_committed_step is None:
+        return "-"
+    return f"{attempt.from_step:,} to {attempt.last_committed_step:,}"

@@ -1,0 +1,85 @@
+"""What is looked up later: how the adapter is used, what it was made of, the recipe as it was run."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from job.core.recipe import is_hub_id
+from job.core.report import Report
+from job.render.page.blocks import Block, Chapter, Code, Facts, Fold, Listing, Room, Table, Words, cut
+
+
+def facts_chapters(report: Report, room: Room) -> list[Chapter]:
+    """The last chapters."""
+    return [
+        Chapter(anchor="use", name="How to use it", blocks=_use(report, room)),
+        Chapter(anchor="made-of", name="What it was made of", blocks=_made_of(report, room)),
+        Chapter(anchor="recipe", name="Recipe", blocks=recipe_blocks(report.recipe, room)),
+    ]
+
+
+def _use(report: Report, room: Room) -> list[Block]:
+    base = report.model.base
+    revision = f", revision={json.dumps(report.model.revision)}" if is_hub_id(base) else ""
+    auto_class = "AutoModelForImageTextToText" if report.model.left_out is not None else "AutoModelForCausalLM"
+    asked = f"python entrypoint.py try {shlex.quote(report.run_uri)} --prompt '...'"
+    loaded = f"""import torch
+from peft import PeftModel
+from transformers import {auto_class}, BitsAndBytesConfig
+
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                         bnb_4bit_compute_dtype=torch.bfloat16)
+base = {auto_class}.from_pretrained({json.dumps(base)}, dtype=torch.bfloat16, quantization_config=nf4{revision})
+model = PeftModel.from_pretrained(base, "adapter")  # the folder below, on this machine"""
+    return [
+        Facts(facts={"adapter": room.cut(report.adapter.uri), "proven": _proven(report)}),
+        Code(name="Ask it and its base, side by side:", text=cut(asked, room.recipe)),
+        Code(name="Load it in Python:", text=cut(loaded, room.recipe)),
+    ]
+
+
+def _proven(report: Report) -> str:
+    adapter = report.adapter
+    return (
+        f"downloaded again and loaded by PEFT on a fresh 4-bit base it has validation loss {adapter.proven_loss:.4f}; "
+        f"training measured {adapter.reported_loss:.4f}"
+    )
+
+
+def _made_of(report: Report, room: Room) -> list[Block]:
+    model = report.model
+    facts = {
+        "base": model.base,
+        "revision": model.revision,
+        "licence": model.licence or "not known; look at the base model",
+        "architecture": model.architecture,
+        "read as": model.quantisation,
+        "trained": f"{model.trainable_parameters:,} of {model.total_parameters:,} parameters",
+        "run": report.run_uri,
+        "resumed": "to the bit as without an interruption" if report.resume_exact else "not to the bit: see the notes",
+    }
+    if model.left_out is not None:
+        facts["left out"] = model.left_out
+    blocks: list[Block] = [Facts(facts={name: room.cut(fact) for name, fact in facts.items()})]
+    if report.notes:
+        notes = [room.cut(note) for note in report.notes[: room.rows]]
+        blocks += [Words(text="Notes:"), Listing(items=notes, left_out=len(report.notes) - len(notes))]
+    hashes = [
+        (each.uri, each.size, each.sha256) for each in (*report.data.train.objects, *report.data.validation.objects)
+    ]
+    hashes += [(f"adapter/{name}", file.size, file.sha256) for name, file in report.adapter.files.items()]
+    rows = [(room.cut(uri), f"{size:,}", room.cut(sha256)) for uri, size, sha256 in hashes[: room.rows]]
+    head = ("object", "bytes", "sha256")
+    table = Table(caption="Data and adapter", head=head, rows=rows, words=(0, 2), left_out=len(hashes) - len(rows))
+    versions = [*report.versions.items()][: room.rows]
+    shown = Facts(facts={room.cut(name): room.cut(version) for name, version in versions})
+    return [*blocks, Fold(name="Hashes", blocks=[table]), Fold(name="Versions", blocks=[shown])]
+
+
+def recipe_blocks(recipe: Mapping[str, Any], room: Room) -> list[Block]:
+    """The recipe as it was run, folded."""
+    text = yaml.safe_dump(dict(recipe), allow_unicode=True, sort_keys=False, width=100)
+    return [Fold(name="The recipe as it was run", blocks=[Code(name="YAML", text=cut(text, room.recipe))])]

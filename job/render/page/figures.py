@@ -1,0 +1,368 @@
+"""Draws what a page shows, as SVG within it: in the page's own colours, and without any text of strangers."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from job.core.held_out import HeldOut
+from job.core.report import EvaluationReport, Report, SweetSpot, TrainingCurve
+from job.core.report_data import Histogram
+from job.render.pictures import plain_numbers, top_of
+
+_SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+_COLOURS = {
+    "blue": "#2a6f97",
+    "orange": "#e07a1f",
+    "red": "#b5172f",
+    "grey": "#6b7078",
+    "pale": "#e4e6e9",
+    "green": "#2e8b57",
+}
+"""Drawn with these; in the page each is its variable, which has another value in the dark."""
+_INCHES, _WIDE = (6.2, 3.6), (10.5, 3.9)
+_LOG_FROM = 20
+"""Times the lowest loss: from there on the highest one would leave the others no height."""
+_MOST_POINTS = 200
+"""Of a curve: more are noise to the eye, and 50,000 steps would be a page of their own."""
+_MOST_BINS, _MOST_DOTS, _MOST_RUNS = 60, 500, 6
+_LINES = ("blue", "orange", "green", "red", "grey", "blue")
+_DASHES = ("-", "--", "-", ":", "-.", ":")
+
+
+def losses(
+    curve: TrainingCurve,
+    judged: Sequence[EvaluationReport],
+    spot: SweetSpot | None,
+    *,
+    plus_minus: Sequence[float | None] = (),
+) -> Markup:
+    """Training and validation loss, with the step that was chosen.
+
+    Args:
+        curve: of the training.
+        judged: the evaluations.
+        spot: the chosen step; None: none was chosen yet.
+        plus_minus: for each evaluation half of its interval; empty: not known.
+    """
+
+    def draw(axes: Any) -> None:
+        steps, means, low, high = _binned(curve.loss)
+        if len(steps) < len(curve.loss):
+            axes.fill_between(steps, low, high, color=_COLOURS["grey"], alpha=0.25, linewidth=0)
+        label = "training" if len(steps) == len(curve.loss) else "training, means and range"
+        if len(steps):
+            axes.plot(steps, means, color=_COLOURS["grey"], linewidth=1, label=label)
+        seen = _some(judged)
+        at, loss = [e.step for e in seen], np.array([e.loss for e in seen])
+        if plus_minus:
+            by_step = {e.step: around or 0.0 for e, around in zip(judged, plus_minus, strict=True)}
+            around = np.array([by_step[step] for step in at])
+            axes.fill_between(at, loss - around, loss + around, color=_COLOURS["blue"], alpha=0.2, linewidth=0)
+        axes.plot(at, loss, color=_COLOURS["blue"], marker="o", markersize=3.5, linewidth=1.8, label="validation")
+        if spot is not None:
+            _mark(axes, spot)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss, nats a target token")
+        _scale(axes, [e.loss for e in judged], curve.loss)
+        axes.legend(frameon=False, loc="best")
+
+    return _svg("losses", draw, _of_losses(curve, judged, spot), inches=_WIDE)
+
+
+def _scale(axes: Any, judged: Sequence[float], trained: Sequence[float]) -> None:
+    """The axis of losses; a logarithmic one where they differ much."""
+    lowest = min([*judged, *trained], default=0.0)
+    top = top_of(judged, trained)
+    plain_numbers(axes)
+    if lowest > 0 and top / lowest > _LOG_FROM:
+        _logarithmic(axes, axes.yaxis)
+        axes.set_ylim(lowest / 1.3, top * 1.3)
+    else:
+        axes.set_ylim(0, top)
+
+
+def _logarithmic(axes: Any, *which: Any) -> None:
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    for axis in which:
+        (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _mark(axes: Any, spot: SweetSpot) -> None:
+    label = f"chosen: step {spot.step:,}"
+    axes.plot(
+        [spot.step], [spot.loss], color=_COLOURS["orange"], marker="*", markersize=13, linestyle="none", label=label
+    )
+    if spot.overfitting_from_step is not None:
+        axes.axvline(
+            spot.overfitting_from_step, color=_COLOURS["red"], linestyle="--", linewidth=1.2, label="overfitting"
+        )
+
+
+def _of_losses(curve: TrainingCurve, judged: Sequence[EvaluationReport], spot: SweetSpot | None) -> str:
+    said = [
+        f"Validation loss: {_ends([e.loss for e in judged], judged[0].step, judged[-1].step)}."
+        if judged
+        else "No evaluation yet."
+    ]
+    if curve.loss:
+        said.append(f"Training loss: {_ends(curve.loss, 1, len(curve.loss))}.")
+    if spot is not None:
+        said.append(f"Step {spot.step} was chosen, with {spot.loss:.4g}.")
+    return " ".join(said)
+
+
+def _ends(values: Sequence[float], first: int, last: int) -> str:
+    return f"from {values[0]:.4g} at step {first:,} to {values[-1]:.4g} at step {last:,}"
+
+
+def by_step(name: str, values: Sequence[float], *, says: str) -> Markup:
+    """One value of each step.
+
+    Args:
+        name: of the picture in the page.
+        values: from step 1 on.
+        says: what the values are.
+    """
+
+    def draw(axes: Any) -> None:
+        steps, means, low, high = _binned(values)
+        if len(steps) < len(values):
+            axes.fill_between(steps, low, high, color=_COLOURS["blue"], alpha=0.25, linewidth=0)
+        axes.plot(steps, means, color=_COLOURS["blue"], linewidth=1.4)
+        axes.set_xlabel("step")
+        axes.set_ylabel(says)
+        axes.set_ylim(0, _ceiling(values))
+        plain_numbers(axes)
+        axes.yaxis.set_major_formatter("{x:g}")
+
+    last = _ends(values, 1, len(values)) if values else "no step yet"
+    return _svg(name, draw, f"{says.capitalize()}: {last}; highest {max(values, default=0.0):.3g}.")
+
+
+def lengths(histogram: Histogram, *, max_length: int) -> Markup:
+    """How long the training examples are, before the cut."""
+    edges, counts = _merged(histogram)
+
+    def draw(axes: Any) -> None:
+        axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=_COLOURS["blue"], linewidth=0)
+        axes.axvline(max_length, color=_COLOURS["red"], linewidth=1.5, label=f"max_length {max_length:,}")
+        axes.set_xlabel("tokens of a training example")
+        axes.set_ylabel("examples")
+        axes.set_xlim(0, max(float(edges[-1]), float(max_length)) * 1.03)
+        plain_numbers(axes)
+        axes.legend(frameon=False, loc="best")
+
+    most = int(np.argmax(counts)) if len(counts) else 0
+    ends = edges[most], edges[min(most + 1, len(edges) - 1)]
+    says = f"From {edges[0]:,} to {edges[-1]:,} tokens; most examples have {ends[0]:,} to {ends[1]:,}."
+    return _svg("lengths", draw, f"{says} max_length is {max_length:,}.")
+
+
+def examples(found: HeldOut) -> Markup:
+    """The loss of each held-out example before training and at the chosen step."""
+    some = [i * len(found.base) // _MOST_DOTS for i in range(_MOST_DOTS)]
+    chosen = range(len(found.base)) if len(found.base) <= _MOST_DOTS else some
+    base, tuned = (np.array([side[i] for i in chosen]) for side in (found.base, found.tuned))
+
+    def draw(axes: Any) -> None:
+        every = np.concatenate([base, tuned, [1.0] if not len(base) else []])
+        least, most = float(every.min()), float(every.max())
+        if least > 0 and most / least > _LOG_FROM:
+            _logarithmic(axes, axes.xaxis, axes.yaxis)
+        else:
+            least = 0.0
+        axes.plot([least, most], [least, most], color=_COLOURS["grey"], linestyle="--", linewidth=1, label="no change")
+        axes.plot(
+            base,
+            tuned,
+            color=_COLOURS["blue"],
+            marker="o",
+            markersize=3,
+            linestyle="none",
+            alpha=0.5,
+            label="an example",
+        )
+        far = found.outliers
+        if far:
+            axes.plot(
+                [e.base for e in far],
+                [e.tuned for e in far],
+                color=_COLOURS["orange"],
+                marker="D",
+                markersize=5,
+                linestyle="none",
+                label="far from the others",
+            )
+        axes.set_xlabel("loss of the base")
+        axes.set_ylabel("loss at the chosen step")
+        axes.legend(frameon=False, loc="best")
+
+    return _svg(
+        "examples",
+        draw,
+        f"{found.examples:,} held-out examples: the loss of {found.worse:,} has risen; {found.outliers_in_all:,} lie "
+        "far from the others.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLine:
+    """One run of several, in a picture."""
+
+    number: int
+    """As the table has it."""
+    report: Report
+
+
+def several(runs: Sequence[RunLine]) -> tuple[Markup, int]:
+    """The validation losses of the first runs laid over each other, and how many are not drawn."""
+    drawn = runs[:_MOST_RUNS]
+
+    def draw(axes: Any) -> None:
+        for place, run in enumerate(drawn):
+            seen = _some(run.report.evaluations)
+            axes.plot(
+                [e.step for e in seen],
+                [e.loss for e in seen],
+                color=_COLOURS[_LINES[place]],
+                linestyle=_DASHES[place],
+                marker="o",
+                markersize=3,
+                linewidth=1.6,
+                label=f"run {run.number}",
+            )
+        axes.set_xlabel("step")
+        axes.set_ylabel("validation loss, nats a target token")
+        _scale(axes, [e.loss for run in drawn for e in run.report.evaluations], ())
+        axes.legend(frameon=False, loc="best")
+
+    said = [
+        f"run {run.number} from {run.report.sweet_spot.base_loss:.4g} to {run.report.sweet_spot.loss:.4g}"
+        for run in drawn
+    ]
+    says = f"Validation loss: {', '.join(said)}."
+    return _svg("several", draw, says, inches=_WIDE), len(runs) - len(drawn)
+
+
+def _some(judged: Sequence[EvaluationReport]) -> list[EvaluationReport]:
+    """The evaluations, or as many as are seen apart; the first and the last among them."""
+    if len(judged) <= _MOST_POINTS:
+        return list(judged)
+    return [judged[i * (len(judged) - 1) // (_MOST_POINTS - 1)] for i in range(_MOST_POINTS)]
+
+
+Floats = NDArray[np.float64]
+
+
+def _binned(values: Sequence[float]) -> tuple[Floats, Floats, Floats, Floats]:
+    """Steps with the mean, the lowest and the highest value of as many as stand for one point."""
+    found = np.asarray(values, dtype=np.float64)
+    if len(found) <= _MOST_POINTS:
+        steps = np.arange(1, len(found) + 1, dtype=np.float64)
+        return steps, found, found, found
+    starts = np.arange(_MOST_POINTS) * len(found) // _MOST_POINTS
+    counts = np.diff(np.append(starts, len(found)))
+    means = np.add.reduceat(found, starts) / counts
+    return starts + (counts + 1) / 2, means, np.minimum.reduceat(found, starts), np.maximum.reduceat(found, starts)
+
+
+def _ceiling(values: Sequence[float]) -> float:
+    """Above what is usual, so that one value far out does not flatten the others."""
+    if not values:
+        return 1.0
+    usual = 3 * float(np.percentile(values, 99))
+    return 1.05 * min(max(values), usual) or 1.0
+
+
+def _merged(histogram: Histogram) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    edges, counts = np.asarray(histogram.edges, dtype=np.int64), np.asarray(histogram.counts, dtype=np.int64)
+    together = -(-len(counts) // _MOST_BINS)
+    if together <= 1:
+        return edges, counts
+    starts = np.arange(0, len(counts), together)
+    return np.append(edges[starts], edges[-1]), np.add.reduceat(counts, starts)
+
+
+# --- from matplotlib into the page ------------------------------------------------------------------------------------
+
+
+def _svg(name: str, draw_on: Callable[[Any], None], says: str, *, inches: tuple[float, float] = _INCHES) -> Markup:
+    """A drawing as an element of the page, with what it shows for who cannot see it."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "path.simplify": True}
+    for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+        settings[part] = _COLOURS["grey"]
+    written = io.BytesIO()
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=inches, layout="constrained")
+        FigureCanvasSVG(figure)
+        figure.patch.set_visible(False)
+        axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=_COLOURS["pale"], linewidth=0.8)
+        axes.set_axisbelow(True)
+        draw_on(axes)
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _as_part(written.getvalue(), name, says)
+
+
+def _as_part(drawing: bytes, name: str, says: str) -> Markup:
+    root = ET.fromstring(drawing)  # noqa: S314 - matplotlib has just written it
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in {f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"}:
+                parent.remove(child)
+    _rename(root, f"{name}-")
+    for element in root.iter():
+        for attribute in ("style", "fill", "stroke"):
+            if attribute in element.attrib:
+                element.set(attribute, _in_page_s_colours(element.attrib[attribute]))
+        for attribute in ("d", "x", "y", "transform", "width", "height"):
+            if attribute in element.attrib:
+                element.set(
+                    attribute,
+                    re.sub(r"-?\d+\.\d{2,}", lambda found: f"{float(found[0]):.1f}", element.attrib[attribute]),
+                )
+    for attribute in ("width", "height", "version"):
+        root.attrib.pop(attribute, None)
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{name}-says")
+    title = ET.Element(f"{{{_SVG}}}title", {"id": f"{name}-says"})
+    title.text = says
+    root.insert(0, title)
+    ET.register_namespace("", _SVG)
+    ET.register_namespace("xlink", _LINK)
+    return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704 - as it was read, and what was put in is escaped
+
+
+def _rename(root: ET.Element, prefix: str) -> None:
+    """Names that are referred to are this picture's own; the others go."""
+    text = " ".join(value for element in root.iter() for name, value in element.attrib.items() if name != "id")
+    used = {*re.findall(r"#([\w-]+)", text)}
+    for element in root.iter():
+        own = element.attrib.pop("id", "")
+        if own in used:
+            element.set("id", prefix + own)
+        for name, value in element.attrib.items():
+            if "#" in value and ("url(" in value or name.endswith("href")):
+                element.set(name, re.sub(r"#(?=[\w-]+\)|[\w-]+$)", f"#{prefix}", value))
+
+
+def _in_page_s_colours(style: str) -> str:
+    for name, colour in _COLOURS.items():
+        style = style.replace(colour, f"var(--{name})")
+    return re.sub(r"font: ([\d.]+px) [^;]*", r"font-size: \1", style)

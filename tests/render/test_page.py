@@ -1,0 +1,540 @@
+"""The report's page: what it says, that all of it is text, and that it stays small whatever it is made of."""
+
+import base64
+import functools
+import hashlib
+import json
+import re
+import unicodedata
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from page_reports import KINDS, gsm8k, small, with_sources
+from report_fixtures import DATA, FINISHED, KILLED, LEARNED, evaluation
+
+from job.core.held_out import Answer
+from job.core.report import Report, TrainingCurve, read_report
+from job.core.report_data import BadLine
+from job.core.run_record import RecordedObject
+from job.render.page.finished import report_html, some_places
+from job.render.page.several import several_html
+from job.render.page.unfinished import RunSoFar, unfinished_html
+from job.render.page.writing import MOST_BYTES, seen
+from job.render.runs_table import RunRow
+
+VOID = {"meta", "link", "br", "input", "img", "hr"}
+PATHS = {"path", "use"}
+"""Of a drawing: how many there are depends on its numbers."""
+
+
+class Parsed(HTMLParser):
+    """A page taken apart: its elements with their attributes, and the text of each."""
+
+    def __init__(self, page):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.texts, self.open, self.wrong = [], [], [], []
+        self.feed(page.decode())
+        self.close()
+        self.wrong += [f"<{name}> is never closed" for name in self.open]
+
+    def handle_starttag(self, tag, attrs):
+        if len({name for name, _ in attrs}) != len(attrs):
+            self.wrong.append(f"<{tag}> has an attribute twice")
+        self.elements.append((tag, dict(attrs), tuple(self.open)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs), tuple(self.open)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(f"</{tag}> closes nothing")
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.append((self.open[-1] if self.open else "", data))
+
+    def text(self, *, without=("style", "script")):
+        return " ".join(" ".join(data for tag, data in self.texts if tag not in without).split())
+
+    def named(self, tag):
+        return [attributes for name, attributes, _ in self.elements if name == tag]
+
+    def skeleton(self):
+        """Elements and the names of their attributes: what no text may change."""
+        return [(tag, sorted(attributes)) for tag, attributes, _ in self.elements if tag not in PATHS]
+
+
+def page_of(report):
+    return Parsed(report_html(report))
+
+
+@functools.cache
+def page_of_kind(kind):
+    """Taken apart once, for all who look at it."""
+    return page_of(KINDS[kind]())
+
+
+@pytest.fixture
+def full():
+    return page_of_kind("gsm8k")
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_comes_first_in_one_sentence_with_its_uncertainty(full):
+    report = gsm8k()
+    found = report.held_out
+    said = (
+        f"It learned: validation loss fell from {report.sweet_spot.base_loss:.4f} to {report.sweet_spot.loss:.4f} nats "
+        f"a token, by {found.gain:.4g} ± {found.gain_plus_minus:.2g} (95 % interval) on 300 held-out examples."
+    )
+
+    assert said in full.text()
+    assert full.text().index(said) < full.text().index("What to do next") < full.text().index("Curves", 300)
+
+
+def test_a_gain_within_its_interval_may_be_chance():
+    found = gsm8k().held_out.model_copy(update={"gain": 0.01, "gain_plus_minus": 0.02})
+
+    assert "that may be chance" in page_of(gsm8k(held_out=found)).text()
+
+
+def test_a_run_in_which_the_base_was_best_says_so():
+    spot = LEARNED["sweet_spot"].model_copy(update={"step": 0, "loss": 2.5, "best_step": 0})
+
+    assert "Nothing better than the base was found on 120 held-out examples" in page_of(small(sweet_spot=spot)).text()
+
+
+def test_what_to_do_next_stands_there_or_that_nothing_was_seen(full):
+    assert "13.4% of the training examples are longer than max_length 256" in full.text()
+    quiet = small(
+        data=DATA.model_copy(update={"bad_lines": 0, "first_bad_lines": ()}),
+        evaluations=(evaluation(0, 2.0), evaluation(50, 1.0), evaluation(100, 0.999)),
+        sweet_spot=LEARNED["sweet_spot"].model_copy(update={"overfitting_from_step": None}),
+    )
+    assert "Nothing in the figures of this run asks for another one." in page_of(quiet).text()
+
+
+def test_each_evaluation_has_its_interval_and_the_chosen_one_is_marked(full):
+    report = gsm8k()
+    for each, around in zip(report.evaluations, report.held_out.plus_minus, strict=True):
+        assert f"{each.loss:.4f} ± {around:.2g} {each.perplexity:.4g}" in full.text()
+    assert f"{report.sweet_spot.step} (chosen)" in full.text()
+    assert len([a for a in full.named("tr") if a.get("class") == "marked"]) == 2  # and the chosen max_length
+
+
+def test_a_source_has_its_losses_and_their_change():
+    assert "older notes 60 1.0000 1.4000 +0.4000" in page_of(with_sources()).text()
+
+
+def test_answers_stand_side_by_side_the_wrong_ones_first_by_what_became_of_their_loss(full):
+    states = [attributes["data-state"] for attributes in full.named("article")]
+
+    assert states == sorted(states, reverse=True) == ["wrong"] * 13 + ["right"] * 37
+    text = full.text()
+    assert text.index("test.jsonl:49, loss 1.2500 → 0.8800") < text.index("test.jsonl:45, loss 1.2500 → 0.8400")
+    assert "expected #### 72 base I do not know. tuned #### 71" in text
+
+
+def test_examples_far_from_the_others_are_listed_with_file_and_line(full):
+    far = gsm8k().held_out.outliers[0]
+
+    assert f"{far.where} {far.tokens} {far.base:.4f} {far.tuned:.4f} {far.tuned - far.base:+.4f}" in full.text()
+
+
+def test_the_data_s_page_has_counts_skipped_lines_candidates_and_what_is_learned(full):
+    text = full.text()
+
+    assert 'train.jsonl:17 "answer" is missing' in text
+    assert "512 54 0.48%" in text
+    assert " #### 72" in [data for tag, data in full.texts if tag == "mark"]
+
+
+def test_cost_has_time_over_all_attempts_and_why_each_ended():
+    end = KILLED.model_copy(update={"ended": "2025-01-31T04:00:34+00:00", "exit_code": 75, "reason": "asked to stop"})
+    text = page_of(gsm8k(attempts=(end, FINISHED))).text()
+
+    assert "280 s in 2 attempts" in text
+    assert "6% in training steps (goodput)" in text
+    assert "75 asked to stop" in text
+    assert "1 more left no word of their end" in page_of(gsm8k(attempts=(KILLED, FINISHED))).text()
+
+
+def test_the_recipe_and_the_commands_can_be_copied(full):
+    code = [data for tag, data in full.texts if tag == "code"]
+
+    assert "python entrypoint.py try s3://models/notes/runs/notes-1f2e --prompt '...'" in code
+    assert any("learning_rate: 0.0002" in text for text in code)
+
+
+def test_a_uri_that_a_shell_would_obey_is_quoted():
+    code = [data for tag, data in page_of(small(run_uri="s3://b/$(reboot)/runs/x y")).texts if tag == "code"]
+
+    assert "python entrypoint.py try 's3://b/$(reboot)/runs/x y' --prompt '...'" in code
+
+
+def test_the_python_that_is_shown_is_python_whatever_the_base_is_called():
+    import ast
+
+    base = '"); import os; os.system("reboot") #\n'
+    report = small(model=small().model.model_copy(update={"base": base, "revision": "'\"\n"}))
+    (shown,) = [data for tag, data in page_of(report).texts if tag == "code" and data.startswith("import torch")]
+    calls = [node.func for node in ast.walk(ast.parse(shown)) if isinstance(node, ast.Call)]
+
+    assert {getattr(call, "attr", getattr(call, "id", "")) for call in calls} == {
+        "BitsAndBytesConfig",
+        "from_pretrained",
+    }
+
+
+def test_it_is_made_from_report_json_alone_and_each_time_the_same():
+    report = gsm8k()
+
+    assert report_html(read_report(json.loads(report.model_dump_json()))) == report_html(report)
+
+
+# --- for everybody ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_element_is_closed_and_every_name_is_there_once(kind):
+    page = page_of_kind(kind)
+    ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
+
+    assert page.wrong == []
+    assert len(ids) == len(set(ids))
+    referred = [a["aria-labelledby"] for _, a, _ in page.elements if "aria-labelledby" in a]
+    linked = [a["href"][1:] for a in page.named("a")]
+    assert {*referred, *linked} <= set(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_have_words_tables_have_heads_and_the_page_has_landmarks(kind):
+    page = page_of_kind(kind)
+
+    assert page.named("html") == [{"lang": "en"}]
+    for landmark in ("header", "nav", "main", "footer", "h1"):
+        assert len(page.named(landmark)) == 1, landmark
+    assert len(page.named("svg")) >= 2
+    assert all(attributes.get("role") == "img" for attributes in page.named("svg"))
+    assert all(attributes["scope"] in {"col", "row"} for attributes in page.named("th"))
+    assert len(page.named("caption")) == len(page.named("table")) > 2
+    titles = [data for tag, data in page.texts if tag == "title"]
+    assert all(len(title) > 20 for title in titles[1:])
+    assert len(titles) == 1 + len(page.named("svg"))
+
+
+def test_headings_leave_out_no_level(full):
+    levels = [int(tag[1]) for tag, _, _ in full.elements if re.fullmatch(r"h\d", tag)]
+
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def contrast(one, other):
+    """WCAG 2.2, relative luminance."""
+
+    def luminance(colour):
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted([luminance(one), luminance(other)], reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_words_stand_out_from_what_they_stand_on_in_light_dark_and_print(full):
+    (style,) = [data for tag, data in full.texts if tag == "style"]
+    schemes = [dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{[^}]*\}", style)]
+
+    assert len(schemes) == 3
+    for colours in schemes:
+        for words in ("text", "quiet", "blue", "orange", "red", "green", "grey"):
+            assert contrast(colours[words], colours["ground"]) >= 4.5, (words, colours)
+        for words in ("text", "quiet", "orange"):
+            assert contrast(colours[words], colours["raised"]) >= 4.5, (words, colours)
+        for ground in ("learned", "marked"):
+            assert contrast(colours["text"], colours[ground]) >= 7, (ground, colours)
+        assert contrast(colours["orange"], colours["learned"]) >= 4.5
+
+
+# --- it is all text ---------------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "a script": "<script>alert(1)</script>",
+    "an attribute": "\"'><img src=x onerror=alert(1)>",
+    "ends of ours": "</title></style></script></textarea><!--",
+    "a template": "{{ 7 * 7 }}{% for x in y %}",
+    "markdown": "[x](javascript:alert(1)) `a` **b** ![y](https://example.org/z.png)",
+    "entities": "&lt;b&gt; &amp;amp; &#x3c;",
+    "control characters": "a\x00b\x1b[31mc\x7f\x85d\x9b\r\ne\rf",
+    "turned round": "a\u202ecba\u2066x\u2069\u200f\ufeff\u2028y",
+    "half a character": "a\ud800b\udfffc",
+    "a formula": r"$\frac{a}{$b^",
+    "CDATA": "]]> <![CDATA[ <?php ?>",
+}
+
+
+def with_everywhere(value, text):
+    """JSON with a text at the end of every text that may be any, and of every key that may."""
+    if isinstance(value, str):
+        return value + text
+    if isinstance(value, list):
+        return [with_everywhere(each, text) for each in value]
+    if isinstance(value, dict):
+        free = {"versions", "phase_seconds", "spent", "files", "recipe"}
+        fixed = {"schema_version", "shown", "left_out", "engine", "compute_dtype", "loaded_from", "started", "ended"}
+        return {
+            key: {f"{inner}{text}": with_everywhere(each, text) for inner, each in part.items()}
+            if key in free and isinstance(part, dict)
+            else part
+            if key in fixed
+            else with_everywhere(part, text)
+            for key, part in value.items()
+        }
+    return value
+
+
+def spoilt(report, text):
+    return Report.model_validate(with_everywhere(report.model_dump(mode="json"), text))
+
+
+@functools.cache
+def spoilt_page(kind, name):
+    return page_of(spoilt(KINDS[kind](), HOSTILE.get(name, name)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("small", name) for name in HOSTILE), ("gsm8k", "a script"), ("sources", "an attribute")]
+)
+def test_whatever_records_prompts_and_names_hold_the_page_has_the_same_elements(kind, name):
+    page = spoilt_page(kind, name)
+
+    assert page.wrong == []
+    assert page.skeleton() == spoilt_page(kind, "harmless").skeleton()
+    assert len(page.named("script")) == 1
+
+
+@pytest.mark.parametrize("name", ["control characters", "turned round", "half a character"])
+def test_what_is_not_seen_is_shown_as_its_escape(name):
+    page = spoilt_page("small", name)
+    everything = [data for _, data in page.texts] + [v or "" for _, a, _ in page.elements for v in a.values()]
+    unseen = {each for text in everything for each in text if unicodedata.category(each) in {"Cc", "Cf", "Cs", "Zl"}}
+
+    assert unseen <= {"\n", "\t"}
+    assert "\\" in page.text()
+
+
+def test_scripts_that_need_joiners_and_wide_spaces_have_them():
+    for text in ("می\u200cرود", "क्\u200dष", "👩\u200d💻", "日本\u3000東京", "5\u00a0%"):
+        assert seen(text) == text
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.text(alphabet=st.characters(), min_size=1, max_size=40))
+def test_any_text_is_shown_as_text(text):
+    """Found again in the page, but for what is not seen, which stands there as its escape."""
+    report = small(answers=(Answer(prompt="p", expected=None, base="b", tuned=f"<{text}>"),))
+    page = page_of(report)
+    shown = [data for tag, data in page.texts if tag == "dd"]
+
+    assert page.wrong == []
+    assert any(seen(f"<{text}>").replace("\r", "\n") in data for data in shown)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_asks_nothing_of_the_network_and_runs_its_own_script_alone(kind):
+    page = page_of_kind(kind)
+    policy = next(a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    (script,) = [data for tag, data in page.texts if tag == "script"]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+    assert policy.startswith("default-src 'none';")
+    assert f"script-src 'sha256-{digest}'" in policy
+    for _, attributes, _ in page.elements:
+        for name, value in attributes.items():
+            if name.split(":")[-1] in {"src", "href", "srcset", "action", "data", "poster"}:
+                assert value.startswith("#"), (name, value)
+            if not name.startswith("xmlns"):
+                assert not re.search(r"url\((?!['\"]?#)", value or ""), (name, value)
+            assert not name.startswith("on"), name
+    style = " ".join(data for tag, data in page.texts if tag == "style")
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+# --- it stays small ---------------------------------------------------------------------------------------------------
+
+
+def huge(characters):
+    answer = Answer(prompt="p" * characters, expected="<" * characters, base="&" * characters, tuned="語" * characters)
+    lines = tuple(BadLine(where="w" * characters, reason="<" * characters) for _ in range(30))
+    preview = tuple(
+        each.model_copy(update={"pieces": each.pieces * 200, "where": "&" * characters})
+        for each in gsm8k().data.preview
+    )
+    return gsm8k(
+        answers=(answer,) * 30,
+        notes=("&" * characters,) * 30,
+        data=gsm8k().data.model_copy(update={"first_bad_lines": lines, "preview": preview * 20}),
+        recipe={"data": {"prompt": "&" * characters}},
+        run_id="r" * characters,
+        run_uri="'" * characters,
+        versions={str(n) + "v" * 100: "<" * characters for n in range(30)},
+    )
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        huge(1_000_000),
+        gsm8k(steps=50_000),
+        gsm8k(answers=gsm8k().answers * 200),
+        small(
+            attempts=tuple(KILLED.model_copy(update={"number": n, "reason": "&" * 5000}) for n in range(1, 3000)),
+        ),
+        small(evaluations=tuple(evaluation(step, 2.5) for step in range(5000)), held_out=None),
+        small(
+            curve=TrainingCurve(loss=(1e14, 0.0) * 20_000, grad_norm=(1e14,) * 40_000, learning_rate=(0.0,) * 40_000)
+        ),
+    ],
+    ids=["texts of a megabyte", "steps", "answers", "attempts", "evaluations", "figures"],
+)
+def test_a_page_is_never_larger_than_a_megabyte(report):
+    page = report_html(report)
+
+    assert len(page) < MOST_BYTES
+    assert Parsed(page).wrong == []
+
+
+def test_what_is_left_out_is_said():
+    text = page_of(huge(100_000)).text()
+    assert re.search(r"… \(9\d,\d{3} more characters\)", text)
+    assert "140 more answers are in report.json." in page_of(gsm8k(answers=gsm8k().answers * 4)).text()
+    many = small(attempts=tuple(KILLED.model_copy(update={"number": n}) for n in range(1, 101)))
+    assert "40 more rows are in report.json." in page_of(many).text()
+
+
+@given(st.integers(1, 200), st.integers(1, 80), st.data())
+def test_places_are_spread_from_the_first_to_the_last_and_keep_the_one_that_counts(count, most, data):
+    keep = data.draw(st.integers(0, count - 1))
+    places = some_places(count, most, keep=keep)
+
+    assert keep in places
+    assert len(places) <= max(1, most)
+    assert [*places] == sorted({*places})
+    assert set(places) <= set(range(count))
+    if most > 2:
+        assert {0, count - 1} <= set(places)
+
+
+# --- without a report, and of several ---------------------------------------------------------------------------------
+
+
+def so_far(**changes):
+    content = {
+        "run_id": "notes-1f2e",
+        "run_uri": "s3://models/notes/runs/notes-1f2e",
+        "recipe": {"train": {"steps": 200}},
+        "objects": (RecordedObject(uri="s3://notes/train.jsonl", etag="e", version=None, size=1234),),
+        "attempts": (FINISHED.model_copy(update={"exit_code": 74, "reason": "no room left"}),),
+        "step": 100,
+        "curve": LEARNED["curve"],
+        "evaluations": LEARNED["evaluations"],
+        "plus_minus": (0.1, 0.2, None),
+        "notes": ("step-000150-a01 was passed over: damaged",),
+    }
+    return RunSoFar(**content | changes)
+
+
+def test_a_run_that_failed_shows_what_is_committed_why_it_ended_and_what_to_do():
+    page = Parsed(unfinished_html(so_far()))
+
+    assert page.wrong == []
+    assert "The run is not finished: step 100 of 200 is committed." in page.text()
+    assert "lowest validation loss so far is 1.2500, at step 50 (2.5000 before training)" in page.text()
+    assert "Attempt 2 ended with 74: no room left" in page.text()
+    assert "Give the work folder more room" in page.text()
+    assert "step-000150-a01 was passed over: damaged" in page.text()
+    assert len(page.named("svg")) == 1
+
+
+def test_a_run_that_goes_on_says_so():
+    text = Parsed(unfinished_html(so_far(attempts=(KILLED,)))).text()
+
+    assert "Attempt 1 is at work, or was killed" in text
+    assert "Wait for its end" in text
+
+
+def test_a_run_of_which_nothing_is_committed_has_a_page_too():
+    empty = TrainingCurve(loss=(), grad_norm=(), learning_rate=())
+    page = Parsed(unfinished_html(so_far(step=None, curve=empty, evaluations=(), plus_minus=(), attempts=())))
+
+    assert page.wrong == []
+    assert "nothing is committed" in page.text()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_unfinished_run_s_page_is_text_as_well(name):
+    def page(text):
+        spoilt = KILLED.model_copy(
+            update={"reason": text, "host": text, "started": text, "exit_code": 999, "ended": text}
+        )
+        objects = (RecordedObject.model_construct(uri=f"u{text}", etag="e", version=None, size=1),)
+        return Parsed(
+            unfinished_html(
+                so_far(
+                    run_id=text, run_uri=text, recipe={text: [text]}, attempts=(spoilt,), objects=objects, notes=(text,)
+                )
+            )
+        )
+
+    assert page(HOSTILE[name]).wrong == []
+    assert page(HOSTILE[name]).skeleton() == page("harmless").skeleton()
+
+
+def rows(count=2, **changes):
+    return [
+        RunRow(
+            run_id=f"run-{n}",
+            recipe={"lora": {"r": n}},
+            report=gsm8k(run_id=f"run-{n}"),
+            standing="finished",
+            **changes,
+        )
+        for n in range(count)
+    ]
+
+
+def test_several_runs_lie_over_each_other_with_what_differs_and_the_best():
+    page = Parsed(several_html([*rows(), RunRow(run_id="c", recipe={}, report=None, standing="step 5 is committed")]))
+
+    assert page.wrong == []
+    assert len(page.named("svg")) == 1
+    drawn = [data for tag, data in page.texts if tag == "text"]
+    assert {"run 1", "run 2"} <= set(drawn)
+    assert "Best: run-0 (lora.r=0), the lowest tuned loss" in page.text()
+    assert "lora.r=1" in page.text()
+    assert "step 5 is committed" in page.text()
+    assert "2 of 3 are finished" in page.text()
+
+
+def test_many_runs_are_a_table_and_the_first_are_drawn():
+    page = several_html(rows(80))
+
+    assert len(page) < MOST_BYTES
+    assert "74 more are in the table alone" in Parsed(page).text()
+    assert "20 more rows" in Parsed(page).text()
+
+
+def test_runs_of_which_none_is_finished_have_a_page():
+    page = Parsed(several_html([RunRow(run_id="<b>", recipe={}, report=None, standing="not there")]))
+
+    assert page.wrong == []
+    assert page.named("b") == []
