@@ -19,11 +19,11 @@ again on another night bets again, as if it were new.
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from job.core.paired import Pairs
 from job.core.run_record import first_mistake
@@ -65,6 +65,12 @@ class FreshEvidence(Section):
     """Logarithm of each bet's capital, where the challenger is bet on."""
     worse: _Logs = _NOTHING_YET
     """Where the champion is."""
+
+    @model_validator(mode="after")
+    def _counts_no_night_twice(self) -> Self:
+        if len(set(self.nights)) != len(self.nights):
+            raise ValueError("nights: one stands there twice")
+        return self
 
     @property
     def e_better(self) -> float:
