@@ -19,6 +19,7 @@ again on another night bets again, as if it were new.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -34,6 +35,8 @@ BETS = (0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6, 0.9)
 """Shares of the capital that are bet on a record: the best is the gain over its variance, 0.5 for 0.05 nat at 0.3."""
 CLIPPED_NATS = 1.0
 """A record counts with no larger difference a token."""
+WAITING = 3
+"""Challengers that are judged on a night's records beside the champion; each costs as much as the champion."""
 MOST_NIGHTS = 400
 """Nights that are remembered by name, so that none counts twice; a challenger waits no longer."""
 _LARGEST_LOG = 1e6
@@ -113,6 +116,15 @@ def with_night(evidence: FreshEvidence, night: str, pairs: Pairs) -> FreshEviden
         "worse": _after(evidence.worse, _clipped(mean) * share),
     }
     return evidence.model_copy(update=update)
+
+
+def worth_keeping(waiting: Sequence[FreshEvidence], *, most: int = WAITING) -> tuple[FreshEvidence, ...]:
+    """Those of the challengers, newest last, that the next nights' records are to judge: with the most evidence.
+
+    Each has its own level, so that leaving some out makes no other more likely to be wrong.
+    """
+    newest_first = list(reversed(waiting))
+    return tuple(sorted(newest_first, key=lambda each: -each.e_better)[:most])
 
 
 def log_capitals(gains: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:

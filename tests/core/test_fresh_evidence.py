@@ -16,6 +16,7 @@ from job.core.fresh_evidence import (
     log_capitals,
     read_fresh_evidence,
     with_night,
+    worth_keeping,
 )
 from job.core.paired import pairs_of
 
@@ -163,6 +164,13 @@ def test_a_challenger_that_is_no_better_is_hardly_ever_taken_for_better_however_
         ever |= np.exp(capitals).mean(axis=1) >= 1 / 0.05
 
     assert 0.01 < ever.mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+def test_those_with_the_most_evidence_go_on_waiting_and_of_equals_the_newest():
+    found = [begun(challenger=name, better=(log,) * len(BETS)) for name, log in zip("abcd", [0, 2, -1, 0], strict=True)]
+
+    assert [each.challenger for each in worth_keeping(found)] == ["b", "d", "a"]
+    assert [each.challenger for each in worth_keeping(found[:1])] == ["a"]
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------

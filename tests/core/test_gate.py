@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from job.core.fresh_evidence import BETS, FreshEvidence
 from job.core.gate import GUARD_LEVEL, Decision, Evidence, decide, holm, shares_of, verdict_of
-from job.core.paired import ROUNDING, Gap
+from job.core.paired import ROUNDING, Gap, gap_of, pairs_of
 
 quick = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 LEVEL = 0.001
@@ -252,6 +252,16 @@ def test_a_level_is_shared_and_none_of_it_is_given_twice():
 def test_one_seed_is_said_to_be_one():
     assert any("seed" in note for note in decide(evidence()).notes)
     assert not any("seed" in note for note in decide(evidence(seeds=2)).notes)
+
+
+@quick
+@given(st.integers(0, 2**32), st.integers(1, 200), st.floats(0, 1))
+def test_a_model_beside_itself_is_not_better_at_any_level(seed, examples, level):
+    rng = np.random.default_rng(seed)
+    losses, tokens = rng.lognormal(3, 2, examples), rng.integers(1, 100, examples)
+    found = decide(evidence(gap=gap_of(pairs_of(losses, losses.copy(), tokens)), level=level))
+
+    assert (found.promoted, found.verdict) == (False, "not better")
 
 
 # --- Holm ------------------------------------------------------------------------------------------------------------
