@@ -11,7 +11,9 @@ it (`error_budget`), so that both together are wrong with at most that chance: b
   measured worse by more than `max_drift`. A step down that no night can see adds up, and the sum is seen;
 - fresh records that say the opposite.
 
-Guards are not paid from the error budget: they only ever refuse.
+Guards are not paid from the error budget: they only ever refuse. What no number here holds: the luck of a seed, unless
+several were trained, and what the frozen examples are not like. They also chose both models' checkpoints, in the same
+way for both, so that neither is flattered more.
 """
 
 from collections.abc import Mapping
