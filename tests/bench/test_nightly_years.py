@@ -22,7 +22,6 @@ from bench.nightly_years import (
 from job.core.gate import shares_of
 from job.core.paired import gap_of, pairs_of
 
-
 T_TEST = "equal models, a t-test at 5 % each night"
 
 
