@@ -19,13 +19,13 @@ from job.kernels import attention_op, reference
 from job.kernels import linear as layer
 from job.kernels.attention_op import document_attention
 from job.kernels.blocks import blocks_of
+from job.tune.data.trial_documents import one_row
 from job.tune.engines.attention_choice import AttentionChoice
 from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.decoder_inputs import decoder_inputs
 from job.tune.engines.families import linear_of
 from job.tune.engines.layers import variants_compiled
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.trial_documents import one_row
 from job.tune.loop.flat import FlatAdapter
 from job.tune.model.adapter import trainable
 

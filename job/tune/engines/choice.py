@@ -12,6 +12,7 @@ from job.core.errors import UsageError
 from job.core.memory import EngineName, WantedEngine
 from job.kernels.decoder import Saving
 from job.kernels.which_ops import has_triton, ops_of
+from job.tune.data.trial_documents import Text
 from job.tune.device.compute_dtype import dtype_of
 from job.tune.device.failures import error_line
 from job.tune.engines.attention import reason_against_fused_attention
@@ -21,7 +22,6 @@ from job.tune.engines.families import reason_against
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import difference
-from job.tune.engines.trial_documents import Text
 
 log = structlog.get_logger(__name__)
 

@@ -19,15 +19,25 @@ from torch.nn.functional import cross_entropy
 
 from job.core.errors import JobError, UsageError
 from job.tune.data.micro_batch import MicroBatch
+from job.tune.data.trial_documents import Text, one_row, trial_documents
 from job.tune.device.failures import error_line
+from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.engines.engine import Engine
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.trial_documents import Text, one_row, trial_documents
 from job.tune.model.adapter import trainable
 from job.tune.model.wrappers import Wrapper
 
 log = structlog.get_logger(__name__)
 
+_LIMITS = (
+    *("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "window_size"),
+    *("attention_window_size", "floor_scale", "chunk_size", "mamba_chunk_size", "block_size", "keep_window_size"),
+)
+"""Where configs name such limits, at their top or in their `rope_parameters`."""
+_MOST_TOKENS = 600
+"""Of a document: longer ones would take a GPU that just holds the model its memory. Limits beyond are not reached."""
+_BEYOND = 8
+"""Tokens by which the longest document passes them."""
 _TOLERANCE = 0.05
 """Mean difference of a token's loss between our forward and the model's own, as a share of the mean loss; of a nat,
 where the mean is less: a base that knows its text by heart has a loss of nearly nothing.
@@ -63,7 +73,7 @@ def check_model(model: PackedModel, text: Text = ()) -> None:
     """
     device = next(model.parameters()).device
     with _undisturbed(model, device), model.as_peft_has_it(), _refusing_what_does_not_run(model, device):
-        documents = trial_documents(_config(model), device, text)
+        documents = _documents(model, device, text)
         try:
             _check_rows(model, documents)
         except UsageError as error:
@@ -90,7 +100,7 @@ def check_whole(model: PackedModel, wrapper: Wrapper | None, text: Text = ()) ->
         return
     device = next(model.parameters()).device
     with _undisturbed(model, device), model.generating() as ours, torch.no_grad():
-        document = trial_documents(_config(model), device, text)[0]
+        document = _documents(model, device, text)[0]
         whole = wrapper.around(ours.get_base_model())
         with nullcontext() if model.sharded is None else model.sharded.asked_by(wrapper.decoder):
             alone, inside = (
@@ -154,7 +164,7 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
     """
     device = next(model.parameters()).device
     with _undisturbed(model, device), _moved_adapter(model, engine, reference):
-        documents = trial_documents(_config(model), device, text)
+        documents = _documents(model, device, text)
         batch = one_row(documents)
         with model.as_peft_has_it():  # ours would agree with themselves
             theirs, their_gradients = _losses_and_gradients(model, reference, batch)
@@ -233,6 +243,22 @@ def _losses_and_gradients(model: PackedModel, engine: Engine, batch: MicroBatch)
     model.zero_grad(set_to_none=True)
     losses = engine.accumulate(batch, targets=batch.targets, seed=0)
     return losses, {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def _documents(model: PackedModel, device: torch.device, text: Text) -> list[Tensor]:
+    config = _config(model)
+    return trial_documents(text, at_least=_longest(config), vocabulary=config.vocab_size, device=device)
+
+
+def _longest(config: Any) -> int:
+    """Tokens of a document that is longer than every limit that can be passed; 0: there is none."""
+    ropes = [getattr(config, "rope_parameters", None) or {}]
+    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
+    named = [getattr(config, name, None) for name in _LIMITS] + [rope.get(name) for rope in ropes for name in _LIMITS]
+    if any(rope.get("rope_type") in ROTATIONS_BY_LENGTH for rope in ropes):
+        named.append(getattr(config, "max_position_embeddings", None))
+    passed = [limit + _BEYOND for limit in named if isinstance(limit, int) and limit + _BEYOND <= _MOST_TOKENS]
+    return max(passed, default=0)
 
 
 def _share(difference: Tensor, losses: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
 
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
+from job.tune.data.trial_documents import text_of
 from job.tune.engines import loss, packed_model, selftest
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention, register
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.selftest import _gradient_difference, check_model
-from job.tune.engines.trial_documents import text_of, trial_documents
+from job.tune.engines.selftest import _documents, _gradient_difference, check_model
 from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base
 
@@ -47,7 +47,7 @@ def test_a_healthy_model_passes_on_the_examples_that_it_will_learn(model, docume
 
 def test_what_it_is_tried_with_are_the_examples_one_behind_the_other(model, documents):
     text = text_of(documents)
-    tried = trial_documents(model.model.get_base_model().config, CPU, text)
+    tried = _documents(model, CPU, text)
     assert [len(each) for each in tried] == [96, 48, 72]
     for place, document in enumerate(tried):
         whole = torch.cat([*text[place:]])
@@ -55,9 +55,7 @@ def test_what_it_is_tried_with_are_the_examples_one_behind_the_other(model, docu
 
 
 def test_little_text_is_tried_over_and_over(model):
-    first, second, third = trial_documents(
-        model.model.get_base_model().config, CPU, [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
-    )
+    first, second, third = _documents(model, CPU, [torch.tensor([5, 6, 7]), torch.tensor([8, 9])])
     assert (first[:7].tolist(), second[:4].tolist()) == ([5, 6, 7, 8, 9, 5, 6], [8, 9, 8, 9])
     assert third[:4].tolist() == [5, 6, 7, 8]
 

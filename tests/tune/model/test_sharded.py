@@ -16,12 +16,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job.core.errors import SickDeviceError, UsageError
 from job.core.recipe import LoraSection
+from job.tune.data.trial_documents import one_row
 from job.tune.device.digest import digest
 from job.tune.engines.choice import choose_engine
 from job.tune.engines.families import is_packed
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import check_model, check_whole
-from job.tune.engines.trial_documents import one_row
 from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base
 from job.tune.model.config import empty_model, read_wrapper

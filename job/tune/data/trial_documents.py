@@ -1,7 +1,6 @@
 """Documents that a base and its engines are tried with before the first step, and the row that they make."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +8,9 @@ from torch import Tensor
 
 from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import MicroBatch
-from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 
 _LENGTHS = (24, 9, 16)
-"""Tokens of documents of random tokens; the first is longer than the limits that attention or rotations have."""
+"""Tokens of documents of random tokens."""
 _LENGTHS_OF_TEXT = (96, 48, 72)
 """Tokens of documents of text."""
 _EXAMPLES_OF_TEXT = 16
@@ -22,15 +20,6 @@ Text = Sequence[Tensor]
 are no text: its gradients on them are up to nine times as large by one engine in bf16 as by another, where both are
 right (SmolLM2-135M; on text they are 0.14 apart in direction, and in fp32 equal). Empty: random tokens, for a base that
 has learned nothing."""
-_LIMITS = (
-    *("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "window_size"),
-    *("attention_window_size", "floor_scale", "chunk_size", "mamba_chunk_size", "block_size", "keep_window_size"),
-)
-"""Where configs name such limits, at their top or in their `rope_parameters`."""
-_MOST_TOKENS = 600
-"""Of a document: longer ones would take a GPU that just holds the model its memory. Limits beyond are not reached."""
-_BEYOND = 8
-"""Tokens by which the longest document passes them."""
 
 
 def text_of(documents: Documents) -> Text:
@@ -39,18 +28,19 @@ def text_of(documents: Documents) -> Text:
     return [torch.from_numpy(documents.token_ids(document).astype(np.int64)) for document in first]
 
 
-def trial_documents(config: Any, device: torch.device, text: Text) -> list[Tensor]:
-    """Token ids, each [tokens] int64; the first is longer than the limits that attention or rotations have.
+def trial_documents(text: Text, *, at_least: int, vocabulary: int, device: torch.device) -> list[Tensor]:
+    """Token ids, each [tokens] int64.
 
     Args:
-        config: the model's.
-        device: gets them.
         text: what they are made of.
+        at_least: tokens of the first one.
+        vocabulary: what random tokens are drawn from.
+        device: gets them.
     """
     first, *others = _LENGTHS_OF_TEXT if text else _LENGTHS
-    lengths = (_longest(config, least=first), *others)
+    lengths = (max(first, at_least), *others)
     if not text:
-        return [torch.randint(0, config.vocab_size, (length,)).to(device) for length in lengths]
+        return [torch.randint(0, vocabulary, (length,)).to(device) for length in lengths]
     return [_of_text(text[place % len(text) :], length).to(device) for place, length in enumerate(lengths)]
 
 
@@ -58,17 +48,6 @@ def _of_text(examples: Text, length: int) -> Tensor:
     """One example, and those behind it until there are enough tokens, over and over if need be."""
     ids = torch.cat(list(examples))
     return ids.repeat(-(-length // len(ids)))[:length]
-
-
-def _longest(config: Any, *, least: int) -> int:
-    """Tokens of a document that is longer than every limit that can be passed."""
-    ropes = [getattr(config, "rope_parameters", None) or {}]
-    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
-    named = [getattr(config, name, None) for name in _LIMITS] + [rope.get(name) for rope in ropes for name in _LIMITS]
-    if any(rope.get("rope_type") in ROTATIONS_BY_LENGTH for rope in ropes):
-        named.append(getattr(config, "max_position_embeddings", None))
-    passed = [limit + _BEYOND for limit in named if isinstance(limit, int) and limit + _BEYOND <= _MOST_TOKENS]
-    return max(least, *passed) if passed else least
 
 
 def one_row(documents: Sequence[Tensor]) -> MicroBatch:
