@@ -307,6 +307,13 @@ def test_no_file_is_longer_than_it_can_be_read(path):
     assert long == []
 
 
+def test_no_two_files_of_tests_have_the_same_name():
+    """pytest collects none of a suite in which two have: their folders are no packages."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_a_run_is_told_in_forty_five_lines():
     """The story of the product; imports and blank lines apart."""
     source = (ROOT / "job/commands/run.py").read_text(encoding="utf-8")
