@@ -213,8 +213,20 @@ def twenty_attempts():
     return gsm8k(attempts=(*killed, FINISHED.model_copy(update={"number": 20})))
 
 
+def several_gpus(**changes):
+    speed = {
+        "ranks": 8,
+        "nodes": 2,
+        "tokens_per_second_a_rank": 2500.0,
+        "waited_seconds": 3.21,
+        "bytes_a_step": 640_000_000,
+    }
+    return gsm8k(throughput=THROUGHPUT.model_copy(update=speed | changes))
+
+
 KINDS = {
     "gsm8k": gsm8k,
+    "several GPUs": several_gpus,
     "small": small,
     "50,000 steps": lambda: gsm8k(steps=50_000),
     "twenty attempts": twenty_attempts,

@@ -99,8 +99,15 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, cluster: Cluster = ALONE, run_i
         words=[
             *([] if weights is None else [f"base: {weights}"]),
             *words_on(config, read_wrapper(base.folder)),
+            *_words_on_shards(work, cluster),
         ],
     )
+
+
+def _words_on_shards(work: Workload, cluster: Cluster) -> list[str]:
+    if cluster.ranks == 1 or work.against_shards is None:
+        return []
+    return [f"each GPU holds the whole base, which cannot be sharded: {work.against_shards}"]
 
 
 def _weights(worker: Worker, base: BaseModel) -> "Weights | None":
@@ -126,7 +133,10 @@ def _workload(
     from job.tune.engines.attention import reason_against_fused_attention
     from job.tune.engines.families import is_packed, is_supported
     from job.tune.model.config import empty_model
+    from job.tune.model.sharded import reason_against_sharding
 
+    model = empty_model(config)
+    packed = is_packed(model)
     recipe = worker.recipe
     course = course_of(recipe.train, examples=portions(recipe.data, data.train.used_by_source))
     engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
@@ -142,7 +152,7 @@ def _workload(
         compiled=engine == "generic"
         and reason_against_fused_attention(config) is None
         and shape.experts is None
-        and is_packed(empty_model(config)),
+        and packed,
         course=course,
         lengths=lengths,
         targets=data.train.targets,
@@ -150,6 +160,7 @@ def _workload(
         evaluations=evaluation_count(course.steps, recipe.evaluate.every_steps),
         max_length=data.max_length,
         kept_checkpoints=recipe.checkpoint.keep,
+        against_shards=reason_against_sharding(model, packed=packed),
     )
 
 

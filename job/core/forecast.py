@@ -87,6 +87,8 @@ class Workload:
     max_length: int
     kept_checkpoints: int
     """That may wait for their upload at once."""
+    against_shards: str | None = None
+    """Why the base cannot be spread over several GPUs; None: it can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +156,8 @@ class Ask(Section):
 def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
     """How a batch would be cut, and how long the run would take.
 
-    Several GPUs have the whole base each where it fits one of them, and else a part of each layer.
+    Several GPUs have the whole base each where it fits one of them, and else a part of each layer, if it has layers
+    that can be spread.
     """
     free = int((gpu.memory_gib - _CONTEXT_GIB) * GIB)
     placement = _placement(work, free, cluster)
@@ -190,9 +193,11 @@ def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
 
 
 def _placement(work: Workload, free: int, cluster: Cluster) -> Placement:
-    """As a run chooses it: whole on each GPU where one example at a time fits beside it."""
+    """As a run chooses it: whole on each GPU where one example at a time fits beside it, or it cannot be spread."""
+    if cluster.ranks == 1 or work.against_shards is not None:
+        return "replicated"
     least = least_bytes(work.shape, work.adapter, engine=work.engine, max_length=work.max_length, shards=1)
-    return "replicated" if cluster.ranks == 1 or least <= free else "sharded"
+    return "replicated" if least <= free else "sharded"
 
 
 def _tokens_per_second(work: Workload, cut: Cut, speed: Speed) -> float:

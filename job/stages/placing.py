@@ -51,7 +51,12 @@ def _decide(attempt: Attempt, inputs: Inputs, ranks: int) -> Placement:
     model = empty_model(config)
     placed: Placed = place(
         shape_of(config),
-        AdapterShape(parameters=refuse_targets(config, lora), rank=lora.r, optimizer=worker.recipe.train.optimizer),
+        AdapterShape(
+            parameters=refuse_targets(config, lora),
+            rank=lora.r,
+            optimizer=worker.recipe.train.optimizer,
+            on_experts=lora.on_experts,
+        ),
         engine="fast" if worker.engine != "generic" and is_supported(config) else "generic",
         device=device_memory(inputs.device),
         max_length=inputs.dataset.train.max_length,

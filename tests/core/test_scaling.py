@@ -12,6 +12,7 @@ from job.core.course import plan_course
 from job.core.forecast import forecast
 from job.core.gpus import GPUS, Gpu, gpu_named
 from job.core.links import NVLINK_4, network
+from job.core.memory import ExpertsShape, row_bytes
 from job.core.scaling import (
     ALONE,
     Cluster,
@@ -224,6 +225,29 @@ def test_a_base_that_fits_several_no_more_than_one_is_said_not_to_fit():
 
     assert (found.fits, found.placement) == (False, "sharded")
     assert forecast(LARGE, gpu_named("l4"), Cluster(gpus=8)).fits
+
+
+def test_a_base_that_cannot_be_spread_is_whole_on_each_gpu_and_does_not_fit():
+    found = forecast(
+        replace(LARGE, against_shards="its layers share their weights"), gpu_named("a100-40"), Cluster(gpus=2)
+    )
+
+    assert (found.fits, found.placement) == (False, "replicated")
+
+
+def test_a_mixture_is_spread_with_its_experts():
+    experts = ExpertsShape(
+        parameters=60_000_000_000, sides=1, number=128, chosen=8, first=1536, inner=768, largest=400_000_000
+    )
+    of_dense = replace(LLAMA_2_70B, linear_parameters=LLAMA_2_70B.linear_parameters - experts.parameters)
+    shape = replace(of_dense, experts=experts, layer_whole_parameters=80 * 128 * 8192)
+    found = forecast(of_batch(16, shape=shape, adapter=LARGE.adapter), gpu_named("a100-40"), Cluster(gpus=2))
+    dense = forecast(LARGE, gpu_named("a100-40"), Cluster(gpus=2))
+
+    assert found.placement == "sharded"
+    routers = 2 * shape.layer_whole_parameters
+    assert found.parts.weights - dense.parts.weights == pytest.approx(routers * (1 / 2 + 2 / 80), rel=1e-3)
+    assert row_bytes(shape) - row_bytes(LLAMA_2_70B) == pytest.approx(routers / 80, rel=1e-3)
 
 
 def test_a_gpu_that_is_not_known_has_a_placement_and_no_time():

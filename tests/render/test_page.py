@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from page_reports import KINDS, gsm8k, small, with_sources
+from page_reports import KINDS, gsm8k, several_gpus, small, with_sources
 from report_fixtures import DATA, FINISHED, KILLED, LEARNED, evaluation
 
 from job.core.held_out import Answer
@@ -164,6 +164,18 @@ def test_cost_has_time_over_all_attempts_and_why_each_ended():
     assert "6% in training steps (goodput)" in text
     assert "75 asked to stop" in text
     assert "1 more left no word of their end" in page_of(gsm8k(attempts=(KILLED, FINISHED))).text()
+
+
+def test_the_cost_of_several_gpus_has_the_speed_of_each_the_wait_and_what_was_sent(full):
+    text = page_of_kind("several GPUs").text()
+
+    assert "8 processes on 2 nodes, each with the whole base" in text
+    assert "2,500 real tokens a second" in text
+    assert "3.2 s of this attempt's steps" in text
+    assert "640.0 MB a step by each" in text
+    shared = page_of(several_gpus(placement="sharded", nodes=1)).text()
+    assert "8 processes, the base sharded over them" in shared
+    assert "waited for others" not in full.text()
 
 
 def test_the_recipe_and_the_commands_can_be_copied(full):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from tiny_families import write_family
+from transformers import AutoConfig
 
 EXPERTS = 2 * 4 * 64 * (2 * 64 + 64)
 
@@ -46,6 +47,28 @@ def test_a_mixture_is_trained_in_4_bits_with_adapters_on_its_experts_and_proven(
     assert config["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
     document = json.loads(planned.stdout)
     assert document["work"]["parameters"] == whole["model"]["total_parameters"] - whole["model"]["trainable_parameters"]
+
+
+@pytest.mark.parametrize(("kind", "placement"), [("qwen3_moe", "sharded"), ("gpt_oss", "replicated")])
+def test_a_mixture_that_fits_no_single_gpu_is_planned_as_a_run_places_it(mixture, kind, placement):
+    """By its configuration alone: Qwen3-30B-A3B, and one whose rows hold one document."""
+    sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": 48}
+    inner = {"moe_intermediate_size": 768} if kind == "qwen3_moe" else {"intermediate_size": 768}
+    name = "num_experts" if kind == "qwen3_moe" else "num_local_experts"
+    config = AutoConfig.for_model(kind, **sizes, **inner, **{name: 128}, num_experts_per_tok=8, head_dim=128)
+    folder = mixture.folder / "own-base"
+    (folder / "model.safetensors").unlink()
+    config.save_pretrained(folder)
+    mixture.recipe["lora"]["targets"] = ["q_proj", "v_proj"]
+    ended = mixture.call("plan", "--json", "--gpu-memory", "15", "--gpus", "2")
+    assert ended.code == 0, ended.stdout + ended.stderr
+    (found,) = json.loads(ended.stdout)["forecasts"]
+
+    assert (found["placement"], found["fits"]) == (placement, placement == "sharded")
+    said = "each GPU holds the whole base, which cannot be sharded: gpt_oss trains one document a row"
+    text = " ".join(mixture.call("plan", "--gpu-memory", "15", "--gpus", "2").stdout.split())
+    assert (said in text) == (placement == "replicated")
+    assert said not in " ".join(mixture.call("plan", "--gpu-memory", "15").stdout.split())
 
 
 def test_dropout_before_experts_is_refused_by_the_recipe(mixture):

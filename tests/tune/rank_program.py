@@ -42,7 +42,8 @@ def prepare(order, rank, world):
     pairs = [(random_text(p, seed=i), random_text(c, seed=100 + i)) for i, (p, c) in enumerate(SIZES)]
     folder = Path(order["folder"], f"rank-{rank}")
     documents = documents_of(folder / "documents", tokenizer, pairs, data=PAIR)
-    lora = LoraSection(r=8, alpha=16, targets=("v_proj", "lm_head"), dropout=order.get("dropout", 0.0))
+    targets = tuple(order.get("targets", ("v_proj", "lm_head")))
+    lora = LoraSection(r=8, alpha=16, targets=targets, dropout=order.get("dropout", 0.0))
     folder.mkdir(exist_ok=True)
     shards = world if order.get("sharded") else None
     made = attempt(Path(order["base"]), documents, folder=folder, lora=lora, shards=shards, **order["options"])

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from job.core.lines import worth_naming
-from job.core.report import AttemptReport, Report
+from job.core.report import AttemptReport, Report, Throughput
 from job.render.page.blocks import Block, Chapter, Facts, Room, Table
 
 _HOUR = 3600
@@ -17,6 +17,7 @@ def cost_chapter(report: Report, room: Room) -> Chapter:
         "device": room.cut(report.device),
         **_hours(report),
         "speed": f"{speed.tokens_per_second:,.0f} real tokens a second, median step {speed.step_seconds_median:.3g} s",
+        **_together(speed),
         "trained on": f"{speed.tokens:,} real tokens in {speed.seconds:,.0f} s",
         "peak memory": _memory(report),
         "engine": room.cut(f"{report.plan.engine}: {report.plan.engine_reason}".removesuffix(": ")),
@@ -29,6 +30,20 @@ def cost_chapter(report: Report, room: Room) -> Chapter:
     blocks.append(_parts("This attempt's time", speed.phase_seconds, room))
     blocks.append(attempts_table(report.attempts, room))
     return Chapter(anchor="cost", name="Cost", blocks=blocks)
+
+
+def _together(speed: Throughput) -> dict[str, str]:
+    """How the processes of a run worked together, where there were several."""
+    if speed.ranks == 1:
+        return {}
+    nodes = f" on {speed.nodes:,} nodes" if speed.nodes > 1 else ""
+    base = "the base sharded over them" if speed.placement == "sharded" else "each with the whole base"
+    return {
+        "by": f"{speed.ranks:,} processes{nodes}, {base}",
+        "speed of each": f"{speed.tokens_per_second_a_rank:,.0f} real tokens a second",
+        "waited for others": f"{_seconds(speed.waited_seconds)} of this attempt's steps, each on the average",
+        "sent to others": f"{speed.bytes_a_step / 1e6:,.1f} MB a step by each",
+    }
 
 
 def _hours(report: Report) -> dict[str, str]:

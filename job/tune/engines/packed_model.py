@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from job.core.errors import UsageError
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
@@ -118,7 +119,16 @@ class PackedModel(nn.Module):
             self.train(was_training)
 
     def take_one_document_a_row(self) -> None:
-        """From now on, for good."""
+        """From now on, for good.
+
+        Raises:
+            UsageError: the base is sharded, and its layers are there one after the other.
+        """
+        if self.sharded is not None:
+            raise UsageError(
+                f"{type(self._causal_lm()).__name__}: here it has to train one document a row, which a base that is "
+                "sharded does not allow; use GPUs that hold the whole base, and --base-placement replicated"
+            )
         self.is_packed = False
         self._attend()
 

@@ -1,8 +1,9 @@
 """A mixture's experts in 4 bits: loaded one at a time, written, and dequantised for transformers' own code."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,37 @@ def in_four_bits(module: nn.Module) -> Mapping[str, QuantisedExperts]:
     """The weights of a module's experts; empty where they are not in 4 bits."""
     held: Mapping[str, QuantisedExperts] = getattr(module, _HELD, {})
     return held
+
+
+def tensors_of_experts(model: nn.Module, *, large: bool) -> Iterator[tuple[Tensor, Callable[[Tensor], None]]]:
+    """What experts in 4 bits are made of, and what puts another tensor in the place of each.
+
+    Args:
+        model: or a part of it.
+        large: those that are as long as the weights; else offsets and code books.
+    """
+    parts = ("packed", "scales", "outer_scales") if large else ("offsets", "scales_code", "code")
+    for module in model.modules():
+        held = getattr(module, _HELD, {})
+        for name, weights in [*held.items()]:
+            yield from ((getattr(weights, part), partial(_put, held, name, part)) for part in parts)
+
+
+def _put(held: dict[str, QuantisedExperts], name: str, part: str, tensor: Tensor) -> None:
+    held[name] = replace(held[name], **{part: tensor})  # type: ignore[arg-type] # no part is one of the two numbers
+
+
+def stand_ins(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters without memory that stand in the place of experts."""
+    return [module.get_parameter(name) for module in model.modules() for name in in_four_bits(module)]
+
+
+def stand_in(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As large as it seems, of one number in memory.
+
+    Infinite, so that whoever computes with it, past us, sees that.
+    """
+    return torch.full((), torch.inf, dtype=dtype, device=device).expand(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +88,8 @@ class ExpertsApart:
             for name in weights_of_experts(module)
         }
         self._sources: dict[str, _Source] = {}
+        self.names: dict[str, str] = {}
+        """What transformers calls those of `others` whose names it changes, and nothing else."""
         self._packed = {name: tensors for name in self._wanted if f"{name}{STATE}nf4" in tensors}
         of_packed = tuple(f"{name}." for name in self._packed)
         self.others = {
@@ -82,6 +116,8 @@ class ExpertsApart:
                 converter = None if pattern is None else of_pattern[pattern]
                 source = self._sources.setdefault(target, _Source(converter=converter))
                 source.tensors.setdefault(pattern or name, []).append(self.others.pop(name))
+            elif pattern is None and target != name:
+                self.names[name] = target
 
     def fill(self, model: Any, *, device: torch.device, dtype: torch.dtype) -> None:
         """Put the experts into a model that was loaded without them, each quantised as soon as it is read.
@@ -97,6 +133,17 @@ class ExpertsApart:
             else:
                 weights = self._quantised(target, module, shape, device, dtype)
             _hold(module, name, weights, shape=shape, dtype=dtype)
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Of the experts' parameters, by name."""
+        return {target: self._model.get_parameter(target).shape for target in self._wanted}
+
+    def stored(self, target: str, *, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """One parameter of experts, quantised now, as the tensors of a copy in 4 bits."""
+        path, _ = self._wanted[target]
+        module: Any = self._model.get_submodule(path)
+        return dict(_stored(target, self._quantised(target, module, self.shapes[target], device, dtype)))
 
     def _quantised(
         self, target: str, module: Any, shape: torch.Size, device: torch.device, dtype: torch.dtype
@@ -155,11 +202,10 @@ def _tensors(part: Quantised) -> dict[str, Tensor]:
 def _hold(module: Any, name: str, weights: QuantisedExperts, *, shape: torch.Size, dtype: torch.dtype) -> None:
     """Give a module its experts in 4 bits.
 
-    In their place stands a parameter with their shape and no memory: PEFT and counts go by it. It is infinite, so that
-    whoever computes with it, past us, sees that.
+    In their place stands a parameter with their shape and no memory: PEFT and counts go by it.
     """
-    stand_in = torch.full((), torch.inf, dtype=dtype, device=weights.packed.device).expand(shape)
-    module.register_parameter(name, nn.Parameter(stand_in, requires_grad=False))
+    seeming = stand_in(shape, dtype=dtype, device=weights.packed.device)
+    module.register_parameter(name, nn.Parameter(seeming, requires_grad=False))
     if not hasattr(module, _HELD):
         setattr(module, _HELD, {})
         module.register_state_dict_post_hook(_write)
@@ -176,7 +222,7 @@ class _Dequantising:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module
         places = [(name, *_place(module, name)) for name in in_four_bits(module)]
-        stand_ins = [parameters[key] for _, parameters, key in places]
+        before = [parameters[key] for _, parameters, key in places]
         try:
             for name, parameters, key in places:
                 # Another parameter, not other data in this one: autograd would find the stand-in in the backward.
@@ -184,8 +230,8 @@ class _Dequantising:
                 parameters[key] = nn.Parameter(values, requires_grad=False)
             return type(module).forward(module, *args, **kwargs)
         finally:
-            for (_, parameters, key), stand_in in zip(places, stand_ins, strict=True):
-                parameters[key] = stand_in
+            for (_, parameters, key), parameter in zip(places, before, strict=True):
+                parameters[key] = parameter
 
 
 def _place(module: Any, name: str) -> tuple[dict[str, Any], str]:
@@ -206,28 +252,31 @@ def dequantised_experts(module: Any, name: str, *, dtype: torch.dtype) -> Tensor
 
 
 def _write(module: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Names and forms of bitsandbytes' own files, with a dimension more; each expert's offset stands in the state."""
     for name, weights in in_four_bits(module).items():
-        about = {
-            "quant_type": "nf4",
-            "blocksize": NF4_BLOCK,
-            "nested_blocksize": NF4_OUTER_BLOCK,
-            "shape": [len(weights), weights.height, weights.width],
-            "nested_offset": weights.offsets.tolist(),
-        }
-        place = f"{prefix}{name}"
-        state[place] = weights.packed.reshape(-1, 1)
-        state[f"{place}.absmax"] = weights.scales
-        state[f"{place}.nested_absmax"] = weights.outer_scales
-        state[f"{place}.quant_map"] = weights.code
-        state[f"{place}.nested_quant_map"] = weights.scales_code
-        state[f"{place}{STATE}nf4"] = torch.tensor([*json.dumps(about).encode()], dtype=torch.uint8)
+        state.update(_stored(f"{prefix}{name}", weights))
+
+
+def _stored(place: str, weights: QuantisedExperts) -> Iterator[tuple[str, Tensor]]:
+    """Names and forms of bitsandbytes' own files, with a dimension more; each expert's offset stands in the state."""
+    about = {
+        "quant_type": "nf4",
+        "blocksize": NF4_BLOCK,
+        "nested_blocksize": NF4_OUTER_BLOCK,
+        "shape": [len(weights), weights.height, weights.width],
+        "nested_offset": weights.offsets.tolist(),
+    }
+    yield place, weights.packed.reshape(-1, 1)
+    yield f"{place}.absmax", weights.scales
+    yield f"{place}.nested_absmax", weights.outer_scales
+    yield f"{place}.quant_map", weights.code
+    yield f"{place}.nested_quant_map", weights.scales_code
+    yield f"{place}{STATE}nf4", torch.tensor([*json.dumps(about).encode()], dtype=torch.uint8)
 
 
 def _read(
     tensors: Mapping[str, Any], name: str, count: int, height: int, width: int, device: torch.device
 ) -> QuantisedExperts:
-    """What `_write` has written.
+    """What `_stored` has made.
 
     Raises:
         DataError: it is no copy of these experts.

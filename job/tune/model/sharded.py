@@ -1,8 +1,9 @@
 """A base that is sharded over the ranks: each keeps a part of each layer's bytes, and gathers a layer before its use.
 
-The large tensors of a decoder layer (weights in 4 bits with their scales, matrices that are not in 4 bits) are one row
-of bytes, of which each rank keeps one part. There are two buffers; layer i is gathered into buffer i % 2, one layer
-ahead of its use. The layers' parameters are views into these buffers, made once. All else stays whole on each rank.
+The large tensors of a decoder layer (weights in 4 bits with their scales, a mixture's experts among them, and matrices
+that are not in 4 bits) are one row of bytes, of which each rank keeps one part. There are two buffers; layer i is
+gathered into buffer i % 2, one layer ahead of its use. The layers' parameters are views into these buffers, made once.
+All else stays whole on each rank.
 
 A gather needs all ranks, so that they make the same ones in the same order. The layers are passed in turns: before each
 pass of any rank all of them meet, and a rank that has nothing to pass makes the turn's gathers alone. So no rank needs
@@ -14,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job.core.errors import SickDeviceError, UsageError
 from job.tune.device.digest import digest
+from job.tune.model.experts import stand_in, stand_ins, tensors_of_experts
 from job.tune.world import Ranks
 
 _ALIGNED = 256
@@ -247,21 +250,27 @@ class ShardedLayers:
 def _pieces(layer: nn.Module) -> Iterator[_Piece]:
     """What of a layer goes into its row: matrices. Vectors and code books are small, and are read before passes."""
     start = 0
+    for tensor, put in chain(_places(layer), tensors_of_experts(layer, large=True)):
+        yield _Piece(start=start, tensor=tensor, put=put)
+        start += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+
+
+def _places(layer: nn.Module) -> Iterator[tuple[Tensor, Callable[[Tensor], None]]]:
+    """Tensors of a layer's matrices, and what replaces each."""
     for parameter in _matrices(layer):
         state = getattr(parameter, "quant_state", None)
-        places: list[tuple[Tensor, Callable[[Tensor], None]]] = [(parameter.data, partial(setattr, parameter, "data"))]
+        yield parameter.data, partial(setattr, parameter, "data")
         if state is not None:
-            places.append((state.absmax, partial(setattr, state, "absmax")))
+            yield state.absmax, partial(setattr, state, "absmax")
         if state is not None and state.nested:
             state.state2.absmax = state.state2.absmax.float()  # as the kernels take it: they must not copy it
-            places.append((state.state2.absmax, partial(setattr, state.state2, "absmax")))
-        for tensor, put in places:
-            yield _Piece(start=start, tensor=tensor, put=put)
-            start += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+            yield state.state2.absmax, partial(setattr, state.state2, "absmax")
 
 
 def _matrices(layer: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in layer.parameters() if parameter.ndim > 1]
+    """Without those that only stand in the place of experts."""
+    seeming = {*map(id, stand_ins(layer))}
+    return [parameter for parameter in layer.parameters() if parameter.ndim > 1 and id(parameter) not in seeming]
 
 
 def _part(row: Sequence[_Piece], size: int, rank: int) -> Tensor:
@@ -277,6 +286,12 @@ def _part(row: Sequence[_Piece], size: int, rank: int) -> Tensor:
 
 def _to_device(causal_lm: Any, device: torch.device, *, but: Collection[int]) -> None:
     """What is whole on each rank, out of its file's pages; not parameters with these identities, which are in rows."""
+    seeming = stand_ins(causal_lm)
+    for parameter in seeming:  # a copy would have memory
+        parameter.data = stand_in(parameter.shape, dtype=parameter.dtype, device=device)
+    but = {*but, *map(id, seeming)}
+    for tensor, put in tensors_of_experts(causal_lm, large=False):
+        put(tensor.to(device, copy=True))
     for module in causal_lm.modules():
         for parameter in module.parameters(recurse=False):
             in_row = id(parameter) in but

@@ -1,7 +1,8 @@
 """A base put into 4 bits from file to file, tensor by tensor: no device ever holds the base."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from job.core.errors import UsageError
 from job.tune.model.base import can_be_kept, quantised_config, refuse_not_finite
 from job.tune.model.config import causal_lm_of, empty_model, read_config, read_whole_config, read_wrapper
+from job.tune.model.experts import ExpertsApart
 from job.tune.model.four_bit import kept_in_fp32, packed_tensors, put_into_four_bits
+from job.tune.model.mixtures import take_out_experts
 from job.tune.model.promises import hold_to_promises
 from job.tune.model.tensor_files import Files, StoredTensor, content_of, index_of, stored_tensors
 from job.tune.model.wrappers import parts_of
@@ -46,15 +49,18 @@ class StreamedCopy:
         config = read_config(folder)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
-        model = empty_model(config)
-        _tie(model, config)
         self._exact = kept_in_fp32(causal_lm_of(config))
+        text = parts_of(read_whole_config(folder), stored).text
+        self._experts = ExpertsApart(config, {name: self._rounded(name, each) for name, each in text.items()})
+        model = empty_model(config)
+        take_out_experts(model)
+        _tie(model, config)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         turned = any(isinstance(module, Conv1D) for module in model.modules())
         linear = put_into_four_bits(model, None)
         self._empty: dict[str, Any] = {f"{name}.weight": module.weight for name, module in linear.items()}
-        text = parts_of(read_whole_config(folder), stored).text
-        self._tensors: Mapping[str, StoredTensor] = {name: text[name] for name in shapes if name in text}
+        others = {self._experts.names.get(name, name): each for name, each in self._experts.others.items()}
+        self._tensors: Mapping[str, StoredTensor] = {name: others[name] for name in shapes if name in others}
         if turned or not can_be_kept(model) or not _is_one_by_one(model, shapes, self._tensors):
             raise UsageError(
                 f"--base-placement sharded: the tensors of {config.model_type} are put together while it is loaded, "
@@ -65,7 +71,8 @@ class StreamedCopy:
     def needed_bytes(self) -> int:
         """What all files take, about."""
         whole = {name: math.prod(each.header.shape) for name, each in self._tensors.items()}
-        return sum(size * 9 // 16 if name in self._empty else 4 * size for name, size in whole.items())
+        others = sum(size * 9 // 16 if name in self._empty else 4 * size for name, size in whole.items())
+        return others + sum(shape.numel() * 9 // 16 + 2000 for shape in self._experts.shapes.values())
 
     def files(self) -> Files:
         """Each file is made when its content is asked for, on any thread."""
@@ -74,12 +81,12 @@ class StreamedCopy:
         outside: Callable[[str], str] = str if wrapper is None else wrapper.outside
         groups: list[list[str]] = [[]]
         size = 0
-        for name, tensor in self._tensors.items():
-            if groups[-1] and size + tensor.header.bytes > _FILE_BYTES:
+        for name, more in self._sizes():
+            if groups[-1] and size + more > _FILE_BYTES:
                 groups.append([])
                 size = 0
             groups[-1].append(name)
-            size += tensor.header.bytes
+            size += more
         places: dict[str, str] = {}
         for number, names in enumerate(groups, start=1):
             file = f"model-{number:05d}.safetensors"
@@ -95,8 +102,14 @@ class StreamedCopy:
         """
         refuse_not_finite(self._not_finite, self._folder)
 
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        """Each parameter, and its bytes before it is quantised."""
+        yield from ((name, tensor.header.bytes) for name, tensor in self._tensors.items())
+        yield from ((name, 2 * shape.numel()) for name, shape in self._experts.shapes.items())
+
     def _parts(self, name: str) -> list[str]:
-        return [name, *(f"{name}.{part}" for part in _BESIDE)] if name in self._empty else [name]
+        packed = name in self._empty or name in self._experts.shapes
+        return [name, *(f"{name}.{part}" for part in _BESIDE)] if packed else [name]
 
     def _content(self, names: list[str], outside: Callable[[str], str]) -> bytes:
         made: dict[str, Tensor] = {}
@@ -104,12 +117,16 @@ class StreamedCopy:
             made |= {outside(part): tensor.cpu() for part, tensor in self._made(name).items()}
         return content_of(made)
 
+    def _rounded(self, name: str, tensor: StoredTensor) -> StoredTensor:
+        """As the base is on every processor."""
+        return replace(tensor, in_bf16=self._dtype is torch.float32 and not self._exact(name))
+
     def _made(self, name: str) -> dict[str, Tensor]:
+        if name in self._experts.shapes:
+            return self._experts.stored(name, device=self._device, dtype=self._dtype)
         value = self._tensors[name][...].to(self._device)
         if self._exact(name):
             return {name: value.float()}
-        if self._dtype is torch.float32:
-            value = value.bfloat16()  # as the base is on every processor
         value = value.to(self._dtype)
         return packed_tensors(name, self._empty[name], value) if name in self._empty else {name: value}
 

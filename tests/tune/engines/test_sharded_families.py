@@ -14,9 +14,11 @@ from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base, quantised_files
 from job.tune.model.config import empty_model, read_config
+from job.tune.model.mixtures import experts_modules
 from job.tune.model.sharded import ShardedLayers, layers_of, reason_against_sharding
 
-_OFTEN = ("gemma2", "gpt_neox", "phi3", "opt", "smollm3")
+_OFTEN = ("gemma2", "gpt_neox", "phi3", "opt", "smollm3", "qwen3_moe", "mixtral")
+_ON_EXPERTS = _LORA.model_copy(update={"targets": ("all-linear", "experts")})
 _PACKED = [name for name, (model_type, _) in TINY.items() if model_type in FAMILIES]
 
 
@@ -37,17 +39,18 @@ def test_a_family_computes_the_same_on_a_sharded_base_to_the_bit(name, tmp_path)
         (copy / file).write_bytes(content())
     torch.manual_seed(2)
     batch = micro_batch_of([torch.randint(3, config.vocab_size, (length,)) for length in (9, 33, 40)])
-    found = [results(copy, batch, world) for world in (None, OneRank(lazy=True))]
+    lora = _ON_EXPERTS if next(experts_modules(model), None) else _LORA
+    found = [results(copy, batch, lora, world) for world in (None, OneRank(lazy=True))]
 
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
 
-def results(copy, batch, world):
+def results(copy, batch, lora, world):
     """Losses and gradients, without and with recomputation, and the scores of an evaluation."""
     base = load_base(copy, device=CPU, dtype=torch.float32, on_host=world is not None)
     layers = None if world is None else ShardedLayers(base, world, CPU)
-    model = PackedModel(attach_lora(base, _LORA, source="tiny", revision=None, seed=0), layers)
+    model = PackedModel(attach_lora(base, lora, source="tiny", revision=None, seed=0), layers)
     torch.manual_seed(1)
     for parameter in trainable(model):
         parameter.data.add_(torch.randn_like(parameter) * 0.05)

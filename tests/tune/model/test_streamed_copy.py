@@ -19,6 +19,8 @@ from job.tune.model.streamed_copy import StreamedCopy
 DTYPES = (torch.bfloat16, torch.float32)
 _ONE_BY_ONE = [name for name in ARCHITECTURES if name != "gpt_neox"]
 """Those whose tensors have the same names in the files and in the model."""
+_MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "granitemoe")
+"""Those that train in packs."""
 
 
 def tensors_in(folder):
@@ -48,13 +50,13 @@ def both(base, folder, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*_ONE_BY_ONE, "tied", "gemma3_text", "qwen3_vl", "llava"])
+@pytest.mark.parametrize("name", [*_ONE_BY_ONE, "tied", "gemma3_text", *_MIXTURES, "qwen3_vl", "llava"])
 def test_the_streamed_copy_is_that_of_the_loaded_base_to_the_bit(name, dtype, bases, tied_base, tmp_path, monkeypatch):
     monkeypatch.setattr(streamed_copy, "_FILE_BYTES", 30_000)  # several files
     if name in bases or name == "tied":
         base = tied_base if name == "tied" else bases[name]
     else:
-        base = (write_family if name == "gemma3_text" else write_wrapper)(tmp_path / "base", name)
+        base = (write_family if name in {"gemma3_text", *_MIXTURES} else write_wrapper)(tmp_path / "base", name)
     loaded, streamed, copy = both(base, tmp_path, dtype)
 
     one, other = tensors_in(loaded), tensors_in(streamed)
@@ -69,7 +71,7 @@ def test_the_streamed_copy_is_that_of_the_loaded_base_to_the_bit(name, dtype, ba
     assert difference(directly, again) == []
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "mixtral", "olmoe"])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama4_text"])
 def test_a_base_that_is_put_together_while_it_is_loaded_is_copied_right_or_refused(name, tmp_path):
     base = write_family(tmp_path / "base", name)
     try:
