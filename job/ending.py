@@ -147,7 +147,7 @@ class Session:
             log.warning("word_not_left", reason=self.hide(str(trouble)))
 
     def _tell_others(self, seat: Seat, error: BaseException | None) -> None:
-        from job.tune.world import leave_cause
+        from job.tune.ranks import leave_cause
 
         with suppress(JobError):  # they are gone, or their launcher is
             leave_cause(seat, error)

@@ -102,7 +102,7 @@ OWNERS = {
     "botocore": ("job.edge.store.s3*",),
     "signal": ("job.edge.host.interrupt", "job.edge.host.crashing", "job.launch.launched"),
     "subprocess": ("job.launch.launched", "job.edge.workers", "job.tune.data.rendering"),
-    "torch.distributed": ("job.tune.world",),
+    "torch.distributed": ("job.tune.ranks",),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
     "click": ("job.cli", "job.options", "job.together"),
     "os.environ": ("job.cli", "job.edge.workers"),

@@ -5,7 +5,8 @@ there are few; the padding is a document without targets. Whether a micro-batch 
 and the first of a size is replayed too: a resumed run equals an uninterrupted one to the bit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ _MOST_TOKENS = 4096
 _MOST_MEMORY = 0.2
 """Share of the GPU's memory that recordings may hold for themselves."""
 _NO_TARGET = -1
+
+OnFinished = Callable[[int, Any], None]
+"""See `Step.on_finished`; and the CUDA event after which it is true, or None: as soon as what was launched has run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,8 @@ class _Recording:
     """The memory that the step reads: a micro-batch is copied there."""
     replay: Callable[[], Tensor]
     """Runs the step once and returns its losses."""
+    finished: dict[int, Any]
+    """The events that a replay records, in their order, where somebody watches."""
 
 
 class Replay:
@@ -71,17 +77,27 @@ class Replay:
         self._recordings: dict[Size, _Recording] = {}
         self._refresh: Callable[[], None] | None = None
         self._pool: Any = None
+        self._on_finished: OnFinished | None = None
+
+    def watch(self, on_finished: OnFinished) -> None:
+        """From here on say whose gradients are complete, while a step runs."""
+        self._on_finished = on_finished
+        self._recordings.clear()  # these record no events
 
     def accumulate(self, row: PackedRow) -> Tensor:
         """See `Step.accumulate`."""
         size = rounded(row)
         if size.tokens > self._most_tokens:
-            return self._step.accumulate(row)
+            return self._watched(row)
         if size not in self._recordings:
             self._recordings[size] = self._record(size, row)
         recording = self._recordings[size]
         fill(recording.row, row)
-        return recording.replay()[: len(row.places)].clone()
+        losses = recording.replay()
+        for index, event in recording.finished.items():
+            if self._on_finished is not None:
+                self._on_finished(index, event)
+        return losses[: len(row.places)].clone()
 
     def refresh(self) -> None:
         """See `Step.refresh`."""
@@ -98,25 +114,54 @@ class Replay:
         def work() -> None:
             results.append(self._step.accumulate(row))
 
-        graph = self._recorded_beside_gradients(work)
+        finished: dict[int, Any] = {}
+        graph = self._recorded_beside_gradients(work, finished)
         if graph is None:
-            return _Recording(row=row, replay=lambda: self._step.accumulate(row))
+            return _Recording(row=row, replay=lambda: self._watched(row), finished={})
 
         def replay() -> Tensor:
             graph.replay()
             return results[-1]  # the recording's output, always the same memory
 
-        return _Recording(row=row, replay=replay)
+        return _Recording(row=row, replay=replay, finished=finished)
 
-    def _recorded_beside_gradients(self, work: Callable[[], None]) -> Any:
-        """Record after a first run, which compiles kernels and sets libraries up; gradients are left as they were."""
+    def _watched(self, row: PackedRow) -> Tensor:
+        """Not recorded."""
+        on_finished = self._on_finished
+        with self._noting(None if on_finished is None else lambda index: on_finished(index, None)):
+            return self._step.accumulate(row)
+
+    @contextmanager
+    def _noting(self, note: Callable[[int], None] | None) -> Iterator[None]:
+        before = self._step.on_finished
+        if note is not None:
+            self._step.on_finished = note
+        try:
+            yield
+        finally:
+            self._step.on_finished = before
+
+    def _recorded_beside_gradients(self, work: Callable[[], None], finished: dict[int, Any]) -> Any:
+        """Record after a first run, which compiles kernels and sets libraries up; gradients are left as they were.
+
+        Args:
+            work: a step.
+            finished: gets an event for each layer, where somebody watches.
+        """
         if self._failed:
             return None
         before = [_gradient(parameter).clone() for parameter in self._parameters]
         work()
         for parameter, old in zip(self._parameters, before, strict=True):
             _gradient(parameter).copy_(old)
-        return self._recorded(work)
+
+        def note(index: int) -> None:
+            event = torch.cuda.Event(external=True)  # type: ignore[no-untyped-call] # streams outside may wait for it
+            finished[index] = event
+            event.record()
+
+        with self._noting(None if self._on_finished is None else note):
+            return self._recorded(work)
 
     def _recorded(self, work: Callable[[], None]) -> Any:
         """A CUDA graph of the work; None where the driver, a library or the memory does not allow it."""

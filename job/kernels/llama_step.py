@@ -4,6 +4,7 @@ What the backward needs is kept once, where the next product reads it; the resid
 add to. docs/engine.md has the stages.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,10 @@ from job.kernels.decoder import Decoder, DecoderLayer, PackedRow, Saving
 from job.kernels.head_loss import LOGITS_AT_ONCE
 from job.kernels.ops import Masks, Ops
 from job.kernels.weights import Group, exact_product
+
+OnLayer = Callable[[int], None]
+"""Called when the gradients of a layer's adapters are complete for a micro-batch: the last first; a head has the number
+of layers."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -68,6 +73,7 @@ class Step:
         self._dtype = dtype
         self._recomputed = saving.recomputed_layers
         self._own_attention = own_attention
+        self.on_finished: OnLayer = lambda _: None
         self.device = decoder.embeddings.device
         self._hidden = decoder.embeddings.shape[1]
         self._kept_matrices: dict[int, tuple[Tensor, ...]] = {}
@@ -124,6 +130,7 @@ class Step:
         room = max(group.padded_rank for layer in self._decoder.layers for group in (layer.out, layer.down))
         losses, grad = self._head(stream, context, room=room)
         del stream
+        self.on_finished(len(self._decoder.layers))
         for index in range(len(self._decoder.layers) - 1, -1, -1):
             state = kept.pop()
             arrivals.backward(index)
@@ -131,6 +138,7 @@ class Step:
                 state = self._layer_forward(index, state, context)
             self._mlp_backward(index, state, grad, context)
             self._attention_backward(index, state, grad, context)
+            self.on_finished(index)
         return losses
 
     # --- forward ------------------------------------------------------------------------------------------------------

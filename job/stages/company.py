@@ -24,7 +24,8 @@ from job.edge.store.opening import open_store
 from job.stages.attempt import Attempt
 from job.stages.identity import Objects, Run, Sides
 from job.stages.loading import Inputs
-from job.tune.world import ALONE, CAUSE, Meeting, Order, World
+from job.tune.ranks import CAUSE, Meeting
+from job.tune.world import ALONE, Order, World
 
 log = structlog.get_logger(__name__)
 _LOOK_SECONDS = 0.5

@@ -10,11 +10,12 @@ from job.stages.gathering import gather
 from job.stages.loading import Inputs, load_placed, release_memory
 from job.stages.placing import place_base
 from job.stages.preparing import Prepared, make_stepper, prepare, questions_of
-from job.tune.engines.engine import adopt_or_shrink
+from job.tune.engines.engine import adopt_or_shrink, shrink
 from job.tune.loop.evaluate import answer, evaluate
 from job.tune.loop.sharing import share_state
-from job.tune.loop.step import StepCutShortError, Stepper, shrink
-from job.tune.world import Order, Ranks
+from job.tune.loop.step import StepCutShortError, Stepper
+from job.tune.ranks import Ranks
+from job.tune.world import Order
 
 log = structlog.get_logger(__name__)
 _NO_ATTEMPT = 0

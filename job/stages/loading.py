@@ -23,7 +23,8 @@ from job.tune.model.adapter import attach_lora, parameter_counts, trainable
 from job.tune.model.base import load_base
 from job.tune.model.config import read_wrapper
 from job.tune.model.sharded import ShardedLayers
-from job.tune.world import Ranks, World
+from job.tune.ranks import Ranks
+from job.tune.world import World
 
 log = structlog.get_logger(__name__)
 

@@ -22,10 +22,11 @@ from job.stages.planning import Planned
 from job.stages.resuming import Resumed
 from job.stages.teller import StepTeller
 from job.tune.device.device import allocation_retries, on_own_stream
+from job.tune.engines.engine import shrink
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.checkpoint import AdapterToPublish, Progress
 from job.tune.loop.evaluate import Question, evaluate
-from job.tune.loop.step import StepCutShortError, Stepper, shrink
+from job.tune.loop.step import StepCutShortError, Stepper
 from job.tune.loop.step_record import Setbacks, StepRecord
 from job.tune.world import ALONE, LOST, Order, World
 

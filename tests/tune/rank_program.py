@@ -26,7 +26,8 @@ from job.tune.loop import evaluate as evaluation
 from job.tune.loop.evaluate import Question
 from job.tune.loop.sharing import share_state
 from job.tune.model.config import load_tokenizer
-from job.tune.world import ALONE, Meeting, Order
+from job.tune.ranks import Meeting
+from job.tune.world import ALONE, Order
 
 SIZES = [(9, 2), (3, 30), (20, 3), (2, 12), (14, 14), (4, 33), (30, 1), (6, 20), (25, 9), (8, 8), (2, 40)]
 

@@ -10,6 +10,7 @@ from job.core.cut import Cut
 from job.core.errors import JobError
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.device.failures import error_line
+from job.tune.engines.engine import OnFinished
 from job.tune.engines.layers import reason_for_last, variants_compiled
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
@@ -32,8 +33,22 @@ class AutogradEngine:
         self._proved = 0
         """Variants of compiled code whose backward is compiled as well."""
         self._is_ahead = False
+        self._is_compiling = False
+        """Whether this backward may fail with half a gradient, and be made again."""
         self.compiler_failure: str | None = None
         self.recompilations: tuple[str, ...] = ()
+        self._on_finished: OnFinished | None = None
+
+    def watch(self, on_finished: OnFinished) -> None:
+        """See `Engine`."""
+        if self._on_finished is None:
+            for parameter in trainable(self._model):
+                parameter.register_post_accumulate_grad_hook(self._say)  # type: ignore[no-untyped-call]
+        self._on_finished = on_finished
+
+    def _say(self, parameter: nn.Parameter) -> None:
+        if self._on_finished is not None and not self._is_compiling:
+            self._on_finished([parameter], None)
 
     def compile_ahead(self, batch: MicroBatch) -> None:
         """See `Engine`."""
@@ -58,6 +73,7 @@ class AutogradEngine:
             total, losses = self._model.summed_loss(batch, weight_per_target=1 / targets)
             # The backward of new code is compiled during the backward, where a failure leaves half a gradient.
             before = _gradients(self._model) if variants_compiled() > self._proved else None
+            self._is_compiling = before is not None
             self._backward(total)
             if before is not None:
                 more, self._proved = variants_compiled() - self._proved, variants_compiled()
@@ -72,6 +88,8 @@ class AutogradEngine:
             self._model.layers.stop_compiling()
             self._compiler, self.compiler_failure = None, error_line(error)
             return None
+        finally:
+            self._is_compiling = False
         return losses
 
     def refresh(self) -> None:

@@ -1,16 +1,22 @@
 """What computes the gradients of a micro-batch: the training loop knows no more of an engine than this."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import structlog
 import torch
 from torch import Tensor
 
-from job.core.cut import Cut
+from job.core.cut import Cut, after_out_of_memory
+from job.core.errors import CannotFitError
 from job.tune.data.micro_batch import MicroBatch
 
 log = structlog.get_logger(__name__)
+
+OnFinished = Callable[[Iterable[Tensor], Any], None]
+"""Parameters whose gradients are complete for this micro-batch, and the CUDA event after which they are (None: as soon
+as what was launched on the current stream has run)."""
 
 
 class Engine(Protocol):
@@ -50,6 +56,10 @@ class Engine(Protocol):
         """
         ...
 
+    def watch(self, on_finished: OnFinished) -> None:
+        """From here on say, while a micro-batch runs, whose gradients are complete: a hint, which may be left out."""
+        ...
+
     def refresh(self) -> None:
         """Take over the adapter's new values: after each update, and after a checkpoint was loaded."""
         ...
@@ -84,3 +94,28 @@ def adopt_or_shrink(engine: Engine, cut: Cut) -> Cut:
     log.warning("out_of_memory", during="adopting the cut", then=asdict(smaller))
     engine.adopt(smaller)
     return smaller
+
+
+def shrink(
+    engine: Engine,
+    cut: Cut,
+    during: Literal["step", "evaluation"],
+    *,
+    longest: int,
+    layers: int,
+    error: torch.OutOfMemoryError,
+) -> Cut:
+    """The next smaller cut, adopted by the engine: see `after_out_of_memory`.
+
+    Raises:
+        CannotFitError: nothing is left to give up.
+    """
+    torch.cuda.empty_cache()
+    smaller = after_out_of_memory(cut, during=during, longest=longest, layers=layers)
+    if smaller is None:
+        raise CannotFitError(
+            f"one example of {longest} tokens does not fit this GPU, even with activations recomputed; lower "
+            "data.max_length, or use a GPU with more memory"
+        ) from error
+    log.warning("out_of_memory", during=during, then=asdict(smaller))
+    return adopt_or_shrink(engine, smaller)

@@ -1,6 +1,8 @@
 """The fast engine: the hand-written step, for the families that it knows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import structlog
 import torch
@@ -12,7 +14,9 @@ from job.kernels.cuda_graphs import Replay, most_tokens
 from job.kernels.decoder import HERE, PackedRow, Saving
 from job.kernels.llama_step import Step
 from job.kernels.ops import Ops
+from job.kernels.weights import Group
 from job.tune.data.micro_batch import MicroBatch
+from job.tune.engines.engine import OnFinished
 from job.tune.engines.families import decoder_of
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
@@ -43,6 +47,7 @@ class HandwrittenEngine:
         own = model.attention.own
         self._make: _MakeStep = lambda saving: Step(self._decoder, ops, dtype=dtype, saving=saving, own_attention=own)
         self._step: Step | Replay | None = self._make(saving)
+        self._on_finished: OnFinished | None = None
 
     def compile_ahead(self, batch: MicroBatch) -> None:
         """Nothing to do: its kernels are compiled when they are compared, before this engine is chosen."""
@@ -52,6 +57,26 @@ class HandwrittenEngine:
         assert self._step is not None
         masked = self._model.training and self._dropout
         return self._step.accumulate(_row(batch, targets=targets, seed=seed if masked else None))
+
+    def watch(self, on_finished: OnFinished) -> None:
+        """See `Engine`."""
+        self._on_finished = on_finished
+        self._watch()
+
+    def _watch(self) -> None:
+        on_finished = self._on_finished
+        if on_finished is None:
+            return
+        groups = [*(layer.groups for layer in self._decoder.layers), (self._decoder.head,)]
+        trained = [_trained(each) for each in groups]
+
+        def say(index: int, after: Any) -> None:
+            on_finished(trained[index], after)
+
+        if isinstance(self._step, Replay):
+            self._step.watch(say)
+        elif self._step is not None:
+            self._step.on_finished = partial(say, after=None)
 
     def refresh(self) -> None:
         """See `Engine`."""
@@ -71,6 +96,12 @@ class HandwrittenEngine:
                 records=self._model.sharded is None,
                 on_failure=lambda reason: log.warning("no_cuda_graphs", reason=reason, then="small batches are slower"),
             )
+        self._watch()
+
+
+def _trained(groups: Sequence[Group]) -> list[Tensor]:
+    adapters = [layer.adapter for group in groups for layer in group.layers if layer.adapter is not None]
+    return [factor for adapter in adapters for factor in (adapter.a, adapter.b)]
 
 
 def _row(batch: MicroBatch, *, targets: int, seed: int | None) -> PackedRow:

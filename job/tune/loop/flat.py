@@ -4,6 +4,9 @@ An adapter has hundreds of small tensors. Clipping, checking, updating and clear
 of kernels a step, which takes longer than a small step's own work; on a vector each is one.
 """
 
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +35,25 @@ class FlatAdapter:
         self.vectors = [self._joined(members) for members in self._members]
         """What the optimizer updates; each has its gradient."""
         self.clear()
+
+    def pieces(self, most: int) -> list[tuple[Tensor, list[nn.Parameter]]]:
+        """The gradients in the order in which a backward completes them: the last layer's first.
+
+        Args:
+            most: elements of a piece.
+
+        Returns:
+            Views of the vectors' gradients, each with the parameters of which it holds a part.
+        """
+        found = []
+        for vector, members in zip(self.vectors, self._members, strict=True):
+            assert vector.grad is not None
+            ends = list(accumulate(member.numel() for member in members))
+            for start in range(0, vector.numel(), most):
+                stop = min(start + most, vector.numel())
+                inside = members[bisect_right(ends, start) : bisect_left(ends, stop) + 1]
+                found.append((vector.grad[start:stop], inside))
+        return found[::-1]
 
     @staticmethod
     def _joined(members: list[nn.Parameter]) -> nn.Parameter:

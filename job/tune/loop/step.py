@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
 
 import numpy as np
 import structlog
@@ -13,16 +12,16 @@ from torch import Tensor
 
 from job.core.course import Course, dropout_seed
 from job.core.crash_points import crash_point
-from job.core.cut import Cut, after_out_of_memory
 from job.core.dealing import deal
-from job.core.errors import CannotFitError, DivergedError
+from job.core.errors import DivergedError
 from job.core.packing import grain_of, pack_evenly
 from job.core.recipe import TrainSection
 from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import MicroBatch, micro_batch
-from job.tune.engines.engine import Engine, adopt_or_shrink
+from job.tune.engines.engine import Engine, adopt_or_shrink, shrink
 from job.tune.loop.checkpoint import State
 from job.tune.loop.flat import FlatAdapter
+from job.tune.loop.gradient_sum import GradientSum
 from job.tune.loop.marks import Mark, seconds_between, take_mark, wait_for
 from job.tune.loop.sharing import settle
 from job.tune.loop.step_record import Setbacks, StepRecord
@@ -63,7 +62,7 @@ class _Unread:
     began: Mark
     ended: Mark
     waited: tuple[Mark, Mark] | None
-    """From our own share's end to the last rank's; None: we are alone."""
+    """From our own share's end until the sums over all ranks stand; None: we are alone."""
     setbacks: Setbacks
 
 
@@ -105,6 +104,9 @@ class Stepper:
         self._train = train
         self._layers = layers
         self._world = world
+        self._sum = None if world.size == 1 else GradientSum(world, adapter)
+        self._has_met = False
+        """Whether all ranks have said that they end the step under way."""
         self._lengths = documents.lengths
         self._targets = documents.targets
         self._source_of = documents.sources
@@ -114,12 +116,14 @@ class Stepper:
         """When the last step ended; None: the time since was not training."""
         self._waited: tuple[Mark, Mark] | None = None
         self._waited_seconds = 0.0
-        """In all steps so far, for other ranks."""
+        """In all steps so far, for other ranks and for sums that were not made meanwhile."""
         self._setbacks = Setbacks()
         """Those of the step under way."""
         self._recompilations = 0
         """Of the engine's, those that were noticed."""
         adapter.clear()  # what was tried before left gradients
+        if self._sum is not None:
+            engine.watch(self._sum.on_finished)
 
     def compile_ahead(self, number: int) -> None:
         """Compile what the steps run, where layers are compiled, by the longest example of a step.
@@ -146,7 +150,8 @@ class Stepper:
 
         Args:
             number: from 1.
-            cut_short: asked after each micro-batch; true drops the step.
+            cut_short: asked after each micro-batch, with other ranks for the last time before the last one; true drops
+                the step.
 
         Returns:
             The record of the step before; None: there is none, or it was read already.
@@ -242,23 +247,31 @@ class Stepper:
         Each rank computes those of its share, cut as its own memory asks; then they are summed.
         """
         targets, device = int(self._targets[batch].sum()), self._accelerator.device
-        if self._world.size == 1:
+        if self._sum is None:
             return self._backward(number, batch, targets, cut_short)
         shares = deal(self._lengths[batch].tolist(), shares=self._world.size)
         own = [batch[place] for place in shares[self._world.rank]]
-        try:
-            loss, by_source = self._backward(number, own, targets, cut_short)
-        except StepCutShortError:
-            self._world.agree(go=False)
-            raise
+        self._has_met = False
+        loss, by_source = self._backward(number, own, targets, cut_short)
         done = take_mark(device)
-        if not self._world.agree(go=True):
-            self._adapter.clear()
-            raise StepCutShortError(self._setbacks)
+        self._sum.begin_rest()
         self._world.sum_in_order([sums := torch.cat([loss.view(1), by_source])])
+        self._sum.finish()
         self._waited = done, take_mark(device)
-        self._world.sum_in_order([vector.grad for vector in self._adapter.vectors if vector.grad is not None])
         return sums[0], sums[1:]
+
+    def _meet(self, *, go: bool) -> None:
+        """Once in a step, before the last micro-batch of our share: from then on all ranks end it.
+
+        Raises:
+            StepCutShortError: it is dropped, here or on another rank.
+        """
+        if self._sum is None or self._has_met:
+            return
+        self._has_met = True
+        if not self._world.agree(go=go):
+            raise StepCutShortError(self._setbacks)
+        self._sum.begin()
 
     def _backward(
         self, number: int, batch: Sequence[int], targets: int, cut_short: Callable[[], bool]
@@ -276,6 +289,8 @@ class Stepper:
             except torch.OutOfMemoryError as error:
                 # Its frames hold the activations that did not fit.
                 failure = error.with_traceback(None)
+                if self._sum is not None and self._has_met:
+                    self._sum.put_aside()
                 self._adapter.clear()
                 self._shrink(int(self._lengths[batch].max()), failure)
 
@@ -288,6 +303,8 @@ class Stepper:
         lengths, budget = self._lengths[batch].tolist(), self._state.progress.cut.micro_batch_tokens
         packs = pack_evenly(lengths, most=max([budget, *lengths]), grain=grain_of(budget))
         for place, members in enumerate(packs):
+            if place == len(packs) - 1:
+                self._meet(go=True)
             part = micro_batch(self._documents, [batch[i] for i in members]).to(device)
             seed = dropout_seed(self._train.seed, number, place, rank=self._world.rank)
             losses = self._engine.accumulate(part, targets=targets, seed=seed)
@@ -296,8 +313,11 @@ class Stepper:
                 by_source += self._by_source(losses, part)
             self._notice_compiler()
             crash_point("step.middle")
-            if cut_short():
+            if not self._has_met and cut_short():
+                self._meet(go=False)
                 raise StepCutShortError(self._setbacks)
+        if not packs:
+            self._meet(go=True)
         return total, by_source
 
     def _by_source(self, losses: Tensor, part: MicroBatch) -> Tensor:
@@ -364,28 +384,3 @@ class Stepper:
             f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the update was not applied. Lower "
             f"train.learning_rate, or look at the examples of this step ({len(batch)} in all): {where}"
         )
-
-
-def shrink(
-    engine: Engine,
-    cut: Cut,
-    during: Literal["step", "evaluation"],
-    *,
-    longest: int,
-    layers: int,
-    error: torch.OutOfMemoryError,
-) -> Cut:
-    """The next smaller cut, adopted by the engine: see `after_out_of_memory`.
-
-    Raises:
-        CannotFitError: nothing is left to give up.
-    """
-    torch.cuda.empty_cache()
-    smaller = after_out_of_memory(cut, during=during, longest=longest, layers=layers)
-    if smaller is None:
-        raise CannotFitError(
-            f"one example of {longest} tokens does not fit this GPU, even with activations recomputed; lower "
-            "data.max_length, or use a GPU with more memory"
-        ) from error
-    log.warning("out_of_memory", during=during, then=asdict(smaller))
-    return adopt_or_shrink(engine, smaller)

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from job.core.errors import SickDeviceError, UsageError
 from job.tune.device.digest import digest
 from job.tune.model.experts import stand_in, stand_ins, tensors_of_experts
-from job.tune.world import Ranks
+from job.tune.ranks import Ranks
 
 _ALIGNED = 256
 """Bytes: where tensors start in a row."""
