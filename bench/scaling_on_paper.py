@@ -60,13 +60,14 @@ _ABOUT = """\
 **Computed, not measured**: what `plan --gpu {gpu} --gpus N --nodes M` says of {base}, GSM8K ({mean:.0f} tokens an
 example on average) and an adapter of {parameters:,} parameters. One GPU's speed is {source}.
 
-A step takes as long as the rank with most of it computes, and then as long as the sum of the gradients; nothing
-overlaps. Shares are dealt as the job deals them, document by document. The sum of P parameters in fp32 over n GPUs, g
-of them in a host: each GPU sends 4P (g - 1) / n bytes within its host while the host sends 4P g (n - g) / n to
-others, and the slower of the two counts; then a ring carries 4P (n - 1) / n bytes within and 4P (n - g) / n between;
-10 times 4P bytes pass the GPU's memory; each of 2 (P / 2^24 + 1) exchanges begins with 40 microseconds
-(`job/core/scaling.py`). What each GPU does by itself, whatever its share, is counted too: 145 tokens' time a
-micro-batch, and 40 times 4P bytes for the update (`job/core/cut.py`, `forecast.py`).
+A step takes as long as the rank with most of it computes, and then as long as what is left of the sum of the gradients:
+its last piece, or what the backward of the last micro-batch did not hide. Shares are dealt as the job deals them,
+document by document. The sum of P parameters in fp32 over n GPUs, g of them in a host: each GPU sends 4P (g - 1) / n
+bytes within its host while the host sends 4P g (n - g) / n to others, and the slower of the two counts; then a ring
+carries 4P (n - 1) / n bytes within and 4P (n - g) / n between; 10 times 4P bytes pass the GPU's memory; each of
+2 (P / 2^23 + 1) exchanges begins with 40 microseconds (`job/core/scaling.py`). What each GPU does by itself, whatever
+its share, is counted too: 145 tokens' time a micro-batch, and 40 times 4P bytes for the update (`job/core/cut.py`,
+`forecast.py`).
 
 Each way, and what is counted with: {link} {rate:.0f} GB/s a GPU, {share:.0%} of it; Ethernet {ethernet:.1f} GB/s a
 host, {ethernet_share:.0%} of it, its cards reading the GPUs' memory; memory {memory:.2f} TB/s. Where they are from:

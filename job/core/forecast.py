@@ -28,6 +28,7 @@ from job.core.scaling import (
     busiest,
     dealt_steps,
     gather_seconds,
+    left_of_sum,
     sent_bytes,
     sum_seconds,
     times_one,
@@ -229,14 +230,13 @@ def _scaled(work: Workload, cut: Cut, gpu: Gpu, cluster: Cluster, placement: Pla
         return _step_seconds(work, cut, speed, tokens=share.tokens, examples=share.examples)
 
     def exchange(step: Dealt) -> float:
-        if placement == "replicated":
-            return summing
         most = max(step.shares, key=lambda share: share.tokens)
+        passes = math.ceil(most.tokens / cut.micro_batch_tokens)
+        if placement == "replicated":
+            backward = (1 - FORWARD_SHARE) * seconds(most) / passes
+            return left_of_sum(summing, parameters=work.adapter.parameters, backward=backward)
         return summing + waiting_for_gathers(
-            gathering,
-            layers=work.shape.layers,
-            passes=math.ceil(most.tokens / cut.micro_batch_tokens),
-            computing=seconds(most),
+            gathering, layers=work.shape.layers, passes=passes, computing=seconds(most)
         )
 
     return Scaled(

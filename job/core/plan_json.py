@@ -98,7 +98,7 @@ class ForecastJson(Section):
     sent_bytes_a_step: int
     """Bytes that each GPU sends to the others in a step, to sum gradients."""
     exchange_seconds_a_step: float | None
-    """Seconds of a step in which GPUs exchange and do not compute; null as above, and for one GPU."""
+    """Seconds of a step in which GPUs only exchange, after what is hidden; null as above, and for one GPU."""
     link: str | None
     """What joins the GPUs of a node, as they are usually built; null: the GPU is not known."""
     network_gbit_per_second: float | None

@@ -9,8 +9,8 @@ from job.core.dealing import deal
 from job.core.lengths import Lengths
 from job.core.links import Link, network
 
-SUM_PIECE = 2**24
-"""Elements of a vector that several GPUs sum at once: two pieces of 64 MiB are all the memory that a sum needs."""
+SUM_PIECE = 2**23
+"""Elements of a vector that several GPUs sum at once: two pieces of 32 MiB are all the memory that a sum needs."""
 _FP32 = 4
 _PASSES = 10
 """How often a summed vector passes a GPU's memory: into the buffer, out to the others and in, added up, and back."""
@@ -80,12 +80,12 @@ def busiest(steps: Sequence[Dealt]) -> float:
 def times_one(
     steps: Sequence[Dealt], *, seconds: Callable[[Share], float], exchange: Callable[[Dealt], float]
 ) -> float:
-    """How many times as fast as one GPU: all wait for the slowest share, and exchange then; nothing overlaps.
+    """How many times as fast as one GPU: all wait for the slowest share, and for what of the exchange is not hidden.
 
     Args:
         steps: of the run.
         seconds: that a GPU computes on a share.
-        exchange: seconds that a step's exchange between the GPUs takes.
+        exchange: seconds of a step's exchange between the GPUs beyond what is computed meanwhile.
     """
     alone = sum(seconds(step.whole) for step in steps)
     slowest = sum(max(seconds(share) for share in step.shares if share.examples) for step in steps)
@@ -112,6 +112,21 @@ def sum_seconds(parameters: int, cluster: Cluster, link: Link, *, memory_bytes_p
     direct = _slower(vector * (cluster.gpus - 1) / ranks, vector * cluster.gpus * _elsewhere(cluster), cluster, link)
     ring = _slower(vector * (ranks - 1) / ranks, vector * _elsewhere(cluster), cluster, link)
     return calls * _CALL_SECONDS + added + direct + ring
+
+
+def left_of_sum(summing: float, *, parameters: int, backward: float) -> float:
+    """Seconds of a sum that are left when the slowest share is computed.
+
+    Pieces are summed as the backward of its last micro-batch completes them, one part of the layers after another; the
+    last piece is complete at its end.
+
+    Args:
+        summing: seconds, from `sum_seconds`.
+        parameters: of the adapter.
+        backward: seconds of that micro-batch's.
+    """
+    pieces = math.ceil(parameters / SUM_PIECE)
+    return max(summing / pieces, summing - backward * (pieces - 1) / pieces)
 
 
 def gather_seconds(row_bytes: int, cluster: Cluster, link: Link) -> float:

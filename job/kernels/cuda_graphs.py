@@ -133,9 +133,10 @@ class Replay:
 
     @contextmanager
     def _noting(self, note: Callable[[int], None] | None) -> Iterator[None]:
-        before = self._step.on_finished
-        if note is not None:
-            self._step.on_finished = note
+        if note is None:
+            yield
+            return
+        before, self._step.on_finished = self._step.on_finished, note
         try:
             yield
         finally:
@@ -156,12 +157,16 @@ class Replay:
             _gradient(parameter).copy_(old)
 
         def note(index: int) -> None:
-            event = torch.cuda.Event(external=True)  # type: ignore[no-untyped-call] # streams outside may wait for it
-            finished[index] = event
-            event.record()
+            finished[index] = self._event()
 
         with self._noting(None if self._on_finished is None else note):
             return self._recorded(work)
+
+    def _event(self) -> Any:
+        """Recorded, as one that streams outside of the recording may wait for."""
+        event = torch.cuda.Event(external=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def _recorded(self, work: Callable[[], None]) -> Any:
         """A CUDA graph of the work; None where the driver, a library or the memory does not allow it."""

@@ -174,7 +174,7 @@ def _exchanged(forecasts: Sequence[Forecast]) -> list[str]:
         lines += [
             "what several GPUs do together is computed, not measured",
             f"{first.gpu.name}: the one with most of a step has {first.scaled.busiest - 1:.1%} more than an even share",
-            f"exchanged a step: {megabytes:,.0f} MB a GPU, {milliseconds:.1f} ms, over {link.name}",
+            f"exchanged a step: {megabytes:,.0f} MB a GPU over {link.name}, {milliseconds:.1f} ms of it not hidden",
         ]
     return lines
 

@@ -123,6 +123,36 @@ def test_what_is_replayed_is_the_step(tmp_path, documents, dropout):
         assert float((one - other).norm() / one.norm()) < 0.02
 
 
+@pytest.mark.parametrize("tokens", [0, 2048], ids=["launched", "replayed"])
+def test_streams_beside_the_step_find_complete_gradients(tmp_path, documents, tokens):
+    """Copied beside the step as soon as a layer's are said to be complete: they are those at its end."""
+    model = model_of(tmp_path, "llama")
+    FlatAdapter(model)
+    engine, beside, copies = fast(model), torch.cuda.Stream(), []
+    if tokens:
+        engine.adopt(cut_of(tokens, engine="fast", kept_layers=2))
+
+    def copy(parameters, after):
+        assert (after is not None) == bool(tokens)
+        if after is None:
+            beside.wait_stream(torch.cuda.current_stream())
+        else:
+            beside.wait_event(after)
+        with torch.cuda.stream(beside):
+            copies.extend((each, each.grad.clone()) for each in parameters)
+
+    engine.watch(copy)
+    batch = micro_batch(documents, range(3)).to(CUDA)
+    for _step in range(3):  # the first one is recorded
+        copies.clear()
+        torch.cuda._sleep(10**8)  # the step runs long after it is launched
+        engine.accumulate(batch, targets=batch.targets, seed=3)
+        torch.cuda.synchronize()
+
+        assert sorted(id(each) for each, _ in copies) == sorted(map(id, trainable(model)))
+        assert all(torch.equal(each.grad, copy) for each, copy in copies)
+
+
 def test_a_changed_adapter_is_replayed_too(tmp_path, documents):
     model = model_of(tmp_path, "llama")
     adapter = FlatAdapter(model)

@@ -18,10 +18,14 @@ class AddingStep:
         self.parameter = nn.Parameter(torch.zeros(1))
         self.parameter.grad = torch.zeros(1)
         self.sizes, self.refreshed = [], 0
+        self.on_finished = None
 
     def accumulate(self, row):
         self.sizes.append(len(row.ids))
         self.parameter.grad += row.ids.sum()
+        if self.on_finished is not None:
+            self.on_finished(1)
+            self.on_finished(0)
         return row.targets.float()
 
     def refresh(self):
@@ -32,7 +36,13 @@ class Played(Replay):
     """In place of the GPU's graphs."""
 
     def _recorded(self, work):
+        before = self._parameters[0].grad.clone()
+        work()
+        self._parameters[0].grad.copy_(before)  # a recording runs nothing
         return SimpleNamespace(replay=work)
+
+    def _event(self):
+        return "an event"
 
 
 def row_of(*lengths, first=1):
@@ -74,6 +84,18 @@ def test_a_large_one_is_left_to_the_step(step):
 
     assert step.sizes == [600]
     assert torch.equal(losses, row.targets.float())
+
+
+def test_who_watches_hears_of_every_layer_once_with_an_event_where_the_step_is_replayed(step):
+    replay, heard = replay_of(Played, step, []), []
+    replay.accumulate(row_of(70, 30))  # recorded while nobody watched
+    replay.watch(lambda index, event: heard.append((index, event)))
+    for row in (row_of(70, 30), row_of(20, 60), row_of(400, 200)):
+        heard.clear()
+        replay.accumulate(row)
+
+        event = "an event" if len(row.ids) < 512 else None
+        assert heard == [(1, event), (0, event)]
 
 
 def test_masks_have_recordings_of_their_own():

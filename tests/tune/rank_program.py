@@ -23,6 +23,7 @@ from job.stages.following import _Follower
 from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.loop import evaluate as evaluation
+from job.tune.loop import gradient_sum
 from job.tune.loop.evaluate import Question
 from job.tune.loop.sharing import share_state
 from job.tune.model.config import load_tokenizer
@@ -49,6 +50,7 @@ def prepare(order, rank, world):
     shards = world if order.get("sharded") else None
     made = attempt(Path(order["base"]), documents, folder=folder, lora=lora, shards=shards, **order["options"])
     made.world = world
+    gradient_sum.SUM_PIECE = order.get("piece", gradient_sum.SUM_PIECE)
     made.progress.cut = replace(made.progress.cut, **order.get("cut", {}))
     if order.get("engine") == "fast":
         if "fast_ceiling" in order["special"].get(str(rank), {}):
@@ -66,6 +68,8 @@ def disturb(made, special):
         Ceiling(made, special["ceiling"])
     if "evaluation_ceiling" in special:
         evaluation_ceiling(made, special["evaluation_ceiling"])
+    if "backward_ceiling" in special:
+        backward_ceiling(made, special["backward_ceiling"])
     if "poison" in special:
         poison(made, special["poison"], "nan")
     if "moved" in special:  # what rank 0 shares is not what this one would begin with
@@ -109,6 +113,16 @@ def evaluation_ceiling(made, most):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
 
     made.model.model.get_base_model().model.layers[2].register_forward_pre_hook(half_way)
+
+
+def backward_ceiling(made, most):
+    """A backward runs out of memory below the layers whose gradients are complete."""
+
+    def half_way(_layer, _inputs, gradients):
+        if gradients[0].shape[1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+
+    made.model.model.get_base_model().model.layers[1].register_full_backward_hook(half_way)
 
 
 def fast_ceiling(most):

@@ -13,16 +13,10 @@ from job.tune.world import World
 class GradientSum:
     """One of a step. Pieces are summed in one order everywhere, so that ranks need not say which one is whole."""
 
-    def __init__(self, world: World, adapter: FlatAdapter, *, most: int = SUM_PIECE) -> None:
-        """Nothing is summed yet.
-
-        Args:
-            world: all ranks.
-            adapter: its gradients become the sums.
-            most: elements that are summed at once.
-        """
+    def __init__(self, world: World, adapter: FlatAdapter) -> None:
+        """Nothing is summed yet; the adapter's gradients become the sums over all ranks."""
         self._world = world
-        self._pieces = adapter.pieces(most)
+        self._pieces = adapter.pieces(SUM_PIECE)
         self._missing: list[set[int]] = []
         """Of each piece: parameters whose gradients are not complete."""
         self._waits: list[Callable[[], None]] = []
@@ -53,7 +47,7 @@ class GradientSum:
         self._is_last = False
         for (gradient, _), wait in zip(self._pieces[len(self._aside) :], self._waits[len(self._aside) :], strict=False):
             wait()
-            self._aside.append(gradient.cpu())
+            self._aside.append(gradient.to("cpu", copy=True))
 
     def begin_rest(self) -> None:
         """Our share is computed: begin what was not begun yet, before any other sum."""

@@ -60,6 +60,26 @@ def test_a_large_adapter_has_several_vectors(model):
     assert max(vector.numel() for vector in flat.vectors) <= max(sizes) + 1
 
 
+@pytest.mark.parametrize("most", [1, 37, 500, 10**6])
+def test_pieces_are_the_gradients_the_last_layer_s_first(model, most):
+    flat = FlatAdapter(model, most=600)
+    pieces = flat.pieces(most)
+    names = {id(parameter): number for number, parameter in enumerate(trainable(model))}
+
+    assert max(gradient.numel() for gradient, _ in pieces) <= most
+    for gradient, _ in reversed(pieces):
+        gradient.add_(torch.arange(gradient.numel()) + 1)
+    assert sum(gradient.numel() for gradient, _ in pieces) == sum(vector.numel() for vector in flat.vectors)
+    assert all(bool(vector.grad.all()) for vector in flat.vectors)
+    firsts = [names[id(parameters[0])] for _, parameters in pieces]
+    assert firsts == sorted(firsts, reverse=True)
+    for gradient, parameters in pieces:  # those whose own gradient lies in the piece, and no other
+        flat.clear()
+        gradient.fill_(1)
+        inside = {id(parameter) for parameter in trainable(model) if bool(parameter.grad.any())}
+        assert inside == {id(parameter) for parameter in parameters}
+
+
 def test_an_update_is_the_one_of_single_parameters(model, bases, documents):
     other, batch, steps = adapted(bases["llama"], LORA, moved=True), micro_batch(documents, range(4)), 3
     flat = FlatAdapter(model)

@@ -11,7 +11,7 @@ import torch
 from job_process import environment_without_job
 from rank_program import SIZES
 from safetensors.torch import load_file
-from tiny import config_of, write_base, write_tokenizer
+from tiny import EVERY_LINEAR, config_of, write_base, write_tokenizer
 from torch.distributed import TCPStore
 
 PROGRAM = Path(__file__).parents[1] / "rank_program.py"
@@ -148,6 +148,29 @@ def test_memory_that_runs_out_on_one_rank_is_its_own_business_until_the_next_che
     assert ended[0].result["losses"] == pytest.approx(alone.result["losses"], rel=CLOSE)
     assert ended[0].result["tokens"] == ended[1].result["tokens"] == 75  # the run goes on alike everywhere
     close(ended[0], alone)
+
+
+@pytest.mark.parametrize("engine", ["generic", "fast"])
+def test_sums_are_made_piece_by_piece_to_the_same_bits(ranks, engine):
+    """As soon as each is complete, whatever the pieces' size."""
+    whole, pieces = (ranks(2, engine=engine, tokens=40, **more)[0] for more in ({}, {"piece": 300}))
+
+    assert pieces.result["losses"] == whole.result["losses"]
+    assert all(torch.equal(a, b) for a, b in zip(pieces.adapter, whole.adapter, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [300, 90])
+def test_memory_that_runs_out_while_gradients_are_summed_changes_no_sum(ranks, tokens):
+    """In the backward of the last micro-batch, when the last layers' gradients are on their way."""
+    order = {"tokens": tokens, "piece": 300, "targets": EVERY_LINEAR}
+    alone = ranks(1, **order)[0]
+    ended = ranks(2, special={"1": {"backward_ceiling": 60}}, **order)
+
+    assert ended[1].result["tokens"] < tokens
+    assert [rank.result["error"] for rank in ended.values()] == [None, None]
+    for numbers in ("losses", "grad_norms"):
+        assert ended[0].result[numbers] == pytest.approx(alone.result[numbers], rel=CLOSE)
+    assert all(torch.equal(a, b) for a, b in zip(ended[0].adapter, ended[1].adapter, strict=True))
 
 
 def test_what_is_not_finite_on_one_rank_ends_all_of_them_at_the_same_step(ranks):
