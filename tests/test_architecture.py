@@ -63,7 +63,14 @@ FLOORS = {
         ("job.tune.loop", "job.tune.loop.*", "job.tune.rehearsal"),
         ("job.tune.device_check", "job.tune.engines", "job.tune.engines.*"),
         ("job.tune.model", "job.tune.model.*"),
-        ("job.tune.data", "job.tune.data.*", "job.tune.device", "job.tune.device.*", "job.tune.world"),
+        (
+            "job.tune.data",
+            "job.tune.data.*",
+            "job.tune.device",
+            "job.tune.device.*",
+            "job.tune.ranks",
+            "job.tune.world",
+        ),
     ),
     "job.edge": (
         ("job.edge.base", "job.edge.base.*", "job.edge.remembered"),
@@ -94,6 +101,8 @@ STRANGERS = (
     ("job.tune.device_check", "job.tune.engines"),
     ("job.tune.world", "job.tune.data"),
     ("job.tune.world", "job.tune.device"),
+    ("job.tune.ranks", "job.tune.data"),
+    ("job.tune.ranks", "job.tune.device"),
     ("job.launch", "job.tune"),
 )
 """Rooms that never see each other, whatever their floors."""
