@@ -62,10 +62,10 @@ example on average) and an adapter of {parameters:,} parameters. One GPU's speed
 
 A step takes as long as the rank with most of it computes, and then as long as what is left of the sum of the gradients:
 its last piece, or what the backward of the last micro-batch did not hide. Shares are dealt as the job deals them,
-document by document. The sum of P parameters in fp32 over n GPUs, g of them in a host: each GPU sends 4P (g - 1) / n
-bytes within its host while the host sends 4P g (n - g) / n to others, and the slower of the two counts; then a ring
-carries 4P (n - 1) / n bytes within and 4P (n - g) / n between; 10 times 4P bytes pass the GPU's memory; each of
-2 (P / 2^23 + 1) exchanges begins with 40 microseconds (`job/core/scaling.py`). What each GPU does by itself, whatever
+document by document. The sum of P parameters in fp32 over h hosts of g GPUs: each GPU sends 2 x 4P (g - 1) / g bytes
+within its host, then each host 2 x 4P (h - 1) / h to others; 10 times 4P bytes pass the GPU's memory within, and 10
+times 4P / g between; each of 2 (P / 2^23 + 1) exchanges, within and between, begins with 40 microseconds
+(`job/core/scaling.py`). What each GPU does by itself, whatever
 its share, is counted too: 145 tokens' time a micro-batch, and 40 times 4P bytes for the update (`job/core/cut.py`,
 `forecast.py`).
 
@@ -74,8 +74,7 @@ host, {ethernet_share:.0%} of it, its cards reading the GPUs' memory; memory {me
 `job/core/links.py`. 64 GPUs on one NVLink are a rack; usual hosts have 8.
 """
 _END = """\
-Over a network the sum's first half is what costs, where a host has several GPUs: each of them sends for itself. With
-fewer examples than GPUs the others have no work.
+With fewer examples than GPUs the others have no work.
 """
 
 

@@ -186,7 +186,7 @@ def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
         memory=memory,
         fits=memory.predicted_peak_bytes is not None and memory.predicted_peak_bytes < free,
         scaled=scaled,
-        sent_bytes=sent_bytes(work.adapter.parameters, ranks=cluster.ranks),
+        sent_bytes=sent_bytes(work.adapter.parameters, cluster),
         tokens_per_second=speed,
         start_seconds=_START_SECONDS + launching + 2 * work.shape.parameters / _BASE_BYTES_PER_SECOND,
         training_seconds=None if speed is None or alone is None else trained_tokens(work) / speed + evaluating / alone,

@@ -92,26 +92,38 @@ def times_one(
     return alone / (slowest + sum(map(exchange, steps)))
 
 
-def sent_bytes(parameters: int, *, ranks: int) -> int:
+def sent_bytes(parameters: int, cluster: Cluster) -> int:
     """That each rank sends to sum a vector: its parts to those that add them up, and the sum of its own part to all."""
-    pieces = [SUM_PIECE] * (parameters // SUM_PIECE) + [parameters % SUM_PIECE]
-    return sum(2 * (ranks - 1) * math.ceil(piece / ranks) * _FP32 for piece in pieces)
+    sent = 0
+    for start in range(0, parameters, SUM_PIECE):
+        part = min(SUM_PIECE, parameters - start)
+        for members in _levels(cluster):
+            part = math.ceil(part / members)
+            sent += 2 * (members - 1) * part * _FP32
+    return sent
 
 
 def sum_seconds(parameters: int, cluster: Cluster, link: Link, *, memory_bytes_per_second: float) -> float:
-    """One sum of the adapter's gradients over all ranks.
+    """One sum of the adapter's gradients over all ranks: within each host, and then of what hosts have summed.
 
-    Its first half goes from each GPU to each other one by itself, its second half (NCCL's all-gather) in a ring, which
-    enters each host once. Within a host and between hosts bytes move at once: the slower of the two counts.
+    Its first half goes from each GPU to each other one by itself, its second half (NCCL's all-gather) in a ring.
+    Between hosts the GPUs of a host share its network, each with its own part.
     """
-    ranks, vector = cluster.ranks, _FP32 * parameters
-    if ranks == 1:
-        return 0.0
+    vector, seconds, share = _FP32 * parameters, 0.0, 1.0
     calls = 2 * (math.ceil(parameters / SUM_PIECE) + 1)  # one more for the losses
-    added = _PASSES * vector / memory_bytes_per_second
-    direct = _slower(vector * (cluster.gpus - 1) / ranks, vector * cluster.gpus * _elsewhere(cluster), cluster, link)
-    ring = _slower(vector * (ranks - 1) / ranks, vector * _elsewhere(cluster), cluster, link)
-    return calls * _CALL_SECONDS + added + direct + ring
+    for members in _levels(cluster):
+        seconds += calls * _CALL_SECONDS + _PASSES * share * vector / memory_bytes_per_second
+        share /= members
+    if cluster.gpus > 1:
+        seconds += 2 * vector * (cluster.gpus - 1) / cluster.gpus / link.bytes_per_second
+    if cluster.nodes > 1 and cluster.network is not None:
+        seconds += 2 * vector * (cluster.nodes - 1) / cluster.nodes / cluster.network.bytes_per_second
+    return seconds
+
+
+def _levels(cluster: Cluster) -> list[int]:
+    """How many sum together: those of a host, then one of each host."""
+    return [members for members in (cluster.gpus, cluster.nodes) if members > 1]
 
 
 def left_of_sum(summing: float, *, parameters: int, backward: float) -> float:

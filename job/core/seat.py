@@ -32,6 +32,16 @@ class Seat:
     """Its process."""
 
     @property
+    def gpus(self) -> int:
+        """Processes of each node."""
+        return self.size // self.nodes
+
+    @property
+    def nodes_that_sum(self) -> int:
+        """How many nodes sum by themselves before they sum with the others; 1: all processes sum at once."""
+        return self.nodes if self.gpus > 1 else 1
+
+    @property
     def outcome(self) -> str:
         """Name of our outcome's file in the folder."""
         return f"outcome-r{self.rank:02d}.json"

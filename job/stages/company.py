@@ -71,6 +71,11 @@ class Company:
         return self._seat.size
 
     @property
+    def nodes_that_sum(self) -> int:
+        """See `Seat`."""
+        return self._seat.nodes_that_sum
+
+    @property
     def nodes(self) -> int:
         """On how many nodes they are."""
         return self._seat.nodes

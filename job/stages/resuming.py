@@ -61,7 +61,7 @@ def resume(
         DataError: a checkpoint of a newer version of the job.
     """
     torch.manual_seed(recipe.train.seed)
-    planned, ranks = state.progress.cut, state.progress.ranks
+    planned, now = state.progress.cut, _processes(state)
     loaded = checkpoints.Loaded(is_of_format_1=False)
 
     def refusal(checkpoint: Checkpoint, folder: Path) -> str | None:
@@ -81,16 +81,24 @@ def resume(
         return Resumed(checkpoint=None, passed_over=tuple(passed_over))
     shutil.rmtree(scratch / newest.name)
     crash_point("resume.after")
-    dropout, before = recipe.lora.dropout > 0, state.progress.ranks
+    dropout, before = recipe.lora.dropout > 0, _processes(state)
     state.progress.changes += _changes(newest, state.progress.cut, planned, loaded, dropout=dropout)
-    if before != ranks:
-        where = f"resumed at step {newest.step} in {ranks} processes after {before}"
+    if before != now:
+        where = f"resumed at step {newest.step} in {_described(*now)} after {_described(*before)}"
         masks = _OTHER_MASKS if dropout else ""
         state.progress.changes.append(f"{where}: equal within rounding, not to the bit{masks}")
-    state.progress.ranks = ranks
+    state.progress.ranks, state.progress.nodes_that_sum = now
     if not is_same_arithmetic(state.progress.cut, planned):
         state.progress.cut = planned
     return Resumed(checkpoint=newest, passed_over=tuple(passed_over))
+
+
+def _processes(state: checkpoints.State) -> tuple[int, int]:
+    return state.progress.ranks, state.progress.nodes_that_sum
+
+
+def _described(ranks: int, nodes: int) -> str:
+    return f"{ranks} process{'es' if ranks > 1 else ''}" + (f" of {nodes} nodes" if nodes > 1 else "")
 
 
 def _changes(newest: Checkpoint, before: Cut, now: Cut, loaded: checkpoints.Loaded, *, dropout: bool) -> list[str]:

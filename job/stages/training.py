@@ -65,6 +65,7 @@ class TrainingStage:
         )
         self._notice_idle_ranks()
         ready.state.progress.ranks = self._company.size
+        ready.state.progress.nodes_that_sum = self._company.nodes_that_sum
         facts = self._facts(ready.model, ready.state, ready.planned, self._resume(ready.state, ready.planned))
         if self._company.size > 1:
             with self._attempt.phases.phase("join"):

@@ -99,15 +99,28 @@ class Ranks:
                 timeout=_FOR_EVER,
                 device_id=device if cuda else None,
             )
-            self._data: ProcessGroup | None = dist.group.WORLD
+            self._levels = self._sum_levels(seat)
             self._orders = dist.new_group(backend="gloo", timeout=_FOR_EVER)
             self._words = dist.new_group(backend="gloo", timeout=_FOR_EVER)
-        self._kept: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
         self._beside: torch.cuda.Stream | None = None
         self._rows: ProcessGroup | None = None
         self._turns: ProcessGroup | None = None
         self.before_meeting: Callable[[], None] = _nothing
         """Called before ranks meet in anything but a turn: who holds a sharded base helps the others to end theirs."""
+
+    def _sum_levels(self, seat: Seat) -> list[tuple[Any, int]]:
+        """Groups, and their sizes, that sum one after another: what a node has summed crosses the network once."""
+        if seat.nodes_that_sum == 1:
+            return [(self._dist.group.WORLD, seat.size)]
+        ranks = range(seat.size)
+        nodes = [[*ranks[start : start + seat.gpus]] for start in ranks[:: seat.gpus]]
+        peers = [[*ranks[place :: seat.gpus]] for place in range(seat.gpus)]
+        levels = []
+        for groups in (nodes, peers):
+            mine, _ = self._dist.new_subgroups_by_enumeration(groups, timeout=_FOR_EVER)  # type: ignore[no-untyped-call]
+            levels.append((mine, len(groups[0])))
+        return levels
 
     def lose(self) -> None:
         """As in `World`, like what follows."""
@@ -145,16 +158,16 @@ class Ranks:
         return self._rows is None
 
     def sum_in_order(self, vectors: Sequence[Tensor]) -> None:
-        """A piece at a time."""
+        """A piece at a time; by rank from 0 within a node, then by node."""
         for vector in vectors:
             for piece in torch.split(vector, SUM_PIECE):
                 self.begin_sum(piece)()
 
     def begin_sum(self, vector: Tensor, after: Any = None) -> Callable[[], None]:
-        """Each rank adds up one part of the vector, and all get all parts."""
+        """Each rank adds up one part of the vector, and all get all parts: of a node first, then over the nodes."""
         self.before_meeting()
         if vector.device.type != "cuda":
-            return self._parts_exchanged(vector, self._words)
+            return self._parts_exchanged(vector, [(self._words, self.size)] if self._on_gpu else self._levels)
         if self._beside is None:
             self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         if after is None:
@@ -162,15 +175,16 @@ class Ranks:
         else:
             self._beside.wait_event(after)
         with torch.cuda.stream(self._beside):
-            self._parts_exchanged(vector, self._data)()
+            self._parts_exchanged(vector, self._levels)()
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         return lambda: torch.cuda.current_stream().wait_event(done)
 
-    def _parts_exchanged(self, vector: Tensor, group: "ProcessGroup | None") -> Callable[[], None]:
-        """Begin the first half; returns what waits for it and makes the second one."""
-        part = -(-vector.numel() // self.size)
-        sent, received = self._room(vector, part * self.size)
+    def _parts_exchanged(self, vector: Tensor, levels: Sequence[tuple[Any, int]]) -> Callable[[], None]:
+        """Begin the first half of the first level; returns what waits for it and does the rest."""
+        (group, size), *further = levels
+        part = -(-vector.numel() // size)
+        sent, received = self._room(vector, part * size, level=len(levels))
         sent[: vector.numel()].copy_(vector)
         sent[vector.numel() :].zero_()
         with _peers():
@@ -179,23 +193,26 @@ class Ranks:
         def finish() -> None:
             with _peers():
                 self._wait(exchanged, group)
-                total, *others = received.view(self.size, part)
+                total, *others = received.view(size, part)
                 for other in others:
                     total += other
+            if further:
+                self._parts_exchanged(total, further)()
+            with _peers():
                 self._wait(self._dist.all_gather_into_tensor(sent, total, group=group, async_op=True), group)
             vector.copy_(sent[: vector.numel()])
 
-        self.bytes_sent += 2 * (self.size - 1) * part * vector.element_size()
+        self.bytes_sent += 2 * (size - 1) * part * vector.element_size()
         return finish
 
-    def _room(self, vector: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def _room(self, vector: Tensor, size: int, *, level: int) -> tuple[Tensor, Tensor]:
         """Two buffers; on a GPU, where one sum is made after another, those of large pieces are kept."""
         if vector.device.type != "cuda" or vector.numel() < SUM_PIECE // 16:
             return vector.new_empty(size), vector.new_empty(size)
-        sent, received = self._kept.get(vector.dtype, (None, None))
+        sent, received = self._kept.get((vector.dtype, level), (None, None))
         if sent is None or received is None or sent.numel() < size:
             sent, received = vector.new_empty(size), vector.new_empty(size)
-            self._kept[vector.dtype] = sent, received
+            self._kept[vector.dtype, level] = sent, received
         return sent[:size], received[:size]
 
     def gather(self, value: Any) -> list[Any]:
@@ -264,8 +281,8 @@ class Ranks:
         return wait
 
     def _wait(self, work: Any, group: Any) -> None:
-        """On a GPU's group only its stream waits."""
-        if self._on_gpu and (group is self._data or group is self._rows):
+        """In a group of GPUs only the stream waits."""
+        if self._on_gpu and (group is self._rows or any(group is each for each, _ in self._levels)):
             work.wait()
             return
         seconds = self._patience()

@@ -94,7 +94,7 @@ class World(Protocol):
         ...
 
     def sum_in_order(self, vectors: Sequence[Tensor]) -> None:
-        """Replace each vector by the sum over all ranks, added up by rank from 0, the same bits everywhere.
+        """Replace each vector by the sum over all ranks, added up in one order, the same bits everywhere.
 
         Raises:
             PeerLostError: one of them is gone; the vectors are of no use.

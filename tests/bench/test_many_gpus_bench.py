@@ -9,7 +9,7 @@ import pytest
 from bench import many_gpus, ours
 from bench.many_gpus import Carried, Way, losses_text, rates_text
 from bench.workload import kind_of, workload_of
-from job.core.scaling import sent_bytes
+from job.core.scaling import Cluster, sent_bytes
 
 STUB = str(Path(__file__).parent / "stub_run.py")
 
@@ -45,7 +45,7 @@ def test_two_processes_are_measured_beside_one(bench, base, examples, tmp_path):
     assert float(one[1].replace(",", "")) > 0
     assert one[3].startswith("0.00 of ")
     assert one[4] == "0.0"
-    assert float(two[4]) == pytest.approx(sent_bytes(parameters, ranks=2) / 1e6, abs=0.06)  # as the plan counts
+    assert float(two[4]) == pytest.approx(sent_bytes(parameters, Cluster(gpus=2)) / 1e6, abs=0.06)  # as the plan counts
     assert one[-1] == two[-1]  # the same losses
     assert re.search(r"The second is \d+\.\d{3} times as fast as the first \(turns: \d+\.\d{3}\)\.", text)
 

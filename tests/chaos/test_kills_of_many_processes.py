@@ -160,7 +160,7 @@ def test_a_run_goes_on_in_any_number_of_processes(tmp_path, folder_place, folder
     report, expected = run.read_json("report.json"), undisturbed.read_json("report.json")
     assert report["curve"]["loss"] == pytest.approx(expected["curve"]["loss"], rel=5e-3)
     assert report["resume_exact"] is False
-    assert [note for note in report["notes"] if "in 1 processes after 2" in note]
+    assert [note for note in report["notes"] if "in 1 process after 2 processes" in note]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

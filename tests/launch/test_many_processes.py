@@ -64,7 +64,8 @@ def test_a_signal_to_one_of_them_stops_the_run_and_another_number_goes_on(job, a
     report = job.report()
     same_within_rounding(report, alone)
     assert report["resume_exact"] is False
-    assert f"resumed at step {newest} in 1 processes after 2: equal within rounding, not to the bit" in report["notes"]
+    note = f"resumed at step {newest} in 1 process after 2 processes: equal within rounding, not to the bit"
+    assert note in report["notes"]
     assert [attempt["exit_code"] for attempt in report["attempts"]] == [75, 0]
 
 

@@ -68,7 +68,7 @@ def test_a_node_that_goes_down_ends_both_and_the_run_goes_on_on_the_other_one(re
     report = job.report()
     assert exit_codes(report)[-1] == 0
     assert report["resume_exact"] is False
-    assert [note for note in report["notes"] if re.search("in 1 processes after 2", note)]
+    assert [note for note in report["notes"] if re.search("in 1 process after 2 processes", note)]
 
 
 def test_wrong_data_ends_both_nodes_with_65_once(real_slurm, job):

@@ -190,21 +190,33 @@ def test_the_cut_stands_in_a_checkpoint_by_its_names(start, tmp_path):
     assert state["progress"]["cut"] == asdict(cut_of(64, recomputed_layers=1))
 
 
-@pytest.mark.parametrize(("before", "now", "noted"), [(1, 1, 0), (2, 2, 0), (1, 2, 1), (4, 1, 1)])
+@pytest.mark.parametrize(
+    ("before", "now", "noted"),
+    [
+        ((1, 1), (1, 1), None),
+        ((2, 1), (2, 1), None),
+        ((4, 2), (4, 2), None),
+        ((1, 1), (2, 1), "in 2 processes after 1 process"),
+        ((4, 1), (1, 1), "in 1 process after 4 processes"),
+        ((4, 1), (4, 2), "in 4 processes of 2 nodes after 4 processes"),
+    ],
+)
 def test_another_number_of_processes_is_kept_with_the_run(start, stored, tmp_path, before, now, noted):
+    """And of nodes, where each sums by itself first."""
+
     def made_by(state):
-        state["progress"]["ranks"] = before
+        state["progress"]["ranks"], state["progress"]["nodes_that_sum"] = before
 
     _, artifacts = stored(change_state=made_by)
     made = start(steps=6)
-    made.progress.ranks = now
+    made.progress.ranks, made.progress.nodes_that_sum = now
     found = resumed(made, artifacts, tmp_path)
 
     assert found.checkpoint is not None
-    assert made.progress.ranks == now
-    assert len(made.progress.changes) == noted
+    assert (made.progress.ranks, made.progress.nodes_that_sum) == now
+    assert len(made.progress.changes) == (noted is not None)
     for change in made.progress.changes:
-        assert f"in {now} processes after {before}: equal within rounding" in change
+        assert f"{noted}: equal within rounding" in change
 
 
 def test_a_checkpoint_of_a_version_that_knew_one_process_alone_is_that_of_one(start, stored, tmp_path):

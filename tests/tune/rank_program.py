@@ -33,8 +33,9 @@ from job.tune.world import ALONE, Order
 SIZES = [(9, 2), (3, 30), (20, 3), (2, 12), (14, 14), (4, 33), (30, 1), (6, 20), (25, 9), (8, 8), (2, 40)]
 
 
-def seat(rank, size, port):
-    place = {"local_rank": rank, "node": 0, "nodes": 1, "host": "127.0.0.1", "port": port}
+def seat(rank, size, port, nodes=1):
+    node, local_rank = divmod(rank, size // nodes)
+    place = {"local_rank": local_rank, "node": node, "nodes": nodes, "host": "127.0.0.1", "port": port}
     return Seat(rank=rank, size=size, folder="", supervisor=0, **place)
 
 
@@ -185,7 +186,8 @@ def ask(made, order):
 def main(rank, size, port, order):
     world = ALONE
     if size > 1:
-        world = Meeting(seat(rank, size, port)).join(CPU, patience=lambda: order.get("patience", 300.0))
+        ours = seat(rank, size, port, order.get("nodes", 1))
+        world = Meeting(ours).join(CPU, patience=lambda: order.get("patience", 300.0))
         if "sick_link" in order["special"].get(str(rank), {}):
             world.gather_row = sick(world.gather_row, order["special"][str(rank)]["sick_link"])
     try:

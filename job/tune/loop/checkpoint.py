@@ -62,6 +62,8 @@ class Progress:
     """Time spent in training steps, over all attempts."""
     ranks: int = 1
     """How many processes make each step: whose gradients are summed is a matter of it, and so is rounding."""
+    nodes_that_sum: int = 1
+    """See `Seat`: of that too."""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     base_answers: list[str] | None = None
     """What the base answered before training; None: it was not asked yet."""

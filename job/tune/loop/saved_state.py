@@ -61,6 +61,7 @@ class _Progress(Section):
     tokens: Whole
     seconds: NotNegative
     ranks: Annotated[int, Field(strict=True, ge=1)] = 1
+    nodes_that_sum: Annotated[int, Field(strict=True, ge=1)] = 1
     base_answers: list[str] | None = None
     changes: list[str] = Field(default_factory=list)
     cut: Cut

@@ -159,6 +159,17 @@ def test_sums_are_made_piece_by_piece_to_the_same_bits(ranks, engine):
     assert all(torch.equal(a, b) for a, b in zip(pieces.adapter, whole.adapter, strict=True))
 
 
+def test_nodes_sum_by_themselves_before_they_sum_together(ranks):
+    """Less crosses the network; adapters are the same everywhere, and nearly those of one node."""
+    flat, nodes, again = (ranks(4, piece=300, **more) for more in ({}, {"nodes": 2}, {"nodes": 2}))
+
+    assert nodes[0].result["losses"] == pytest.approx(flat[0].result["losses"], rel=CLOSE)
+    for ended in (*nodes.values(), *again.values()):
+        assert ended.result["losses"] == nodes[0].result["losses"]
+        assert all(torch.equal(a, b) for a, b in zip(ended.adapter, nodes[0].adapter, strict=True))
+    close(nodes[0], flat[0])
+
+
 @pytest.mark.parametrize("tokens", [300, 90])
 def test_memory_that_runs_out_while_gradients_are_summed_changes_no_sum(ranks, tokens):
     """In the backward of the last micro-batch, when the last layers' gradients are on their way."""
