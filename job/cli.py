@@ -29,14 +29,12 @@ from job.options import (
     leave_ending,
     make_attempt,
     news_options,
-    plan_options,
-    preview_options,
     recipe_argument,
-    report_options,
     shared_options,
     time_options,
     workdir_option,
 )
+from job.showing import plan_options, preview_options, report_options
 from job.together import arm_crash_point, run_with_others, team_options
 
 log = structlog.get_logger(__name__)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "the house": (
         ("entrypoint",),
-        ("job.cli", "job.options", "job.together", "job.ending"),
+        ("job.cli", "job.options", "job.showing", "job.together", "job.ending"),
         ("job.commands", "job.commands.*"),
         ("job.launch", "job.launch.*"),
         ("job.stages", "job.stages.*"),
@@ -113,7 +113,7 @@ OWNERS = {
     "subprocess": ("job.launch.launched", "job.edge.workers", "job.tune.data.rendering"),
     "torch.distributed": ("job.tune.ranks",),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
-    "click": ("job.cli", "job.options", "job.together"),
+    "click": ("job.cli", "job.options", "job.showing", "job.together"),
     "os.environ": ("job.cli", "job.edge.workers"),
     "os.environb": ("job.cli",),
     "os.getenv": ("job.cli",),

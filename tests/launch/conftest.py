@@ -1,6 +1,13 @@
 """Fixtures of commands that work with several processes: a job on a tiny base, without dropout."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+# Tiny families of decoders.
+sys.path.append(str(Path(__file__).parents[1] / "tune"))
+
 from job_process import Job
 from run_material import long_recipe, make_base
 

@@ -59,6 +59,8 @@ _LAYER = re.compile(r"\.\d+\.")
 _NORM_TOLERANCE = 0.05
 """Ratio of their norms less 1, over all layers' adapters of one kind: rounding turns a gradient and hardly lengthens
 it, at most by 0.02, while a wrong scale does nothing else."""
+_MOST_OF_A_KIND = 0.4
+"""The most that rounding can make of it, where it sends tokens to other experts: half and twice are a wrong scale."""
 _ONE_NORM_TOLERANCE = 0.15
 """The same of one adapter alone, which rounding moves by up to 0.06."""
 
@@ -191,7 +193,6 @@ def _gradient_difference(
 
     What rounding changes where it may send a token to another expert (`rounded`), twice as much may be otherwise.
     """
-    squares: dict[str, list[float]] = {}
     for name, gradient in theirs.items():
         if name not in ours:
             return f"{name} gets no gradient"
@@ -201,14 +202,21 @@ def _gradient_difference(
             return f"the gradient of {name} points elsewhere (by {turned:.1%})"
         if abs(ratio - 1) > _allowed(_ONE_NORM_TOLERANCE, by_rounding[1] - 1):
             return f"the gradient of {name} is {ratio:.2f} times as large"
-        of_its_kind = squares.setdefault(_LAYER.sub(".", name), [0.0, 0.0])
-        of_its_kind[0] += float(ours[name].norm()) ** 2
-        of_its_kind[1] += float(gradient.norm()) ** 2
-    for kind, (our_square, their_square) in squares.items():
-        ratio = math.sqrt(our_square / their_square)
-        if abs(ratio - 1) > _NORM_TOLERANCE:
+    most = max((abs(ratio - 1) for ratio in _ratios_by_kind(rounded, theirs).values()), default=0.0)
+    for kind, ratio in _ratios_by_kind(ours, theirs).items():
+        if abs(ratio - 1) > min(_allowed(_NORM_TOLERANCE, most), _MOST_OF_A_KIND):
             return f"the gradient of all {kind} is {ratio:.2f} times as large"
     return None
+
+
+def _ratios_by_kind(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    """How many times as long gradients are, over all layers' adapters of one kind."""
+    squares: dict[str, list[float]] = {}
+    for name in (name for name in theirs if name in ours):
+        of_its_kind = squares.setdefault(_LAYER.sub(".", name), [0.0, 0.0])
+        of_its_kind[0] += float(ours[name].norm()) ** 2
+        of_its_kind[1] += float(theirs[name].norm()) ** 2
+    return {kind: math.sqrt(mine / their_own) for kind, (mine, their_own) in squares.items()}
 
 
 def _apart(one: Tensor, other: Tensor) -> tuple[float, float]:

@@ -188,6 +188,19 @@ def test_rounding_may_turn_a_gradient_twice_as_far_as_it_does(monkeypatch):
     assert "points elsewhere" in _gradient_difference({"a": torch.tensor([0.3, 0.95])}, theirs, rounded)
 
 
+def test_the_length_of_a_kind_s_gradients_may_be_off_by_what_rounding_makes_of_it_and_never_by_a_wrong_scale():
+    theirs = {f"layers.{n}.a": torch.tensor([1.0, 0.0]) for n in range(3)}
+
+    def times(factor):
+        return {name: factor * gradient for name, gradient in theirs.items()}
+
+    assert "of all layers.a is 0.90 times" in _gradient_difference(times(0.9), theirs)
+    assert _gradient_difference(times(0.9), theirs, times(1.07)) is None
+    assert "of all layers.a is 0.87 times" in _gradient_difference(times(0.87), theirs, times(1.04))
+    for factor in (0.5, 2.0):
+        assert "times as large" in _gradient_difference(times(factor), theirs, times(1.5))
+
+
 def test_without_the_adapter_experts_are_the_base_s(tmp_path):
     folder = write_family(tmp_path / "base", "qwen3_moe")
     model = model_of(folder)
