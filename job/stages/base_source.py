@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from job.core.errors import LocalDiskError
+from job.core.errors import LocalDiskError, UsageError
 from job.core.promises import TensorHeader
 from job.core.recipe import ModelSection
 from job.edge.base import fetching
@@ -15,7 +15,14 @@ from job.edge.base.quantised_copies import QuantisedCopy
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
 from job.tune.device.compute_dtype import compute_dtype
-from job.tune.model.base import can_be_kept, is_in_four_bits, is_quantised, quantised_bytes, quantised_files
+from job.tune.model.base import (
+    can_be_kept,
+    has_experts_in_16_bits,
+    is_in_four_bits,
+    is_quantised,
+    quantised_bytes,
+    quantised_files,
+)
 from job.tune.model.four_bit import quantised_form
 from job.tune.model.promises import hold_to_promises
 from job.tune.model.streamed_copy import StreamedCopy
@@ -123,7 +130,14 @@ class BaseSource:
             DataError: its weights are not all finite.
             LocalDiskError: the copy could not be written; a warning has said why.
         """
-        if base.quantised or is_in_four_bits(base.folder):
+        if base.quantised:
+            return base
+        if is_in_four_bits(base.folder):
+            if has_experts_in_16_bits(base.folder):
+                raise UsageError(
+                    "--base-placement sharded: the base is in 4 bits, but for its experts, which a single GPU must put "
+                    "into them while it is loaded; use GPUs that hold the whole base, or the base in 16 bits"
+                )
             return base
         copy = StreamedCopy(base.folder, device=device, dtype=compute_dtype(device))
         self._copy.keep(copy.files(), beside=base.folder, needed_bytes=copy.needed_bytes, on_beat=on_beat)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from layouts import bnb4_base
 from tiny import CPU, write_copy
+from tiny_families import write_family
 
 from job.core.errors import LocalDiskError, UsageError
 from job.core.recipe import ModelSection
@@ -10,7 +12,7 @@ from job.edge.base.fetching import BaseModel, BaseModelIdentity
 from job.edge.store.objects import StoreSettings
 from job.stages.base_source import BaseSource
 from job.tune.device.compute_dtype import compute_dtype
-from job.tune.model.base import load_base
+from job.tune.model.base import has_experts_in_16_bits, load_base
 
 IDENTITY = BaseModelIdentity(source="owner/name", revision="0" * 40)
 
@@ -70,3 +72,16 @@ def test_one_that_cannot_be_written_ends_the_run(copied, bases, tmp_path):
 def test_a_base_that_is_put_together_while_it_is_loaded_is_refused(copied, bases):
     with pytest.raises(UsageError, match="put together while it is loaded"):
         copied(bases["gpt_neox"])
+
+
+def test_a_mixture_is_copied_with_its_experts_and_refused_where_they_alone_are_not_in_4_bits(copied, tmp_path):
+    mixture = write_family(tmp_path / "mixture", "mixtral")
+    _, made, _ = copied(mixture)
+    assert made.quantised
+    assert not has_experts_in_16_bits(made.folder)
+    base, again, _ = copied(made.folder)
+    assert again is base
+
+    published = bnb4_base(mixture, tmp_path / "published", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    with pytest.raises(UsageError, match=r"in 4 bits, but for its experts.*or the base in 16 bits"):
+        copied(published, models=tmp_path / "others")

@@ -140,6 +140,13 @@ def is_in_four_bits(folder: Path) -> bool:
     return hold_to_promises(folder, headers, source=str(folder)) is not None
 
 
+def has_experts_in_16_bits(folder: Path) -> bool:
+    """Whether experts have to be put into 4 bits while they are loaded, as in bases that others have put into them."""
+    tensors = stored_tensors(folder, torch.device("cpu"), not_finite=set())
+    experts = ExpertsApart(read_config(folder), parts_of(read_whole_config(folder), tensors).text)
+    return not experts.are_in_four_bits
+
+
 def can_be_kept(base: Any) -> bool:
     """Whether `quantised_files` of a base are read as the same model: of some, transformers makes another one then."""
     return not any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in base.modules())

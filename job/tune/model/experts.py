@@ -98,7 +98,7 @@ class ExpertsApart:
             if name not in self._packed and not name.startswith(of_packed or "\0")
         }
         """All that is not experts'."""
-        if len(self._packed) < len(self._wanted):
+        if not self.are_in_four_bits:
             self._take_sources()
 
     def _take_sources(self) -> None:
@@ -133,6 +133,11 @@ class ExpertsApart:
             else:
                 weights = self._quantised(target, module, shape, device, dtype)
             _hold(module, name, weights, shape=shape, dtype=dtype)
+
+    @property
+    def are_in_four_bits(self) -> bool:
+        """Whether the files have all of them so."""
+        return len(self._packed) == len(self._wanted)
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
