@@ -1,6 +1,11 @@
 """Causal attention inside each document of a row, by torch's variable-length kernels, or by our own.
 
 `cu_seqlens` is computed once for a micro-batch. Where no kernel takes the heads: SDPA, document by document.
+
+A sink is a learned score of a head that stands in each row's sum and has no value: with log-sum-exp L of a row, a result
+without sinks is multiplied by sigmoid(L - sink), and L becomes log(exp(L) + exp(sink)). With both, the backward of
+attention without sinks gives the right gradients: each weight is exp(score - L), and the row's sum of weights times
+their gradients is that of the result times its own. gpt-oss, arXiv 2508.10925; Xiao et al. 2023, arXiv 2309.17453.
 """
 
 from collections.abc import Iterator
@@ -65,13 +70,25 @@ class Attention:
     window: int | None
     """How many tokens back a token sees, itself included; None: all."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Any]:
-        """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what `backward` needs."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, sinks: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what `backward` needs.
+
+        Args:
+            query: of all documents, as key and value are.
+            key: see above.
+            value: see above.
+            segments: where they begin and end.
+            sinks: [heads], scores in each row's sum, not scaled; None: the family has none.
+        """
         if segments.blocks is not None and has_own_kernel(query, segments.blocks):
             from job.kernels import triton_attention
 
-            return triton_attention.forward(query, key, value, segments.blocks, self.scale, self.window)
+            return triton_attention.forward(query, key, value, segments.blocks, self.scale, self.window, sinks)
         if not has_kernel(query):
+            if sinks is not None:
+                return self._plain_with_sinks(query, key, value, segments, sinks), None
             return self._plain(query, key, value, segments), None
         longest = segments.longest
         out, log_sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -88,6 +105,8 @@ class Attention:
             scale=self.scale,
             **self._limits(longest),
         )
+        if sinks is not None:
+            out, log_sums = _with_sinks(out, log_sums, sinks)
         return out, (log_sums, state, unused)
 
     def backward(
@@ -100,9 +119,10 @@ class Attention:
         kept: Any,
         segments: Segments,
         *,
+        sinks: Tensor | None = None,
         room: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, from that of the result.
+        """Gradients of query, key and value, from that of the result; sinks, which are the base's, have none.
 
         Our own kernels write them into `room`, three tensors whose tokens may lie apart; others return new tensors.
         """
@@ -115,7 +135,7 @@ class Attention:
             )
             return room
         if not has_kernel(query):
-            return self._plain_backward(grad, query, key, value, segments)
+            return self._plain_backward(grad, query, key, value, segments, sinks)
         longest = segments.longest
         log_sums, state, unused = kept
         with _same_order():
@@ -150,29 +170,48 @@ class Attention:
         parts = zip(*(torch.split(tensor, lengths) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._one(*(part.transpose(0, 1)[None] for part in each)) for each in parts])
 
+    def _plain_with_sinks(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, sinks: Tensor
+    ) -> Tensor:
+        """By the formula, as its backward: what sums the rows of SDPA is not to be had of every kernel of it."""
+        out = torch.empty_like(query)
+        for rows, heads, head in _places(segments, query.shape[1] // key.shape[1], key.shape[1]):
+            parts = (query[rows, heads], key[rows, head], value[rows, head])
+            one_query, one_key, one_value = (part.float() for part in parts)
+            weights = self._weights(one_query, one_key, sinks[heads])
+            out[rows, heads] = torch.einsum("hqk,kw->qhw", weights, one_value).to(out.dtype)
+        return out
+
     def _plain_backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Segments
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Segments, sinks: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """By the formula, a document and a key head at a time: no more attention weights exist at once."""
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        groups, start = query.shape[1] // key.shape[1], 0
-        for length in segments.lengths:
-            rows = slice(start, start := start + length)
-            for head in range(key.shape[1]):
-                heads = slice(head * groups, (head + 1) * groups)
-                parts = (grad[rows, heads], query[rows, heads], key[rows, head], value[rows, head])
-                d_query, d_key, d_value = self._one_backward(*(part.float() for part in parts))
-                grads[0][rows, heads], grads[1][rows, head], grads[2][rows, head] = d_query, d_key, d_value
+        for rows, heads, head in _places(segments, query.shape[1] // key.shape[1], key.shape[1]):
+            parts = (grad[rows, heads], query[rows, heads], key[rows, head], value[rows, head])
+            own = None if sinks is None else sinks[heads]
+            d_query, d_key, d_value = self._one_backward(*(part.float() for part in parts), own)
+            grads[0][rows, heads], grads[1][rows, head], grads[2][rows, head] = d_query, d_key, d_value
         return grads
 
-    def _one_backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _weights(self, query: Tensor, key: Tensor, sinks: Tensor | None) -> Tensor:
+        """Attention weights of one document and key head, fp32: [t, heads, width], [t, width] -> [heads, t, t]."""
+        scores = self.scale * torch.einsum("qhw,kw->hqk", query, key)
+        scores = scores.masked_fill(~visible(len(query), self.window, query.device), float("-inf"))
+        if sinks is None:
+            return scores.softmax(dim=-1)
+        column = sinks.float()[:, None, None].expand(-1, len(query), 1)
+        return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
+
+    def _one_backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One document and key head, fp32: grad and query [t, heads, width], key and value [t, width].
 
         With weights P = softmax(scale Q K^T) and result P V: dV = P^T dO, dS = P * (dO V^T - rowsum(P * dO V^T)),
-        dQ = scale dS K, dK = scale dS^T Q.
+        dQ = scale dS K, dK = scale dS^T Q. A sink's weight is none of P: it has no value, and so no part in the row's sum.
         """
-        scores = self.scale * torch.einsum("qhw,kw->hqk", query, key)
-        weights = scores.masked_fill(~visible(len(query), self.window, query.device), float("-inf")).softmax(dim=-1)
+        weights = self._weights(query, key, sinks)
         d_weights = torch.einsum("qhw,kw->hqk", grad, value)
         d_scores = self.scale * weights * (d_weights - (weights * d_weights).sum(dim=-1, keepdim=True))
         return (
@@ -196,6 +235,21 @@ class Attention:
             enable_gqa=key.shape[1] != query.shape[1],
         )
         return result[0].transpose(0, 1)
+
+
+def _with_sinks(out: Tensor, log_sums: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """A result [T, heads, width] and its rows' log-sum-exp [heads, T], as they are with sinks [heads] in the sums."""
+    column = sinks.float()[:, None]
+    shares = torch.sigmoid(log_sums - column).t()[..., None]
+    return (out * shares).to(out.dtype), torch.logaddexp(log_sums, column)
+
+
+def _places(segments: Segments, groups: int, key_heads: int) -> Iterator[tuple[slice, slice, int]]:
+    """Each document's rows with each key head: its queries' heads, and itself."""
+    start = 0
+    for length in segments.lengths:
+        rows = slice(start, start := start + length)
+        yield from ((rows, slice(head * groups, (head + 1) * groups), head) for head in range(key_heads))
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def masked_add(ops):
 LENGTHS = (1, 64, 0, 130, 63, 65)
 
 
-def attention(*, heads, key_heads, width, window):
+def attention(*, heads, key_heads, width, window, sinks=None):
     """Forward and backward, in the rows of a wider tensor, beside the formula."""
     tokens, counts = sum(LENGTHS), (heads, key_heads, key_heads)
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
@@ -170,9 +170,11 @@ def attention(*, heads, key_heads, width, window):
     query, key, value = parts(torch.randn(tokens, sum(counts) * width + 5))
     room = parts(torch.full((tokens, sum(counts) * width + 5), torch.nan))
     grad, results = torch.randn(tokens, heads, width), []
+    sinks = None if sinks is None else torch.tensor(sinks)
     for segments in (own, plain):
-        out, kept = of.forward(query, key, value, segments)
-        results.append((out, *of.backward(grad, query, key, value, out, kept, segments, room=room)))
+        out, kept = of.forward(query, key, value, segments, sinks=sinks)
+        grads = of.backward(grad, query, key, value, out, kept, segments, sinks=sinks, room=room)
+        results.append((out, *grads))
     assert all(one is other for one, other in zip(results[0][1:], room, strict=True))
     return max(off(a, b) for a, b in zip(*results, strict=True))
 
@@ -183,6 +185,8 @@ def main():
         "attention_grouped": attention(heads=4, key_heads=2, width=32, window=None),
         "attention_windowed": attention(heads=2, key_heads=1, width=16, window=50),
         "attention_barely_windowed": attention(heads=2, key_heads=2, width=16, window=2),
+        "attention_with_sinks": attention(heads=2, key_heads=1, width=64, window=None, sinks=(-3.0, 4.0)),
+        "attention_windowed_with_sinks": attention(heads=2, key_heads=1, width=64, window=50, sinks=(0.5, 4.0)),
         "dequantise": both(dequantise),
         "dequantise_experts": both(dequantise_experts),
         "dequantise_across_rows": both(lambda ops: dequantise(ops, width=172)),

@@ -19,15 +19,17 @@ class OwnKernels:
     def __init__(self):
         self.calls = 0
 
-    def forward(self, query, key, value, blocks, scale, window):
+    def forward(self, query, key, value, blocks, scale, window, sinks):
         self.calls += 1
-        out, _ = Attention(scale=scale, window=window).forward(query, key, value, _segments_in(blocks))
+        self.sinks = sinks
+        out, _ = Attention(scale=scale, window=window).forward(query, key, value, _segments_in(blocks), sinks=sinks)
         return out, torch.zeros(query.shape[1], len(query))
 
     def backward(self, grad, *given):
         query, key, value, out, _log_sums, blocks, scale, window, room = given
         of = Attention(scale=scale, window=window)
-        grads = of.backward(grad, query, key, value, out, None, _segments_in(blocks))
+        # A kernel has no sinks in its backward: they are in the row sums that its forward keeps.
+        grads = of.backward(grad, query, key, value, out, None, _segments_in(blocks), sinks=self.sinks)
         for place, gradient in zip(room, grads, strict=True):
             place.copy_(gradient)
 

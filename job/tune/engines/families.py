@@ -33,7 +33,7 @@ FAMILIES: Mapping[str, Training] = {
             *("granitemoehybrid", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "jais2", "ministral"),
             *("ministral3", "nanochat", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "seed_oss"),
             *("smollm3", "starcoder2", "vaultgemma"),
-            *("mixtral", "qwen3_moe", "olmoe", "granitemoe"),
+            *("mixtral", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"),
         ),
         "packed",
     ),
