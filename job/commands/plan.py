@@ -81,7 +81,14 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, run_id: str | None, phases: Pha
         every, trained = dataset.train.encoded.lengths[:], dataset.train.lengths[:]
         validation_tokens = int(dataset.validation.lengths.sum())
     work = _workload(
-        worker, config, shape, dataset.report, trained, parameters=parameters, validation_tokens=validation_tokens
+        worker,
+        config,
+        shape,
+        dataset.report,
+        trained,
+        parameters=parameters,
+        validation_tokens=validation_tokens,
+        base_bytes=None if weights is None else weights.bytes,
     )
     return Plan(
         data=dataset.report,
@@ -114,6 +121,7 @@ def _workload(
     *,
     parameters: int,
     validation_tokens: int,
+    base_bytes: int | None,
 ) -> Workload:
     from job.tune.engines.attention import reason_against_fused_attention
     from job.tune.engines.families import is_packed, is_supported
@@ -142,6 +150,7 @@ def _workload(
         evaluations=evaluation_count(course.steps, recipe.evaluate.every_steps),
         max_length=data.max_length,
         kept_checkpoints=recipe.checkpoint.keep,
+        base_bytes=base_bytes,
     )
 
 

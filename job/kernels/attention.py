@@ -170,9 +170,7 @@ class Attention:
         parts = zip(*(torch.split(tensor, lengths) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._one(*(part.transpose(0, 1)[None] for part in each)) for each in parts])
 
-    def _plain_with_sinks(
-        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, sinks: Tensor
-    ) -> Tensor:
+    def _plain_with_sinks(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, sinks: Tensor) -> Tensor:
         """By the formula, as its backward: what sums the rows of SDPA is not to be had of every kernel of it."""
         out = torch.empty_like(query)
         for rows, heads, head in _places(segments, query.shape[1] // key.shape[1], key.shape[1]):
