@@ -47,8 +47,8 @@ def document_attention(
     Returns:
         [T, heads, width], and three tensors that the backward needs, empty where it needs none.
     """
-    out, kept = Attention(scale=scale, window=window).forward(
-        query.contiguous(), key.contiguous(), value.contiguous(), _segments(cu_seqlens, lengths, blocks), sinks=sinks
+    out, kept = Attention(scale=scale, window=window, sinks=sinks).forward(
+        query.contiguous(), key.contiguous(), value.contiguous(), _segments(cu_seqlens, lengths, blocks)
     )
     if has_own_kernel(query, blocks):
         return out, kept, query.new_empty(0), query.new_empty(0)
@@ -90,7 +90,7 @@ def _backward_op(
     window: int | None,
 ) -> Gradients:
     """Gradients of query, key and value."""
-    return Attention(scale=scale, window=window).backward(
+    return Attention(scale=scale, window=window, sinks=sinks).backward(
         grad.contiguous(),
         query.contiguous(),
         key.contiguous(),
@@ -98,7 +98,6 @@ def _backward_op(
         out,
         log_sums if has_own_kernel(query, blocks) else (log_sums, state, unused),
         _segments(cu_seqlens, lengths, blocks),
-        sinks=sinks,
     )
 
 

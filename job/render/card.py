@@ -79,7 +79,7 @@ def _loading(card: Card) -> str:
     if card.in_mxfp4:
         return f"""from transformers import {auto_class}, Mxfp4Config
 
-# Experts are published in MXFP4, and were trained on in NF4, which transformers has no experts in: here they are in bf16.
+# Experts are published in MXFP4 and were trained on in NF4, in which transformers has none: here they are in bf16.
 bf16 = Mxfp4Config(dequantize=True)
 base = {auto_class}.from_pretrained("{loaded}", dtype=torch.bfloat16, quantization_config=bf16{revision})
 model = PeftModel.from_pretrained(base, "path/to/this/adapter")"""

@@ -160,7 +160,7 @@ def attention(*, heads, key_heads, width, window, sinks=None):
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     plain = Segments(cu_seqlens=cu_seqlens, lengths=LENGTHS)
     own = replace(plain, blocks=blocks_of(cu_seqlens, tokens))
-    of = Attention(scale=0.3, window=window)
+    of = Attention(scale=0.3, window=window, sinks=None if sinks is None else torch.tensor(sinks))
     torch.manual_seed(0)
 
     def parts(wide):
@@ -170,11 +170,9 @@ def attention(*, heads, key_heads, width, window, sinks=None):
     query, key, value = parts(torch.randn(tokens, sum(counts) * width + 5))
     room = parts(torch.full((tokens, sum(counts) * width + 5), torch.nan))
     grad, results = torch.randn(tokens, heads, width), []
-    sinks = None if sinks is None else torch.tensor(sinks)
     for segments in (own, plain):
-        out, kept = of.forward(query, key, value, segments, sinks=sinks)
-        grads = of.backward(grad, query, key, value, out, kept, segments, sinks=sinks, room=room)
-        results.append((out, *grads))
+        out, kept = of.forward(query, key, value, segments)
+        results.append((out, *of.backward(grad, query, key, value, out, kept, segments, room=room)))
     assert all(one is other for one, other in zip(results[0][1:], room, strict=True))
     return max(off(a, b) for a, b in zip(*results, strict=True))
 

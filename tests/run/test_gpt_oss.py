@@ -35,7 +35,7 @@ def loss_by_the_card(job, run):
     code = (adapter / "README.md").read_text().split("```python")[1].split("```")[0]
     code = code.replace("path/to/base", str(job.folder / "own-base")).replace("path/to/this/adapter", str(adapter))
     loaded = {}
-    exec(compile(code, "README.md", "exec"), loaded)  # noqa: S102 - what the README tells people to run
+    exec(compile(code, "README.md", "exec"), loaded)
     model, tokenizer = loaded["model"].eval(), AutoTokenizer.from_pretrained(job.folder / "own-base")
     losses = []
     for line in (job.data / "validation.jsonl").read_text().splitlines():

@@ -108,9 +108,9 @@ def difference_from_formula(
     # From one that leaves a row as it is to one that takes most of it.
     column = torch.linspace(-8, 8, heads, device=device) if sinks else None
     for window in (None, _WINDOW):
-        attention = Attention(scale=width**-0.5, window=window)
-        ours = _attended(attention, grad, query, key, value, own, column)
-        theirs = _attended(attention, grad.float(), query.float(), key.float(), value.float(), plain, column)
+        attention = Attention(scale=width**-0.5, window=window, sinks=column)
+        ours = _attended(attention, grad, query, key, value, own)
+        theirs = _attended(attention, grad.float(), query.float(), key.float(), value.float(), plain)
         for name, one, other in zip(("result", "query", "key", "value"), ours, theirs, strict=True):
             off = float((one.float() - other).norm() / other.norm())
             if not off <= _ATTENTION_TOLERANCE:
@@ -119,15 +119,9 @@ def difference_from_formula(
     return None
 
 
-def _attended(  # noqa: PLR0913, PLR0917 - what attention takes, in its order
-    attention: Attention,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    sinks: Tensor | None,
+def _attended(
+    attention: Attention, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Segments
 ) -> tuple[Tensor, ...]:
     """The result, and the gradients of query, key and value."""
-    out, kept = attention.forward(query, key, value, segments, sinks=sinks)
-    return out, *attention.backward(grad, query, key, value, out, kept, segments, sinks=sinks)
+    out, kept = attention.forward(query, key, value, segments)
+    return out, *attention.backward(grad, query, key, value, out, kept, segments)

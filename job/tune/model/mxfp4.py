@@ -1,4 +1,4 @@
-"""Experts in MXFP4, decoded exactly where they are read: a tensor of the model in the place of its blocks and scales."""
+"""Experts in MXFP4, decoded exactly as they are read: a tensor of the model in the place of its blocks and scales."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
