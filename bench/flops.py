@@ -10,9 +10,10 @@ import numpy as np
 def per_token(shape, lengths, adapter_parameters):
     """Floating-point operations of training on one real token of documents of these lengths, in tokens.
 
-    The base has its layers and its head, the embedding is looked up; norms and the like are left out.
+    The base has its layers and its head, the embedding is looked up; norms and the like are left out. Of a mixture
+    those experts count that a token goes through, and of an adapter on them what it meets.
     """
-    frozen = shape.linear_parameters + shape.vocabulary * shape.hidden
+    frozen = shape.active_parameters + shape.vocabulary * shape.hidden
     return 4 * frozen + 6 * adapter_parameters + attention(shape, lengths) / float(np.sum(lengths))
 
 
