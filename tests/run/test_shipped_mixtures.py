@@ -15,6 +15,7 @@ from job.core.promises import TensorHeader, form_in_files
 from job.core.recipe import LoraSection
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.promises import hold_to_promises
+from job.tune.rehearsal import rehearse
 
 ROOT = Path(__file__).parents[2]
 GPT_OSS_20B = {
@@ -154,6 +155,15 @@ def test_a_shipped_mixture_is_planned_on_one_gpu(shipped):
     said = " ".join(job.start("plan", "--gpu", "h100").stdout.split())
     assert "is a mixture of experts" in said
     assert "one document a row" not in said
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_small_copy_of_a_shipped_mixture_passes_the_self_test_of_check(name):
+    recipe = yaml.safe_load((ROOT / f"recipes/{name}.yaml").read_text(encoding="utf-8"))
+    config = CONFIG_MAPPING[BASES[name][0]["model_type"]](**BASES[name][0])
+    said = rehearse(config, LoraSection.model_validate(recipe["lora"]))
+    assert "one document a row" not in said
+    assert "linear layers are PEFT's own" not in said
 
 
 @pytest.mark.parametrize("name", BASES)
