@@ -61,6 +61,7 @@ def test_gpt_oss_is_checked_trained_cut_off_resumed_and_proven(gpt_oss):
     in_one_line = " ".join(checked.stdout.split())
     assert FORM in in_one_line
     assert f"gpt_oss is a mixture of experts: {EXPERTS:,} of its " in in_one_line
+    assert "gpt_oss: experts are published in MXFP4; each is decoded exactly, and quantised once more" in in_one_line
     assert "one document a row" not in in_one_line
     planned = job.call("plan", "--json")
     assert planned.code == 0, planned.stdout
@@ -75,6 +76,7 @@ def test_gpt_oss_is_checked_trained_cut_off_resumed_and_proven(gpt_oss):
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert cut["adapter"]["files"][file] == whole["adapter"]["files"][file]
     for report in (whole, cut):
+        assert any("experts are published in MXFP4" in note for note in report["notes"])
         assert report["adapter"]["proven_loss"] == report["adapter"]["reported_loss"]
     assert whole["sweet_spot"]["base_loss"] > whole["adapter"]["reported_loss"]
     as_the_card_says = loss_by_the_card(job, "cut")
@@ -86,5 +88,6 @@ def test_gpt_oss_is_checked_trained_cut_off_resumed_and_proven(gpt_oss):
     assert job.start("run", "--run-id", "decoded").code == 0
     decoded = report_of(job, "decoded")
     assert decoded["curve"] == whole["curve"]
+    assert not any("MXFP4" in note for note in decoded["notes"])
     name = "adapter_model.safetensors"
     assert decoded["adapter"]["files"][name] == whole["adapter"]["files"][name]

@@ -19,7 +19,7 @@ from job.tune.device.compute_dtype import dtype_of
 from job.tune.model.config import CONFIG, causal_lm_of, read_config, read_whole_config, read_wrapper
 from job.tune.model.experts import ExpertsApart
 from job.tune.model.four_bit import compute_in, kept_in_fp32, quantisation, without_cpu_repacking, without_experts
-from job.tune.model.mxfp4 import with_decoded
+from job.tune.model.mxfp4 import PUBLISHED, with_decoded
 from job.tune.model.promises import filled, hold_to_promises
 from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
 from job.tune.model.wrappers import parts_of
@@ -101,7 +101,7 @@ def quantised_files(base: Any, folder: Path) -> Files:
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     form = quantisation(dtype_of(base)).to_dict()
-    published = {_PUBLISHED: config[_FORM]} if _FORM in config else {}
+    published = {PUBLISHED: config[_FORM]} if _FORM in config else {}
     yield CONFIG, json.dumps({**config, **published, _FORM: form}, indent=2).encode
     wrapper = read_wrapper(folder)
     name = str if wrapper is None else wrapper.outside
@@ -120,14 +120,8 @@ def is_quantised(folder: Path) -> bool:
     return form is not None and not is_mxfp4(form, config.model_type)
 
 
-def is_published_in_mxfp4(folder: Path) -> bool:
-    """Whether a base's experts are in MXFP4 where it comes from, by its config or that of its copy in 4 bits."""
-    config = read_config(folder)
-    return any(is_mxfp4(getattr(config, name, None), config.model_type) for name in (_FORM, _PUBLISHED))
-
-
-_FORM, _PUBLISHED = "quantization_config", "published_quantization_config"
-"""Where a config says how it is quantised; and, in that of a copy in 4 bits, how the base is that it was made from."""
+_FORM = "quantization_config"
+"""Where a config says how it is quantised."""
 
 
 def can_be_kept(base: Any) -> bool:

@@ -7,14 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from job.core.mxfp4 import BLOCKS, SCALES, in_mxfp4
+from job.core.mxfp4 import BLOCKS, SCALES, in_mxfp4, is_mxfp4
 from job.tune.model.tensor_files import StoredTensor, is_finite
 
+PUBLISHED = "published_quantization_config"
+"""Where the config of a copy in 4 bits says how the base is quantised that it was made from."""
 _NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the four bits stand for, the first of them being the sign (OCP Microscaling Formats 1.0, section 5.3.3)."""
 _MANTISSA_BITS = 23
 _HALF_OF_LEAST = 0x00400000
 """2^-127 in fp32, which has no number with that exponent but one below its least."""
+
+
+def is_published_in_mxfp4(config: Any) -> bool:
+    """Whether a base's experts are in MXFP4 where it comes from, by its config or that of its copy in 4 bits."""
+    sections = (getattr(config, name, None) for name in ("quantization_config", PUBLISHED))
+    return any(is_mxfp4(section, config.model_type) for section in sections)
 
 
 def decoded(blocks: Tensor, scales: Tensor) -> Tensor:
