@@ -111,8 +111,8 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
     words.extend(_words_on_experts(model))
     if is_published_in_mxfp4(config):
         words.append(
-            f"{config.model_type}: experts are published in MXFP4; each is decoded exactly, and quantised once more, to "
-            "NF4"
+            f"{config.model_type}: experts are published in MXFP4; each is decoded exactly, and quantised once more, "
+            "to NF4"
         )
     chosen = chosen_by_all_linear(model)
     if chosen is not None:
