@@ -10,13 +10,17 @@ import numpy as np
 def per_token(shape, lengths, adapter_parameters):
     """Floating-point operations of training on one real token of documents of these lengths, in tokens.
 
-    The base has its layers and its head, the embedding is looked up; norms and the like are left out.
+    The base has its layers and its head, the embedding is looked up; norms and the like are left out. Of a mixture
+    those experts count that a token goes through; `adapter_parameters` are those that it meets.
     """
-    frozen = shape.linear_parameters + shape.vocabulary * shape.hidden
+    frozen = shape.active_parameters + shape.vocabulary * shape.hidden
     return 4 * frozen + 6 * adapter_parameters + attention(shape, lengths) / float(np.sum(lengths))
 
 
 def attention(shape, lengths):
-    """Operations: for each pair of tokens that see each other and unit of width, 4 forward and 8 backward."""
+    """Operations: for each pair of tokens that see each other and unit of width, 4 forward and 8 backward.
+
+    As if no layer had a window: of documents longer than one, too many.
+    """
     exact = np.asarray(lengths, dtype=np.float64)
     return 12 * shape.layers * shape.heads * shape.head_width * float((exact * (exact + 1) / 2).sum())

@@ -1,9 +1,10 @@
 """A base of a known shape with random weights: speed and memory do not depend on what the weights are.
 
-    python -m bench.random_base SHAPE FOLDER --tokenizer FOLDER [--form bnb4]
+    python -m bench.random_base SHAPE FOLDER --tokenizer FOLDER [--form bnb4|mxfp4]
 
 Writes bf16 safetensors, one file a layer, several at a time, and copies the tokenizer beside them; with `--form bnb4`
-the layers' matrices in 4 bits, as bitsandbytes' own checkpoints hold them, for bases whose bf16 weights fit no disk.
+the layers' matrices in 4 bits, as bitsandbytes' own checkpoints hold them, and experts as the product's own copies do,
+for bases whose bf16 weights fit no disk; with `--form mxfp4` experts in MXFP4, as gpt-oss is published.
 Weights are drawn on the GPU where there is one; the host holds as many layers as there are writers. The files stay in
 the page cache.
 """
@@ -29,7 +30,13 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from job.core.mxfp4 import BLOCKS, SCALES
+from job.tune.model.experts import as_tensors, quantised_one_by_one
+from job.tune.model.mixtures import experts_modules, weights_of_experts
+
 WRITERS = 8
+MXFP4_SCALE = 120
+"""2^-7: times numbers of 4 bits, all of them as often, a standard deviation of 0.023."""
 SPREAD = 0.02
 """Standard deviation of every matrix: transformers' own start (initializer_range)."""
 _TINY = {
@@ -50,6 +57,17 @@ _LLAMA_3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+_IN_MXFP4 = {"gpt_oss"}
+"""Model types that are published with their experts in MXFP4."""
 _TIED = {"gemma3"}
 """Model types whose head is their embedding; the others have one of their own."""
 _NORMS_ADD_ONE = {"gemma3"}
@@ -187,9 +205,50 @@ SHAPES = {
             "patch_size": 14,
         },
     },
+    # openai/gpt-oss-20b and Qwen/Qwen3-30B-A3B: their config.json
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
+        "rope_parameters": _GPT_OSS_ROPE,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
     "tiny-llama": {"model_type": "llama", **_TINY},
     "tiny-mistral": {"model_type": "mistral", "sliding_window": None, **_TINY},
     "tiny-qwen3": {"model_type": "qwen3", **_TINY},
+    "tiny-gpt-oss": {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, **_TINY},
+    "tiny-qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        **_TINY,
+    },
     "tiny-gemma3": {
         "model_type": "gemma3",
         "mm_tokens_per_image": 4,
@@ -244,13 +303,48 @@ def four_bit_weights(config):
     return {f"{name}.weight" for name in linear if "vision" not in name and "multi_modal" not in name}
 
 
-def write_file(path, shapes, *, seed, device, norms=1.0, in_four_bits=frozenset()):
+def expert_weights(config):
+    """Names of the stacks of experts, and whether the model has each expert's matrix transposed."""
+    found = experts_modules(model_of(config))
+    return {f"{path}.{name}": module.is_transposed for path, module in found for name in weights_of_experts(module)}
+
+
+def experts_in_nf4(name, shape, *, transposed, device, chance):
+    """A stack of experts as the product's copies hold it, drawn and quantised one at a time."""
+    count, *sides = shape
+    height, width = reversed(sides) if transposed else sides
+
+    def matrices():
+        for _ in range(count):
+            matrix = torch.empty(height, width, dtype=torch.bfloat16, device=device)
+            yield matrix.normal_(std=SPREAD, generator=chance)
+
+    return as_tensors(quantised_one_by_one(matrices(), count), name)
+
+
+def experts_in_mxfp4(name, shape, *, device, chance):
+    """The same as gpt-oss has it, [experts, in, out]: bytes at random under one scale."""
+    count, width, height = shape
+    blocks = torch.randint(0, 256, (count, height, width // 32, 16), generator=chance, device=device)
+    scales = torch.full(blocks.shape[:-1], MXFP4_SCALE, dtype=torch.uint8)
+    return {f"{name}{BLOCKS}": blocks.to(torch.uint8), f"{name}{SCALES}": scales}
+
+
+def write_file(path, shapes, *, seed, device, norms=1.0, in_four_bits=frozenset(), experts=None, form="bf16"):
     """Draw tensors and write them: norms have one value, everything else is normal; returns their bytes."""
     chance = torch.Generator(device).manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
+        if form != "bf16" and name in (experts or {}):
+            how = {"device": device, "chance": chance}
+            if form == "bnb4":
+                how["transposed"] = experts[name]
+            parts = {"bnb4": experts_in_nf4, "mxfp4": experts_in_mxfp4}[form](name, shape, **how)
+            tensors |= {part: each.cpu() for part, each in parts.items()}
+            continue
         tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        drawn = tensor.fill_(norms) if len(shape) == 1 else tensor.normal_(std=SPREAD, generator=chance)
+        one_value = len(shape) == 1 and not name.endswith(("_proj.bias", "router.bias", "sinks"))
+        drawn = tensor.fill_(norms) if one_value else tensor.normal_(std=SPREAD, generator=chance)
         if name in in_four_bits:
             packed, state = bnb.functional.quantize_4bit(drawn, compress_statistics=True, quant_type="nf4")
             parts = {f"{name}.{part}": each for part, each in state.as_dict(packed=True).items()}
@@ -266,7 +360,11 @@ def write_base(shape, folder, tokenizer, *, form="bf16"):
     folder.mkdir(parents=True)
     config = config_of(shape)
     files, config.architectures = (found := files_of(config))[0], [found[1]]
-    in_four_bits = frozenset()
+    in_four_bits, experts = frozenset(), expert_weights(config)
+    if form == "mxfp4":
+        if config.model_type not in _IN_MXFP4:
+            raise SystemExit(f"{shape}: --form mxfp4 is how {', '.join(_IN_MXFP4)} is published, and nothing else")
+        config.quantization_config = {"quant_method": "mxfp4"}
     if form == "bnb4":
         in_four_bits = four_bit_weights(config)
         config.quantization_config = BitsAndBytesConfig(
@@ -282,7 +380,8 @@ def write_base(shape, folder, tokenizer, *, form="bf16"):
 
     def write(work):
         seed, name, shapes = work
-        return write_file(folder / name, shapes, seed=seed, device=device, norms=norms, in_four_bits=in_four_bits)
+        options = {"in_four_bits": in_four_bits, "experts": experts, "form": form}
+        return write_file(folder / name, shapes, seed=seed, device=device, norms=norms, **options)
 
     with ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1)) as pool:
         written = list(pool.map(write, zip(range(len(files)), names, files, strict=True)))
@@ -302,7 +401,7 @@ def main():
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--form", choices=["bf16", "bnb4"], default="bf16")
+    parser.add_argument("--form", choices=["bf16", "bnb4", "mxfp4"], default="bf16")
     options = parser.parse_args()
     began = time.perf_counter()
     size = write_base(options.shape, options.folder, options.tokenizer, form=options.form)

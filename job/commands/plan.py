@@ -89,7 +89,14 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, cluster: Cluster = ALONE, run_i
         every, trained = dataset.train.encoded.lengths[:], dataset.train.lengths[:]
         validation_tokens = int(dataset.validation.lengths.sum())
     work = _workload(
-        worker, config, shape, dataset.report, trained, parameters=parameters, validation_tokens=validation_tokens
+        worker,
+        config,
+        shape,
+        dataset.report,
+        trained,
+        parameters=parameters,
+        validation_tokens=validation_tokens,
+        base_bytes=None if weights is None else weights.bytes,
     )
     return Plan(
         data=dataset.report,
@@ -129,6 +136,7 @@ def _workload(
     *,
     parameters: int,
     validation_tokens: int,
+    base_bytes: int | None,
 ) -> Workload:
     from job.tune.engines.attention import reason_against_fused_attention
     from job.tune.engines.families import is_packed, is_supported
@@ -161,6 +169,7 @@ def _workload(
         max_length=data.max_length,
         kept_checkpoints=recipe.checkpoint.keep,
         against_shards=reason_against_sharding(model, packed=packed),
+        base_bytes=base_bytes,
     )
 
 

@@ -90,6 +90,8 @@ class Workload:
     """That may wait for their upload at once."""
     against_shards: str | None = None
     """Why the base cannot be spread over several GPUs; None: it can."""
+    base_bytes: int | None = None
+    """Of the base's files; None: there are none yet, and they are taken to be in bf16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,8 +280,8 @@ def flops_per_token(work: Workload) -> float:
 
 
 def ask_for(work: Workload, cluster: Cluster = ALONE, placement: Placement = "replicated") -> Ask:
-    """Host memory and disk: the base is on the disk in bf16 and once more in 4 bits, and passes the host's memory."""
-    base = 2 * work.shape.parameters / GIB
+    """Host memory and disk: the base is on the disk as published and in 4 bits, and passes the host's memory."""
+    base = (2 * work.shape.parameters if work.base_bytes is None else work.base_bytes) / GIB
     checkpoint = 8 * work.adapter.parameters / GIB
     layers, parts = work.shape.layers, _parts(work, cluster.ranks if placement == "sharded" else 1)
     whole = _parts(work, 1)

@@ -1,4 +1,4 @@
-"""How a base is quantised already, by its config: 4 bits of bitsandbytes are trained on, others refused by name."""
+"""How a base is quantised already, by its config: which 4 bits are trained on; others are refused by name."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from job.core.errors import UsageError
+from job.core.mxfp4 import is_mxfp4
 from job.core.recipe import is_hub_id
 
 _SECTIONS = ("quantization_config", "compression_config", "quantization")
@@ -67,7 +68,15 @@ class FourBits:
         return f"{self.kind}, {how} quantisation, published for {self.compute}{left}"
 
 
-def four_bits_of(config: Mapping[str, Any], *, source: str, named: Sequence[str]) -> FourBits | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mxfp4:
+    """gpt-oss's own form: experts in MXFP4, which are decoded and put into NF4, and all else in 16 bits."""
+
+    def __str__(self) -> str:
+        return "MXFP4 in its experts"
+
+
+def four_bits_of(config: Mapping[str, Any], *, source: str, named: Sequence[str]) -> FourBits | Mxfp4 | None:
     """The 4 bits in which a base is published; None: it is not quantised.
 
     Args:
@@ -79,6 +88,8 @@ def four_bits_of(config: Mapping[str, Any], *, source: str, named: Sequence[str]
         UsageError: it is quantised in another way.
     """
     for section in _sections(config):
+        if is_mxfp4(section, config.get("model_type")):
+            return Mxfp4()
         if not _is_bitsandbytes(section):
             raise foreign(_method(section), source=source, named=named)
         if not section.get("load_in_4bit"):

@@ -18,8 +18,9 @@ class ModelSection(Section):
     On processors without instructions for bf16 (AVX512-BF16, AMX-BF16, Arm's BF16) it computes in fp32, which is many
     times faster there; log and report say which.
 
-    One that is published in 4 bits of bitsandbytes is trained as it is, and the report says in which form; one that is
-    quantised in another way is refused, and so is one whose weights are not those that its config describes.
+    One that is published in 4 bits of bitsandbytes is trained as it is, and the report says in which form; gpt-oss's
+    experts in MXFP4 are decoded exactly, and put into NF4. One that is quantised in another way is refused, and so is
+    one whose weights are not those that its config describes.
 
     Of a model that takes pictures or sound too, the text decoder is trained: nothing else of it is read, the adapter is
     one of the whole model as it is published, and the report names what was left out; `docs/models.md` has them.

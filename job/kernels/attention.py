@@ -1,6 +1,11 @@
 """Causal attention inside each document of a row, by torch's variable-length kernels, or by our own.
 
 `cu_seqlens` is computed once for a micro-batch. Where no kernel takes the heads: SDPA, document by document.
+
+A sink is a learned score of a head that stands in each row's sum and has no value. With a row's log-sum-exp L, a
+result without sinks is multiplied by sigmoid(L - sink), and L becomes log(exp(L) + exp(sink)). With both, the backward
+of attention without sinks gives the right gradients: each weight is exp(score - L), and the row's sum of weights times
+their gradients is that of the result times its own. Sinks: gpt-oss, arXiv 2508.10925.
 """
 
 from collections.abc import Iterator
@@ -59,19 +64,23 @@ class Segments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Attention of one layer, forward and backward: the scale and the window of its scores."""
+    """Attention of one layer, forward and backward: the scale and the window of its scores, and its sinks."""
 
     scale: float
     window: int | None
     """How many tokens back a token sees, itself included; None: all."""
+    sinks: Tensor | None = None
+    """[heads], scores that stand in each row's sum alone, not scaled; they get no gradient. None: there are none."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Any]:
         """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what `backward` needs."""
         if segments.blocks is not None and has_own_kernel(query, segments.blocks):
             from job.kernels import triton_attention
 
-            return triton_attention.forward(query, key, value, segments.blocks, self.scale, self.window)
+            return triton_attention.forward(query, key, value, segments.blocks, self.scale, self.window, self.sinks)
         if not has_kernel(query):
+            if self.sinks is not None:
+                return self._plain_with_sinks(query, key, value, segments), None
             return self._plain(query, key, value, segments), None
         longest = segments.longest
         out, log_sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -88,6 +97,8 @@ class Attention:
             scale=self.scale,
             **self._limits(longest),
         )
+        if self.sinks is not None:
+            out, log_sums = _with_sinks(out, log_sums, self.sinks)
         return out, (log_sums, state, unused)
 
     def backward(
@@ -150,29 +161,45 @@ class Attention:
         parts = zip(*(torch.split(tensor, lengths) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._one(*(part.transpose(0, 1)[None] for part in each)) for each in parts])
 
+    def _plain_with_sinks(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        """By the formula, as its backward: what sums the rows of SDPA is not to be had of every kernel of it."""
+        out = torch.empty_like(query)
+        for rows, heads, head in _places(segments, query.shape[1] // key.shape[1], key.shape[1]):
+            parts = (query[rows, heads], key[rows, head], value[rows, head])
+            one_query, one_key, one_value = (part.float() for part in parts)
+            weights = self._weights(one_query, one_key, heads)
+            out[rows, heads] = torch.einsum("hqk,kw->qhw", weights, one_value).to(out.dtype)
+        return out
+
     def _plain_backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Segments
     ) -> tuple[Tensor, Tensor, Tensor]:
         """By the formula, a document and a key head at a time: no more attention weights exist at once."""
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        groups, start = query.shape[1] // key.shape[1], 0
-        for length in segments.lengths:
-            rows = slice(start, start := start + length)
-            for head in range(key.shape[1]):
-                heads = slice(head * groups, (head + 1) * groups)
-                parts = (grad[rows, heads], query[rows, heads], key[rows, head], value[rows, head])
-                d_query, d_key, d_value = self._one_backward(*(part.float() for part in parts))
-                grads[0][rows, heads], grads[1][rows, head], grads[2][rows, head] = d_query, d_key, d_value
+        for rows, heads, head in _places(segments, query.shape[1] // key.shape[1], key.shape[1]):
+            parts = (grad[rows, heads], query[rows, heads], key[rows, head], value[rows, head])
+            d_query, d_key, d_value = self._one_backward(*(part.float() for part in parts), heads=heads)
+            grads[0][rows, heads], grads[1][rows, head], grads[2][rows, head] = d_query, d_key, d_value
         return grads
 
-    def _one_backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _weights(self, query: Tensor, key: Tensor, heads: slice) -> Tensor:
+        """Attention weights of one document and key head, fp32: [t, heads, width], [t, width] -> [heads, t, t]."""
+        scores = self.scale * torch.einsum("qhw,kw->hqk", query, key)
+        scores = scores.masked_fill(~visible(len(query), self.window, query.device), float("-inf"))
+        if self.sinks is None:
+            return scores.softmax(dim=-1)
+        column = self.sinks[heads].float()[:, None, None].expand(-1, len(query), 1)
+        return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
+
+    def _one_backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *, heads: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One document and key head, fp32: grad and query [t, heads, width], key and value [t, width].
 
         With weights P = softmax(scale Q K^T) and result P V: dV = P^T dO, dS = P * (dO V^T - rowsum(P * dO V^T)),
-        dQ = scale dS K, dK = scale dS^T Q.
+        dQ = scale dS K, dK = scale dS^T Q. A sink's weight is not in P: it has no value, and no part in these sums.
         """
-        scores = self.scale * torch.einsum("qhw,kw->hqk", query, key)
-        weights = scores.masked_fill(~visible(len(query), self.window, query.device), float("-inf")).softmax(dim=-1)
+        weights = self._weights(query, key, heads)
         d_weights = torch.einsum("qhw,kw->hqk", grad, value)
         d_scores = self.scale * weights * (d_weights - (weights * d_weights).sum(dim=-1, keepdim=True))
         return (
@@ -196,6 +223,21 @@ class Attention:
             enable_gqa=key.shape[1] != query.shape[1],
         )
         return result[0].transpose(0, 1)
+
+
+def _with_sinks(out: Tensor, log_sums: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """A result [T, heads, width] and its rows' log-sum-exp [heads, T], as they are with sinks [heads] in the sums."""
+    column = sinks.float()[:, None]
+    shares = torch.sigmoid(log_sums - column).t()[..., None]
+    return (out * shares).to(out.dtype), torch.logaddexp(log_sums, column)
+
+
+def _places(segments: Segments, groups: int, key_heads: int) -> Iterator[tuple[slice, slice, int]]:
+    """Each document's rows with each key head: its queries' heads, and itself."""
+    start = 0
+    for length in segments.lengths:
+        rows = slice(start, start := start + length)
+        yield from ((rows, slice(head * groups, (head + 1) * groups), head) for head in range(key_heads))
 
 
 @contextmanager

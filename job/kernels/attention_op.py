@@ -17,7 +17,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
     "qlora_job::document_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor lengths, Tensor? blocks, float scale,"
-    " int? window) -> (Tensor, Tensor, Tensor, Tensor)",
+    " int? window, Tensor? sinks=None) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def document_attention(
     query: Tensor,
@@ -28,6 +28,7 @@ def document_attention(
     blocks: Tensor | None,
     scale: float,
     window: int | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Causal attention inside each document.
 
@@ -41,11 +42,12 @@ def document_attention(
         blocks: from `blocks_of`, for our own kernels; None: torch's.
         scale: of the scores.
         window: how many tokens back a token sees, itself included; None: all.
+        sinks: [heads], scores that stand in each row's sum alone; None: there are none. They get no gradient.
 
     Returns:
         [T, heads, width], and three tensors that the backward needs, empty where it needs none.
     """
-    out, kept = Attention(scale=scale, window=window).forward(
+    out, kept = Attention(scale=scale, window=window, sinks=sinks).forward(
         query.contiguous(), key.contiguous(), value.contiguous(), _segments(cu_seqlens, lengths, blocks)
     )
     if has_own_kernel(query, blocks):
@@ -68,8 +70,8 @@ def _shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     "qlora_job::document_attention_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums, Tensor state,"
-    " Tensor unused, Tensor cu_seqlens, Tensor lengths, Tensor? blocks, float scale, int? window)"
-    " -> (Tensor, Tensor, Tensor)",
+    " Tensor unused, Tensor cu_seqlens, Tensor lengths, Tensor? blocks, Tensor? sinks, float scale,"
+    " int? window) -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(
     grad: Tensor,
@@ -83,11 +85,12 @@ def _backward_op(
     cu_seqlens: Tensor,
     lengths: Tensor,
     blocks: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     window: int | None,
 ) -> Gradients:
     """Gradients of query, key and value."""
-    return Attention(scale=scale, window=window).backward(
+    return Attention(scale=scale, window=window, sinks=sinks).backward(
         grad.contiguous(),
         query.contiguous(),
         key.contiguous(),
@@ -110,13 +113,13 @@ def _segments(cu_seqlens: Tensor, lengths: Tensor, blocks: Tensor | None) -> Seg
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, cu_seqlens, lengths, blocks, scale, window = inputs
-    ctx.save_for_backward(query, key, value, *output, cu_seqlens, lengths, blocks)
+    query, key, value, cu_seqlens, lengths, blocks, scale, window, sinks = inputs
+    ctx.save_for_backward(query, key, value, *output, cu_seqlens, lengths, blocks, sinks)
     ctx.limits = scale, window
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return *_backward_op(grad, *ctx.saved_tensors, *ctx.limits), None, None, None, None, None
+    return *_backward_op(grad, *ctx.saved_tensors, *ctx.limits), None, None, None, None, None, None
 
 
 document_attention.register_autograd(_backward, setup_context=_keep)

@@ -68,6 +68,7 @@ def _attention_forward(
     OUT,
     LOG_SUMS,
     BLOCKS,
+    SINKS,
     q_stride,
     k_stride,
     v_stride,
@@ -78,6 +79,7 @@ def _attention_forward(
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     WINDOWED: tl.constexpr,
+    SUNK: tl.constexpr,
 ):
     start, first, end = _block(BLOCKS)
     head = tl.program_id(1)
@@ -87,6 +89,9 @@ def _attention_forward(
     q = _rows(Q, own, end, q_stride, head, WIDTH)
     most = tl.full([SIZE], float("-inf"), tl.float32)
     total = tl.zeros([SIZE], tl.float32)
+    if SUNK:  # each row's sum begins with the sink's weight, as the highest score so far
+        most = tl.full([SIZE], 0.0, tl.float32) + tl.load(SINKS + head)
+        total = tl.full([SIZE], 1.0, tl.float32)
     result = tl.zeros([SIZE, WIDTH], tl.float32)
     for key in range(_first_key(start, first, window, SIZE, WINDOWED), first + 1, SIZE):
         other = key + tl.arange(0, SIZE)
@@ -194,7 +199,9 @@ def _attention_backward(
         _put(DQ, d_q * exact_scale, own, end, dq_stride, head, WIDTH)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, scale: float, window: int | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Attention, and the log sums that its backward needs.
 
     Args:
@@ -204,6 +211,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, scale: float, windo
         blocks: from `blocks_of`.
         scale: of the scores.
         window: how many tokens back a token sees, itself included; None: all.
+        sinks: [heads], scores that stand in each row's sum alone; None: there are none.
 
     Returns:
         [T, heads, width], and the binary logarithm of each query's sum of weights, [heads, T] fp32.
@@ -218,6 +226,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, scale: float, windo
         out,
         log_sums,
         blocks,
+        log_sums if sinks is None else sinks.float() * _LOG2_E,
         q.stride(0),
         k.stride(0),
         v.stride(0),
@@ -228,6 +237,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, scale: float, windo
         WIDTH=width,
         SIZE=BLOCK,
         WINDOWED=window is not None,
+        SUNK=sinks is not None,
         **_FORWARD,
     )
     return out, log_sums

@@ -33,20 +33,19 @@ class Card:
     tuned_loss: float
     shares: Sequence[SourceShare] = ()
     """What was taken of each source, where there are several."""
+    in_mxfp4: bool = False
+    """Whether the base is published with its experts in MXFP4."""
     losses: Sequence[tuple[SourceLoss, SourceLoss]] = ()
     """Of each held-out source, where there are several: base and tuned."""
 
 
 def adapter_card(card: Card) -> str:
     """README.md, in Markdown."""
-    data, on_hub = card.data, is_hub_id(card.base)
+    data = card.data
     hashes = "\n".join(
         f"- {code_span(o.uri)} sha256 `{o.sha256}`" for o in (*data.train.objects, *data.validation.objects)
     )
     licence = code_span(card.licence) if card.licence else "not known; look at the base model"
-    loaded = card.base if on_hub else "path/to/base"
-    auto_class = "AutoModelForImageTextToText" if card.is_multimodal else "AutoModelForCausalLM"
-    revision = f", revision={json.dumps(card.revision)}" if on_hub else ""
     return f"""---
 base_model: {json.dumps(card.base)}
 library_name: peft
@@ -67,16 +66,32 @@ Trained on {data.train.used} examples, judged on {data.validation.used}:
 ```python
 import torch
 from peft import PeftModel
-from transformers import {auto_class}, BitsAndBytesConfig
+{_loading(card)}
+```
+"""
+
+
+def _loading(card: Card) -> str:
+    """The lines of code that load base and adapter."""
+    on_hub = is_hub_id(card.base)
+    loaded = card.base if on_hub else "path/to/base"
+    auto_class = "AutoModelForImageTextToText" if card.is_multimodal else "AutoModelForCausalLM"
+    revision = f", revision={json.dumps(card.revision)}" if on_hub else ""
+    if card.in_mxfp4:
+        return f"""from transformers import {auto_class}, Mxfp4Config
+
+# Experts are published in MXFP4 and were trained on in NF4, in which transformers has none: here they are in bf16.
+bf16 = Mxfp4Config(dequantize=True)
+base = {auto_class}.from_pretrained("{loaded}", dtype=torch.bfloat16, quantization_config=bf16{revision})
+model = PeftModel.from_pretrained(base, "path/to/this/adapter")"""
+    return f"""from transformers import {auto_class}, BitsAndBytesConfig
 
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                          bnb_4bit_compute_dtype=torch.bfloat16)
 base = {auto_class}.from_pretrained("{loaded}", dtype=torch.bfloat16, quantization_config=nf4{revision})
 model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 # On some CPUs bitsandbytes refuses sizes that it can compute with; without this they end in an assertion:
-# for module in base.modules(): module.support_avx512bf16_for_cpu = False
-```
-"""
+# for module in base.modules(): module.support_avx512bf16_for_cpu = False"""
 
 
 def _sources(card: Card) -> str:

@@ -24,6 +24,8 @@ from job.stages.proving import load_published, prove
 from job.stages.report import assemble_report, notes, source_shares
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import answer
+from job.tune.model.config import read_config
+from job.tune.model.mxfp4 import is_published_in_mxfp4
 from job.tune.world import ALONE, World
 
 log = structlog.get_logger(__name__)
@@ -119,6 +121,7 @@ def _card(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, *, step: int) 
         steps=facts.course.steps,
         base_loss=evaluations[0].loss,
         tuned_loss=evaluations[step].loss,
+        in_mxfp4=is_published_in_mxfp4(read_config(inputs.base.folder)),
         shares=source_shares(inputs, facts),
         losses=[*zip(*map(inputs.dataset.losses_by_source, (evaluations[0], evaluations[step])), strict=True)],
     )

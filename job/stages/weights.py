@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from job.core.mxfp4 import form_with_experts, is_mxfp4
 from job.core.promises import form_in_files
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
@@ -17,7 +18,7 @@ class Weights:
     """What the files hold."""
 
     form: str
-    """`bf16`, or in which 4 bits they are published, and how many layers of them."""
+    """`bf16`, or in which 4 bits they are published, and how many layers or tensors of them."""
     left: list[str] | None
     """Linear modules that are not in the 4 bits in which they are published; None: they are not in 4 bits."""
     tensors: int
@@ -54,9 +55,11 @@ def look_at_weights(worker: Worker, base: BaseModel, *, patience: Patience | Non
         patience=patience,
     )
     left = hold_to_promises(base.folder, headers, source=identity.source)
-    text = parts_of(read_whole_config(base.folder), headers).text
+    config = read_whole_config(base.folder)
+    text = parts_of(config, headers).text
+    mixed = is_mxfp4(getattr(config, "quantization_config", None), config.model_type)
     return Weights(
-        form=form_in_files(text, left),
+        form=(form_with_experts(text) if mixed else None) or form_in_files(text, left),
         left=left,
         tensors=len(headers),
         bytes=sum(header.bytes for header in headers.values()),

@@ -1,5 +1,6 @@
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from llama_2_7b import LLAMA_2_7B
 from bench import compare, flops
 from bench.comparisons import COMPARISONS, Comparison, Ours, Rival
 from bench.processes import NoResultError, run
+from job.core.memory import ExpertsShape
 
 SMALL = Comparison(
     title="A small one",
@@ -88,3 +90,12 @@ def test_operations_of_a_token_are_those_of_llama_2_7b():
 
     assert of_one == pytest.approx(4 * 6.607e9, rel=1e-3)
     assert of_201 - of_one == 12 * 32 * 4096 * 100
+
+
+def test_operations_of_a_mixture_are_those_of_the_experts_that_a_token_goes_through():
+    """Of a quarter of the experts a quarter: not of all that are in memory."""
+    experts = ExpertsShape(parameters=8 * 10**9, sides=10**6, number=32, chosen=8, first=1024, inner=512, largest=10**8)
+    dense, mixture = LLAMA_2_7B, replace(LLAMA_2_7B, experts=experts)
+    more = flops.per_token(mixture, np.array([5]), 0) - flops.per_token(dense, np.array([5]), 0)
+
+    assert more == 4 * 2 * 10**9

@@ -41,6 +41,41 @@ def test_a_base_in_bitsandbytes_form_is_one_that_the_product_loads_as_it_is(tmp_
     assert torch.isfinite(loaded(input_ids=torch.tensor([[1, 6, 8, 11]])).logits).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "form", "experts"),
+    [
+        ("tiny-qwen3-moe", "bf16", None),
+        ("tiny-qwen3-moe", "bnb4", "experts in 4 bits"),
+        ("tiny-gpt-oss", "bnb4", "experts in 4 bits"),
+        ("tiny-gpt-oss", "mxfp4", "experts in 4 bits"),
+    ],
+)
+def test_a_mixture_in_any_form_is_one_that_the_product_loads(shape, form, experts, tmp_path, tokenizer_folder):
+    from bench.random_base import write_base
+    from job.tune.model.base import load_base
+    from job.tune.model.experts import dequantised_experts, in_four_bits
+    from job.tune.model.four_bit import form_of
+
+    write_base(shape, tmp_path / "base", tokenizer_folder, form=form)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert ("quantization_config" in config) == (form != "bf16")
+    loaded = load_base(tmp_path / "base", device=torch.device("cpu"), dtype=torch.float32)
+    held = [module for module in loaded.modules() if in_four_bits(module)]
+    assert len(held) == 2
+    assert experts is None or experts in form_of(loaded)
+    for module in held:
+        for name in in_four_bits(module):
+            assert float(dequantised_experts(module, name, dtype=torch.float32).std()) == pytest.approx(0.02, rel=0.2)
+    assert torch.isfinite(loaded(input_ids=torch.tensor([[1, 6, 8, 11]])).logits).all()
+
+
+def test_other_bases_are_not_published_in_mxfp4(tmp_path, tokenizer_folder):
+    from bench.random_base import write_base
+
+    with pytest.raises(SystemExit, match="tiny-llama: --form mxfp4 is how gpt_oss is published"):
+        write_base("tiny-llama", tmp_path / "base", tokenizer_folder, form="mxfp4")
+
+
 SIZES = {
     "llama2-7b": 6.738,
     "mistral-7b": 7.248,
@@ -50,6 +85,8 @@ SIZES = {
     "phi4-14b": 14.660,
     "gemma3-12b": 12.187,
     "ministral3-8b": 8.918,
+    "gpt-oss-20b": 20.915,
+    "qwen3-30b-a3b": 30.532,
 }
 
 

@@ -146,6 +146,14 @@ def test_each_candidate_says_what_it_cuts():
     assert 512 not in {each.tokens for each in candidates(lengths, chosen=320, positions=256)}
 
 
+def test_a_base_takes_of_the_disk_what_its_files_do():
+    """gpt-oss-20b's are a third of what its weights would be in bf16."""
+    in_bf16 = ask_for(WORK)
+    smaller = ask_for(replace(WORK, base_bytes=4 * 2**30))
+    assert in_bf16.disk_gib - smaller.disk_gib == pytest.approx(2 * WORK.shape.parameters / 2**30 - 4, abs=4)
+    assert smaller.gpu_memory_gib == in_bf16.gpu_memory_gib
+
+
 def test_what_to_ask_for_covers_base_and_checkpoints():
     ask = ask_for(WORK)
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from job.core.mxfp4 import form_with_experts
 from job.core.promises import TensorHeader, form_in_files
 
 
@@ -30,6 +31,18 @@ def test_each_kind_of_4_bits_is_counted():
         "NF4, double quantisation (2) and FP4, single quantisation (1); 3 linear layers in 4 bits, "
         "3 not (2 k_proj, lm_head)"
     )
+
+
+def test_experts_in_mxfp4_are_counted_beside_what_all_else_is():
+    tensors = {
+        f"layers.{layer}.mlp.experts.{kind}_{part}": TensorHeader(dtype="U8", shape=(4, 64, 1000))
+        for layer in range(3)
+        for kind in ("gate_up_proj", "down_proj")
+        for part in ("blocks", "scales")
+    }
+    others = {"lm_head.weight": TensorHeader(dtype="BF16", shape=(64, 64))}
+    assert form_with_experts(tensors | others) == "MXFP4 (6 tensors of experts), all else bf16"
+    assert form_with_experts(others) is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How a base is quantised already: every method but bitsandbytes' 4 bits is refused by its name."""
+"""How a base is quantised already: all but bitsandbytes' 4 bits and gpt-oss's own is refused by its name."""
 
 import pytest
 from hypothesis import given
@@ -66,6 +66,10 @@ def test_the_first_configs_of_bitsandbytes_named_no_method():
     assert of({"quantization_config": section}).kind == "NF4"
 
 
+def test_gpt_oss_is_published_in_mxfp4_and_trained():
+    assert str(of({"model_type": "gpt_oss", "quantization_config": SECTIONS["MXFP4"]})) == "MXFP4 in its experts"
+
+
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"quantization_config": {}}])
 def test_a_base_that_is_not_quantised_is_nothing(config):
     assert of(config) is None
@@ -106,10 +110,15 @@ KEYS = st.sampled_from(
 )
 
 
-@given(section=st.dictionaries(KEYS, VALUES), named=st.lists(st.text(max_size=20), max_size=3), source=st.text())
-def test_whatever_strangers_wrote_is_4_bits_or_is_refused(section, named, source):
+@given(
+    section=st.dictionaries(KEYS, VALUES),
+    model_type=VALUES,
+    named=st.lists(st.text(max_size=20), max_size=3),
+    source=st.text(),
+)
+def test_whatever_strangers_wrote_is_4_bits_or_is_refused(section, model_type, named, source):
     try:
-        found = of({"quantization_config": section}, source=source, named=named)
+        found = of({"quantization_config": section, "model_type": model_type}, source=source, named=named)
     except UsageError:
         return
     assert (found is None) == (not section)

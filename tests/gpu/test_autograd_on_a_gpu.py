@@ -93,7 +93,8 @@ def test_our_attention_passes_torch_s_opcheck():
 
     parts = [part.detach() for part in parts]
     out, *kept = document_attention(*parts, *limits)
-    opcheck(attention_op._backward_op, (out, *parts, out, *kept, *limits))
+    *places, scale, window = limits
+    opcheck(attention_op._backward_op, (out, *parts, out, *kept, *places, None, scale, window))
 
 
 # --- linear layers ---------------------------------------------------------------------------------------------------

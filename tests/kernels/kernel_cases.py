@@ -154,13 +154,13 @@ def masked_add(ops):
 LENGTHS = (1, 64, 0, 130, 63, 65)
 
 
-def attention(*, heads, key_heads, width, window):
+def attention(*, heads, key_heads, width, window, sinks=None):
     """Forward and backward, in the rows of a wider tensor, beside the formula."""
     tokens, counts = sum(LENGTHS), (heads, key_heads, key_heads)
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     plain = Segments(cu_seqlens=cu_seqlens, lengths=LENGTHS)
     own = replace(plain, blocks=blocks_of(cu_seqlens, tokens))
-    of = Attention(scale=0.3, window=window)
+    of = Attention(scale=0.3, window=window, sinks=None if sinks is None else torch.tensor(sinks))
     torch.manual_seed(0)
 
     def parts(wide):
@@ -183,6 +183,8 @@ def main():
         "attention_grouped": attention(heads=4, key_heads=2, width=32, window=None),
         "attention_windowed": attention(heads=2, key_heads=1, width=16, window=50),
         "attention_barely_windowed": attention(heads=2, key_heads=2, width=16, window=2),
+        "attention_with_sinks": attention(heads=2, key_heads=1, width=64, window=None, sinks=(-3.0, 4.0)),
+        "attention_windowed_with_sinks": attention(heads=2, key_heads=1, width=64, window=50, sinks=(0.5, 4.0)),
         "dequantise": both(dequantise),
         "dequantise_experts": both(dequantise_experts),
         "dequantise_across_rows": both(lambda ops: dequantise(ops, width=172)),

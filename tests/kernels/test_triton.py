@@ -38,6 +38,8 @@ def differences():
         "attention_grouped",
         "attention_windowed",
         "attention_barely_windowed",
+        "attention_with_sinks",
+        "attention_windowed_with_sinks",
         "dequantise",
         "dequantise_across_rows",
         "dequantise_experts",

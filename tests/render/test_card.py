@@ -51,6 +51,14 @@ def test_it_says_what_loads_the_base(card_of):
     assert "base = AutoModelForImageTextToText.from_pretrained(" in whole
 
 
+def test_a_base_in_mxfp4_is_loaded_by_what_decodes_it(card_of):
+    """transformers refuses to put into 4 bits of bitsandbytes what is in other ones."""
+    text = card_of(in_mxfp4=True)
+    assert "Mxfp4Config(dequantize=True)" in text
+    assert "BitsAndBytesConfig" not in text
+    assert f'quantization_config=bf16, revision="{"0" * 40}")' in text
+
+
 @pytest.mark.parametrize("name", ["base", "revision", "licence"])
 def test_what_a_stranger_named_is_code_on_one_line(card_of, name):
     text = card_of(**{name: EVIL})

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from layouts import bnb4_base, changed, config_with, in_fp8, one, prefixed, spoilt, tensors_of, without
 from safetensors.torch import save_file
+from tiny_mxfp4 import write_mxfp4
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from job.core.errors import JobError
@@ -56,6 +57,16 @@ def _bnb_8_bit(source, folder):
     form = BitsAndBytesConfig(load_in_8bit=True)
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=form, device_map={"": "cpu"})
     model.save_pretrained(folder)
+
+
+def _gpt_oss(_source, folder):
+    write_mxfp4(folder)
+
+
+def _gpt_oss_without_scales(_source, folder):
+    write_mxfp4(folder.parent / "whole")
+    changed(folder.parent / "whole", folder, without("layers.1.mlp.experts.down_proj_scales"))
+    shutil.rmtree(folder.parent / "whole")
 
 
 def _tied(source, folder):
@@ -146,7 +157,9 @@ LAYOUTS: Mapping[str, tuple[int, Callable[[Path, Path], object]]] = {
     "FP8, a scale a block": (64, _method(**_FP8, weight_block_size=[128, 128])),
     "FP8, a scale a tensor": (64, _method(**_FP8)),
     "compressed-tensors": (64, _method(quant_method="compressed-tensors", config_groups={"group_0": _GROUP})),
-    "MXFP4": (64, _method(quant_method="mxfp4", modules_to_not_convert=["lm_head"])),
+    "MXFP4, gpt-oss as it is published": (0, _gpt_oss),
+    "MXFP4, gpt-oss with a tensor's scales missing": (65, _gpt_oss_without_scales),
+    "MXFP4 of another family": (64, _method(quant_method="mxfp4", modules_to_not_convert=["lm_head"])),
     "NVIDIA ModelOpt": (64, _method(quant_method="modelopt", quant_algo="NVFP4")),
     "MLX": (64, _with(quantization={"bits": 4, "group_size": 64})),
     "torchao": (64, _method(quant_method="torchao", quant_type="int4_weight_only")),

@@ -5,6 +5,7 @@ import torch
 from layouts import bnb4_base
 from tiny import CPU, write_copy
 from tiny_families import write_family
+from tiny_mxfp4 import write_mxfp4
 
 from job.core.errors import LocalDiskError, UsageError
 from job.core.recipe import ModelSection
@@ -72,6 +73,16 @@ def test_one_that_cannot_be_written_ends_the_run(copied, bases, tmp_path):
 def test_a_base_that_is_put_together_while_it_is_loaded_is_refused(copied, bases):
     with pytest.raises(UsageError, match="put together while it is loaded"):
         copied(bases["gpt_neox"])
+
+
+def test_a_mixture_that_is_published_in_mxfp4_is_copied_in_nf4(copied, tmp_path):
+    plain = tmp_path / "plain"
+    base, made, _ = copied(write_mxfp4(tmp_path / "base", decoded=plain))
+    assert made is not base
+    assert made.quantised
+    one, other = (load_base(each, device=CPU, dtype=compute_dtype(CPU)).state_dict() for each in (plain, made.folder))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_a_mixture_is_copied_with_its_experts_and_refused_where_they_alone_are_not_in_4_bits(copied, tmp_path):

@@ -19,14 +19,17 @@ class OwnKernels:
     def __init__(self):
         self.calls = 0
 
-    def forward(self, query, key, value, blocks, scale, window):
+    def forward(self, query, key, value, blocks, scale, window, sinks):
         self.calls += 1
-        out, _ = Attention(scale=scale, window=window).forward(query, key, value, _segments_in(blocks))
+        self.sinks = sinks
+        of = Attention(scale=scale, window=window, sinks=sinks)
+        out, _ = of.forward(query, key, value, _segments_in(blocks))
         return out, torch.zeros(query.shape[1], len(query))
 
     def backward(self, grad, *given):
         query, key, value, out, _log_sums, blocks, scale, window, room = given
-        of = Attention(scale=scale, window=window)
+        # A kernel knows no sinks in its backward: they are in the row sums that its forward keeps.
+        of = Attention(scale=scale, window=window, sinks=self.sinks)
         grads = of.backward(grad, query, key, value, out, None, _segments_in(blocks))
         for place, gradient in zip(room, grads, strict=True):
             place.copy_(gradient)

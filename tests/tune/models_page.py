@@ -49,9 +49,10 @@ Layers' linear modules are in 4 bits; embeddings, head, norms and the other smal
 mixture are in 4 bits too: each expert's two matrices are quantised by themselves, to the bit as bitsandbytes quantises
 them in a linear layer, and plain transformers and PEFT, which keep experts in 16 bits, get the values that those stand
 for. `lora.targets: [all-linear, experts]` gives each expert factors of its own, under the names that PEFT's
-`target_parameters` opens; routers get none, and no load-balancing loss is added. Where experts stay *in 16 bits*, a
-mixture with more than 8 GiB of them is refused by `check`, with its size. Dense and shared MLPs of a mixture get an
-adapter from `all-linear` but in families where PEFT takes the names of their modules for the experts: the row shows it.
+`target_parameters` opens; routers get none, and no load-balancing loss is added. gpt-oss as it is published, its
+experts in MXFP4, gives to the bit what its decoded base in bf16 gives. Where experts stay *in 16 bits*, a mixture with
+more than 8 GiB of them is refused by `check`, with its size. Dense and shared MLPs of a mixture get an adapter from
+`all-linear` but in families where PEFT takes the names of their modules for the experts: the row shows it.
 
 """
 _COLUMNS = (
@@ -64,8 +65,8 @@ _LAYOUTS = """\
 
 What is trained, and what is refused, with the exit code and the sentence: by `check` from the configuration and the
 headers of the files, before anything is fetched whole; NaN and infinity when the weights are loaded. Each row is
-written by the tests from one tiny Llama, called BASE here. What is trained is the plain model's to the bit where the
-layout holds the same numbers.
+written by the tests from one tiny Llama, or a tiny gpt-oss, called BASE here. What is trained is the plain model's to
+the bit where the layout holds the same numbers.
 
 | layout | exit | what becomes of it |
 |---|--:|---|

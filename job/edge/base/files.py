@@ -12,7 +12,7 @@ import yaml
 
 from job.core import quantisation
 from job.core.errors import DataError, NotFoundError, UsageError
-from job.core.quantisation import FourBits
+from job.core.quantisation import FourBits, Mxfp4
 
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
@@ -184,7 +184,7 @@ def refuse_unknown_architecture(folder: Path, *, source: str) -> None:
     )
 
 
-def four_bits(folder: Path, *, source: str) -> FourBits | None:
+def four_bits(folder: Path, *, source: str) -> FourBits | Mxfp4 | None:
     """The 4 bits in which a base is published, by its config.json; None: it is not quantised.
 
     Raises:

@@ -153,7 +153,12 @@ class ChatTemplate:
             return []
         hidings = [_Hiding(self._control, chat) for chat in chats]
         asked = [
-            {"messages": hiding.messages, "tools": hiding.tools, "turns": places, "reasoning": self._rules.reasoning}
+            {
+                "messages": [_as_templates_read(message) for message in hiding.messages],
+                "tools": hiding.tools,
+                "turns": places,
+                "reasoning": self._rules.reasoning,
+            }
             for hiding, places in zip(hidings, turns, strict=True)
         ]
         answers = self._renderer.render(asked)
@@ -235,6 +240,12 @@ def _template(tokenizer: Any, data: DataSection, *, control: frozenset[str]) -> 
             f"one of {', '.join(NAMED_TEMPLATES)} (alpaca needs no control tokens)"
         )
     return own
+
+
+def _as_templates_read(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message with its reasoning by both names that templates know; gpt-oss's reads `thinking`."""
+    reasoning = message.get("reasoning_content")
+    return message if reasoning is None else {**message, "thinking": reasoning}
 
 
 def _stretches(spans: Sequence[Sequence[int]], end: int) -> Iterator[tuple[int, int, bool]]:

@@ -32,6 +32,11 @@ def reason_against_fused_attention(config: Any) -> str | None:
     return None
 
 
+def has_sinks(causal_lm: nn.Module) -> bool:
+    """Whether a model's attention has sinks: parameters that transformers hands to it."""
+    return any(name.rpartition(".")[2] == "sinks" for name, _ in causal_lm.named_parameters())
+
+
 def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
     module: nn.Module,
     query: Tensor,
@@ -64,21 +69,24 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
         dropout: of the attention weights.
         sliding_window: how many tokens back a token sees, itself included.
         softcap: bound of the scores (Gemma 2).
-        s_aux: attention sinks, which this attention does not know.
+        s_aux: [heads], attention sinks: scores that stand in each row's sum alone. They are the base's, and frozen.
 
     Returns:
         [1, T, heads, width], and no weights.
     """
-    if attention_mask is not None or s_aux is not None:
-        raise UsageError(
-            f"{type(module).__name__} uses an attention mask or attention sinks, which packing does not support"
-        )
+    if attention_mask is not None:
+        raise UsageError(f"{type(module).__name__} uses an attention mask, which packing does not support")
     rate = dropout if module.training else 0.0
+    if s_aux is not None and (softcap is not None or rate or s_aux.requires_grad):
+        raise UsageError(
+            f"{type(module).__name__} has attention sinks beside scores that are capped or dropped, or trains them, "
+            "which packing does not support"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if softcap is None and not rate:
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
         attended, *_ = document_attention(
-            q, k, v, document_cu_seqlens, document_lengths, document_blocks, scale, sliding_window
+            q, k, v, document_cu_seqlens, document_lengths, document_blocks, scale, sliding_window, s_aux
         )
         return attended[None], None
     lengths = document_lengths.tolist()

@@ -33,15 +33,21 @@ class AttentionChoice:
     """Why a GPU runs torch's; None: it runs ours, or there is none."""
 
 
-def choose_attention(config: Any, device: torch.device) -> AttentionChoice:
-    """Whose kernels a model with this config runs; the same for every model of its shape in this process."""
+def choose_attention(config: Any, device: torch.device, *, sinks: bool = False) -> AttentionChoice:
+    """Whose kernels a model with this config runs; the same for every model of its shape in this process.
+
+    Args:
+        config: of the decoder.
+        device: what computes.
+        sinks: whether its attention has any.
+    """
     if device.type != "cuda":
         return AttentionChoice(own=False, reason=None)
-    against = _reason_against(config, device)
+    against = _reason_against(config, device, sinks=sinks)
     return AttentionChoice(own=against is None, reason=against)
 
 
-def _reason_against(config: Any, device: torch.device) -> str | None:
+def _reason_against(config: Any, device: torch.device, *, sinks: bool) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != _MEASURED_CAPABILITY:
         return "our kernels were measured on compute capability {}.x, and this is {}.{}".format(
@@ -59,14 +65,14 @@ def _reason_against(config: Any, device: torch.device) -> str | None:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     if width not in OWN_WIDTHS:
         return f"heads are {width} wide, and our kernels take {', '.join(map(str, OWN_WIDTHS))}"
-    return _tried(device, heads, key_heads, width)
+    return _tried(device, heads, key_heads, width, sinks=sinks)
 
 
 @cache
-def _tried(device: torch.device, heads: int, key_heads: int, width: int) -> str | None:
+def _tried(device: torch.device, heads: int, key_heads: int, width: int, *, sinks: bool) -> str | None:
     """Tried once: the model that proves the published adapter must run the kernels that it was trained with."""
     try:
-        against = difference_from_formula(device, heads=heads, key_heads=key_heads, width=width)
+        against = difference_from_formula(device, heads=heads, key_heads=key_heads, width=width, sinks=sinks)
     except Exception as error:  # noqa: BLE001 - a compiler or a driver may refuse in any way
         against = error_line(error)
     if against is not None:
@@ -75,8 +81,17 @@ def _tried(device: torch.device, heads: int, key_heads: int, width: int) -> str 
 
 
 @torch.no_grad()
-def difference_from_formula(device: torch.device, *, heads: int, key_heads: int, width: int) -> str | None:
+def difference_from_formula(
+    device: torch.device, *, heads: int, key_heads: int, width: int, sinks: bool = False
+) -> str | None:
     """How our own attention kernels differ from the formula in fp32, on made-up documents in bf16.
+
+    Args:
+        device: what computes.
+        heads: of queries.
+        key_heads: of keys and values.
+        width: of a head.
+        sinks: whether each head has one.
 
     Returns:
         The first difference that rounding does not explain; None where there is none.
@@ -90,8 +105,10 @@ def difference_from_formula(device: torch.device, *, heads: int, key_heads: int,
         torch.randn(tokens, count, width, generator=generator, device=device).to(torch.bfloat16)
         for count in (heads, key_heads, key_heads, heads)
     )
+    # From one that leaves a row as it is to one that takes most of it.
+    column = torch.linspace(-8, 8, heads, device=device) if sinks else None
     for window in (None, _WINDOW):
-        attention = Attention(scale=width**-0.5, window=window)
+        attention = Attention(scale=width**-0.5, window=window, sinks=column)
         ours = _attended(attention, grad, query, key, value, own)
         theirs = _attended(attention, grad.float(), query.float(), key.float(), value.float(), plain)
         for name, one, other in zip(("result", "query", "key", "value"), ours, theirs, strict=True):

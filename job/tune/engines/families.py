@@ -18,6 +18,7 @@ from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import empty_model
 from job.tune.model.four_bit import quantised_of
 from job.tune.model.mixtures import experts_in, experts_in_four_bits
+from job.tune.model.mxfp4 import is_published_in_mxfp4
 from job.tune.model.wrappers import Wrapper
 
 Training = Literal["hand-written", "packed"]
@@ -33,7 +34,7 @@ FAMILIES: Mapping[str, Training] = {
             *("granitemoehybrid", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "jais2", "ministral"),
             *("ministral3", "nanochat", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "seed_oss"),
             *("smollm3", "starcoder2", "vaultgemma"),
-            *("mixtral", "qwen3_moe", "olmoe", "granitemoe"),
+            *("mixtral", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"),
         ),
         "packed",
     ),
@@ -108,6 +109,11 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
     if against is not None:
         words.append(f"`run` refuses this base: {against}")
     words.extend(_words_on_experts(model))
+    if is_published_in_mxfp4(config):
+        words.append(
+            f"{config.model_type}: experts are published in MXFP4; each is decoded exactly, and quantised once more, "
+            "to NF4"
+        )
     chosen = chosen_by_all_linear(model)
     if chosen is not None:
         words.append(f"{config.model_type}: lora.targets all-linear adapts {', '.join(chosen)}")

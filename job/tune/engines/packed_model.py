@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from job.core.errors import UsageError
 from job.tune.data.micro_batch import MicroBatch
-from job.tune.engines.attention import PER_DOCUMENT, register
+from job.tune.engines.attention import PER_DOCUMENT, has_sinks, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
 from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document
 from job.tune.engines.families import is_packed
@@ -56,7 +56,8 @@ class PackedModel(nn.Module):
     @cached_property
     def attention(self) -> AttentionChoice:
         """Whose attention kernels it runs; ours are tried when this is first read."""
-        return choose_attention(self._causal_lm().config, next(self.parameters()).device)
+        causal_lm = self._causal_lm()
+        return choose_attention(causal_lm.config, next(self.parameters()).device, sinks=has_sinks(causal_lm))
 
     def _causal_lm(self) -> Any:
         return self.model.get_base_model()

@@ -13,11 +13,13 @@ from transformers import GenerationConfig
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from job.core.errors import DataError
+from job.core.mxfp4 import is_mxfp4
 from job.core.promises import refuse
 from job.tune.device.compute_dtype import dtype_of
 from job.tune.model.config import CONFIG, causal_lm_of, read_config, read_whole_config, read_wrapper
 from job.tune.model.experts import ExpertsApart
 from job.tune.model.four_bit import compute_in, kept_in_fp32, quantisation, without_cpu_repacking, without_experts
+from job.tune.model.mxfp4 import PUBLISHED, with_decoded
 from job.tune.model.promises import filled, hold_to_promises
 from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
 from job.tune.model.wrappers import parts_of
@@ -27,8 +29,8 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype, on_host
     """The base in 4 bits (NF4, double quantisation), frozen; embeddings, norms and head in `dtype`.
 
     Tensor by tensor: from the file to the device, and there into 4 bits, so that the host's memory never holds more
-    than one; of a mixture expert by expert, so that the device's does not either. A folder whose weights are in 4 bits
-    already (see `quantised_files`) gives the same base to the bit.
+    than one; of a mixture expert by expert, so that the device's does not either, and experts in MXFP4 are decoded so.
+    A folder whose weights are in 4 bits already (see `quantised_files`) gives the same base to the bit.
 
     Frozen by hand: peft's prepare_model_for_kbit_training would make norms, embeddings and head fp32, which is slower
     and larger, and turn on checkpointing.
@@ -65,7 +67,7 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype, on_host
             # So that the base in 4 bits is the same on every processor, also one that was published in fp32.
             exact = kept_in_fp32(kind)
             tensors = {name: replace(each, in_bf16=not exact(name)) for name, each in tensors.items()}
-        experts = ExpertsApart(config, tensors)
+        experts = ExpertsApart(config, with_decoded(tensors, place) if is_mxfp4(form, config.model_type) else tensors)
         with without_experts():
             model, found = filled(
                 kind,
@@ -119,8 +121,8 @@ def quantised_files(base: Any, folder: Path) -> Files:
 def quantised_config(folder: Path, dtype: torch.dtype) -> tuple[str, Callable[[], bytes]]:
     """The file that says of a base in a folder that its weights are in 4 bits."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    form = quantisation(dtype).to_dict()
-    return CONFIG, json.dumps(config | {"quantization_config": form}, indent=2).encode
+    published = {PUBLISHED: config[_FORM]} if _FORM in config else {}
+    return CONFIG, json.dumps({**config, **published, _FORM: quantisation(dtype).to_dict()}, indent=2).encode
 
 
 def quantised_bytes(base: Any) -> int:
@@ -129,8 +131,14 @@ def quantised_bytes(base: Any) -> int:
 
 
 def is_quantised(folder: Path) -> bool:
-    """Whether the weights in a folder are in fewer bits already, as its config says."""
-    return getattr(read_config(folder), "quantization_config", None) is not None
+    """Whether the weights in a folder are in the 4 bits that are trained on already, as its config says."""
+    config = read_config(folder)
+    form = getattr(config, _FORM, None)
+    return form is not None and not is_mxfp4(form, config.model_type)
+
+
+_FORM = "quantization_config"
+"""Where a config says how it is quantised."""
 
 
 def is_in_four_bits(folder: Path) -> bool:

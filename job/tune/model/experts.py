@@ -1,7 +1,7 @@
 """A mixture's experts in 4 bits: loaded one at a time, written, and dequantised for transformers' own code."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -148,32 +148,13 @@ class ExpertsApart:
         """One parameter of experts, quantised now, as the tensors of a copy in 4 bits."""
         path, _ = self._wanted[target]
         module: Any = self._model.get_submodule(path)
-        return dict(_stored(target, self._quantised(target, module, self.shapes[target], device, dtype)))
+        return as_tensors(self._quantised(target, module, self.shapes[target], device, dtype), target)
 
     def _quantised(
         self, target: str, module: Any, shape: torch.Size, device: torch.device, dtype: torch.dtype
     ) -> QuantisedExperts:
-        parts: list[Quantised] = []
-        stacks: dict[str, Tensor] = {}
-        for expert in range(shape[0]):
-            value = self._one(target, expert, shape).to(device=device, dtype=dtype)
-            part = quantised((value.t() if module.is_transposed else value).contiguous())
-            for kind, tensor in _tensors(part).items():
-                if not expert:
-                    stacks[kind] = torch.empty(shape[0], *tensor.shape, dtype=tensor.dtype, device=device)
-                stacks[kind][expert] = tensor
-            parts = parts or [part]
-        first = parts[0]
-        return QuantisedExperts(
-            packed=stacks["packed"],
-            scales=stacks["scales"],
-            outer_scales=stacks["outer_scales"],
-            offsets=stacks["offset"].reshape(-1),
-            scales_code=first.scales_code,
-            code=first.code,
-            height=first.height,
-            width=first.width,
-        )
+        values = (self._one(target, expert, shape).to(device=device, dtype=dtype) for expert in range(shape[0]))
+        return quantised_one_by_one((value.t() if module.is_transposed else value for value in values), shape[0])
 
     def _one(self, target: str, expert: int, shape: torch.Size) -> Tensor:
         """An expert's matrix as transformers has it, by its own conversion of that expert's tensors alone."""
@@ -198,6 +179,35 @@ class ExpertsApart:
         if matrices.shape != (1, *shape[1:]):
             raise DataError(f"{target}: expert {expert} is {[*matrices.shape[1:]]} in the files, not {[*shape[1:]]}")
         return matrices[0]
+
+
+def quantised_one_by_one(matrices: Iterable[Tensor], count: int) -> QuantisedExperts:
+    """Experts in 4 bits, each quantised before the next is asked for.
+
+    Args:
+        matrices: each expert's, [out, in] in the compute dtype, on the device that will hold them.
+        count: how many there are, at least one.
+    """
+    parts: list[Quantised] = []
+    stacks: dict[str, Tensor] = {}
+    for expert, matrix in enumerate(matrices):
+        part = quantised(matrix.contiguous())
+        for kind, tensor in _tensors(part).items():
+            if not expert:
+                stacks[kind] = torch.empty(count, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            stacks[kind][expert] = tensor
+        parts = parts or [part]
+    first = parts[0]
+    return QuantisedExperts(
+        packed=stacks["packed"],
+        scales=stacks["scales"],
+        outer_scales=stacks["outer_scales"],
+        offsets=stacks["offset"].reshape(-1),
+        scales_code=first.scales_code,
+        code=first.code,
+        height=first.height,
+        width=first.width,
+    )
 
 
 def _tensors(part: Quantised) -> dict[str, Tensor]:
@@ -258,10 +268,10 @@ def dequantised_experts(module: Any, name: str, *, dtype: torch.dtype) -> Tensor
 
 def _write(module: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     for name, weights in in_four_bits(module).items():
-        state.update(_stored(f"{prefix}{name}", weights))
+        state.update(as_tensors(weights, f"{prefix}{name}"))
 
 
-def _stored(place: str, weights: QuantisedExperts) -> Iterator[tuple[str, Tensor]]:
+def as_tensors(weights: QuantisedExperts, name: str) -> dict[str, Tensor]:
     """Names and forms of bitsandbytes' own files, with a dimension more; each expert's offset stands in the state."""
     about = {
         "quant_type": "nf4",
@@ -270,18 +280,20 @@ def _stored(place: str, weights: QuantisedExperts) -> Iterator[tuple[str, Tensor
         "shape": [len(weights), weights.height, weights.width],
         "nested_offset": weights.offsets.tolist(),
     }
-    yield place, weights.packed.reshape(-1, 1)
-    yield f"{place}.absmax", weights.scales
-    yield f"{place}.nested_absmax", weights.outer_scales
-    yield f"{place}.quant_map", weights.code
-    yield f"{place}.nested_quant_map", weights.scales_code
-    yield f"{place}{STATE}nf4", torch.tensor([*json.dumps(about).encode()], dtype=torch.uint8)
+    return {
+        name: weights.packed.reshape(-1, 1),
+        f"{name}.absmax": weights.scales,
+        f"{name}.nested_absmax": weights.outer_scales,
+        f"{name}.quant_map": weights.code,
+        f"{name}.nested_quant_map": weights.scales_code,
+        f"{name}{STATE}nf4": torch.tensor([*json.dumps(about).encode()], dtype=torch.uint8),
+    }
 
 
 def _read(
     tensors: Mapping[str, Any], name: str, count: int, height: int, width: int, device: torch.device
 ) -> QuantisedExperts:
-    """What `_stored` has made.
+    """What `as_tensors` has made.
 
     Raises:
         DataError: it is no copy of these experts.

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from job.core.errors import DataError
+from job.core.mxfp4 import Unpacked, is_mxfp4, unpacked
 from job.core.promises import STATE, Differences, TensorHeader, refuse, unusual_dtypes
 from job.tune.model.config import causal_lm_of, read_config, read_whole_config
 from job.tune.model.wrappers import parts_of
@@ -76,8 +77,14 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
     headers = parts.text
     packed: set[str] = set()
     incomplete: list[str] = []
-    if getattr(config, "quantization_config", None) is not None:
+    form = getattr(config, "quantization_config", None)
+    mx = Unpacked(headers=headers, missing=[], other_shapes={}, other_dtypes={})
+    if form is not None:
         del config.quantization_config
+    if is_mxfp4(form, config.model_type):
+        mx = unpacked(headers)
+        headers, incomplete = mx.headers, mx.missing
+    elif form is not None:
         packed = {name.partition(STATE)[0] for name in headers if STATE in name}
         incomplete = [*_incomplete(packed, headers)]
     states = {name + state for name in packed for state in _STATES}
@@ -98,8 +105,10 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
         Differences(
             missing=[*map(parts.name, [*found.missing, *incomplete])],
             unexpected=[*map(parts.name, found.unexpected), *parts.unknown],
-            other_shapes={parts.name(name): each for name, each in other_shapes.items()},
-            other_dtypes={parts.name(name): each for name, each in unusual_dtypes(headers, weights).items()},
+            other_shapes={parts.name(name): each for name, each in {**other_shapes, **mx.other_shapes}.items()},
+            other_dtypes={
+                parts.name(name): each for name, each in {**unusual_dtypes(headers, weights), **mx.other_dtypes}.items()
+            },
         ),
         source=source,
     )

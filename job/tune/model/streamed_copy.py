@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from job.core.errors import UsageError
+from job.core.mxfp4 import is_mxfp4
 from job.tune.model.base import can_be_kept, quantised_config, refuse_not_finite
 from job.tune.model.config import causal_lm_of, empty_model, read_config, read_whole_config, read_wrapper
 from job.tune.model.experts import ExpertsApart
 from job.tune.model.four_bit import kept_in_fp32, packed_tensors, put_into_four_bits
 from job.tune.model.mixtures import take_out_experts
+from job.tune.model.mxfp4 import with_decoded
 from job.tune.model.promises import hold_to_promises
 from job.tune.model.tensor_files import Files, StoredTensor, content_of, index_of, stored_tensors
 from job.tune.model.wrappers import parts_of
@@ -47,11 +49,14 @@ class StreamedCopy:
         stored = stored_tensors(folder, device, not_finite=self._not_finite)
         hold_to_promises(folder, {name: each.header for name, each in stored.items()}, source=str(folder))
         config = read_config(folder)
-        if getattr(config, "quantization_config", None) is not None:
+        form = getattr(config, "quantization_config", None)
+        if form is not None:
             del config.quantization_config
         self._exact = kept_in_fp32(causal_lm_of(config))
         text = parts_of(read_whole_config(folder), stored).text
-        self._experts = ExpertsApart(config, {name: self._rounded(name, each) for name, each in text.items()})
+        text = {name: self._rounded(name, each) for name, each in text.items()}
+        in_mxfp4 = is_mxfp4(form, config.model_type)
+        self._experts = ExpertsApart(config, with_decoded(text, device) if in_mxfp4 else text)
         model = empty_model(config)
         take_out_experts(model)
         _tie(model, config)

@@ -59,7 +59,7 @@ class StoredTensor:
         else:
             with safe_open(self.file, framework="pt") as file:
                 part = file.get_slice(self.name)[index]
-        if not _is_finite(part):
+        if not is_finite(part):
             self.not_finite.add(self.name)
         if self.in_bf16 and part.is_floating_point():
             return part.bfloat16().to(part.dtype)
@@ -70,8 +70,8 @@ class StoredTensor:
         return self.header.dtype
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """By the bits of the exponent, a piece at a time: exact in every dtype, also where no bf16 is computed."""
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number is, by the bits of the exponent, a piece at a time: exact also where no bf16 is computed."""
     if tensor.dtype not in _EXPONENTS:
         return True
     whole, exponent = _EXPONENTS[tensor.dtype]

@@ -323,6 +323,35 @@ def test_reasoning_is_learned_given_or_left_out(tokenizers, messages, reasoning,
     assert (row.ids, learned_places(row)) == spelt("reasoning", [*BEGUN, *pieces])
 
 
+BY_CHANNELS = """\
+{%- for m in messages %}{{ '<|im_start|>' + m.role }}
+    {%- if m.role == 'assistant' %}
+        {%- if loop.last and not add_generation_prompt and 'thinking' in m %}
+            {{- ':idea ' + m.thinking + '<|im_end|><|im_start|>assistant' }}
+        {%- endif %}
+        {{- ':answer ' + m.content + ('<|endoftext|>' if loop.last and not add_generation_prompt else '<|im_end|>') }}
+    {%- else %}{{ ' ' + m.content + '<|im_end|>' }}{% endif %}
+{%- endfor %}{{ '<|im_start|>assistant' if add_generation_prompt else '' }}"""
+"""As gpt-oss's: reasoning is a message of its own before the last answer, read by another name, and that answer alone
+ends with the token that ends writing."""
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "learned"),
+    [
+        ("keep", ":idea g<|im_end|><|im_start|>assistant:answer c<|endoftext|>"),
+        ("mask", "<|im_end|><|im_start|>assistant:answer c<|endoftext|>"),
+        ("drop", ":answer c<|endoftext|>"),
+    ],
+)
+def test_reasoning_is_found_by_templates_that_read_it_by_another_name(reasoning, learned, tmp_path):
+    tokenizer = chat_tokenizer(tmp_path, "chatml", template=BY_CHANNELS)
+    earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for messages in (THOUGHT, [*earlier, *THOUGHT]):
+        [example], _ = read(tokenizer, [{"messages": messages}], reasoning=reasoning, learn="last-assistant")
+        assert "".join(part.text for part in example.parts if part.learned) == learned
+
+
 def test_a_turn_that_loses_its_reasoning_once_others_follow_ends_where_it_ends_in_the_whole(tokenizers):
     tokenizer = tokenizers["reasoning"]
     examples, _ = read(tokenizer, [{"messages": TWO_TURNS}])

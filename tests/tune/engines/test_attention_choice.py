@@ -32,12 +32,18 @@ def hopper(monkeypatch):
 def test_attention_is_our_own_where_it_was_measured_to_be_faster_and_tried_once(hopper):
     assert choose_attention(config_with(), CUDA) == OWN
     assert choose_attention(config_with(), CUDA) == OWN
-    assert hopper == [{"heads": 4, "key_heads": 2, "width": 64}]
+    assert hopper == [{"heads": 4, "key_heads": 2, "width": 64, "sinks": False}]
 
 
 def test_heads_that_a_config_does_not_name_are_worked_out(hopper):
     assert choose_attention(config_with(head_dim=None, num_key_value_heads=None, hidden_size=128), CUDA) == OWN
-    assert hopper == [{"heads": 4, "key_heads": 4, "width": 32}]
+    assert hopper == [{"heads": 4, "key_heads": 4, "width": 32, "sinks": False}]
+
+
+def test_attention_with_sinks_is_tried_with_them(hopper):
+    assert choose_attention(config_with(), CUDA, sinks=True) == OWN
+    assert choose_attention(config_with(), CUDA) == OWN
+    assert [asked["sinks"] for asked in hopper] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -102,23 +108,29 @@ HEADS = {"heads": 4, "key_heads": 2, "width": 16}
 
 def test_our_attention_kernels_pass_where_they_agree_with_the_formula(own_kernels):
     assert difference_from_formula(torch.device("cpu"), **HEADS) is None
-    assert own_kernels.calls
+    assert own_kernels.sinks is None
+    assert difference_from_formula(torch.device("cpu"), **HEADS, sinks=True) is None
+    assert len(own_kernels.sinks) == HEADS["heads"]
 
 
 def longer_window(forward):
-    return lambda query, key, value, blocks, scale, window: forward(query, key, value, blocks, scale, window and 400)
+    return lambda query, key, value, blocks, scale, window, sinks: forward(
+        query, key, value, blocks, scale, window and 400, sinks
+    )
 
 
 def other_scale(forward):
-    return lambda query, key, value, blocks, scale, window: forward(query, key, value, blocks, 1.1 * scale, window)
+    return lambda query, key, value, blocks, scale, window, sinks: forward(
+        query, key, value, blocks, 1.1 * scale, window, sinks
+    )
 
 
 def one_document(forward):
     """Each block sees the documents before its own."""
 
-    def across(query, key, value, blocks, scale, window):
+    def across(query, key, value, blocks, scale, window, sinks):
         whole = torch.tensor([[0, first, len(query)] for first in range(0, len(query), 64)], dtype=blocks.dtype)
-        return forward(query, key, value, whole, scale, window)
+        return forward(query, key, value, whole, scale, window, sinks)
 
     return across
 
@@ -128,6 +140,14 @@ def test_another_attention_is_found(own_kernels, wrong):
     own_kernels.forward = wrong(own_kernels.forward)
 
     assert "the result differs by" in difference_from_formula(torch.device("cpu"), **HEADS)
+
+
+def test_kernels_that_leave_sinks_out_are_found(own_kernels):
+    right = own_kernels.forward
+    own_kernels.forward = lambda *given: right(*given[:-1], None)
+
+    assert difference_from_formula(torch.device("cpu"), **HEADS) is None
+    assert "the result differs by" in difference_from_formula(torch.device("cpu"), **HEADS, sinks=True)
 
 
 @pytest.mark.parametrize(("place", "name"), [(0, "query"), (1, "key"), (2, "value")])

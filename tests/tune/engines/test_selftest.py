@@ -175,9 +175,11 @@ def test_an_adapter_that_learns_nothing_is_found(model, monkeypatch):
         check_model(model)
 
 
-def test_attention_masks_and_sinks_are_refused(llama):
-    q = torch.zeros(1, 4, 3, 16)
-    for extra in ({"attention_mask": torch.zeros(1, 1, 3, 3)}, {"attention_mask": None, "s_aux": torch.zeros(4)}):
+def test_attention_masks_and_sinks_beside_capped_scores_are_refused(llama):
+    q, sinks = torch.zeros(1, 4, 3, 16), torch.zeros(4)
+    capped = {"attention_mask": None, "s_aux": sinks, "softcap": 2.0}
+    trained = {"attention_mask": None, "s_aux": sinks.clone().requires_grad_()}
+    for extra in ({"attention_mask": torch.zeros(1, 1, 3, 3)}, capped, trained):
         with pytest.raises(UsageError, match="packing does not support"):
             per_document_attention(llama, q, q, q, document_cu_seqlens=None, document_lengths=None, **extra)
 

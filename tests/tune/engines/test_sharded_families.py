@@ -17,7 +17,7 @@ from job.tune.model.config import empty_model, read_config
 from job.tune.model.mixtures import experts_modules
 from job.tune.model.sharded import ShardedLayers, layers_of, reason_against_sharding
 
-_OFTEN = ("gemma2", "gpt_neox", "phi3", "opt", "smollm3", "qwen3_moe", "mixtral")
+_OFTEN = ("gemma2", "gpt_neox", "phi3", "opt", "smollm3", "qwen3_moe", "mixtral", "gpt_oss")
 _ON_EXPERTS = _LORA.model_copy(update={"targets": ("all-linear", "experts")})
 _PACKED = [name for name, (model_type, _) in TINY.items() if model_type in FAMILIES]
 

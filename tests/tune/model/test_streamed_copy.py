@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_tensor_files import difference
 from tiny import ARCHITECTURES, CPU, config_of, write_base
 from tiny_families import write_family
+from tiny_mxfp4 import SECTION, write_mxfp4
 from tiny_wrappers import write_wrapper
 
 from job.core.errors import DataError, UsageError
@@ -19,7 +20,7 @@ from job.tune.model.streamed_copy import StreamedCopy
 DTYPES = (torch.bfloat16, torch.float32)
 _ONE_BY_ONE = [name for name in ARCHITECTURES if name != "gpt_neox"]
 """Those whose tensors have the same names in the files and in the model."""
-_MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "granitemoe")
+_MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
 """Those that train in packs."""
 
 
@@ -82,6 +83,21 @@ def test_a_base_that_is_put_together_while_it_is_loaded_is_copied_right_or_refus
     one, other = tensors_in(loaded), tensors_in(streamed)
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_that_are_published_in_mxfp4_are_decoded_on_the_way(dtype, tmp_path):
+    base, plain = write_mxfp4(tmp_path / "base", decoded=tmp_path / "decoded"), tmp_path / "decoded"
+    loaded, streamed, copy = both(base, tmp_path, dtype)
+
+    one, other = tensors_in(loaded), tensors_in(streamed)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    for folder in (loaded, streamed):
+        assert json.loads((folder / "config.json").read_text())["published_quantization_config"] == SECTION
+    assert sum(tensor.nbytes for tensor in one.values()) <= copy.needed_bytes + 2000 * len(one)
+    again, decoded = (load_base(folder, device=CPU, dtype=dtype) for folder in (streamed, plain))
+    assert difference(decoded, again) == []
 
 
 def test_no_more_than_a_file_of_it_is_read_at_once(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from job.core.recipe import LoraSection
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.base import load_base, quantised_bytes, quantised_files
 from job.tune.model.config import read_config, shape_of
-from job.tune.model.tensor_files import _is_finite, sharded, stored_tensors, tensors_bytes
+from job.tune.model.tensor_files import is_finite, sharded, stored_tensors, tensors_bytes
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -221,6 +221,6 @@ def test_a_value_that_is_not_finite_is_seen_wherever_it_stands(dtype, value):
         spoilt = values.clone()
         if value is not None:
             spoilt[place] = value
-        assert _is_finite(spoilt) == (value is None)
-    assert _is_finite(values[:0])
-    assert _is_finite(torch.ones(3, dtype=torch.uint8))
+        assert is_finite(spoilt) == (value is None)
+    assert is_finite(values[:0])
+    assert is_finite(torch.ones(3, dtype=torch.uint8))
