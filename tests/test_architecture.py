@@ -72,6 +72,13 @@ FLOORS = {
             "job.tune.world",
         ),
     ),
+    "job.tune.model": (
+        ("job.tune.model.sharded", "job.tune.model.sharded.*"),
+        ("job.tune.model.adapter", "job.tune.model.base", "job.tune.model.shrunk", "job.tune.model.tokenizer"),
+        ("job.tune.model.experts", "job.tune.model.promises"),
+        ("job.tune.model.config", "job.tune.model.four_bit", "job.tune.model.mixtures", "job.tune.model.wrappers"),
+        ("job.tune.model.stored", "job.tune.model.stored.*"),
+    ),
     "job.edge": (
         ("job.edge.base", "job.edge.base.*", "job.edge.remembered"),
         (

@@ -141,7 +141,7 @@ def _workload(
     from job.tune.engines.attention import reason_against_fused_attention
     from job.tune.engines.families import is_packed, is_supported
     from job.tune.model.config import empty_model
-    from job.tune.model.sharded import reason_against_sharding
+    from job.tune.model.sharded.layers import reason_against_sharding
 
     model = empty_model(config)
     packed = is_packed(model)

@@ -25,7 +25,7 @@ from job.tune.model.base import (
 )
 from job.tune.model.four_bit import quantised_form
 from job.tune.model.promises import hold_to_promises
-from job.tune.model.streamed_copy import StreamedCopy
+from job.tune.model.sharded.streamed_copy import StreamedCopy
 
 
 def loaded_from(base: BaseModel) -> Literal["weights", "copy in 4 bits"]:

@@ -25,7 +25,7 @@ from job.stages.report import assemble_report, notes, source_shares
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import answer
 from job.tune.model.config import read_config
-from job.tune.model.mxfp4 import is_published_in_mxfp4
+from job.tune.model.stored.mxfp4 import is_published_in_mxfp4
 from job.tune.world import ALONE, World
 
 log = structlog.get_logger(__name__)

@@ -22,7 +22,7 @@ from job.tune.engines.selftest import check_model, check_whole
 from job.tune.model.adapter import attach_lora, parameter_counts, trainable
 from job.tune.model.base import load_base
 from job.tune.model.config import read_wrapper
-from job.tune.model.sharded import ShardedLayers
+from job.tune.model.sharded.layers import ShardedLayers
 from job.tune.ranks import Ranks
 from job.tune.world import World
 

@@ -13,7 +13,7 @@ from job.tune.device.device import device_memory
 from job.tune.engines.families import is_packed, is_supported
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.config import empty_model, read_config, shape_of
-from job.tune.model.sharded import reason_against_sharding
+from job.tune.model.sharded.layers import reason_against_sharding
 
 log = structlog.get_logger(__name__)
 

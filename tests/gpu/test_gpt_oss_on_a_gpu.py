@@ -20,7 +20,7 @@ from job.tune.engines.attention_choice import difference_from_formula
 from job.tune.engines.choice import choose_engine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import check_model
-from job.tune.model.mxfp4 import decoded
+from job.tune.model.stored.mxfp4 import decoded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA")
 

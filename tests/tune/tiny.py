@@ -54,7 +54,7 @@ from job.tune.loop.step_record import StepRecord
 from job.tune.loop.track import make_accelerator
 from job.tune.model.adapter import attach_lora, trainable
 from job.tune.model.base import load_base, quantised_files
-from job.tune.model.sharded import ShardedLayers
+from job.tune.model.sharded.layers import ShardedLayers
 from job.tune.world import ALONE, World
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import empty_model
 from job.tune.model.four_bit import quantised_of
 from job.tune.model.mixtures import experts_in, experts_in_four_bits
-from job.tune.model.mxfp4 import is_published_in_mxfp4
+from job.tune.model.stored.mxfp4 import is_published_in_mxfp4
 from job.tune.model.wrappers import Wrapper
 
 Training = Literal["hand-written", "packed"]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from job import kernels
-from job.tune.model.sharded import ShardedLayers, layers_of
+from job.tune.model.sharded.layers import ShardedLayers, layers_of
 
 _MOST_VARIANTS = 64
 """Variants of a layer's code, by kind of layer; a model that needs more would be compiled all the time."""

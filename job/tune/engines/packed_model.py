@@ -19,7 +19,7 @@ from job.tune.engines.families import is_packed
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
-from job.tune.model.sharded import ShardedLayers
+from job.tune.model.sharded.layers import ShardedLayers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

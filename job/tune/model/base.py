@@ -19,9 +19,9 @@ from job.tune.device.compute_dtype import dtype_of
 from job.tune.model.config import CONFIG, causal_lm_of, read_config, read_whole_config, read_wrapper
 from job.tune.model.experts import ExpertsApart
 from job.tune.model.four_bit import compute_in, kept_in_fp32, quantisation, without_cpu_repacking, without_experts
-from job.tune.model.mxfp4 import PUBLISHED, with_decoded
 from job.tune.model.promises import filled, hold_to_promises
-from job.tune.model.tensor_files import Files, sharded, stored_tensors, tensors_bytes
+from job.tune.model.stored.mxfp4 import PUBLISHED, with_decoded
+from job.tune.model.stored.tensor_files import Files, sharded, stored_tensors, tensors_bytes
 from job.tune.model.wrappers import parts_of
 
 

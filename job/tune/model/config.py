@@ -12,7 +12,7 @@ from job.core.errors import UsageError
 from job.core.memory import ExpertsShape, ModelShape
 from job.tune.model.four_bit import put_into_four_bits
 from job.tune.model.mixtures import experts_modules, matrix_of_expert, weights_of_experts
-from job.tune.model.tensor_files import stored_names
+from job.tune.model.stored.tensor_files import stored_names
 from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
 
 CONFIG = "config.json"

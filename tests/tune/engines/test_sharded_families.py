@@ -15,7 +15,7 @@ from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base, quantised_files
 from job.tune.model.config import empty_model, read_config
 from job.tune.model.mixtures import experts_modules
-from job.tune.model.sharded import ShardedLayers, layers_of, reason_against_sharding
+from job.tune.model.sharded.layers import ShardedLayers, layers_of, reason_against_sharding
 
 _OFTEN = ("gemma2", "gpt_neox", "phi3", "opt", "smollm3", "qwen3_moe", "mixtral", "gpt_oss")
 _ON_EXPERTS = _LORA.model_copy(update={"targets": ("all-linear", "experts")})

@@ -22,7 +22,7 @@ from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines import selftest
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.checkpoint import ADAPTER_FILES, adapter_to_publish, load_adapter
-from job.tune.model import tensor_files, wrappers
+from job.tune.model import wrappers
 from job.tune.model.adapter import attach_lora, load_with_peft, refuse_targets, trainable
 from job.tune.model.base import load_base, quantised_files
 from job.tune.model.config import empty_model, read_config, read_whole_config, read_wrapper, shape_of
@@ -30,6 +30,7 @@ from job.tune.model.experts import dequantised_experts
 from job.tune.model.four_bit import form_of, left_whole
 from job.tune.model.mixtures import experts_modules, weights_of_experts
 from job.tune.model.promises import hold_to_promises
+from job.tune.model.stored import tensor_files
 
 _OF_EACH_KIND = ("gemma3", "mistral3, ministral3", "qwen3_vl", "qwen3_5")
 """Enough for every start: a window and a tied head, a rotation by length, another class's decoder, other attention."""

@@ -16,7 +16,7 @@ from job.tune.model.config import empty_model, read_config, shape_of
 from job.tune.model.experts import in_four_bits
 from job.tune.model.four_bit import form_of
 from job.tune.model.mixtures import experts_in
-from job.tune.model.tensor_files import StoredTensor
+from job.tune.model.stored.tensor_files import StoredTensor
 
 
 def test_all_experts_are_in_4_bits_and_counted_as_what_they_stand_for(tmp_path):

@@ -19,9 +19,9 @@ from job.tune.model.base import is_quantised, load_base, quantised_files
 from job.tune.model.config import read_config, shape_of
 from job.tune.model.experts import in_four_bits
 from job.tune.model.four_bit import form_of
-from job.tune.model.mxfp4 import decoded
 from job.tune.model.promises import hold_to_promises
-from job.tune.model.tensor_files import StoredTensor
+from job.tune.model.stored.mxfp4 import decoded
+from job.tune.model.stored.tensor_files import StoredTensor
 
 ONE = "model.layers.1.mlp.experts.down_proj"
 

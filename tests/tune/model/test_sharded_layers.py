@@ -28,7 +28,7 @@ from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base
 from job.tune.model.config import empty_model, read_wrapper
 from job.tune.model.experts import stand_ins, tensors_of_experts
-from job.tune.model.sharded import ShardedLayers, layers_of, reason_against_sharding
+from job.tune.model.sharded.layers import ShardedLayers, layers_of, reason_against_sharding
 
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 FORWARD, TRAINING = 1, 2

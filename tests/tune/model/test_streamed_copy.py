@@ -13,9 +13,9 @@ from tiny_mxfp4 import SECTION, write_mxfp4
 from tiny_wrappers import write_wrapper
 
 from job.core.errors import DataError, UsageError
-from job.tune.model import streamed_copy
 from job.tune.model.base import load_base, quantised_files
-from job.tune.model.streamed_copy import StreamedCopy
+from job.tune.model.sharded import streamed_copy
+from job.tune.model.sharded.streamed_copy import StreamedCopy
 
 DTYPES = (torch.bfloat16, torch.float32)
 _ONE_BY_ONE = [name for name in ARCHITECTURES if name != "gpt_neox"]

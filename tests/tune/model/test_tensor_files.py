@@ -14,7 +14,7 @@ from job.core.recipe import LoraSection
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.base import load_base, quantised_bytes, quantised_files
 from job.tune.model.config import read_config, shape_of
-from job.tune.model.tensor_files import is_finite, sharded, stored_tensors, tensors_bytes
+from job.tune.model.stored.tensor_files import is_finite, sharded, stored_tensors, tensors_bytes
 
 DTYPES = (torch.bfloat16, torch.float32)
 

@@ -18,9 +18,9 @@ from job.tune.model.config import causal_lm_of, empty_model, read_config, read_w
 from job.tune.model.experts import ExpertsApart
 from job.tune.model.four_bit import kept_in_fp32, packed_tensors, put_into_four_bits
 from job.tune.model.mixtures import take_out_experts
-from job.tune.model.mxfp4 import with_decoded
 from job.tune.model.promises import hold_to_promises
-from job.tune.model.tensor_files import Files, StoredTensor, content_of, index_of, stored_tensors
+from job.tune.model.stored.mxfp4 import with_decoded
+from job.tune.model.stored.tensor_files import Files, StoredTensor, content_of, index_of, stored_tensors
 from job.tune.model.wrappers import parts_of
 
 _FILE_BYTES = 2**29

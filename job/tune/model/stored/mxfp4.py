@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from job.core.mxfp4 import BLOCKS, SCALES, in_mxfp4, is_mxfp4
-from job.tune.model.tensor_files import StoredTensor, is_finite
+from job.tune.model.stored.tensor_files import StoredTensor, is_finite
 
 PUBLISHED = "published_quantization_config"
 """Where the config of a copy in 4 bits says how the base is quantised that it was made from."""
