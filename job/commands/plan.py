@@ -116,11 +116,12 @@ def _workload(
     validation_tokens: int,
 ) -> Workload:
     from job.tune.engines.attention import reason_against_fused_attention
-    from job.tune.engines.families import is_packed, is_supported
+    from job.tune.engines.families import is_supported, rows_of
     from job.tune.model.config import empty_model
 
     recipe = worker.recipe
     course = course_of(recipe.train, examples=portions(recipe.data, data.train.used_by_source))
+    rows = rows_of(empty_model(config))
     engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
     return Workload(
         shape=shape,
@@ -134,7 +135,8 @@ def _workload(
         compiled=engine == "generic"
         and reason_against_fused_attention(config) is None
         and shape.experts is None
-        and is_packed(empty_model(config)),
+        and rows == "packed",
+        rows=rows,
         course=course,
         lengths=lengths,
         targets=data.train.targets,

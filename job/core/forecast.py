@@ -11,6 +11,7 @@ from job.core.cut import Cut, MemoryPlan, cost_of, plan_memory
 from job.core.gpus import Gpu, Speed
 from job.core.lengths import Lengths
 from job.core.memory import GIB, AdapterShape, DeviceMemory, EngineName, MemoryParts, ModelShape, memory_parts
+from job.core.packing import Rows
 from job.core.section import Section
 
 _CONTEXT_GIB = 0.7
@@ -48,6 +49,8 @@ class Workload:
     engine: EngineName
     compiled: bool
     """Whether the generic engine's layers will be compiled, as far as the base's config shows."""
+    rows: Rows = "packed"
+    """How documents will stand in a micro-batch, as far as that shows."""
     course: Course
     lengths: Lengths
     """The training examples', as they are trained on."""
@@ -107,6 +110,7 @@ def forecast(work: Workload, gpu: Gpu) -> Forecast:
         work.adapter,
         engine=work.engine,
         compiled=work.compiled,
+        rows=work.rows,
         device=DeviceMemory(kind="cuda", name=gpu.name, free_bytes=free),
         max_length=work.max_length,
         step_tokens=step_tokens,
@@ -129,12 +133,16 @@ def _tokens_per_second(work: Workload, cut: Cut, speed: Speed) -> float:
     mean_step = max(1, round(mean_length * work.course.total / work.course.steps))
     products = (1 + _OTHER_WORK) * flops_per_token(work) / speed.sustained_flops
     moved = _PASSES[work.engine] * shape.layers * _BF16_BYTES * (shape.hidden + shape.intermediate)
+    if shape.recurrent is not None:
+        lengths = work.lengths.astype(np.float64)
+        by_length = shape.recurrent.moved_by_length * float((lengths**2).sum() / lengths.sum())
+        moved += shape.recurrent.layers * (shape.recurrent.moved + by_length)
     on_the_gpu = (products + moved / speed.bytes_per_second) * cost_of(shape, cut, step_tokens=mean_step)
     return 1 / max(on_the_gpu, _HOST_SECONDS[work.engine] / mean_length)
 
 
 def _parts(work: Workload) -> MemoryParts:
-    return memory_parts(work.shape, work.adapter, work.engine, compiled=work.compiled)
+    return memory_parts(work.shape, work.adapter, work.engine, compiled=work.compiled, rows=work.rows)
 
 
 def trained_tokens(work: Workload) -> int:

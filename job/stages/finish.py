@@ -46,7 +46,7 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
     crash_point("prove.before")
     with phases.phase("prove"):
         model = load_published(
-            attempt, inputs, folder / "published", files, left_to_peft=facts.left_to_peft, packed=facts.packed
+            attempt, inputs, folder / "published", files, left_to_peft=facts.left_to_peft, rows=facts.rows
         )
         proven = prove(attempt, inputs, facts, model, step=chosen.step)
     with phases.phase("ask_tuned"):

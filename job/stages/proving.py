@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from job.core.errors import SickDeviceError
+from job.core.packing import Rows
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
@@ -26,7 +27,7 @@ _NEAR_LOSS = 1e-2
 
 
 def load_published(
-    attempt: Attempt, inputs: Inputs, folder: Path, files: Mapping[str, FileEntry], *, left_to_peft: bool, packed: bool
+    attempt: Attempt, inputs: Inputs, folder: Path, files: Mapping[str, FileEntry], *, left_to_peft: bool, rows: Rows
 ) -> PackedModel:
     """The adapter from the store, by PEFT, on a fresh 4-bit base.
 
@@ -36,7 +37,7 @@ def load_published(
         folder: gets the adapter's files.
         files: what the store must give.
         left_to_peft: whether linear layers were PEFT's own in training: then they are here.
-        packed: whether rows held several documents.
+        rows: how documents stood in micro-batches.
     """
     shutil.rmtree(folder, ignore_errors=True)
     inputs.artifacts.fetch_adapter(folder, files, should_stop=attempt.worker.should_stop)
@@ -47,8 +48,8 @@ def load_published(
     model = PackedModel(load_with_peft(base, folder, read_wrapper(inputs.base.folder)))
     if left_to_peft:
         model.linears.leave_to_peft()
-    if not packed:
-        model.take_one_document_a_row()
+    if rows != model.rows:
+        model.take_rows(rows)
     return model.eval()
 
 

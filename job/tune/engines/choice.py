@@ -17,7 +17,7 @@ from job.tune.device.failures import error_line
 from job.tune.engines.attention import reason_against_fused_attention
 from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.engine import Engine
-from job.tune.engines.families import reason_against
+from job.tune.engines.families import IN_WORDS, reason_against
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import Text, difference
@@ -89,12 +89,12 @@ def _generic(model: PackedModel, why: str, *, backward: Callable[[Tensor], Any],
         log.warning("linear_layers_left_to_peft", reason=against, then="slower, and more memory is needed")
         model.linears.leave_to_peft()
         if model.linears.experts:
-            model.take_one_document_a_row()
+            model.take_rows("alone")
         why = f"{why}; linear layers are PEFT's own: {against}"
     against_compiling = _reason_against_compiling(model)
     compiler = "inductor" if against_compiling is None else None
     if not model.is_packed:
-        why = f"{why}; one document a row"
+        why = f"{why}; {IN_WORDS[model.rows]}"
     how = "layers compiled" if against_compiling is None else f"layers not compiled: {against_compiling}"
     return Choice(
         engine=AutogradEngine(model, backward, compiler=compiler),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from job.core.errors import UsageError
 from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
+from job.core.packing import Rows
 from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import Decoder, DecoderLayer
 from job.kernels.weights import Adapter, Dequantise, Group, Linear
@@ -56,6 +57,20 @@ def is_packed(causal_lm: Any) -> bool:
     """
     known = causal_lm.config.model_type in FAMILIES
     return known and not layers_across(causal_lm) and experts_in(causal_lm) == experts_in_four_bits(causal_lm)
+
+
+def rows_of(causal_lm: Any) -> Rows:
+    """How documents stand in a micro-batch of this model, before anything is tried.
+
+    One at a time where a rotation depends on a document's length, or experts are multiplied by transformers' products:
+    there rows that are padded together would change each other.
+    """
+    if is_packed(causal_lm):
+        return "packed"
+    ropes = [getattr(causal_lm.config, "rope_parameters", None) or {}]
+    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
+    by_length = any(rope.get("rope_type") in ROTATIONS_BY_LENGTH for rope in ropes)
+    return "alone" if by_length or experts_in(causal_lm) != experts_in_four_bits(causal_lm) else "padded"
 
 
 def layers_across(causal_lm: Any) -> list[int]:
@@ -115,9 +130,17 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
         words.append(
             f"{config.model_type}: layers {_ranges(across)} hand something on from token to token beside attention"
         )
-    if not is_packed(model):
-        words.append(f"{config.model_type} trains one document a row: slower than packed, with the same result")
+    rows = rows_of(model)
+    if rows != "packed":
+        words.append(f"{config.model_type} trains {IN_WORDS[rows]}: slower than packed, with the same result")
     return words
+
+
+IN_WORDS: Mapping[Rows, str] = {
+    "packed": "packed",
+    "padded": "one document a row, rows of like lengths padded together",
+    "alone": "one document a row, a row at a time",
+}
 
 
 def _words_on_experts(model: Any) -> Iterator[str]:

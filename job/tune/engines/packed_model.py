@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from job.core.packing import Rows, alike
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
 from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document
-from job.tune.engines.families import is_packed
+from job.tune.engines.families import rows_of
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
+from job.tune.model.recurrent import leave_fused_paths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +40,8 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         register()
-        self.is_packed = is_packed(self._causal_lm())
-        """Whether the decoder gets a row of documents; else one document at a time, by transformers' own attention."""
+        self.rows: Rows = rows_of(self._causal_lm())
+        """How the decoder gets documents; if not in one row, by transformers' own attention."""
         self._attend()
         rotate_by_document(model)
         self.linears = FusedLinears(model)
@@ -51,6 +54,17 @@ class PackedModel(nn.Module):
 
     def _causal_lm(self) -> Any:
         return self.model.get_base_model()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several documents."""
+        return self.rows == "packed"
+
+    def train(self, mode: bool = True) -> "PackedModel":  # noqa: FBT001, FBT002 - torch's signature
+        """As torch does, without the fused kernels that pass over adapters."""
+        super().train(mode)
+        leave_fused_paths(self._causal_lm())
+        return self
 
     @property
     def head(self) -> Head:
@@ -67,16 +81,36 @@ class PackedModel(nn.Module):
         """Last hidden states at the places whose next token is a target: [N, hidden]."""
         decoder = _decoder_of(self._causal_lm())
         if not self.is_packed:
-            lengths = list(batch.document_lengths)
-            rows = zip(
-                *(torch.split(part, lengths, dim=1) for part in (batch.input_ids, batch.position_ids)), strict=True
-            )
-            alone = [decoder(input_ids=ids, position_ids=at, use_cache=False).last_hidden_state for ids, at in rows]
-            return torch.cat(alone, dim=1)[0].index_select(0, batch.target_places)
+            states, places = self._one_document_a_row(decoder, batch)
+            return states.index_select(0, places[batch.target_places])
         compiled = self.layers.compiled and torch.is_grad_enabled()
         inputs = decoder_inputs(batch, in_blocks=self.attention.own, for_compiled_code=compiled)
-        states: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
-        return states[0].index_select(0, batch.target_places)
+        row: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+        return row[0].index_select(0, batch.target_places)
+
+    def _one_document_a_row(self, decoder: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states of rows, one behind the other, and where each token of the micro-batch is among them.
+
+        Padding stands behind a document, where nothing before it can see it: no mask is needed, and attention stays
+        plainly causal.
+        """
+        lengths, device = np.array(batch.document_lengths), batch.input_ids.device
+        starts = np.cumsum(lengths) - lengths
+        groups = alike(lengths.tolist()) if self.rows == "padded" else [[each] for each in range(len(lengths))]
+        places, states, before = np.empty(batch.tokens, dtype=np.int64), [], 0
+        for group in groups:
+            at = np.arange(lengths[group[0]])  # the longest stands first
+            for row, document in enumerate(group):
+                start, length = starts[document], lengths[document]
+                places[start : start + length] = before + row * len(at) + at[:length]
+            before += len(group) * len(at)
+            # A document's last token again and again: it costs what any other does, and is no target.
+            filled = starts[group][:, None] + np.minimum(at, lengths[group][:, None] - 1)
+            ids = batch.input_ids[0][torch.from_numpy(filled).to(device, non_blocking=True)]
+            positions = torch.arange(len(at), device=device).expand(len(group), -1)
+            hidden: Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            states.append(hidden.flatten(0, 1))
+        return torch.cat(states), torch.from_numpy(places).to(device, non_blocking=True)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Loss of each target, in nats: [N] fp32."""
@@ -109,9 +143,9 @@ class PackedModel(nn.Module):
             self._attend()
             self.train(was_training)
 
-    def take_one_document_a_row(self) -> None:
+    def take_rows(self, rows: Rows) -> None:
         """From now on, for good."""
-        self.is_packed = False
+        self.rows = rows
         self._attend()
 
     @contextmanager

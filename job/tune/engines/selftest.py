@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from job.core.errors import JobError, UsageError
+from job.core.packing import Rows
 from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.device.failures import error_line
 from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.engines.engine import Engine
+from job.tune.engines.families import IN_WORDS
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
 from job.tune.model.wrappers import Wrapper
@@ -83,17 +85,27 @@ def check_model(model: PackedModel, text: Text = ()) -> None:
         UsageError: this architecture cannot be trained by this job; the message says what is wrong.
     """
     device = next(model.parameters()).device
-    with _undisturbed(model, device), model.as_peft_has_it(), _refusing_what_does_not_run(model, device):
-        documents = _documents(model, device, text)
-        try:
-            _check_rows(model, documents)
-        except UsageError as error:
-            if not model.is_packed or not model.linears.experts:
-                raise
-            log.warning("one_document_a_row", reason=str(error))
-            model.take_one_document_a_row()
-            _check_rows(model, documents)
-        _check_gradients(model, documents)
+    with _undisturbed(model, device), model.as_peft_has_it():
+        while True:
+            try:
+                with _refusing_what_does_not_run(model, device):
+                    documents = _documents(model, device, text)
+                    _check_rows(model, documents)
+                    _check_gradients(model, documents)
+                break
+            except UsageError as error:
+                slower = _slower_rows(model)
+                if slower is None:
+                    raise
+                log.warning("document_rows", reason=str(error), then=IN_WORDS[slower])
+                model.take_rows(slower)
+
+
+def _slower_rows(model: PackedModel) -> Rows | None:
+    """What is tried where documents do not stand right in their rows; None: the model is refused."""
+    if model.is_packed:
+        return "padded" if model.linears.experts else None
+    return "alone" if model.rows == "padded" else None
 
 
 def check_whole(model: PackedModel, wrapper: Wrapper | None, text: Text = ()) -> None:
@@ -269,7 +281,9 @@ def _mean(difference: Tensor) -> float:
 def _documents(model: PackedModel, device: torch.device, text: Text) -> list[Tensor]:
     config = model.model.get_base_model().config
     first, *others = _LENGTHS_OF_TEXT if text else _LENGTHS
-    lengths = (_longest(config, least=first), *others)
+    longest = _longest(config, least=first)
+    # Those that are padded are of like lengths, or each would have a micro-batch to itself.
+    lengths = (longest, longest - 2, longest - 1) if model.rows == "padded" else (longest, *others)
     if not text:
         return [torch.randint(0, config.vocab_size, (length,)).to(device) for length in lengths]
     return [_of_text(text[place % len(text) :], length).to(device) for place, length in enumerate(lengths)]
@@ -380,9 +394,16 @@ def _check_isolation(model: PackedModel, documents: Sequence[Tensor], tolerance:
     off = _share(before[kept] - without, without)
     if not torch.equal(before[kept], after[kept]) or not off <= tolerance:
         raise UsageError(
-            f"{_name(model)}: a document changes its neighbour in a packed micro-batch, "
+            f"{_name(model)}: a document changes its neighbour in a {model.rows} micro-batch, "
             "so its layers look across documents; use another base"
         )
+    if model.rows == "padded":
+        alone = torch.cat([model(_micro_batch([each])) for each in documents])
+        if not _share(before - alone, alone) <= tolerance:
+            raise UsageError(
+                f"{_name(model)}: padding behind a document changes its loss (a token differs by "
+                f"{_mean(before - alone):.4f}), so its layers look at padding; use another base"
+            )
 
 
 def _check_gradients(model: PackedModel, documents: Sequence[Tensor]) -> None:

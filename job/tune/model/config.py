@@ -12,6 +12,7 @@ from job.core.errors import UsageError
 from job.core.memory import ExpertsShape, ModelShape
 from job.tune.model.four_bit import put_into_four_bits
 from job.tune.model.mixtures import experts_modules, matrix_of_expert, weights_of_experts
+from job.tune.model.recurrent import recurrent_shape
 from job.tune.model.tensor_files import stored_names
 from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
 
@@ -99,6 +100,7 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         )
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     softcap, scale = softcap_and_scale(config)
+    recurrent = recurrent_shape(model, config)  # before its linear modules are others
     linear, experts = put_into_four_bits(model, left), _experts(config, model)
     in_linear = sum(module.in_features * module.out_features for module in linear.values())
     left_whole = _parameters(model) - sum(module.weight.numel() for module in linear.values())
@@ -116,6 +118,7 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         logits="capped" if softcap is not None else "plain" if scale == 1 else "scaled",
         norms=max(2, _as_wide(model, hidden) // sizes["num_hidden_layers"]),
         experts=experts,
+        recurrent=recurrent,
     )
 
 
