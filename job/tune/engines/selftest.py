@@ -91,7 +91,6 @@ def check_model(model: PackedModel, text: Text = ()) -> None:
                 with _refusing_what_does_not_run(model, device):
                     documents = _documents(model, device, text)
                     _check_rows(model, documents)
-                    _check_gradients(model, documents)
                 break
             except UsageError as error:
                 slower = _slower_rows(model)
@@ -99,6 +98,8 @@ def check_model(model: PackedModel, text: Text = ()) -> None:
                     raise
                 log.warning("document_rows", reason=str(error), then=IN_WORDS[slower])
                 model.take_rows(slower)
+        with _refusing_what_does_not_run(model, device):
+            _check_gradients(model, documents)
 
 
 def _slower_rows(model: PackedModel) -> Rows | None:

@@ -183,7 +183,7 @@ def _chosen(config: Any) -> int:
     return _first(next((n for name in _CHOSEN if (n := _plain(config, name))), 0))
 
 
-_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
 
 

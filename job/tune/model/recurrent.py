@@ -32,6 +32,19 @@ def mixers_of(causal_lm: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def read_past_modules(causal_lm: nn.Module) -> list[str]:
+    """Linear modules whose weight transformers multiplies itself, past the module: Mamba's time steps, in full names.
+
+    They stay in 16 bits, and get no adapter: it would be passed over, by others if not here, where code asks whether
+    the model is quantised.
+    """
+    mixers = ((name, getattr(module, _TIME_STEPS, None)) for name, module in mixers_of(causal_lm))
+    return [f"{name}.{_TIME_STEPS}" for name, module in mixers if isinstance(module, nn.Module)]
+
+
+_TIME_STEPS = "dt_proj"
+
+
 def leave_fused_paths(causal_lm: nn.Module) -> None:
     """Keep these modules, not what is in them, out of training mode.
 

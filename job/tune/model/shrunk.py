@@ -32,7 +32,7 @@ _WINDOWS: tuple[str, ...] = (
 _WINDOWS += ("mamba_chunk_size", "block_size", "keep_window_size")
 _MOST_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _EXPERT_NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 _LAYER_NUMBERS = ("moe_layers", "full_attn_idxs", "attn_layer_indices", "mlp_only_layers")
 """Lists of layers by their number."""
 _OF_A_LAYER = re.compile(r"idx|index|layer_id|number")
