@@ -20,7 +20,7 @@ from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_memory
 from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.selftest import text_of
+from job.tune.engines.trial_documents import text_of
 from job.tune.loop.checkpoint import Progress, State
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer, make_scheduler

@@ -25,7 +25,7 @@ from job.tune.engines.decoder_inputs import decoder_inputs
 from job.tune.engines.families import linear_of
 from job.tune.engines.layers import variants_compiled
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.selftest import _micro_batch
+from job.tune.engines.trial_documents import row_of
 from job.tune.loop.flat import FlatAdapter
 from job.tune.model.adapter import trainable
 
@@ -148,7 +148,7 @@ def documents_of(tokens, *, seed, vocabulary, mean=200):
     lengths = []
     while (left := tokens - sum(lengths)) > 1:
         lengths.append(min(left, int(torch.randint(mean // 4, 2 * mean, (), generator=generator))))
-    return _micro_batch([torch.randint(0, vocabulary, (each,), generator=generator).to(CUDA) for each in lengths])
+    return row_of([torch.randint(0, vocabulary, (each,), generator=generator).to(CUDA) for each in lengths])
 
 
 def done(engine, model, batch):

@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import structlog
 import torch
 from torch import Tensor
@@ -20,37 +19,16 @@ from torch.nn.functional import cross_entropy
 
 from job.core.errors import JobError, UsageError
 from job.core.packing import Rows
-from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.device.failures import error_line
-from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.engines.engine import Engine
 from job.tune.engines.families import IN_WORDS
 from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.trial_documents import Text, row_of, trial_documents
 from job.tune.model.adapter import trainable
 from job.tune.model.wrappers import Wrapper
 
-_LENGTHS = (24, 9, 16)
-"""Tokens of documents of random tokens; the first is longer than the limits that attention or rotations have."""
-_LENGTHS_OF_TEXT = (96, 48, 72)
-"""Tokens of documents of text."""
-_EXAMPLES_OF_TEXT = 16
-"""Taken for them; short ones are put together."""
 log = structlog.get_logger(__name__)
-Text = Sequence[Tensor]
-"""Token ids of examples that the base can read, each [tokens] int64. To a base that has learned to read, random tokens
-are no text: its gradients on them are up to nine times as large by one engine in bf16 as by another, where both are
-right (SmolLM2-135M; on text they are 0.14 apart in direction, and in fp32 equal). Empty: random tokens, for a base that
-has learned nothing."""
-_LIMITS = (
-    *("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "window_size"),
-    *("attention_window_size", "floor_scale", "chunk_size", "mamba_chunk_size", "block_size", "keep_window_size"),
-)
-"""Where configs name such limits, at their top or in their `rope_parameters`."""
-_MOST_TOKENS = 600
-"""Of a document: longer ones would take a GPU that just holds the model its memory. Limits beyond are not reached."""
-_BEYOND = 8
-"""Tokens by which the longest document passes them."""
 _TOLERANCE = 0.05
 """Mean difference of a token's loss between our forward and the model's own, as a share of the mean loss; of a nat,
 where the mean is less: a base that knows its text by heart has a loss of nearly nothing.
@@ -184,7 +162,7 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
     device = next(model.parameters()).device
     with _undisturbed(model, device), _moved_adapter(model, engine, reference):
         documents = _documents(model, device, text)
-        batch = _micro_batch(documents)
+        batch = row_of(documents)
         with model.as_peft_has_it():  # ours would agree with themselves
             theirs, their_gradients = _losses_and_gradients(model, reference, batch)
             with _rounded_embedding(model.model.get_base_model()):
@@ -196,7 +174,7 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
         against = _gradient_difference(our_gradients, their_gradients, rounded)
         if against is not None:
             return against
-        other = _micro_batch([torch.roll(documents[0], 1), *documents[1:]])
+        other = row_of([torch.roll(documents[0], 1), *documents[1:]])
         kept = slice(len(documents[0]) - 1, None)
         if not torch.equal(_losses_and_gradients(model, engine, other)[0][kept], ours[kept]):
             return "a document changes its neighbour"
@@ -264,10 +242,8 @@ def _losses_and_gradients(model: PackedModel, engine: Engine, batch: MicroBatch)
     return losses, {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def text_of(documents: Documents) -> Text:
-    """The first documents of a side, for a self-test."""
-    first = range(min(len(documents), _EXAMPLES_OF_TEXT))
-    return [torch.from_numpy(documents.token_ids(document).astype(np.int64)) for document in first]
+def _documents(model: PackedModel, device: torch.device, text: Text) -> list[Tensor]:
+    return trial_documents(model.model.get_base_model().config, model.rows, device, text)
 
 
 def _share(difference: Tensor, losses: Tensor) -> Tensor:
@@ -279,55 +255,10 @@ def _mean(difference: Tensor) -> float:
     return float(difference.abs().mean())
 
 
-def _documents(model: PackedModel, device: torch.device, text: Text) -> list[Tensor]:
-    config = model.model.get_base_model().config
-    first, *others = _LENGTHS_OF_TEXT if text else _LENGTHS
-    longest = _longest(config, least=first)
-    # Those that are padded are of like lengths, or each would have a micro-batch to itself.
-    lengths = (longest, longest - 2, longest - 1) if model.rows == "padded" else (longest, *others)
-    if not text:
-        return [torch.randint(0, config.vocab_size, (length,)).to(device) for length in lengths]
-    return [_of_text(text[place % len(text) :], length).to(device) for place, length in enumerate(lengths)]
-
-
-def _of_text(examples: Text, length: int) -> Tensor:
-    """One example, and those behind it until there are enough tokens, over and over if need be."""
-    ids = torch.cat(list(examples))
-    return ids.repeat(-(-length // len(ids)))[:length]
-
-
-def _longest(config: Any, *, least: int) -> int:
-    """Tokens of a document that is longer than every limit that can be passed."""
-    ropes = [getattr(config, "rope_parameters", None) or {}]
-    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
-    named = [getattr(config, name, None) for name in _LIMITS] + [rope.get(name) for rope in ropes for name in _LIMITS]
-    if any(rope.get("rope_type") in ROTATIONS_BY_LENGTH for rope in ropes):
-        named.append(getattr(config, "max_position_embeddings", None))
-    passed = [limit + _BEYOND for limit in named if isinstance(limit, int) and limit + _BEYOND <= _MOST_TOKENS]
-    return max(least, *passed) if passed else least
-
-
-def _micro_batch(documents: Sequence[Tensor]) -> MicroBatch:
-    lengths = [len(d) for d in documents]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    places = [torch.arange(start, start + length - 1) for start, length in zip(starts, lengths, strict=True)]
-    cu_seqlens = torch.tensor([*starts, sum(lengths)], dtype=torch.int32, device=documents[0].device)
-    return MicroBatch(
-        input_ids=torch.cat(list(documents))[None],
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(documents[0].device),
-        document_lengths=tuple(lengths),
-        cu_seqlens=cu_seqlens,
-        target_places=torch.cat(places).to(documents[0].device),
-        target_ids=torch.cat([d[1:] for d in documents]),
-        target_counts=tuple(length - 1 for length in lengths),
-        documents=tuple(range(len(lengths))),
-    )
-
-
 @torch.no_grad()
 def _check_loss(model: PackedModel, document: Tensor) -> float:
     """Returns the share of the loss that two right computations may be apart."""
-    ours = model(_micro_batch([document]))
+    ours = model(row_of([document]))
     with model.generating() as own:
         theirs, rounded = _own_losses(own, document), _own_losses(own, document, rounded=True)
     tolerance = min(max(_OWN_LOSS_TOLERANCE, _ROUNDING_TIMES * float(_share(rounded - theirs, theirs))), _TOLERANCE)
@@ -367,7 +298,7 @@ def _check_order(model: PackedModel, document: Tensor) -> None:
     """A token is predicted from those before it: models that fill gaps see it, and would seem to learn at once."""
     other = document.clone()
     other[-1] = (document[-1] + 1) % model.model.get_base_model().config.vocab_size
-    before, after = (model(_micro_batch([each]))[:-1] for each in (document, other))
+    before, after = (model(row_of([each]))[:-1] for each in (document, other))
     if not _share(before - after, before) <= _OWN_LOSS_TOLERANCE:
         raise UsageError(
             f"{_name(model)}: a token changes the losses of those before it (by {_mean(before - after):.4f}), so the "
@@ -386,12 +317,12 @@ def _check_rows(model: PackedModel, documents: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def _check_isolation(model: PackedModel, documents: Sequence[Tensor], tolerance: float) -> None:
-    before = model(_micro_batch(documents))
+    before = model(row_of(documents))
     other = [torch.roll(documents[0], 1), *documents[1:]]
-    after = model(_micro_batch(other))
+    after = model(row_of(other))
     kept = slice(len(documents[0]) - 1, None)
     # Without the longest one the row has another size, which may round otherwise: no bits are compared.
-    without = model(_micro_batch(documents[1:]))
+    without = model(row_of(documents[1:]))
     off = _share(before[kept] - without, without)
     if not torch.equal(before[kept], after[kept]) or not off <= tolerance:
         raise UsageError(
@@ -399,7 +330,7 @@ def _check_isolation(model: PackedModel, documents: Sequence[Tensor], tolerance:
             "so its layers look across documents; use another base"
         )
     if model.rows == "padded":
-        alone = torch.cat([model(_micro_batch([each])) for each in documents])
+        alone = torch.cat([model(row_of([each])) for each in documents])
         if not _share(before - alone, alone) <= tolerance:
             raise UsageError(
                 f"{_name(model)}: padding behind a document changes its loss (a token differs by "
@@ -408,7 +339,7 @@ def _check_isolation(model: PackedModel, documents: Sequence[Tensor], tolerance:
 
 
 def _check_gradients(model: PackedModel, documents: Sequence[Tensor]) -> None:
-    batch = _micro_batch(documents)
+    batch = row_of(documents)
     torch.autograd.backward(model.summed_loss(batch, weight_per_target=1 / batch.targets)[0])
     # lora_B starts at zero, which keeps lora_A's first gradient at zero too: B stands for both.
     dead = [

@@ -1,12 +1,14 @@
-"""A decoder's recurrent and convolutional layers: which they are, and what a token takes in transformers' code for them.
+"""A decoder's recurrent and convolutional layers: which they are, and what a token takes in transformers' code.
 
 Measured, not derived: a layer runs forward and backward with its own sizes on the meta device, where nothing is
 computed and nothing is taken, and every tensor that would be there is counted.
 """
 
+import inspect
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ _WITHOUT_CONVOLUTION = re.compile(r"LightningAttention|Retention$")
 """Names of classes that hand something on from token to token, and have no convolution."""
 _CHUNK = 64
 """Tokens that layers compute at once which do not say how many."""
-_IF_UNKNOWN = 64
+_IF_UNKNOWN = 512
 """Times what goes into a layer, where it does not run alone: more than any of those that do keeps."""
 
 
@@ -94,7 +96,7 @@ def _counted(module: nn.Module, hidden: int, tokens: int) -> tuple[int, int, int
         out: Tensor = result[0] if isinstance(result, tuple) else result
         kept = there.now - out.nbytes
         there.most = there.now
-        out.sum().backward()
+        torch.autograd.backward(out.sum())
         backward = there.most - kept
         moved = there.moved
     return kept, backward, moved
@@ -102,59 +104,64 @@ def _counted(module: nn.Module, hidden: int, tokens: int) -> tuple[int, int, int
 
 def _arguments(module: nn.Module, tokens: int) -> Mapping[str, Any]:
     """What the forward of some asks for beside the hidden states."""
-    at = torch.arange(tokens, device="meta")[None]
-    names = module.forward.__code__.co_varnames if hasattr(module.forward, "__code__") else ()
-    return {"position_ids": at, "attention_mask": None} if "position_ids" in names else {}
+    asked: dict[str, Any] = {
+        "position_ids": torch.arange(tokens, device="meta")[None],
+        "position_embeddings": None,
+        "attention_mask": None,
+        "use_cache": False,
+    }
+    return {name: asked[name] for name in asked.keys() & inspect.signature(module.forward).parameters}
 
 
-class _in_bf16:  # noqa: N801 - a context
-    """Meanwhile a module's parameters are in bf16 and frozen, as a base's are."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._parameters = [*module.parameters()]
-        self._before: Sequence[tuple[Tensor, bool]] = ()
-
-    def __enter__(self) -> None:
-        self._before = [(each.data, each.requires_grad) for each in self._parameters]
-        for each in self._parameters:
+@contextmanager
+def _in_bf16(module: nn.Module) -> Iterator[None]:
+    """Meanwhile what a module holds is in bf16 and frozen, as a base's tensors are."""
+    held = [each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()]
+    before = [(each.data, each.requires_grad) for each in held]
+    try:
+        for each in held:
             each.requires_grad_(False)  # noqa: FBT003 - torch's signature
             each.data = each.data.to(torch.bfloat16)
-
-    def __exit__(self, *_: object) -> None:
-        for each, (data, grad) in zip(self._parameters, self._before, strict=True):
+        yield
+    finally:
+        for each, (data, grad) in zip(held, before, strict=True):
             each.data = data
             each.requires_grad_(grad)
 
 
-class _Bytes(TorchDispatchMode):  # type: ignore[misc] # torch has no types for it
+class _Bytes(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch has no types for it
     """Counts the bytes of tensors that come and go, and those that operations read and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # as above
         self.now = self.most = self.moved = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        before = [each for each in tree_leaves((args, kwargs or {})) if isinstance(each, Tensor)]
-        old = {each.untyped_storage()._cdata for each in before}  # noqa: SLF001 - what tells storages apart
-        made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
-        if any(each.untyped_storage()._cdata not in old for each in made):  # noqa: SLF001 - as above; else it is a view
-            self.moved += sum(each.nbytes for each in (*before, *made))
-        for each in made:
-            self._add(each.untyped_storage(), is_new=each.untyped_storage()._cdata not in old)  # noqa: SLF001 - as above
+        read = [each for each in tree_leaves((args, kwargs or {})) if isinstance(each, Tensor)]
+        written = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        old = {_key(each.untyped_storage()) for each in read}
+        new = [each for each in written if _key(each.untyped_storage()) not in old]
+        if new:  # else it is a view, or writes where it reads
+            self.moved += sum(each.nbytes for each in (*read, *written))
+        for each in new:
+            self._add(each.untyped_storage())
         return result
 
-    def _add(self, storage: Any, *, is_new: bool) -> None:
-        key = storage._cdata  # noqa: SLF001 - as above
-        if not is_new or key in self._known:
-            return
-        self._known.add(key)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._remove, key, storage.nbytes())
+    def _add(self, storage: Any) -> None:
+        key, size = _key(storage), storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _key(storage: Any) -> int:
+    """What tells storages apart: on the meta device all are at the same address."""
+    return int(storage._cdata)  # noqa: SLF001 - torch has no public word for it

@@ -31,8 +31,8 @@ _OF_EACH_KIND = (
 )
 """Enough for every start; the others are marked."""
 _LENGTHS = (9, 33, 36, 40, 70, 72)
-"""Tokens: the last three are longer than every limit in the configs. Ascending, as transformers keeps the frequencies of
-the longest document that it has seen. Where rows are padded, three stand in one group and two in another."""
+"""Tokens: the last three are longer than every limit in the configs. Ascending, as transformers keeps the frequencies
+of the longest document that it has seen. Where rows are padded, three stand in one group and two in another."""
 _LORA = LoraSection(r=4, alpha=8)
 
 
