@@ -321,21 +321,21 @@ def _check_isolation(model: PackedModel, documents: Sequence[Tensor], tolerance:
     other = [torch.roll(documents[0], 1), *documents[1:]]
     after = model(row_of(other))
     kept = slice(len(documents[0]) - 1, None)
-    # Without the longest one the row has another size, which may round otherwise: no bits are compared.
-    without = model(row_of(documents[1:]))
-    off = _share(before[kept] - without, without)
-    if not torch.equal(before[kept], after[kept]) or not off <= tolerance:
+    if model.rows == "padded":
+        here, reference = before, torch.cat([model(row_of([each])) for each in documents])
+        if not _share(here - reference, reference) <= tolerance:
+            raise UsageError(
+                f"{_name(model)}: padding behind a document changes its loss (a token differs by "
+                f"{_mean(here - reference):.4f}), so its layers look at padding; use another base"
+            )
+    else:
+        # Without the longest one the row has another size, which may round otherwise: no bits are compared.
+        here, reference = before[kept], model(row_of(documents[1:]))
+    if not torch.equal(before[kept], after[kept]) or not _share(here - reference, reference) <= tolerance:
         raise UsageError(
             f"{_name(model)}: a document changes its neighbour in a {model.rows} micro-batch, "
             "so its layers look across documents; use another base"
         )
-    if model.rows == "padded":
-        alone = torch.cat([model(row_of([each])) for each in documents])
-        if not _share(before - alone, alone) <= tolerance:
-            raise UsageError(
-                f"{_name(model)}: padding behind a document changes its loss (a token differs by "
-                f"{_mean(before - alone):.4f}), so its layers look at padding; use another base"
-            )
 
 
 def _check_gradients(model: PackedModel, documents: Sequence[Tensor]) -> None:
