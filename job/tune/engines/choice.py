@@ -1,6 +1,6 @@
 """Which engine trains this model on this device, and why."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,8 @@ def _generic(model: PackedModel, why: str, *, backward: Callable[[Tensor], Any],
     compiler = "inductor" if against_compiling is None else None
     if not model.is_packed:
         why = f"{why}; {IN_WORDS[model.rows]}"
+    elif model.kernels_by_borders:
+        why = f"{why}; documents apart by the kernels of {' and '.join(model.kernels_by_borders)}"
     how = "layers compiled" if against_compiling is None else f"layers not compiled: {against_compiling}"
     return Choice(
         engine=AutogradEngine(model, backward, compiler=compiler),
@@ -122,15 +124,24 @@ def _reason_of_device(device: torch.device) -> str | None:
 
 
 def _reason_against_compiling(model: PackedModel) -> str | None:
+    return next(_reasons_against_compiling(model), None)
+
+
+def _reasons_against_compiling(model: PackedModel) -> Iterator[str]:
     device = next(model.parameters()).device
     if device.type != "cuda":
-        return "not on a GPU"
+        yield "not on a GPU"
+        return
     if not model.is_packed:
-        return "one document a row"
+        yield "one document a row"
+    if model.kernels_by_borders:
+        yield f"they call kernels of {' and '.join(model.kernels_by_borders)}"
     if not model.layers:
-        return "they are of no kind that transformers recomputes"
+        yield "they are of no kind that transformers recomputes"
     if not model.linears:
-        return "their linear layers are PEFT's own"
+        yield "their linear layers are PEFT's own"
     if model.linears.experts:
-        return "how many tokens an expert gets is seen when it runs"
-    return _reason_of_device(device) or reason_against_fused_attention(model.model.get_base_model().config)
+        yield "how many tokens an expert gets is seen when it runs"
+    reason = _reason_of_device(device) or reason_against_fused_attention(model.model.get_base_model().config)
+    if reason is not None:
+        yield reason

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -49,14 +50,34 @@ _ACROSS = re.compile(r"Conv1d|Mamba|DeltaNet|LightningAttention|Recurrent|ShortC
 """Modules that hand something from token to token, and so from document to document, beside attention."""
 
 
+_KERNELS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), ("causal_conv1d", "fla")),
+    **dict.fromkeys(("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h", "zamba2"), ("causal_conv1d", "mamba_ssm")),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("causal_conv1d",)),
+}
+"""Families whose recurrent layers keep documents of a row apart by their borders, where these packages compute them.
+transformers' own code, which runs without them, cannot, and raises where it is asked to."""
+
+
 def is_packed(causal_lm: Any) -> bool:
     """Whether a row of this model may hold several documents.
 
     Of a mixture, where its experts are in 4 bits, and so multiplied by us: transformers' own products give a token
-    other last bits when other tokens go to the same expert. Whether ours do not, the self-test finds out.
+    other last bits when other tokens go to the same expert. Whether ours do not, the self-test finds out, as it does
+    where documents stay apart by their borders.
     """
-    known = causal_lm.config.model_type in FAMILIES
-    return known and not layers_across(causal_lm) and experts_in(causal_lm) == experts_in_four_bits(causal_lm)
+    known = bool(kernels_by_borders(causal_lm)) if layers_across(causal_lm) else causal_lm.config.model_type in FAMILIES
+    return known and experts_in(causal_lm) == experts_in_four_bits(causal_lm)
+
+
+def kernels_by_borders(causal_lm: Any) -> tuple[str, ...]:
+    """Packages whose kernels take the borders of documents to this model's recurrent layers; none: they do not."""
+    packages = _KERNELS.get(causal_lm.config.model_type, ()) if layers_across(causal_lm) else ()
+    return packages if all(map(_is_installed, packages)) else ()
+
+
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def rows_of(causal_lm: Any) -> Rows:
@@ -130,7 +151,9 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
         words.append(
             f"{config.model_type}: layers {_ranges(across)} hand something on from token to token beside attention"
         )
-    rows = rows_of(model)
+    rows, kernels = rows_of(model), kernels_by_borders(model)
+    if rows == "packed" and kernels:
+        words.append(f"{config.model_type}: documents of a row stay apart by the kernels of {' and '.join(kernels)}")
     if rows != "packed":
         words.append(f"{config.model_type} trains {IN_WORDS[rows]}: slower than packed, with the same result")
     return words

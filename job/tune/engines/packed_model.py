@@ -16,7 +16,7 @@ from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
 from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document
-from job.tune.engines.families import rows_of
+from job.tune.engines.families import kernels_by_borders, rows_of
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
@@ -42,6 +42,8 @@ class PackedModel(nn.Module):
         register()
         self.rows: Rows = rows_of(self._causal_lm())
         """How the decoder gets documents; if not in one row, by transformers' own attention."""
+        self.kernels_by_borders = kernels_by_borders(self._causal_lm())
+        """Packages whose kernels keep a row's documents apart in recurrent layers."""
         self._attend()
         rotate_by_document(model)
         self.linears = FusedLinears(model)
@@ -84,7 +86,12 @@ class PackedModel(nn.Module):
             states, places = self._one_document_a_row(decoder, batch)
             return states.index_select(0, places[batch.target_places])
         compiled = self.layers.compiled and torch.is_grad_enabled()
-        inputs = decoder_inputs(batch, in_blocks=self.attention.own, for_compiled_code=compiled)
+        inputs = decoder_inputs(
+            batch,
+            in_blocks=self.attention.own,
+            by_borders=bool(self.kernels_by_borders),
+            for_compiled_code=compiled,
+        )
         row: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
         return row[0].index_select(0, batch.target_places)
 

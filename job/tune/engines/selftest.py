@@ -83,7 +83,7 @@ def check_model(model: PackedModel, text: Text = ()) -> None:
 def _slower_rows(model: PackedModel) -> Rows | None:
     """What is tried where documents do not stand right in their rows; None: the model is refused."""
     if model.is_packed:
-        return "padded" if model.linears.experts else None
+        return "padded" if model.linears.experts or model.kernels_by_borders else None
     return "alone" if model.rows == "padded" else None
 
 
