@@ -20,7 +20,6 @@ from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_memory
 from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.trial_documents import text_of
 from job.tune.loop.checkpoint import Progress, State
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer, make_scheduler
@@ -29,6 +28,7 @@ from job.tune.loop.track import make_accelerator
 from job.tune.model.adapter import attach_lora, parameter_counts
 from job.tune.model.base import load_base
 from job.tune.model.config import load_tokenizer, read_config, shape_of
+from job.tune.model.trial_documents import text_of
 
 NO_END = 1_000_000
 """Steps: what measures ends it."""

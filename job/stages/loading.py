@@ -15,10 +15,10 @@ from job.stages.dataset import Dataset
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import check_model, check_whole
-from job.tune.engines.trial_documents import text_of
 from job.tune.model.adapter import attach_lora, parameter_counts, trainable
 from job.tune.model.base import load_base
 from job.tune.model.config import read_wrapper
+from job.tune.model.trial_documents import text_of
 
 log = structlog.get_logger(__name__)
 

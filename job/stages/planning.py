@@ -15,10 +15,10 @@ from job.stages.attempt import Phases
 from job.stages.loading import Inputs
 from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.trial_documents import text_of
 from job.tune.model.adapter import parameter_counts
 from job.tune.model.config import read_config, shape_of
 from job.tune.model.four_bit import left_whole
+from job.tune.model.trial_documents import text_of
 
 log = structlog.get_logger(__name__)
 

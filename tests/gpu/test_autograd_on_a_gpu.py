@@ -25,9 +25,9 @@ from job.tune.engines.decoder_inputs import decoder_inputs
 from job.tune.engines.families import linear_of
 from job.tune.engines.layers import variants_compiled
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.trial_documents import row_of
 from job.tune.loop.flat import FlatAdapter
 from job.tune.model.adapter import trainable
+from job.tune.model.trial_documents import row_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA")
 

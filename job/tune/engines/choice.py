@@ -21,7 +21,7 @@ from job.tune.engines.families import IN_WORDS, reason_against
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import difference
-from job.tune.engines.trial_documents import Text
+from job.tune.model.trial_documents import Text
 
 log = structlog.get_logger(__name__)
 

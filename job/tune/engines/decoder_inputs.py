@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from job.kernels.blocks import blocks_of
 from job.tune.data.micro_batch import MicroBatch
+from job.tune.model.config import ROTATIONS_BY_LENGTH
 
 
 def decoder_inputs(
@@ -40,9 +41,6 @@ def decoder_inputs(
         for each in by_documents.values():
             torch._dynamo.mark_dynamic(each, 0)  # noqa: SLF001 - its public name
     return {**by_documents, "input_ids": batch.input_ids, "position_ids": batch.position_ids}
-
-
-ROTATIONS_BY_LENGTH = ("longrope", "dynamic")
 
 
 def rotate_by_document(model: nn.Module) -> None:

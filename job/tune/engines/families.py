@@ -15,9 +15,8 @@ from job.core.packing import Rows
 from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import Decoder, DecoderLayer
 from job.kernels.weights import Adapter, Dequantise, Group, Linear
-from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.model.adapter import chosen_by_all_linear
-from job.tune.model.config import empty_model
+from job.tune.model.config import ROTATIONS_BY_LENGTH, empty_model
 from job.tune.model.four_bit import quantised_of
 from job.tune.model.mixtures import experts_in, experts_in_four_bits
 from job.tune.model.wrappers import Wrapper

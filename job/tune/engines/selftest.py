@@ -24,8 +24,8 @@ from job.tune.device.failures import error_line
 from job.tune.engines.engine import Engine
 from job.tune.engines.families import IN_WORDS
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.trial_documents import Text, row_of, trial_documents
 from job.tune.model.adapter import trainable
+from job.tune.model.trial_documents import Text, row_of, trial_documents
 from job.tune.model.wrappers import Wrapper
 
 log = structlog.get_logger(__name__)

@@ -18,6 +18,8 @@ from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
 
 CONFIG = "config.json"
 HEAD = "lm_head.weight"
+ROTATIONS_BY_LENGTH = ("longrope", "dynamic")
+"""Kinds of rotations that depend on how long a document is."""
 
 
 def read_config(folder: Path) -> Any:

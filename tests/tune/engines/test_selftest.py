@@ -14,9 +14,9 @@ from job.tune.engines import loss, packed_model, selftest
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention, register
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import _documents, _gradient_difference, check_model
-from job.tune.engines.trial_documents import text_of
 from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base
+from job.tune.model.trial_documents import text_of
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import Tensor
 from job.core.packing import Rows
 from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import MicroBatch
-from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
+from job.tune.model.config import ROTATIONS_BY_LENGTH
 
 _LENGTHS = (24, 9, 16)
 """Tokens of documents of random tokens; the first is longer than the limits that attention or rotations have."""
