@@ -35,15 +35,22 @@ Each row is a family of decoders, by transformers' `model_type`, that the tests 
 plain transformers, bitsandbytes and PEFT, which get one document at a time: the loss of every token is the same to 1e-4
 and every gradient of the adapter to 1e-3, in fp32 on the CPU. Documents are longer than every window, chunk and
 original length in their configs, others beside them are shorter; whatever stands beside a document, its losses are the
-same to the bit. What the base is in 4 bits is read again from its copy to the bit. `make test-families` runs them all.
+same to the bit: packed, whatever the length of the others, else in rows of the same length. What the base is in 4 bits
+is read again from its copy to the bit. `make test-families` runs them all.
 
 *Hand-written*: on a GPU the fast engine trains it; elsewhere, and where that does not fit, it is packed. *Packed*:
 documents stand in one row without padding, and none sees another; on a GPU layers are compiled where attention is
-neither capped nor dropped, and there are no experts. *One document a row*: the decoder gets a document at a time, with
-transformers' own attention, and nothing is compiled: slower, above all with short documents. A family that is not in
-this table trains that way too, if `check` on a small random copy of its config, and the checks at the start of a run,
-find its loss right. The adapter opens with `PeftModel.from_pretrained` on the class that is named: each run ends by
-proving that.
+neither capped nor dropped, and there are no experts. *One document a row*: documents of like lengths, each with a row
+to itself, are padded behind their ends, by an eighth at most, and go through the decoder together, with transformers'
+own attention; nothing is compiled. Another document beside it, of whatever tokens, changes no bit of a document's
+losses; another length of the rows may round them otherwise. *One at a time*: the decoder gets one such row after
+another, as padding would change something: a rotation that depends on the length, or products of experts that are not
+ours. *Packed with* some packages: without them, as in the image that this repository builds, one document a row; with
+them packed, if the checks at the start of a run find documents apart ([hybrids.md](hybrids.md)); tests have
+transformers' own code in the place of those kernels. A family that is not in this table trains one document a row, if
+`check` on a small random copy of its config, and the checks at the start of a run, find its loss right; where they find
+that rows change each other, one at a time. The adapter opens with `PeftModel.from_pretrained` on the class that is
+named: each run ends by proving that.
 
 Layers' linear modules are in 4 bits; embeddings, head, norms and the other small tensors never are. *Experts* of a
 mixture are in 4 bits too: each expert's two matrices are quantised by themselves, to the bit as bitsandbytes quantises
@@ -140,9 +147,12 @@ def _experts(model: Any) -> str:
 
 
 def _how(model: Any) -> str:
-    if not families.is_packed(model):
-        return "one document a row"
-    return "hand-written" if families.is_supported(model.config) else "packed"
+    rows, kernels = families.rows_of(model), families._KERNELS.get(model.config.model_type)
+    if rows == "packed":
+        return "hand-written" if families.is_supported(model.config) else "packed"
+    if rows == "padded" and kernels:
+        return f"one document a row; packed with {', '.join(kernels)}"
+    return "one document a row" if rows == "padded" else "one at a time"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import ROTATIONS_BY_LENGTH, empty_model
 from job.tune.model.four_bit import quantised_of
 from job.tune.model.mixtures import experts_in, experts_in_four_bits
+from job.tune.model.recurrent import read_past_modules
 from job.tune.model.wrappers import Wrapper
 
 Training = Literal["hand-written", "packed"]
@@ -40,8 +41,8 @@ FAMILIES: Mapping[str, Training] = {
     ),
 }
 """Families whose layers look at other tokens by attention alone, and take it from where ours is registered: documents
-in one row do not see each other, to the bit. All others train one document a row. Adding one is an entry here and one
-in `tests/tune/tiny_families.py`, whose tests hold it against plain PEFT."""
+in one row do not see each other, to the bit. All others train one document a row, but for those of `_KERNELS`. Adding
+one is an entry here and one in `tests/tune/tiny_families.py`, whose tests hold it against plain PEFT."""
 _FAST = tuple(name for name, training in FAMILIES.items() if training == "hand-written")
 _MOST_EXPERTS_BYTES = 8 * GIB
 """Of experts that stay in 16 bits. With more, most of the base would not be in 4 bits, and fits few GPUs."""
@@ -147,12 +148,8 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
     if chosen is not None:
         words.append(f"{config.model_type}: lora.targets all-linear adapts {', '.join(chosen)}")
     if across:
-        words.append(
-            f"{config.model_type}: layers {_ranges(across)} hand something on from token to token beside attention"
-        )
-    rows, kernels = rows_of(model), kernels_by_borders(model)
-    if rows == "packed" and kernels:
-        words.append(f"{config.model_type}: documents of a row stay apart by the kernels of {' and '.join(kernels)}")
+        words.extend(_words_on_recurrence(model, across))
+    rows = rows_of(model)
     if rows != "packed":
         words.append(f"{config.model_type} trains {IN_WORDS[rows]}: slower than packed, with the same result")
     return words
@@ -163,6 +160,18 @@ IN_WORDS: Mapping[Rows, str] = {
     "padded": "one document a row, rows of like lengths padded together",
     "alone": "one document a row, a row at a time",
 }
+
+
+def _words_on_recurrence(model: Any, across: list[int]) -> Iterator[str]:
+    kind = model.config.model_type
+    yield f"{kind}: layers {_ranges(across)} hand something on from token to token beside attention"
+    wanted, there = " and ".join(_KERNELS.get(kind, ())), kernels_by_borders(model)
+    if there:
+        yield f"{kind}: documents of a row stay apart by the kernels of {wanted}"
+    elif wanted:
+        yield f"{kind}: without {wanted}, which are not installed, transformers' plain code computes these layers"
+    if read_past_modules(model):
+        yield f"{kind}: without mamba_ssm transformers' code goes through a document token by token, far slower"
 
 
 def _words_on_experts(model: Any) -> Iterator[str]:
