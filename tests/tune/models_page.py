@@ -42,7 +42,7 @@ is read again from its copy to the bit. `make test-families` runs them all.
 documents stand in one row without padding, and none sees another; on a GPU layers are compiled where attention is
 neither capped nor dropped, and there are no experts. *One document a row*: documents of like lengths, each with a row
 to itself, are padded behind their ends, by an eighth at most, and go through the decoder together, with transformers'
-own attention; nothing is compiled. Another document beside it, of whatever tokens, changes no bit of a document's
+own attention but for recurrent families that can be packed, which have ours; nothing is compiled. Another document beside it, of whatever tokens, changes no bit of a document's
 losses; another length of the rows may round them otherwise. *One at a time*: the decoder gets one such row after
 another, as padding would change something: a rotation that depends on the length, or products of experts that are not
 ours. *Packed with* some packages: without them, as in the image that this repository builds, one document a row; with

@@ -43,6 +43,22 @@ def decoder_inputs(
     return {**by_documents, "input_ids": batch.input_ids, "position_ids": batch.position_ids}
 
 
+def row_inputs(rows: int, tokens: int, device: torch.device, *, in_blocks: bool) -> dict[str, Tensor]:
+    """Keyword arguments of our attention for rows of one document each, their padding included.
+
+    Args:
+        rows: how many.
+        tokens: of each.
+        device: to be on.
+        in_blocks: as above.
+    """
+    cu_seqlens = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32, device=device)
+    by_documents = {"document_cu_seqlens": cu_seqlens, "document_lengths": torch.full((rows,), tokens)}
+    if in_blocks:
+        by_documents["document_blocks"] = blocks_of(cu_seqlens, rows * tokens)
+    return by_documents
+
+
 def rotate_by_document(model: nn.Module) -> None:
     """Have rotations choose their frequencies for each document, not for the longest of a row or of those before it."""
     for module in model.modules():

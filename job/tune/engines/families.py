@@ -70,6 +70,11 @@ def is_packed(causal_lm: Any) -> bool:
     return known and experts_in(causal_lm) == experts_in_four_bits(causal_lm)
 
 
+def attends_by_documents(causal_lm: Any) -> bool:
+    """Whether this model's attention layers, beside its others, take attention from where ours is registered."""
+    return causal_lm.config.model_type in _KERNELS
+
+
 def kernels_by_borders(causal_lm: Any) -> tuple[str, ...]:
     """Packages whose kernels take the borders of documents to this model's recurrent layers; none: they do not."""
     packages = _KERNELS.get(causal_lm.config.model_type, ()) if layers_across(causal_lm) else ()

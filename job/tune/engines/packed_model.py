@@ -15,8 +15,8 @@ from job.core.packing import Rows, alike
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
-from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document
-from job.tune.engines.families import kernels_by_borders, rows_of
+from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document, row_inputs
+from job.tune.engines.families import attends_by_documents, kernels_by_borders, rows_of
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
@@ -41,7 +41,7 @@ class PackedModel(nn.Module):
         self.model = model
         register()
         self.rows: Rows = rows_of(self._causal_lm())
-        """How the decoder gets documents; if not in one row, by transformers' own attention."""
+        """How the decoder gets documents."""
         self.kernels_by_borders = kernels_by_borders(self._causal_lm())
         """Packages whose kernels keep a row's documents apart in recurrent layers."""
         self._attend()
@@ -115,7 +115,10 @@ class PackedModel(nn.Module):
             filled = starts[group][:, None] + np.minimum(at, lengths[group][:, None] - 1)
             ids = batch.input_ids[0][torch.from_numpy(filled).to(device, non_blocking=True)]
             positions = torch.arange(len(at), device=device).expand(len(group), -1)
-            hidden: Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            ours = {}
+            if self._attends_by_documents:
+                ours = row_inputs(len(group), len(at), device, in_blocks=self.attention.own)
+            hidden: Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False, **ours).last_hidden_state
             states.append(hidden.flatten(0, 1))
         return torch.cat(states), torch.from_numpy(places).to(device, non_blocking=True)
 
@@ -169,9 +172,14 @@ class PackedModel(nn.Module):
         finally:
             self.layers.recomputing = recomputing
 
+    @property
+    def _attends_by_documents(self) -> bool:
+        """Whether attention is ours, whose gradients have the same bits each time; else transformers' own."""
+        return self.is_packed or (self.rows == "padded" and attends_by_documents(self._causal_lm()))
+
     def _attend(self) -> None:
         causal_lm = self._causal_lm()
-        causal_lm.set_attn_implementation(PER_DOCUMENT if self.is_packed else _own_attention(causal_lm))
+        causal_lm.set_attn_implementation(PER_DOCUMENT if self._attends_by_documents else _own_attention(causal_lm))
 
 
 def _decoder_of(causal_lm: Any) -> Any:

@@ -9,6 +9,8 @@ from tiny_families import write_family
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
 from job.tune.engines import selftest
+from job.tune.engines.attention import PER_DOCUMENT, per_document_attention
+from job.tune.engines.decoder_inputs import row_inputs
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import check_model
 from job.tune.model.adapter import attach_lora
@@ -157,6 +159,33 @@ def test_a_target_without_a_gradient_is_no_matter_of_rows(tmp_path, monkeypatch)
     with pytest.raises(UsageError, match=r"lora\.targets: no gradient reaches"):
         check_model(model)
     assert model.rows == "padded"
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_of_rows_is_that_of_each_row(softcap, window):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, heads, 12, 16, requires_grad=True) for heads in (4, 2, 2))
+    options = {"scaling": 0.2, "sliding_window": window, "softcap": softcap}
+    layer = torch.nn.Identity().eval()
+    found, _ = per_document_attention(
+        layer, query, key, value, None, **row_inputs(3, 12, CPU, in_blocks=False), **options
+    )
+    for row in range(3):
+        one = [part[row : row + 1] for part in (query, key, value)]
+        alone, _ = per_document_attention(layer, *one, None, **row_inputs(1, 12, CPU, in_blocks=False), **options)
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-6, atol=1e-6)
+    assert found.shape == (3, 12, 4, 16)
+
+
+def test_hybrids_attend_by_our_attention_and_others_by_transformers_own(tmp_path):
+    """Its gradients have the same bits each time, on a GPU too."""
+    hybrid, other = model_of(tmp_path / "hybrid", "qwen3_5_text"), model_of(tmp_path / "other", "glm4_moe")
+    assert hybrid.rows == other.rows == "padded"
+    assert hybrid.model.get_base_model().config._attn_implementation == PER_DOCUMENT
+    assert other.model.get_base_model().config._attn_implementation == "sdpa"
+    hybrid.take_rows("alone")
+    assert hybrid.model.get_base_model().config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["phimoe", "llama4_text"])
