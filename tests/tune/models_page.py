@@ -41,16 +41,16 @@ is read again from its copy to the bit. `make test-families` runs them all.
 *Hand-written*: on a GPU the fast engine trains it; elsewhere, and where that does not fit, it is packed. *Packed*:
 documents stand in one row without padding, and none sees another; on a GPU layers are compiled where attention is
 neither capped nor dropped, and there are no experts. *One document a row*: documents of like lengths, each with a row
-to itself, are padded behind their ends, by an eighth at most, and go through the decoder together, with transformers'
-own attention but for recurrent families that can be packed, which have ours; nothing is compiled. Another document beside it, of whatever tokens, changes no bit of a document's
-losses; another length of the rows may round them otherwise. *One at a time*: the decoder gets one such row after
-another, as padding would change something: a rotation that depends on the length, or products of experts that are not
-ours. *Packed with* some packages: without them, as in the image that this repository builds, one document a row; with
-them packed, if the checks at the start of a run find documents apart ([hybrids.md](hybrids.md)); tests have
-transformers' own code in the place of those kernels. A family that is not in this table trains one document a row, if
-`check` on a small random copy of its config, and the checks at the start of a run, find its loss right; where they find
-that rows change each other, one at a time. The adapter opens with `PeftModel.from_pretrained` on the class that is
-named: each run ends by proving that.
+to itself, are padded behind their ends, by an eighth at most, and go through the decoder together; attention is
+transformers' own, but ours in the families that can be packed with kernels, and nothing is compiled. Other tokens
+beside a document change no bit of its losses; another length of the rows may round them otherwise. *One at a time*: the
+decoder gets one such row after another, as padding would change something: a rotation that depends on the length, or
+products of experts that are not ours. *Packed with* some packages: one document a row without them, as in the image that
+this repository builds; with them packed, if the checks at the start of a run find documents apart
+([hybrids.md](hybrids.md)). The tests have transformers' own code in the place of those kernels. A family that is not in
+this table trains one document a row, if `check` on a small random copy of its config, and the checks at the start of a
+run, find its loss right; where they find that rows change each other, one at a time. The adapter opens with
+`PeftModel.from_pretrained` on the class that is named: each run ends by proving that.
 
 Layers' linear modules are in 4 bits; embeddings, head, norms and the other small tensors never are. *Experts* of a
 mixture are in 4 bits too: each expert's two matrices are quantised by themselves, to the bit as bitsandbytes quantises
