@@ -22,7 +22,7 @@ from job.core.packing import Rows
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.device.failures import error_line
 from job.tune.engines.engine import Engine
-from job.tune.engines.families import IN_WORDS
+from job.tune.engines.families import IN_WORDS, layers_across
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
 from job.tune.model.trial_documents import Text, row_of, trial_documents
@@ -166,7 +166,7 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
         with model.as_peft_has_it():  # ours would agree with themselves
             theirs, their_gradients = _losses_and_gradients(model, reference, batch)
             with _rounded_embedding(model.model.get_base_model()):
-                rounded = _losses_and_gradients(model, reference, batch)[1] if model.linears.experts else {}
+                rounded = _losses_and_gradients(model, reference, batch)[1] if _amplifies_rounding(model) else {}
         ours, our_gradients = _losses_and_gradients(model, engine, batch)
         off = float(_share(ours - theirs, theirs))
         if not off <= _TOLERANCE:
@@ -181,29 +181,36 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
     return None
 
 
+def _amplifies_rounding(model: PackedModel) -> bool:
+    """Whether a last bit may be much later on: it chooses another expert, or is handed on from token to token."""
+    return bool(model.linears.experts) or bool(layers_across(model.model.get_base_model()))
+
+
 def _gradient_difference(
     ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], rounded: Mapping[str, Tensor] = MappingProxyType({})
 ) -> str | None:
     """Direction and norm are compared apart: a gradient that is too long points the right way.
 
-    What rounding changes where it may send a token to another expert (`rounded`), twice as much may be otherwise.
+    Where a last bit may be much later on (`rounded`), a direction may be twice as far away as rounding turns it, and a
+    norm differ by what rounding moves.
     """
     squares: dict[str, list[float]] = {}
     for name, gradient in theirs.items():
         if name not in ours:
             return f"{name} gets no gradient"
+        moved = rounded.get(name, gradient) - gradient
         turned, ratio = _apart(ours[name], gradient)
-        by_rounding = _apart(rounded[name], gradient) if name in rounded else (0.0, 1.0)
-        if not turned <= _allowed(_DIRECTION_TOLERANCE, by_rounding[0]):  # so that NaN fails too
+        by_rounding = _apart(gradient + moved, gradient)[0], float(moved.norm() / gradient.norm())
+        if not turned <= _allowed(_DIRECTION_TOLERANCE, _ROUNDING_TIMES * by_rounding[0]):  # so that NaN fails too
             return f"the gradient of {name} points elsewhere (by {turned:.1%})"
-        if abs(ratio - 1) > _allowed(_ONE_NORM_TOLERANCE, by_rounding[1] - 1):
+        if abs(ratio - 1) > _allowed(_ONE_NORM_TOLERANCE, by_rounding[1]):
             return f"the gradient of {name} is {ratio:.2f} times as large"
-        of_its_kind = squares.setdefault(_LAYER.sub(".", name), [0.0, 0.0])
-        of_its_kind[0] += float(ours[name].norm()) ** 2
-        of_its_kind[1] += float(gradient.norm()) ** 2
-    for kind, (our_square, their_square) in squares.items():
+        of_its_kind = squares.setdefault(_LAYER.sub(".", name), [0.0, 0.0, 0.0])
+        for place, each in enumerate((ours[name], gradient, moved)):
+            of_its_kind[place] += float(each.norm()) ** 2
+    for kind, (our_square, their_square, moved_square) in squares.items():
         ratio = math.sqrt(our_square / their_square)
-        if abs(ratio - 1) > _NORM_TOLERANCE:
+        if abs(ratio - 1) > _allowed(_NORM_TOLERANCE, math.sqrt(moved_square / their_square)):
             return f"the gradient of all {kind} is {ratio:.2f} times as large"
     return None
 
@@ -215,7 +222,7 @@ def _apart(one: Tensor, other: Tensor) -> tuple[float, float]:
 
 
 def _allowed(tolerance: float, by_rounding: float) -> float:
-    return max(tolerance, min(_ROUNDING_TIMES * abs(by_rounding), _MOST_BY_ROUNDING))
+    return max(tolerance, min(by_rounding, _MOST_BY_ROUNDING))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from job.tune.model.adapter import attach_lora, load_with_peft, parameter_counts
 from job.tune.model.base import load_base
 from job.tune.model.config import empty_model, read_config, shape_of
 from job.tune.model.experts import dequantised_experts, in_four_bits
+from job.tune.model.four_bit import left_whole
 from job.tune.model.mixtures import experts_modules, weights_of_experts
 
 _LENGTHS = (9, 33, 40)
@@ -45,7 +46,12 @@ def published(model, folder):
 
 def by_anybody(folder, adapter, ours):
     """Base by transformers and bitsandbytes, its experts with the values that ours stand for; the adapter by PEFT."""
-    form = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    form = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=left_whole(ours.model.get_base_model()),
+    )
     base = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", device_map={"": "cpu"}, quantization_config=form
     )
@@ -186,6 +192,16 @@ def test_rounding_may_turn_a_gradient_twice_as_far_as_it_does(monkeypatch):
     assert "points elsewhere" in _gradient_difference(turned, theirs)
     assert _gradient_difference(turned, theirs, rounded) is None
     assert "points elsewhere" in _gradient_difference({"a": torch.tensor([0.3, 0.95])}, theirs, rounded)
+
+
+def test_a_norm_may_differ_by_what_rounding_moves():
+    """Of one adapter, and of all of a kind."""
+    theirs, rounded = {"layers.0.a": torch.tensor([1.0, 0.0])}, {"layers.0.a": torch.tensor([1.0, 0.2])}
+    longer = {"layers.0.a": torch.tensor([1.18, 0.0])}
+    assert "1.18 times as large" in _gradient_difference(longer, theirs)
+    assert _gradient_difference(longer, theirs, rounded) is None
+    assert "all layers.a is 1.10 times" in _gradient_difference({"layers.0.a": torch.tensor([1.1, 0.0])}, theirs)
+    assert "times as large" in _gradient_difference({"layers.0.a": torch.tensor([1.3, 0.0])}, theirs, rounded)
 
 
 def test_without_the_adapter_experts_are_the_base_s(tmp_path):
