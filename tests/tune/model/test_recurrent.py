@@ -22,6 +22,7 @@ from job.tune.model.base import load_base
 from job.tune.model.config import empty_model, shape_of
 from job.tune.model.four_bit import left_whole
 from job.tune.model.recurrent import _arguments, mixers_of, read_past_modules, recurrent_shape
+from job.tune.model.trial_documents import row_of
 
 RECURRENT = [name for name in FAMILIES if [*mixers_of(empty_model(config_of(name)))]]
 NAMED = (
@@ -153,15 +154,15 @@ def test_fused_kernels_that_read_packed_weights_are_never_entered(name, tmp_path
     assert kernels
     for each in kernels:
         monkeypatch.setattr(code, each, fused)
-    ids = torch.arange(3, 20)[None]
+    row = row_of([torch.arange(3, 20)])
     base.train()
     with pytest.raises(AssertionError, match="was given the weight"):
-        base(input_ids=ids, use_cache=False)
+        model(row)
     model.train()
     assert all(layer.training for layer in model.modules() if isinstance(layer, LoraLayer))
-    base(input_ids=ids, use_cache=False)
+    model(row)
     model.eval()
-    base(input_ids=ids, use_cache=False)
+    model(row)
 
 
 @pytest.mark.parametrize("name", ["jamba", "mamba", "falcon_mamba"])
