@@ -89,7 +89,9 @@ class Loaded:
     @property
     def parts(self) -> MemoryParts:
         """Memory that the plan counts with, part by part."""
-        return memory_parts(self.shape, self.adapter_shape, self.choice.name, compiled=self.choice.compiled)
+        return memory_parts(
+            self.shape, self.adapter_shape, self.choice.name, compiled=self.choice.compiled, rows=self.planned.rows
+        )
 
     def cut(self, *, tokens, recomputed=0, kept=0):
         """A cut of our choice."""
@@ -159,6 +161,7 @@ def load(recipe, engine, device, folder):
         adapter_shape,
         engine=choice.name,
         compiled=choice.compiled,
+        rows=model.rows,
         device=memory,
         max_length=documents.max_length,
         step_tokens=course.largest_step(documents.lengths),

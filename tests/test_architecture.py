@@ -76,7 +76,13 @@ FLOORS = {
         ("job.tune.model.sharded", "job.tune.model.sharded.*"),
         ("job.tune.model.adapter", "job.tune.model.base", "job.tune.model.shrunk", "job.tune.model.tokenizer"),
         ("job.tune.model.experts", "job.tune.model.promises"),
-        ("job.tune.model.config", "job.tune.model.four_bit", "job.tune.model.mixtures", "job.tune.model.wrappers"),
+        (
+            "job.tune.model.config",
+            "job.tune.model.four_bit",
+            "job.tune.model.mixtures",
+            "job.tune.model.recurrent",
+            "job.tune.model.wrappers",
+        ),
         ("job.tune.model.stored", "job.tune.model.stored.*"),
     ),
     "job.edge": (

@@ -139,12 +139,12 @@ def _workload(
     base_bytes: int | None,
 ) -> Workload:
     from job.tune.engines.attention import reason_against_fused_attention
-    from job.tune.engines.families import is_packed, is_supported
+    from job.tune.engines.families import is_supported, rows_of
     from job.tune.model.config import empty_model
     from job.tune.model.sharded.layers import reason_against_sharding
 
     model = empty_model(config)
-    packed = is_packed(model)
+    rows = rows_of(model)
     recipe = worker.recipe
     course = course_of(recipe.train, examples=portions(recipe.data, data.train.used_by_source))
     engine: EngineName = "fast" if worker.engine != "generic" and is_supported(config) else "generic"
@@ -160,7 +160,8 @@ def _workload(
         compiled=engine == "generic"
         and reason_against_fused_attention(config) is None
         and shape.experts is None
-        and packed,
+        and rows == "packed",
+        rows=rows,
         course=course,
         lengths=lengths,
         targets=data.train.targets,
@@ -168,7 +169,7 @@ def _workload(
         evaluations=evaluation_count(course.steps, recipe.evaluate.every_steps),
         max_length=data.max_length,
         kept_checkpoints=recipe.checkpoint.keep,
-        against_shards=reason_against_sharding(model, packed=packed),
+        against_shards=reason_against_sharding(model, packed=rows == "packed"),
         base_bytes=base_bytes,
     )
 

@@ -18,6 +18,7 @@ from job.core.memory import (
     ModelShape,
     memory_parts,
 )
+from job.core.packing import Rows
 
 _CPU_MICRO_BATCH_TOKENS: dict[ComputeDtype, int] = {"bf16": 4096, "fp32": 2048}
 """Activations in fp32 are twice as large: half as many take the same memory."""
@@ -53,6 +54,8 @@ class Cut:
     """The kind of device, by name."""
     compute_dtype: ComputeDtype
     """What the base computes in."""
+    rows: Rows = "packed"
+    """How the decoder gets the documents of a micro-batch."""
 
     @property
     def checkpointing(self) -> bool:
@@ -70,12 +73,13 @@ class MemoryPlan:
     """At the peak of a step; None on the CPU."""
 
 
-def plan_memory(
+def plan_memory(  # noqa: PLR0913 - what a plan is made of
     shape: ModelShape,
     adapter: AdapterShape,
     *,
     engine: EngineName,
     compiled: bool = True,
+    rows: Rows = "packed",
     device: DeviceMemory,
     max_length: int,
     step_tokens: int,
@@ -90,6 +94,7 @@ def plan_memory(
         adapter: of the adapter.
         engine: that computes the gradients.
         compiled: whether the generic engine's layers are; the fast one has none that could be.
+        rows: how documents stand in a micro-batch.
         device: what is free.
         max_length: tokens of the longest example, which is never cut.
         step_tokens: tokens of the largest step.
@@ -108,6 +113,7 @@ def plan_memory(
             compiled=compiled,
             device=device.name,
             compute_dtype=device.compute_dtype,
+            rows=rows,
         )
         return MemoryPlan(cut=cut, reason=reason, predicted_peak_bytes=peak)
 
@@ -115,7 +121,7 @@ def plan_memory(
         tokens = max(_CPU_MICRO_BATCH_TOKENS[device.compute_dtype], max_length)
         without = ", in fp32: it has no instructions for bf16" if device.compute_dtype == "fp32" else ""
         return planned(tokens, 0, 0, reason=f"on the CPU{without}", peak=None)
-    parts = memory_parts(shape, adapter, engine, compiled=compiled, shards=shards)
+    parts = memory_parts(shape, adapter, engine, compiled=compiled, rows=rows, shards=shards)
     sizes = list(_sizes(shape, parts, int(_HEADROOM[engine] * device.free_bytes), max_length=max_length, engine=engine))
     if not sizes:
         peak = parts.peak(layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers)
@@ -226,14 +232,21 @@ def _with_tokens(cut: Cut, during: Literal["step", "evaluation"], tokens: int) -
 def is_same_arithmetic(before: Cut, now: Cut) -> bool:
     """Whether both give the same numbers to the bit where micro-batches are alike.
 
-    That is a matter of the device, of what it computes in, of the engine, and of compiled code. What is no longer
-    compiled stays so.
+    That is a matter of the device, of what it computes in, of the engine, of how documents stand in rows, and of
+    compiled code. What is no longer compiled stays so.
     """
     same = (before.device, before.compute_dtype, before.engine) == (now.device, now.compute_dtype, now.engine)
-    return same and before.compiled <= now.compiled
+    return same and before.rows == now.rows and before.compiled <= now.compiled
 
 
 def described(cut: Cut) -> str:
     """What makes its numbers equal to the bit, in words."""
     how = " on the fast engine" if cut.engine == "fast" else " with compiled layers" if cut.compiled else ""
-    return f"{cut.device} in {cut.compute_dtype}{how}"
+    return f"{cut.device} in {cut.compute_dtype}{how}{_ROWS_IN_WORDS[cut.rows]}"
+
+
+_ROWS_IN_WORDS: dict[Rows, str] = {
+    "packed": "",
+    "padded": ", one document a row, padded",
+    "alone": ", one document at a time",
+}

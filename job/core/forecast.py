@@ -20,6 +20,7 @@ from job.core.memory import (
     memory_parts,
     row_bytes,
 )
+from job.core.packing import Rows
 from job.core.scaling import (
     ALONE,
     Cluster,
@@ -78,6 +79,8 @@ class Workload:
     engine: EngineName
     compiled: bool
     """Whether the generic engine's layers will be compiled, as far as the base's config shows."""
+    rows: Rows = "packed"
+    """How documents will stand in a micro-batch, as far as that shows."""
     course: Course
     lengths: Lengths
     """The training examples', as they are trained on."""
@@ -170,6 +173,7 @@ def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
         work.adapter,
         engine=work.engine,
         compiled=work.compiled,
+        rows=work.rows,
         device=DeviceMemory(kind="cuda", name=gpu.name, free_bytes=free),
         max_length=work.max_length,
         step_tokens=work.course.largest_step(work.lengths),
@@ -215,6 +219,10 @@ def _step_seconds(work: Workload, cut: Cut, speed: Speed, *, tokens: int, exampl
     shape = work.shape
     products = (1 + _OTHER_WORK) * flops_per_token(work) / speed.sustained_flops
     moved = _PASSES[work.engine] * shape.layers * _BF16_BYTES * (shape.hidden + shape.intermediate)
+    if shape.recurrent is not None:
+        lengths = work.lengths.astype(np.float64)
+        by_length = shape.recurrent.moved_by_length * float((lengths**2).sum() / lengths.sum())
+        moved += shape.recurrent.layers * (shape.recurrent.moved + by_length)
     a_token = (products + moved / speed.bytes_per_second) * cost_of(shape, cut, step_tokens=tokens)
     update = _UPDATE_PASSES * 4 * work.adapter.parameters / speed.bytes_per_second
     return max(tokens * a_token + update, examples * _HOST_SECONDS[work.engine])
@@ -249,7 +257,7 @@ def _scaled(work: Workload, cut: Cut, gpu: Gpu, cluster: Cluster, placement: Pla
 
 
 def _parts(work: Workload, shards: int) -> MemoryParts:
-    return memory_parts(work.shape, work.adapter, work.engine, compiled=work.compiled, shards=shards)
+    return memory_parts(work.shape, work.adapter, work.engine, compiled=work.compiled, rows=work.rows, shards=shards)
 
 
 def trained_tokens(work: Workload) -> int:

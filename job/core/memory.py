@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from job.core.packing import MOST_PADDING, Rows
+
 GIB = 2**30
 EngineName = Literal["fast", "generic"]
 """What computes the gradients: the hand-written step, or autograd."""
@@ -52,6 +54,22 @@ class ExpertsShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecurrentShape:
+    """What a decoder's recurrent and convolutional layers need beside their linear modules, by transformers' code."""
+
+    layers: int
+    """How many there are."""
+    kept: int
+    """Bytes of a token that one of them keeps for the backward."""
+    backward: int
+    """Bytes of a token that its backward holds at most beside those."""
+    moved: int
+    """Bytes of a token that pass the memory, forward and backward."""
+    moved_by_length: int = 0
+    """The same for each token of its document, where code goes token by token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """Sizes of a decoder."""
 
@@ -76,6 +94,8 @@ class ModelShape:
     """Of the whole ones, those in matrices of layers: routers, and experts that are not in 4 bits."""
     experts: ExpertsShape | None = None
     """Of a mixture whose experts are in 4 bits as well; None: it has none."""
+    recurrent: RecurrentShape | None = None
+    """Of a decoder that looks at other tokens by more than attention; None: it does not."""
 
     @property
     def four_bit_parameters(self) -> int:
@@ -178,7 +198,9 @@ class MemoryParts:
     token: int
     """A token, outside the layers, in the backward of one."""
     token_layer: int
-    """A token's activations in a layer."""
+    """A token's activations in a layer; where layers differ in them, the mean."""
+    token_largest: int
+    """The same of the layer that keeps the most."""
     token_recomputed: int
     """The same in a layer that recomputes them in the backward."""
 
@@ -203,16 +225,22 @@ class MemoryParts:
         whole = layers - recomputed_layers
         kept = whole * self.token_layer + recomputed_layers * self.token_recomputed
         at_the_head = self.logits + tokens * (self.token_head + kept)
-        again = self.token_layer - self.token_recomputed if not whole else 0
+        again = self.token_largest - self.token_recomputed if not whole else 0
         in_the_backward = tokens * (self.token + kept + again)
         dequantised = kept_layers * self.dequantised_layer - (self.spared_workspace if kept_layers == layers else 0)
         return self.fixed + dequantised + max(at_the_head, in_the_backward)
 
 
 def memory_parts(
-    shape: ModelShape, adapter: AdapterShape, engine: EngineName, *, compiled: bool = True, shards: int = 1
+    shape: ModelShape,
+    adapter: AdapterShape,
+    engine: EngineName,
+    *,
+    compiled: bool = True,
+    rows: Rows = "packed",
+    shards: int = 1,
 ) -> MemoryParts:
-    """Bytes of each part; the fast engine has no layers that could be compiled.
+    """Bytes of each part; the fast engine has no layers that could be compiled, and its rows are packed.
 
     The fast engine: what `job/kernels/llama_step.py` keeps, tensor by tensor. The generic one, its layers compiled,
     keeps in bf16: a layer's input, the stream between its halves, and what each norm gives (4 hidden); query, key,
@@ -267,6 +295,12 @@ def memory_parts(
         whole -= shape.layer_whole_parameters
         weights = weights // shards + 2 * weights // shape.layers
         dequantised = 0
+    largest = token_layer
+    if shape.recurrent is not None:
+        largest += shape.recurrent.kept
+        token_layer += math.ceil(shape.recurrent.layers * shape.recurrent.kept / shape.layers)
+        token = max(token, shape.recurrent.backward)
+    padded = 1 + MOST_PADDING if rows == "padded" else 1.0
     return MemoryParts(
         weights=weights,
         embeddings=_BF16 * whole,
@@ -280,9 +314,10 @@ def memory_parts(
         spared_workspace=spared,
         # The stream, its last place of each target, that one normed, and the gradient of it.
         token_head=_BF16 * (4 * shape.hidden + rank),
-        token=token,
-        token_layer=token_layer,
-        token_recomputed=_BF16 * shape.hidden,
+        token=math.ceil(padded * token),
+        token_layer=math.ceil(padded * token_layer),
+        token_largest=math.ceil(padded * largest),
+        token_recomputed=math.ceil(padded * _BF16 * shape.hidden),
     )
 
 

@@ -1,7 +1,13 @@
-"""Documents into micro-batches: as few as hold them, about equally full."""
+"""Documents into micro-batches: as few as hold them, about equally full; and how they stand in one."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import Literal
+
+Rows = Literal["packed", "padded", "alone"]
+"""How the decoder gets the documents of a micro-batch: in one row; one a row, padded; one at a time."""
+MOST_PADDING = 1 / 8
+"""Of rows that are padded together, as a share of their real tokens."""
 
 
 def pack(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
@@ -65,3 +71,24 @@ def pack_evenly(lengths: Sequence[int], *, most: int, grain: int = 1) -> list[li
         if budget < most and len(evenly := pack(lengths, budget=budget)) == len(packs):
             return evenly
     return packs
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Documents whose rows are padded together: of like lengths, so that at most `MOST_PADDING` is added.
+
+    Args:
+        lengths: tokens of each document.
+
+    Returns:
+        Places in `lengths`, a list for each group, the longest first.
+    """
+    groups: list[list[int]] = []
+    widest, tokens = 0, 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        tokens += lengths[i]
+        if groups and widest * (len(groups[-1]) + 1) <= (1 + MOST_PADDING) * tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            widest, tokens = lengths[i], lengths[i]
+    return groups

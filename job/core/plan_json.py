@@ -6,6 +6,7 @@ from typing import Literal
 from job.core.forecast import Ask, Forecast, Workload, ask_for, trained_tokens
 from job.core.lengths import Candidate
 from job.core.memory import EngineName, Placement
+from job.core.packing import Rows
 from job.core.report_data import DataReport
 from job.core.section import Section
 
@@ -60,6 +61,8 @@ class WorkJson(Section):
     """What computes the gradients: `fast` or `generic`."""
     compiled: bool
     """Whether the generic engine's layers will be compiled; false for the fast one, which has none that could be."""
+    document_rows: Rows
+    """How documents will stand in a micro-batch: `packed` in one row; one a row, `padded`; or each `alone`."""
     sources: tuple[SourceJson, ...]
     """In the recipe's order; empty where there is but one."""
 
@@ -151,6 +154,7 @@ def plan_json(
             trained_parameters=work.adapter.parameters,
             engine=work.engine,
             compiled=work.compiled,
+            document_rows=work.rows,
             sources=tuple(
                 SourceJson(
                     name=source.name,

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from job.core.held_out import Answer, ExactMatch, HeldOut
 from job.core.limits import StopFigures
 from job.core.memory import ComputeDtype
+from job.core.packing import Rows
 from job.core.report_data import DataReport, SourceReport
 from job.core.run_record import first_mistake
 from job.core.section import Section
@@ -58,6 +59,9 @@ class PlanReport(Section):
     """Layers that recomputed their activations in the backward pass."""
     compiled: bool = False
     """Whether the generic engine's layers were compiled, up to the last step."""
+    document_rows: Rows = "packed"
+    """How the decoder got the documents of a micro-batch, up to the last step: in one row; one a row, padded together
+    with those of like length; or one at a time."""
     recompilations: int = 0
     """How often a step of this attempt waited for the compiler, after layers had been compiled before the first."""
     compute_dtype: ComputeDtype = "bf16"

@@ -71,6 +71,8 @@ def _work(work: Workload) -> list[str]:
     course, engine = work.course, f"{work.engine} engine"
     if work.engine == "generic":
         engine += ", layers compiled" if work.compiled else ", layers not compiled"
+    if work.rows != "packed":
+        engine += f", document rows {work.rows}"
     return [
         (
             f"{course.steps} steps ({course.epochs:.3g} epochs) of {course.batch_size} examples, "

@@ -62,7 +62,7 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World 
             folder / "published",
             files,
             left_to_peft=facts.left_to_peft,
-            packed=facts.packed,
+            rows=facts.rows,
             world=world,
         )
         proven = prove(attempt, inputs, facts, model, step=chosen.step)

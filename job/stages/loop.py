@@ -13,6 +13,7 @@ from job.core.crash_points import crash_point
 from job.core.cut import MemoryPlan
 from job.core.errors import DivergedError, StopRequestedError
 from job.core.memory import Placement
+from job.core.packing import Rows
 from job.core.verdict import Evaluation, is_exhausted
 from job.stages.attempt import Attempt
 from job.stages.base_source import loaded_from
@@ -48,8 +49,8 @@ class TrainingFacts:
     """Why this engine computes the gradients."""
     left_to_peft: bool
     """Whether linear layers are PEFT's own."""
-    packed: bool
-    """Whether a row holds several documents."""
+    rows: Rows
+    """How documents stand in micro-batches."""
     questions: list[Question]
     architecture: str
     left_out: str | None

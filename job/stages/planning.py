@@ -77,6 +77,7 @@ def plan_training(
         adapter,
         engine=choice.name,
         compiled=choice.compiled,
+        rows=model.rows,
         device=free,
         max_length=documents.max_length,
         step_tokens=course.largest_step(documents.lengths),

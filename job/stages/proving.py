@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from job.core.errors import SickDeviceError
+from job.core.packing import Rows
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs, load_placed, release_memory
@@ -28,7 +29,7 @@ def load_published(
     files: Mapping[str, FileEntry],
     *,
     left_to_peft: bool,
-    packed: bool,
+    rows: Rows,
     world: World = ALONE,
 ) -> PackedModel:
     """The adapter from the store, by PEFT, on a fresh 4-bit base; where that is sharded the others keep us company.
@@ -39,7 +40,7 @@ def load_published(
         folder: gets the adapter's files.
         files: what the store must give.
         left_to_peft: whether linear layers were PEFT's own in training: then they are here.
-        packed: whether rows held several documents.
+        rows: how documents stood in micro-batches.
         world: the others.
     """
     shutil.rmtree(folder, ignore_errors=True)
@@ -51,8 +52,8 @@ def load_published(
     model = PackedModel(load_with_peft(base, folder, read_wrapper(inputs.base.folder)), sharded)
     if left_to_peft:
         model.linears.leave_to_peft()
-    if not packed:
-        model.take_one_document_a_row()
+    if rows != model.rows:
+        model.take_rows(rows)
     return model.eval()
 
 

@@ -122,6 +122,7 @@ def _plan(inputs: Inputs, facts: TrainingFacts) -> PlanReport:
         kept_layers=cut.kept_layers,
         recomputed_layers=cut.recomputed_layers,
         compiled=cut.compiled,
+        document_rows=cut.rows,
         recompilations=facts.recompilations,
         compute_dtype=cut.compute_dtype,
         predicted_peak_bytes=facts.memory.predicted_peak_bytes,

@@ -121,7 +121,7 @@ class TrainingStage:
             memory=planned.memory,
             engine_reason=planned.choice.reason,
             left_to_peft=planned.choice.left_to_peft,
-            packed=model.is_packed,
+            rows=model.rows,
             questions=questions,
             architecture=architecture if wrapper is None else f"{wrapper.architecture} (its decoder: {architecture})",
             left_out=None if wrapper is None else wrapper.left_out_words(),

@@ -17,7 +17,7 @@ from job.kernels import decoder
 from job.tune.device.failures import error_line
 from job.tune.engines import choice
 from job.tune.engines.choice import choose_engine
-from job.tune.engines.families import is_supported
+from job.tune.engines.families import IN_WORDS, is_supported
 from job.tune.engines.layers import digest_of
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import check_model
@@ -95,7 +95,7 @@ def _how(folder: Path, lora: LoraSection) -> str:
             return f"not by the fast engine: {error}"
         return "both engines agree"
     chosen = choose_engine(model, "generic", backward=torch.autograd.backward)
-    rows = "packed" if model.is_packed else "one document a row"
+    rows = IN_WORDS[model.rows]
     return f"{rows}, linear layers PEFT's own: slower" if chosen.left_to_peft else rows
 
 

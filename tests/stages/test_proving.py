@@ -36,7 +36,7 @@ def test_linear_layers_that_were_left_to_peft_are_peft_s_in_the_proof(bases, doc
     attempt = stages_attempt(recipe, tmp_path)
     batch = micro_batch(documents, range(4))
     theirs, ours = (
-        load_published(attempt, inputs, tmp_path / "published", {}, left_to_peft=left, packed=True)
+        load_published(attempt, inputs, tmp_path / "published", {}, left_to_peft=left, rows="packed")
         for left in (True, False)
     )
 

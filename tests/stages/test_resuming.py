@@ -162,6 +162,24 @@ def test_what_an_earlier_version_began_was_in_bf16(start, stored, tmp_path, earl
     assert all("in fp32 after CPU in bf16: equal within rounding" in each for each in made.progress.changes)
 
 
+def without_rows(state):
+    del state["progress"]["cut"]["rows"]
+
+
+@pytest.mark.parametrize("earlier", [without_rows, as_0d8f748_wrote_it])
+@pytest.mark.parametrize(("now", "changes"), [("packed", 0), ("padded", 1)])
+def test_other_rows_than_an_earlier_version_s_are_said(start, stored, tmp_path, earlier, now, changes):
+    """It had documents in one row, or one at a time, and did not write down which."""
+    _, artifacts = stored(earlier, lora=LoraSection(r=8, alpha=16, targets=("v_proj",), dropout=0.0))
+    made = start(steps=6, lora=LoraSection(r=8, alpha=16, targets=("v_proj",), dropout=0.0))
+    made.progress.cut = cut_of(64, rows=now)
+    resumed(made, artifacts, tmp_path)
+
+    assert made.progress.cut == cut_of(64, rows=now)
+    assert len(made.progress.changes) == changes
+    assert all("one document a row, padded after CPU in bf16: equal within" in each for each in made.progress.changes)
+
+
 def test_what_its_plan_did_not_say_is_as_it_is_planned_now(start, stored, tmp_path):
     def older(state):
         as_0d8f748_wrote_it(state)

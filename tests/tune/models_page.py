@@ -19,6 +19,7 @@ if __name__ == "__main__":
 from layout_table import LAYOUTS, ROWS, outcome_of, token_beyond  # noqa: E402 - found where the lines above look
 from tiny_families import FAMILIES, config_of  # noqa: E402 - found where the lines above look
 from tiny_wrappers import WRAPPED, whole_class_of, whole_config_of  # noqa: E402 - as above
+from transformers import CONFIG_MAPPING  # noqa: E402 - as above
 
 from job.tune.engines import families  # noqa: E402 - as above
 from job.tune.model.adapter import chosen_by_all_linear  # noqa: E402 - as above
@@ -35,15 +36,22 @@ Each row is a family of decoders, by transformers' `model_type`, that the tests 
 plain transformers, bitsandbytes and PEFT, which get one document at a time: the loss of every token is the same to 1e-4
 and every gradient of the adapter to 1e-3, in fp32 on the CPU. Documents are longer than every window, chunk and
 original length in their configs, others beside them are shorter; whatever stands beside a document, its losses are the
-same to the bit. What the base is in 4 bits is read again from its copy to the bit. `make test-families` runs them all.
+same to the bit: packed, whatever the length of the others, else in rows of the same length. What the base is in 4 bits
+is read again from its copy to the bit. `make test-families` runs them all.
 
 *Hand-written*: on a GPU the fast engine trains it; elsewhere, and where that does not fit, it is packed. *Packed*:
 documents stand in one row without padding, and none sees another; on a GPU layers are compiled where attention is
-neither capped nor dropped, and there are no experts. *One document a row*: the decoder gets a document at a time, with
-transformers' own attention, and nothing is compiled: slower, above all with short documents. A family that is not in
-this table trains that way too, if `check` on a small random copy of its config, and the checks at the start of a run,
-find its loss right. The adapter opens with `PeftModel.from_pretrained` on the class that is named: each run ends by
-proving that.
+neither capped nor dropped, and there are no experts. *One document a row*: documents of like lengths, each with a row
+to itself, are padded behind their ends, by an eighth at most, and go through the decoder together; attention is
+transformers' own, but ours in the families that can be packed with kernels, and nothing is compiled. Other tokens
+beside a document change no bit of its losses; another length of the rows may round them otherwise. *One at a time*: the
+decoder gets one such row after another, as padding would change something: a rotation that depends on the length, or
+products of experts that are not ours. *Packed with* some packages: one document a row without them, as in the image
+that this repository builds; with them packed, if the checks at the start of a run find documents apart
+([hybrids.md](hybrids.md)). The tests have transformers' own code in the place of those kernels. A family that is not in
+this table trains one document a row, if `check` on a small random copy of its config, and the checks at the start of a
+run, find its loss right; where they find that rows change each other, one at a time. The adapter opens with
+`PeftModel.from_pretrained` on the class that is named: each run ends by proving that.
 
 Layers' linear modules are in 4 bits; embeddings, head, norms and the other small tensors never are. *Experts* of a
 mixture are in 4 bits too: each expert's two matrices are quantised by themselves, to the bit as bitsandbytes quantises
@@ -126,6 +134,8 @@ def _wrapper_rows() -> Iterator[tuple[str, ...]]:
 
 def _rows() -> Iterator[tuple[str, ...]]:
     for name, (model_type, _) in FAMILIES.items():
+        if not hasattr(CONFIG_MAPPING[model_type](), "num_attention_heads"):
+            continue  # `check` refuses what is published of it: the plan goes by attention's sizes
         model = empty_model(config_of(name))
         chosen = chosen_by_all_linear(model)
         adapted = "all but the head" if chosen is None else ", ".join(chosen)
@@ -141,9 +151,12 @@ def _experts(model: Any) -> str:
 
 
 def _how(model: Any) -> str:
-    if not families.is_packed(model):
-        return "one document a row"
-    return "hand-written" if families.is_supported(model.config) else "packed"
+    rows, kernels = families.rows_of(model), families._KERNELS.get(model.config.model_type)
+    if rows == "packed":
+        return "hand-written" if families.is_supported(model.config) else "packed"
+    if rows == "padded" and kernels:
+        return f"one document a row; packed with {', '.join(kernels)}"
+    return "one document a row" if rows == "padded" else "one at a time"
 
 
 if __name__ == "__main__":

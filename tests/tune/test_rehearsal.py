@@ -38,7 +38,7 @@ _PUBLISHED = {
     "lfm2": {},
     "mixtral": {},
 }
-_EACH_FAMILY = sorted({model_type for model_type, _ in FAMILIES.values()} - {"mamba2"})
+_EACH_FAMILY = sorted({model_type for model_type, _ in FAMILIES.values()} - {"mamba", "mamba2", "falcon_mamba"})
 _INCOMPLETE = {
     "codegen": "heads in fours of another width",
     "deepseek_v2": "the class's defaults lack topk_group",

@@ -57,6 +57,10 @@ WRAPPED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     # name: transformers' model_type, and its config
     "gemma3": ("gemma3", {"text_config": _text("gemma3_text"), "vision_config": _TOWER, "mm_tokens_per_image": 4}),
     "gemma4": ("gemma4", {"text_config": _text("gemma4_text"), "vision_config": _TOWER, "audio_config": _EARS}),
+    "gemma4, experts": (
+        "gemma4",
+        {"text_config": _text("gemma4_text, experts"), "vision_config": _TOWER, "audio_config": _EARS},
+    ),
     "gemma4_unified": (
         "gemma4_unified",
         {"text_config": _text("gemma4_text", model_type="gemma4_unified_text")},

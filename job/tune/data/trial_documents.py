@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from job.core.packing import Rows
 from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import MicroBatch
 
@@ -28,17 +29,22 @@ def text_of(documents: Documents) -> Text:
     return [torch.from_numpy(documents.token_ids(document).astype(np.int64)) for document in first]
 
 
-def trial_documents(text: Text, *, at_least: int, vocabulary: int, device: torch.device) -> list[Tensor]:
-    """Token ids, each [tokens] int64.
+def trial_documents(
+    text: Text, *, at_least: int, vocabulary: int, device: torch.device, rows: Rows = "packed"
+) -> list[Tensor]:
+    """Token ids of three, each [tokens] int64, the longest first.
 
     Args:
         text: what they are made of.
         at_least: tokens of the first one.
         vocabulary: what random tokens are drawn from.
         device: gets them.
+        rows: how documents stand in a micro-batch.
     """
     first, *others = _LENGTHS_OF_TEXT if text else _LENGTHS
-    lengths = (max(first, at_least), *others)
+    longest = max(first, at_least)
+    # Those that are padded are of like lengths, or each would have a group of rows to itself.
+    lengths = (longest, longest - 2, longest - 1) if rows == "padded" else (longest, *others)
     if not text:
         return [torch.randint(0, vocabulary, (length,)).to(device) for length in lengths]
     return [_of_text(text[place % len(text) :], length).to(device) for place, length in enumerate(lengths)]

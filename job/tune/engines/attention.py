@@ -56,13 +56,15 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document: fused, where scores are neither capped nor dropped.
 
+    In B rows of one document each, all T tokens long with their padding, or in one row of T tokens.
+
     Args:
         module: the attention layer; dropout applies in training mode.
-        query: [1, heads, T, width].
-        key: [1, key heads, T, width].
-        value: [1, key heads, T, width].
+        query: [B, heads, T, width].
+        key: [B, key heads, T, width].
+        value: [B, key heads, T, width].
         attention_mask: None; the documents take its place.
-        document_cu_seqlens: [D + 1] int32 on the device: 0, then where each document ends; the last is T.
+        document_cu_seqlens: [D + 1] int32 on the device: 0, then where each document ends; the last is B * T.
         document_lengths: [D] int64 on the host: tokens of each document.
         document_blocks: from `blocks_of`, for our own kernels; None: torch's.
         scaling: of the scores; 1 / sqrt(width) when None.
@@ -72,7 +74,7 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
         s_aux: [heads], attention sinks: scores that stand in each row's sum alone. They are the base's, and frozen.
 
     Returns:
-        [1, T, heads, width], and no weights.
+        [B, T, heads, width], and no weights.
     """
     if attention_mask is not None:
         raise UsageError(f"{type(module).__name__} uses an attention mask, which packing does not support")
@@ -84,12 +86,12 @@ def per_document_attention(  # noqa: PLR0913 - the signature is transformers'
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if softcap is None and not rate:
-        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+        q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
         attended, *_ = document_attention(
             q, k, v, document_cu_seqlens, document_lengths, document_blocks, scale, sliding_window, s_aux
         )
-        return attended[None], None
-    lengths = document_lengths.tolist()
+        return attended.unflatten(0, (len(query), -1)), None
+    lengths = document_lengths.tolist() if len(query) == 1 else [query.shape[2]]
     parts = zip(*(torch.split(part, lengths, dim=2) for part in (query, key, value)), strict=True)
     outputs = [_weighed(*each, scale=scale, window=sliding_window, softcap=softcap, rate=rate) for each in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None

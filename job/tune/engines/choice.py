@@ -1,6 +1,6 @@
 """Which engine trains this model on this device, and why."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from job.tune.device.failures import error_line
 from job.tune.engines.attention import reason_against_fused_attention
 from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.engine import Engine
-from job.tune.engines.families import reason_against
+from job.tune.engines.families import IN_WORDS, reason_against
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import difference
@@ -90,12 +90,14 @@ def _generic(model: PackedModel, why: str, *, backward: Callable[[Tensor], Any],
         log.warning("linear_layers_left_to_peft", reason=against, then="slower, and more memory is needed")
         model.linears.leave_to_peft()
         if model.linears.experts:
-            model.take_one_document_a_row()
+            model.take_rows("alone")
         why = f"{why}; linear layers are PEFT's own: {against}"
     against_compiling = _reason_against_compiling(model)
     compiler = "inductor" if against_compiling is None else None
     if not model.is_packed:
-        why = f"{why}; one document a row"
+        why = f"{why}; {IN_WORDS[model.rows]}"
+    elif model.kernels_by_borders:
+        why = f"{why}; documents apart by the kernels of {' and '.join(model.kernels_by_borders)}"
     how = "layers compiled" if against_compiling is None else f"layers not compiled: {against_compiling}"
     return Choice(
         engine=AutogradEngine(model, backward, compiler=compiler),
@@ -122,15 +124,24 @@ def _reason_of_device(device: torch.device) -> str | None:
 
 
 def _reason_against_compiling(model: PackedModel) -> str | None:
+    return next(_reasons_against_compiling(model), None)
+
+
+def _reasons_against_compiling(model: PackedModel) -> Iterator[str]:
     device = next(model.parameters()).device
     if device.type != "cuda":
-        return "not on a GPU"
+        yield "not on a GPU"
+        return
     if not model.is_packed:
-        return "one document a row"
+        yield "one document a row"
+    if model.kernels_by_borders:
+        yield f"they call kernels of {' and '.join(model.kernels_by_borders)}"
     if not model.layers:
-        return "they are of no kind that transformers recomputes"
+        yield "they are of no kind that transformers recomputes"
     if not model.linears:
-        return "their linear layers are PEFT's own"
+        yield "their linear layers are PEFT's own"
     if model.linears.experts:
-        return "how many tokens an expert gets is seen when it runs"
-    return _reason_of_device(device) or reason_against_fused_attention(model.model.get_base_model().config)
+        yield "how many tokens an expert gets is seen when it runs"
+    reason = _reason_of_device(device) or reason_against_fused_attention(model.model.get_base_model().config)
+    if reason is not None:
+        yield reason

@@ -10,14 +10,18 @@ from torch.nn.functional import pad
 
 from job.kernels.blocks import blocks_of
 from job.tune.data.micro_batch import MicroBatch
+from job.tune.model.config import ROTATIONS_BY_LENGTH
 
 
-def decoder_inputs(batch: MicroBatch, *, in_blocks: bool = False, for_compiled_code: bool = False) -> dict[str, Tensor]:
+def decoder_inputs(
+    batch: MicroBatch, *, in_blocks: bool = False, by_borders: bool = False, for_compiled_code: bool = False
+) -> dict[str, Tensor]:
     """Keyword arguments of the decoder and of our attention.
 
     Args:
         batch: a micro-batch, on the device.
         in_blocks: whether attention is by our own kernels.
+        by_borders: whether there are recurrent layers, whose kernels get the borders in their own words.
         for_compiled_code: make the number of documents a variable of compiled code. A number of one would be a
             constant, so an empty document follows the last.
     """
@@ -27,13 +31,32 @@ def decoder_inputs(batch: MicroBatch, *, in_blocks: bool = False, for_compiled_c
     by_documents = {"document_cu_seqlens": cu_seqlens, "document_lengths": lengths}
     if in_blocks:
         by_documents["document_blocks"] = blocks_of(cu_seqlens, batch.tokens)
+    if by_borders:
+        numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+        by_documents |= {
+            "seq_idx": numbers[None].to(cu_seqlens.device, non_blocking=True),
+            "cu_seq_lens_q": cu_seqlens,
+        }
     if for_compiled_code:
         for each in by_documents.values():
             torch._dynamo.mark_dynamic(each, 0)  # noqa: SLF001 - its public name
     return {**by_documents, "input_ids": batch.input_ids, "position_ids": batch.position_ids}
 
 
-ROTATIONS_BY_LENGTH = ("longrope", "dynamic")
+def row_inputs(rows: int, tokens: int, device: torch.device, *, in_blocks: bool) -> dict[str, Tensor]:
+    """Keyword arguments of our attention for rows of one document each, their padding included.
+
+    Args:
+        rows: how many.
+        tokens: of each.
+        device: to be on.
+        in_blocks: as above.
+    """
+    cu_seqlens = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32, device=device)
+    by_documents = {"document_cu_seqlens": cu_seqlens, "document_lengths": torch.full((rows,), tokens)}
+    if in_blocks:
+        by_documents["document_blocks"] = blocks_of(cu_seqlens, rows * tokens)
+    return by_documents
 
 
 def rotate_by_document(model: nn.Module) -> None:

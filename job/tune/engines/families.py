@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor, nn
 
 from job.core.errors import UsageError
 from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
+from job.core.packing import Rows
 from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import HERE, Arrivals, Decoder, DecoderLayer
 from job.kernels.weights import Adapter, Dequantise, Group, Linear
-from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.model.adapter import chosen_by_all_linear
-from job.tune.model.config import empty_model
+from job.tune.model.config import ROTATIONS_BY_LENGTH, empty_model
 from job.tune.model.four_bit import quantised_of
 from job.tune.model.mixtures import experts_in, experts_in_four_bits
+from job.tune.model.recurrent import read_past_modules
 from job.tune.model.stored.mxfp4 import is_published_in_mxfp4
 from job.tune.model.wrappers import Wrapper
 
@@ -40,8 +42,8 @@ FAMILIES: Mapping[str, Training] = {
     ),
 }
 """Families whose layers look at other tokens by attention alone, and take it from where ours is registered: documents
-in one row do not see each other, to the bit. All others train one document a row. Adding one is an entry here and one
-in `tests/tune/tiny_families.py`, whose tests hold it against plain PEFT."""
+in one row do not see each other, to the bit. All others train one document a row, but for those of `_KERNELS`. Adding
+one is an entry here and one in `tests/tune/tiny_families.py`, whose tests hold it against plain PEFT."""
 _FAST = tuple(name for name, training in FAMILIES.items() if training == "hand-written")
 _MOST_EXPERTS_BYTES = 8 * GIB
 """Of experts that stay in 16 bits. With more, most of the base would not be in 4 bits, and fits few GPUs."""
@@ -49,14 +51,53 @@ _ACROSS = re.compile(r"Conv1d|Mamba|DeltaNet|LightningAttention|Recurrent|ShortC
 """Modules that hand something from token to token, and so from document to document, beside attention."""
 
 
+_KERNELS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), ("causal_conv1d", "fla")),
+    **dict.fromkeys(("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h", "zamba2"), ("causal_conv1d", "mamba_ssm")),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("causal_conv1d",)),
+}
+"""Families whose recurrent layers keep documents of a row apart by their borders, where these packages compute them.
+transformers' own code, which runs without them, cannot, and raises where it is asked to."""
+
+
 def is_packed(causal_lm: Any) -> bool:
     """Whether a row of this model may hold several documents.
 
     Of a mixture, where its experts are in 4 bits, and so multiplied by us: transformers' own products give a token
-    other last bits when other tokens go to the same expert. Whether ours do not, the self-test finds out.
+    other last bits when other tokens go to the same expert. Whether ours do not, the self-test finds out, as it does
+    where documents stay apart by their borders.
     """
-    known = causal_lm.config.model_type in FAMILIES
-    return known and not layers_across(causal_lm) and experts_in(causal_lm) == experts_in_four_bits(causal_lm)
+    known = bool(kernels_by_borders(causal_lm)) if layers_across(causal_lm) else causal_lm.config.model_type in FAMILIES
+    return known and experts_in(causal_lm) == experts_in_four_bits(causal_lm)
+
+
+def attends_by_documents(causal_lm: Any) -> bool:
+    """Whether this model's attention layers, beside its others, take attention from where ours is registered."""
+    return causal_lm.config.model_type in _KERNELS
+
+
+def kernels_by_borders(causal_lm: Any) -> tuple[str, ...]:
+    """Packages whose kernels take the borders of documents to this model's recurrent layers; none: they do not."""
+    packages = _KERNELS.get(causal_lm.config.model_type, ()) if layers_across(causal_lm) else ()
+    return packages if all(map(_is_installed, packages)) else ()
+
+
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def rows_of(causal_lm: Any) -> Rows:
+    """How documents stand in a micro-batch of this model, before anything is tried.
+
+    One at a time where a rotation depends on a document's length, or experts are multiplied by transformers' products:
+    there rows that are padded together would change each other.
+    """
+    if is_packed(causal_lm):
+        return "packed"
+    ropes = [getattr(causal_lm.config, "rope_parameters", None) or {}]
+    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
+    by_length = any(rope.get("rope_type") in ROTATIONS_BY_LENGTH for rope in ropes)
+    return "alone" if by_length or experts_in(causal_lm) != experts_in_four_bits(causal_lm) else "padded"
 
 
 def layers_across(causal_lm: Any) -> list[int]:
@@ -118,12 +159,30 @@ def words_on(config: Any, wrapper: Wrapper | None = None) -> list[str]:
     if chosen is not None:
         words.append(f"{config.model_type}: lora.targets all-linear adapts {', '.join(chosen)}")
     if across:
-        words.append(
-            f"{config.model_type}: layers {_ranges(across)} hand something on from token to token beside attention"
-        )
-    if not is_packed(model):
-        words.append(f"{config.model_type} trains one document a row: slower than packed, with the same result")
+        words.extend(_words_on_recurrence(model, across))
+    rows = rows_of(model)
+    if rows != "packed":
+        words.append(f"{config.model_type} trains {IN_WORDS[rows]}: slower than packed, with the same result")
     return words
+
+
+IN_WORDS: Mapping[Rows, str] = {
+    "packed": "packed",
+    "padded": "one document a row, rows of like lengths padded together",
+    "alone": "one document a row, a row at a time",
+}
+
+
+def _words_on_recurrence(model: Any, across: list[int]) -> Iterator[str]:
+    kind = model.config.model_type
+    yield f"{kind}: layers {_ranges(across)} hand something on from token to token beside attention"
+    wanted, there = " and ".join(_KERNELS.get(kind, ())), kernels_by_borders(model)
+    if there:
+        yield f"{kind}: documents of a row stay apart by the kernels of {wanted}"
+    elif wanted:
+        yield f"{kind}: without {wanted}, which are not installed, transformers' plain code computes these layers"
+    if read_past_modules(model):
+        yield f"{kind}: without mamba_ssm transformers' code goes through a document token by token, far slower"
 
 
 def _words_on_experts(model: Any) -> Iterator[str]:

@@ -6,19 +6,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from job.core.errors import UsageError
+from job.core.packing import Rows, alike
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, has_sinks, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
-from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document
-from job.tune.engines.families import is_packed
+from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document, row_inputs
+from job.tune.engines.families import attends_by_documents, kernels_by_borders, rows_of
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
+from job.tune.model.recurrent import leave_fused_paths
 from job.tune.model.sharded.layers import ShardedLayers
 
 
@@ -46,8 +49,10 @@ class PackedModel(nn.Module):
         self.model = model
         self.sharded = sharded
         register()
-        self.is_packed = is_packed(self._causal_lm())
-        """Whether the decoder gets a row of documents; else one document at a time, by transformers' own attention."""
+        self.rows: Rows = rows_of(self._causal_lm())
+        """How the decoder gets documents."""
+        self.kernels_by_borders = kernels_by_borders(self._causal_lm())
+        """Packages whose kernels keep a row's documents apart in recurrent layers."""
         self._attend()
         rotate_by_document(model)
         self.linears = FusedLinears(model)
@@ -61,6 +66,17 @@ class PackedModel(nn.Module):
 
     def _causal_lm(self) -> Any:
         return self.model.get_base_model()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several documents."""
+        return self.rows == "packed"
+
+    def train(self, mode: bool = True) -> "PackedModel":  # noqa: FBT001, FBT002 - torch's signature
+        """As torch does, without the fused kernels that pass over adapters."""
+        super().train(mode)
+        leave_fused_paths(self._causal_lm())
+        return self
 
     @property
     def head(self) -> Head:
@@ -77,16 +93,44 @@ class PackedModel(nn.Module):
         """Last hidden states at the places whose next token is a target: [N, hidden]."""
         decoder = _decoder_of(self._causal_lm())
         if not self.is_packed:
-            lengths = list(batch.document_lengths)
-            rows = zip(
-                *(torch.split(part, lengths, dim=1) for part in (batch.input_ids, batch.position_ids)), strict=True
-            )
-            alone = [decoder(input_ids=ids, position_ids=at, use_cache=False).last_hidden_state for ids, at in rows]
-            return torch.cat(alone, dim=1)[0].index_select(0, batch.target_places)
+            states, places = self._one_document_a_row(decoder, batch)
+            return states.index_select(0, places[batch.target_places])
         compiled = self.layers.compiled and torch.is_grad_enabled()
-        inputs = decoder_inputs(batch, in_blocks=self.attention.own, for_compiled_code=compiled)
-        states: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
-        return states[0].index_select(0, batch.target_places)
+        inputs = decoder_inputs(
+            batch,
+            in_blocks=self.attention.own,
+            by_borders=bool(self.kernels_by_borders),
+            for_compiled_code=compiled,
+        )
+        row: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+        return row[0].index_select(0, batch.target_places)
+
+    def _one_document_a_row(self, decoder: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states of rows, one behind the other, and where each token of the micro-batch is among them.
+
+        Padding stands behind a document, where nothing before it can see it: no mask is needed, and attention stays
+        plainly causal.
+        """
+        lengths, device = np.array(batch.document_lengths), batch.input_ids.device
+        starts = np.cumsum(lengths) - lengths
+        groups = alike(lengths.tolist()) if self.rows == "padded" else [[each] for each in range(len(lengths))]
+        places, states, before = np.empty(batch.tokens, dtype=np.int64), [], 0
+        for group in groups:
+            at = np.arange(lengths[group[0]])  # the longest stands first
+            for row, document in enumerate(group):
+                start, length = starts[document], lengths[document]
+                places[start : start + length] = before + row * len(at) + at[:length]
+            before += len(group) * len(at)
+            # A document's last token again and again: it costs what any other does, and is no target.
+            filled = starts[group][:, None] + np.minimum(at, lengths[group][:, None] - 1)
+            ids = batch.input_ids[0][torch.from_numpy(filled).to(device, non_blocking=True)]
+            positions = torch.arange(len(at), device=device).expand(len(group), -1)
+            ours = {}
+            if self._attends_by_documents:
+                ours = row_inputs(len(group), len(at), device, in_blocks=self.attention.own)
+            hidden: Tensor = decoder(input_ids=ids, position_ids=positions, use_cache=False, **ours).last_hidden_state
+            states.append(hidden.flatten(0, 1))
+        return torch.cat(states), torch.from_numpy(places).to(device, non_blocking=True)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Loss of each target, in nats: [N] fp32."""
@@ -119,18 +163,18 @@ class PackedModel(nn.Module):
             self._attend()
             self.train(was_training)
 
-    def take_one_document_a_row(self) -> None:
+    def take_rows(self, rows: Rows) -> None:
         """From now on, for good.
 
         Raises:
-            UsageError: the base is sharded, and its layers are there one after the other.
+            UsageError: the base is sharded, and its layers are there one after the other, once for each micro-batch.
         """
-        if self.sharded is not None:
+        if self.sharded is not None and rows != "packed":
             raise UsageError(
                 f"{type(self._causal_lm()).__name__}: here it has to train one document a row, which a base that is "
                 "sharded does not allow; use GPUs that hold the whole base, and --base-placement replicated"
             )
-        self.is_packed = False
+        self.rows = rows
         self._attend()
 
     @contextmanager
@@ -147,9 +191,14 @@ class PackedModel(nn.Module):
         finally:
             self.layers.recomputing = recomputing
 
+    @property
+    def _attends_by_documents(self) -> bool:
+        """Whether attention is ours, whose gradients have the same bits each time; else transformers' own."""
+        return self.is_packed or (self.rows == "padded" and attends_by_documents(self._causal_lm()))
+
     def _attend(self) -> None:
         causal_lm = self._causal_lm()
-        causal_lm.set_attn_implementation(PER_DOCUMENT if self.is_packed else _own_attention(causal_lm))
+        causal_lm.set_attn_implementation(PER_DOCUMENT if self._attends_by_documents else _own_attention(causal_lm))
 
 
 def _decoder_of(causal_lm: Any) -> Any:

@@ -18,26 +18,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from job.core.errors import JobError, UsageError
+from job.core.packing import Rows
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.data.trial_documents import Text, one_row, trial_documents
 from job.tune.device.failures import error_line
-from job.tune.engines.decoder_inputs import ROTATIONS_BY_LENGTH
 from job.tune.engines.engine import Engine
+from job.tune.engines.families import IN_WORDS, layers_across
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
+from job.tune.model.config import tokens_beyond
 from job.tune.model.wrappers import Wrapper
 
 log = structlog.get_logger(__name__)
 
-_LIMITS = (
-    *("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "window_size"),
-    *("attention_window_size", "floor_scale", "chunk_size", "mamba_chunk_size", "block_size", "keep_window_size"),
-)
-"""Where configs name such limits, at their top or in their `rope_parameters`."""
-_MOST_TOKENS = 600
-"""Of a document: longer ones would take a GPU that just holds the model its memory. Limits beyond are not reached."""
-_BEYOND = 8
-"""Tokens by which the longest document passes them."""
 _TOLERANCE = 0.05
 """Mean difference of a token's loss between our forward and the model's own, as a share of the mean loss; of a nat,
 where the mean is less: a base that knows its text by heart has a loss of nearly nothing.
@@ -74,17 +67,28 @@ def check_model(model: PackedModel, text: Text = ()) -> None:
         UsageError: this architecture cannot be trained by this job; the message says what is wrong.
     """
     device = next(model.parameters()).device
-    with _undisturbed(model, device), model.as_peft_has_it(), _refusing_what_does_not_run(model, device):
-        documents = _documents(model, device, text)
-        try:
-            _check_rows(model, documents)
-        except UsageError as error:
-            if not model.is_packed or not model.linears.experts:
-                raise
-            log.warning("one_document_a_row", reason=str(error))
-            model.take_one_document_a_row()
-            _check_rows(model, documents)
-        _check_gradients(model, documents)
+    with _undisturbed(model, device), model.as_peft_has_it():
+        while True:
+            try:
+                with _refusing_what_does_not_run(model, device):
+                    documents = _documents(model, device, text)
+                    _check_rows(model, documents)
+                break
+            except UsageError as error:
+                slower = _slower_rows(model)
+                if slower is None:
+                    raise
+                log.warning("document_rows", reason=str(error), then=IN_WORDS[slower])
+                model.take_rows(slower)
+        with _refusing_what_does_not_run(model, device):
+            _check_gradients(model, documents)
+
+
+def _slower_rows(model: PackedModel) -> Rows | None:
+    """What is tried where documents do not stand right in their rows; None: the model is refused."""
+    if model.is_packed:
+        return "padded" if model.linears.experts or model.kernels_by_borders else None
+    return "alone" if model.rows == "padded" else None
 
 
 def check_whole(model: PackedModel, wrapper: Wrapper | None, text: Text = ()) -> None:
@@ -171,7 +175,7 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
         with model.as_peft_has_it():  # ours would agree with themselves
             theirs, their_gradients = _losses_and_gradients(model, reference, batch)
             with _rounded_embedding(model.model.get_base_model()):
-                rounded = _losses_and_gradients(model, reference, batch)[1] if model.linears.experts else {}
+                rounded = _losses_and_gradients(model, reference, batch)[1] if _amplifies_rounding(model) else {}
         ours, our_gradients = _losses_and_gradients(model, engine, batch)
         off = float(_share(ours - theirs, theirs))
         if not off <= _TOLERANCE:
@@ -186,25 +190,35 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
     return None
 
 
+def _amplifies_rounding(model: PackedModel) -> bool:
+    """Whether a last bit may be much later on: it chooses another expert, or is handed on from token to token."""
+    return bool(model.linears.experts) or bool(layers_across(model.model.get_base_model()))
+
+
 def _gradient_difference(
     ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], rounded: Mapping[str, Tensor] = MappingProxyType({})
 ) -> str | None:
     """Direction and norm are compared apart: a gradient that is too long points the right way.
 
-    What rounding changes where it may send a token to another expert (`rounded`), twice as much may be otherwise.
+    Where a last bit may be much later on (`rounded`), a direction may be twice as far away as rounding turns it, and a
+    norm differ by what rounding moves, or by twice what it lengthens.
     """
+    moved = {name: each - theirs[name] for name, each in rounded.items() if name in theirs}
     for name, gradient in theirs.items():
         if name not in ours:
             return f"{name} gets no gradient"
         turned, ratio = _apart(ours[name], gradient)
-        by_rounding = _apart(rounded[name], gradient) if name in rounded else (0.0, 1.0)
-        if not turned <= _allowed(_DIRECTION_TOLERANCE, by_rounding[0]):  # so that NaN fails too
+        turn, length = _apart(rounded[name], gradient) if name in rounded else (0.0, 1.0)
+        if not turned <= _allowed(_DIRECTION_TOLERANCE, _ROUNDING_TIMES * turn):  # so that NaN fails too
             return f"the gradient of {name} points elsewhere (by {turned:.1%})"
-        if abs(ratio - 1) > _allowed(_ONE_NORM_TOLERANCE, by_rounding[1] - 1):
+        share = float(moved[name].norm() / gradient.norm()) if name in moved else 0.0
+        if abs(ratio - 1) > _allowed(_ONE_NORM_TOLERANCE, max(_ROUNDING_TIMES * abs(length - 1), share)):
             return f"the gradient of {name} is {ratio:.2f} times as large"
     most = max((abs(ratio - 1) for ratio in _ratios_by_kind(rounded, theirs).values()), default=0.0)
+    shares = _ratios_by_kind(moved, theirs)
     for kind, ratio in _ratios_by_kind(ours, theirs).items():
-        if abs(ratio - 1) > min(_allowed(_NORM_TOLERANCE, most), _MOST_OF_A_KIND):
+        by_rounding = max(_ROUNDING_TIMES * most, shares.get(kind, 0.0))
+        if abs(ratio - 1) > min(_allowed(_NORM_TOLERANCE, by_rounding), _MOST_OF_A_KIND):
             return f"the gradient of all {kind} is {ratio:.2f} times as large"
     return None
 
@@ -226,7 +240,7 @@ def _apart(one: Tensor, other: Tensor) -> tuple[float, float]:
 
 
 def _allowed(tolerance: float, by_rounding: float) -> float:
-    return max(tolerance, min(_ROUNDING_TIMES * abs(by_rounding), _MOST_BY_ROUNDING))
+    return max(tolerance, min(by_rounding, _MOST_BY_ROUNDING))
 
 
 @contextmanager
@@ -255,18 +269,9 @@ def _losses_and_gradients(model: PackedModel, engine: Engine, batch: MicroBatch)
 
 def _documents(model: PackedModel, device: torch.device, text: Text) -> list[Tensor]:
     config = _config(model)
-    return trial_documents(text, at_least=_longest(config), vocabulary=config.vocab_size, device=device)
-
-
-def _longest(config: Any) -> int:
-    """Tokens of a document that is longer than every limit that can be passed; 0: there is none."""
-    ropes = [getattr(config, "rope_parameters", None) or {}]
-    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
-    named = [getattr(config, name, None) for name in _LIMITS] + [rope.get(name) for rope in ropes for name in _LIMITS]
-    if any(rope.get("rope_type") in ROTATIONS_BY_LENGTH for rope in ropes):
-        named.append(getattr(config, "max_position_embeddings", None))
-    passed = [limit + _BEYOND for limit in named if isinstance(limit, int) and limit + _BEYOND <= _MOST_TOKENS]
-    return max(passed, default=0)
+    return trial_documents(
+        text, at_least=tokens_beyond(config), vocabulary=config.vocab_size, rows=model.rows, device=device
+    )
 
 
 def _share(difference: Tensor, losses: Tensor) -> Tensor:
@@ -344,12 +349,19 @@ def _check_isolation(model: PackedModel, documents: Sequence[Tensor], tolerance:
     other = [torch.roll(documents[0], 1), *documents[1:]]
     after = model(one_row(other))
     kept = slice(len(documents[0]) - 1, None)
-    # Without the longest one the row has another size, which may round otherwise: no bits are compared.
-    without = model(one_row(documents[1:]))
-    off = _share(before[kept] - without, without)
-    if not torch.equal(before[kept], after[kept]) or not off <= tolerance:
+    if model.rows == "padded":
+        here, reference = before, torch.cat([model(one_row([each])) for each in documents])
+        if not _share(here - reference, reference) <= tolerance:
+            raise UsageError(
+                f"{_name(model)}: padding behind a document changes its loss (a token differs by "
+                f"{_mean(here - reference):.4f}), so its layers look at padding; use another base"
+            )
+    else:
+        # Without the longest one the row has another size, which may round otherwise: no bits are compared.
+        here, reference = before[kept], model(one_row(documents[1:]))
+    if not torch.equal(before[kept], after[kept]) or not _share(here - reference, reference) <= tolerance:
         raise UsageError(
-            f"{_name(model)}: a document changes its neighbour in a packed micro-batch, "
+            f"{_name(model)}: a document changes its neighbour in a {model.rows} micro-batch, "
             "so its layers look across documents; use another base"
         )
 

@@ -36,6 +36,8 @@ FORMAT = 4
 the second's cut did not hold what is computed in; the third was always that of one process."""
 _BEFORE_FORMAT_3 = {"compute_dtype": "bf16"}
 """What every cut was, on every device."""
+_WITHOUT_ROWS = {"rows": "packed"}
+"""What a cut that does not name its rows is taken for: where they are others now, the run is equal within rounding."""
 _OTHER_BYTES = 2**20
 """Of each file beside its numbers: headers, names."""
 _MOST_BYTES_A_STEP, _MOST_BYTES_A_SOURCE, _MOST_STATE_BYTES = 100, 30, 2**24
@@ -206,7 +208,7 @@ def _progress(content: dict[str, Any], expected: Expected, version: int, step: i
     elif not isinstance(content["cut"], Mapping):
         raise ValueError("cut is no object")
     else:
-        content["cut"] = {**_BEFORE_FORMAT_3, **content["cut"]}
+        content["cut"] = {**_BEFORE_FORMAT_3, **_WITHOUT_ROWS, **content["cut"]}
     read = _Progress.model_validate(content)
     cut, numbers = read.cut, (read.losses, read.grad_norms, read.learning_rates)
     if read.step != step or any(len(each) != step for each in numbers):
@@ -225,7 +227,7 @@ def _cut_of_format_1(plan: Mapping[str, Any], planned: Cut, layers: int) -> Cut:
     known = {name: plan[name] for name in Cut.__slots__ if name in plan}
     if plan.get("checkpointing") and not plan.get("recomputed_layers"):
         known["recomputed_layers"] = layers  # autograd recomputes all or none, which only the switch recorded
-    return replace(planned, **(_BEFORE_FORMAT_3 | known))
+    return replace(planned, **(_BEFORE_FORMAT_3 | _WITHOUT_ROWS | known))
 
 
 def _evaluations(path: Path, correct: Any, expected: Expected, step: int) -> dict[int, Evaluation]:

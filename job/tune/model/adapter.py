@@ -19,6 +19,7 @@ from job.core.errors import UsageError
 from job.core.recipe import ALL_LINEAR, EXPERTS, LoraSection
 from job.tune.model.config import empty_model
 from job.tune.model.mixtures import experts_in, experts_modules, is_router, weights_of_experts
+from job.tune.model.recurrent import read_past_modules
 from job.tune.model.wrappers import Wrapper
 
 
@@ -162,6 +163,7 @@ def chosen_by_all_linear(base: Any) -> list[str] | None:
     is_mixture, not_adapted = bool(experts_in(base)), frozenset[str]()
     if is_mixture:
         not_adapted = _taken_for_experts(base)
+    not_adapted |= _read_past_modules(base) | _of_its_own_adapters(base)
     if base.config.model_type in _WITH_MAMBA:
         not_adapted |= _NOT_IN_MAMBA
     if not not_adapted and not is_mixture:
@@ -173,6 +175,16 @@ def chosen_by_all_linear(base: Any) -> list[str] | None:
         if isinstance(module, nn.Linear | Conv1D) and module is not head and not is_router(base, name, module)
     }
     return sorted(names - not_adapted)
+
+
+def _of_its_own_adapters(base: Any) -> frozenset[str]:
+    """Names of the adapters that a base comes with (Zamba2's): each of its blocks holds all, and runs one of them."""
+    names = (name for name, module in base.named_modules() if isinstance(module, nn.Linear))
+    return frozenset(name.rpartition(".")[2] for name in names if "_adapter_list." in name)
+
+
+def _read_past_modules(base: Any) -> frozenset[str]:
+    return frozenset(name.rpartition(".")[2] for name in read_past_modules(base))
 
 
 def _taken_for_experts(base: Any) -> frozenset[str]:
@@ -227,6 +239,12 @@ def _check_modules(base: Any, targets: Sequence[str]) -> None:
         raise UsageError(
             f"lora.targets: {', '.join(unknown)}: no linear module of {type(base).__name__} has this name; "
             f"it has {', '.join(sorted(linear))}{hint}"
+        )
+    past = sorted(_read_past_modules(base) & {*targets})
+    if past:
+        raise UsageError(
+            f"lora.targets: {', '.join(past)}: {type(base).__name__} multiplies its weight past the module, so that an "
+            "adapter on it would be passed over by whoever loads it; leave it out of the list"
         )
     tied = base.config.tie_word_embeddings
     if tied and any(linear[target] is head for target in targets):

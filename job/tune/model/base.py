@@ -49,6 +49,8 @@ def load_base(folder: Path, *, device: torch.device, dtype: torch.dtype, on_host
         # The adapter multiplies in fp32: with TF32 a step on an H200 is six times faster. Its inputs come from bf16,
         # which TF32 holds exactly; sums stay in fp32.
         torch.set_float32_matmul_precision("high")
+        # A convolution's gradient is summed in an order that does not change, or a resumed run would be another.
+        torch.backends.cudnn.deterministic = True
     config = read_config(folder)
     kind = causal_lm_of(config)
     quantised, not_finite = quantisation(dtype), set[str]()

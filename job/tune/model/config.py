@@ -12,11 +12,23 @@ from job.core.errors import UsageError
 from job.core.memory import ExpertsShape, ModelShape
 from job.tune.model.four_bit import put_into_four_bits
 from job.tune.model.mixtures import experts_modules, matrix_of_expert, weights_of_experts
+from job.tune.model.recurrent import recurrent_shape
 from job.tune.model.stored.tensor_files import stored_names
 from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
 
 CONFIG = "config.json"
 HEAD = "lm_head.weight"
+ROTATIONS_BY_LENGTH = ("longrope", "dynamic")
+"""Kinds of rotations that depend on how long a document is."""
+_LIMITS = (
+    *("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "window_size"),
+    *("attention_window_size", "floor_scale", "chunk_size", "mamba_chunk_size", "block_size", "keep_window_size"),
+)
+"""Where configs name such limits, at their top or in their `rope_parameters`."""
+_MOST_TOKENS = 600
+"""Of a document: longer ones would take a GPU that just holds the model its memory. Limits beyond are not reached."""
+_BEYOND = 8
+"""Tokens by which the longest document passes them."""
 
 
 def read_config(folder: Path) -> Any:
@@ -80,6 +92,17 @@ def _no_causal_lm(config: Any) -> UsageError:
     return UsageError(f"model.base: {config.model_type} is no causal language model; choose another base")
 
 
+def tokens_beyond(config: Any) -> int:
+    """Tokens of a document that is longer than every limit of a model that can be passed; 0: it has none."""
+    ropes = [getattr(config, "rope_parameters", None) or {}]
+    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
+    named = [getattr(config, name, None) for name in _LIMITS] + [rope.get(name) for rope in ropes for name in _LIMITS]
+    if any(rope.get("rope_type") in ROTATIONS_BY_LENGTH for rope in ropes):
+        named.append(getattr(config, "max_position_embeddings", None))
+    passed = [limit + _BEYOND for limit in named if isinstance(limit, int) and limit + _BEYOND <= _MOST_TOKENS]
+    return max(passed, default=0)
+
+
 def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
     """Sizes of a decoder, counted on the model that its config describes: no weight is read.
 
@@ -99,6 +122,7 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         )
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     softcap, scale = softcap_and_scale(config)
+    recurrent = recurrent_shape(model, config)  # before its linear modules are others
     linear, experts = put_into_four_bits(model, left), _experts(config, model)
     in_linear = sum(module.in_features * module.out_features for module in linear.values())
     left_whole = _parameters(model) - sum(module.weight.numel() for module in linear.values())
@@ -117,6 +141,7 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         norms=max(2, _as_wide(model, hidden) // sizes["num_hidden_layers"]),
         layer_whole_parameters=_whole_in_layers(model, sizes["num_hidden_layers"], linear.values()),
         experts=experts,
+        recurrent=recurrent,
     )
 
 
@@ -194,7 +219,7 @@ def _chosen(config: Any) -> int:
     return _first(next((n for name in _CHOSEN if (n := _plain(config, name))), 0))
 
 
-_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
 
 

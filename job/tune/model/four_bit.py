@@ -22,6 +22,7 @@ from job.kernels.weights import Quantised
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_name
 from job.tune.model.mixtures import experts_in, experts_in_four_bits, take_out_experts
+from job.tune.model.recurrent import read_past_modules
 
 
 def quantised_form(device: torch.device) -> dict[str, str]:
@@ -65,7 +66,13 @@ _METHOD = "bitsandbytes_4bit"
 
 
 class _WithoutExperts(Bnb4BitHfQuantizer):  # type: ignore[misc] # transformers has no types
-    """Quantises what transformers' own does."""
+    """Quantises what transformers' own does, but no weight that is read past its module."""
+
+    @staticmethod
+    def get_modules_to_not_convert(model: Any, *arguments: Any, **options: Any) -> list[str]:
+        """Transformers' own list, and those."""
+        own = HfQuantizer.get_modules_to_not_convert(model, *arguments, **options)
+        return [*own, *read_past_modules(model)]
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map, **options)
@@ -105,13 +112,14 @@ def put_into_four_bits(model: Any, left: Collection[str] | None) -> dict[str, nn
 
     Args:
         model: changed in place.
-        left: modules that stay as they are; None: those that transformers leaves.
+        left: modules that stay as they are; None: those that loading leaves.
 
     Returns:
         The modules that are in 4 bits, by name.
     """
     if left is None:
-        left = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # noqa: SLF001 - as it does
+        keep = model._keep_in_fp32_modules  # noqa: SLF001 - as transformers does
+        left = _WithoutExperts.get_modules_to_not_convert(model, None, keep)
     replace_with_bnb_linear(model, modules_to_not_convert=[*left], quantization_config=quantisation(torch.bfloat16))
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
 

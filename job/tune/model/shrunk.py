@@ -32,11 +32,16 @@ _WINDOWS: tuple[str, ...] = (
 _WINDOWS += ("mamba_chunk_size", "block_size", "keep_window_size")
 _MOST_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _EXPERT_NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 _LAYER_NUMBERS = ("moe_layers", "full_attn_idxs", "attn_layer_indices", "mlp_only_layers")
 """Lists of layers by their number."""
 _OF_A_LAYER = re.compile(r"idx|index|layer_id|number")
 _DROPPED = ("quantization_config", "auto_map", "transformers_version", "architectures")
+_TWICE_AS_WIDE = "attention_hidden_size"
+"""What Zamba2 calls the width of its attention; like others it follows from the hidden size, where it is not named."""
+_FOLLOWING = (
+    *(_TWICE_AS_WIDE, "attention_head_dim", "mamba_headdim", "kv_channels", "num_query_groups", "hybrid_layer_ids"),
+)
 
 
 def shrunk(config: Any, *, heads: int) -> Any:
@@ -105,11 +110,14 @@ def fewest_heads(config: Any) -> int:
 
 
 def _width(config: Any) -> int:
-    return int(largest(config, "head_dim") or config.hidden_size // config.num_attention_heads)
+    width = None if hasattr(config, _TWICE_AS_WIDE) else largest(config, "head_dim")
+    return int(width or config.hidden_size // config.num_attention_heads)
 
 
 def _narrow(config: Any, few: int) -> dict[str, Any]:
     values = {key: value for key, value in config.to_dict().items() if key not in _DROPPED}
+    if _TWICE_AS_WIDE in values:
+        values = {key: value for key, value in values.items() if key not in _FOLLOWING}
     hidden, heads = config.hidden_size, config.num_attention_heads
     key_heads, width = largest(config, "num_key_value_heads") or heads, _width(config)
     new_hidden = few * width

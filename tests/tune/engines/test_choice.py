@@ -132,6 +132,8 @@ def test_peft_s_own_layers_within_peft_s_own_layers(bases, documents, monkeypatc
 
 def test_peft_s_own_layers_are_not_compiled():
     gpu = SimpleNamespace(device=torch.device("cuda"))
-    model = SimpleNamespace(parameters=lambda: iter([gpu]), is_packed=True, layers=True, linears=False)
+    model = SimpleNamespace(
+        parameters=lambda: iter([gpu]), is_packed=True, kernels_by_borders=(), layers=True, linears=False
+    )
 
     assert choice._reason_against_compiling(model) == "their linear layers are PEFT's own"

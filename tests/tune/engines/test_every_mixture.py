@@ -20,6 +20,7 @@ from job.tune.model.adapter import attach_lora, load_with_peft, parameter_counts
 from job.tune.model.base import load_base
 from job.tune.model.config import empty_model, read_config, shape_of
 from job.tune.model.experts import dequantised_experts, in_four_bits
+from job.tune.model.four_bit import left_whole
 from job.tune.model.mixtures import experts_modules, weights_of_experts
 
 _LENGTHS = (9, 33, 40)
@@ -45,7 +46,12 @@ def published(model, folder):
 
 def by_anybody(folder, adapter, ours):
     """Base by transformers and bitsandbytes, its experts with the values that ours stand for; the adapter by PEFT."""
-    form = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    form = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=left_whole(ours.model.get_base_model()),
+    )
     base = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", device_map={"": "cpu"}, quantization_config=form
     )
@@ -199,6 +205,16 @@ def test_the_length_of_a_kind_s_gradients_may_be_off_by_what_rounding_makes_of_i
     assert "of all layers.a is 0.87 times" in _gradient_difference(times(0.87), theirs, times(1.04))
     for factor in (0.5, 2.0):
         assert "times as large" in _gradient_difference(times(factor), theirs, times(1.5))
+
+
+def test_a_norm_may_differ_by_what_rounding_moves():
+    """Of one adapter, and of all of a kind."""
+    theirs, rounded = {"layers.0.a": torch.tensor([1.0, 0.0])}, {"layers.0.a": torch.tensor([1.0, 0.2])}
+    longer = {"layers.0.a": torch.tensor([1.18, 0.0])}
+    assert "1.18 times as large" in _gradient_difference(longer, theirs)
+    assert _gradient_difference(longer, theirs, rounded) is None
+    assert "all layers.a is 1.10 times" in _gradient_difference({"layers.0.a": torch.tensor([1.1, 0.0])}, theirs)
+    assert "times as large" in _gradient_difference({"layers.0.a": torch.tensor([1.3, 0.0])}, theirs, rounded)
 
 
 def test_without_the_adapter_experts_are_the_base_s(tmp_path):

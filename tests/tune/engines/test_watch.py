@@ -3,7 +3,9 @@
 import pytest
 import torch
 from tiny import EVERY_LINEAR, adapted, gradients, micro_batch
+from tiny_families import write_family
 
+from job.core.packing import alike
 from job.core.recipe import LoraSection
 from job.kernels import reference
 from job.kernels.decoder import Saving
@@ -52,3 +54,22 @@ def test_who_watches_changes_nothing(bases, documents, engine_of):
         results.append([losses, *gradients(model).values()])
 
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("recomputing", [False, True])
+@pytest.mark.parametrize(("name", "rows"), [("lfm2", "padded"), ("lfm2", "alone"), ("mixtral", "padded")])
+def test_of_a_micro_batch_in_several_groups_of_rows_a_gradient_is_said_to_be_complete_once(
+    name, rows, recomputing, documents, tmp_path
+):
+    """A parameter gets a part of its gradient from each group; with the first part it would be summed too early."""
+    model = adapted(write_family(tmp_path, name), LoraSection(r=4, alpha=8), moved=True)
+    model.take_rows(rows)
+    model.layers.recomputing = recomputing
+    batch, heard = micro_batch(documents, range(8)), []
+    assert len(alike(batch.document_lengths)) > 1
+    engine = generic(model)
+    engine.watch(lambda parameters, _after: heard.extend((each, each.grad.clone()) for each in parameters))
+    engine.accumulate(batch, targets=batch.targets, seed=1)
+
+    assert sorted(id(parameter) for parameter, _ in heard) == sorted(map(id, trainable(model)))
+    assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in heard)

@@ -13,7 +13,7 @@ NF4_BYTES = 1 / 2 + 1 / 64
 _TARGETS = ("q_proj", "v_proj", "experts")
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral", "gpt_oss"])
 def material(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("mixtures")
     base = write_family(folder / "base", request.param, layers=5)

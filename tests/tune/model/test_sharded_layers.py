@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny_families as families
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -190,10 +191,23 @@ def test_a_sharded_mixture_that_would_have_to_train_one_document_a_row_is_refuse
         model = PackedModel(attach_lora(loaded, lora, source="tiny", revision=None, seed=0), layers)
         if world is None:
             check_model(model)
-            assert not model.is_packed
+            assert model.rows == "padded"
             continue
         with pytest.raises(UsageError, match=r"one document a row, .* --base-placement replicated"):
             check_model(model)
+
+
+@pytest.mark.parametrize("rows", ["padded", "alone"])
+def test_a_sharded_base_takes_no_rows_but_packed_ones(bases, rows):
+    loaded = load_base(bases["llama"], device=CPU, dtype=torch.float32)
+    lora = LoraSection(r=4, targets=("q_proj",))
+    model = PackedModel(
+        attach_lora(loaded, lora, source="tiny", revision=None, seed=0), ShardedLayers(loaded, OneRank(), CPU)
+    )
+    model.take_rows("packed")
+    with pytest.raises(UsageError, match=r"one document a row, .* --base-placement replicated"):
+        model.take_rows(rows)
+    assert model.is_packed
 
 
 def apart_only_in_rows_of_their_own(model, _documents, _tolerance):
@@ -207,6 +221,7 @@ def apart_only_in_rows_of_their_own(model, _documents, _tolerance):
         (lambda: empty_model(config_of("llama")), True, None),
         (lambda: empty_model(config_of("gemma2")), True, None),
         (lambda: empty_model(config_of("llama")), False, "one document a row"),
+        (lambda: empty_model(families.config_of("qwen3_next")), True, "recurrent layers"),
         (lambda: SimpleNamespace(modules=list, config=SimpleNamespace(model_type="x")), True, "of no kind"),
     ],
 )

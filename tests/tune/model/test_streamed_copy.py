@@ -72,7 +72,7 @@ def test_the_streamed_copy_is_that_of_the_loaded_base_to_the_bit(name, dtype, ba
     assert difference(directly, again) == []
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama4_text"])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama4_text", "qwen3_5_text", "falcon_mamba"])
 def test_a_base_that_is_put_together_while_it_is_loaded_is_copied_right_or_refused(name, tmp_path):
     base = write_family(tmp_path / "base", name)
     try:

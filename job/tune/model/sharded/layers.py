@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from job.core.errors import SickDeviceError, UsageError
 from job.tune.device.digest import digest
 from job.tune.model.experts import stand_in, stand_ins, tensors_of_experts
+from job.tune.model.recurrent import mixers_of
 from job.tune.ranks import Ranks
 
 _ALIGNED = 256
@@ -72,6 +73,8 @@ def reason_against_sharding(causal_lm: Any, *, packed: bool) -> str | None:
         return f"{causal_lm.config.model_type} trains one document a row"
     if not layers:
         return f"the layers of {causal_lm.config.model_type} are of no kind that transformers recomputes"
+    if next(mixers_of(causal_lm), None) is not None:
+        return f"{causal_lm.config.model_type} has recurrent layers, which have not been tried on a base in shards"
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     inner = [module for layer in layers for module in layer.modules() if module is not layer]
     if len({*map(id, parameters)}) < len(parameters) or any(layer in inner for layer in layers):
