@@ -393,15 +393,17 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def config_of(name: str, *, layers: int = LAYERS) -> Any:
-    """Two layers of a family, or more of them by turns."""
+def config_of(name: str, *, layers: int | None = None) -> Any:
+    """A family's own few layers, or more of them by turns."""
     model_type, own = FAMILIES[name]
     sizes = SIZES if model_type != "falcon" else {name: size for name, size in SIZES.items() if name != "head_dim"}
+    if layers is None:
+        return CONFIG_MAPPING[model_type](**{**sizes, **own})
     by_turns = {key: (each * layers)[:layers] for key, each in own.items() if key in {"layer_types", "no_rope_layers"}}
     return CONFIG_MAPPING[model_type](**{**sizes, **own, **by_turns, "num_hidden_layers": layers})
 
 
-def write_family(folder: Path, name: str, *, layers: int = LAYERS) -> Path:
+def write_family(folder: Path, name: str, *, layers: int | None = None) -> Path:
     """Random weights in bf16, with nothing in them that does nothing: no norm of ones, no bias of zeros."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config_of(name, layers=layers), dtype=torch.float32)
