@@ -289,12 +289,7 @@ def memory_parts(
         workspace, spared = dequantised + head, dequantised
         # The stream's gradient, and at the widest: the product and its gradient, the gradients of gate and up.
         token = _BF16 * (shape.hidden + rank + 4 * shape.intermediate + twice)
-    weights, whole = math.ceil(_NF4_BYTES * shape.four_bit_parameters), shape.whole_parameters
-    if shards > 1:
-        weights += _BF16 * shape.layer_whole_parameters
-        whole -= shape.layer_whole_parameters
-        weights = weights // shards + 2 * weights // shape.layers
-        dequantised = 0
+    weights, whole = _of_the_base(shape, shards)
     largest = token_layer
     if shape.recurrent is not None:
         largest += shape.recurrent.kept
@@ -303,14 +298,14 @@ def memory_parts(
     padded = 1 + MOST_PADDING if rows == "padded" else 1.0
     return MemoryParts(
         weights=weights,
-        embeddings=_BF16 * whole,
+        embeddings=whole,
         adapter=_FP32 * adapter.parameters,
         gradients=_FP32 * adapter.parameters,
         optimizer=OPTIMIZER_BYTES[adapter.optimizer] * adapter.parameters,
         update=_FP32 * adapter.parameters,
         workspace=workspace,
         logits=logits,
-        dequantised_layer=dequantised,
+        dequantised_layer=dequantised if shards == 1 else 0,
         spared_workspace=spared,
         # The stream, its last place of each target, that one normed, and the gradient of it.
         token_head=_BF16 * (4 * shape.hidden + rank),
@@ -324,6 +319,16 @@ def memory_parts(
 def row_bytes(shape: ModelShape) -> int:
     """What of a layer a sharded base gathers, on average: weights in 4 bits, and matrices that stay in bf16."""
     return math.ceil((_NF4_BYTES * shape.four_bit_parameters + _BF16 * shape.layer_whole_parameters) / shape.layers)
+
+
+def _of_the_base(shape: ModelShape, shards: int) -> tuple[int, int]:
+    """Bytes of what is spread over GPUs, or could be, and of all else that is not in 4 bits."""
+    weights, whole = math.ceil(_NF4_BYTES * shape.four_bit_parameters), shape.whole_parameters
+    if shards > 1:
+        weights += _BF16 * shape.layer_whole_parameters
+        whole -= shape.layer_whole_parameters
+        weights = weights // shards + 2 * weights // shape.layers
+    return weights, _BF16 * whole
 
 
 def _kept_by_experts(of: ExpertsShape) -> int:
