@@ -267,10 +267,7 @@ def memory_parts(
         # The stream, its gradient, and what a product adds to each; the gradients of gate, up and their product.
         token = _BF16 * (4 * shape.hidden + 3 * shape.intermediate)
         if adapter.by_peft:
-            # Of each norm and of each adapter its input in fp32; attention's, and gate, its activation and up in bf16.
-            in_fp32 = (5 + shape.norms) * shape.hidden + query + shape.intermediate + _ADAPTED * adapter.rank
-            in_fp32 += shape.heads
-            token_layer = _FP32 * in_fp32 + _BF16 * (2 * (query + keys) + 3 * shape.intermediate)
+            token_layer = _kept_by_peft(shape, adapter, query=query, keys=keys)
         if shape.experts is not None:
             workspace = max(workspace, _BF16 * shape.experts.largest)
             token_layer += _kept_by_experts(shape.experts)
@@ -329,6 +326,16 @@ def _of_the_base(shape: ModelShape, shards: int) -> tuple[int, int]:
         whole -= shape.layer_whole_parameters
         weights = weights // shards + 2 * weights // shape.layers
     return weights, _BF16 * whole
+
+
+def _kept_by_peft(shape: ModelShape, adapter: AdapterShape, *, query: int, keys: int) -> int:
+    """Bytes of a token in a layer whose linear modules are PEFT's own.
+
+    Of each norm and of each adapter its input in fp32; attention's, and gate, its activation and up in bf16.
+    """
+    in_fp32 = (5 + shape.norms) * shape.hidden + query + shape.intermediate + _ADAPTED * adapter.rank
+    in_fp32 += shape.heads
+    return _FP32 * in_fp32 + _BF16 * (2 * (query + keys) + 3 * shape.intermediate)
 
 
 def _kept_by_experts(of: ExpertsShape) -> int:
