@@ -49,12 +49,14 @@ def test_a_mixture_is_trained_in_4_bits_with_adapters_on_its_experts_and_proven(
     assert document["work"]["parameters"] == whole["model"]["total_parameters"] - whole["model"]["trainable_parameters"]
 
 
-@pytest.mark.parametrize(("kind", "placement"), [("qwen3_moe", "sharded"), ("gpt_oss", "replicated")])
+@pytest.mark.parametrize(
+    ("kind", "placement"), [("qwen3_moe", "sharded"), ("gpt_oss", "sharded"), ("qwen2_moe", "replicated")]
+)
 def test_a_mixture_that_fits_no_single_gpu_is_planned_as_a_run_places_it(mixture, kind, placement):
-    """By its configuration alone: Qwen3-30B-A3B, and one whose rows hold one document."""
+    """By its configuration alone: Qwen3-30B-A3B, one with sinks, and one whose rows hold one document."""
     sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": 48}
-    inner = {"moe_intermediate_size": 768} if kind == "qwen3_moe" else {"intermediate_size": 768}
-    name = "num_experts" if kind == "qwen3_moe" else "num_local_experts"
+    inner = {"intermediate_size": 768} if kind == "gpt_oss" else {"moe_intermediate_size": 768}
+    name = "num_local_experts" if kind == "gpt_oss" else "num_experts"
     config = AutoConfig.for_model(kind, **sizes, **inner, **{name: 128}, num_experts_per_tok=8, head_dim=128)
     folder = mixture.folder / "own-base"
     (folder / "model.safetensors").unlink()
@@ -65,7 +67,7 @@ def test_a_mixture_that_fits_no_single_gpu_is_planned_as_a_run_places_it(mixture
     (found,) = json.loads(ended.stdout)["forecasts"]
 
     assert (found["placement"], found["fits"]) == (placement, placement == "sharded")
-    said = "each GPU holds the whole base, which cannot be sharded: gpt_oss trains one document a row"
+    said = "each GPU holds the whole base, which cannot be sharded: qwen2_moe trains one document a row"
     text = " ".join(mixture.call("plan", "--gpu-memory", "15", "--gpus", "2").stdout.split())
     assert (said in text) == (placement == "replicated")
     assert said not in " ".join(mixture.call("plan", "--gpu-memory", "15").stdout.split())
