@@ -33,6 +33,7 @@ FLOORS = {
     "job.stages": (
         ("job.stages.finish", "job.stages.so_far", "job.stages.training"),
         ("job.stages.report", "job.stages.proving"),
+        ("job.stages.results",),
         ("job.stages.loop",),
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
         ("job.stages.gathering", "job.stages.loading"),
@@ -45,7 +46,7 @@ FLOORS = {
             "job.stages.stops",
         ),
         ("job.stages.encoding",),
-        ("job.stages.data_report", "job.stages.sources"),
+        ("job.stages.data_report", "job.stages.judging", "job.stages.sources"),
         ("job.stages.guard", "job.stages.records"),
         ("job.stages.identity",),
         ("job.stages.attempt",),
@@ -99,6 +100,8 @@ OWNERS = {
     "matplotlib": ("job.render.pictures", "job.render.page.figures"),
     "pynvml": ("job.edge.host.gpu",),
     "triton": ("job.kernels.triton_*",),
+    "re2": ("job.core.answer_metrics",),
+    "rouge_score": ("job.core.answer_metrics",),
 }
 """Who alone may name a library or one of its parts."""
 MOST_FILES = 14
@@ -111,7 +114,7 @@ CROWDED = {
     "job/stages": "the story of a run, a stage a file",
 }
 """Rooms with more files, and why."""
-CORE_LIBRARIES = {"job", "numpy", "pydantic", "pydantic_core", "yaml"}
+CORE_LIBRARIES = {"job", "numpy", "pydantic", "pydantic_core", "re2", "rouge_score", "yaml"}
 IMPURE = {
     *("asyncio", "io", "logging", "multiprocessing", "os", "pathlib", "random", "shutil", "signal", "socket"),
     *("subprocess", "sys", "tempfile", "threading", "time", "urllib"),

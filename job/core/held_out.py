@@ -31,6 +31,11 @@ class Answer(Section):
     """Nats a target token of that example, before training ..."""
     tuned_loss: float | None = None
     """... and at the chosen step."""
+    reference: str | None = None
+    """What the metric compared both with, where that is not `expected` as a whole."""
+    base_score: float | None = None
+    """By the recipe's metric, from 0 to 1; None: not judged, or an earlier version of the job wrote the report."""
+    tuned_score: float | None = None
 
 
 class ExactMatch(Section):

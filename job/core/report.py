@@ -6,13 +6,16 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from job.core.example_results import ChangeReport, ExamplesFile
 from job.core.held_out import Answer, ExactMatch, HeldOut
+from job.core.judged_answers import MetricReport
 from job.core.lengths import Candidate
 from job.core.limits import StopFigures
 from job.core.memory import ComputeDtype
 from job.core.preview import ExamplePreview
 from job.core.run_record import first_mistake
 from job.core.section import Section
+from job.core.slices import SliceName
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -211,6 +214,19 @@ class SourceLoss(Section):
     """Nats a target token; None: the source has no held-out example."""
 
 
+class SliceLoss(Section):
+    """The held-out examples of one value of a field at one step."""
+
+    slice: SliceName
+    examples: int
+    tokens: int
+    """Target tokens."""
+    loss: float
+    """Nats a target token."""
+    plus_minus: float | None
+    """Half of its 95 % interval, over the examples; None: of one alone."""
+
+
 class EvaluationReport(Section):
     """The held-out examples at one step."""
 
@@ -223,6 +239,8 @@ class EvaluationReport(Section):
     """Target tokens."""
     sources: tuple[SourceLoss, ...] = ()
     """Those of the held-out side, in the recipe's order; empty where there is but one."""
+    slices: tuple[SliceLoss, ...] = ()
+    """In the order of `evaluate.slices`, of each field the largest first."""
 
 
 class SweetSpot(Section):
@@ -323,8 +341,14 @@ class Report(Section):
     sweet_spot: SweetSpot
     exact_match: ExactMatch | None
     answers: tuple[Answer, ...]
+    metric: MetricReport | None = None
+    """None: no held-out example was answered and judged."""
     held_out: HeldOut | None = None
     """None: an earlier version of the job wrote the report."""
+    per_example: ExamplesFile | None = None
+    """Beside the report; None: an earlier version of the job wrote it, or it could not be written."""
+    change: ChangeReport | None = None
+    """Since the run before in the same output; None: there is none that was judged on the same examples."""
     adapter: AdapterReport
     throughput: Throughput
     start: StartReport | None = None
@@ -345,6 +369,8 @@ class Report(Section):
         drawn = [_names(self.plan.sources), _names(self.curve.sources)]
         if drawn != [taken] * 2 or any(_names(e.sources) != judged for e in self.evaluations):
             raise ValueError("sources: data, plan, curve and evaluations do not name the same ones")
+        if len({tuple(each.slice for each in e.slices) for e in self.evaluations}) > 1:
+            raise ValueError("evaluations: they do not have the same slices")
         return self
 
     @model_validator(mode="after")

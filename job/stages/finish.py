@@ -22,6 +22,7 @@ from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.proving import load_published, prove
 from job.stages.report import assemble_report, notes, source_shares
+from job.stages.results import results_of
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import answer
 
@@ -58,8 +59,11 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
             seed=recipe.train.seed,
             should_stop=attempt.moves_on,  # asked after each token
         )
-    report = assemble_report(attempt, inputs, facts, verdict, files=files, proven_loss=proven, tuned=tuned)
     with phases.phase("report"):
+        results = results_of(attempt, inputs, facts, tuned, step=chosen.step)
+        report = assemble_report(
+            attempt, inputs, facts, verdict, files=files, proven_loss=proven, tuned=tuned, results=results
+        )
         crash_point("pictures.before")
         for name, picture in draw(report).items():
             with attempt.not_at_the_cost_of_the_run(name):

@@ -138,7 +138,8 @@ class Loop:
         self._record(self._stepper.finish())
         result = self._evaluated()
         self._progress.evaluations[result.step] = result
-        self._teller.evaluation(result, self._inputs.dataset.losses_by_source(result))
+        dataset = self._inputs.dataset
+        self._teller.evaluation(result, dataset.losses_by_source(result), dataset.losses_by_slice(result))
         self._commit()
 
     def _commit(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import structlog
 
-from job.core.report import SourceLoss
+from job.core.report import SliceLoss, SourceLoss
 from job.core.verdict import Evaluation
 from job.stages.attempt import Attempt
 from job.tune.loop.step import StepRecord
@@ -57,9 +57,12 @@ class StepTeller:
         )
         self._pending, self._waited = [], 0.0
 
-    def evaluation(self, result: Evaluation, sources: Sequence[SourceLoss] = ()) -> None:
-        """One event for each evaluation, with the loss of each source where there are several."""
+    def evaluation(
+        self, result: Evaluation, sources: Sequence[SourceLoss] = (), slices: Sequence[SliceLoss] = ()
+    ) -> None:
+        """One event for each evaluation, with the loss of each source where there are several, and of each slice."""
         by_source = {source.name: source.loss for source in sources if source.loss is not None}
+        by_slice = {f"{each.slice.field}={each.slice.words}": each.loss for each in slices}
         log.info(
             "evaluation",
             step=result.step,
@@ -68,8 +71,9 @@ class StepTeller:
             token_accuracy=round(result.token_accuracy, 4),
             tokens=int(result.tokens.sum()),
             **({"sources": {name: round(loss, 4) for name, loss in by_source.items()}} if by_source else {}),
+            **({"slices": {name: round(loss, 4) for name, loss in by_slice.items()}} if by_slice else {}),
         )
-        named = {f"validation/loss/{name}": loss for name, loss in by_source.items()}
+        named = {f"validation/loss/{name}": loss for name, loss in (by_source | by_slice).items()}
         self._tracking.log(
             {"validation/loss": result.loss, "validation/token_accuracy": result.token_accuracy, **named},
             step=result.step,

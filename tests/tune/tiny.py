@@ -335,7 +335,10 @@ class Attempt:
         """The loop of the stages; sections of the recipe by name."""
         stepper, recipe = self.stepper(), self.recipe.model_copy(update=sections)
         dataset = SimpleNamespace(
-            train=self.documents, validation=self.documents, losses_by_source=lambda _evaluation: ()
+            train=self.documents,
+            validation=self.documents,
+            losses_by_source=lambda _evaluation: (),
+            losses_by_slice=lambda _evaluation: (),
         )
         memory = SimpleNamespace(cut=self.progress.cut)
         facts = self.facts = TrainingFacts(

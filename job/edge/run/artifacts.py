@@ -7,6 +7,7 @@ runs/{run_id}/lock.json                             who works on it now
 runs/{run_id}/latest.json                           a hint for people
 runs/{run_id}/adapter/...                           the chosen adapter
 runs/{run_id}/report.html, *.png                    for people, made of the report
+runs/{run_id}/examples.jsonl                        what came of each held-out example, hash in the report
 runs/{run_id}/report.json                           last of all: the run is done
 
 Before each write that counts the attempt looks whether the lock is still its own, and the write itself is on condition
@@ -16,6 +17,7 @@ of what the attempt knows: one that was frozen in between fails on what its succ
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,21 @@ class Artifacts:
         """Write a small file that can be made again from the report (a picture, a page)."""
         self._run.confirm()
         self._store.write(self._run.root + name, content)
+
+    def read_beside(self, name: str, *, max_bytes: int) -> bytes:
+        """A small file that stands beside the report.
+
+        Raises:
+            NotFoundError: there is none.
+            DataError: it is larger than `max_bytes`.
+        """
+        return self._store.read(self._run.root + name, max_bytes=max_bytes)[0]
+
+    def finished_before(self, *, most: int) -> Iterator["Artifacts"]:
+        """The other runs of this output that have a report, the newest first, at most so many; for reading only."""
+        others = (run_id for run_id in finished_runs(self._store) if run_id != self.run_id)
+        for run_id in islice(others, most):
+            yield Artifacts(self._store, run_id)
 
     def publish_events(self, paths: Sequence[Path], *, attempt: int) -> None:
         """Put TensorBoard's event files of one attempt beside the others: `tensorboard --logdir` reads them all."""

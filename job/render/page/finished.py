@@ -12,6 +12,7 @@ from job.render.page.blocks import Block, Chapter, Page, Picture, Pictures, Room
 from job.render.page.cost import cost_chapter
 from job.render.page.data import data_chapter
 from job.render.page.facts import facts_chapters
+from job.render.page.metrics import METRIC_WORDS, change_chapter, losses_by_slice, metric_chapter
 from job.render.page.writing import written
 
 
@@ -22,9 +23,11 @@ def report_html(report: Report) -> bytes:
 
 def _page(report: Report, room: Room) -> Page:
     chapters = [
+        change_chapter(report.change),
         _curves(report),
         _evaluations(report, room),
-        answers_chapter(report.answers, room),
+        metric_chapter(report.metric, room),
+        answers_chapter(report.answers, room, metric=None if report.metric is None else report.metric.name),
         _examples(report, room),
         data_chapter(report, room),
         cost_chapter(report, room),
@@ -62,13 +65,16 @@ def _verdict(report: Report) -> str:
 
 
 def _figures(report: Report) -> dict[str, str]:
-    spot, match = report.sweet_spot, report.exact_match
+    spot, match, metric = report.sweet_spot, report.exact_match, report.metric
     shown = {
         "validation loss, base": f"{spot.base_loss:.4f}",
         "validation loss, tuned": f"{spot.loss:.4f}",
         "chosen step": f"{spot.step:,} of {report.plan.steps:,}",
     }
-    if match is not None:
+    if metric is not None and metric.name != "exact_match":
+        name = f"{METRIC_WORDS[metric.name]}, {metric.scores.examples:,} answers"
+        shown[name] = f"{metric.scores.before:.0%} → {metric.scores.after:.0%}"
+    elif match is not None:
         shown[f"right answers of {match.examples:,}"] = f"{match.base:.0%} → {match.tuned:.0%}"
     return shown | {"real tokens a second": f"{report.throughput.tokens_per_second:,.0f}"}
 
@@ -123,6 +129,7 @@ def _evaluations(report: Report, room: Room) -> Chapter:
             left_out=len(judged) - len(places),
         ),
         *_by_source(report, room),
+        *losses_by_slice(report, room),
     ]
     return Chapter(anchor="evaluations", name="Evaluations", blocks=blocks)
 

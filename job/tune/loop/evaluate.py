@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from job.core.errors import StopRequestedError
 from job.core.packing import pack
 from job.core.records import Example, Part
 from job.core.verdict import Evaluation
+from job.tune.data.asked import asked_and_learned, asked_documents
 from job.tune.data.chat import ChatTemplate
 from job.tune.data.control import control_tokens
 from job.tune.data.documents import Documents
@@ -115,17 +115,14 @@ def questions_of_documents(
         sources: places of those whose documents have a prompt.
     """
     questions, control = [], {token.id for token in control_tokens(tokenizer)}
-    asked = [filter(documents.is_whole, np.flatnonzero(documents.sources == source).tolist()) for source in sources]
-    by_turns = (each for turn in zip_longest(*asked) for each in turn if each is not None)
-    for document in islice(by_turns, most):
-        ids, start = documents.token_ids(document).tolist(), documents.answer_from(document)
-        end = int(documents.spans(document)[-1, 1])
+    for document in asked_documents(documents, most=most, sources=sources):
+        given, answer = asked_and_learned(documents, document)
         questions.append(
             Question(
-                ids=tuple(ids[:start]),
-                prompt=tokenizer.decode(ids[:start], skip_special_tokens=True),
-                expected=tokenizer.decode(ids[start:end], skip_special_tokens=True).strip(),
-                ends=tuple({ids[end - 1]} & control),
+                ids=tuple(given),
+                prompt=tokenizer.decode(given, skip_special_tokens=True),
+                expected=tokenizer.decode(answer, skip_special_tokens=True).strip(),
+                ends=tuple({answer[-1]} & control),
                 document=document,
             )
         )
