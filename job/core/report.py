@@ -15,7 +15,7 @@ from job.core.memory import ComputeDtype
 from job.core.preview import ExamplePreview
 from job.core.run_record import first_mistake
 from job.core.section import Section
-from job.core.slices import SliceName
+from job.core.slices import SliceLoss
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -212,19 +212,6 @@ class SourceLoss(Section):
     """Target tokens."""
     loss: float | None
     """Nats a target token; None: the source has no held-out example."""
-
-
-class SliceLoss(Section):
-    """The held-out examples of one value of a field at one step."""
-
-    slice: SliceName
-    examples: int
-    tokens: int
-    """Target tokens."""
-    loss: float
-    """Nats a target token."""
-    plus_minus: float | None
-    """Half of its 95 % interval, over the examples; None: of one alone."""
 
 
 class EvaluationReport(Section):

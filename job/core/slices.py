@@ -32,6 +32,19 @@ class SliceName(Section):
         return "(none)" if self.value is None else self.value
 
 
+class SliceLoss(Section):
+    """The held-out examples of one value of a field at one step."""
+
+    slice: SliceName
+    examples: int
+    tokens: int
+    """Target tokens."""
+    loss: float
+    """Nats a target token."""
+    plus_minus: float | None
+    """Half of its 95 % interval, over the examples; None: of one alone."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
     """Some of the held-out examples."""

@@ -16,8 +16,8 @@ from job.core.held_out import plus_minus
 from job.core.lengths import candidates, choose_max_length
 from job.core.mixture import portions
 from job.core.preview import ExamplePreview
-from job.core.report import DataReport, SliceLoss, SourceLoss
-from job.core.slices import Slice
+from job.core.report import DataReport, SourceLoss
+from job.core.slices import Slice, SliceLoss
 from job.core.unused import judge_unused
 from job.core.verdict import Evaluation
 from job.core.vocabulary import refuse_beyond

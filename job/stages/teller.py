@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import structlog
 
-from job.core.report import SliceLoss, SourceLoss
+from job.core.report import SourceLoss
+from job.core.slices import SliceLoss
 from job.core.verdict import Evaluation
 from job.stages.attempt import Attempt
 from job.tune.loop.step import StepRecord

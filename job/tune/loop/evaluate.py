@@ -1,13 +1,16 @@
 """How good the model is on held-out documents: their loss, and its own answers."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from job.core.answer_groups import AnswerGroup, answer_groups
 from job.core.errors import StopRequestedError
 from job.core.packing import pack
 from job.core.records import Example, Part
@@ -19,9 +22,10 @@ from job.tune.data.documents import Documents
 from job.tune.data.frame import TokenRules, encode_given, encode_prompt
 from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.packed_model import PackedModel
+from job.tune.loop.greedy import STOPPED, greedy_tokens, one_does_not_fit, unless_out_of_memory, up_to_end
 
 _PROMPTS_AT_ONCE = 32
-"""Prompts answered together: generation is bound by memory bandwidth, so that more of them cost next to nothing."""
+"""Prompts that `generate` answers together: it is bound by memory bandwidth, so that more cost next to nothing."""
 _TOKENS_AT_ONCE = 16384
 """Tokens of prompts and answers whose keys and values are kept at once, at most: 8.6 GB for Llama-2-7B."""
 
@@ -142,37 +146,70 @@ def answer(
 
     Raises:
         StopRequestedError: asked to stop.
+        torch.OutOfMemoryError: one question alone does not fit.
     """
-    answers: list[str] = [""] * len(questions)
+    ends = [frozenset({tokenizer.eos_token_id, *question.ends}) for question in questions]
+    if model.can_remember:
+        prompts = [question.ids for question in questions]
+        tokens = greedy_tokens(model, prompts, ends, max_new_tokens=max_new_tokens, should_stop=should_stop)
+    else:
+        tokens = generated_tokens(
+            model, questions, ends, tokenizer, max_new_tokens=max_new_tokens, seed=seed, should_stop=should_stop
+        )
+    return [tokenizer.decode(its, skip_special_tokens=True).strip() for its in tokens]
+
+
+def generated_tokens(
+    model: PackedModel,
+    questions: Sequence[Question],
+    ends: Sequence[frozenset[int]],
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    should_stop: Callable[[], bool],
+) -> list[list[int]]:
+    """The same as tokens, up to those that end the answers, by transformers' `generate`: for any decoder."""
+    answers: list[list[int]] = [[] for _ in questions]
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), model.generating() as generator, torch.no_grad():
         torch.manual_seed(seed)
-        for members in _together([len(question.ids) + max_new_tokens for question in questions]):
-            ends = {tokenizer.eos_token_id, *(end for i in members for end in questions[i].ends)}
-            ids, mask = _left_padded([questions[i].ids for i in members], tokenizer.eos_token_id)
+
+        def generated(group: AnswerGroup) -> list[list[int]]:
+            its_ends = ends[group.members[0]]
+            ids, mask = _left_padded([questions[i].ids for i in group.members], tokenizer.eos_token_id)
             written = generator.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                generation_config=_greedy(tokenizer, max_new_tokens, ends),
+                generation_config=_greedy(tokenizer, max_new_tokens, its_ends),
                 stopping_criteria=StoppingCriteriaList([_Stop(should_stop)]),
             )
-            for i, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
-                answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            return [up_to_end(row, its_ends) for row in written[:, ids.shape[1] :].tolist()]
+
+        groups = deque(
+            answer_groups(
+                [len(question.ids) for question in questions],
+                ends,
+                longest_answer=max_new_tokens,
+                most_rows=_PROMPTS_AT_ONCE,
+                most_tokens=_TOKENS_AT_ONCE,
+                unit=1,
+            )
+        )
+        while groups:
+            group = groups.popleft()
+            tokens = unless_out_of_memory(partial(generated, group))
+            if tokens is None:
+                if not group.halves():
+                    raise torch.OutOfMemoryError(one_does_not_fit(group))
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                groups.extendleft(reversed(group.halves()))
+                continue
+            for i, its in zip(group.members, tokens, strict=True):
+                answers[i] = its
     return answers
-
-
-def _together(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Groups of indices into `lengths`, similar lengths together, each group within both limits."""
-    members: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        # The longest so far sets the width of all.
-        if len(members) == _PROMPTS_AT_ONCE or (members and (len(members) + 1) * lengths[i] > _TOKENS_AT_ONCE):
-            yield members
-            members = []
-        members.append(i)
-    if members:
-        yield members
 
 
 def _greedy(tokenizer: Any, max_new_tokens: int, ends: Iterable[int]) -> GenerationConfig:
@@ -206,5 +243,5 @@ class _Stop(StoppingCriteria):  # type: ignore[misc] # transformers has no types
 
     def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
         if self._should_stop():
-            raise StopRequestedError("asked to stop while the model was answering")
+            raise StopRequestedError(STOPPED)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
