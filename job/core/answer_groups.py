@@ -33,7 +33,7 @@ def answer_groups(
     most_tokens: int,
     unit: int,
 ) -> Iterator[AnswerGroup]:
-    """Groups within both limits; a question that is too long for them is one of its own.
+    """Groups that are within both limits in the size that they are run in; a question too long for them is alone.
 
     Args:
         lengths: tokens of each question.
@@ -51,13 +51,13 @@ def answer_groups(
     ordered = sorted(range(len(lengths)), key=lambda i: (numbered[kinds[i]], lengths[i]))
     widest = width_of(max(lengths, default=0))
     # One width for all, where that costs no rows: what was prepared for one group then serves the next.
-    common = widest if min(most_rows, len(ordered)) * widest <= most_tokens else 0
+    common = widest if rows_for(min(most_rows, len(ordered))) * widest <= most_tokens else 0
     members: list[int] = []
     for i in ordered:
         width = max(common, width_of(lengths[i]))  # the longest so far sets that of all
         if members and (
             len(members) == most_rows
-            or (len(members) + 1) * width > most_tokens
+            or rows_for(len(members) + 1) * width > most_tokens
             or numbered[kinds[i]] != numbered[kinds[members[-1]]]
         ):
             yield AnswerGroup(members=tuple(members), width=max(common, width_of(lengths[members[-1]])))

@@ -48,7 +48,7 @@ def test_each_question_is_in_one_group_that_has_room_for_it(asked, answer, rows,
     for each in found:
         assert each.width % unit == 0
         assert each.width >= max(lengths[i] for i in each.members) + answer
-        assert len(each.members) == 1 or len(each.members) * each.width <= tokens
+        assert len(each.members) == 1 or rows_for(len(each.members)) * each.width <= tokens
         assert len(each.members) <= rows
         assert len({kinds[i] for i in each.members}) == 1
 

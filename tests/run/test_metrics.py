@@ -6,8 +6,10 @@ import json
 import pytest
 from job_process import call, records, write_lines
 
+from job.core.errors import DeniedError
 from job.core.example_results import read
 from job.core.report import read_report
+from job.edge.run.artifacts import Artifacts
 
 
 def with_languages(rows):
@@ -122,6 +124,22 @@ def test_a_run_before_whose_lines_were_changed_is_passed_over(judged):
     assert ended.code == 0
     assert not ended.named("change")
     assert "bytes are not those" in ended.named("run_before_passed_over")[0]["reason"]
+
+
+def test_lines_that_are_denied_cost_a_note_and_never_the_report(job, monkeypatch):
+    def publish(artifacts, name, content, published=Artifacts.publish):
+        if name == "examples.jsonl":
+            raise DeniedError("examples.jsonl: AccessDenied")
+        published(artifacts, name, content)
+
+    monkeypatch.setattr(Artifacts, "publish", publish)
+    job.recipe["train"]["steps"] = 2
+
+    assert job.call("run").code == 0
+    report = read_report(job.report())
+    assert "not written: examples.jsonl (examples.jsonl: AccessDenied)" in report.notes
+    assert report.per_example is report.change is None
+    assert (report.metric.name, report.metric.scores.examples) == ("exact_match", 2)
 
 
 def test_answers_are_compared_with_a_field_where_one_is_named(judged):

@@ -37,9 +37,18 @@ _READ_AT_ONCE = 8192
 _UNIT = 128
 """Places that a token may see come in multiples of it: each number of them is recorded once."""
 _WIDTH_UNIT = 256
+_CHECKED = 64
+"""Tokens of an answer that are looked at again."""
+_MEAN_SHORT, _MOST_SHORT = 0.25, 1.0
+"""By how much a token may be less likely than the likeliest, in standard deviations of the logits. Rounding makes two
+that are nearly as likely change places; a wrong answer is short by several, token after token."""
 _LOOK_EVERY = 8
 """Tokens between two looks at what has ended, on a GPU: each waits until it is idle."""
 STOPPED = "asked to stop while the model was answering"
+
+
+class AnswersDifferError(Exception):
+    """What was written is not what the model finds likeliest when it reads it: this device or library is not fit."""
 
 
 def greedy_tokens(
@@ -62,6 +71,7 @@ def greedy_tokens(
     Raises:
         StopRequestedError: asked to stop.
         torch.OutOfMemoryError: one question alone does not fit.
+        AnswersDifferError: an answer of each group is read again by the attention that trains, and is another one.
     """
     found: list[list[int]] = [[] for _ in prompts]
     if not prompts:
@@ -189,7 +199,28 @@ class _Answering:
             count, seen = rows.count, rows.seen(written)
             self._recorder.run((count, seen), partial(rows.advance, count, seen))
         self._stop_if_asked()
-        return rows.tokens(ends[group.members[0]])
+        answers = rows.tokens(ends[group.members[0]])
+        longest = max(range(len(answers)), key=lambda place: len(answers[place]))
+        self._verify(prompts[group.members[longest]], answers[longest])
+        return answers
+
+    def _verify(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """Read a question with its answer as one: each token of it should be the likeliest after those before."""
+        places = range(len(answer))
+        checked = [*places] if len(places) <= _CHECKED else [*places[: _CHECKED // 2], *places[-_CHECKED // 2 :]]
+        ids = [*prompt, *answer[:-1]]
+        after = torch.tensor([len(prompt) - 1 + place for place in checked], device=self._device)
+        whole = {**packed_questions([ids], 0, self._device), "ends": after}
+        logits = self._model.read(Memory(1, len(ids)), whole)
+        written = torch.tensor([answer[place] for place in checked], device=self._device)
+        behind = logits.max(dim=-1).values - logits.gather(1, written[:, None])[:, 0]
+        short = behind / logits.std(dim=-1).clamp(min=1e-6)
+        mean, most = float(short.mean()), float(short.max())
+        if not (mean <= _MEAN_SHORT and most <= _MOST_SHORT):  # also where it is no number
+            raise AnswersDifferError(
+                f"tokens of an answer are less likely than others by {mean:.2f} standard deviations of the logits, "
+                f"{most:.2f} at most"
+            )
 
     def _stop_if_asked(self) -> None:
         if self._should_stop():

@@ -4,18 +4,21 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import structlog
 import torch
+from structlog.testing import capture_logs
 from tiny import CPU, adapted, targets_of
 from tiny_families import FAMILIES, write_family
 
 from job.core.errors import StopRequestedError
 from job.core.recipe import LoraSection
 from job.kernels.recorded import Recorder
+from job.tune.engines import remembered
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.remembered import Memory
 from job.tune.loop import greedy
-from job.tune.loop.evaluate import Question, generated_tokens
-from job.tune.loop.greedy import greedy_tokens
+from job.tune.loop.evaluate import Question, answer, generated_tokens
+from job.tune.loop.greedy import AnswersDifferError, greedy_tokens
 from job.tune.model.adapter import attach_lora, trainable
 from job.tune.model.base import load_base
 
@@ -185,6 +188,26 @@ def test_a_stop_is_asked_for_with_each_token_and_leaves_the_model_as_it_was(llam
     assert len(asked) == 5
     assert llama.model.get_base_model().config._attn_implementation == "per_document"
     assert not llama.linears.keeps_dequantised
+
+
+def test_each_group_s_longest_answer_is_read_again_and_what_is_another_is_generated(llama, prompts, monkeypatch):
+    """Whatever went wrong: here a token sees places that nobody wrote, or what is computed is no number."""
+    questions = [Question(ids=tuple(prompt), prompt="", expected=None) for prompt in prompts]
+    decoded = SimpleNamespace(eos_token_id=2, bos_token_id=1, decode=lambda ids, **_: str(ids))
+    expected = [str(each) for each in by_generate(llama, prompts, [frozenset({2})] * 6)]
+    attend = remembered._one_token
+    for wrong in (
+        lambda query, keys, values, mask, **rest: attend(query, keys, values, mask.logical_not() | mask, **rest),
+        lambda query, *given, **rest: attend(query, *given, **rest) * float("nan"),
+    ):
+        monkeypatch.setattr(remembered, "_one_token", wrong)
+        with pytest.raises(AnswersDifferError, match="standard deviations of the logits"):
+            token_by_token(llama, prompts, [OPEN] * 6)
+        structlog.reset_defaults()  # a command that was called before may have left warnings only
+        with capture_logs() as logs:
+            answers = answer(llama, questions, decoded, max_new_tokens=LONGEST, seed=0, should_stop=never)
+        assert answers == expected
+        assert [each["event"] for each in logs if each["log_level"] == "warning"] == ["answers_differ"]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
