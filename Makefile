@@ -27,10 +27,11 @@ test: $(VENV)/installed
 test-hostile: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "hostile or not hostile" tests/hostile
 
-# Every family of decoders, tiny, beside plain PEFT; `make test` has one of each kind.
+# Every family of decoders, tiny, beside plain PEFT and `generate`; `make test` has one of each kind.
 .PHONY: test-families
 test-families: $(VENV)/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -m "families or not families" tests/tune/engines
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -m "families or not families" \
+		tests/tune/engines tests/tune/loop/test_greedy.py
 
 # The report's page as a browser shows it: a desk, a phone, the dark, paper, and what axe-core says. The screenshots stay in
 # .page/. tests/page/install.sh brings the browser (root, Debian or Ubuntu); without one the tests are skipped.

@@ -1,6 +1,6 @@
 """The adapted model as engines and evaluation see it: a micro-batch in, the loss of each target out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from job.tune.data.micro_batch import MicroBatch
-from job.tune.engines import remembered
 from job.tune.engines.attention import PER_DOCUMENT, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
 from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document, rotating_by_length
@@ -19,7 +18,6 @@ from job.tune.engines.families import is_packed
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
-from job.tune.engines.remembered import REMEMBERED, Memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +37,6 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         register()
-        remembered.register()
         self.is_packed = is_packed(self._causal_lm())
         """Whether the decoder gets a row of documents; else one document at a time, by transformers' own attention."""
         self._attend()
@@ -113,15 +110,15 @@ class PackedModel(nn.Module):
             self.train(was_training)
 
     @property
-    def can_remember(self) -> bool:
-        """Whether `answering` takes it: attention alone hands something on, and rotations go by positions alone."""
-        return self.is_packed and not rotating_by_length(self.model)
+    def rotates_by_position(self) -> bool:
+        """Whether rotations depend on a token's position alone, and not on how long its document is."""
+        return not rotating_by_length(self.model)
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """The model with attention that remembers the tokens before, for `read` and `write`."""
+    def attending(self, name: str) -> Iterator[None]:
+        """The model in evaluation mode, with another attention that is registered with transformers."""
         was_training = self.training
-        self._causal_lm().set_attn_implementation(REMEMBERED)
+        self._causal_lm().set_attn_implementation(name)
         self.eval()
         try:
             yield
@@ -129,33 +126,10 @@ class PackedModel(nn.Module):
             self._attend()
             self.train(was_training)
 
-    def read(self, memory: Memory, questions: Mapping[str, Tensor]) -> Tensor:
-        """Read questions, from `packed_questions`, into a memory: logits of the token after each, [N, vocabulary]."""
-        memory.reading(questions["rows"], questions["positions"][0])
-        states = _decoder_of(self._causal_lm())(
-            input_ids=questions["ids"],
-            position_ids=questions["positions"],
-            use_cache=False,
-            remembered=memory,
-            document_cu_seqlens=questions["cu_seqlens"],
-            document_lengths=questions["lengths"],
-        ).last_hidden_state
-        return self.head.logits(states[0].index_select(0, questions["ends"]))
-
-    def write(self, memory: Memory, tokens: Tensor, at: Tensor, *, seen: int) -> Tensor:
-        """One token more of each of the first rows, at its place: logits of the next one, [B, vocabulary].
-
-        Args:
-            memory: what was read and written before.
-            tokens: [B] int64.
-            at: [B] int64.
-            seen: above every place of them.
-        """
-        memory.writing(at, seen=seen)
-        states = _decoder_of(self._causal_lm())(
-            input_ids=tokens[:, None], position_ids=at[:, None], use_cache=False, remembered=memory
-        ).last_hidden_state
-        return self.head.logits(states[:, 0])
+    def states(self, **inputs: Any) -> Tensor:
+        """The decoder's last hidden states: [rows, tokens, hidden]; what it does not know goes to the attention."""
+        found: Tensor = _decoder_of(self._causal_lm())(**inputs, use_cache=False).last_hidden_state
+        return found
 
     def _attend(self) -> None:
         causal_lm = self._causal_lm()

@@ -31,6 +31,7 @@ from job.tune.loop.greedy import (
     unless_out_of_memory,
     up_to_end,
 )
+from job.tune.loop.remembered import can_remember
 
 log = structlog.get_logger(__name__)
 
@@ -160,7 +161,7 @@ def answer(
     """
     ends = [frozenset({tokenizer.eos_token_id, *question.ends}) for question in questions]
     tokens = None
-    if model.can_remember:
+    if can_remember(model):
         prompts = [question.ids for question in questions]
         try:
             tokens = greedy_tokens(model, prompts, ends, max_new_tokens=max_new_tokens, should_stop=should_stop)

@@ -18,7 +18,8 @@ from job.core.errors import StopRequestedError
 from job.core.memory import GIB
 from job.kernels.recorded import Recorder
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.remembered import Memory, packed_questions
+from job.tune.loop import remembered
+from job.tune.loop.remembered import Memory, packed_questions
 
 log = structlog.get_logger(__name__)
 
@@ -62,7 +63,7 @@ def greedy_tokens(
     """The tokens of each answer, with the one that ends it.
 
     Args:
-        model: `can_remember` is true of it.
+        model: `remembered.can_remember` is true of it.
         prompts: token ids of each question.
         ends: tokens that end its answer.
         max_new_tokens: longest answer.
@@ -78,7 +79,7 @@ def greedy_tokens(
         return found
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(model.answering())
+        stack.enter_context(remembered.remembering(model))
         answering = _Answering(model, ends, max_new_tokens=max_new_tokens, should_stop=should_stop)
         stack.callback(answering.close)
         groups = deque(answering.groups(prompts, ends))
@@ -164,7 +165,7 @@ class _Answering:
         if not self._on_gpu:
             return _TOKENS_CPU
         memory = Memory(1, len(shortest))
-        self._model.read(memory, packed_questions([shortest], 0, self._device))
+        remembered.read(self._model, memory, packed_questions([shortest], 0, self._device))
         return max(1, int(_OF_FREE * self._free_bytes() / memory.token_bytes))
 
     def smaller(self, group: AnswerGroup) -> Sequence[AnswerGroup]:
@@ -211,7 +212,7 @@ class _Answering:
         ids = [*prompt, *answer[:-1]]
         after = torch.tensor([len(prompt) - 1 + place for place in checked], device=self._device)
         whole = {**packed_questions([ids], 0, self._device), "ends": after}
-        logits = self._model.read(Memory(1, len(ids)), whole)
+        logits = remembered.read(self._model, Memory(1, len(ids)), whole)
         written = torch.tensor([answer[place] for place in checked], device=self._device)
         behind = logits.max(dim=-1).values - logits.gather(1, written[:, None])[:, 0]
         short = behind / logits.std(dim=-1).clamp(min=1e-6)
@@ -288,7 +289,7 @@ class _Rows:
         self._last.zero_()
         first = 0
         for part in _read_together(prompts):
-            logits = self._model.read(self._memory, packed_questions(part, first, self._device))
+            logits = remembered.read(self._model, self._memory, packed_questions(part, first, self._device))
             self._last[first : first + len(part)] = logits.argmax(dim=-1)
             first += len(part)
         self._written[:, 0] = self._last
@@ -298,7 +299,7 @@ class _Rows:
     def advance(self, count: int, seen: int) -> None:
         """One token more of the first rows; nothing here waits for the GPU, or writes elsewhere."""
         last, at, ended = self._last[:count], self._at[:count], self._ended[:count]
-        chosen = self._model.write(self._memory, last, at, seen=seen).argmax(dim=-1)
+        chosen = remembered.write(self._model, self._memory, last, at, seen=seen).argmax(dim=-1)
         last.copy_(chosen)
         self._written[:count].index_copy_(1, self._column, chosen[:, None])
         ended |= self._is_end(chosen)

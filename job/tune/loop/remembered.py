@@ -1,11 +1,12 @@
 """Attention that remembers keys and values of the tokens before: what an answer is generated with, token by token.
 
-Registered with transformers' AttentionInterface like `attention.py`, so that it takes the same families: questions are
-read packed in one row, each attending to itself, and then each token of all answers is one forward. Every question has
-a row of its own in a memory that is taken once; which of its places a token sees is masked.
+Registered with transformers' AttentionInterface like `engines/attention.py`, so that it takes the same families:
+questions are read packed in one row, each attending to itself, and then each token of all answers is one forward. Every
+question has a row of its own in a memory that is taken once; which of its places a token sees is masked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,14 +15,51 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from job.tune.engines.attention import per_document_attention
+from job.tune.engines.packed_model import PackedModel
 
 REMEMBERED = "remembered"
 """The name under which transformers finds this attention."""
 
 
-def register() -> None:
-    """Register this attention with transformers; twice does no harm."""
-    AttentionInterface.register(REMEMBERED, remembered_attention)
+def can_remember(model: PackedModel) -> bool:
+    """Whether a model may attend so: attention alone hands something on, and rotations go by positions alone."""
+    return model.is_packed and model.rotates_by_position
+
+
+@contextmanager
+def remembering(model: PackedModel) -> Iterator[None]:
+    """The model with this attention, for `read` and `write`."""
+    AttentionInterface.register(REMEMBERED, remembered_attention)  # twice does no harm
+    with model.attending(REMEMBERED):
+        yield
+
+
+def read(model: PackedModel, memory: "Memory", questions: Mapping[str, Tensor]) -> Tensor:
+    """Read questions, from `packed_questions`, into a memory: logits of the token after each, [N, vocabulary]."""
+    memory.reading(questions["rows"], questions["positions"][0])
+    states = model.states(
+        input_ids=questions["ids"],
+        position_ids=questions["positions"],
+        remembered=memory,
+        document_cu_seqlens=questions["cu_seqlens"],
+        document_lengths=questions["lengths"],
+    )
+    return model.head.logits(states[0].index_select(0, questions["ends"]))
+
+
+def write(model: PackedModel, memory: "Memory", tokens: Tensor, at: Tensor, *, seen: int) -> Tensor:
+    """One token more of each of the first rows, at its place: logits of the next one, [B, vocabulary].
+
+    Args:
+        model: in `remembering`.
+        memory: what was read and written before.
+        tokens: [B] int64.
+        at: [B] int64.
+        seen: above every place of them.
+    """
+    memory.writing(at, seen=seen)
+    states = model.states(input_ids=tokens[:, None], position_ids=at[:, None], remembered=memory)
+    return model.head.logits(states[:, 0])
 
 
 class Memory:
