@@ -13,8 +13,10 @@ ROUNDING = 0.01
 ROUNDING_OF_GAIN = 0.0005
 """And share of what training gained: where next to nothing is left of the loss, rounding is most of it."""
 QUANTISATION = 0.1
-"""Share of the loss, or of what training gained if that is less, that the base's own weights may cost an adapter that was
-trained on 4 bits."""
+"""Share of the loss, or of what training gained if that is less, that the base's own weights may cost an adapter which
+was trained on 4 bits, ..."""
+LEAST = 0.01
+"""... and nats that they may cost in any case: a token is less likely by a hundredth."""
 
 
 class ExportLosses(Section):
@@ -80,7 +82,7 @@ def limits_of(losses: ExportLosses, onto: Onto) -> Limits:
     rounding = ROUNDING * compared + ROUNDING_OF_GAIN * losses.gain
     if onto == "quantised":
         return Limits(rounding=rounding, quantisation=None)
-    return Limits(rounding=rounding, quantisation=rounding + QUANTISATION * min(losses.reported, losses.gain))
+    return Limits(rounding=rounding, quantisation=max(LEAST, QUANTISATION * min(losses.reported, losses.gain)))
 
 
 def refusal(losses: ExportLosses, onto: Onto) -> str | None:
