@@ -221,5 +221,3 @@ def _used(path: Path) -> int:
         return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
     except OSError:
         return 0
-
-

@@ -1,7 +1,7 @@
 """The proof of a merged model: its loss over held-out examples, beside that of the adapter it was made of."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,37 +57,36 @@ def proof_examples(report: Report, validation: Documents, *, most: int | None) -
     return drawn_examples(len(validation), most=most)
 
 
-def prove_merged(
-    report: Report,
-    recipe: Recipe,
-    validation: Documents,
-    places: Sequence[int],
-    *,
-    base: Path,
-    adapter: Path,
-    merged: Path,
-    device: torch.device,
-    phases: Phases,
-    should_stop: Callable[[], bool],
-) -> ExportLosses:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judging:
+    """By what a merged model is judged."""
+
+    report: Report
+    recipe: Recipe
+    """The run's."""
+    validation: Documents
+    """The run's held-out examples."""
+    places: Sequence[int]
+    """Of those that are judged."""
+    device: torch.device
+    phases: Phases
+    should_stop: Callable[[], bool]
+
+
+def prove_merged(judging: Judging, *, base: Path, adapter: Path, merged: Path) -> ExportLosses:
     """Judge the merged model as it stands in its files, and the adapter beside the base that it was merged into.
 
     Args:
-        report: of the run.
-        recipe: the run's.
-        validation: its held-out examples.
-        places: of those that are judged.
+        judging: by what.
         base: folder of the base.
         adapter: folder of the adapter.
         merged: folder of the merged model.
-        device: where it is computed.
-        phases: the clock.
-        should_stop: polled while it is computed.
 
     Raises:
         SickDeviceError: a loss is not finite.
     """
-    documents = _chosen(validation, places)
+    report, recipe, device = judging.report, judging.recipe, judging.device
+    documents = _chosen(judging.validation, judging.places)
     layered = Layered(read_config(base), device=device, dtype=compute_dtype(device))
     adapted = attach_lora(
         layered.model,
@@ -108,8 +107,8 @@ def prove_merged(
             documents,
             step=report.sweet_spot.step,
             tokens_at_once=_TOKENS_AT_ONCE[device.type],
-            should_stop=should_stop,
-            on_progress=lambda done: phases.progress(evaluated=done),
+            should_stop=judging.should_stop,
+            on_progress=lambda done: judging.phases.progress(evaluated=done),
         ).loss
         if not np.isfinite(found):
             raise SickDeviceError(f"the validation loss of {folder} is {found} on this device; try another one")
@@ -120,11 +119,11 @@ def prove_merged(
         alone = loss_of(merged)
     return ExportLosses(
         examples=len(documents),
-        of_examples=len(validation),
+        of_examples=len(judging.validation),
         tokens=int(documents.targets.sum()),
         merged=alone,
         unmerged=unmerged,
-        reported=_reported(report, validation, places),
+        reported=_reported(report, judging.validation, judging.places),
         base=report.sweet_spot.base_loss,
     )
 

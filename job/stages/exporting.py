@@ -1,4 +1,4 @@
-"""A finished run's adapter merged into its base, proved, and put where it was asked for: in the order of what it costs."""
+"""A finished run's adapter merged into its base, proved, and put where it was asked for."""
 
 import importlib.metadata
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import torch
 from pydantic import ValidationError
 
 from job import __version__
@@ -28,7 +27,7 @@ from job.render.merged_card import merged_card
 from job.stages.attempt import Phases, Worker
 from job.stages.base_source import refuse_changed_base
 from job.stages.dataset import Dataset, prepare_dataset
-from job.stages.export_proof import proof_examples, prove_merged, refuse_other_examples
+from job.stages.export_proof import Judging, proof_examples, prove_merged, refuse_other_examples
 from job.stages.hardware import hardware_errors
 from job.stages.identity import frozen_run
 from job.tune.data.chat import asked_rules
@@ -102,13 +101,13 @@ def export_run(
             tokenizer,
             positions=shape.positions,
             rows=shape.vocabulary,
-            folder=Path(scratch) / "data",
+            folder=Path(scratch),
             phases=phases,
         )
         refuse_other_examples(run.report, dataset.validation)
         places = proof_examples(run.report, dataset.validation, most=most_examples)
         with phases.phase("fetch_weights"):
-            base, adapter = _fetch(run, worker, phases, weights=True), Path(scratch) / "adapter"
+            base, adapter = _fetch(run, worker, phases, weights=True), worker.workdir / "adapters" / run.report.run_id
             _fetch_adapter(run, adapter, worker.should_stop)
         prepared = prepare_merge(base, *(adapter / name for name in ADAPTER_FILES), onto=onto, device=device)
         with hardware_errors(device), place.aside(needed_bytes=prepared.weights.bytes + _ROOM_BESIDE) as aside:
@@ -116,18 +115,16 @@ def export_run(
                 _write_weights(prepared, aside, base, phases)
                 stops = _write_beside(run, dataset, tokenizer, prepared, aside, base)
             with phases.phase("prove"):
-                losses = prove_merged(
-                    run.report,
-                    run.recipe,
-                    dataset.validation,
-                    places,
-                    base=base,
-                    adapter=adapter,
-                    merged=aside.path,
+                judging = Judging(
+                    report=run.report,
+                    recipe=run.recipe,
+                    validation=dataset.validation,
+                    places=places,
                     device=device,
                     phases=phases,
                     should_stop=worker.should_stop,
                 )
+                losses = prove_merged(judging, base=base, adapter=adapter, merged=aside.path)
             if (reason := refusal(losses, onto)) is not None:
                 raise UsageError(f"{run.report.run_uri}: {reason}")
             export = _export(run, base, prepared, aside, onto, stops, losses)
@@ -145,10 +142,14 @@ def _already_there(run: Finished, place: ExportPlace, onto: Onto) -> Export | No
     try:
         there = Export.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"--to {located(place.uri)}: is not empty, and its {EXPORT_JSON} is none of this job") from error
+        raise UsageError(
+            f"--to {located(place.uri)}: is not empty, and its {EXPORT_JSON} is none of this job"
+        ) from error
     wanted = (run.report.run_uri, _adapter_sha256(run.report), run.base.source, run.base.revision, onto)
     if (there.run_uri, there.adapter_sha256, there.base, there.revision, there.onto) != wanted:
-        raise UsageError(f"--to {located(place.uri)}: holds the model of {there.run_uri}, onto {there.onto}; name another")
+        raise UsageError(
+            f"--to {located(place.uri)}: holds the model of {there.run_uri}, onto {there.onto}; name another"
+        )
     if not place.holds({name: file.size for name, file in there.files.items()}):
         raise UsageError(f"--to {located(place.uri)}: holds this model, but not all of its files; delete it first")
     log.info("already_there", message="this model stands there already; nothing was done now")

@@ -122,9 +122,7 @@ class Origins:
 
     def values(self, part: Part) -> dict[str, list[Tensor]]:
         """What stands in the files of a part, by pattern; of a stack this expert's share, as a stack of one."""
-        return {
-            pattern: [self._share(name, part.expert) for name in names] for pattern, names in part.pieces.items()
-        }
+        return {pattern: [self._share(name, part.expert) for name in names] for pattern, names in part.pieces.items()}
 
     def converted(self, part: Part, values: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """What transformers makes of these values, by the parameters' names; of an expert's, stacks of one.
@@ -142,7 +140,9 @@ class Origins:
         made: dict[str, Any] = rule.convert(group.target, model=self._model, config=self._model.config)
         found = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         if part.expert is not None and any(len(value) != 1 for value in found.values()):
-            raise DataError(f"{group.target}: expert {part.expert} of the files is no matrix of it; copy the base again")
+            raise DataError(
+                f"{group.target}: expert {part.expert} of the files is no matrix of it; copy the base again"
+            )
         return found
 
     def _share(self, name: str, expert: int | None) -> Tensor:

@@ -96,5 +96,3 @@ def _through(device: torch.device) -> Callable[[Tensor], Tensor]:
         return through_four_bits(value.bfloat16().to(device=device, dtype=dtype)).cpu()
 
     return through
-
-

@@ -3,6 +3,7 @@
 import json
 import re
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from layouts import bnb4_base, changed, config_with, tensors_of
@@ -30,7 +31,7 @@ MIXTURES = (
     *("mixtral", "qwen3_moe", "qwen3_5_moe_text", "gpt_oss", "llama4_text", "granitemoe", "phimoe", "deepseek_v3"),
     *("jamba", "lfm2_moe", "ernie4_5_moe", "hunyuan_v1_moe", "olmoe", "minimax"),
 )
-"""Among them each way in which files hold experts: one by one, stacked, with gate and up apart or in one, transposed."""
+"""Among them each way in which files hold experts: one by one or stacked, gate and up apart or in one, transposed."""
 FEW = 2000
 """Values of a vector: how its sum is ordered may change a last bit."""
 
@@ -44,7 +45,9 @@ def weights_of(folder, kind=AutoModelForCausalLM):
 
 def assert_merged(folder, model, *, kind=AutoModelForCausalLM, dtype=torch.bfloat16, beside=()):
     """The folder's weights are what PEFT merges, rounded once; returns how many of them the adapter changed."""
-    before = {name.replace(".base_layer", ""): value.clone() for name, value in model.get_base_model().state_dict().items()}
+    before = {
+        name.replace(".base_layer", ""): value.clone() for name, value in model.get_base_model().state_dict().items()
+    }
     wanted, found = model.merge_and_unload().state_dict(), weights_of(folder, kind)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -93,7 +96,9 @@ def test_by_how_much_and_where_the_adapter_counts_is_as_its_config_says(options,
     model = adapted(base, lora(**options))
     merge(base, save_adapter(model, tmp_path / "adapter"), tmp_path / "merged")
 
-    assert assert_merged(tmp_path / "merged", model, dtype=torch.float32) == (2 if "layers_to_transform" in options else 4)
+    assert assert_merged(tmp_path / "merged", model, dtype=torch.float32) == (
+        2 if "layers_to_transform" in options else 4
+    )
 
 
 def logits_of(model):
@@ -150,9 +155,7 @@ def test_the_files_are_cut_as_the_bases_are(tmp_path):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_a_base_that_is_published_in_4_bits_is_dequantised(double, quant_type, tmp_path):
     plain = write_base(tmp_path / "plain", config_of("llama"))
-    base = bnb4_base(
-        plain, tmp_path / "base", bnb_4bit_use_double_quant=double, bnb_4bit_quant_type=quant_type
-    )
+    base = bnb4_base(plain, tmp_path / "base", bnb_4bit_use_double_quant=double, bnb_4bit_quant_type=quant_type)
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": "cpu"})
     model = moved(get_peft_model(loaded, lora()))
     save_adapter(model, tmp_path / "adapter")
@@ -162,8 +165,6 @@ def test_a_base_that_is_published_in_4_bits_is_dequantised(double, quant_type, t
     found = weights_of(tmp_path / "merged")
     assert prepare.weights.dtype == "BF16"
     assert not any("absmax" in name or "quant" in name for name in tensors_of(tmp_path / "merged"))
-    import bitsandbytes as bnb
-
     for name, module in loaded.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             values = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
@@ -182,8 +183,6 @@ def test_onto_quantised_is_the_base_that_was_trained_on_with_the_adapter_on_it(t
     merge(base, save_adapter(model, tmp_path / "adapter"), tmp_path / "merged", onto="quantised")
 
     found, trained_on = weights_of(tmp_path / "merged"), load_base(base, device=CPU, dtype=torch.float32)
-    import bitsandbytes as bnb
-
     checked = 0
     for name, module in trained_on.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -200,15 +199,17 @@ def test_onto_quantised_is_the_base_that_was_trained_on_with_the_adapter_on_it(t
         assert torch.equal(found[name], plain[name])
 
 
-@pytest.mark.parametrize("other_layout", [False, True])
-@pytest.mark.parametrize("wrapper", ["gemma3", "qwen2_5_vl", "llava", "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    ("wrapper", "other_layout"),
+    [
+        ("qwen3_vl_moe", False),
+        *((name, other) for name in ("gemma3", "qwen2_5_vl", "llava") for other in (False, True)),
+    ],
+)
 def test_the_decoder_of_a_multimodal_model_is_merged_inside_the_whole(wrapper, other_layout, tmp_path):
     base = write_wrapper(tmp_path / "base", wrapper)
     if other_layout:
-        try:
-            in_the_other_layout(base)
-        except AssertionError:
-            pytest.skip("its class saves it in the layout that it has")
+        in_the_other_layout(base)
     loaded = load_base(base, device=CPU, dtype=torch.float32)
     trained = moved(
         attach_lora(loaded, LoraSection(r=4, alpha=12, targets="all-linear"), source="a/b", revision=None, seed=0)
@@ -240,11 +241,15 @@ def test_of_a_multimodal_base_in_4_bits_all_parts_are_dequantised(tmp_path):
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     config_with(tmp_path / "merged", quantization_config=None)
 
-    merged, before = weights_of(tmp_path / "merged", AutoModelForImageTextToText), tensors_of(plain)
     assert not any(tensor.dtype == torch.uint8 for tensor in tensors_of(tmp_path / "merged").values())
-    for name, value in weights_of(plain, AutoModelForImageTextToText).items():
-        assert torch.allclose(merged[name], value, atol=0.25 * float(value.abs().max())), name
-    assert before
+    merged, checked = weights_of(tmp_path / "merged", AutoModelForImageTextToText), 0
+    options = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+    for name, module in AutoModelForImageTextToText.from_pretrained(tmp_path / "base", **options).named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            values = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+            assert torch.equal(merged[f"{name}.weight"], values), name
+            checked += "vision" in name
+    assert checked > 4
 
 
 def test_what_the_model_has_no_use_for_stays_in_the_files(tmp_path):
