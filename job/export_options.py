@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import click
 
-from job.core.export import Onto
+from job.core.onto import Onto
 from job.options import device_option, outcome_option, workdir_option
 
 
@@ -16,7 +16,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--to",
             envvar="JOB_TO",
             required=True,
-            metavar="FOLDER|URI",
+            metavar="PLACE",
             help="A local folder, or s3://bucket/folder; nothing stands there before it is whole and proved.",
         ),
         click.option(

@@ -6,7 +6,8 @@ from pathlib import Path
 import structlog
 
 from job.commands.report import open_run, recipe_of
-from job.core.export import Export, Onto
+from job.core.export import Export
+from job.core.onto import Onto
 from job.edge.exports import ExportPlace
 from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.planted import refuse_planted

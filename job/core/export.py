@@ -2,12 +2,11 @@
 
 from typing import Literal
 
+from job.core.onto import Onto
 from job.core.report import AdapterFile
 from job.core.section import Section
 
 EXPORT_VERSION: Literal[1] = 1
-Onto = Literal["weights", "quantised"]
-"""On what the adapter is merged: the base's own weights, or those of the base in 4 bits that it was trained on."""
 ROUNDING = 0.01
 """Share of the loss by which rounding may move it: what two devices that compute in bf16 differ by."""
 ROUNDING_OF_GAIN = 0.0005

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ from job.edge.store.whole_files import local_trouble, sync_folder, whole_file
 EXPORT_JSON = "export.json"
 _LAST = "config.json"
 """Without it nothing takes a folder for a model: where names appear one by one, it is the last of the files."""
+_ASIDE = ".unfinished"
+"""What the name of a folder that is being filled ends with, or is, where the place is a volume."""
+_OF_VOLUMES = frozenset({"lost+found"})
+"""What an empty volume holds."""
 _BEGUN = "UNFINISHED.json"
 """Stands in a store while a model is being uploaded there: what lies beside it is ours, and may be written again."""
 
@@ -74,8 +78,12 @@ class ExportPlace:
         self._local = None if path is None else Path(os.path.abspath(path))  # noqa: PTH100 - links stay links
         self._workdir = workdir
         self._store: ObjectStore | None = None
+        self._is_mount = self._local is not None and os.path.ismount(self._local)  # a volume: it cannot be renamed to
         if self._local is None:
-            root, key = store_and_key(self.uri)
+            try:
+                root, key = store_and_key(self.uri)
+            except UsageError as error:
+                raise UsageError(f"--to {located(uri)}: name a folder in the bucket, as s3://bucket/merged") from error
             self._store, self._key = open_store(root, settings), key
             self._folder = StoredFolder(self._store, key)
             self.uri = self._folder.uri
@@ -97,7 +105,8 @@ class ExportPlace:
     def _whole_here(self, path: Path) -> dict[str, Any] | None:
         if path.exists() and not path.is_dir():
             raise UsageError(f"--to {located(self.uri)}: is a file; name a folder that is not there yet")
-        if not path.is_dir() or not any(path.iterdir()):
+        names = {each.name for each in path.iterdir()} - _OF_VOLUMES if path.is_dir() else set()
+        if not names or (self._is_mount and _ASIDE in names):
             return None
         file = path / EXPORT_JSON
         if not file.is_file() or file.stat().st_size > MANIFEST_BYTES:
@@ -130,7 +139,8 @@ class ExportPlace:
             LockedError: another process fills it.
         """
         if self._local is not None:
-            path = self._local.with_name(f".{self._local.name}.unfinished")
+            beside = self._local.with_name(f".{self._local.name}{_ASIDE}")
+            path = self._local / _ASIDE if self._is_mount else beside
         else:
             path = self._workdir / "exports" / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
         try:
@@ -155,7 +165,9 @@ class ExportPlace:
         Raises:
             UsageError: something stands there by now.
         """
-        if self._local is not None:
+        if self._is_mount and self._local is not None:
+            self._move_in(aside, self._local)
+        elif self._local is not None:
             self._move(aside.path, self._local)
         else:
             self._upload(aside, facts, on_bytes)
@@ -169,6 +181,14 @@ class ExportPlace:
                 raise UsageError(f"--to {located(self.uri)}: something came there meanwhile; name another") from error
             raise local_trouble(error, place) from error
         sync_folder(place.parent)
+
+    def _move_in(self, aside: Aside, place: Path) -> None:
+        """File by file: while they are moved, and after a kill, the folder aside still stands between them."""
+        _clear(place, but={_ASIDE, *_OF_VOLUMES})  # the rest of a try of ours; `whole` has looked
+        for name in aside.ordered():
+            (place / name).parent.mkdir(exist_ok=True)
+            (aside.path / name).rename(place / name)
+        sync_folder(place)
 
     def _upload(self, aside: Aside, facts: Mapping[str, Any], on_bytes: Callable[[int, int], None]) -> None:
         assert self._store is not None, "it goes into a store"
@@ -207,8 +227,10 @@ def _alone(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path, *, but: Collection[str] = ()) -> None:
     for each in path.iterdir():
+        if each.name in but:
+            continue
         if each.is_dir() and not each.is_symlink():
             shutil.rmtree(each)
         else:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from job import __version__
 from job.core.errors import DataError, UsageError
-from job.core.export import Export, ExportLosses, Onto, limits_of, refusal
+from job.core.export import Export, ExportLosses, limits_of, refusal
+from job.core.onto import Onto
 from job.core.recipe import Recipe
 from job.core.report import AdapterFile, Report
 from job.edge.base import fetching

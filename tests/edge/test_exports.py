@@ -45,11 +45,20 @@ def files_in(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(params=["folder", "store"])
-def where(request, tmp_path):
+@pytest.fixture(params=["folder", "volume", "store"])
+def where(request, tmp_path, monkeypatch):
     """A place to export to, and what stands in it."""
     if request.param == "folder":
         return tmp_path / "models" / "merged", lambda: files_in(tmp_path / "models" / "merged")
+    if request.param == "volume":
+        volume = tmp_path / "volume"
+        (volume / "lost+found").mkdir(parents=True)
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == volume)
+
+        def outside_of_aside():
+            return {name: content for name, content in files_in(volume).items() if not name.startswith(".unfinished/")}
+
+        return volume, outside_of_aside
     root = request.getfixturevalue("moto_place").root
     store = open_store(root, StoreSettings())
 
@@ -98,13 +107,46 @@ def test_nothing_is_there_after_a_stop(where, tmp_path):
 def test_what_is_not_ours_is_left_alone(where, tmp_path):
     uri, found = where
     if isinstance(uri, Path):
-        uri.mkdir(parents=True)
+        uri.mkdir(parents=True, exist_ok=True)
         (uri / "thesis.tex").write_text("years of work")
     else:
         open_store(uri, StoreSettings()).write("thesis.tex", b"years of work")
     with pytest.raises(UsageError, match="is not empty, and holds no model of this job"):
         place_of(uri, tmp_path).whole()
     assert found() == {"thesis.tex": b"years of work"}
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/"])
+def test_a_bucket_alone_is_no_place(uri, tmp_path):
+    with pytest.raises(UsageError, match="name a folder in the bucket"):
+        place_of(uri, tmp_path)
+
+
+def test_a_volume_is_filled_with_its_config_last(tmp_path, monkeypatch):
+    """Killed between two of its files, it is no model, and the next try clears them away."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == volume)
+    moved, rename = [], Path.rename
+
+    def dying(path, target):
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(Path(target).name)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    monkeypatch.setattr(exports.shutil, "rmtree", lambda *_, **__: None)  # as if killed
+    with pytest.raises(KeyboardInterrupt):
+        fill(place_of(volume, tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == volume)
+    assert not (volume / "config.json").exists()
+    assert len(moved) == 3
+    place = place_of(volume, tmp_path)
+    assert place.whole() is None
+    fill(place)
+    assert files_in(volume) == FILES
 
 
 def test_a_file_is_no_place(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from job.core.errors import DataError
-from job.core.export import Onto
+from job.core.onto import Onto
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.merging.factors import AdapterFile
 from job.tune.merging.files import MergedWeights, Merger, Untied
