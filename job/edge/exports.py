@@ -192,8 +192,8 @@ class ExportPlace:
 
     def _upload(self, aside: Aside, facts: Mapping[str, Any], on_bytes: Callable[[int, int], None]) -> None:
         assert self._store is not None, "it goes into a store"
-        self._folder.remove(self._folder.sizes())  # the rest of a try of ours; `whole` has looked
-        self._store.write(f"{self._key}/{_BEGUN}", json_bytes({**facts}))
+        self._begin(self._store, facts)
+        self._folder.remove({*self._folder.sizes()} - {*aside.files, _BEGUN})  # the rest of an older version's try
         of, done = sum(entry.size for entry in aside.files.values()), 0
         try:
             with self._folder.commit(facts, create_only=True) as files:
@@ -206,6 +206,18 @@ class ExportPlace:
                 f"--to {located(self.uri)}: another export was written there meanwhile; name another place"
             ) from error
         self._folder.remove([_BEGUN])
+
+    def _begin(self, store: ObjectStore, facts: Mapping[str, Any]) -> None:
+        """Say what is being uploaded; a try of the same that did not end is gone on with, and no other is touched."""
+        key = f"{self._key}/{_BEGUN}"
+        try:
+            store.write(key, json_bytes({**facts}), create_only=True)
+        except PreconditionError as error:
+            if json_object(store.read(key, max_bytes=MANIFEST_BYTES)[0]) != json_object(json_bytes({**facts})):
+                raise UsageError(
+                    f"--to {located(self.uri)}: another export was begun there and did not end; delete what is there, "
+                    "or name another place"
+                ) from error
 
 
 @contextlib.contextmanager

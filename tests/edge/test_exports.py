@@ -116,6 +116,17 @@ def test_what_is_not_ours_is_left_alone(where, tmp_path):
     assert found() == {"thesis.tex": b"years of work"}
 
 
+def test_the_rest_of_another_export_in_a_store_is_left_alone(moto_place, tmp_path):
+    """It may still be at work, on another machine."""
+    uri = f"{moto_place.root}/merged"
+    store = open_store(uri, StoreSettings())
+    store.write("UNFINISHED.json", b'{"export_of": "file:///a/runs/another"}')
+    store.write("model.safetensors", b"half")
+    with pytest.raises(UsageError, match="another export was begun there"):
+        fill(place_of(uri, tmp_path))
+    assert {entry.key for entry in store.list("")} == {"UNFINISHED.json", "model.safetensors"}
+
+
 @pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/"])
 def test_a_bucket_alone_is_no_place(uri, tmp_path):
     with pytest.raises(UsageError, match="name a folder in the bucket"):
