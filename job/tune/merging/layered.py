@@ -84,6 +84,8 @@ class Layered:
         self._is_tied = bool(read_config(folder).tie_word_embeddings)
         for name, layer in self._layers:
             self._drop(name, layer)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what the allocator keeps would count as taken
         self._fill("", self.model, but=tuple(f"{name}." for name, _ in self._layers))
 
     def _before(self, name: str, layer: nn.Module) -> Callable[..., None]:
