@@ -14,19 +14,21 @@ import structlog
 
 from job import __version__
 from job.core.errors import NotFoundError, UsageError
-from job.core.given import Given, as_records, set_lines
+from job.core.given import as_records, set_lines
 from job.core.library_settings import LIBRARY_SETTINGS
 from job.core.lines import colours_wanted, hung
 from job.core.visible import one_line
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import lasting_output, say_passing, terminal_width
 from job.ending import Session
+from job.export_options import export_options
 from job.options import (
     AddedUp,
     device_option,
     engine_option,
     leave_ending,
     make_attempt,
+    make_phases,
     news_options,
     plan_options,
     preview_options,
@@ -239,16 +241,7 @@ def preview_data(session: Session, /, recipe: Path, random: int, ids: bool, **op
 @workdir_option
 @device_option
 @click.pass_obj
-def try_run(
-    session: Session,
-    run_uri: str,
-    prompts: tuple[Given, ...],
-    fields: tuple[Given, ...],
-    record_file: Path | None,
-    max_new_tokens: int | None,
-    workdir: Path,
-    device: str,
-) -> None:
+def try_run(session: Session, /, run_uri: str, record_file: Path | None, **options: Any) -> None:
     """Prompt the adapter of a finished run and its base, side by side."""
     from job.commands.try_out import Asked, try_out, typed_prompts
     from job.core.asking import typed
@@ -262,21 +255,14 @@ def try_run(
             _say(session, f"{name:<7} {first}", *(f"{'':<7} {line}" if line else "" for line in rest))
         _say(session, "")
 
-    written = [typed(prompt.text) for prompt in prompts]
+    written = [typed(prompt.text) for prompt in options.pop("prompts")]
+    fields = [field.text for field in options.pop("fields")]
     asked = Asked(
         prompts=written if written or fields or record_file else map(typed, typed_prompts(session.interrupt)),
-        fields=[field.text for field in fields],
+        fields=fields,
         record_file=record_file,
     )
-    try_out(
-        run_uri,
-        asked,
-        workdir=workdir,
-        device=device,
-        max_new_tokens=max_new_tokens,
-        should_stop=session.interrupt,
-        on_answer=show,
-    )
+    try_out(run_uri, asked, **options, should_stop=session.interrupt, on_answer=show)
 
 
 @cli.command(
@@ -341,6 +327,19 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
 
     path = bring(attempt.worker, attempt.phases, folder)
     _say(session, f"fetched; on the node without internet: python entrypoint.py run {path}")
+
+
+@cli.command(name="export")
+@export_options
+@click.pass_obj
+def export_model(session: Session, /, **options: Any) -> None:
+    """Merge the adapter of a finished run into its base, prove the result, and write it where asked."""
+    from job.commands.export import export
+    from job.render.export_text import export_lines
+
+    exported, uri = export(**options, phases=make_phases(session), should_stop=session.interrupt)
+    if not session.as_json:
+        _say(session, "", *export_lines(exported, uri))
 
 
 def main(interrupt: Interrupt) -> int:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "the house": (
         ("entrypoint",),
-        ("job.cli", "job.options", "job.ending"),
+        ("job.cli", "job.options", "job.export_options", "job.ending"),
         ("job.commands", "job.commands.*"),
         ("job.stages", "job.stages.*"),
         ("job.render", "job.render.*", "job.tune", "job.tune.*", "job.edge", "job.edge.*"),
@@ -31,8 +31,8 @@ FLOORS = {
         ("job",),
     ),
     "job.stages": (
-        ("job.stages.finish", "job.stages.so_far", "job.stages.training"),
-        ("job.stages.report", "job.stages.proving"),
+        ("job.stages.exporting", "job.stages.finish", "job.stages.so_far", "job.stages.training"),
+        ("job.stages.export_proof", "job.stages.report", "job.stages.proving"),
         ("job.stages.results",),
         ("job.stages.loop",),
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
@@ -54,6 +54,7 @@ FLOORS = {
     "job.tune": (
         ("job.tune.loop", "job.tune.loop.*", "job.tune.rehearsal"),
         ("job.tune.device_check", "job.tune.engines", "job.tune.engines.*"),
+        ("job.tune.merging", "job.tune.merging.*"),
         ("job.tune.model", "job.tune.model.*"),
         ("job.tune.data", "job.tune.data.*", "job.tune.device", "job.tune.device.*"),
     ),
@@ -62,6 +63,7 @@ FLOORS = {
         (
             "job.edge.chat_template_files",
             "job.edge.dataset_files",
+            "job.edge.exports",
             "job.edge.workers",
             "job.edge.run",
             "job.edge.run.*",
@@ -91,7 +93,7 @@ OWNERS = {
     "botocore": ("job.edge.store.s3*",),
     "signal": ("job.edge.host.interrupt", "job.edge.host.crashing"),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
-    "click": ("job.cli", "job.options"),
+    "click": ("job.cli", "job.options", "job.export_options"),
     "os.environ": ("job.cli", "job.edge.workers"),
     "os.environb": ("job.cli",),
     "os.getenv": ("job.cli",),

@@ -138,6 +138,12 @@ def _evenly(count: int, most: int) -> list[int]:
     return list(range(count)) if count <= most else [i * count // most for i in range(most)]
 
 
+def drawn_examples(count: int, *, most: int) -> list[int]:
+    """Places of at most so many of the examples whose two losses a report keeps, evenly from all."""
+    drawn = _evenly(count, MOST_DRAWN)
+    return [drawn[i] for i in _evenly(len(drawn), most)]
+
+
 def _rounded(losses: NDArray[np.float64]) -> tuple[float, ...]:
     return tuple(round(float(loss), _DIGITS) for loss in losses)
 
