@@ -17,6 +17,7 @@ from job.core.memory import ModelShape
 from job.core.mixture import portions
 from job.core.recipe import Recipe, is_hub_id
 from job.core.report import DataReport
+from job.core.servers import refusals
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.host.logs import quiet_libraries
@@ -163,6 +164,7 @@ def _look_at_model(
         return
     tokenizer, shape, words = model
     table.advise(words, name="base")
+    table.advise(refusals(worker.recipe.lora, rows=shape.vocabulary), name="serving")
     if run is None or "data" in table.failures:
         return
     positions, rows = shape.positions, shape.vocabulary

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from job.core.crash_points import crash_point
 from job.core.recipe import Recipe
+from job.core.servers import refusals
 from job.stages.attempt import Attempt
 from job.stages.committing import Committer
 from job.stages.loading import Inputs, load_model
@@ -137,6 +138,7 @@ class TrainingStage:
             total_parameters=total,
             resumed=resumed,
             adapter=adapter_to_publish(model.model, wrapper),
+            refused_by=tuple(refusals(self._recipe.lora, rows=model.model.config.vocab_size)),
         )
 
     def _adopt(self, planned: Planned, facts: TrainingFacts) -> None:

@@ -15,7 +15,6 @@ of what the attempt knows: one that was frozen in between fails on what its succ
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -263,11 +262,13 @@ class Artifacts:
         """As `Checkpoints.retain`, for our own attempt."""
         self._checkpoints.retain(steps, newest=newest, attempt=self._attempt)
 
-    def publish_adapter(
-        self, folder: Path, *, optional: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
-    ) -> dict[str, FileEntry]:
+    def publish_adapter(self, folder: Path) -> dict[str, FileEntry]:
         """As `PublishedAdapter.publish`."""
-        return self._adapter.publish(folder, optional=optional)
+        return self._adapter.publish(folder)
+
+    def add_to_adapter(self, path: Path) -> FileEntry:
+        """As `PublishedAdapter.add`."""
+        return self._adapter.add(path)
 
     def fetch_adapter(self, folder: Path, files: Mapping[str, FileEntry], *, should_stop: Callable[[], bool]) -> None:
         """As `PublishedAdapter.fetch`."""
