@@ -32,7 +32,7 @@ FLOORS = {
     ),
     "job.stages": (
         ("job.stages.finish", "job.stages.so_far", "job.stages.training"),
-        ("job.stages.report", "job.stages.proving"),
+        ("job.stages.report", "job.stages.proving", "job.stages.tracking"),
         ("job.stages.loop",),
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
         ("job.stages.gathering", "job.stages.loading"),

@@ -51,13 +51,14 @@ def _carry_out(attempt: Attempt, held: Held) -> Report:
         from job.stages.finish import finish
         from job.stages.gathering import gather
         from job.stages.hardware import hardware_errors
+        from job.stages.tracking import Tracked
         from job.stages.training import TrainingStage
 
         quiet_libraries()
     inputs = gather(attempt, held)
-    with hardware_errors(inputs.device):
-        facts = TrainingStage(attempt, inputs).run()
-        return finish(attempt, inputs, facts)
+    with hardware_errors(inputs.device), Tracked(attempt, inputs) as tracked:
+        facts = TrainingStage(attempt, inputs, tracked).run()
+        return finish(attempt, inputs, facts, tracked)
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:

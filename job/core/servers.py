@@ -1,4 +1,4 @@
-"""What servers that take LoRA adapters beside a base refuse of one, by their own rules: docs/serving.md has the sources."""
+"""What servers of LoRA adapters refuse of one, by their own rules: docs/serving.md has the sources."""
 
 from job.core.recipe import LoraSection
 

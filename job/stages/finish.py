@@ -20,6 +20,7 @@ from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.proving import load_published, prove
 from job.stages.report import assemble_report, notes
+from job.stages.tracking import Tracked
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import answer
 from job.tune.model.serving import write_serving_files
@@ -28,7 +29,7 @@ log = structlog.get_logger(__name__)
 _CARD = "README.md"
 
 
-def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
+def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, tracked: Tracked) -> Report:
     """Carry a trained run to its committed report.
 
     Raises:
@@ -69,6 +70,7 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
         for name, picture in draw(report).items():
             with attempt.not_at_the_cost_of_the_run(name):
                 artifacts.publish(name, picture)
+        tracked.conclude(report)
         report = report.model_copy(update={"notes": notes(attempt, facts)})  # with what was not written just now
         with attempt.not_at_the_cost_of_the_run(REPORT_HTML):
             artifacts.publish(REPORT_HTML, report_html(report))
@@ -89,11 +91,11 @@ def _nothing_better(facts: TrainingFacts) -> str:
 def _with_card(attempt: Attempt, inputs: Inputs, report: Report, path: Path) -> Report:
     """The report, which names the adapter's README too once that is written: it is for people alone."""
     path.write_text(adapter_card(report), encoding="utf-8")
+    files = dict(report.adapter.files)
     with attempt.not_at_the_cost_of_the_run(f"adapter/{_CARD}"):
         entry = inputs.artifacts.add_to_adapter(path)
-        files = report.adapter.files | {_CARD: AdapterFile(size=entry.size, sha256=entry.sha256)}
-        return report.model_copy(update={"adapter": report.adapter.model_copy(update={"files": files})})
-    return report
+        files[_CARD] = AdapterFile(size=entry.size, sha256=entry.sha256)
+    return report.model_copy(update={"adapter": report.adapter.model_copy(update={"files": files})})
 
 
 def _fetch_chosen(attempt: Attempt, inputs: Inputs, folder: Path, facts: TrainingFacts) -> tuple[Checkpoint, Verdict]:

@@ -21,12 +21,14 @@ def test_an_adapter_that_all_take_is_refused_by_none():
 def test_a_head_of_a_large_vocabulary_and_a_large_rank_are_refused_by_name():
     head, rank = LoraSection(targets=("q_proj", "lm_head")), LoraSection(r=513)
 
-    assert refusals(head, rows=262_144) == [
+    [said] = refusals(head, rows=262_144)
+    assert said == (
         "vLLM refuses an adapter on lm_head of a vocabulary beyond 258,048, and this base has 262,144: leave lm_head "
         "out of lora.targets, or merge the adapter into the base and serve that"
-    ]
-    assert refusals(rank, rows=32_000) == [
+    )
+    [said] = refusals(rank, rows=32_000)
+    assert said == (
         "vLLM refuses adapters of a rank above 512, and lora.r is 513: lower it, or merge the adapter into the base "
         "and serve that"
-    ]
+    )
     assert len(refusals(head.model_copy(update={"r": 513}), rows=262_144)) == 2

@@ -159,11 +159,11 @@ class Artifacts:
         self._run.confirm()
         self._store.write(self._run.root + name, content)
 
-    def publish_events(self, paths: Sequence[Path], *, attempt: int) -> None:
-        """Put TensorBoard's event files of one attempt beside the others: `tensorboard --logdir` reads them all."""
+    def publish_tracked(self, files: Mapping[str, Path]) -> None:
+        """Put what trackers wrote on this machine beside the checkpoints, by name."""
         self._run.confirm()
-        for path in paths:
-            self._store.upload(path, f"{self._run.root}tensorboard/a{attempt:02d}/{path.name}", should_stop=never)
+        for name, path in files.items():
+            self._store.upload(path, self._run.root + name, should_stop=never)
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 

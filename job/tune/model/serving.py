@@ -1,4 +1,4 @@
-"""What a server needs beside an adapter to answer as it was taught: files that differ from the base's own, and no others."""
+"""What a server needs beside an adapter to answer as it was taught: files that differ from the base's own."""
 
 import copy
 import json

@@ -32,7 +32,9 @@ def adapter(tmp_path):
     """A folder as it is before: what PEFT reads of it names a base that is not here."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/name", "peft_type": "LORA"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "owner/name", "peft_type": "LORA"})
+    )
     return folder
 
 
