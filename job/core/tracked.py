@@ -1,10 +1,11 @@
 """What trackers hear of a run: its recipe as flat values, and in the end the report's figures by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from job.core.report import Report
+from job.core.report import Report, SourceLoss
+from job.core.verdict import Evaluation
 
 _LONGEST = 500
 """Characters of a value: no tracker refuses so many."""
@@ -29,6 +30,17 @@ def tracked_recipe(recipe: Mapping[str, Any]) -> dict[str, str | int | float]:
         elif value is not None:
             found[name] = str(value)[:_LONGEST]
     return found
+
+
+def step_numbers(*, loss: float, grad_norm: float, learning_rate: float) -> dict[str, float]:
+    """What is sent of a step."""
+    return {"train/loss": loss, "train/grad_norm": grad_norm, "train/learning_rate": learning_rate}
+
+
+def evaluation_numbers(result: Evaluation, sources: Sequence[SourceLoss] = ()) -> dict[str, float]:
+    """What is sent of an evaluation, with the loss of each source where there are several."""
+    by_source = {f"validation/loss/{each.name}": each.loss for each in sources if each.loss is not None}
+    return {"validation/loss": result.loss, "validation/token_accuracy": result.token_accuracy} | by_source
 
 
 def tracked_figures(report: Report) -> dict[str, float]:

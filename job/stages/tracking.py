@@ -1,6 +1,8 @@
 """The trackers' part in an attempt: from its first step to its end; what they leave here goes to the store."""
 
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -9,14 +11,15 @@ import structlog
 
 from job.core.errors import LockedError, StopRequestedError
 from job.core.report import Report
-from job.core.tracked import tracked_figures, tracked_key, tracked_recipe
+from job.core.tracked import evaluation_numbers, step_numbers, tracked_figures, tracked_key, tracked_recipe
 from job.render.page.finished import report_html
 from job.render.page.writing import REPORT_HTML
 from job.render.verdict_text import verdict_text
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
+from job.tune.loop.checkpoint import Progress
 from job.tune.loop.track import Tracking
-from job.tune.loop.trackers import Conclusion, Ended, TrackedRun
+from job.tune.loop.trackers import Conclusion, Ended, TrackedRun, Values
 
 log = structlog.get_logger(__name__)
 _SECONDS = 30.0
@@ -47,8 +50,8 @@ class Tracked:
             if not isinstance(error, LockedError):  # then the run is another attempt's to write to
                 self._publish()
 
-    def begin(self, *, from_step: int) -> None:
-        """Open the tracked run, or go on with that of an earlier attempt."""
+    def begin(self, progress: Progress) -> None:
+        """Open the tracked run, or go on with that of an earlier attempt, from where the attempt goes on."""
         artifacts, recipe = self._inputs.artifacts, self._attempt.worker.recipe
         self._begun = bool(recipe.track.trackers)
         self.tracking.begin(
@@ -59,9 +62,24 @@ class Tracked:
                 project=recipe.track.project,
                 folder=self._folder / f"a{self._inputs.attempt_number:02d}",
                 facts=tracked_recipe(recipe.model_dump(mode="json")),
-                from_step=from_step,
+                history=[*self._history(progress)] if self._begun else [],
             )
         )
+
+    def _history(self, progress: Progress) -> Iterator[Values]:
+        """What earlier attempts have made: a tracker may have been away, or its last words lost with the machine."""
+        now = time.time()
+        made = zip(progress.losses, progress.grad_norms, progress.learning_rates, strict=True)
+        steps = {
+            step: step_numbers(loss=loss, grad_norm=norm, learning_rate=rate)
+            for step, (loss, norm, rate) in enumerate(made, start=1)
+        }
+        for step in range(progress.step + 1):
+            numbers = steps.get(step, {})
+            if (judged := progress.evaluations.get(step)) is not None:
+                numbers |= evaluation_numbers(judged, self._inputs.dataset.losses_by_source(judged))
+            if numbers:
+                yield Values(step=step, time=now, numbers=numbers)
 
     def conclude(self, report: Report) -> None:
         """Send the verdict, the figures and the page of a report that is about to be committed, and end with them."""

@@ -8,7 +8,6 @@ import structlog
 from accelerate import Accelerator
 
 from job.core.crash_points import crash_point
-from job.core.recipe import Recipe
 from job.core.servers import refusals
 from job.stages.attempt import Attempt
 from job.stages.committing import Committer
@@ -42,7 +41,7 @@ class TrainingStage:
     def __init__(self, attempt: Attempt, inputs: Inputs, tracked: Tracked) -> None:
         self._attempt = attempt
         self._tracked = tracked
-        self._recipe: Recipe = attempt.worker.recipe
+        self._recipe = attempt.worker.recipe
         self._inputs = inputs
         run_id = inputs.artifacts.run_id
         self._scratch = attempt.worker.run_folder(run_id) / "checkpoints" / f"a{inputs.attempt_number:02d}"
@@ -158,7 +157,7 @@ class TrainingStage:
         with ExitStack() as ends:  # the last one first
             committer = Committer(attempt, inputs.artifacts, state, number=inputs.attempt_number, scratch=self._scratch)
             ends.enter_context(committer)
-            self._tracked.begin(from_step=state.progress.step)
+            self._tracked.begin(state.progress)
             self._ask_base(model, state.progress, facts.questions)
             model.train()
             stepper = Stepper(

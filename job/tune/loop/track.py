@@ -1,6 +1,7 @@
 """Trackers follow the run, each on a thread of its own: one that is slow or away costs a warning, and never the run."""
 
 import contextvars
+import functools
 import importlib.util
 import os
 import queue
@@ -8,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from job.core.errors import UsageError
 from job.core.recipe import TrackSection
-from job.tune.loop.trackers import TRACKERS, Conclusion, Ended, TrackedRun, Tracker, Values
+from job.tune.loop.trackers import TRACKERS, Conclusion, Ended, LastStep, TrackedRun, Tracker, Values
 
 _MOST_WAITING = 20_000
 """Steps that a tracker may be behind."""
@@ -153,7 +155,7 @@ class _Follower:
 
     def _work(self, run: TrackedRun) -> None:
         try:
-            self._tracker.open(run)
+            self._catch_up(run.history, functools.cache(self._tracker.open(run)))
             ahead: Values | _Work | None = None
             while not self.is_over:
                 item = self._waiting.get() if ahead is None else ahead
@@ -176,6 +178,17 @@ class _Follower:
             self._fail(f"{type(error).__name__}: {error}")
             if isinstance(error, TimeoutError):  # the library gave up, and what it has started has not
                 self._end_children()
+
+    def _catch_up(self, history: Sequence[Values], last_step: LastStep) -> None:
+        """Send what the tracker lacks of what was made before this attempt."""
+        missing = []
+        for values in history:
+            numbers = {name: each for name, each in values.numbers.items() if values.step > last_step(name)}
+            if numbers:
+                missing.append(replace(values, numbers=numbers))
+        for start in range(0, len(missing), _AT_ONCE):
+            if not self.is_over:
+                self._tracker.log(missing[start : start + _AT_ONCE])
 
     def _fail(self, reason: str) -> None:
         with self._reporting:

@@ -10,8 +10,20 @@ Ended = Literal["finished", "stopped", "failed"]
 """Whether the run is done, will go on, or this attempt could not."""
 _MOST_METRICS = 900
 """In one request to MLflow, which takes a thousand."""
+LastStep = Callable[[str], int]
+"""The last step of which a tracker has the number of this name; -1: none."""
 _WANDB_SECONDS = 10.0
 """How long W&B may take to begin, and to end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Values:
+    """Numbers of one step."""
+
+    step: int
+    time: float
+    """Unix seconds."""
+    numbers: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +39,8 @@ class TrackedRun:
     """This attempt's own, for what a tracker writes on this machine."""
     facts: Mapping[str, str | int | float]
     """The recipe, flat."""
-    from_step: int
-    """The step that this attempt goes on from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Values:
-    """Numbers of one step."""
-
-    step: int
-    time: float
-    """Unix seconds."""
-    numbers: Mapping[str, float]
+    history: Sequence[Values]
+    """What earlier attempts have made of it, in the order of the steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +62,8 @@ class Tracker(Protocol):
     children: ClassVar[tuple[str, ...]]
     """Programs that it starts, which would keep this process from ending while they wait for its server."""
 
-    def open(self, run: TrackedRun) -> None:
-        """Begin the tracked run, or go on with that of an earlier attempt."""
+    def open(self, run: TrackedRun) -> LastStep:
+        """Begin the tracked run, or go on with that of an earlier attempt; returns what it has of it."""
 
     def log(self, batch: Sequence[Values]) -> None:
         """Send numbers, in the order of their steps."""
@@ -79,18 +81,16 @@ class TensorBoard:
     name: ClassVar[str] = "tensorboard"
     children: ClassVar[tuple[str, ...]] = ()
 
-    def open(self, run: TrackedRun) -> None:
-        """See `Tracker`. Steps that an earlier attempt made and did not commit are hidden: they are made again."""
+    def open(self, run: TrackedRun) -> LastStep:
+        """See `Tracker`. Files of earlier attempts may be elsewhere: this one's hides what they hold, and has all."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._uri = run.uri
-        self._writer: Any = SummaryWriter(
-            run.folder / self.name, purge_step=run.from_step + 1 if run.from_step else None
-        )
-        if not run.from_step:
-            rows = [f"| {name} | {_cell(value)} |" for name, value in run.facts.items()]
-            self._writer.add_text("recipe", "\n".join(["| | |", "|---|---|", *rows]), 0)
+        self._writer: Any = SummaryWriter(run.folder / self.name, purge_step=0 if run.history else None)
+        rows = [f"| {name} | {_cell(value)} |" for name, value in run.facts.items()]
+        self._writer.add_text("recipe", "\n".join(["| | |", "|---|---|", *rows]), 0)
         self._writer.flush()
+        return lambda _name: -1
 
     def log(self, batch: Sequence[Values]) -> None:
         """See `Tracker`."""
@@ -120,7 +120,7 @@ class MLflow:
     _KEY = "qlora_job.key"
     _STATUS: ClassVar[dict[Ended, str]] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
-    def open(self, run: TrackedRun) -> None:
+    def open(self, run: TrackedRun) -> LastStep:
         """See `Tracker`."""
         import mlflow
         from mlflow.entities import Param
@@ -134,13 +134,17 @@ class MLflow:
         if found:
             self._id = found[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
-            return
+            return self._last_step
         tags = {self._KEY: run.key, "run_uri": run.uri}
         self._id = self._client.create_run(where, run_name=run.name, tags=tags).info.run_id
         facts = [*run.facts.items()]
         for start in range(0, len(facts), 100):  # as many as it takes at once
             params = [Param(name, str(value)) for name, value in facts[start : start + 100]]
             self._client.log_batch(self._id, params=params)
+        return lambda _name: -1
+
+    def _last_step(self, name: str) -> int:
+        return max((each.step for each in self._client.get_metric_history(self._id, name)), default=-1)
 
     def log(self, batch: Sequence[Values]) -> None:
         """See `Tracker`."""
@@ -172,7 +176,7 @@ class Wandb:
     name: ClassVar[str] = "wandb"
     children: ClassVar[tuple[str, ...]] = ("wandb-core",)
 
-    def open(self, run: TrackedRun) -> None:
+    def open(self, run: TrackedRun) -> LastStep:
         """See `Tracker`. It keeps to its folder, prints nothing, and reads no command line: that may hold a token."""
         import wandb
 
@@ -199,9 +203,11 @@ class Wandb:
             config=dict(run.facts) | {"run_uri": run.uri},
             settings=settings,
         )
+        next_step = int(self._run.step)
+        return lambda _name: next_step - 1
 
     def log(self, batch: Sequence[Values]) -> None:
-        """See `Tracker`. Steps that are made again after a kill it has already, and passes over."""
+        """See `Tracker`. Of steps that are made again after a kill it keeps what it has."""
         for values in batch:
             self._run.log(dict(values.numbers), step=values.step)
 

@@ -20,14 +20,14 @@ from job.core.recipe import TrackSection
 from job.tune.device.device import choose_device, device_memory, device_name, peak_memory_bytes
 from job.tune.loop import track
 from job.tune.loop.track import Tracking, refuse_trackers
-from job.tune.loop.trackers import TRACKERS, Conclusion, TrackedRun
+from job.tune.loop.trackers import TRACKERS, Conclusion, TrackedRun, Values
 
 FIGURES = {"final/validation_loss": 1.25, "final/chosen_step": 2}
 LONG = 60.0
 """Seconds that nothing here takes: what waits for them hangs."""
 
 
-def tracked_run(folder, *, from_step=0):
+def tracked_run(folder, *, history=()):
     return TrackedRun(
         key="r1-0a0b0c0d",
         name="r1",
@@ -35,7 +35,7 @@ def tracked_run(folder, *, from_step=0):
         project="notes",
         folder=folder,
         facts={"model.base": "tiny/base", "lora.r": 8},
-        from_step=from_step,
+        history=[Values(step=step, time=1.0, numbers=numbers) for step, numbers in history],
     )
 
 
@@ -57,6 +57,8 @@ class Fake:
         self.may_go = threading.Event()
         self.may_go.set()
         self.fails_in = None
+        self.has = {}
+        """Name of a number: the last step that it knows of it."""
 
     def _do(self, what, *facts):
         self.may_go.wait(LONG)
@@ -66,6 +68,7 @@ class Fake:
 
     def open(self, run):
         self._do("open", run.key)
+        return lambda name: self.has.get(name, -1)
 
     def log(self, batch):
         self.batches.append(len(batch))
@@ -175,6 +178,19 @@ def test_what_a_tracker_has_started_does_not_outlive_it(fakes, tmp_path):
     assert code == -9
 
 
+def test_what_a_tracker_lacks_of_earlier_attempts_it_is_sent_first(fakes, tmp_path):
+    """It was away, or its last words were lost with the machine."""
+    fakes["one"].has = {"train/loss": 1}
+    history = [(step, {"train/loss": float(step)}) for step in (1, 2, 3)]
+    tracking = Tracking(["one", "other"], on_failure=pytest.fail)
+    tracking.begin(tracked_run(tmp_path, history=history))
+    tracking.log({"train/loss": 4.0}, step=4)
+    tracking.end("stopped", seconds=LONG)
+
+    heard = {name: [step for what, step, *_ in fake.heard if what == "log"] for name, fake in fakes.items()}
+    assert heard == {"one": [2, 3, 4], "other": [1, 2, 3, 4]}
+
+
 def test_without_trackers_nothing_is_begun(tmp_path):
     threads = threading.active_count()
 
@@ -203,10 +219,10 @@ def test_a_tracker_that_is_not_installed_is_named(name, monkeypatch):
 # --- TensorBoard -----------------------------------------------------------------------------------------------------
 
 
-def tensorboard(folder, values, *, from_step=0, concludes=False):
+def tensorboard(folder, values, *, history=(), concludes=False):
     warned = []
     tracking = Tracking(["tensorboard"], on_failure=warned.append)
-    tracking.begin(tracked_run(folder, from_step=from_step))
+    tracking.begin(tracked_run(folder, history=history))
     for step, loss in values:
         tracking.log({"train/loss": loss}, step=step)
     if concludes:
@@ -227,10 +243,13 @@ def events_of(*attempts):
     return events
 
 
-def test_a_second_attempt_goes_on_with_the_same_tensorboard_run_and_makes_its_steps_again(tmp_path):
+@pytest.mark.parametrize("kept", [("a01", "a02"), ("a02",)])
+def test_a_second_attempt_goes_on_with_the_same_tensorboard_run_and_makes_its_steps_again(tmp_path, kept):
+    """The files of the first may be lost with its machine."""
     tensorboard(tmp_path / "a01", [(1, 3.0), (2, 2.5), (3, 9.0)])
-    tensorboard(tmp_path / "a02", [(3, 2.25), (4, 2.0)], from_step=2, concludes=True)
-    events = events_of(tmp_path / "a01", tmp_path / "a02")
+    history = [(1, {"train/loss": 3.0}), (2, {"train/loss": 2.5})]
+    tensorboard(tmp_path / "a02", [(3, 2.25), (4, 2.0)], history=history, concludes=True)
+    events = events_of(*[tmp_path / name for name in kept])
 
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert losses == [(1, 3.0), (2, 2.5), (3, 2.25), (4, 2.0)]
@@ -261,51 +280,60 @@ class Server:
         self.runs, self.asked = {}, 0
 
 
+class Client:
+    """What asks it."""
+
+    def __init__(self, server):
+        self.server = server
+
+    def get_metric_history(self, run, name):
+        return [types.SimpleNamespace(step=step) for key, _, _, step in self.server.runs[run]["metrics"] if key == name]
+
+    def get_experiment_by_name(self, name):
+        return types.SimpleNamespace(experiment_id=name) if self.server.runs else None
+
+    def create_experiment(self, name):
+        return name
+
+    def search_runs(self, experiments, wanted, max_results):
+        key = wanted.split("'")[1]
+        found = [i for i, run in self.server.runs.items() if run["tags"]["qlora_job.key"] == key]
+        return [types.SimpleNamespace(info=types.SimpleNamespace(run_id=i)) for i in found[:max_results]]
+
+    def create_run(self, experiment, run_name, tags):
+        number = f"id{len(self.server.runs)}"
+        self.server.runs[number] = {"name": run_name, "tags": dict(tags), "params": {}, "metrics": [], "files": []}
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=number))
+
+    def log_batch(self, run, metrics=(), params=()):
+        assert len(metrics) <= 1000
+        assert len(params) <= 100
+        self.server.asked += 1
+        self.server.runs[run]["metrics"] += metrics
+        self.server.runs[run]["params"] |= dict(params)
+
+    def update_run(self, run, status):
+        self.server.runs[run]["status"] = status
+
+    def set_tag(self, run, name, value):
+        self.server.runs[run]["tags"][name] = value
+
+    def log_artifact(self, run, path):
+        self.server.runs[run]["files"].append(Path(path).read_text())
+
+    def set_terminated(self, run, status):
+        self.server.runs[run]["status"] = status
+
+
 def mlflow_stand_in(server, *, has_server=True):
-    def metric(key, value, timestamp, step):
-        return key, value, timestamp, step
-
-    class Client:
-        def get_experiment_by_name(self, name):
-            return types.SimpleNamespace(experiment_id=name) if server.runs else None
-
-        def create_experiment(self, name):
-            return name
-
-        def search_runs(self, experiments, wanted, max_results):
-            key = wanted.split("'")[1]
-            found = [i for i, run in server.runs.items() if run["tags"]["qlora_job.key"] == key]
-            return [types.SimpleNamespace(info=types.SimpleNamespace(run_id=i)) for i in found[:max_results]]
-
-        def create_run(self, experiment, run_name, tags):
-            number = f"id{len(server.runs)}"
-            server.runs[number] = {"name": run_name, "tags": dict(tags), "params": {}, "metrics": [], "files": []}
-            return types.SimpleNamespace(info=types.SimpleNamespace(run_id=number))
-
-        def log_batch(self, run, metrics=(), params=()):
-            assert len(metrics) <= 1000
-            assert len(params) <= 100
-            server.asked += 1
-            server.runs[run]["metrics"] += metrics
-            server.runs[run]["params"] |= dict(params)
-
-        def update_run(self, run, status):
-            server.runs[run]["status"] = status
-
-        def set_tag(self, run, name, value):
-            server.runs[run]["tags"][name] = value
-
-        def log_artifact(self, run, path):
-            server.runs[run]["files"].append(Path(path).read_text())
-
-        def set_terminated(self, run, status):
-            server.runs[run]["status"] = status
-
-    entities = types.SimpleNamespace(Metric=metric, Param=lambda name, value: (name, value))
-    return {
-        "mlflow": types.SimpleNamespace(MlflowClient=Client, entities=entities, is_tracking_uri_set=lambda: has_server),
-        "mlflow.entities": entities,
-    }
+    entities = types.SimpleNamespace(
+        Metric=lambda key, value, timestamp, step: (key, value, timestamp, step),
+        Param=lambda name, value: (name, value),
+    )
+    library = types.SimpleNamespace(
+        MlflowClient=lambda: Client(server), entities=entities, is_tracking_uri_set=lambda: has_server
+    )
+    return {"mlflow": library, "mlflow.entities": entities}
 
 
 @contextmanager
@@ -357,10 +385,15 @@ def test_mlflow_without_a_server_is_said(tmp_path, monkeypatch):
 
 def test_wandb_is_asked_for_one_run_and_to_look_at_nothing_else(tmp_path, monkeypatch):
     begun, logged, ends = [], [], []
+
+    def finish(*, exit_code):
+        ends.append(exit_code)
+
     run = types.SimpleNamespace(
+        step=0,
         log=lambda numbers, step: logged.append((step, numbers)),
         summary={},
-        finish=lambda exit_code: ends.append(exit_code),
+        finish=finish,
     )
     settings = type("Settings", (dict,), {"model_fields": {"silent": 0, "console": 0, "x_disable_meta": 0}})
     stand_in = types.SimpleNamespace(
