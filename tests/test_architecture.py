@@ -42,6 +42,7 @@ FLOORS = {
             "job.stages.weights",
             "job.stages.hardware",
             "job.stages.holding",
+            "job.stages.pushing",
             "job.stages.stops",
         ),
         ("job.stages.encoding",),
@@ -57,7 +58,7 @@ FLOORS = {
         ("job.tune.data", "job.tune.data.*", "job.tune.device", "job.tune.device.*"),
     ),
     "job.edge": (
-        ("job.edge.base", "job.edge.base.*", "job.edge.remembered"),
+        ("job.edge.base", "job.edge.base.*", "job.edge.pushing", "job.edge.remembered"),
         (
             "job.edge.chat_template_files",
             "job.edge.dataset_files",
@@ -95,7 +96,7 @@ OWNERS = {
     "os.environb": ("job.cli",),
     "os.getenv": ("job.cli",),
     "os.putenv": ("job.cli",),
-    "huggingface_hub": ("job.edge.base.*",),
+    "huggingface_hub": ("job.edge.base.*", "job.edge.pushing"),
     "matplotlib": ("job.render.pictures", "job.render.page.figures"),
     "pynvml": ("job.edge.host.gpu",),
     "triton": ("job.kernels.triton_*",),

@@ -8,6 +8,7 @@ from job.core.report import Report
 from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.machine import look_at_machine
 from job.edge.host.planted import refuse_planted
+from job.edge.run.artifacts import Artifacts
 from job.stages.attempt import Attempt
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
@@ -58,7 +59,9 @@ def _carry_out(attempt: Attempt, held: Held) -> Report:
     inputs = gather(attempt, held)
     with hardware_errors(inputs.device), Tracked(attempt, inputs) as tracked:
         facts = TrainingStage(attempt, inputs, tracked).run()
-        return finish(attempt, inputs, facts, tracked)
+        report = finish(attempt, inputs, facts, tracked)
+    _push(attempt, inputs.artifacts, report)
+    return report
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:
@@ -66,4 +69,13 @@ def _already_done(attempt: Attempt, found: Run) -> Report:
     log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
     report = found.artifacts.read_report()
     assert report is not None, "it is done"
+    _push(attempt, found.artifacts, report)
     return report
+
+
+def _push(attempt: Attempt, artifacts: Artifacts, report: Report) -> None:
+    """Last, and again by the next start where it failed: the run is done without it."""
+    if attempt.worker.recipe.output_hub is not None:
+        from job.stages.pushing import push
+
+        push(attempt, artifacts, report)

@@ -8,6 +8,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from job.core.data_section import OF_CHATS, DataSection, Source
 from job.core.section import Count, Flag, NotNegative, Positive, Section, Seed, Share, Text, Uri, Whole
 
+HUB_ID = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
+"""`owner/name`."""
+
 
 class ModelSection(Section):
     """The base model. It is read in 4 bits (NF4, double quantisation) and computes in bf16.
@@ -176,6 +179,9 @@ class Recipe(Section):
     track: TrackSection = TrackSection()
     output: Uri
     """`s3://bucket/prefix` or `file:///folder` that gets runs/{run_id}/: checkpoints, adapter, report."""
+    output_hub: Annotated[str, Field(pattern=HUB_ID)] | None = None
+    """`owner/name` on the model hub, which gets adapter, card, page and report of the finished run by HF_TOKEN; private
+    where it does not exist yet."""
 
     @model_validator(mode="after")
     def _answers_need_a_prompt(self) -> Self:
@@ -199,12 +205,12 @@ class Recipe(Section):
 
 def is_hub_id(base: str) -> bool:
     """Whether a base is named by its hub id; anything with a scheme, or that starts like a path, is not."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) is not None
+    return re.fullmatch(HUB_ID, base) is not None
 
 
 def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that can change the weights or their evaluation, as JSON values."""
-    part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
+    part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output", "output_hub"})
     del part["model"]["quantised_copies"], part["data"]["unused_limit"]
     if recipe.data.on_bad_record == "fail":
         # They decide whether the job ends, and not what is trained on: a run that they ended goes on later.

@@ -13,6 +13,7 @@ from job.stages.dataset import Dataset, prepare_dataset
 from job.stages.hardware import look_at_hardware
 from job.stages.holding import Held
 from job.stages.loading import Inputs
+from job.stages.pushing import refuse_unpushable
 from job.stages.stops import stops_elsewhere
 from job.tune.engines.families import refuse_family, words_on
 from job.tune.loop.track import refuse_trackers
@@ -48,6 +49,7 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
     refuse_family(config)
     refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
+    refuse_unpushable(attempt)
     with phases.phase("fetch_base"):
         source.refuse_broken_promises(small)
     shape = shape_of(config)

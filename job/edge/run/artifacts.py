@@ -8,6 +8,7 @@ runs/{run_id}/latest.json                           a hint for people
 runs/{run_id}/adapter/...                           the chosen adapter
 runs/{run_id}/report.html, *.png                    for people, made of the report
 runs/{run_id}/report.json                           last of all: the run is done
+runs/{run_id}/pushed.json                           where on the hub it stands, if that was asked for
 
 Before each write that counts the attempt looks whether the lock is still its own, and the write itself is on condition
 of what the attempt knows: one that was frozen in between fails on what its successor has written since.
@@ -164,6 +165,18 @@ class Artifacts:
         self._run.confirm()
         for name, path in files.items():
             self._store.upload(path, self._run.root + name, should_stop=never)
+
+    def is_pushed(self, *, repository: str, finished: str) -> bool:
+        """Whether the report of that time stands in a repository on the hub, as far as the store knows."""
+        try:
+            noted = self._run.read_json("pushed.json", max_bytes=ATTEMPT_BYTES) or {}
+        except DataError:
+            return False  # then it is pushed again, which changes nothing
+        return (noted.get("repository"), noted.get("finished")) == (repository, finished)
+
+    def note_pushed(self, facts: Mapping[str, str]) -> None:
+        """Note where on the hub it stands; of several repositories the last one."""
+        self._store.write(f"{self._run.root}pushed.json", json_bytes(facts))
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
