@@ -8,11 +8,11 @@ from job.core.report import Report
 from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.machine import look_at_machine
 from job.edge.host.planted import refuse_planted
-from job.edge.run.artifacts import Artifacts
 from job.stages.attempt import Attempt
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
 from job.stages.identity import Run, find_run
+from job.stages.pushing import push
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +44,7 @@ def run(attempt: Attempt) -> Report:
 
 
 def _carry_out(attempt: Attempt, held: Held) -> Report:
-    """Gather what training starts from, train, finish."""
+    """Gather what training starts from, train, finish; push last, for the run is done without it."""
     if held.run.begun:
         held.records.begin()  # an unfinished run: this attempt counts from here
     with attempt.phases.phase("load_libraries"):
@@ -59,9 +59,7 @@ def _carry_out(attempt: Attempt, held: Held) -> Report:
     inputs = gather(attempt, held)
     with hardware_errors(inputs.device), Tracked(attempt, inputs) as tracked:
         facts = TrainingStage(attempt, inputs, tracked).run()
-        report = finish(attempt, inputs, facts, tracked)
-    _push(attempt, inputs.artifacts, report)
-    return report
+        return push(attempt, inputs.artifacts, finish(attempt, inputs, facts, tracked))
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:
@@ -69,13 +67,4 @@ def _already_done(attempt: Attempt, found: Run) -> Report:
     log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
     report = found.artifacts.read_report()
     assert report is not None, "it is done"
-    _push(attempt, found.artifacts, report)
-    return report
-
-
-def _push(attempt: Attempt, artifacts: Artifacts, report: Report) -> None:
-    """Last, and again by the next start where it failed: the run is done without it."""
-    if attempt.worker.recipe.output_hub is not None:
-        from job.stages.pushing import push
-
-        push(attempt, artifacts, report)
+    return push(attempt, found.artifacts, report)

@@ -158,12 +158,12 @@ class StoreSection(Section):
 
 
 class TrackSection(Section):
-    """Trackers that follow the run, through accelerate; none by default."""
+    """Trackers that follow the run; none by default. `docs/tracking.md` says what they hear, and that it costs no run."""
 
     trackers: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = ()
-    """Where losses and evaluations are sent as well. Each needs its package in the image."""
+    """Where losses, evaluations, verdict and page are sent as well. Each needs its package in the image."""
     project: Text = "qlora-job"
-    """Project (W&B), experiment (MLflow) or folder (TensorBoard)."""
+    """Project (W&B) or experiment (MLflow)."""
 
 
 class Recipe(Section):

@@ -15,9 +15,6 @@ from job.core.report import Report
 from job.edge.pushing import HubRepository
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.folder import FileEntry
-from job.render.card import adapter_card
-from job.render.page.finished import report_html
-from job.render.page.writing import REPORT_HTML
 from job.stages.attempt import Attempt, Phases, Worker
 
 log = structlog.get_logger(__name__)
@@ -49,18 +46,18 @@ def refuse_unpushable(attempt: Attempt) -> None:
                 log.warning("hub_not_reached", reason=attempt.hide(str(error)))
 
 
-def push(attempt: Attempt, artifacts: Artifacts, report: Report) -> None:
-    """Push what stands in the store, unless that was done.
+def push(attempt: Attempt, artifacts: Artifacts, report: Report) -> Report:
+    """Push what stands in the store, where the recipe asks for it and it was not done; returns the report.
 
     Raises:
         JobError: it could not be pushed; the report stands all the same, and its message says so.
     """
     hub = hub_of(attempt.worker, attempt.phases)
     if hub is None:
-        return
+        return report
     if artifacts.is_pushed(repository=hub.name, finished=report.finished):
         log.info("already_pushed", repository=hub.name)
-        return
+        return report
     attempt.runs_at(artifacts.uri)
     attempt.worker.workdir.mkdir(parents=True, exist_ok=True)
     try:
@@ -77,10 +74,16 @@ def push(attempt: Attempt, artifacts: Artifacts, report: Report) -> None:
         error.args = (f"the run is done and its report stands at {artifacts.uri}, but {error}",)
         raise
     log.info("pushed", **asdict(pushed))
+    return report
 
 
 def _gathered(attempt: Attempt, artifacts: Artifacts, report: Report, folder: Path) -> dict[str, Path]:
     """The adapter's files as the report names them, and what people read."""
+    # Here and not above: a finished run that is pushed already answers without it.
+    from job.render.card import adapter_card
+    from job.render.page.finished import report_html
+    from job.render.page.writing import REPORT_HTML
+
     entries = {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in report.adapter.files.items()}
     artifacts.fetch_adapter(folder, entries, should_stop=attempt.worker.should_stop)
     if _CARD not in entries:  # the store refused it
