@@ -158,7 +158,7 @@ class StoreSection(Section):
 
 
 class TrackSection(Section):
-    """Trackers that follow the run; none by default. `docs/tracking.md` says what they hear, and that it costs no run."""
+    """Trackers that follow the run; none by default. `docs/tracking.md` says what they hear; it never costs a run."""
 
     trackers: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = ()
     """Where losses, evaluations, verdict and page are sent as well. Each needs its package in the image."""

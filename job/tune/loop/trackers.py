@@ -187,6 +187,7 @@ class Wandb:
             "disable_git": True,
             "disable_job_creation": True,
             "x_disable_meta": True,
+            "x_save_requirements": False,
             "init_timeout": _WANDB_SECONDS,
             "finish_timeout": _WANDB_SECONDS,
             "finish_timeout_raises": True,
