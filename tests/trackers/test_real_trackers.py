@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from servers import free_port
 from wandb_files import config, history, summary
+from wandb_stand_in import wandb_stand_in
 
 pytestmark = pytest.mark.trackers
 _START_SECONDS = 300
@@ -133,6 +134,48 @@ def test_w_and_b_offline_has_one_run_with_losses_verdict_and_page(job):
     [page] = kept[1].parent.rglob("report_*.html")
     assert page.read_bytes() == (job.only_run() / "report.html").read_bytes()
     assert not [*kept[0].parent.rglob("wandb-metadata.json")]  # it would hold the command line
+
+
+@pytest.fixture
+def wandb_server():
+    with wandb_stand_in() as running:
+        yield running
+
+
+def online(server):
+    return {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+
+
+@needs("wandb")
+def test_w_and_b_s_client_goes_on_with_one_run_at_its_server(job, wandb_server):
+    report, ended = broken_off_and_gone_on_with(job, "wandb", how="error", **online(wandb_server))
+    [run] = wandb_server.runs.values()
+
+    assert run.name == report["run_id"]
+    assert run.begun == 2
+    assert [code != 0 for code in run.exit_codes] == [True, False]  # the first attempt failed
+    assert [line["_step"] for line in run.lines] == [*range(7)]
+    losses = {line["_step"]: line["train/loss"] for line in run.lines if "train/loss" in line}
+    assert losses == pytest.approx(dict(enumerate(report["curve"]["loss"], start=1)), rel=1e-6)
+    assert f"Step {report['sweet_spot']['step']} of 6 is kept" in run.summary["verdict"]
+    [page] = [content for name, content in run.files.items() if name.endswith(".html")]
+    assert page == (job.only_run() / "report.html").read_bytes()
+    assert set(run.files) & {"requirements.txt", "wandb-metadata.json", "output.log"} == set()
+    assert "0" * 40 not in ended.stdout + ended.stderr
+    assert not (job.only_run() / "wandb").exists()  # it has sent all
+
+
+@needs("wandb")
+def test_a_server_that_falls_silent_in_the_middle_costs_a_warning_and_the_process_ends(job, wandb_server):
+    wandb_server.goes_deaf_with_history = True
+    job.recipe["track"] = {"trackers": ["wandb"]}
+    ended = job.start("run", **online(wandb_server))
+
+    assert ended.code == 0
+    assert wandb_server.is_deaf
+    [warned] = ended.named("tracking_stopped")
+    assert warned["reason"].startswith("tracking by wandb stopped: ")
+    assert warned["reason"] in job.report()["notes"]
 
 
 @pytest.mark.parametrize(
