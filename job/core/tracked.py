@@ -8,7 +8,7 @@ from job.core.report import Report, SourceLoss
 from job.core.verdict import Evaluation
 
 _LONGEST = 500
-"""Characters of a value: no tracker refuses so many."""
+"""Characters of a value, within the limits of every tracker."""
 _LONGEST_ID = 64
 
 

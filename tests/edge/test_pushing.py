@@ -1,4 +1,4 @@
-"""A push makes or updates one repository, tells what is refused by its code, and ends when it is asked to or must."""
+"""A push makes or updates one repository, gives each refusal its code, and ends when it is asked to or must."""
 
 import time
 

@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _resumed(run: TrackedRun) -> dict:
-    """What an attempt that resumes a run is told of it."""
+    """The run as an attempt that resumes it finds it."""
     tail = [json.dumps(line) for line in run.lines[-1:]]
     return {
         "id": "QnVja2V0",

@@ -140,7 +140,7 @@ class _Follower:
         self.put(last)
 
     def wait(self, seconds: float) -> None:
-        """Wait for it to be over, for so long at most."""
+        """Wait for it to be over, within the time."""
         self._over.wait(seconds)
 
     def give_up(self, reason: str) -> None:

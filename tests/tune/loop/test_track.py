@@ -47,7 +47,7 @@ def conclusion(folder):
 
 
 class Fake:
-    """A tracker that does as it is told."""
+    """A tracker that does as it is asked."""
 
     name = "fake"
     children = ()
