@@ -22,7 +22,7 @@ from job.tune.loop.track import Tracking
 from job.tune.loop.trackers import Conclusion, Ended, TrackedRun, Values
 
 log = structlog.get_logger(__name__)
-_SECONDS = 30.0
+_SECONDS = 60.0
 """How long a tracker may take to hear the end, ..."""
 _HURRIED_SECONDS = 2.0
 """... and where the kill is near."""
