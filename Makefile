@@ -40,6 +40,12 @@ test-page: $(VENV)/installed
 	tests/page/install.sh
 	$(BIN)/python -m pytest -m "page or not page" tests/page tests/render/test_page.py
 
+# MLflow against its own server and W&B by its own client, in a virtual environment of their own beside ours (.trackers).
+.PHONY: test-trackers
+test-trackers: $(VENV)/installed
+	tests/trackers/install.sh
+	.trackers/bin/python -m pytest -m trackers tests/trackers
+
 # Builds the demo's base anew: the one in recipes/demo-base to the bit on the kind of machine that it names, elsewhere one
 # that has learned as much. `python recipes/demo_base.py recipes/demo-base` builds it there, after a change of the script.
 test-demo-base: $(VENV)/installed
@@ -123,4 +129,4 @@ locks/cu1%.txt: pyproject.toml locks/cuda.txt $(VENV)/installed
 	$(LOCK_FOR_CUDA) --constraints $(VENV)/pins.txt --torch-backend cu1$* --python-version 3.12 --output-file $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) .page work
+	rm -rf $(VENV) $(DEMO) .page .trackers work

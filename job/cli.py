@@ -69,6 +69,7 @@ def cli(session: Session, log_format: str) -> None:
         colours=colours_wanted(os.environ, terminal=sys.stdout.isatty()),
         in_place=not _is_dumb(),
     )
+    session.hub_token = os.environ.get("HF_TOKEN", "").strip() or None
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.umask(os.umask(0) | stat.S_IWOTH)  # what we leave is used again as ours: nobody else may change it

@@ -340,6 +340,7 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
         device=options["device"],
         engine=options.get("engine", "auto"),
         should_stop=session.interrupt,
+        hub_token=session.hub_token,
     )
     session.attempt = Attempt(
         worker=worker,

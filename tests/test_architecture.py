@@ -32,7 +32,7 @@ FLOORS = {
     ),
     "job.stages": (
         ("job.stages.exporting", "job.stages.finish", "job.stages.so_far", "job.stages.training"),
-        ("job.stages.export_proof", "job.stages.report", "job.stages.proving"),
+        ("job.stages.export_proof", "job.stages.report", "job.stages.proving", "job.stages.tracking"),
         ("job.stages.results",),
         ("job.stages.loop",),
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
@@ -43,6 +43,7 @@ FLOORS = {
             "job.stages.weights",
             "job.stages.hardware",
             "job.stages.holding",
+            "job.stages.pushing",
             "job.stages.stops",
         ),
         ("job.stages.encoding",),
@@ -59,7 +60,7 @@ FLOORS = {
         ("job.tune.data", "job.tune.data.*", "job.tune.device", "job.tune.device.*"),
     ),
     "job.edge": (
-        ("job.edge.base", "job.edge.base.*", "job.edge.remembered"),
+        ("job.edge.base", "job.edge.base.*", "job.edge.pushing", "job.edge.remembered"),
         (
             "job.edge.chat_template_files",
             "job.edge.dataset_files",
@@ -98,7 +99,7 @@ OWNERS = {
     "os.environb": ("job.cli",),
     "os.getenv": ("job.cli",),
     "os.putenv": ("job.cli",),
-    "huggingface_hub": ("job.edge.base.*",),
+    "huggingface_hub": ("job.edge.base.*", "job.edge.pushing"),
     "matplotlib": ("job.render.pictures", "job.render.page.figures"),
     "pynvml": ("job.edge.host.gpu",),
     "triton": ("job.kernels.triton_*",),
@@ -461,7 +462,7 @@ def test_a_quick_check_counts_the_data_s_tokens_without_torch(tmp_path):
             "from job.edge.store import s3",
             "job.edge.host and job.edge.store never see each other",
         ),
-        ("job.render.card", "from job.edge.store import s3", "job.render and job.edge never see each other"),
+        ("job.render.cards.adapter", "from job.edge.store import s3", "job.render and job.edge never see each other"),
         ("job.edge.store.s3", "from job.kernels import ops", "job.edge and job.kernels never see each other"),
         ("job.edge.store.s3", "from job.tune.model.base import x", "job.edge and job.tune never see each other"),
         ("job.tune.loop.step", "from job.edge.host.logs import redact", "job.tune and job.edge never see each other"),

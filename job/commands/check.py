@@ -17,6 +17,7 @@ from job.core.memory import ModelShape
 from job.core.mixture import portions
 from job.core.recipe import Recipe, is_hub_id
 from job.core.report import DataReport
+from job.core.servers import refusals
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.host.logs import quiet_libraries
@@ -123,6 +124,8 @@ def check(
     table = _Table(on_look=on_look, on_row=on_row)
     table.look("credentials", lambda: _credentials(worker.recipe))
     table.look("output", lambda: _output(worker))
+    if worker.recipe.output_hub is not None:
+        table.look("hub", lambda: _hub(worker, phases))
     base = table.look("base model", lambda: _base(worker, FOR_A_PERSON if for_a_person else None))
     run = table.look("input", lambda: _inputs(worker, run_id, base))
     table.advise(advice.of_recipe(worker.recipe))
@@ -163,6 +166,7 @@ def _look_at_model(
         return
     tokenizer, shape, words = model
     table.advise(words, name="base")
+    table.advise(refusals(worker.recipe.lora, rows=shape.vocabulary), name="serving")
     if run is None or "data" in table.failures:
         return
     positions, rows = shape.positions, shape.vocabulary
@@ -209,6 +213,14 @@ def _output(worker: Worker) -> tuple[str, None]:
     return f"{worker.recipe.output}: write" + (
         " and conditional write work" if found.conditional else f" works, but {found.reason}"
     ), None
+
+
+def _hub(worker: Worker, phases: Phases) -> tuple[str, None]:
+    from job.stages.pushing import hub_of
+
+    hub = hub_of(worker, phases)
+    assert hub is not None, "the recipe names one"
+    return f"{hub.name}: HF_TOKEN is of {hub.look()}, and can write", None
 
 
 def _inputs(worker: Worker, run_id: str | None, base: BaseModel | None) -> tuple[str, Run | None]:

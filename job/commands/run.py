@@ -12,6 +12,7 @@ from job.stages.attempt import Attempt
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
 from job.stages.identity import Run, find_run
+from job.stages.pushing import push
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +44,7 @@ def run(attempt: Attempt) -> Report:
 
 
 def _carry_out(attempt: Attempt, held: Held) -> Report:
-    """Gather what training starts from, train, finish."""
+    """Gather what training starts from, train, finish; push last, for the run is done without it."""
     if held.run.begun:
         held.records.begin()  # an unfinished run: this attempt counts from here
     with attempt.phases.phase("load_libraries"):
@@ -51,13 +52,14 @@ def _carry_out(attempt: Attempt, held: Held) -> Report:
         from job.stages.finish import finish
         from job.stages.gathering import gather
         from job.stages.hardware import hardware_errors
+        from job.stages.tracking import Tracked
         from job.stages.training import TrainingStage
 
         quiet_libraries()
     inputs = gather(attempt, held)
-    with hardware_errors(inputs.device):
-        facts = TrainingStage(attempt, inputs).run()
-        return finish(attempt, inputs, facts)
+    with hardware_errors(inputs.device), Tracked(attempt, inputs) as tracked:
+        facts = TrainingStage(attempt, inputs, tracked).run()
+        return push(attempt, inputs.artifacts, finish(attempt, inputs, facts, tracked))
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:
@@ -65,4 +67,4 @@ def _already_done(attempt: Attempt, found: Run) -> Report:
     log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
     report = found.artifacts.read_report()
     assert report is not None, "it is done"
-    return report
+    return push(attempt, found.artifacts, report)

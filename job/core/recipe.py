@@ -9,6 +9,9 @@ from job.core.answer_metrics import AnswerMetric, MetricName, why_no_pattern
 from job.core.data_section import OF_CHATS, DataSection, Source
 from job.core.section import Count, Flag, NotNegative, Positive, Section, Seed, Share, Text, Uri, Whole
 
+HUB_ID = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
+"""`owner/name`."""
+
 
 class ModelSection(Section):
     """The base model. It is read in 4 bits (NF4, double quantisation) and computes in bf16.
@@ -204,12 +207,12 @@ class StoreSection(Section):
 
 
 class TrackSection(Section):
-    """Trackers that follow the run, through accelerate; none by default."""
+    """Trackers that follow the run; none by default. `docs/tracking.md` says what they hear; it never costs a run."""
 
     trackers: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = ()
-    """Where losses and evaluations are sent as well. Each needs its package in the image."""
+    """Where losses, evaluations, verdict and page are sent as well. Each needs its package in the image."""
     project: Text = "qlora-job"
-    """Project (W&B), experiment (MLflow) or folder (TensorBoard)."""
+    """Project (W&B) or experiment (MLflow)."""
 
 
 class Recipe(Section):
@@ -225,6 +228,9 @@ class Recipe(Section):
     track: TrackSection = TrackSection()
     output: Uri
     """`s3://bucket/prefix` or `file:///folder` that gets runs/{run_id}/: checkpoints, adapter, report."""
+    output_hub: Annotated[str, Field(pattern=HUB_ID)] | None = None
+    """`owner/name` on the model hub, which gets adapter, card, page and report of the finished run by HF_TOKEN; private
+    where it does not exist yet."""
 
     @model_validator(mode="after")
     def _answers_need_a_prompt(self) -> Self:
@@ -248,12 +254,12 @@ class Recipe(Section):
 
 def is_hub_id(base: str) -> bool:
     """Whether a base is named by its hub id; anything with a scheme, or that starts like a path, is not."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) is not None
+    return re.fullmatch(HUB_ID, base) is not None
 
 
 def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that can change the weights or their evaluation, as JSON values."""
-    part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
+    part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output", "output_hub"})
     del part["model"]["quantised_copies"], part["data"]["unused_limit"]
     if recipe.data.on_bad_record == "fail":
         # They decide whether the job ends, and not what is trained on: a run that they ended goes on later.

@@ -253,6 +253,8 @@ class AdapterReport(Section):
     proven_loss: float
     """Validation loss of the adapter as downloaded again and loaded by PEFT on a fresh 4-bit base."""
     reported_loss: float
+    refused_by: tuple[str, ...] = ()
+    """Servers that are known to refuse it, each with the reason and the way out."""
 
 
 class AdapterFile(Section):

@@ -9,6 +9,7 @@ from job.core.lines import worth_naming
 from job.core.next_steps import next_steps
 from job.core.report import Report
 from job.core.verdict import NOTHING_BETTER
+from job.render.metric_text import interval, points
 from job.render.preview_text import example_lines
 from job.render.sources_text import source_lines
 
@@ -87,9 +88,8 @@ def _metric(metric: MetricReport | None) -> list[str]:
 
 
 def _points(scores: Gain) -> str:
-    if scores.low is None or scores.high is None:
-        return f"{100 * scores.gain:+.1f} points"
-    return f"{100 * scores.gain:+.1f} points (95 %: {100 * scores.low:+.1f} to {100 * scores.high:+.1f})"
+    ends = interval(scores)
+    return f"{points(scores.gain)} points" + ("" if ends is None else f" (95 %: {ends})")
 
 
 def _change(change: ChangeReport | None) -> list[str]:

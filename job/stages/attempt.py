@@ -111,6 +111,8 @@ class Worker:
     """`auto`, `cuda` or `cpu`."""
     engine: WantedEngine
     should_stop: Callable[[], bool]
+    hub_token: str | None = field(default=None, repr=False)
+    """What HF_TOKEN is, for what is pushed."""
 
     @property
     def settings(self) -> StoreSettings:

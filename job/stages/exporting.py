@@ -24,14 +24,13 @@ from job.edge.exports import EXPORT_JSON, Aside, ExportPlace
 from job.edge.relative_paths import located
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.folder import FileEntry
-from job.render.merged_card import merged_card
+from job.render.cards.merged import merged_card
 from job.stages.attempt import Phases, Worker
 from job.stages.base_source import refuse_changed_base
 from job.stages.dataset import Dataset, prepare_dataset
 from job.stages.export_proof import Judging, proof_examples, prove_merged, refuse_other_examples
 from job.stages.hardware import hardware_errors
 from job.stages.identity import frozen_run
-from job.tune.data.chat import asked_rules
 from job.tune.device.device import choose_device
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.merging.files import merged_config
@@ -39,12 +38,12 @@ from job.tune.merging.preparing import Prepared, prepare_merge
 from job.tune.model.base import is_quantised
 from job.tune.model.config import CONFIG, load_tokenizer, read_config, shape_of
 from job.tune.model.promises import hold_to_promises
-from job.tune.model.tokenizer import generation_stops
+from job.tune.model.serving import GENERATION_CONFIG, taught_stops, taught_template
 
 log = structlog.get_logger(__name__)
-_GENERATION, _CARD = "generation_config.json", "README.md"
+_CARD = "README.md"
 _TOKENIZER, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-_NOT_COPIED = frozenset({CONFIG, _GENERATION, _CARD, EXPORT_JSON, "model.safetensors.index.json", *ADAPTER_FILES})
+_NOT_COPIED = frozenset({CONFIG, GENERATION_CONFIG, _CARD, EXPORT_JSON, "model.safetensors.index.json", *ADAPTER_FILES})
 """Written anew, or of no use beside merged weights."""
 _TEMPLATES = (_TEMPLATE, "chat_template.json", "additional_chat_templates/")
 _ROOM_BESIDE = 2**28
@@ -197,18 +196,17 @@ def _write_beside(
     run: Finished, dataset: Dataset, tokenizer: Any, prepared: Prepared, aside: Aside, base: Path
 ) -> tuple[int, ...]:
     """What a model is besides its weights; returns the tokens that it stops at."""
-    rules = asked_rules(tokenizer, run.recipe.data)
-    template = None if rules is None or rules.of_base else rules.template
+    template = taught_template(tokenizer, run.recipe.data)
     for name, content in _copied(base, own_template=template is not None):
         _write(aside, name, content)
     if template is not None:
         _write(aside, _TEMPLATE, template.encode())
-    stops = tuple(dict.fromkeys([*sorted(dataset.train.ends()), *generation_stops(base)]))
-    settings = {"bos_token_id": tokenizer.bos_token_id, **_json(base / _GENERATION)}
+    stops = tuple(taught_stops(base, tokenizer, ends=dataset.train.ends()))
+    settings = {"bos_token_id": tokenizer.bos_token_id, **_json(base / GENERATION_CONFIG)}
     settings.pop("_from_model_config", None)  # else transformers may take the stops from config.json again
     if stops:
         settings["eos_token_id"] = stops[0] if len(stops) == 1 else [*stops]
-    _write(aside, _GENERATION, _text({name: value for name, value in settings.items() if value is not None}))
+    _write(aside, GENERATION_CONFIG, _text({name: value for name, value in settings.items() if value is not None}))
     dtype = _DTYPES.get(prepared.weights.dtype) if is_quantised(base) else None
     config = merged_config(_json(base / CONFIG), untied=prepared.untied, dtype=dtype)
     _write(aside, CONFIG, _text(config))

@@ -6,12 +6,14 @@ import structlog
 
 from job.core.crash_points import crash_point
 from job.core.errors import StopRequestedError
+from job.core.servers import refusals
 from job.stages.attempt import Attempt
 from job.stages.base_source import BaseSource
 from job.stages.dataset import Dataset, prepare_dataset
 from job.stages.hardware import look_at_hardware
 from job.stages.holding import Held
 from job.stages.loading import Inputs
+from job.stages.pushing import refuse_unpushable
 from job.stages.stops import stops_elsewhere
 from job.tune.engines.families import refuse_family, words_on
 from job.tune.loop.track import refuse_trackers
@@ -47,6 +49,7 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
     refuse_family(config)
     refuse_targets(config, worker.recipe.lora)
     refuse_trackers(worker.recipe.track)
+    refuse_unpushable(attempt)
     with phases.phase("fetch_base"):
         source.refuse_broken_promises(small)
     shape = shape_of(config)
@@ -60,6 +63,8 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
         phases=phases,
     )
     attempt.notes.extend(words_on(config, read_wrapper(small)))
+    for refusal in refusals(worker.recipe.lora, rows=shape.vocabulary):
+        log.warning("not_served", reason=refusal)  # the report names it with the adapter
     for note in (*_notes_on(dataset), *stops_elsewhere(small, tokenizer, dataset.train)):
         log.warning("data_note", reason=note)
         attempt.notes.append(note)

@@ -54,6 +54,8 @@ class TrainingFacts:
     total_parameters: int
     resumed: Resumed
     adapter: AdapterToPublish
+    refused_by: tuple[str, ...] = ()
+    """Servers that are known to refuse it, each with the reason."""
     step_seconds: list[float] = field(default_factory=list)
     """Each step of this attempt."""
     start_seconds: dict[str, float] | None = None

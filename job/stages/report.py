@@ -87,6 +87,7 @@ def assemble_report(
             files={name: AdapterFile(size=f.size, sha256=f.sha256) for name, f in files.items()},
             proven_loss=proven_loss,
             reported_loss=facts.progress.evaluations[verdict.sweet_spot_step].loss,
+            refused_by=facts.refused_by,
         ),
         throughput=_throughput(attempt, inputs, facts),
         start=_start(facts),

@@ -6,6 +6,7 @@ import structlog
 
 from job.core.report import SourceLoss
 from job.core.slices import SliceLoss
+from job.core.tracked import evaluation_numbers, step_numbers
 from job.core.verdict import Evaluation
 from job.stages.attempt import Attempt
 from job.tune.loop.step import StepRecord
@@ -25,14 +26,8 @@ class StepTeller:
 
     def step(self, record: StepRecord) -> None:
         """One event for each step, or at most one in `step_events_seconds`; the last step always."""
-        self._tracking.log(
-            {
-                "train/loss": record.loss,
-                "train/grad_norm": record.grad_norm,
-                "train/learning_rate": record.learning_rate,
-            },
-            step=record.step,
-        )
+        sent = step_numbers(loss=record.loss, grad_norm=record.grad_norm, learning_rate=record.learning_rate)
+        self._tracking.log(sent, step=record.step)
         self._attempt.standing.step = record.step
         self._pending.append(record)
         self._waited += record.seconds
@@ -74,8 +69,4 @@ class StepTeller:
             **({"sources": {name: round(loss, 4) for name, loss in by_source.items()}} if by_source else {}),
             **({"slices": {name: round(loss, 4) for name, loss in by_slice.items()}} if by_slice else {}),
         )
-        named = {f"validation/loss/{name}": loss for name, loss in (by_source | by_slice).items()}
-        self._tracking.log(
-            {"validation/loss": result.loss, "validation/token_accuracy": result.token_accuracy, **named},
-            step=result.step,
-        )
+        self._tracking.log(evaluation_numbers(result, sources, slices), step=result.step)

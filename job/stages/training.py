@@ -1,16 +1,14 @@
 """From a base and a dataset to a trained adapter: load, plan, resume, ask the base, train."""
 
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import structlog
 from accelerate import Accelerator
 
 from job.core.crash_points import crash_point
-from job.core.recipe import Recipe
+from job.core.servers import refusals
 from job.stages.attempt import Attempt
 from job.stages.committing import Committer
 from job.stages.loading import Inputs, load_model
@@ -18,6 +16,7 @@ from job.stages.loop import Loop, TrainingFacts
 from job.stages.planning import Planned, plan_training
 from job.stages.resuming import Resumed, resume
 from job.stages.teller import StepTeller
+from job.stages.tracking import Tracked
 from job.tune.data.chat import ChatTemplates, asked_rules
 from job.tune.data.frame import token_rules
 from job.tune.device.device import device_memory
@@ -28,7 +27,7 @@ from job.tune.loop.evaluate import Question, answer, questions_of_documents, que
 from job.tune.loop.flat import FlatAdapter
 from job.tune.loop.optimizer import make_optimizer, make_scheduler
 from job.tune.loop.step import Stepper
-from job.tune.loop.track import Tracking, make_accelerator
+from job.tune.loop.track import make_accelerator
 from job.tune.model.adapter import parameter_counts
 from job.tune.model.config import read_wrapper
 from job.tune.model.four_bit import form_of
@@ -39,14 +38,13 @@ log = structlog.get_logger(__name__)
 class TrainingStage:
     """One attempt at training, stage by stage."""
 
-    def __init__(self, attempt: Attempt, inputs: Inputs) -> None:
+    def __init__(self, attempt: Attempt, inputs: Inputs, tracked: Tracked) -> None:
         self._attempt = attempt
-        self._recipe: Recipe = attempt.worker.recipe
+        self._tracked = tracked
+        self._recipe = attempt.worker.recipe
         self._inputs = inputs
         run_id = inputs.artifacts.run_id
         self._scratch = attempt.worker.run_folder(run_id) / "checkpoints" / f"a{inputs.attempt_number:02d}"
-        self._trackers_folder = attempt.worker.workdir / "trackers" / run_id
-        """Not in the run's own folder, which goes when the run is done."""
 
     def run(self) -> TrainingFacts:
         """Train to the end.
@@ -58,9 +56,7 @@ class TrainingStage:
         with phases.phase("load_model"):
             free = device_memory(inputs.device)
             model = load_model(inputs, self._recipe, phases)
-            accelerator = make_accelerator(
-                self._recipe.track, on_cpu=inputs.device.type == "cpu", folder=self._trackers_folder
-            )
+            accelerator = make_accelerator(on_cpu=inputs.device.type == "cpu")
             planned = plan_training(
                 model,
                 inputs,
@@ -137,6 +133,7 @@ class TrainingStage:
             total_parameters=total,
             resumed=resumed,
             adapter=adapter_to_publish(model.model, wrapper),
+            refused_by=tuple(refusals(self._recipe.lora, rows=model.model.config.vocab_size)),
         )
 
     def _adopt(self, planned: Planned, facts: TrainingFacts) -> None:
@@ -158,11 +155,9 @@ class TrainingStage:
         """Ask the base, and carry the run to its end; what is committed is uploaded whatever happens."""
         attempt, inputs = self._attempt, self._inputs
         with ExitStack() as ends:  # the last one first
-            ends.callback(self._publish_tensorboard)
             committer = Committer(attempt, inputs.artifacts, state, number=inputs.attempt_number, scratch=self._scratch)
             ends.enter_context(committer)
-            tracking = self._begin_tracking(accelerator)
-            ends.callback(tracking.end)
+            self._tracked.begin(state.progress)
             self._ask_base(model, state.progress, facts.questions)
             model.train()
             stepper = Stepper(
@@ -184,7 +179,7 @@ class TrainingStage:
                 model=model,
                 stepper=stepper,
                 committer=committer,
-                teller=StepTeller(attempt, tracking),
+                teller=StepTeller(attempt, self._tracked.tracking),
                 facts=facts,
             )
             loop.run()
@@ -206,36 +201,3 @@ class TrainingStage:
                 seed=self._recipe.train.seed,
                 should_stop=self._attempt.moves_on,  # asked after each token
             )
-
-    # --- trackers ----------------------------------------------------------------------------------------------------
-
-    def _begin_tracking(self, accelerator: Accelerator) -> Tracking:
-        def on_failure(reason: str) -> None:
-            log.warning("tracking_stopped", reason=reason)
-            self._attempt.notes.append(reason)
-
-        tracking = Tracking(accelerator, self._recipe.track, on_failure=on_failure)
-        tracking.begin(run_id=self._inputs.artifacts.run_id, folder=self._trackers_folder, facts=_tracked(self._recipe))
-        return tracking
-
-    def _publish_tensorboard(self) -> None:
-        """Bring TensorBoard's event files to the store: this machine's disk may be gone tomorrow."""
-        if "tensorboard" in self._recipe.track.trackers:
-            events = sorted(path for path in self._trackers_folder.rglob("events.out.*") if path.is_file())
-            with self._attempt.not_at_the_cost_of_the_run("TensorBoard's events"):
-                self._inputs.artifacts.publish_events(events, attempt=self._inputs.attempt_number)
-            shutil.rmtree(self._trackers_folder, ignore_errors=True)
-
-
-def _tracked(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's numbers as trackers show them: flat."""
-    return {
-        "base": recipe.model.base,
-        "learning_rate": recipe.train.learning_rate,
-        "batch_size": recipe.train.batch_size,
-        "optimizer": recipe.train.optimizer,
-        "schedule": recipe.train.schedule,
-        "lora_r": recipe.lora.r,
-        "lora_alpha": recipe.lora.alpha,
-        "lora_dropout": recipe.lora.dropout,
-    }

@@ -216,6 +216,9 @@ def test_template_and_stops_are_those_that_were_trained(job, base, tmp_path):
 
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert merged.chat_template == TEMPLATE
+    (adapter,) = (job.store / "runs").glob("*/adapter")
+    assert AutoTokenizer.from_pretrained(adapter).chat_template == TEMPLATE
+    assert json.loads((adapter / "generation_config.json").read_text())["eos_token_id"] == [4, 2]
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [4, 2]
     assert (tmp_path / "merged" / "LICENSE").read_text() == "as you like"
     assert "claims" not in (tmp_path / "merged" / "README.md").read_text()

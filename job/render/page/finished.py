@@ -5,15 +5,16 @@ from functools import partial
 
 from job.core.next_steps import next_steps
 from job.core.report import Report
-from job.core.verdict import NOTHING_BETTER
+from job.render.metric_text import METRIC_WORDS
 from job.render.page import figures
 from job.render.page.answers import answers_chapter
 from job.render.page.blocks import Block, Chapter, Page, Picture, Pictures, Room, Table, Words
 from job.render.page.cost import cost_chapter
 from job.render.page.data import data_chapter
 from job.render.page.facts import facts_chapters
-from job.render.page.metrics import METRIC_WORDS, change_chapter, losses_by_slice, metric_chapter
+from job.render.page.metrics import change_chapter, losses_by_slice, metric_chapter
 from job.render.page.writing import written
+from job.render.verdict_text import verdict_text
 
 
 def report_html(report: Report) -> bytes:
@@ -36,32 +37,12 @@ def _page(report: Report, room: Room) -> Page:
     return Page(
         title=f"{report.model.base}, run {report.run_id}"[:300],
         standing=f"Finished {report.finished[:40]}",
-        verdict=_verdict(report),
+        verdict=verdict_text(report),
         figures=_figures(report),
         to_do=[room.cut(f"{step[:1].upper()}{step[1:]}.") for step in next_steps(report)],
         to_do_none="Nothing in the figures of this run asks for another one.",
         chapters=[chapter for chapter in chapters if chapter is not None],
     )
-
-
-def _verdict(report: Report) -> str:
-    spot, found = report.sweet_spot, report.held_out
-    on = f"on {report.data.validation.used:,} held-out examples"
-    if spot.step == 0:
-        return f"{NOTHING_BETTER[0].upper()}{NOTHING_BETTER[1:]} {on}: the adapter leaves it as it is."
-    by = f"by {spot.base_loss - spot.loss:.4g}"
-    if found is not None and found.gain_plus_minus is not None:
-        by = f"by {found.gain:.4g} ± {found.gain_plus_minus:.2g} (95 % interval)"
-    learned = f"It learned: validation loss fell from {spot.base_loss:.4f} to {spot.loss:.4f} nats a token, {by} {on}."
-    if found is not None and found.gain_plus_minus is not None and abs(found.gain) <= found.gain_plus_minus:
-        learned = (
-            f"Validation loss went from {spot.base_loss:.4f} to {spot.loss:.4f} nats a token, {by} {on}: that may be "
-            "chance."
-        )
-    after = ""
-    if spot.overfitting_from_step is not None:
-        after = f" From step {spot.overfitting_from_step:,} on it was significantly worse: overfitting."
-    return f"{learned} Step {spot.step:,} of {report.plan.steps:,} is kept: {spot.reason}.{after}"
 
 
 def _figures(report: Report) -> dict[str, str]:

@@ -1,20 +1,13 @@
 """What a page shows of answers by the recipe's metric, of slices, and of the change since the run before."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from job.core.answer_metrics import MetricName
 from job.core.example_results import ChangeReport
-from job.core.judged_answers import Gain, MetricReport
+from job.core.judged_answers import MetricReport
 from job.core.report import Report
+from job.render.metric_text import by_chance, compared_with, gain_text, score_cells
 from job.render.page.blocks import Block, Chapter, Room, Table, Words
 
-METRIC_WORDS: Mapping[MetricName, str] = {
-    "exact_match": "exact match",
-    "pattern": "match of the pattern",
-    "rouge_l": "ROUGE-L",
-    "json_equal": "equal JSON",
-    "contains": "holds the reference",
-}
 _HEAD = ("n", "base", "tuned", "gain", "95 %")
 
 
@@ -22,15 +15,15 @@ def metric_chapter(metric: MetricReport | None, room: Room) -> Chapter | None:
     """Scores of both models' answers; None: none was judged."""
     if metric is None:
         return None
-    blocks: list[Block] = [Words(text=f"{_compared(metric, room)} {_gain(metric.scores)}")]
+    blocks: list[Block] = [Words(text=f"{compared_with(metric, room.cut)} {gain_text(metric.scores)}")]
     if metric.not_judged:
         blocks.append(Words(text=f"{metric.not_judged:,} more were answered and hold nothing to compare with."))
     if metric.sources:
-        rows = [(room.cut(each.name), *_cells(each.scores)) for each in metric.sources]
+        rows = [(room.cut(each.name), *score_cells(each.scores)) for each in metric.sources]
         blocks += _tables("Answers by source", ("source", *_HEAD), rows, room)
     for field in dict.fromkeys(each.slice.field for each in metric.slices):
         own = [each for each in metric.slices if each.slice.field == field]
-        rows = [(room.cut(each.slice.words), *_cells(each.scores)) for each in own]
+        rows = [(room.cut(each.slice.words), *score_cells(each.scores)) for each in own]
         blocks += _tables(f"Answers by {room.cut(field)}", (room.cut(field), *_HEAD), rows, room)
     return Chapter(anchor="metric", name="Metric", blocks=blocks)
 
@@ -66,58 +59,12 @@ def change_chapter(change: ChangeReport | None) -> Chapter | None:
     said = (
         f"Against run {change.run_id[:200]}, finished {change.finished[:40]}, on the same {loss.examples:,} held-out "
         f"examples: the tuned model's loss went from {loss.before:.4f} to {loss.after:.4f} nats a token, by "
-        f"{loss.change:+.4g}{around}{_by_chance(loss.low, loss.high)}."
+        f"{loss.change:+.4g}{around}{by_chance(loss.low, loss.high)}."
     )
     blocks: list[Block] = [Words(text=said)]
     if change.scores is not None:
-        blocks.append(Words(text=f"Its answers, by the same metric: {_gain(change.scores)}"))
+        blocks.append(Words(text=f"Its answers, by the same metric: {gain_text(change.scores)}"))
     return Chapter(anchor="change", name="Change since the run before", blocks=blocks)
-
-
-def _compared(metric: MetricReport, room: Room) -> str:
-    place = "the learned answer" if metric.field is None else f"the record's {room.cut(metric.field)}"
-    match metric.name:
-        case "pattern":
-            return f"What {room.cut(metric.pattern or '')} finds in an answer, compared with {place}:"
-        case "rouge_l":
-            return f"ROUGE-L of each answer and {place}:"
-        case "json_equal":
-            return f"Answers that are the same JSON value as {place}:"
-        case "contains":
-            return f"Answers that hold {place}:"
-        case _:
-            return f"Answers that are {place}, word for word:"
-
-
-def _gain(scores: Gain) -> str:
-    around = ""
-    if scores.low is not None and scores.high is not None:
-        around = f" (95 % interval, paired: {100 * scores.low:+.1f} to {100 * scores.high:+.1f})"
-    return (
-        f"{scores.before:.1%} → {scores.after:.1%} of {scores.examples:,}, {100 * scores.gain:+.1f} points{around}"
-        f"{_by_chance(scores.low, scores.high)}."
-    )
-
-
-def _by_chance(low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return ", on too few examples to say how sure that is"
-    return ", which may be chance" if low < 0 < high else ""
-
-
-def _cells(scores: Gain | None) -> Sequence[str]:
-    if scores is None:
-        return "0", "-", "-", "-", "-"
-    around = "-"
-    if scores.low is not None and scores.high is not None:
-        around = f"{100 * scores.low:+.1f} to {100 * scores.high:+.1f}"
-    return (
-        f"{scores.examples:,}",
-        f"{scores.before:.1%}",
-        f"{scores.after:.1%}",
-        f"{100 * scores.gain:+.1f}",
-        around,
-    )
 
 
 def _loss(loss: float, plus_minus: float | None) -> str:
