@@ -15,8 +15,8 @@ _LONGEST = 500
 _LONGEST_ID = 64
 _LONGEST_PART = 80
 """Characters of a part of a name: MLflow takes 250 of all."""
-_NO_PART = re.compile(r"[^\w.\- ]")
-"""What MLflow refuses in a name, and what would part it."""
+_NO_PART = re.compile(r"[^\w.\-]")
+"""What MLflow refuses in a name or TensorBoard writes otherwise, and what would part it."""
 
 
 def tracked_key(run_id: str, run_uri: str) -> str:
@@ -49,7 +49,7 @@ def evaluation_numbers(
 ) -> dict[str, float]:
     """What is sent of an evaluation, with the loss of each source where there are several, and of each slice."""
     by_source = {f"validation/loss/{_path(each.name)}": each.loss for each in sources if each.loss is not None}
-    by_slice = {f"validation/loss by {_part(each.slice.field)}/{_part(each.slice.words)}": each.loss for each in slices}
+    by_slice = {f"validation/loss_by_{_part(each.slice.field)}/{_part(each.slice.words)}": each.loss for each in slices}
     return {"validation/loss": result.loss, "validation/token_accuracy": result.token_accuracy} | by_source | by_slice
 
 
@@ -88,5 +88,5 @@ def _path(text: str) -> str:
 
 def _part(text: str) -> str:
     """A part of a name that every tracker takes; what has to go from a text, its hash replaces."""
-    said = _NO_PART.sub("_", text).strip(" .")[:_LONGEST_PART]
+    said = _NO_PART.sub("_", text).strip(".")[:_LONGEST_PART]
     return said if said == text != "" else f"{said}-{sha256(text.encode('utf-8', 'replace')).hexdigest()[:6]}"

@@ -4,7 +4,9 @@ import hashlib
 import json
 
 import pytest
+from huggingface_hub import ModelCard
 from job_process import call, records, write_lines
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from job.core.errors import DeniedError
 from job.core.example_results import read
@@ -33,6 +35,7 @@ def judged(job):
 
 
 def test_a_run_s_answers_are_judged_and_its_losses_sliced(judged):
+    judged.recipe["track"] = {"trackers": ["tensorboard"]}
     ended = judged.start("run")
     assert ended.code == 0, ended.stdout
     report = read_report(judged.report())
@@ -64,6 +67,15 @@ def test_a_run_s_answers_are_judged_and_its_losses_sliced(judged):
     page = (judged.only_run() / "report.html").read_text()
     assert "Validation loss by lang" in page
     assert "Answers by lang" in page
+    card = ModelCard.load(judged.only_run() / "adapter" / "README.md")
+    (of_card,) = (each for each in card.data.eval_results if each.metric_type == "pattern")
+    assert (of_card.metric_value, of_card.metric_args["examples"]) == (metric.scores.after, 25)
+    assert "| `lang` `en` | 9 |" in card.text
+    events = EventAccumulator(str(judged.only_run() / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("final/pattern")[0].value == pytest.approx(metric.scores.after)
+    german = [event.value for event in events.Scalars("validation/loss_by_lang/de")]
+    assert german == pytest.approx([each.slices[0].loss for each in report.evaluations])
 
 
 def test_each_example_has_its_line_beside_the_report(judged):
