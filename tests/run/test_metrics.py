@@ -78,6 +78,19 @@ def test_a_run_s_answers_are_judged_and_its_losses_sliced(judged):
     assert german == pytest.approx([each.slices[0].loss for each in report.evaluations])
 
 
+def test_a_run_with_slices_and_a_metric_is_exported(judged):
+    judged.recipe["train"]["steps"] = 4
+    judged.recipe["evaluate"]["metric_field"] = "final"
+    assert judged.start("run").code == 0
+    to = judged.folder / "merged"
+    ended = call("export", str(judged.only_run()), "--to", str(to), "--workdir", str(judged.workdir))
+
+    assert ended.code == 0, ended.stdout
+    assert json.loads((to / "export.json").read_text())["losses"]["examples"] == 30
+    measured = ModelCard.load(to / "README.md").data.eval_results
+    assert [each.metric_type for each in measured] == ["loss"]
+
+
 def test_each_example_has_its_line_beside_the_report(judged):
     assert judged.start("run").code == 0
     report = read_report(judged.report())
