@@ -28,10 +28,11 @@ test: $(VENV)/installed
 test-hostile: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "hostile or not hostile" tests/hostile
 
-# Every family of decoders, tiny, beside plain PEFT; `make test` has one of each kind.
+# Every family of decoders, tiny, beside plain PEFT and `generate`; `make test` has one of each kind.
 .PHONY: test-families
 test-families: $(VENV)/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -m "families or not families" tests/tune/engines
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -m "families or not families" \
+		tests/tune/engines tests/tune/loop/test_greedy.py
 
 # The report's page as a browser shows it: a desk, a phone, the dark, paper, and what axe-core says. The screenshots stay in
 # .page/. tests/page/install.sh brings the browser (root, Debian or Ubuntu); without one the tests are skipped.
@@ -39,6 +40,12 @@ test-families: $(VENV)/installed
 test-page: $(VENV)/installed
 	tests/page/install.sh
 	$(BIN)/python -m pytest -m "page or not page" tests/page tests/render/test_page.py
+
+# MLflow against its own server and W&B by its own client, in a virtual environment of their own beside ours (.trackers).
+.PHONY: test-trackers
+test-trackers: $(VENV)/installed
+	tests/trackers/install.sh
+	.trackers/bin/python -m pytest -m trackers tests/trackers
 
 # Builds the demo's base anew: the one in recipes/demo-base to the bit on the kind of machine that it names, elsewhere one
 # that has learned as much. `python recipes/demo_base.py recipes/demo-base` builds it there, after a change of the script.
@@ -127,4 +134,4 @@ locks/cu1%.txt: pyproject.toml locks/cuda.txt $(VENV)/installed
 	$(LOCK_FOR_CUDA) --constraints $(VENV)/pins.txt --torch-backend cu1$* --python-version 3.12 --output-file $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) .page work
+	rm -rf $(VENV) $(DEMO) .page .trackers work

@@ -12,7 +12,7 @@ from job.core.course import Course, plan_course
 from job.core.cut import Cut, plan_memory
 from job.core.lengths import choose_max_length
 from job.core.memory import AdapterShape, MemoryParts, ModelShape, memory_parts
-from job.core.recipe import Recipe, TrackSection
+from job.core.recipe import Recipe
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
 from job.tune.data.encoder import Encoder, rules_of
@@ -151,7 +151,7 @@ def load(recipe, engine, device, folder):
     )
     loaded = load_base(base, device=device, dtype=compute_dtype(device))
     model = PackedModel(attach_lora(loaded, recipe.lora, source=str(base), revision=None, seed=train.seed))
-    accelerator = make_accelerator(TrackSection(), on_cpu=device.type == "cpu", folder=folder)
+    accelerator = make_accelerator(on_cpu=device.type == "cpu")
     choice = choose_engine(model, engine, backward=accelerator.backward, text=text_of(documents))
     adapter_shape = AdapterShape(
         parameters=parameter_counts(model.model)[0], rank=recipe.lora.r, optimizer=train.optimizer

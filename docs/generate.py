@@ -163,6 +163,39 @@ drawn at a step follows from the seed and the step alone, so a resumed run goes 
 too, without shares. Loss is reported for all held-out examples and for each source. A list of URIs is one source:
 its files in a row.
 
+**Answers and their metric.** `evaluate.answers: 200` has base and tuned model answer the first 200 held-out examples
+that are whole; `evaluate.metric` says what makes an answer right. Its mean for both models and the gain, with a 95 %
+interval that is paired over the examples, stand in log, report and page, for each source and each slice as well.
+
+| metric | an answer scores 1 where, once blanks at both ends are gone, |
+|---|---|
+| `exact_match` | it is the learned answer, word for word |
+| `contains` | the learned answer stands in it |
+| `pattern` | the first match of `pattern`, its group or all of it, is that of the learned answer |
+| `json_equal` | it is JSON, and the same value: 1 is 1.0, the order of an object's keys says nothing |
+| `rouge_l` | between 0 and 1: ROUGE-L (F measure) by rouge-score, over small letters, the first 1,000 words of each |
+
+```yaml
+evaluate:
+  answers: 500
+  metric: pattern
+  pattern: "#### (-?[0-9.,]+)" # GSM8K: "... so she sold 72 clips. #### 72"
+  slices: [lang, meta.topic]
+```
+
+Patterns are of RE2: no look-ahead and no back-references, and no answer can make one run for ever. A pattern that RE2
+does not know is refused with the recipe (exit code 64). ROUGE-L takes words of any script; a character of a script that
+puts no spaces counts as a word. With `metric_field: final` answers are compared with that field of the record and not
+with the learned answer; of `pattern` the field may be the bare value. An example without anything to compare with is
+answered and not judged, and the report says which; where there is none at all, the job ends early (exit code 65).
+
+`slices: [lang]` gives held-out losses and metrics for each value of a field, each with its interval and n: the twelve
+values with most examples, what has none, and all others together. Lists and objects count as their JSON.
+
+Each held-out example has a line in `examples.jsonl` beside the report: its hash, `file:line`, target tokens, the losses
+of both models and the scores of both answers; the report holds the file's hash. A later run in the same output that was
+judged on the same examples says what has changed since, example by example.
+
 **What is left out.** Examples that are dropped as too long, that have nothing of their answer within `max_length`, or
 that have a blank field are counted by reason. Up to `unused_limit` log, `check` and report say so; beyond it the job
 ends (exit code 65). Each source is held to it by itself; with own validation files each side is, else both together.

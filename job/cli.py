@@ -14,27 +14,28 @@ import structlog
 
 from job import __version__
 from job.core.errors import NotFoundError, UsageError
-from job.core.given import Given, as_records, set_lines
+from job.core.given import as_records, set_lines
 from job.core.library_settings import LIBRARY_SETTINGS
 from job.core.lines import colours_wanted, hung
 from job.core.visible import one_line
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import lasting_output, say_passing, terminal_width
 from job.ending import Session, log_finished
+from job.export_options import export_options
 from job.launch.launched import leave, sit_down
 from job.options import (
-    AddedUp,
     device_option,
     engine_option,
     leave_ending,
     make_attempt,
+    make_phases,
     news_options,
     recipe_argument,
     shared_options,
     time_options,
     workdir_option,
 )
-from job.showing import plan_options, preview_options, report_options
+from job.showing import plan_options, preview_options, report_options, try_options
 from job.together import arm_crash_point, run_with_others, team_options
 
 log = structlog.get_logger(__name__)
@@ -67,6 +68,7 @@ def cli(session: Session, log_format: str) -> None:
         colours=colours_wanted(os.environ, terminal=sys.stdout.isatty()),
         in_place=not _is_dumb(),
     )
+    session.hub_token = os.environ.get("HF_TOKEN", "").strip() or None
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.umask(os.umask(0) | stat.S_IWOTH)  # what we leave is used again as ours: nobody else may change it
@@ -202,50 +204,11 @@ def preview_data(session: Session, /, recipe: Path, random: int, ids: bool, **op
 
 @cli.command(name="try")
 @click.argument("run_uri")
-@click.option(
-    "--prompt",
-    "prompts",
-    cls=AddedUp,
-    envvar="JOB_PROMPT",
-    metavar="TEXT",
-    help="Prompt, taken as it is but for \\n, which is a line break. Without --prompt, --field and --record it asks on "
-    "stdin.",
-)
-@click.option(
-    "--field",
-    "fields",
-    cls=AddedUp,
-    envvar="JOB_FIELD",
-    metavar="NAME=VALUE",
-    help="A field of a record; the run's template makes the prompt of all that are given.",
-)
-@click.option(
-    "--record",
-    "record_file",
-    envvar="JOB_RECORD",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Records as JSON lines, or one JSON object; the run's template makes a prompt of each.",
-)
-@click.option(
-    "--max-new-tokens",
-    envvar="JOB_MAX_NEW_TOKENS",
-    type=click.IntRange(min=1),
-    help="Longest answer; as in the recipe without it.",
-)
+@try_options
 @workdir_option
 @device_option
 @click.pass_obj
-def try_run(
-    session: Session,
-    run_uri: str,
-    prompts: tuple[Given, ...],
-    fields: tuple[Given, ...],
-    record_file: Path | None,
-    max_new_tokens: int | None,
-    workdir: Path,
-    device: str,
-) -> None:
+def try_run(session: Session, /, run_uri: str, record_file: Path | None, **options: Any) -> None:
     """Prompt the adapter of a finished run and its base, side by side."""
     from job.commands.try_out import Asked, try_out, typed_prompts
     from job.core.asking import typed
@@ -259,21 +222,14 @@ def try_run(
             _say(session, f"{name:<7} {first}", *(f"{'':<7} {line}" if line else "" for line in rest))
         _say(session, "")
 
-    written = [typed(prompt.text) for prompt in prompts]
+    written = [typed(prompt.text) for prompt in options.pop("prompts")]
+    fields = [field.text for field in options.pop("fields")]
     asked = Asked(
         prompts=written if written or fields or record_file else map(typed, typed_prompts(session.interrupt)),
-        fields=[field.text for field in fields],
+        fields=fields,
         record_file=record_file,
     )
-    try_out(
-        run_uri,
-        asked,
-        workdir=workdir,
-        device=device,
-        max_new_tokens=max_new_tokens,
-        should_stop=session.interrupt,
-        on_answer=show,
-    )
+    try_out(run_uri, asked, **options, should_stop=session.interrupt, on_answer=show)
 
 
 @cli.command(
@@ -338,6 +294,19 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
 
     path = bring(attempt.worker, attempt.phases, folder)
     _say(session, f"fetched; on the node without internet: python entrypoint.py run {path}")
+
+
+@cli.command(name="export")
+@export_options
+@click.pass_obj
+def export_model(session: Session, /, **options: Any) -> None:
+    """Merge the adapter of a finished run into its base, prove the result, and write it where asked."""
+    from job.commands.export import export
+    from job.render.export_text import export_lines
+
+    exported, uri = export(**options, phases=make_phases(session), should_stop=session.interrupt)
+    if not session.as_json:
+        _say(session, "", *export_lines(exported, uri))
 
 
 def main(interrupt: Interrupt) -> int:

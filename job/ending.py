@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,8 @@ class Session:
     """Whether events are JSON lines."""
     hide: Callable[[str], str] = str
     """Takes secrets out of a text that is kept."""
+    hub_token: str | None = field(default=None, repr=False)
+    """What HF_TOKEN is."""
     outcome: "Outcome | None" = None
     """The outcome file, once its option was read."""
     metrics: "MetricsFile | None" = None

@@ -19,7 +19,7 @@ from job.ending import Session
 
 if TYPE_CHECKING:
     from job.core.limits import Limits
-    from job.stages.attempt import Attempt
+    from job.stages.attempt import Attempt, Phases
 
 DEFAULT_GRACE_SECONDS = 30.0
 """What schedulers give where nobody sets anything else."""
@@ -110,6 +110,18 @@ def _open_notice(context: click.Context, _param: click.Parameter, url: str | Non
         session.notice = Notice(url)
 
 
+outcome_option = click.option(
+    "--outcome-file",
+    envvar="JOB_OUTCOME_FILE",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,  # first: it is to say what is wrong with the others
+    callback=_open_outcome,
+    expose_value=False,
+    help="One small JSON, kept current: phase, step, loss, ETA; at the end exit code, reason, what to do.",
+)
+
+
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What every command on a recipe takes; each also by JOB_ and its name in the environment."""
     for option in (
@@ -135,16 +147,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         workdir_option,
         device_option,
-        click.option(
-            "--outcome-file",
-            envvar="JOB_OUTCOME_FILE",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            is_eager=True,  # first: it is to say what is wrong with the others
-            callback=_open_outcome,
-            expose_value=False,
-            help="One small JSON, kept current: phase, step, loss, ETA; at the end exit code, reason, what to do.",
-        ),
+        outcome_option,
     ):
         command = option(command)
     return command
@@ -225,6 +228,15 @@ def leave_ending(session: Session, path: Path, options: Mapping[str, Any]) -> No
     session.recipe = path.name
 
 
+def make_phases(session: Session) -> "Phases":
+    """The clock of a command that is no attempt at a run."""
+    from job.edge.host.process import age_seconds
+    from job.stages.attempt import Phases
+
+    assert session.outcome is not None, "its option is eager"
+    return Phases(session.outcome, began=time.monotonic() - age_seconds())
+
+
 def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "Attempt":
     """Read the recipe and gather what the stages share; the session knows the attempt from here on.
 
@@ -233,9 +245,8 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
     """
     from job.core.recipe_text import load_recipe
     from job.edge.chat_template_files import with_template_texts
-    from job.edge.host.process import age_seconds
     from job.edge.relative_paths import located
-    from job.stages.attempt import Attempt, Phases, Worker
+    from job.stages.attempt import Attempt, Worker
 
     assert session.outcome is not None, "its option is eager"
     try:
@@ -254,6 +265,7 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
         engine=options.get("engine", "auto"),
         placement=options.get("base_placement"),
         should_stop=session.interrupt,
+        hub_token=session.hub_token,
     )
     session.attempt = Attempt(
         worker=worker,
@@ -271,7 +283,7 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         hide=session.hide,
         outcome=session.outcome,
-        phases=Phases(session.outcome, began=time.monotonic() - age_seconds()),
+        phases=make_phases(session),
         step_events_seconds=0.0 if session.as_json else 1.0,
         hear_stop=session.interrupt.hear,
     )

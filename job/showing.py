@@ -1,4 +1,4 @@
-"""The options of commands that show something and train nothing: `plan`, `preview`, `report`."""
+"""The options of commands that show something and train nothing: `plan`, `preview`, `try`, `report`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +84,45 @@ def preview_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Examples of each source, besides the first, the longest and the shortest.",
         ),
         click.option("--ids", envvar="JOB_IDS", is_flag=True, help="Show every token by itself, with its id."),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
+def try_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `try` asks, and how long answers are."""
+    for option in (
+        click.option(
+            "--prompt",
+            "prompts",
+            cls=AddedUp,
+            envvar="JOB_PROMPT",
+            metavar="TEXT",
+            help="Prompt, taken as it is but for \\n, which is a line break. Without --prompt, --field and --record it "
+            "asks on stdin.",
+        ),
+        click.option(
+            "--field",
+            "fields",
+            cls=AddedUp,
+            envvar="JOB_FIELD",
+            metavar="NAME=VALUE",
+            help="A field of a record; the run's template makes the prompt of all that are given.",
+        ),
+        click.option(
+            "--record",
+            "record_file",
+            envvar="JOB_RECORD",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Records as JSON lines, or one JSON object; the run's template makes a prompt of each.",
+        ),
+        click.option(
+            "--max-new-tokens",
+            envvar="JOB_MAX_NEW_TOKENS",
+            type=click.IntRange(min=1),
+            help="Longest answer; as in the recipe without it.",
+        ),
     )[::-1]:
         command = option(command)
     return command

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "the house": (
         ("entrypoint",),
-        ("job.cli", "job.options", "job.showing", "job.together", "job.ending"),
+        ("job.cli", "job.options", "job.export_options", "job.showing", "job.together", "job.ending"),
         ("job.commands", "job.commands.*"),
         ("job.launch", "job.launch.*"),
         ("job.stages", "job.stages.*"),
@@ -32,8 +32,9 @@ FLOORS = {
         ("job",),
     ),
     "job.stages": (
-        ("job.stages.finish", "job.stages.so_far", "job.stages.training"),
-        ("job.stages.report", "job.stages.proving"),
+        ("job.stages.exporting", "job.stages.finish", "job.stages.so_far", "job.stages.training"),
+        ("job.stages.export_proof", "job.stages.report", "job.stages.proving", "job.stages.tracking"),
+        ("job.stages.results",),
         ("job.stages.loop", "job.stages.following"),
         ("job.stages.preparing",),
         (
@@ -51,10 +52,11 @@ FLOORS = {
             "job.stages.weights",
             "job.stages.hardware",
             "job.stages.holding",
+            "job.stages.pushing",
             "job.stages.stops",
         ),
         ("job.stages.encoding",),
-        ("job.stages.data_report", "job.stages.sources"),
+        ("job.stages.data_report", "job.stages.judging", "job.stages.sources"),
         ("job.stages.guard", "job.stages.records"),
         ("job.stages.identity",),
         ("job.stages.attempt",),
@@ -62,6 +64,7 @@ FLOORS = {
     "job.tune": (
         ("job.tune.loop", "job.tune.loop.*", "job.tune.rehearsal"),
         ("job.tune.device_check", "job.tune.engines", "job.tune.engines.*"),
+        ("job.tune.merging", "job.tune.merging.*"),
         ("job.tune.model", "job.tune.model.*"),
         (
             "job.tune.data",
@@ -74,7 +77,8 @@ FLOORS = {
     ),
     "job.tune.model": (
         ("job.tune.model.sharded", "job.tune.model.sharded.*"),
-        ("job.tune.model.adapter", "job.tune.model.base", "job.tune.model.shrunk", "job.tune.model.tokenizer"),
+        ("job.tune.model.adapter", "job.tune.model.base", "job.tune.model.serving", "job.tune.model.shrunk"),
+        ("job.tune.model.tokenizer",),
         ("job.tune.model.experts", "job.tune.model.promises"),
         (
             "job.tune.model.config",
@@ -86,10 +90,11 @@ FLOORS = {
         ("job.tune.model.stored", "job.tune.model.stored.*"),
     ),
     "job.edge": (
-        ("job.edge.base", "job.edge.base.*", "job.edge.remembered"),
+        ("job.edge.base", "job.edge.base.*", "job.edge.pushing", "job.edge.remembered"),
         (
             "job.edge.chat_template_files",
             "job.edge.dataset_files",
+            "job.edge.exports",
             "job.edge.workers",
             "job.edge.run",
             "job.edge.run.*",
@@ -126,15 +131,17 @@ OWNERS = {
     "subprocess": ("job.launch.launched", "job.edge.workers", "job.tune.data.rendering"),
     "torch.distributed": ("job.tune.ranks",),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
-    "click": ("job.cli", "job.options", "job.showing", "job.together"),
+    "click": ("job.cli", "job.options", "job.export_options", "job.showing", "job.together"),
     "os.environ": ("job.cli", "job.edge.workers"),
     "os.environb": ("job.cli",),
     "os.getenv": ("job.cli",),
     "os.putenv": ("job.cli",),
-    "huggingface_hub": ("job.edge.base.*",),
+    "huggingface_hub": ("job.edge.base.*", "job.edge.pushing"),
     "matplotlib": ("job.render.pictures", "job.render.page.figures"),
     "pynvml": ("job.edge.host.gpu",),
     "triton": ("job.kernels.triton_*",),
+    "re2": ("job.core.answer_metrics",),
+    "rouge_score": ("job.core.answer_metrics",),
 }
 """Who alone may name a library or one of its parts."""
 MOST_FILES = 14
@@ -147,7 +154,7 @@ CROWDED = {
     "job/stages": "the story of a run, a stage a file",
 }
 """Rooms with more files, and why."""
-CORE_LIBRARIES = {"job", "numpy", "pydantic", "pydantic_core", "yaml"}
+CORE_LIBRARIES = {"job", "numpy", "pydantic", "pydantic_core", "re2", "rouge_score", "yaml"}
 IMPURE = {
     *("asyncio", "io", "logging", "multiprocessing", "os", "pathlib", "random", "shutil", "signal", "socket"),
     *("subprocess", "sys", "tempfile", "threading", "time", "urllib"),
@@ -501,7 +508,7 @@ def test_a_quick_check_counts_the_data_s_tokens_without_torch(tmp_path):
             "from job.edge.store import s3",
             "job.edge.host and job.edge.store never see each other",
         ),
-        ("job.render.card", "from job.edge.store import s3", "job.render and job.edge never see each other"),
+        ("job.render.cards.adapter", "from job.edge.store import s3", "job.render and job.edge never see each other"),
         ("job.edge.store.s3", "from job.kernels import ops", "job.edge and job.kernels never see each other"),
         ("job.edge.store.s3", "from job.tune.model.base import x", "job.edge and job.tune never see each other"),
         ("job.tune.loop.step", "from job.edge.host.logs import redact", "job.tune and job.edge never see each other"),

@@ -17,6 +17,7 @@ from job.core.memory import ModelShape
 from job.core.mixture import portions
 from job.core.recipe import Recipe, is_hub_id
 from job.core.report_data import DataReport
+from job.core.servers import refusals
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.host.gpu import look_at_links
@@ -128,6 +129,8 @@ def check(
     table.look("output", lambda: _output(worker))
     if worker.device != "cpu" and (links := look_at_links(chosen_gpus)) is not None:
         table.look("gpus", lambda: (str(links), None))
+    if worker.recipe.output_hub is not None:
+        table.look("hub", lambda: _hub(worker, phases))
     base = table.look("base model", lambda: _base(worker, FOR_A_PERSON if for_a_person else None))
     run = table.look("input", lambda: _inputs(worker, run_id, base))
     table.advise(advice.of_recipe(worker.recipe))
@@ -168,6 +171,7 @@ def _look_at_model(
         return
     tokenizer, shape, words = model
     table.advise(words, name="base")
+    table.advise(refusals(worker.recipe.lora, rows=shape.vocabulary), name="serving")
     if run is None or "data" in table.failures:
         return
     positions, rows = shape.positions, shape.vocabulary
@@ -214,6 +218,14 @@ def _output(worker: Worker) -> tuple[str, None]:
     return f"{worker.recipe.output}: write" + (
         " and conditional write work" if found.conditional else f" works, but {found.reason}"
     ), None
+
+
+def _hub(worker: Worker, phases: Phases) -> tuple[str, None]:
+    from job.stages.pushing import hub_of
+
+    hub = hub_of(worker, phases)
+    assert hub is not None, "the recipe names one"
+    return f"{hub.name}: HF_TOKEN is of {hub.look()}, and can write", None
 
 
 def _inputs(worker: Worker, run_id: str | None, base: BaseModel | None) -> tuple[str, Run | None]:

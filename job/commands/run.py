@@ -13,6 +13,7 @@ from job.stages.attempt import Attempt
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
 from job.stages.identity import Run, find_run
+from job.stages.pushing import push, refuse_unpushable
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +49,7 @@ def run(attempt: Attempt, seat: Seat | None = None) -> Report:
 
 
 def _carry_out(attempt: Attempt, held: Held, seat: Seat | None) -> Report:
-    """Gather what training starts from, train, finish."""
+    """Gather what training starts from, train, finish; push last, for the run is done without it."""
     if held.run.begun:
         held.records.begin()  # an unfinished run: this attempt counts from here
     with attempt.phases.phase("load_libraries"):
@@ -58,15 +59,19 @@ def _carry_out(attempt: Attempt, held: Held, seat: Seat | None) -> Report:
         from job.stages.gathering import gather
         from job.stages.hardware import hardware_errors
         from job.stages.placing import place_base
+        from job.stages.tracking import Tracked
         from job.stages.training import TrainingStage
 
         quiet_libraries()
     with Company(attempt, seat) as company:
         company.begin(held.run)
+        refuse_unpushable(attempt)
         inputs = company.in_turn(lambda: place_base(attempt, gather(attempt, held.run, held.records.begin), company))
-        with hardware_errors(inputs.device):
-            facts = TrainingStage(attempt, inputs, company).run()
-            return finish(attempt, inputs, facts, company.world)
+        with hardware_errors(inputs.device), Tracked(attempt, inputs) as tracked:
+            facts = TrainingStage(attempt, inputs, company, tracked).run()
+            report = finish(attempt, inputs, facts, tracked, company.world)
+            # The others are let go only then: what cannot be pushed ends all processes with the same code.
+            return push(attempt, inputs.artifacts, report)
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:
@@ -74,4 +79,4 @@ def _already_done(attempt: Attempt, found: Run) -> Report:
     log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
     report = found.artifacts.read_report()
     assert report is not None, "it is done"
-    return report
+    return push(attempt, found.artifacts, report)

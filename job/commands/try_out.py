@@ -13,12 +13,11 @@ from job.commands.report import open_run, recipe_of
 from job.core.asking import asked_fields, asked_sources, fields_given, prompt_of, required_fields
 from job.core.chats import Chat, as_read, prompt_chat
 from job.core.data_section import DataSection
-from job.core.errors import DataError, NotFoundError, UsageError
+from job.core.errors import DataError, UsageError
 from job.core.fields import Unusable, fields_of
-from job.core.recipe import Recipe, is_hub_id
+from job.core.recipe import Recipe
 from job.core.records import Part, chat_in
 from job.core.report import Report
-from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
@@ -172,7 +171,7 @@ def _load(
     should_stop: Callable[[], bool],
 ) -> tuple[Path, Any]:
     """The base's folder, and the base with the run's adapter on it."""
-    from job.stages.base_source import BaseSource
+    from job.stages.base_source import BaseSource, refuse_changed_base
     from job.tune.device.compute_dtype import compute_dtype
     from job.tune.device.device import choose_device
     from job.tune.engines.packed_model import PackedModel
@@ -183,7 +182,7 @@ def _load(
 
     settings = StoreSettings(sse_kms_key=recipe.store.sse_kms_key, checksums=recipe.store.checksums)
     identity = BaseModelIdentity(source=report.model.base, revision=report.model.revision)
-    _refuse_changed_base(identity, settings)
+    refuse_changed_base(identity, settings)
     chosen = choose_device(device)
     source = BaseSource(
         identity,
@@ -214,17 +213,6 @@ def _load(
 
 def _unseen(_done: int, _of: int) -> None:
     """Nobody follows the download."""
-
-
-def _refuse_changed_base(identity: BaseModelIdentity, settings: StoreSettings) -> None:
-    if is_hub_id(identity.source):
-        return  # the commit says it all
-    now = fetching.identify(identity.source, None, settings=settings)
-    if now.revision != identity.revision:
-        raise NotFoundError(
-            f"{identity.source}: another base stands there now than the one this run was trained on "
-            f"({identity.revision[:12]}); put the old one back"
-        )
 
 
 def typed_prompts(should_stop: Callable[[], bool]) -> Iterator[str]:

@@ -64,6 +64,28 @@ def fields_of(
     return fields if blank is None else blank
 
 
+def value_of(raw: bytes, name: str) -> str | None:
+    """One field of a record as text, whatever it holds: a list or an object as JSON; None: it is not there, or blank.
+
+    Args:
+        raw: a record that was read before.
+        name: of the field; see `fields_of`.
+    """
+    record = record_of(raw, _AS_WRITTEN)
+    if isinstance(record, str):
+        return None
+    value = _found(record, name, name)
+    if isinstance(value, str):
+        text = str(value)
+    elif isinstance(value, Unusable) or value is None:
+        return None
+    else:  # its numbers as numbers again
+        plain = record_of(raw)
+        text = json.dumps(plain if isinstance(plain, str) else _found(plain, name, name), ensure_ascii=False)
+    text = text.strip()
+    return text.encode("utf-8", "replace").decode() or None
+
+
 def record_of(raw: bytes, decoder: json.JSONDecoder = _DECODER) -> dict[str, Any] | str:
     """The JSON object of one line, or the reason why it is none."""
     if b"\0" in raw:

@@ -31,6 +31,11 @@ class Answer(Section):
     """Nats a target token of that example, before training ..."""
     tuned_loss: float | None = None
     """... and at the chosen step."""
+    reference: str | None = None
+    """What the metric compared both with, where that is not `expected` as a whole."""
+    base_score: float | None = None
+    """By the recipe's metric, from 0 to 1; None: not judged, or an earlier version of the job wrote the report."""
+    tuned_score: float | None = None
 
 
 class ExactMatch(Section):
@@ -131,6 +136,12 @@ def _outliers(change: NDArray[np.float64]) -> list[int]:
 
 def _evenly(count: int, most: int) -> list[int]:
     return list(range(count)) if count <= most else [i * count // most for i in range(most)]
+
+
+def drawn_examples(count: int, *, most: int) -> list[int]:
+    """Places of at most so many of the examples whose two losses a report keeps, evenly from all."""
+    drawn = _evenly(count, MOST_DRAWN)
+    return [drawn[i] for i in _evenly(len(drawn), most)]
 
 
 def _rounded(losses: NDArray[np.float64]) -> tuple[float, ...]:

@@ -3,10 +3,14 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from job.core.answer_metrics import AnswerMetric, MetricName, why_no_pattern
 from job.core.data_section import OF_CHATS, DataSection, Source
 from job.core.section import Count, Flag, NotNegative, Positive, Section, Seed, Share, Text, Uri, Whole
+
+HUB_ID = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
+"""`owner/name`."""
 
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
 """What `lora.targets` can name beside modules."""
@@ -150,6 +154,22 @@ class CheckpointSection(Section):
     """Newest checkpoints kept in the store, besides those that may become the chosen one."""
 
 
+def _pattern(value: str) -> str:
+    reason = why_no_pattern(value)
+    if reason is not None:
+        raise ValueError(reason)
+    return value
+
+
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) != len(names):
+        raise ValueError(f"names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return names
+
+
+_MOST_SLICED = 8
+
+
 class EvaluateSection(Section):
     """What is measured on the held-out examples, and when."""
 
@@ -165,6 +185,38 @@ class EvaluateSection(Section):
     """Held-out examples that base and tuned model answer from their prompt, compared word for word (exact match)."""
     max_new_tokens: Count = 256
     """Longest answer in tokens."""
+    metric: MetricName = "exact_match"
+    """What makes an answer right, for each of `answers`; the section above says what each metric compares."""
+    pattern: Annotated[Text, AfterValidator(_pattern)] | None = None
+    """With `metric: pattern`: a regular expression of RE2. Its group, or all of it, is what is compared."""
+    metric_field: Text | None = None
+    """Field of the record that answers are compared with; without it they are with the answer that is learned."""
+    slices: Annotated[tuple[Text, ...], Field(max_length=_MOST_SLICED), AfterValidator(_each_once)] = ()
+    """Fields of the record: held-out losses and metrics are given for each of their values as well."""
+
+    @model_validator(mode="after")
+    def _metric_has_what_it_needs(self) -> Self:
+        if (self.metric == "pattern") != (self.pattern is not None):
+            raise ValueError(
+                "`metric: pattern` and `pattern` go together: give the regular expression that finds the answer, as "
+                "`pattern: '#### (-?[0-9.,]+)'`"
+            )
+        if not self.answers and (self.metric != "exact_match" or self.metric_field is not None):
+            raise ValueError(
+                "`metric` and `metric_field` judge answers, and none is asked for; give `answers`, the number of "
+                "held-out examples that both models answer"
+            )
+        return self
+
+    @property
+    def answer_metric(self) -> AnswerMetric:
+        """What makes an answer right."""
+        return AnswerMetric(name=self.metric, pattern=self.pattern, field=self.metric_field)
+
+    @property
+    def kept_fields(self) -> tuple[str, ...]:
+        """Fields of held-out records that are needed beside their text."""
+        return tuple(dict.fromkeys((*self.slices, *((self.metric_field,) if self.metric_field is not None else ()))))
 
 
 class StoreSection(Section):
@@ -177,12 +229,12 @@ class StoreSection(Section):
 
 
 class TrackSection(Section):
-    """Trackers that follow the run, through accelerate; none by default."""
+    """Trackers that follow the run; none by default. `docs/tracking.md` says what they hear; it never costs a run."""
 
     trackers: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = ()
-    """Where losses and evaluations are sent as well. Each needs its package in the image."""
+    """Where losses, evaluations, verdict and page are sent as well. Each needs its package in the image."""
     project: Text = "qlora-job"
-    """Project (W&B), experiment (MLflow) or folder (TensorBoard)."""
+    """Project (W&B) or experiment (MLflow)."""
 
 
 class Recipe(Section):
@@ -198,6 +250,9 @@ class Recipe(Section):
     track: TrackSection = TrackSection()
     output: Uri
     """`s3://bucket/prefix` or `file:///folder` that gets runs/{run_id}/: checkpoints, adapter, report."""
+    output_hub: Annotated[str, Field(pattern=HUB_ID)] | None = None
+    """`owner/name` on the model hub, which gets adapter, card, page and report of the finished run by HF_TOKEN; private
+    where it does not exist yet."""
 
     @model_validator(mode="after")
     def _answers_need_a_prompt(self) -> Self:
@@ -221,12 +276,12 @@ class Recipe(Section):
 
 def is_hub_id(base: str) -> bool:
     """Whether a base is named by its hub id; anything with a scheme, or that starts like a path, is not."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) is not None
+    return re.fullmatch(HUB_ID, base) is not None
 
 
 def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that can change the weights or their evaluation, as JSON values."""
-    part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output"})
+    part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output", "output_hub"})
     del part["model"]["quantised_copies"], part["data"]["unused_limit"]
     if recipe.data.on_bad_record == "fail":
         # They decide whether the job ends, and not what is trained on: a run that they ended goes on later.
@@ -234,6 +289,10 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
     if recipe.data.chat is None:  # a run without chats is what it was before there were any
         for name in ("chat", *OF_CHATS):
             del part["data"][name]
+    as_without = EvaluateSection().model_dump(mode="json")
+    for name in ("metric", "pattern", "metric_field", "slices"):
+        if part["evaluate"][name] == as_without[name]:
+            del part["evaluate"][name]  # a run that says nothing of them is what it was before there were any
     for side in ("train", "validation"):
         for source in part["data"][side]:
             if isinstance(source, dict):

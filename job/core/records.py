@@ -14,7 +14,7 @@ from job.core.templates import filled, with_optional
 
 REPORTED_AT_ONCE = 20
 """Wrong lines named in one message."""
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 """Before the first record of a file; of a compressed file that was put together from several, before any."""
 
 
@@ -179,7 +179,7 @@ def checked_lines(
 
 def _parsed_lines(lines: Iterable[tuple[str, int, bytes]], data: DataSection, tally: Tally) -> Iterator[Parsed]:
     for file, number, raw in lines:
-        body = raw.removeprefix(_BOM)
+        body = raw.removeprefix(BOM)
         if not body.strip():
             continue
         tally.lines += 1

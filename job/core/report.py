@@ -5,13 +5,16 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from job.core.example_results import ChangeReport, ExamplesFile
 from job.core.held_out import Answer, ExactMatch, HeldOut
+from job.core.judged_answers import MetricReport
 from job.core.limits import StopFigures
 from job.core.memory import ComputeDtype
 from job.core.packing import Rows
 from job.core.report_data import DataReport, SourceReport
 from job.core.run_record import first_mistake
 from job.core.section import Section
+from job.core.slices import SliceLoss
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -27,6 +30,8 @@ class ModelReport(Section):
     left_out: str | None = None
     """What of a multimodal base was neither loaded nor adapted; None: the base is a language model alone."""
     quantisation: str
+    in_mxfp4: bool = False
+    """Whether the base is published with its experts in MXFP4, of which others make 16 bits and not NF4."""
     loaded_from: Literal["weights", "copy in 4 bits"] = "weights"
     """In this attempt: a copy that an earlier start had kept makes neither download nor quantisation needed."""
     trainable_parameters: int
@@ -122,6 +127,8 @@ class EvaluationReport(Section):
     """Target tokens."""
     sources: tuple[SourceLoss, ...] = ()
     """Those of the held-out side, in the recipe's order; empty where there is but one."""
+    slices: tuple[SliceLoss, ...] = ()
+    """In the order of `evaluate.slices`, of each field the largest first."""
 
 
 class SweetSpot(Section):
@@ -147,6 +154,8 @@ class AdapterReport(Section):
     proven_loss: float
     """Validation loss of the adapter as downloaded again and loaded by PEFT on a fresh 4-bit base."""
     reported_loss: float
+    refused_by: tuple[str, ...] = ()
+    """Servers that are known to refuse it, each with the reason and the way out."""
 
 
 class AdapterFile(Section):
@@ -233,8 +242,14 @@ class Report(Section):
     sweet_spot: SweetSpot
     exact_match: ExactMatch | None
     answers: tuple[Answer, ...]
+    metric: MetricReport | None = None
+    """None: no held-out example was answered and judged."""
     held_out: HeldOut | None = None
     """None: an earlier version of the job wrote the report."""
+    per_example: ExamplesFile | None = None
+    """Beside the report; None: an earlier version of the job wrote it, or it could not be written."""
+    change: ChangeReport | None = None
+    """Since the run before in the same output; None: there is none that was judged on the same examples."""
     adapter: AdapterReport
     throughput: Throughput
     start: StartReport | None = None
@@ -255,6 +270,8 @@ class Report(Section):
         drawn = [_names(self.plan.sources), _names(self.curve.sources)]
         if drawn != [taken] * 2 or any(_names(e.sources) != judged for e in self.evaluations):
             raise ValueError("sources: data, plan, curve and evaluations do not name the same ones")
+        if len({tuple(each.slice for each in e.slices) for e in self.evaluations}) > 1:
+            raise ValueError("evaluations: they do not have the same slices")
         return self
 
     @model_validator(mode="after")

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from job.core.example_results import ChangeReport
+from job.core.judged_answers import Gain, MetricReport
 from job.core.lines import worth_naming
 from job.core.next_steps import next_steps
 from job.core.report import Report
 from job.core.verdict import NOTHING_BETTER
+from job.render.metric_text import interval, points
 from job.render.preview_text import example_lines
 from job.render.sources_text import source_lines
 
@@ -64,9 +67,44 @@ def _outcome(report: Report) -> list[str]:
         lines.append(
             f"exact match        base {match.base:.0%} -> tuned {match.tuned:.0%} of {match.examples} held out"
         )
+    lines += _metric(report.metric) + _change(report.change)
     lines.append(f"adapter            {report.adapter.uri} (proven: loss {report.adapter.proven_loss:.4f})")
     lines += [f"note               {note}" for note in report.notes]
     return lines + [f"what next          {step}" for step in next_steps(report)]
+
+
+def _metric(metric: MetricReport | None) -> list[str]:
+    if metric is None:
+        return []
+    scores, named = metric.scores, metric.name != "exact_match"
+    found = f"base {scores.before:.1%} -> tuned {scores.after:.1%} of {scores.examples} held out"
+    lines = [f"{metric.name.replace('_', ' '):<19}{found}"] if named else []
+    lines.append(f"gain in answers    {_points(scores)}")
+    for each in metric.slices:
+        if each.scores is not None:
+            name = f"{each.slice.field} {each.slice.words}"
+            lines.append(f"                   {_one_line(name, 40)}: {_points(each.scores)}, n {each.scores.examples}")
+    return lines
+
+
+def _points(scores: Gain) -> str:
+    ends = interval(scores)
+    return f"{points(scores.gain)} points" + ("" if ends is None else f" (95 %: {ends})")
+
+
+def _change(change: ChangeReport | None) -> list[str]:
+    """Since the run before."""
+    if change is None:
+        return []
+    loss = change.loss
+    around = "" if loss.low is None or loss.high is None else f" (95 %: {loss.low:+.4f} to {loss.high:+.4f})"
+    lines = [
+        f"run before         {change.run_id} on the same {loss.examples} examples",
+        f"                   loss {loss.before:.4f} -> {loss.after:.4f}, {loss.change:+.4f}{around}",
+    ]
+    if change.scores is not None:
+        lines.append(f"                   answers {_points(change.scores)}")
+    return lines
 
 
 def _evaluations(report: Report) -> list[str]:
@@ -75,6 +113,11 @@ def _evaluations(report: Report) -> list[str]:
     for e in report.evaluations:
         pointer = "  <- chosen" if e.step == spot.step else ""
         lines.append(f"{e.step:>6} {e.loss:>10.4f} {e.perplexity:>11.4g} {e.token_accuracy:>15.1%}{pointer}")
+    chosen = [each for e in report.evaluations if e.step == spot.step for each in e.slices]
+    for base, tuned in zip(report.evaluations[0].slices, chosen, strict=False):
+        around = "" if tuned.plus_minus is None else f" +- {tuned.plus_minus:.2g}"
+        name = _one_line(f"{base.slice.field} {base.slice.words}", 40)
+        lines.append(f"  {name}: loss {base.loss:.4f} -> {tuned.loss:.4f}{around}, n {base.examples}")
     return lines
 
 

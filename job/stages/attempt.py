@@ -113,6 +113,8 @@ class Worker:
     placement: Placement | None = None
     """Of the base, as asked for; None: nothing is."""
     should_stop: Callable[[], bool]
+    hub_token: str | None = field(default=None, repr=False)
+    """What HF_TOKEN is, for what is pushed."""
 
     @property
     def settings(self) -> StoreSettings:

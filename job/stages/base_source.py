@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import torch
 
-from job.core.errors import LocalDiskError, UsageError
+from job.core.errors import LocalDiskError, NotFoundError, UsageError
 from job.core.promises import TensorHeader
-from job.core.recipe import ModelSection
+from job.core.recipe import ModelSection, is_hub_id
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel, BaseModelIdentity, OnProgress
 from job.edge.base.quantised_copies import QuantisedCopy
@@ -31,6 +31,22 @@ from job.tune.model.sharded.streamed_copy import StreamedCopy
 def loaded_from(base: BaseModel) -> Literal["weights", "copy in 4 bits"]:
     """What was read to load it, in the report's words."""
     return "copy in 4 bits" if base.quantised else "weights"
+
+
+def refuse_changed_base(identity: BaseModelIdentity, settings: StoreSettings) -> None:
+    """See that the base of a finished run still stands where it stood.
+
+    Raises:
+        NotFoundError: another one does.
+    """
+    if is_hub_id(identity.source):
+        return  # the commit says it all
+    now = fetching.identify(identity.source, None, settings=settings)
+    if now.revision != identity.revision:
+        raise NotFoundError(
+            f"{identity.source}: another base stands there now than the one this run was trained on "
+            f"({identity.revision[:12]}); put the old one back"
+        )
 
 
 class BaseSource:

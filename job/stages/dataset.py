@@ -12,11 +12,13 @@ from job.core.chunks import Side
 from job.core.course import Course, course_of
 from job.core.data_section import DataSection
 from job.core.errors import DataError, UsageError
+from job.core.held_out import plus_minus
 from job.core.lengths import candidates, choose_max_length
 from job.core.mixture import portions
 from job.core.preview import ExamplePreview
 from job.core.report import SourceLoss
 from job.core.report_data import DataReport
+from job.core.slices import Slice, SliceLoss
 from job.core.unused import judge_unused
 from job.core.verdict import Evaluation
 from job.core.vocabulary import refuse_beyond
@@ -25,6 +27,7 @@ from job.stages.attempt import Phases, Worker
 from job.stages.data_report import counted, data_report
 from job.stages.encoding import encoded_data
 from job.stages.identity import Run
+from job.stages.judging import Judging, judging_of
 from job.tune.data.chat import ChatTemplates, asked_rules
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import EncodedSet
@@ -43,6 +46,8 @@ class Dataset:
     report: DataReport
     notes: Sequence[str]
     """What a reader should know of it."""
+    judging: Judging
+    """What answers are compared with, and slices of the held-out side."""
 
     def losses_by_source(self, evaluation: Evaluation) -> tuple[SourceLoss, ...]:
         """What an evaluation of the held-out documents says of each source; empty where there is but one."""
@@ -52,6 +57,21 @@ class Dataset:
             tokens, loss = int(evaluation.tokens[mine].sum()), evaluation.loss_of(mine)
             found.append(SourceLoss(name=source.name, examples=source.used, tokens=tokens, loss=loss))
         return tuple(found)
+
+    def losses_by_slice(self, evaluation: Evaluation) -> tuple[SliceLoss, ...]:
+        """The same of each slice that the recipe asks for."""
+        return tuple(_slice_loss(each, evaluation) for each in self.judging.slices)
+
+
+def _slice_loss(each: Slice, evaluation: Evaluation) -> SliceLoss:
+    nll, tokens = evaluation.nll[each.members], evaluation.tokens[each.members]
+    return SliceLoss(
+        slice=each.name,
+        examples=len(tokens),
+        tokens=int(tokens.sum()),
+        loss=float(nll.sum() / tokens.sum()),
+        plus_minus=plus_minus(nll, tokens),
+    )
 
 
 def prepare_dataset(
@@ -104,8 +124,10 @@ def prepare_dataset(
     lengths = encoded["train"].lengths
     others = candidates(lengths, chosen=limit.tokens, positions=positions)
     report = report.model_copy(update={"preview": _pictured(train, data, tokenizer), "candidates": tuple(others)})
+    judging = judging_of(worker.recipe, validation, tokenizer)
     _log(report, course)
-    return Dataset(train=train, validation=validation, report=report, notes=notes)
+    notes = [*notes, *judging.notes]
+    return Dataset(train=train, validation=validation, report=report, notes=notes, judging=judging)
 
 
 def _log(report: DataReport, course: Course) -> None:

@@ -72,7 +72,7 @@ def encoded_data(worker: Worker, phases: Phases, run: Run, tokenizer: Any, folde
         DataError: wrong lines.
         JobError: as stores, and processes that encode.
     """
-    rules = rules_of(tokenizer, worker.recipe.data)
+    rules = rules_of(tokenizer, worker.recipe.data, kept=worker.recipe.evaluate.kept_fields)
     with Encoder(rules, should_stop=worker.should_stop) as encoder:
         shelf = _Shelf(worker, encoder, run.sides)
         if (found := shelf.known()) is not None:

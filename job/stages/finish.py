@@ -2,18 +2,16 @@
 
 import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 
 import structlog
 
 from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, RunConflictError
-from job.core.report import Report
+from job.core.report import AdapterFile, Report
 from job.core.verdict import NOTHING_BETTER, Verdict, judge
 from job.edge.run.checkpoints import Checkpoint
-from job.render.card import Card, adapter_card
+from job.render.cards.adapter import adapter_card
 from job.render.page.finished import report_html
 from job.render.page.writing import REPORT_HTML
 from job.render.pictures import draw
@@ -21,24 +19,26 @@ from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.proving import load_published, prove
-from job.stages.report import assemble_report, notes, source_shares
+from job.stages.report import assemble_report, notes
+from job.stages.results import results_of
+from job.stages.tracking import Tracked
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import answer
-from job.tune.model.config import read_config
-from job.tune.model.stored.mxfp4 import is_published_in_mxfp4
+from job.tune.model.serving import write_serving_files
 from job.tune.world import ALONE, World
 
 log = structlog.get_logger(__name__)
 _CARD = "README.md"
 
 
-def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World = ALONE) -> Report:
+def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, tracked: Tracked, world: World = ALONE) -> Report:
     """Carry a trained run to its committed report.
 
     Args:
         attempt: this process.
         inputs: the base and the run.
         facts: of the training.
+        tracked: the run in its trackers.
         world: the others, whom a base that is sharded needs for the proof too.
 
     Raises:
@@ -51,9 +51,14 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World 
         chosen, verdict = _fetch_chosen(attempt, inputs, folder / "adapter", facts)
         if chosen.step == 0:
             attempt.notes.append(_nothing_better(facts))
-        card = adapter_card(_card(attempt, inputs, facts, step=chosen.step))
-        (folder / "adapter" / _CARD).write_text(card, encoding="utf-8")
-        files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
+        write_serving_files(
+            folder / "adapter",
+            inputs.base.folder,
+            inputs.tokenizer,
+            recipe.data,
+            ends=inputs.dataset.train.ends(),
+        )
+        files = artifacts.publish_adapter(folder / "adapter")
     crash_point("prove.before")
     with phases.phase("prove"):
         model = load_published(
@@ -78,12 +83,17 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World 
     if model.sharded is not None:
         world.agree(go=True)  # that nobody needs anybody's shards any more
         model.sharded.close()
-    report = assemble_report(attempt, inputs, facts, verdict, files=files, proven_loss=proven, tuned=tuned)
     with phases.phase("report"):
+        results = results_of(attempt, inputs, facts, tuned, step=chosen.step)
+        report = assemble_report(
+            attempt, inputs, facts, verdict, files=files, proven_loss=proven, tuned=tuned, results=results
+        )
+        report = _with_card(attempt, inputs, report, folder / _CARD)
         crash_point("pictures.before")
         for name, picture in draw(report).items():
             with attempt.not_at_the_cost_of_the_run(name):
                 artifacts.publish(name, picture)
+        tracked.conclude(report)
         report = report.model_copy(update={"notes": notes(attempt, facts)})  # with what was not written just now
         with attempt.not_at_the_cost_of_the_run(REPORT_HTML):
             artifacts.publish(REPORT_HTML, report_html(report))
@@ -101,30 +111,14 @@ def _nothing_better(facts: TrainingFacts) -> str:
     )
 
 
-def _for_people(attempt: Attempt, name: str) -> AbstractContextManager[None]:
-    """The card is for people alone; what PEFT reads must be there."""
-    return attempt.not_at_the_cost_of_the_run(f"adapter/{name}") if name == _CARD else nullcontext()
-
-
-def _card(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, *, step: int) -> Card:
-    identity, evaluations = inputs.base.identity, facts.progress.evaluations
-    return Card(
-        run_id=inputs.artifacts.run_id,
-        base=identity.source,
-        revision=identity.revision,
-        licence=inputs.base.licence,
-        is_multimodal=facts.left_out is not None,
-        form=facts.form,
-        data=inputs.dataset.report,
-        lora=attempt.worker.recipe.lora,
-        step=step,
-        steps=facts.course.steps,
-        base_loss=evaluations[0].loss,
-        tuned_loss=evaluations[step].loss,
-        in_mxfp4=is_published_in_mxfp4(read_config(inputs.base.folder)),
-        shares=source_shares(inputs, facts),
-        losses=[*zip(*map(inputs.dataset.losses_by_source, (evaluations[0], evaluations[step])), strict=True)],
-    )
+def _with_card(attempt: Attempt, inputs: Inputs, report: Report, path: Path) -> Report:
+    """The report, which names the adapter's README too once that is written: it is for people alone."""
+    path.write_text(adapter_card(report), encoding="utf-8")
+    files = dict(report.adapter.files)
+    with attempt.not_at_the_cost_of_the_run(f"adapter/{_CARD}"):
+        entry = inputs.artifacts.add_to_adapter(path)
+        files[_CARD] = AdapterFile(size=entry.size, sha256=entry.sha256)
+    return report.model_copy(update={"adapter": report.adapter.model_copy(update={"files": files})})
 
 
 def _fetch_chosen(attempt: Attempt, inputs: Inputs, folder: Path, facts: TrainingFacts) -> tuple[Checkpoint, Verdict]:

@@ -39,11 +39,10 @@ def obey(attempt: Attempt, company: Company, inputs: Inputs) -> None:
 
 def _prepared(attempt: Attempt, company: Company, inputs: Inputs) -> Prepared:
     """What rank 0 has, with its state."""
-    folder = attempt.worker.workdir / "trackers" / f"rank-{company.rank}"
     if inputs.placement == "sharded":  # a base of which each holds a part needs all of us to be loaded
         with attempt.phases.phase("join"):
             company.join(inputs.device)
-    ready = prepare(attempt, inputs, trackers_folder=folder, on_loaded=company.loaded, world=company.world)
+    ready = prepare(attempt, inputs, on_loaded=company.loaded, world=company.world)
     torch.manual_seed(attempt.worker.recipe.train.seed)
     with attempt.phases.phase("join"):
         world = company.join(inputs.device)

@@ -6,6 +6,7 @@ import structlog
 
 from job.core.crash_points import crash_point
 from job.core.errors import StopRequestedError
+from job.core.servers import refusals
 from job.stages.attempt import Attempt
 from job.stages.base_source import BaseSource
 from job.stages.dataset import Dataset, prepare_dataset
@@ -65,6 +66,8 @@ def gather(attempt: Attempt, run: Run, begin: Callable[[], int]) -> Inputs:
         phases=phases,
     )
     attempt.notes.extend(words_on(config, read_wrapper(small)))
+    for refusal in refusals(worker.recipe.lora, rows=shape.vocabulary):
+        log.warning("not_served", reason=refusal)  # the report names it with the adapter
     for note in (*_notes_on(dataset), *stops_elsewhere(small, tokenizer, dataset.train)):
         log.warning("data_note", reason=note)
         attempt.notes.append(note)

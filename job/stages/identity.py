@@ -134,6 +134,40 @@ def find_run(
     return _new(wanted, Artifacts(store, f"{recipe_part}-{_data_part(base, listed)}"), listed)
 
 
+def frozen_run(
+    recipe: Recipe,
+    artifacts: Artifacts,
+    base: BaseModelIdentity,
+    *,
+    settings: StoreSettings,
+    should_stop: Callable[[], bool],
+) -> Run:
+    """A run with the objects that it was begun with, whatever its recipe names now.
+
+    Args:
+        recipe: the run's own.
+        artifacts: its place in the store.
+        base: that it was trained on.
+        settings: of the stores.
+        should_stop: polled while data is listed.
+
+    Raises:
+        NotFoundError: its data is no longer there as it was.
+        DataError: run.json is another run's, or damaged.
+    """
+    wanted = _Wanted(recipe=recipe, base=base, settings=settings, should_stop=should_stop)
+    record = artifacts.run_record()
+    if record is None or not wanted.is_recorded_in(record):
+        raise DataError(f"{artifacts.uri}: run.json is not there, or not of the run that report.json is of")
+    run = _from_record(wanted, artifacts, record)
+    if not _stands(wanted, run):
+        raise NotFoundError(
+            f"{artifacts.uri}: the data of this run is no longer there as it was, and its held-out examples are needed",
+            action="put the objects that run.json names back",
+        )
+    return run
+
+
 def probe_output(uri: str, settings: StoreSettings) -> Probe:
     """Try the output out now: what fails there must not fail only once there is something to lose.
 

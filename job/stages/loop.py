@@ -61,6 +61,8 @@ class TrainingFacts:
     total_parameters: int
     resumed: Resumed
     adapter: AdapterToPublish
+    refused_by: tuple[str, ...] = ()
+    """Servers that are known to refuse it, each with the reason."""
     step_seconds: list[float] = field(default_factory=list)
     """Each step of this attempt."""
     start_seconds: dict[str, float] | None = None
@@ -160,7 +162,8 @@ class Loop:
         self._record(self._stepper.finish())
         result = self._evaluated()
         self._progress.evaluations[result.step] = result
-        self._teller.evaluation(result, self._inputs.dataset.losses_by_source(result))
+        dataset = self._inputs.dataset
+        self._teller.evaluation(result, dataset.losses_by_source(result), dataset.losses_by_slice(result))
         self._commit()
 
     def _commit(self) -> None:

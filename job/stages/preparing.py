@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -35,15 +34,12 @@ class Prepared:
     state: State
 
 
-def prepare(
-    attempt: Attempt, inputs: Inputs, *, trackers_folder: Path, on_loaded: Callable[[], None], world: World
-) -> Prepared:
+def prepare(attempt: Attempt, inputs: Inputs, *, on_loaded: Callable[[], None], world: World) -> Prepared:
     """Load and plan.
 
     Args:
         attempt: this process.
         inputs: base and data.
-        trackers_folder: where trackers leave their files.
         on_loaded: called once the base stands on the device, and its copy in 4 bits on the disk.
         world: who else holds a part of the base, where it is sharded.
 
@@ -55,7 +51,7 @@ def prepare(
         free = device_memory(inputs.device)
         model = load_model(inputs, recipe, phases, world)
         on_loaded()
-        accelerator = make_accelerator(recipe.track, on_cpu=inputs.device.type == "cpu", folder=trackers_folder)
+        accelerator = make_accelerator(on_cpu=inputs.device.type == "cpu")
         planned = plan_training(
             model,
             inputs,

@@ -32,7 +32,10 @@ from job.stages.attempt import Attempt
 from job.stages.base_source import loaded_from
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
+from job.stages.results import Results, Scores
 from job.tune.device.device import device_name, peak_memory_bytes
+from job.tune.model.config import read_config
+from job.tune.model.stored.mxfp4 import is_published_in_mxfp4
 
 _NAMED_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pyarrow", "boto3")
 
@@ -46,6 +49,7 @@ def assemble_report(
     files: Mapping[str, FileEntry],
     proven_loss: float,
     tuned: Sequence[str],
+    results: Results,
 ) -> Report:
     """Everything that is known of the run, as report.json holds it.
 
@@ -57,8 +61,9 @@ def assemble_report(
         files: of the published adapter.
         proven_loss: validation loss of the published adapter.
         tuned: the tuned model's answers, in the order of the run's questions.
+        results: what came of each held-out example.
     """
-    answers = _answers(inputs, facts, tuned, chosen=verdict.sweet_spot_step)
+    answers = _answers(inputs, facts, tuned, results.scores, chosen=verdict.sweet_spot_step)
     return Report(
         run_id=inputs.artifacts.run_id,
         run_uri=inputs.artifacts.uri,
@@ -73,6 +78,9 @@ def assemble_report(
         sweet_spot=_sweet_spot(attempt.worker.recipe, facts, verdict),
         exact_match=exact_match(answers),
         answers=tuple(answers),
+        metric=results.metric,
+        per_example=results.file,
+        change=results.change,
         held_out=held_out(
             facts.progress.evaluations, chosen=verdict.sweet_spot_step, where=inputs.dataset.validation.where
         ),
@@ -81,6 +89,7 @@ def assemble_report(
             files={name: AdapterFile(size=f.size, sha256=f.sha256) for name, f in files.items()},
             proven_loss=proven_loss,
             reported_loss=facts.progress.evaluations[verdict.sweet_spot_step].loss,
+            refused_by=facts.refused_by,
         ),
         throughput=_throughput(attempt, inputs, facts),
         start=_start(facts),
@@ -106,6 +115,7 @@ def _model(inputs: Inputs, facts: TrainingFacts) -> ModelReport:
         architecture=facts.architecture,
         left_out=facts.left_out,
         quantisation=f"{facts.form}; {facts.progress.cut.compute_dtype} compute",
+        in_mxfp4=is_published_in_mxfp4(read_config(inputs.base.folder)),
         loaded_from=loaded_from(inputs.base),
         trainable_parameters=facts.trainable_parameters,
         total_parameters=facts.total_parameters,
@@ -172,6 +182,7 @@ def _evaluations(inputs: Inputs, facts: TrainingFacts) -> tuple[EvaluationReport
             token_accuracy=e.token_accuracy,
             tokens=int(e.tokens.sum()),
             sources=inputs.dataset.losses_by_source(e),
+            slices=inputs.dataset.losses_by_slice(e),
         )
         for step, e in sorted(facts.progress.evaluations.items())
     )
@@ -223,13 +234,24 @@ def _sweet_spot(recipe: Recipe, facts: TrainingFacts, verdict: Verdict) -> Sweet
     )
 
 
-def _answers(inputs: Inputs, facts: TrainingFacts, tuned: Sequence[str], *, chosen: int) -> list[Answer]:
+def _answers(
+    inputs: Inputs, facts: TrainingFacts, tuned: Sequence[str], scores: Scores, *, chosen: int
+) -> list[Answer]:
+    references = inputs.dataset.judging.references
     answers, evaluations, where = [], facts.progress.evaluations, inputs.dataset.validation.where
     for q, b, t in zip(facts.questions, facts.progress.base_answers or [], tuned, strict=True):
         answer = Answer(prompt=q.prompt, expected=q.expected, base=b, tuned=t)
         if q.document is not None:
             losses = [loss_of_example(evaluations[step], q.document) for step in (0, chosen)]
-            found = {"where": where(q.document), "base_loss": losses[0], "tuned_loss": losses[1]}
+            reference = references.get(q.document)
+            found = {
+                "where": where(q.document),
+                "base_loss": losses[0],
+                "tuned_loss": losses[1],
+                "reference": None if reference == q.expected else reference,
+                "base_score": scores.base[q.document],
+                "tuned_score": scores.tuned[q.document],
+            }
             answer = answer.model_copy(update=found)
         answers.append(answer)
     return answers

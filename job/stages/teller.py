@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import structlog
 
 from job.core.report import SourceLoss
+from job.core.slices import SliceLoss
+from job.core.tracked import evaluation_numbers, step_numbers
 from job.core.verdict import Evaluation
 from job.stages.attempt import Attempt
 from job.tune.loop.step_record import StepRecord
@@ -24,14 +26,8 @@ class StepTeller:
 
     def step(self, record: StepRecord) -> None:
         """One event for each step, or at most one in `step_events_seconds`; the last step always."""
-        self._tracking.log(
-            {
-                "train/loss": record.loss,
-                "train/grad_norm": record.grad_norm,
-                "train/learning_rate": record.learning_rate,
-            },
-            step=record.step,
-        )
+        sent = step_numbers(loss=record.loss, grad_norm=record.grad_norm, learning_rate=record.learning_rate)
+        self._tracking.log(sent, step=record.step)
         self._attempt.standing.step = record.step
         self._pending.append(record)
         self._waited += record.seconds
@@ -57,9 +53,12 @@ class StepTeller:
         )
         self._pending, self._waited = [], 0.0
 
-    def evaluation(self, result: Evaluation, sources: Sequence[SourceLoss] = ()) -> None:
-        """One event for each evaluation, with the loss of each source where there are several."""
+    def evaluation(
+        self, result: Evaluation, sources: Sequence[SourceLoss] = (), slices: Sequence[SliceLoss] = ()
+    ) -> None:
+        """One event for each evaluation, with the loss of each source where there are several, and of each slice."""
         by_source = {source.name: source.loss for source in sources if source.loss is not None}
+        by_slice = {f"{each.slice.field}={each.slice.words}": each.loss for each in slices}
         log.info(
             "evaluation",
             step=result.step,
@@ -68,9 +67,6 @@ class StepTeller:
             token_accuracy=round(result.token_accuracy, 4),
             tokens=int(result.tokens.sum()),
             **({"sources": {name: round(loss, 4) for name, loss in by_source.items()}} if by_source else {}),
+            **({"slices": {name: round(loss, 4) for name, loss in by_slice.items()}} if by_slice else {}),
         )
-        named = {f"validation/loss/{name}": loss for name, loss in by_source.items()}
-        self._tracking.log(
-            {"validation/loss": result.loss, "validation/token_accuracy": result.token_accuracy, **named},
-            step=result.step,
-        )
+        self._tracking.log(evaluation_numbers(result, sources, slices), step=result.step)

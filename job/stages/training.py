@@ -1,15 +1,12 @@
 """From a base and a dataset to a trained adapter: load, plan, resume, ask the base, train."""
 
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import structlog
-from accelerate import Accelerator
 
-from job.core.recipe import Recipe
+from job.core.servers import refusals
 from job.stages.attempt import Attempt
 from job.stages.committing import Committer
 from job.stages.company import Company
@@ -19,12 +16,12 @@ from job.stages.planning import Planned
 from job.stages.preparing import Prepared, make_stepper, prepare, questions_of
 from job.stages.resuming import Resumed, resume
 from job.stages.teller import StepTeller
+from job.stages.tracking import Tracked
 from job.tune.engines.engine import adopt_or_shrink
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.checkpoint import Progress, State, adapter_to_publish
 from job.tune.loop.evaluate import Question, answer
 from job.tune.loop.sharing import share_state
-from job.tune.loop.track import Tracking
 from job.tune.model.adapter import parameter_counts
 from job.tune.model.config import read_wrapper
 from job.tune.model.four_bit import form_of
@@ -36,16 +33,15 @@ log = structlog.get_logger(__name__)
 class TrainingStage:
     """One attempt at training, stage by stage."""
 
-    def __init__(self, attempt: Attempt, inputs: Inputs, company: Company) -> None:
+    def __init__(self, attempt: Attempt, inputs: Inputs, company: Company, tracked: Tracked) -> None:
         self._attempt = attempt
         self._company = company
+        self._tracked = tracked
         self._world: World = ALONE
-        self._recipe: Recipe = attempt.worker.recipe
+        self._recipe = attempt.worker.recipe
         self._inputs = inputs
         run_id = inputs.artifacts.run_id
         self._scratch = attempt.worker.run_folder(run_id) / "checkpoints" / f"a{inputs.attempt_number:02d}"
-        self._trackers_folder = attempt.worker.workdir / "trackers" / run_id
-        """Not in the run's own folder, which goes when the run is done."""
 
     def run(self) -> TrainingFacts:
         """Train to the end.
@@ -56,13 +52,7 @@ class TrainingStage:
         if self._inputs.placement == "sharded":  # a base of which each holds a part needs all of us to be loaded
             with self._attempt.phases.phase("join"):
                 self._world = self._company.join(self._inputs.device)
-        ready = prepare(
-            self._attempt,
-            self._inputs,
-            trackers_folder=self._trackers_folder,
-            on_loaded=self._company.loaded,
-            world=self._world,
-        )
+        ready = prepare(self._attempt, self._inputs, on_loaded=self._company.loaded, world=self._world)
         self._notice_idle_ranks()
         ready.state.progress.ranks = self._company.size
         ready.state.progress.nodes_that_sum = self._company.nodes_that_sum
@@ -132,6 +122,7 @@ class TrainingStage:
             adapter=adapter_to_publish(model.model, wrapper),
             nodes=self._company.nodes,
             placement=inputs.placement,
+            refused_by=tuple(refusals(self._recipe.lora, rows=model.model.config.vocab_size)),
         )
 
     def _adopt(self, planned: Planned, facts: TrainingFacts) -> None:
@@ -145,11 +136,9 @@ class TrainingStage:
         """Ask the base, and carry the run to its end; what is committed is uploaded whatever happens."""
         attempt, inputs, state = self._attempt, self._inputs, ready.state
         with ExitStack() as ends:  # the last one first
-            ends.callback(self._publish_tensorboard)
             committer = Committer(attempt, inputs.artifacts, state, number=inputs.attempt_number, scratch=self._scratch)
             ends.enter_context(committer)
-            tracking = self._begin_tracking(ready.accelerator)
-            ends.callback(tracking.end)
+            self._tracked.begin(state.progress)
             self._ask_base(ready.model, state.progress, facts.questions)
             self._world.order(Order.PREPARE)
             stepper = make_stepper(attempt, inputs, ready, self._world)
@@ -161,7 +150,7 @@ class TrainingStage:
                 model=ready.model,
                 stepper=stepper,
                 committer=committer,
-                teller=StepTeller(attempt, tracking),
+                teller=StepTeller(attempt, self._tracked.tracking),
                 facts=facts,
                 world=self._world,
             )
@@ -181,36 +170,3 @@ class TrainingStage:
                 should_stop=self._attempt.moves_on,  # asked after each token
                 world=self._world,
             )
-
-    # --- trackers ----------------------------------------------------------------------------------------------------
-
-    def _begin_tracking(self, accelerator: Accelerator) -> Tracking:
-        def on_failure(reason: str) -> None:
-            log.warning("tracking_stopped", reason=reason)
-            self._attempt.notes.append(reason)
-
-        tracking = Tracking(accelerator, self._recipe.track, on_failure=on_failure)
-        tracking.begin(run_id=self._inputs.artifacts.run_id, folder=self._trackers_folder, facts=_tracked(self._recipe))
-        return tracking
-
-    def _publish_tensorboard(self) -> None:
-        """Bring TensorBoard's event files to the store: this machine's disk may be gone tomorrow."""
-        if "tensorboard" in self._recipe.track.trackers:
-            events = sorted(path for path in self._trackers_folder.rglob("events.out.*") if path.is_file())
-            with self._attempt.not_at_the_cost_of_the_run("TensorBoard's events"):
-                self._inputs.artifacts.publish_events(events, attempt=self._inputs.attempt_number)
-            shutil.rmtree(self._trackers_folder, ignore_errors=True)
-
-
-def _tracked(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's numbers as trackers show them: flat."""
-    return {
-        "base": recipe.model.base,
-        "learning_rate": recipe.train.learning_rate,
-        "batch_size": recipe.train.batch_size,
-        "optimizer": recipe.train.optimizer,
-        "schedule": recipe.train.schedule,
-        "lora_r": recipe.lora.r,
-        "lora_alpha": recipe.lora.alpha,
-        "lora_dropout": recipe.lora.dropout,
-    }

@@ -75,6 +75,10 @@ def sometimes(*faults):
 NOTED = {
     "pictures": (lambda: writes(".png", DENIED), r"not written: loss\.png \(.*AccessDenied"),
     "the page": (lambda: writes("/report.html", DENIED), r"not written: report\.html \(.*AccessDenied"),
+    "the examples": (
+        lambda: writes("/examples.jsonl", DENIED),
+        r"not written: examples\.jsonl \(.*AccessDenied",
+    ),
     "the card": (lambda: writes("/README.md", DENIED), r"not written: adapter/README\.md \(.*AccessDenied"),
     "no room for pictures": (lambda: writes(".png", FULL["507"]), r"not written: loss\.png \(.*no room"),
     "deleting, later": (

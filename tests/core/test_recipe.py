@@ -93,7 +93,7 @@ ouput: s3://models/notes
 
 def test_an_unknown_key_is_a_mistake_in_every_section():
     for section in Recipe.model_fields:
-        if section != "output":
+        if section not in {"output", "output_hub"}:
             assert f"--set {section}.nope: {section}.nope: unknown key" in refusal(SMALL, f"{section}.nope=1")
 
 
@@ -367,6 +367,7 @@ def test_a_recipe_is_frozen():
 
 def test_the_identity_is_what_can_change_weights_or_their_evaluation():
     same = ("checkpoint.every_steps=7", "store.checksums=false", "track.project=x", "output=s3://elsewhere/x")
+    same += ("output_hub=someone/notes",)
     same += ("model.quantised_copies=s3://elsewhere/copies",)
     same += ("data.max_record=2000",)  # a record that is too long ends the job; where it is left out it does matter
     other = ("train.seed=1", "lora.r=8", "data.text='{x}'", "evaluate.max_examples=5", "model.base=./other")
@@ -455,3 +456,10 @@ def test_what_decides_only_whether_the_job_ends_changes_no_identity():
         assert identity_of(load(SMALL, key)) == identity_of(load(SMALL))
     skip = "data.on_bad_record=skip"
     assert identity_of(load(SMALL, skip, "data.strict_types=true")) != identity_of(load(SMALL, skip))
+
+
+def test_the_hub_s_repository_has_an_owner_and_a_name():
+    assert load(SMALL).output_hub is None
+    assert load(SMALL, "output_hub=some-one/notes.v1").output_hub == "some-one/notes.v1"
+    for wrong in ("notes", "a/b/c", "/notes", "'a/b c'", "https://hub/a/b", "''"):
+        assert "output_hub" in refusal(SMALL, f"output_hub={wrong}")

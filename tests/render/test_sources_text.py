@@ -3,10 +3,9 @@
 import pytest
 
 from job.core.lines import cells
-from job.core.recipe import LoraSection
 from job.core.report import Report, SourceCurve, SourceLoss, SourceShare, read_report
 from job.core.report_data import SourceReport
-from job.render.card import Card, adapter_card
+from job.render.cards.adapter import adapter_card
 from job.render.report_text import report_lines
 from job.render.sources_text import source_lines
 
@@ -89,27 +88,10 @@ def test_a_report_whose_sources_do_not_belong_together_is_none(report):
 
 def test_the_card_says_what_each_source_gave_and_how_well_it_is_learned(report):
     mixed = with_sources(report, names=("notes`\n# Heading", NAMES[1]))
-    before, after = (evaluation.sources for evaluation in mixed.evaluations[:2])
-    card = adapter_card(
-        Card(
-            run_id="ab12",
-            base="someone/tiny",
-            revision="0" * 40,
-            licence=None,
-            is_multimodal=False,
-            form="NF4",
-            data=mixed.data,
-            lora=LoraSection(),
-            step=5,
-            steps=10,
-            base_loss=2.0,
-            tuned_loss=1.0,
-            shares=mixed.plan.sources,
-            losses=[*zip(before, after, strict=True)],
-        )
-    )
+    card = adapter_card(mixed)
 
-    assert "75.0% of what was drawn" in card
-    assert "2.5000 (base) -> 1.2500 on 120 held out" in card
+    assert "- ``notes` # Heading``: " in card
+    assert "1,000,000 examples, 75.0% of what was drawn" in card
+    assert "| 120 | 2.5000 | 1.2500 |" in card
+    assert "| 0 | - | - |" in card  # of the second source nothing is held out
     assert "\n# Heading" not in card
-    assert card.count("held out\n") == 1  # of the second source there is none

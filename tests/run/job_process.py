@@ -110,11 +110,13 @@ class Job:
             return running.end()
 
     @contextmanager
-    def begun(self, name: str, *options: str, cold: bool = False, **environment: str) -> "Iterator[Running]":
+    def begun(
+        self, name: str, *options: str, cold: bool = False, forget: Collection[str] = (), **environment: str
+    ) -> "Iterator[Running]":
         """Start it and go on; whatever happens, it does not outlive the block."""
         image = None if cold else self._image
         command = self.command(name, *options)
-        with process(command, cwd=self.folder, environment=environment, image=image) as running:
+        with process(command, cwd=self.folder, environment=environment, image=image, forget=forget) as running:
             running.outcome_file = self.outcome_file
             yield running
 

@@ -1,9 +1,11 @@
 """A run on chats from end to end: learned, judged by held-out ones, and asked as the assistant that it is."""
 
+import hashlib
 import json
 
 import pytest
 from job_process import call, records, write_lines
+from transformers import AutoTokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.content + ('</s>' if m.role == 'assistant' else '\\n') }}{% endfor %}"
 
@@ -60,6 +62,23 @@ def test_a_run_on_chats_is_asked_as_it_was_taught(chatting, tmp_path):
     refused = call(*words, "--record", str(file))
     assert refused.code == 65
     assert 'asked.jsonl: messages[0].role is "usr"' in refused.named("ended")[0]["reason"]
+
+
+def test_the_adapter_of_a_run_on_chats_is_served_with_the_template_that_taught(chatting):
+    chatting.recipe["train"]["steps"] = 2
+    assert chatting.start("run").code == 0
+    adapter, named = chatting.only_run() / "adapter", chatting.report()["adapter"]["files"]
+
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in adapter.iterdir()}
+    assert found == {name: entry["sha256"] for name, entry in named.items()}
+    assert {"README.md", "chat_template.jinja", "tokenizer.json", "adapter_model.safetensors"} <= set(found)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "12 red hats"}], tokenize=False)
+    assert asked == "12 red hats\n"
+    card = (adapter / "README.md").read_text()
+    assert "--chat-template path/to/adapter/chat_template.jinja" in card
+    assert "/v1/chat/completions" in card
+    assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] is None  # vLLM takes none
 
 
 def test_another_template_is_another_run(chatting):

@@ -161,3 +161,12 @@ def test_at_a_terminal_a_hub_that_is_away_is_asked_twice(job, warm):
     assert "30 right lines, 0 wrong ones; lengths need the base model" in seen
     assert "... base model" in text
     assert "... base model" not in seen
+
+
+def test_what_a_server_refuses_is_said_by_its_name_and_refuses_no_run(job):
+    job.recipe["lora"] |= {"r": 600, "targets": ["q_proj"]}
+    ended = job.call("check")
+
+    assert ended.code == 0
+    [said] = [line[16:] for line in ended.stdout.splitlines() if line.startswith("!!  serving ")]
+    assert said.startswith("vLLM refuses adapters of a rank above 512, and lora.r is 600: lower it")

@@ -124,8 +124,8 @@ def test_nothing_temporary_is_left_in_store_or_work_folder(finished):
     steps = {key.split("/")[1] for key in objects(run) if key.startswith("checkpoints/")}
     assert "step-000030-a01" in steps
     fixed = ["adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
-    fixed += ["attempts/01-end.json", "attempts/01.json", "latest.json", "lengths.png", "lock.json", "loss.png"]
-    fixed += ["report.html", "report.json", "run.json"]
+    fixed += ["attempts/01-end.json", "attempts/01.json", "examples.jsonl", "latest.json", "lengths.png", "lock.json"]
+    fixed += ["loss.png", "report.html", "report.json", "run.json"]
     assert [key for key in objects(run) if not key.startswith("checkpoints/")] == fixed
     assert all((run / "checkpoints" / step / "MANIFEST.json").exists() for step in steps)
     kept = [job.workdir / "models/quantised", job.workdir / "cache/encoded"]

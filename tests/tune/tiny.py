@@ -29,7 +29,7 @@ from job.core.course import Course, plan_course
 from job.core.cut import Cut
 from job.core.data_section import DataSection
 from job.core.limits import Limits
-from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection, Recipe, TrackSection, TrainSection
+from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection, Recipe, TrainSection
 from job.core.records import Example, Part
 from job.core.verdict import Evaluation
 from job.edge.host.outcome import Outcome
@@ -350,7 +350,10 @@ class Attempt:
         """The loop of the stages; sections of the recipe by name."""
         stepper, recipe = self.stepper(), self.recipe.model_copy(update=sections)
         dataset = SimpleNamespace(
-            train=self.documents, validation=self.documents, losses_by_source=lambda _evaluation: ()
+            train=self.documents,
+            validation=self.documents,
+            losses_by_source=lambda _evaluation: (),
+            losses_by_slice=lambda _evaluation: (),
         )
         memory = SimpleNamespace(cut=self.progress.cut)
         facts = self.facts = TrainingFacts(
@@ -473,7 +476,7 @@ def attempt(
         state=State(model=model.model, optimizer=made, scheduler=scheduler, progress=progress),
         documents=documents,
         course=course,
-        accelerator=make_accelerator(TrackSection(), on_cpu=True, folder=folder),
+        accelerator=make_accelerator(on_cpu=True),
         recipe=recipe,
         folder=folder,
     )

@@ -1,7 +1,6 @@
 """The published adapter of a run: the files that report.json names, and is written after."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import structlog
@@ -25,23 +24,16 @@ class PublishedAdapter:
         self._run = run
         self._folder = run.folder(_NAME)
 
-    def publish(
-        self, folder: Path, *, optional: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
-    ) -> dict[str, FileEntry]:
+    def publish(self, folder: Path) -> dict[str, FileEntry]:
         """Put the chosen adapter where it is read from.
 
         Each file is created, never overwritten unseen: what an attempt left that was killed here, and that no report
         names, is replaced on condition that it is still the same.
-
-        Args:
-            folder: its files.
-            optional: gets each file's name, and may swallow the failure to write it: then it is left out.
         """
         files = {}
         for path in sorted(folder.iterdir()):
             crash_point("adapter.before_file")
-            with optional(path.name):
-                files[path.name] = self._publish_file(path)
+            files[path.name] = self.add(path)
             crash_point("adapter.after_file")
         for name in self._folder.sizes():
             if name not in files:  # another version of the job wrote one more
@@ -58,7 +50,8 @@ class PublishedAdapter:
         """
         self._folder.download(files, folder, should_stop=should_stop)
 
-    def _publish_file(self, path: Path) -> FileEntry:
+    def add(self, path: Path) -> FileEntry:
+        """Put one more file there, in the same way."""
         key = f"{self._run.root}{_NAME}/{path.name}"
         for _ in range(ROUNDS if self._run.conditional else 0):
             etag = self._run.etag(key)

@@ -7,7 +7,9 @@ runs/{run_id}/lock.json                             who works on it now
 runs/{run_id}/latest.json                           a hint for people
 runs/{run_id}/adapter/...                           the chosen adapter
 runs/{run_id}/report.html, *.png                    for people, made of the report
+runs/{run_id}/examples.jsonl                        what came of each held-out example, hash in the report
 runs/{run_id}/report.json                           last of all: the run is done
+runs/{run_id}/pushed.json                           where on the hub it stands, if that was asked for
 
 Before each write that counts the attempt looks whether the lock is still its own, and the write itself is on condition
 of what the attempt knows: one that was frozen in between fails on what its successor has written since.
@@ -15,7 +17,7 @@ of what the attempt knows: one that was frozen in between fails on what its succ
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +162,38 @@ class Artifacts:
         self._run.confirm()
         self._store.write(self._run.root + name, content)
 
-    def publish_events(self, paths: Sequence[Path], *, attempt: int) -> None:
-        """Put TensorBoard's event files of one attempt beside the others: `tensorboard --logdir` reads them all."""
+    def read_beside(self, name: str, *, max_bytes: int) -> bytes:
+        """A small file that stands beside the report.
+
+        Raises:
+            NotFoundError: there is none.
+            DataError: it is larger than `max_bytes`.
+        """
+        return self._store.read(self._run.root + name, max_bytes=max_bytes)[0]
+
+    def finished_before(self, *, most: int) -> Iterator["Artifacts"]:
+        """The other runs of this output that have a report, the newest first, at most so many; for reading only."""
+        others = (run_id for run_id in finished_runs(self._store) if run_id != self.run_id)
+        for run_id in islice(others, most):
+            yield Artifacts(self._store, run_id)
+
+    def publish_tracked(self, files: Mapping[str, Path]) -> None:
+        """Put what trackers wrote on this machine beside the checkpoints, by name."""
         self._run.confirm()
-        for path in paths:
-            self._store.upload(path, f"{self._run.root}tensorboard/a{attempt:02d}/{path.name}", should_stop=never)
+        for name, path in files.items():
+            self._store.upload(path, self._run.root + name, should_stop=never)
+
+    def is_pushed(self, *, repository: str, finished: str) -> bool:
+        """Whether the report of that time stands in a repository on the hub, as far as the store knows."""
+        try:
+            noted = self._run.read_json("pushed.json", max_bytes=ATTEMPT_BYTES) or {}
+        except DataError:
+            return False  # then it is pushed again, which changes nothing
+        return (noted.get("repository"), noted.get("finished")) == (repository, finished)
+
+    def note_pushed(self, facts: Mapping[str, str]) -> None:
+        """Note where on the hub it stands; of several repositories the last one."""
+        self._store.write(f"{self._run.root}pushed.json", json_bytes(facts))
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
@@ -263,11 +292,13 @@ class Artifacts:
         """As `Checkpoints.retain`, for our own attempt."""
         self._checkpoints.retain(steps, newest=newest, attempt=self._attempt)
 
-    def publish_adapter(
-        self, folder: Path, *, optional: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
-    ) -> dict[str, FileEntry]:
+    def publish_adapter(self, folder: Path) -> dict[str, FileEntry]:
         """As `PublishedAdapter.publish`."""
-        return self._adapter.publish(folder, optional=optional)
+        return self._adapter.publish(folder)
+
+    def add_to_adapter(self, path: Path) -> FileEntry:
+        """As `PublishedAdapter.add`."""
+        return self._adapter.add(path)
 
     def fetch_adapter(self, folder: Path, files: Mapping[str, FileEntry], *, should_stop: Callable[[], bool]) -> None:
         """As `PublishedAdapter.fetch`."""

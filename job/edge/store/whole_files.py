@@ -33,7 +33,7 @@ class WholeFile:
         self._fail = fail
         self._sha256 = hashlib.sha256()
 
-    def write(self, data: bytes | bytearray) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append; a full disk becomes the operator's error."""
         try:
             rest = memoryview(data)

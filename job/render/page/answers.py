@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 
+from job.core.answer_metrics import MetricName
 from job.core.held_out import Answer
 from job.render.page.blocks import Answers, Chapter, Room, ShownAnswer, Words
 
 _AT_ONCE, _MOST_AT_ONCE = 6, 12
 """Answers that are seen without asking; more where they are wrong."""
+_RIGHT_OR_WRONG = ("pattern", "json_equal", "contains")
 _ORDER = {"asked": 0, "wrong": 1, "right": 2}
 
 
-def answers_chapter(answers: Sequence[Answer], room: Room) -> Chapter:
-    """At most as many as there is room for."""
+def answers_chapter(answers: Sequence[Answer], room: Room, *, metric: MetricName | None = None) -> Chapter:
+    """At most as many as there is room for; the metric says which of them are right, or else the words do."""
     if not answers:
         said = "Nothing was asked: evaluate.prompts and evaluate.answers say what both models answer."
         return Chapter(anchor="answers", name="Answers", blocks=[Words(text=said)])
@@ -21,7 +23,8 @@ def answers_chapter(answers: Sequence[Answer], room: Room) -> Chapter:
     right = sum(_state(each) == "right" for each in answers)
     expected = sum(each.expected is not None for each in answers)
     said = "The recipe's own prompts come first; then the wrong answers, those whose loss rose most before the others."
-    counted = f" {right:,} of {expected:,} expected answers came word for word." if expected else ""
+    how = "are right by the metric" if metric in _RIGHT_OR_WRONG else "came word for word"
+    counted = f" {right:,} of {expected:,} expected answers {how}." if expected else ""
     block = Answers(answers=shown[:at_once], folded=shown[at_once:], left_out=len(answers) - len(shown))
     return Chapter(anchor="answers", name="Answers", blocks=[Words(text=said + counted), block])
 
@@ -29,6 +32,8 @@ def answers_chapter(answers: Sequence[Answer], room: Room) -> Chapter:
 def _state(answer: Answer) -> str:
     if answer.expected is None:
         return "asked"
+    if answer.tuned_score is not None and answer.tuned_score in (0, 1):
+        return "right" if answer.tuned_score else "wrong"
     return "right" if answer.tuned == answer.expected else "wrong"
 
 
@@ -42,9 +47,12 @@ def _shown(answer: Answer, room: Room) -> ShownAnswer:
     figures = [room.cut(answer.where)] if answer.where is not None else []
     if answer.base_loss is not None and answer.tuned_loss is not None:
         figures.append(f"loss {answer.base_loss:.4f} → {answer.tuned_loss:.4f}")
+    if answer.base_score is not None and answer.tuned_score is not None:
+        figures.append(f"score {answer.base_score:.2g} → {answer.tuned_score:.2g}")
     return ShownAnswer(
         prompt=room.cut(answer.prompt),
         expected=None if answer.expected is None else room.cut(answer.expected),
+        reference=None if answer.reference is None else room.cut(answer.reference),
         base=room.cut(answer.base),
         tuned=room.cut(answer.tuned),
         state=_state(answer),

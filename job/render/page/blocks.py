@@ -94,6 +94,8 @@ class ShownAnswer:
 
     prompt: str
     expected: str | None
+    reference: str | None
+    """What the metric compared with, where that is not `expected`."""
     base: str
     tuned: str
     state: str

@@ -1,15 +1,14 @@
 """What is looked up later: how the adapter is used, what it was made of, the recipe as it was run."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from job.core.recipe import is_hub_id
 from job.core.report import Report
 from job.render.page.blocks import Block, Chapter, Code, Facts, Fold, Listing, Room, Table, Words, cut
+from job.render.serving_text import asked_as, peft_lines, vllm_line
 
 
 def facts_chapters(report: Report, room: Room) -> list[Chapter]:
@@ -23,22 +22,18 @@ def facts_chapters(report: Report, room: Room) -> list[Chapter]:
 
 def _use(report: Report, room: Room) -> list[Block]:
     base = report.model.base
-    revision = f", revision={json.dumps(report.model.revision)}" if is_hub_id(base) else ""
-    auto_class = "AutoModelForImageTextToText" if report.model.left_out is not None else "AutoModelForCausalLM"
     asked = f"python entrypoint.py try {shlex.quote(report.run_uri)} --prompt '...'"
-    loaded = f"""import torch
-from peft import PeftModel
-from transformers import {auto_class}, BitsAndBytesConfig
-
-nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                         bnb_4bit_compute_dtype=torch.bfloat16)
-base = {auto_class}.from_pretrained({json.dumps(base)}, dtype=torch.bfloat16, quantization_config=nf4{revision})
-model = PeftModel.from_pretrained(base, "adapter")  # the folder below, on this machine"""
-    return [
+    loaded = peft_lines(report, "adapter", base)
+    served = vllm_line(report, "adapter", base)
+    words = [room.cut(each) for each in report.adapter.refused_by[: room.rows]]
+    blocks: list[Block] = [
         Facts(facts={"adapter": room.cut(report.adapter.uri), "proven": _proven(report)}),
         Code(name="Ask it and its base, side by side:", text=cut(asked, room.recipe)),
-        Code(name="Load it in Python:", text=cut(loaded, room.recipe)),
+        Code(name="Load it in Python, from the folder above on this machine:", text=cut(loaded, room.recipe)),
     ]
+    if served is not None:
+        blocks += [Code(name="Serve it with vLLM:", text=cut(served, room.recipe)), Words(text=asked_as(report))]
+    return [*blocks, *[Words(text=f"{each}.") for each in words]]
 
 
 def _proven(report: Report) -> str:

@@ -5,14 +5,16 @@ from functools import partial
 
 from job.core.next_steps import next_steps
 from job.core.report import Report
-from job.core.verdict import NOTHING_BETTER
+from job.render.metric_text import METRIC_WORDS
 from job.render.page import figures
 from job.render.page.answers import answers_chapter
 from job.render.page.blocks import Block, Chapter, Page, Picture, Pictures, Room, Table, Words
 from job.render.page.cost import cost_chapter
 from job.render.page.data import data_chapter
 from job.render.page.facts import facts_chapters
+from job.render.page.metrics import change_chapter, losses_by_slice, metric_chapter
 from job.render.page.writing import written
+from job.render.verdict_text import verdict_text
 
 
 def report_html(report: Report) -> bytes:
@@ -22,9 +24,11 @@ def report_html(report: Report) -> bytes:
 
 def _page(report: Report, room: Room) -> Page:
     chapters = [
+        change_chapter(report.change),
         _curves(report),
         _evaluations(report, room),
-        answers_chapter(report.answers, room),
+        metric_chapter(report.metric, room),
+        answers_chapter(report.answers, room, metric=None if report.metric is None else report.metric.name),
         _examples(report, room),
         data_chapter(report, room),
         cost_chapter(report, room),
@@ -33,7 +37,7 @@ def _page(report: Report, room: Room) -> Page:
     return Page(
         title=f"{report.model.base}, run {report.run_id}"[:300],
         standing=f"Finished {report.finished[:40]}",
-        verdict=_verdict(report),
+        verdict=verdict_text(report),
         figures=_figures(report),
         to_do=[room.cut(f"{step[:1].upper()}{step[1:]}.") for step in next_steps(report)],
         to_do_none="Nothing in the figures of this run asks for another one.",
@@ -41,34 +45,17 @@ def _page(report: Report, room: Room) -> Page:
     )
 
 
-def _verdict(report: Report) -> str:
-    spot, found = report.sweet_spot, report.held_out
-    on = f"on {report.data.validation.used:,} held-out examples"
-    if spot.step == 0:
-        return f"{NOTHING_BETTER[0].upper()}{NOTHING_BETTER[1:]} {on}: the adapter leaves it as it is."
-    by = f"by {spot.base_loss - spot.loss:.4g}"
-    if found is not None and found.gain_plus_minus is not None:
-        by = f"by {found.gain:.4g} ± {found.gain_plus_minus:.2g} (95 % interval)"
-    learned = f"It learned: validation loss fell from {spot.base_loss:.4f} to {spot.loss:.4f} nats a token, {by} {on}."
-    if found is not None and found.gain_plus_minus is not None and abs(found.gain) <= found.gain_plus_minus:
-        learned = (
-            f"Validation loss went from {spot.base_loss:.4f} to {spot.loss:.4f} nats a token, {by} {on}: that may be "
-            "chance."
-        )
-    after = ""
-    if spot.overfitting_from_step is not None:
-        after = f" From step {spot.overfitting_from_step:,} on it was significantly worse: overfitting."
-    return f"{learned} Step {spot.step:,} of {report.plan.steps:,} is kept: {spot.reason}.{after}"
-
-
 def _figures(report: Report) -> dict[str, str]:
-    spot, match = report.sweet_spot, report.exact_match
+    spot, match, metric = report.sweet_spot, report.exact_match, report.metric
     shown = {
         "validation loss, base": f"{spot.base_loss:.4f}",
         "validation loss, tuned": f"{spot.loss:.4f}",
         "chosen step": f"{spot.step:,} of {report.plan.steps:,}",
     }
-    if match is not None:
+    if metric is not None and metric.name != "exact_match":
+        name = f"{METRIC_WORDS[metric.name]}, {metric.scores.examples:,} answers"
+        shown[name] = f"{metric.scores.before:.0%} → {metric.scores.after:.0%}"
+    elif match is not None:
         shown[f"right answers of {match.examples:,}"] = f"{match.base:.0%} → {match.tuned:.0%}"
     return shown | {"real tokens a second": f"{report.throughput.tokens_per_second:,.0f}"}
 
@@ -123,6 +110,7 @@ def _evaluations(report: Report, room: Room) -> Chapter:
             left_out=len(judged) - len(places),
         ),
         *_by_source(report, room),
+        *losses_by_slice(report, room),
     ]
     return Chapter(anchor="evaluations", name="Evaluations", blocks=blocks)
 

@@ -76,6 +76,14 @@ class Documents:
                 found.add(int(ids[spans[-1, 1] - 1]))  # a chat template may write a line break behind it
         return found
 
+    def kept(self, document: int, place: int) -> str | None:
+        """A field of one document's record that was kept, by its place among them; None: it is not there."""
+        return self.encoded.kept(int(self.rows[document]))[place]
+
+    def names(self) -> list[str]:
+        """What names the content of each document, wherever it stands."""
+        return [f"{high:016x}{low:016x}" for high, low in self.encoded.digests()[self.rows].tolist()]
+
     def where(self, document: int) -> str:
         """`file:line` of one document."""
         return self.encoded.where(int(self.rows[document]))

@@ -25,15 +25,29 @@ _SCHEMA = pa.schema(
         "digest": pa.binary(DIGEST_BYTES),
         "where": pa.string(),
         "source": pa.int32(),
+        "kept": pa.list_(pa.string()),
     }
 )
-FORMAT = 5
+FORMAT = 6
 """What is written: files of another format are encoded anew."""
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def rows_of(examples: Sequence[Example], framed: Sequence[Framed], *, source: int) -> bytes:
-    """Encoded examples of one source as a part of a stream, whichever process makes it; see `stream_start`."""
+def rows_of(
+    examples: Sequence[Example],
+    framed: Sequence[Framed],
+    *,
+    source: int,
+    kept: Sequence[Sequence[str | None]] | None = None,
+) -> bytes:
+    """Encoded examples of one source as a part of a stream, whichever process makes it; see `stream_start`.
+
+    Args:
+        examples: as they were read.
+        framed: their ids.
+        source: their place.
+        kept: fields of each one's record that are kept beside its text; None: there are none.
+    """
     columns = [
         _lists([each.ids for each in framed]),
         _lists([list(chain.from_iterable(each.spans)) for each in framed]),  # start, end, start, end, ...
@@ -41,6 +55,7 @@ def rows_of(examples: Sequence[Example], framed: Sequence[Framed], *, source: in
         pa.array([example.digest for example in examples], pa.binary(DIGEST_BYTES)),
         pa.array([example.where for example in examples], pa.string()),
         pa.array([source] * len(examples), pa.int32()),
+        pa.array(kept if kept is not None else [None] * len(examples), pa.list_(pa.string())),
     ]
     written: bytes = pa.record_batch(columns, schema=_SCHEMA).serialize().to_pybytes()
     return written
@@ -107,6 +122,10 @@ class EncodedSet:
     def where(self, index: int) -> str:
         """`file:line` of one example."""
         return str(self._table.column("where")[index].as_py())
+
+    def kept(self, index: int) -> Sequence[str | None]:
+        """Fields of one example's record that were kept beside its text; empty: none was asked for."""
+        return self._table.column("kept")[index].as_py() or ()
 
     def digests(self) -> Digests:
         """[examples, 2]: the content names of all examples, in the order of their bytes."""

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from job.core.chunks import Chunk, Side
 from job.core.data_section import DataSection, DataSource, Fraction
-from job.core.records import Example, Tally, checked_lines, is_held_out
+from job.core.fields import value_of
+from job.core.records import BOM, Example, Tally, checked_lines, is_held_out
 from job.tune.data.chat import ChatRules, ChatTemplates, chat_rules
 from job.tune.data.encoded import rows_of
 from job.tune.data.frame import TokenRules, encode_examples, token_rules
@@ -42,14 +43,21 @@ class SourceRules:
     tokens: TokenRules
     chat: ChatRules | None
     """Of a source of conversations."""
+    kept: tuple[str, ...] = ()
+    """Fields of held-out records that are kept beside their text."""
 
 
 Rules = Mapping[Side, Sequence[SourceRules]]
 """Of the sources that have files of their own."""
 
 
-def rules_of(tokenizer: Any, data: DataSection) -> Rules:
+def rules_of(tokenizer: Any, data: DataSection, *, kept: tuple[str, ...] = ()) -> Rules:
     """What decides how each source is encoded.
+
+    Args:
+        tokenizer: the base model's.
+        data: the recipe's section.
+        kept: fields of held-out records that evaluations need.
 
     Raises:
         UsageError: as `token_rules`; or there are chats, and no chat template.
@@ -62,6 +70,7 @@ def rules_of(tokenizer: Any, data: DataSection) -> Rules:
             data=own,
             tokens=replace(tokens, loss_on_prompt=own.loss_on == "all"),
             chat=None if own.chat is None else chat_rules(tokenizer, own),
+            kept=kept,
         )
 
     return {"train": tuple(map(of, data.sources)), "validation": tuple(map(of, data.held_out_sources))}
@@ -100,21 +109,43 @@ class Encoder:
             side=chunk.side,
             source=chunk.source,
             tally=tally,
-            rows={side: encoded_rows(found, own.tokens, source=chunk.source) for side, found in sides.items()},
+            rows={
+                side: encoded_rows(
+                    found,
+                    own.tokens,
+                    source=chunk.source,
+                    kept=_kept(chunk, found, own.kept) if side == "validation" and own.kept else None,
+                )
+                for side, found in sides.items()
+            },
             examples=tally.good,
         )
 
     def fingerprint(self) -> str:
         """Names all that decides what ids parts have, and what parts chats: the base's files, and the libraries."""
         libraries = [version(name) for name in ("tokenizers", "jinja2")]
-        rules = {side: [(own.tokens, own.chat) for own in self._rules[side]] for side in self._rules}
+        rules = {side: [(own.tokens, own.chat, own.kept) for own in self._rules[side]] for side in self._rules}
         return hashlib.sha256(pickle.dumps((libraries, rules))).hexdigest()
 
 
-def encoded_rows(examples: Sequence[Example], rules: TokenRules, *, source: int) -> bytes:
-    """Examples as a part of a file."""
+def encoded_rows(
+    examples: Sequence[Example],
+    rules: TokenRules,
+    *,
+    source: int,
+    kept: Sequence[Sequence[str | None]] | None = None,
+) -> bytes:
+    """Examples as a part of a file; arguments as of `rows_of`."""
     framed = [each for few in _few(examples) for each in encode_examples(few, rules)]
-    return rows_of(examples, framed, source=source)
+    return rows_of(examples, framed, source=source, kept=kept)
+
+
+def _kept(chunk: Chunk, examples: Sequence[Example], names: Sequence[str]) -> list[list[str | None]]:
+    """The named fields of each example's record, found again by where it stands."""
+    # Two files of a chunk may have one name: then the lines come in the order of the examples.
+    numbered = iter([(f"{file}:{number}", raw) for file, number, raw in chunk.numbered()])
+    records = [next(raw for where, raw in numbered if where == example.where) for example in examples]
+    return [[value_of(raw.removeprefix(BOM), name) for name in names] for raw in records]
 
 
 def _side(chunk: Chunk, data: DataSection, example: Example) -> Side:

@@ -61,11 +61,19 @@ def row_inputs(rows: int, tokens: int, device: torch.device, *, in_blocks: bool)
 
 def rotate_by_document(model: nn.Module) -> None:
     """Have rotations choose their frequencies for each document, not for the longest of a row or of those before it."""
+    for module in rotating_by_length(model):
+        module.forward = partial(_by_document, module)
+
+
+def rotating_by_length(model: nn.Module) -> list[Any]:
+    """A model's rotations whose frequencies depend on how long a document is."""
+    found = []
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
         if any(kind in ROTATIONS_BY_LENGTH for kind in kinds):
-            module.forward = partial(_by_document, module)
+            found.append(module)
+    return found
 
 
 def _by_document(module: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

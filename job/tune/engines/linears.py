@@ -1,6 +1,6 @@
 """The adapted model's linear layers and experts, fused ops in the place of PEFT's and bitsandbytes' own forward."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -32,6 +32,7 @@ class FusedLinears:
         self._modules = {
             module: (MethodType(its_forward, module), linear_of(module)) for module, its_forward in _fitting(model)
         }
+        self._alone = _without_adapters(self._modules)
         for module in self._modules:
             module.mask_seed = None
         self.experts = FusedExperts(model)
@@ -46,14 +47,14 @@ class FusedLinears:
     def _swap_in(self) -> None:
         for module, (its_forward, layer) in self._modules.items():
             # The same objects each time: compiled code may guard on their identity.
-            module.forward, module.fused = its_forward, layer
+            module.forward, module.fused, module.fused_alone = its_forward, layer, self._alone[module]
         self.experts.swap_in()
         self._swapped = True
 
     def _swap_out(self) -> None:
         if self._swapped:
             for module in self._modules:
-                del module.forward, module.fused
+                del module.forward, module.fused, module.fused_alone
             self.experts.swap_out()
         self._swapped = False
 
@@ -65,14 +66,22 @@ class FusedLinears:
         if wanted:
             layers = {module: _dequantised(module, layer) for module, layer in layers.items()}
         self._modules = {module: (its, layers[module]) for module, (its, _) in self._modules.items()}
+        self._alone = _without_adapters(self._modules)
         self.keeps_dequantised = wanted
         if self._swapped:
             self._swap_in()
+
+    @property
+    def dequantised_bytes(self) -> int:
+        """Of all weights in 4 bits, once they are dequantised and kept, in 16 bits."""
+        layers = (layer for _, layer in self._modules.values())
+        return sum(2 * layer.height * layer.width for layer in layers if isinstance(layer.weight, Quantised))
 
     def leave_to_peft(self) -> None:
         """Give the modules PEFT's own forward back, for good; the head's loss then goes through it too."""
         self._swap_out()
         self._modules.clear()
+        self._alone.clear()
 
     def seed_masks(self, seed: int) -> None:
         """Seed the dropout masks of the next micro-batch: each layer has its own, by the seed alone."""
@@ -144,10 +153,16 @@ def _rate(layer: Linear) -> float:
     return 0.0 if layer.adapter is None else layer.adapter.dropout
 
 
+def _without_adapters(modules: Mapping[Any, tuple[Any, Linear]]) -> dict[Any, Linear]:
+    return {module: replace(layer, adapter=None) for module, (_, layer) in modules.items()}
+
+
 def _adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if self.disable_adapters or self.merged or args or kwargs:
+    if self.merged or args or kwargs:
         result: Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
+    if self.disable_adapters:
+        return linear(x, self.fused_alone, None)
     return linear(x, self.fused, self.mask_seed if self.training else None)
 
 

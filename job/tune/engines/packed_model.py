@@ -16,7 +16,7 @@ from job.core.packing import Rows, alike
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, has_sinks, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
-from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document, row_inputs
+from job.tune.engines.decoder_inputs import decoder_inputs, rotate_by_document, rotating_by_length, row_inputs
 from job.tune.engines.families import attends_by_documents, kernels_by_borders, rows_of
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
@@ -162,6 +162,28 @@ class PackedModel(nn.Module):
             causal_lm.config.use_cache = False
             self._attend()
             self.train(was_training)
+
+    @property
+    def rotates_by_position(self) -> bool:
+        """Whether rotations depend on a token's position alone, and not on how long its document is."""
+        return not rotating_by_length(self.model)
+
+    @contextmanager
+    def attending(self, name: str) -> Iterator[None]:
+        """The model in evaluation mode, with another attention that is registered with transformers."""
+        was_training = self.training
+        self._causal_lm().set_attn_implementation(name)
+        self.eval()
+        try:
+            yield
+        finally:
+            self._attend()
+            self.train(was_training)
+
+    def states(self, **inputs: Any) -> Tensor:
+        """The decoder's last hidden states: [rows, tokens, hidden]; what it does not know goes to the attention."""
+        found: Tensor = _decoder_of(self._causal_lm())(**inputs, use_cache=False).last_hidden_state
+        return found
 
     def take_rows(self, rows: Rows) -> None:
         """From now on, for good.

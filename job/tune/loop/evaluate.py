@@ -1,29 +1,44 @@
 """How good the model is on held-out documents: their loss, and its own answers."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from functools import partial
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from job.core.answer_groups import AnswerGroup, answer_groups
 from job.core.dealing import deal
 from job.core.errors import StopRequestedError
 from job.core.packing import pack
 from job.core.records import Example, Part
 from job.core.verdict import Evaluation
+from job.tune.data.asked import asked_and_learned, asked_documents
 from job.tune.data.chat import ChatTemplate
 from job.tune.data.control import control_tokens
 from job.tune.data.documents import Documents
 from job.tune.data.frame import TokenRules, encode_given, encode_prompt
 from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.packed_model import PackedModel
+from job.tune.loop.answers.greedy import (
+    STOPPED,
+    AnswersDifferError,
+    greedy_tokens,
+    one_does_not_fit,
+    unless_out_of_memory,
+    up_to_end,
+)
+from job.tune.loop.answers.remembered import can_remember
 from job.tune.world import ALONE, World
 
+log = structlog.get_logger(__name__)
+
 _PROMPTS_AT_ONCE = 32
-"""Prompts answered together: generation is bound by memory bandwidth, so that more of them cost next to nothing."""
+"""Prompts that `generate` answers together: it is bound by memory bandwidth, so that more cost next to nothing."""
 _TOKENS_AT_ONCE = 16384
 """Tokens of prompts and answers whose keys and values are kept at once, at most: 8.6 GB for Llama-2-7B."""
 
@@ -144,17 +159,14 @@ def questions_of_documents(
         sources: places of those whose documents have a prompt.
     """
     questions, control = [], {token.id for token in control_tokens(tokenizer)}
-    asked = [filter(documents.is_whole, np.flatnonzero(documents.sources == source).tolist()) for source in sources]
-    by_turns = (each for turn in zip_longest(*asked) for each in turn if each is not None)
-    for document in islice(by_turns, most):
-        ids, start = documents.token_ids(document).tolist(), documents.answer_from(document)
-        end = int(documents.spans(document)[-1, 1])
+    for document in asked_documents(documents, most=most, sources=sources):
+        given, answer = asked_and_learned(documents, document)
         questions.append(
             Question(
-                ids=tuple(ids[:start]),
-                prompt=tokenizer.decode(ids[:start], skip_special_tokens=True),
-                expected=tokenizer.decode(ids[start:end], skip_special_tokens=True).strip(),
-                ends=tuple({ids[end - 1]} & control),
+                ids=tuple(given),
+                prompt=tokenizer.decode(given, skip_special_tokens=True),
+                expected=tokenizer.decode(answer, skip_special_tokens=True).strip(),
+                ends=tuple({answer[-1]} & control),
                 document=document,
             )
         )
@@ -176,19 +188,19 @@ def answer(
     Raises:
         StopRequestedError: asked to stop, here or on another rank.
         PeerLostError: another rank is gone.
+        torch.OutOfMemoryError: one question alone does not fit.
     """
-    groups = [*_together([len(question.ids) + max_new_tokens for question in questions])]
-    shares = deal([sum(len(questions[i].ids) + max_new_tokens for i in group) for group in groups], shares=world.size)
-    own = [groups[place] for place in shares[world.rank]]
+    own = deal([len(question.ids) + max_new_tokens for question in questions], shares=world.size)[world.rank]
+    asked = [questions[i] for i in own]
     try:
-        mine = _answers(model, questions, own, tokenizer, max_new_tokens, seed=seed, should_stop=should_stop)
+        mine = _answers(model, asked, tokenizer, max_new_tokens=max_new_tokens, seed=seed, should_stop=should_stop)
     except StopRequestedError:
         world.gather(None)
         raise
     answers: list[str] = [""] * len(questions)
-    for written in world.gather([*mine.items()]):
+    for written in world.gather([*zip(own, mine, strict=True)]):
         if written is None:
-            raise StopRequestedError("asked to stop while the model was answering")
+            raise StopRequestedError(STOPPED)
         for i, text in written:
             answers[i] = text
     return answers
@@ -197,44 +209,79 @@ def answer(
 def _answers(
     model: PackedModel,
     questions: Sequence[Question],
-    groups: Sequence[list[int]],
     tokenizer: Any,
-    max_new_tokens: int,
     *,
+    max_new_tokens: int,
     seed: int,
     should_stop: Callable[[], bool],
-) -> dict[int, str]:
-    """The answers to some groups of questions, by their places."""
-    answers: dict[int, str] = {}
+) -> list[str]:
+    """What `answer` gives, by this process alone."""
+    ends = [frozenset({tokenizer.eos_token_id, *question.ends}) for question in questions]
+    tokens = None
+    if can_remember(model):
+        prompts = [question.ids for question in questions]
+        try:
+            tokens = greedy_tokens(model, prompts, ends, max_new_tokens=max_new_tokens, should_stop=should_stop)
+        except AnswersDifferError as error:
+            log.warning("answers_differ", reason=str(error), then="they are generated by transformers, which is slower")
+    if tokens is None:
+        tokens = generated_tokens(
+            model, questions, ends, tokenizer, max_new_tokens=max_new_tokens, seed=seed, should_stop=should_stop
+        )
+    return [tokenizer.decode(its, skip_special_tokens=True).strip() for its in tokens]
+
+
+def generated_tokens(
+    model: PackedModel,
+    questions: Sequence[Question],
+    ends: Sequence[frozenset[int]],
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    should_stop: Callable[[], bool],
+) -> list[list[int]]:
+    """The same as tokens, up to those that end the answers, by transformers' `generate`: for any decoder."""
+    answers: list[list[int]] = [[] for _ in questions]
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), model.generating() as generator, torch.no_grad():
         torch.manual_seed(seed)
-        for members in groups:
-            ends = {tokenizer.eos_token_id, *(end for i in members for end in questions[i].ends)}
-            ids, mask = _left_padded([questions[i].ids for i in members], tokenizer.eos_token_id)
+
+        def generated(group: AnswerGroup) -> list[list[int]]:
+            its_ends = ends[group.members[0]]
+            ids, mask = _left_padded([questions[i].ids for i in group.members], tokenizer.eos_token_id)
             written = generator.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                generation_config=_greedy(tokenizer, max_new_tokens, ends),
+                generation_config=_greedy(tokenizer, max_new_tokens, its_ends),
                 stopping_criteria=StoppingCriteriaList([_Stop(should_stop)]),
             )
-            for i, row in zip(members, written[:, ids.shape[1] :].tolist(), strict=True):
-                answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            return [up_to_end(row, its_ends) for row in written[:, ids.shape[1] :].tolist()]
+
+        groups = deque(
+            answer_groups(
+                [len(question.ids) for question in questions],
+                ends,
+                longest_answer=max_new_tokens,
+                most_rows=_PROMPTS_AT_ONCE,
+                most_tokens=_TOKENS_AT_ONCE,
+                unit=1,
+            )
+        )
+        while groups:
+            group = groups.popleft()
+            tokens = unless_out_of_memory(partial(generated, group))
+            if tokens is None:
+                if not group.halves():
+                    raise torch.OutOfMemoryError(one_does_not_fit(group))
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                groups.extendleft(reversed(group.halves()))
+                continue
+            for i, its in zip(group.members, tokens, strict=True):
+                answers[i] = its
     return answers
-
-
-def _together(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Groups of indices into `lengths`, similar lengths together, each group within both limits."""
-    members: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        # The longest so far sets the width of all.
-        if len(members) == _PROMPTS_AT_ONCE or (members and (len(members) + 1) * lengths[i] > _TOKENS_AT_ONCE):
-            yield members
-            members = []
-        members.append(i)
-    if members:
-        yield members
 
 
 def _greedy(tokenizer: Any, max_new_tokens: int, ends: Iterable[int]) -> GenerationConfig:
@@ -268,5 +315,5 @@ class _Stop(StoppingCriteria):  # type: ignore[misc] # transformers has no types
 
     def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
         if self._should_stop():
-            raise StopRequestedError("asked to stop while the model was answering")
+            raise StopRequestedError(STOPPED)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

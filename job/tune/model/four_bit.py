@@ -1,9 +1,10 @@
 """The form of 4 bits: NF4 with double quantisation. Owner of bitsandbytes, its optimizers apart."""
 
 import importlib.metadata
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from job.core.errors import DataError
 from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.weights import Quantised
 from job.tune.device.compute_dtype import compute_dtype
@@ -231,3 +233,53 @@ def four_bit(weight: Tensor) -> Callable[[Tensor], Tensor]:
         return result
 
     return product
+
+
+@torch.no_grad()
+def through_four_bits(weight: Tensor) -> Tensor:
+    """What the base's layers compute with once a weight is in 4 bits: quantised and dequantised, [N, K].
+
+    Args:
+        weight: in the compute dtype, on the device whose quantisation counts.
+    """
+    packed, state = bnb.functional.quantize_4bit(
+        weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    values: Tensor = bnb.functional.dequantize_4bit(packed, state)
+    return values
+
+
+@torch.no_grad()
+def dequantised_in_files(packed: Tensor, beside: Mapping[str, Tensor], *, name: str) -> Tensor:
+    """The values of a weight that files hold in 4 bits, in the dtype that they name for it.
+
+    Args:
+        packed: as it is stored.
+        beside: its scales and its state, by their names.
+        name: the weight's.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    try:
+        state = bnb.functional.QuantState.from_dict({**beside}, device=packed.device)
+        values: Tensor = bnb.functional.dequantize_4bit(packed, state)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{name}: its state in 4 bits cannot be read ({error}); copy the base again") from error
+    return values
+
+
+def shape_in_files(state: Tensor, *, name: str) -> tuple[int, ...]:
+    """The shape of a weight that files hold in 4 bits.
+
+    Args:
+        state: the tensor that describes it, as JSON.
+        name: the weight's.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return tuple(map(int, json.loads(bytes(state.tolist()))["shape"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{name}: its state in 4 bits cannot be read ({error}); copy the base again") from error

@@ -33,8 +33,8 @@ def named_tokenizer(folder: Path) -> Any | None:
 
 
 def _class_named(folder: Path) -> str | None:
-    settings, file = _object(folder / "tokenizer_config.json"), folder / "tokenizer.json"
-    name, model_type = settings.get("tokenizer_class"), _object(folder / "config.json").get("model_type")
+    settings, file = base_file(folder, "tokenizer_config.json"), folder / "tokenizer.json"
+    name, model_type = settings.get("tokenizer_class"), base_file(folder, "config.json").get("model_type")
     match = _CLASS.fullmatch(name) if isinstance(name, str) else None
     if match is None or not isinstance(model_type, str) or "auto_map" in settings or not file.is_file():
         return None
@@ -57,7 +57,7 @@ def named_rows(folder: Path) -> int | None:
 
 
 def _size(folder: Path, name: str) -> int | None:
-    config = _object(folder / "config.json")
+    config = base_file(folder, "config.json")
     text = config.get("text_config")
     size = (text if isinstance(text, dict) else config).get(name)
     return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
@@ -65,7 +65,7 @@ def _size(folder: Path, name: str) -> int | None:
 
 def generation_stops(folder: Path) -> list[int]:
     """The tokens at which the base's generation_config ends an answer; empty: it names none."""
-    stops = _object(folder / "generation_config.json").get("eos_token_id")
+    stops = base_file(folder, "generation_config.json").get("eos_token_id")
     return [each for each in (stops if isinstance(stops, list) else [stops]) if isinstance(each, int)]
 
 
@@ -78,10 +78,10 @@ def encodes_alike(one: Any, other: Any) -> bool:
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where there is none."""
+def base_file(folder: Path, name: str) -> dict[str, Any]:
+    """The object in one of a base's JSON files; empty where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,0 +1,33 @@
+"""What servers of LoRA adapters refuse of one, by their own rules: docs/serving.md has the sources."""
+
+from job.core.recipe import LoraSection
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `--max-lora-rank` may be; an adapter's own rank may be any number up to it."""
+VLLM_HEAD_ROWS = 258_048
+"""The largest vocabulary whose head vLLM puts an adapter on."""
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The `--max-lora-rank` that vLLM needs for an adapter of this rank; None: it has none that is large enough."""
+    return next((each for each in VLLM_RANKS if each >= rank), None)
+
+
+def refusals(lora: LoraSection, *, rows: int) -> list[str]:
+    """Which servers refuse the adapter of a recipe, each in a sentence with the way out; empty: none that is known.
+
+    What no server could load is refused (64) where the targets are looked at: a head that is tied to the embeddings.
+
+    Args:
+        lora: the recipe's section.
+        rows: of the base's vocabulary.
+    """
+    found = []
+    if vllm_rank(lora.r) is None:
+        found.append(f"vLLM refuses adapters of a rank above {VLLM_RANKS[-1]}, and lora.r is {lora.r}: lower it")
+    if "lm_head" in lora.targets and rows > VLLM_HEAD_ROWS:
+        found.append(
+            f"vLLM refuses an adapter on lm_head of a vocabulary beyond {VLLM_HEAD_ROWS:,}, and this base has "
+            f"{rows:,}: leave lm_head out of lora.targets"
+        )
+    return [f"{each}, or merge the adapter into the base (export) and serve that" for each in found]

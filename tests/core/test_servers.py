@@ -1,0 +1,34 @@
+"""What servers refuse of an adapter, by name, and nothing else."""
+
+import pytest
+
+from job.core.recipe import LoraSection
+from job.core.servers import VLLM_HEAD_ROWS, refusals, vllm_rank
+
+
+@pytest.mark.parametrize(
+    ("rank", "wanted"), [(1, 1), (2, 8), (8, 8), (24, 32), (257, 320), (321, 512), (512, 512), (513, None)]
+)
+def test_vllm_is_asked_for_the_smallest_rank_that_it_has(rank, wanted):
+    assert vllm_rank(rank) == wanted
+
+
+def test_an_adapter_that_all_take_is_refused_by_none():
+    assert refusals(LoraSection(r=512), rows=VLLM_HEAD_ROWS + 1) == []
+    assert refusals(LoraSection(targets=("q_proj", "lm_head")), rows=VLLM_HEAD_ROWS) == []
+
+
+def test_a_head_of_a_large_vocabulary_and_a_large_rank_are_refused_by_name():
+    head, rank = LoraSection(targets=("q_proj", "lm_head")), LoraSection(r=513)
+
+    [said] = refusals(head, rows=262_144)
+    assert said == (
+        "vLLM refuses an adapter on lm_head of a vocabulary beyond 258,048, and this base has 262,144: leave lm_head "
+        "out of lora.targets, or merge the adapter into the base (export) and serve that"
+    )
+    [said] = refusals(rank, rows=32_000)
+    assert said == (
+        "vLLM refuses adapters of a rank above 512, and lora.r is 513: lower it, or merge the adapter into the base "
+        "(export) and serve that"
+    )
+    assert len(refusals(head.model_copy(update={"r": 513}), rows=262_144)) == 2
