@@ -11,7 +11,7 @@ def export_lines(export: Export, uri: str) -> list[str]:
     files = "1 file" if weights == 1 else f"{weights} files"
     of = "" if losses.examples == losses.of_examples else f" of {losses.of_examples}"
     onto = "the base's own weights" if export.onto == "weights" else "the base's weights as they are in 4 bits"
-    if export.quantised_base:
+    if export.quantised_base and export.onto == "weights":
         onto = "the base's weights, dequantised: it is published in 4 bits"
     lines = [
         f"merged model       {uri}",

@@ -39,6 +39,7 @@ from job.tune.model.base import is_quantised
 from job.tune.model.config import CONFIG, load_tokenizer, read_config, shape_of
 from job.tune.model.promises import hold_to_promises
 from job.tune.model.serving import GENERATION_CONFIG, taught_stops, taught_template
+from job.tune.model.stored.mxfp4 import is_published_in_mxfp4
 
 log = structlog.get_logger(__name__)
 _CARD = "README.md"
@@ -207,10 +208,14 @@ def _write_beside(
     if stops:
         settings["eos_token_id"] = stops[0] if len(stops) == 1 else [*stops]
     _write(aside, GENERATION_CONFIG, _text({name: value for name, value in settings.items() if value is not None}))
-    dtype = _DTYPES.get(prepared.weights.dtype) if is_quantised(base) else None
+    dtype = _DTYPES.get(prepared.weights.dtype) if _is_in_few_bits(base) else None
     config = merged_config(_json(base / CONFIG), untied=prepared.untied, dtype=dtype)
     _write(aside, CONFIG, _text(config))
     return stops
+
+
+def _is_in_few_bits(base: Path) -> bool:
+    return is_quantised(base) or is_published_in_mxfp4(read_config(base))
 
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -245,7 +250,7 @@ def _export(
         revision=run.base.revision,
         onto=onto,
         dtype=prepared.weights.dtype,
-        quantised_base=is_quantised(base),
+        quantised_base=_is_in_few_bits(base),
         untied=prepared.untied,
         eos_token_id=stops,
         losses=losses,

@@ -33,7 +33,7 @@ def loss_by_the_card(job, run):
     """With the base and the adapter loaded by the lines in the adapter's README; experts are in bf16 there."""
     adapter = job.store / f"runs/{run}/adapter"
     code = (adapter / "README.md").read_text().split("```python")[1].split("```")[0]
-    code = code.replace("path/to/base", str(job.folder / "own-base")).replace("path/to/this/adapter", str(adapter))
+    code = code.replace("path/to/base", str(job.folder / "own-base")).replace("path/to/adapter", str(adapter))
     loaded = {}
     exec(compile(code, "README.md", "exec"), loaded)
     model, tokenizer = loaded["model"].eval(), AutoTokenizer.from_pretrained(job.folder / "own-base")

@@ -12,9 +12,9 @@ from torch import Tensor
 from job.core.errors import DataError
 from job.core.promises import STATE, TensorHeader
 from job.tune.merging.factors import AdapterFile, Factors
-from job.tune.merging.origins import STATES, Origins, Part
+from job.tune.merging.origins import STACK, STATES, Origins, Part
 from job.tune.model.four_bit import dequantised_in_files, shape_in_files
-from job.tune.model.stored.tensor_files import StoredTensor
+from job.tune.model.stored.mxfp4 import Stored
 
 Pieces = Iterator[memoryview]
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -41,10 +41,9 @@ class Merger:
     adapter: AdapterFile
     inside: Callable[[str], str]
     """A parameter's name in the adapter's model -> in the decoder's own class."""
-    quantised: Callable[[str], bool]
-    """Whether a parameter goes through 4 bits before the adapter is added, as it did in training."""
-    through: Callable[[Tensor], Tensor]
-    """Through 4 bits and back."""
+    through: Mapping[str, Callable[[Tensor], Tensor]]
+    """Parameters that go through 4 bits before the adapter is added, as they did in training -> a matrix's way there
+    and back; of experts each one's."""
     untied: "Untied | None"
     """None: head and embeddings stay what they are, one tensor or two."""
 
@@ -52,7 +51,7 @@ class Merger:
 class MergedWeights:
     """The weights of a merged model, as files of the base's own cut."""
 
-    def __init__(self, merger: Merger, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, merger: Merger, tensors: Mapping[str, Stored]) -> None:
         """No data is read, but for what describes weights in 4 bits.
 
         Args:
@@ -96,9 +95,10 @@ class _Entry:
 class _Work:
     """Makes the tensors; the last part of a group is kept, as its pieces follow each other in the files."""
 
-    def __init__(self, merger: Merger, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, merger: Merger, tensors: Mapping[str, Stored]) -> None:
         self._merger, self._origins, self._tensors = merger, merger.origins, tensors
         self._added = {merger.inside(name): name for name in merger.adapter.parameters()}
+        self._changing = {*self._added, *merger.through}
         self._untied = merger.untied
         new = None if self._untied is None else self._untied.head
         missing = [name for name in self._added if name not in self._origins and name != new]
@@ -110,7 +110,7 @@ class _Work:
         self._plain_dtype = _commonest([tensor.header for tensor in tensors.values()])
         self._last: tuple[Part, dict[str, list[Tensor]]] | None = None
 
-    def entries(self, tensor: StoredTensor) -> Iterator[_Entry]:
+    def entries(self, tensor: Stored) -> Iterator[_Entry]:
         """What becomes of a tensor of the base's files: nothing of what stands beside a weight in 4 bits."""
         if tensor.name in self._states:
             return
@@ -125,13 +125,13 @@ class _Work:
             head = untied.in_files
             yield _Entry(name=head, header=header, make=lambda: self._checked(head, self._head(untied)))
 
-    def _header(self, tensor: StoredTensor) -> TensorHeader:
+    def _header(self, tensor: Stored) -> TensorHeader:
         state = self._packed.get(tensor.name)
         if state is None:
             return tensor.header
         return TensorHeader(dtype=self._plain_dtype, shape=shape_in_files(self._tensors[state][...], name=tensor.name))
 
-    def _beside(self, tensor: StoredTensor) -> Tensor:
+    def _beside(self, tensor: Stored) -> Tensor:
         """A tensor that is none of the decoder's."""
         value: Tensor = tensor[...]
         if tensor.name not in self._packed:
@@ -151,28 +151,37 @@ class _Work:
 
     def _value(self, name: str) -> Tensor:
         group, dtype = self._origins.group_of(name), self._dtype(name)
-        changed = group is not None and any(made in self._added or self._merger.quantised(made) for made in group.made)
-        if group is None or dtype is None or not changed:
+        if group is None or dtype is None or self._changing.isdisjoint(group.made):
             value = self._origins.read(name)
             return value if dtype is None else value.to(dtype)
-        if group.converter is None:
-            return self._changed(group.target, self._origins.read(name), None, dtype)
         shape = self._origins.stored(name).header.shape
+        if group.converter is None:
+            return self._as_it_stands(name, group.target, shape, dtype)
         result = torch.empty(shape, dtype=dtype)
         for part in self._origins.parts(group):
             for pattern, names in part.pieces.items():
                 if name in names:
                     piece = self._pieces(part, dtype)[pattern][[*names].index(name)]
-                    if part.expert is not None and piece.ndim == len(shape) and len(shape) > 2:  # noqa: PLR2004 a stack
+                    if part.expert is not None and piece.ndim == len(shape) == STACK:
                         result[part.expert] = piece[0]
                     else:
                         result = piece
         return result
 
+    def _as_it_stands(self, name: str, parameter: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of the files that is the parameter; of all experts', one after the other."""
+        if len(shape) < STACK:
+            return self._changed(parameter, self._origins.read(name), None, dtype)
+        result = torch.empty(shape, dtype=dtype)
+        for expert in range(shape[0]):
+            result[expert] = self._changed(parameter, self._origins.share(name, expert), expert, dtype)[0]
+        return result
+
     def _changed(self, parameter: str, value: Tensor, expert: int | None, dtype: torch.dtype) -> Tensor:
         """A parameter as it is computed with, and the adapter added; `expert`: whose it is, as a stack of one."""
-        if self._merger.quantised(parameter):
-            value = self._merger.through(value)
+        through = self._merger.through.get(parameter)
+        if through is not None:
+            value = torch.stack([*map(through, value)]) if value.ndim == STACK else through(value)
         factors = self._factors(parameter)
         if factors is None:
             return value.to(dtype)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from job.core.errors import DataError
-from job.tune.merging.origins import Origins
+from job.tune.merging.origins import Origins, tensors_in
 from job.tune.model.config import causal_lm_of, empty_model, read_config, read_whole_config
 from job.tune.model.four_bit import kept_in_fp32
-from job.tune.model.stored.tensor_files import stored_tensors
 from job.tune.model.wrappers import parts_of
 
 _ROOM = 4
@@ -29,8 +28,7 @@ def origins_of(folder: Path, *, not_finite: set[str]) -> Origins:
         folder: a base's, or a merged model's.
         not_finite: gets the name of each tensor that is read and holds a value that is NaN or infinite.
     """
-    tensors = stored_tensors(folder, torch.device("cpu"), not_finite=not_finite)
-    config = read_config(folder)
+    tensors, config = tensors_in(folder, not_finite=not_finite), read_config(folder)
     return Origins(empty_model(config), parts_of(read_whole_config(folder), tensors).text)
 
 

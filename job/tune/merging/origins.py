@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +12,30 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from job.core.errors import DataError
+from job.core.mxfp4 import is_mxfp4
 from job.core.promises import STATE
+from job.tune.model.config import read_config
 from job.tune.model.four_bit import dequantised_in_files
-from job.tune.model.stored.tensor_files import StoredTensor
+from job.tune.model.stored.mxfp4 import Stored, with_decoded
+from job.tune.model.stored.tensor_files import stored_tensors
 
 STATES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 """What stands beside a weight in 4 bits, and its state."""
-_MATRIX, _STACK = 2, 3
-"""Dimensions of a linear layer's weight, and of all experts' of a layer."""
+STACK = 3
+"""Dimensions of all experts' weights of a layer."""
+_CPU = torch.device("cpu")
+
+
+def tensors_in(folder: Path, *, not_finite: set[str]) -> dict[str, Stored]:
+    """Every tensor of a model's files, experts in MXFP4 as they are decoded; no data is read.
+
+    Args:
+        folder: a base's, or a merged model's.
+        not_finite: gets the name of each tensor that is read and holds a value that is NaN or infinite.
+    """
+    config, tensors = read_config(folder), stored_tensors(folder, _CPU, not_finite=not_finite)
+    form = getattr(config, "quantization_config", None)
+    return with_decoded(tensors, _CPU) if is_mxfp4(form, config.model_type) else {**tensors}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +71,7 @@ class Part:
 class Origins:
     """A base's files, seen from the parameters of its decoder."""
 
-    def __init__(self, model: Any, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, model: Any, tensors: Mapping[str, Stored]) -> None:
         """No data is read.
 
         Args:
@@ -79,7 +96,7 @@ class Origins:
         """Tensors of the files, what stands beside those in 4 bits apart."""
         return self._plain
 
-    def stored(self, name: str) -> StoredTensor:
+    def stored(self, name: str) -> Stored:
         """One of them as it stands in its file."""
         return self._tensors[name]
 
@@ -122,7 +139,7 @@ class Origins:
 
     def values(self, part: Part) -> dict[str, list[Tensor]]:
         """What stands in the files of a part, by pattern; of a stack this expert's share, as a stack of one."""
-        return {pattern: [self._share(name, part.expert) for name in names] for pattern, names in part.pieces.items()}
+        return {pattern: [self.share(name, part.expert) for name in names] for pattern, names in part.pieces.items()}
 
     def converted(self, part: Part, values: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """What transformers makes of these values, by the parameters' names; of an expert's, stacks of one.
@@ -145,8 +162,9 @@ class Origins:
             )
         return found
 
-    def _share(self, name: str, expert: int | None) -> Tensor:
-        if expert is None or len(self._tensors[name].header.shape) < _STACK:
+    def share(self, name: str, expert: int | None) -> Tensor:
+        """What a tensor of the files has of one expert: of a stack a stack of one, of anything else all of it."""
+        if expert is None or len(self._tensors[name].header.shape) < STACK:
             return self.read(name)
         share: Tensor = self._tensors[name][expert : expert + 1]
         return share
@@ -156,15 +174,15 @@ class Origins:
 
     def _experts(self, group: Group) -> int | None:
         """How many a group is of; None: it is of none, or cannot be cut by them."""
-        sizes = {shape[0] for shape in group.made.values() if len(shape) == _STACK}
-        if len(sizes) != 1 or any(len(shape) != _STACK for shape in group.made.values()):
+        sizes = {shape[0] for shape in group.made.values() if len(shape) == STACK}
+        if len(sizes) != 1 or any(len(shape) != STACK for shape in group.made.values()):
             return None
         (experts,) = sizes
 
         def by_expert(names: Sequence[str]) -> bool:
             shapes = [self._tensors[name].header.shape for name in names]
-            alone = len(names) == experts > 1 and all(len(shape) < _STACK for shape in shapes)
-            return alone or (len(names) == 1 and len(shapes[0]) == _STACK and shapes[0][0] == experts)
+            alone = len(names) == experts > 1 and all(len(shape) < STACK for shape in shapes)
+            return alone or (len(names) == 1 and len(shapes[0]) == STACK and shapes[0][0] == experts)
 
         return experts if all(map(by_expert, group.sources.values())) else None
 

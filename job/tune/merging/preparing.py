@@ -3,22 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from job.core.errors import DataError
 from job.core.onto import Onto
+from job.core.promises import STATE
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.merging.factors import AdapterFile
 from job.tune.merging.files import MergedWeights, Merger, Untied
-from job.tune.merging.origins import Origins
+from job.tune.merging.origins import Origins, tensors_in
 from job.tune.model.config import empty_model, read_config, read_whole_config
 from job.tune.model.four_bit import put_into_four_bits, through_four_bits
-from job.tune.model.stored.tensor_files import stored_tensors
+from job.tune.model.mixtures import experts_modules, weights_of_experts
 from job.tune.model.wrappers import Wrapper, parts_of, wrapper_of
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ def prepare_merge(base: Path, adapter: Path, config: Path, *, onto: Onto, device
         DataError: adapter and base do not go together.
     """
     text, whole, not_finite = read_config(base), read_whole_config(base), set[str]()
-    tensors = stored_tensors(base, _CPU, not_finite=not_finite)
+    tensors = tensors_in(base, not_finite=not_finite)
     decoder, wrapper = empty_model(text), wrapper_of(whole)
     file = AdapterFile(adapter, config, empty_model(text) if wrapper is None else wrapper.whole)
     inside = _inside(wrapper_of(whole), adapter)
@@ -59,13 +59,13 @@ def prepare_merge(base: Path, adapter: Path, config: Path, *, onto: Onto, device
     if text.tie_word_embeddings and adapted & {embeddings, head}:
         in_files = head if wrapper is None else wrapper.outside(head)
         untied = Untied(embeddings=embeddings, head=head, in_files=in_files)
-    is_packed = getattr(text, "quantization_config", None) is not None
+    origins = Origins(decoder, parts_of(whole, tensors).text)
+    refuse_copied_experts(decoder, origins)
     merger = Merger(
-        origins=Origins(decoder, parts_of(whole, tensors).text),
+        origins=origins,
         adapter=file,
         inside=inside,
-        quantised=_quantised(base) if onto == "quantised" and not is_packed else lambda _: False,
-        through=_through(device),
+        through=_through(text, device, packed=any(STATE in name for name in tensors)) if onto == "quantised" else {},
         untied=untied,
     )
     return Prepared(weights=MergedWeights(merger, tensors), untied=untied is not None, not_finite=not_finite)
@@ -81,18 +81,48 @@ def _inside(wrapper: Wrapper | None, adapter: Path) -> Callable[[str], str]:
     return inside
 
 
-def _quantised(base: Path) -> Callable[[str], bool]:
-    """Whether a parameter is in 4 bits in training."""
-    modules = put_into_four_bits(empty_model(read_config(base)), None)
-    names = {f"{name}.weight" for name in modules}
-    return names.__contains__
+def refuse_copied_experts(decoder: Any, origins: Origins) -> None:
+    """Raise where a base holds its experts in the 4 bits that this job keeps for itself.
+
+    Raises:
+        DataError: nobody else reads them so, and no merged file could be of the base's own cut.
+    """
+    for name in _experts(decoder):
+        if origins.is_packed(name):
+            raise DataError(
+                f"{name}: the base is a copy that this job has made, with its experts in 4 bits; only a run on "
+                "the base that such a copy was made of can be exported"
+            )
 
 
-def _through(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Into 4 bits and back, as the base is loaded: in bf16, also where fp32 is computed."""
-    dtype = compute_dtype(device)
+def _experts(model: Any) -> dict[str, bool]:
+    """Name of each parameter of experts that training puts into 4 bits -> whether their matrices are [in, out]."""
+    found: dict[str, bool] = {}
+    for path, module in experts_modules(model):
+        found |= dict.fromkeys((f"{path}.{name}" for name in weights_of_experts(module)), bool(module.is_transposed))
+    return found
+
+
+def _through(config: Any, device: torch.device, *, packed: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What training puts into 4 bits -> into them and back, as the base is loaded.
+
+    Args:
+        config: the decoder's.
+        device: that puts weights into 4 bits.
+        packed: whether linear layers are in 4 bits in the files: then only experts are put into them, as they stand;
+            else in bf16, also where fp32 is computed.
+    """
+    dtype, model = compute_dtype(device), empty_model(config)
 
     def through(value: Tensor) -> Tensor:
-        return through_four_bits(value.bfloat16().to(device=device, dtype=dtype)).cpu()
+        rounded = value if packed else value.bfloat16()
+        return through_four_bits(rounded.to(device=device, dtype=dtype)).cpu()
 
-    return through
+    def turned(value: Tensor) -> Tensor:
+        return through(value.t()).t()
+
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    found |= {name: turned if transposed else through for name, transposed in _experts(model).items()}
+    if not packed:
+        found |= {f"{name}.weight": through for name in put_into_four_bits(model, None)}
+    return found

@@ -126,7 +126,8 @@ class _Answering:
         self._most_ends = max(len(each) for each in ends)
         self._rows: _Rows | None = None
         self._recorder = Recorder(
-            wanted=self._on_gpu,
+            # A base in shards is gathered layer by layer, and of experts the device decides who computes.
+            wanted=self._on_gpu and model.sharded is None and not model.linears.experts,
             on_failure=lambda reason: log.warning("no_cuda_graphs", reason=reason, then="answers are slower"),
         )
         self._kept_before = model.linears.keeps_dequantised
@@ -140,6 +141,8 @@ class _Answering:
 
     def _keep_weights(self) -> None:
         linears = self._model.linears
+        if self._model.sharded is not None:
+            return  # most of them are not here
         room = _OF_FREE_WEIGHTS * self._free_bytes() if self._on_gpu else _WEIGHTS_CPU
         if linears.keeps_dequantised or linears.dequantised_bytes > room:
             return

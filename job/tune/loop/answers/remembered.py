@@ -133,6 +133,7 @@ class Memory:
             self._mask(window),
             scale=rest["scaling"] if rest.get("scaling") is not None else query.shape[-1] ** -0.5,
             softcap=rest.get("softcap"),
+            sinks=rest.get("s_aux"),
         )
 
     def _room(self, part: Tensor) -> Tensor:
@@ -157,7 +158,6 @@ def remembered_attention(
     attention_mask: Tensor | None,
     *,
     remembered: Memory,
-    s_aux: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention over what is remembered, and this token.
@@ -169,31 +169,41 @@ def remembered_attention(
         value: as key.
         attention_mask: None; the memory's takes its place.
         remembered: the memory.
-        s_aux: attention sinks; None: no family that is packed has them.
-        rest: scaling, sliding_window and softcap, as of `per_document_attention`, and its documents.
+        rest: scaling, sliding_window, softcap and s_aux, as of `per_document_attention`, and its documents.
 
     Returns:
         [1, T, heads, width] or [B, 1, heads, width], and no weights.
     """
     assert attention_mask is None, "transformers made a mask for an attention that has its own"
-    assert s_aux is None, "attention sinks"
     return remembered.attend(module, query, key, value, **rest), None
 
 
 def _one_token(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scale: float, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention of one token a row: [B, heads, 1, width] and [B, key heads, seen, width] -> [B, 1, heads, width]."""
     rows, heads, _, width = query.shape
     # Heads that share keys are queries side by side: no key is copied for them.
     grouped = query.reshape(rows, keys.shape[1], heads // keys.shape[1], width)
-    if softcap is None:
+    if softcap is None and sinks is None:
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     else:
         scores = grouped @ keys.transpose(2, 3) * scale
-        scores = torch.tanh(scores / softcap) * softcap
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        out = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ values
+        if sinks is not None:  # a score that is in each row's sum, and has no value
+            beside = sinks.to(scores.dtype).reshape(1, keys.shape[1], -1, 1)
+            scores = torch.cat([scores, beside.expand(rows, -1, -1, 1)], dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        out = weights[..., : keys.shape[2]] @ values
     return out.reshape(rows, 1, heads, values.shape[3])
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from job.core.mxfp4 import BLOCKS, SCALES, in_mxfp4, is_mxfp4
+from job.core.promises import TensorHeader
 from job.tune.model.stored.tensor_files import StoredTensor, is_finite
 
 PUBLISHED = "published_quantization_config"
@@ -53,12 +55,33 @@ class Mxfp4Tensor:
     device: torch.device
     """Where they are decoded: they pass the host's memory as they are in the files."""
 
+    @property
+    def name(self) -> str:
+        """What the model calls the weights."""
+        return self.blocks.name.removesuffix(BLOCKS)
+
+    @property
+    def file(self) -> Path:
+        """That the blocks are in."""
+        return self.blocks.file
+
+    @property
+    def header(self) -> TensorHeader:
+        """Of what is made of them."""
+        experts, height, groups, half = self.blocks.header.shape
+        return TensorHeader(dtype=self.get_dtype(), shape=(experts, groups * 2 * half, height))
+
     def __getitem__(self, experts: Any) -> Tensor:
         """Those of some experts, [e, in, out] bf16.
 
         Args:
-            experts: a slice, or `...` for all.
+            experts: a slice, or `...` for all, which are decoded one by one.
         """
+        if experts is ...:
+            whole = torch.empty(self.header.shape, dtype=torch.bfloat16, device=self.device)
+            for expert in range(len(whole)):
+                whole[expert : expert + 1] = self[expert : expert + 1]
+            return whole
         values = decoded(self.blocks[experts].to(self.device), self.scales[experts].to(self.device))
         if not is_finite(values):
             self.scales.not_finite.add(self.scales.name)
@@ -69,14 +92,18 @@ class Mxfp4Tensor:
         return "BF16"
 
 
-def with_decoded(tensors: Mapping[str, StoredTensor], device: torch.device) -> dict[str, StoredTensor | Mxfp4Tensor]:
+Stored = StoredTensor | Mxfp4Tensor
+"""A tensor that is read when it is indexed."""
+
+
+def with_decoded(tensors: Mapping[str, StoredTensor], device: torch.device) -> dict[str, Stored]:
     """What a base's files hold, each weight in MXFP4 under its own name; no data is read.
 
     Args:
         tensors: by name; blocks and scales go together, as `hold_to_promises` has found.
         device: that the model will be on.
     """
-    found: dict[str, StoredTensor | Mxfp4Tensor] = dict(tensors)
+    found: dict[str, Stored] = dict(tensors)
     for name in in_mxfp4(tensors):
         blocks, scales = tensors[f"{name}{BLOCKS}"], tensors[f"{name}{SCALES}"]
         found[name] = Mxfp4Tensor(blocks=blocks, scales=scales, device=device)
