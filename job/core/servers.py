@@ -30,4 +30,9 @@ def refusals(lora: LoraSection, *, rows: int) -> list[str]:
             f"vLLM refuses an adapter on lm_head of a vocabulary beyond {VLLM_HEAD_ROWS:,}, and this base has "
             f"{rows:,}: leave lm_head out of lora.targets"
         )
+    if lora.on_experts:
+        found.append(
+            "vLLM is reported to pass over an adapter on a mixture's experts, in the form that PEFT gives it, without "
+            "a word: leave experts out of lora.targets"
+        )
     return [f"{each}, or merge the adapter into the base (export) and serve that" for each in found]

@@ -32,3 +32,10 @@ def test_a_head_of_a_large_vocabulary_and_a_large_rank_are_refused_by_name():
         "(export) and serve that"
     )
     assert len(refusals(head.model_copy(update={"r": 513}), rows=262_144)) == 2
+
+
+@pytest.mark.parametrize("targets", ["experts", ("all-linear", "experts"), ("q_proj", "experts")])
+def test_adapters_on_experts_are_named_wherever_they_are_asked_for(targets):
+    [said] = refusals(LoraSection(targets=targets), rows=32_000)
+    assert said.startswith("vLLM is reported to pass over an adapter on a mixture's experts")
+    assert said.endswith("merge the adapter into the base (export) and serve that")

@@ -23,6 +23,7 @@ from job.tune.model.adapter import trainable
 sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
 from job_process import Job, call, records, write_lines
 from run_material import make_base
+from tiny_families import write_family
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA")
 
@@ -97,6 +98,22 @@ def test_each_token_is_the_likeliest_by_the_attention_that_trains(model, prompts
         for prompt, answer in zip(prompts, answers, strict=True):
             assert float(short_of_the_first(model, prompt, answer).max()) < NEARLY
     assert max(map(len, answers)) == LONGEST
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_of_a_mixture_too_each_token_is_the_likeliest_and_nothing_is_recorded(family, prompts, tmp_path):
+    """With sinks and windows in one of them; which expert computes is decided on the device, token by token."""
+    base = load_base(write_family(tmp_path / "base", family), device=CUDA, dtype=torch.bfloat16)
+    lora = LoraSection(r=8, alpha=16, targets=("all-linear", "experts"))
+    model = PackedModel(attach_lora(base, lora, source="tiny", revision=None, seed=0)).eval()
+    torch.manual_seed(1)
+    for parameter in trainable(model):
+        parameter.data.normal_(std=0.02)
+    with capture_logs() as logs:
+        answers = answered(model, prompts)
+    assert not [each for each in logs if each["event"] in {"no_cuda_graphs", "answers_differ"}]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert float(short_of_the_first(model, prompt, answer).max()) < NEARLY
 
 
 def test_what_is_replayed_is_what_was_recorded_to_the_bit(model, prompts, monkeypatch):

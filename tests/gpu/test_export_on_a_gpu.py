@@ -25,6 +25,7 @@ from job.tune.merging.layered import Layered
 from job.tune.merging.preparing import prepare_merge
 from job.tune.model.base import load_base
 from job.tune.model.config import read_config
+from job.tune.model.experts import dequantised_experts, in_four_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA")
 
@@ -66,6 +67,26 @@ def test_what_goes_through_4_bits_here_is_what_was_trained_on_here(tmp_path):
             assert torch.equal(found[f"{name}.weight"], values), name
             checked += 1
     assert checked == 12
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_go_through_4_bits_here_are_those_that_were_trained_on_here(family, tmp_path):
+    base, cuda = write_family(tmp_path / "base", family), torch.device("cuda", 0)
+    adapter = save_adapter(adapted(base, lora(["q_proj"])), tmp_path / "adapter")
+    names = (adapter / "adapter_model.safetensors", adapter / "adapter_config.json")
+    (tmp_path / "merged").mkdir()
+    for name, make in prepare_merge(base, *names, onto="quantised", device=cuda).weights.files():
+        (tmp_path / "merged" / name).write_bytes(b"".join(make()))
+    (tmp_path / "merged" / "config.json").write_bytes((base / "config.json").read_bytes())
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+
+    checked = 0
+    for path, module in load_base(base, device=cuda, dtype=torch.bfloat16).named_modules():
+        for name in in_four_bits(module):
+            values = dequantised_experts(module, name, dtype=torch.bfloat16).float().cpu()
+            assert torch.equal(found[f"{path}.{name}"], values)
+            checked += 1
+    assert checked == 4
 
 
 @pytest.mark.parametrize("room", [0, 10**9])

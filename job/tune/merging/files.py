@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -98,6 +98,8 @@ class _Work:
     def __init__(self, merger: Merger, tensors: Mapping[str, Stored]) -> None:
         self._merger, self._origins, self._tensors = merger, merger.origins, tensors
         self._added = {merger.inside(name): name for name in merger.adapter.parameters()}
+        # Those of a layer's experts are read once, not for each of them: the files have its two matrices by turns.
+        self._read_factors = lru_cache(maxsize=2)(merger.adapter.factors)
         self._changing = {*self._added, *merger.through}
         self._untied = merger.untied
         new = None if self._untied is None else self._untied.head
@@ -191,7 +193,7 @@ class _Work:
 
     def _factors(self, parameter: str) -> Factors | None:
         name = self._added.get(parameter)
-        return None if name is None else self._merger.adapter.factors(name)
+        return None if name is None else self._read_factors(name)
 
     def _pieces(self, part: Part, dtype: torch.dtype) -> dict[str, list[Tensor]]:
         """What a part's pieces in the files become: the way that its numbers take is found by sending places along."""

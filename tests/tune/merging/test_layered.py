@@ -10,6 +10,7 @@ from merged import adapted, lora, merge, save_adapter
 from safetensors.torch import load_file, save_file
 from test_merging import DENSE, MIXTURES
 from tiny import CPU, PAIR, config_of, documents_of, random_text, write_base, write_tokenizer
+from tiny_families import config_of as family_config
 from tiny_families import write_family
 from tiny_wrappers import write_wrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,53 +104,84 @@ def test_a_tensor_that_is_not_in_the_files_is_refused(tmp_path):
 
 MEASURED = """
 import sys
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = [*sys.argv[1:3], *sys.argv[6:]]
 import resource
 from pathlib import Path
 from merged import merge
-base, adapter = map(Path, sys.argv[3:5])
+base, adapter, onto = Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5]
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-merge(base / "tiny", adapter / "tiny", base.parent / "out-tiny")  # what libraries take
+merge(base / "tiny", adapter / "tiny", base.parent / "out-tiny", onto=onto)  # what libraries take
 before = peak()
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.merging.preparing import prepare_merge
 import torch
 weights = prepare_merge(
-    base / "large", *(adapter / "large" / name for name in ADAPTER_FILES), onto="weights", device=torch.device("cpu")
+    base / "large", *(adapter / "large" / name for name in ADAPTER_FILES), onto=onto, device=torch.device("cpu")
 ).weights
 assert sum(sum(map(len, make())) for _, make in weights.files()) > weights.bytes
 print(peak() - before, weights.bytes)
 """
 
 
-def test_the_memory_of_a_merge_is_that_of_its_largest_tensor(tmp_path):
-    """One file whose largest tensor is a tenth of it: two of it in its own dtype, a block in fp32, and its adapter."""
-    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128}
-    for name, own in (("tiny", {}), ("large", {"hidden_size": 1024, "intermediate_size": 16384})):
-        config = config_of("llama")
-        for key, value in (sizes | own).items():
-            setattr(config, key, value)
-        config.head_dim = config.hidden_size // 4
+def peak_of_a_merge(tmp_path, sizes_of, adapter_of, *, onto):
+    """Above what libraries take, and the merged files' bytes."""
+    for name in ("tiny", "large"):
         torch.manual_seed(0)
         base = tmp_path / "base" / name
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base)
-        save_adapter(adapted(base, lora(), dtype=torch.bfloat16), tmp_path / "adapter" / name)
+        AutoModelForCausalLM.from_config(sizes_of(name), dtype=torch.bfloat16).save_pretrained(base)
+        save_adapter(adapted(base, adapter_of(), dtype=torch.bfloat16), tmp_path / "adapter" / name)
     folders = [str(ROOT), str(Path(__file__).parent), str(tmp_path / "base"), str(tmp_path / "adapter")]
-    script = MEASURED.replace("sys.argv[1:3]", "[*sys.argv[1:3], *sys.argv[5:]]")
-    tune = str(Path(__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *folders, tune],
+        [sys.executable, "-W", "ignore", "-c", MEASURED, *folders, onto, str(Path(__file__).parents[1])],
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
-        env=None,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    peak, of = map(int, done.stdout.split()[-2:])
+    return map(int, done.stdout.split()[-2:])
+
+
+def test_the_memory_of_a_merge_is_that_of_its_largest_tensor(tmp_path):
+    """One file whose largest tensor is a tenth of it: two of it in its own dtype, a block in fp32, and its adapter."""
+
+    def sizes_of(name):
+        config = config_of("llama")
+        config.num_hidden_layers, config.hidden_size, config.intermediate_size = 2, 64, 128
+        if name == "large":
+            config.hidden_size, config.intermediate_size = 1024, 16384
+        config.head_dim = config.hidden_size // 4
+        return config
+
+    peak, of = peak_of_a_merge(tmp_path, sizes_of, lora, onto="weights")
 
     largest = 1024 * 16384 * 2
     assert of > 6 * largest
     assert peak < 5 * largest, f"{peak / largest:.1f} times the largest tensor"
+
+
+@pytest.mark.parametrize("onto", ["weights", "quantised"])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_the_memory_of_a_merge_of_experts_is_not_that_of_all_of_them(family, onto, tmp_path):
+    """Of files with all of a layer's in one tensor, that tensor and little else; of files with each, a few of these."""
+    experts, hidden, inner = 32, 512, 1024
+
+    def sizes_of(name):
+        many = name == "large"
+        config = family_config(family, layers=2)
+        config.hidden_size, config.head_dim = (hidden, 128) if many else (64, 16)
+        config.intermediate_size = config.moe_intermediate_size = inner if many else 64
+        config.num_experts = config.num_local_experts = experts if many else 4
+        return config
+
+    def adapter_of():
+        return lora(["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+
+    peak, of = peak_of_a_merge(tmp_path, sizes_of, adapter_of, onto=onto)
+
+    stack, factors = experts * hidden * 2 * inner * 2, experts * 4 * (hidden + 2 * inner) * 4
+    assert of > 2 * 1.4 * stack
+    most = 1.6 * stack if family == "gpt_oss" else 1.0 * stack
+    assert peak < most + 4 * factors + 2**25, f"{peak / stack:.2f} times the experts of a layer"
