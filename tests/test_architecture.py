@@ -32,13 +32,18 @@ FLOORS = {
     ),
     "job.stages": (
         ("job.stages.finish", "job.stages.training"),
-        ("job.stages.report", "job.stages.proving"),
+        ("job.stages.report", "job.stages.promotion", "job.stages.night"),
+        ("job.stages.fresh_records",),
+        ("job.stages.contenders",),
+        ("job.stages.proving",),
         ("job.stages.loop",),
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
         ("job.stages.gathering", "job.stages.loading"),
         (
             "job.stages.base_source",
+            "job.stages.channel_changes",
             "job.stages.dataset",
+            "job.stages.exams",
             "job.stages.weights",
             "job.stages.hardware",
             "job.stages.holding",
@@ -48,6 +53,7 @@ FLOORS = {
         ("job.stages.data_report", "job.stages.sources"),
         ("job.stages.guard", "job.stages.records"),
         ("job.stages.identity",),
+        ("job.stages.late_files",),
         ("job.stages.attempt",),
     ),
     "job.tune": (

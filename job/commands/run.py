@@ -9,6 +9,7 @@ from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.machine import look_at_machine
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Attempt
+from job.stages.channel_changes import keep_in_order
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
 from job.stages.identity import Run, find_run
@@ -51,17 +52,20 @@ def _carry_out(attempt: Attempt, held: Held) -> Report:
         from job.stages.finish import finish
         from job.stages.gathering import gather
         from job.stages.hardware import hardware_errors
+        from job.stages.night import prepare_night
         from job.stages.training import TrainingStage
 
         quiet_libraries()
     inputs = gather(attempt, held)
     with hardware_errors(inputs.device):
+        night = prepare_night(attempt, held.run, inputs, other=None)
         facts = TrainingStage(attempt, inputs).run()
-        return finish(attempt, inputs, facts)
+        return finish(attempt, inputs, facts, night)
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:
     attempt.runs_at(found.artifacts.uri)
+    keep_in_order(attempt, found)
     log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
     report = found.artifacts.read_report()
     assert report is not None, "it is done"

@@ -18,6 +18,8 @@ from job.render.pictures import draw
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
+from job.stages.night import Night
+from job.stages.promotion import examine, promote
 from job.stages.proving import load_published, prove
 from job.stages.report import assemble_report, notes, source_shares
 from job.tune.loop.checkpoint import ADAPTER_FILES
@@ -27,8 +29,8 @@ log = structlog.get_logger(__name__)
 _CARD = "README.md"
 
 
-def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
-    """Carry a trained run to its committed report.
+def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, night: Night | None = None) -> Report:
+    """Carry a trained run to its committed report; on a channel it is judged before, and may be put in use.
 
     Raises:
         SickDeviceError: the adapter in the store does not give the loss that was measured in training.
@@ -56,7 +58,12 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Report:
             seed=recipe.train.seed,
             should_stop=attempt.moves_on,  # asked after each token
         )
-    report = assemble_report(attempt, inputs, facts, verdict, files=files, proven_loss=proven, tuned=tuned)
+    report = assemble_report(attempt, inputs, facts, verdict, files=files, proven_loss=proven.loss, tuned=tuned)
+    if night is not None:
+        examined = examine(attempt, inputs, facts, night, model, proven, files)
+        del model  # others come in its place
+        report = report.model_copy(update={"promotion": promote(attempt, inputs, night, examined)})
+        attempt.standing.promotion = report.promotion
     with phases.phase("report"):
         crash_point("pictures.before")
         for name, picture in draw(report).items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from job.core.errors import SickDeviceError
+from job.core.verdict import Evaluation
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
@@ -39,6 +40,11 @@ def load_published(
     """
     shutil.rmtree(folder, ignore_errors=True)
     inputs.artifacts.fetch_adapter(folder, files, should_stop=attempt.worker.should_stop)
+    return load_from(inputs, folder, left_to_peft=left_to_peft)
+
+
+def load_from(inputs: Inputs, folder: Path, *, left_to_peft: bool) -> PackedModel:
+    """A published adapter that lies in a folder, as `load_published`."""
     gc.collect()
     if inputs.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -49,24 +55,24 @@ def load_published(
     return model.eval()
 
 
-def prove(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, model: PackedModel, *, step: int) -> float:
-    """Validation loss of the published adapter, compared with what was measured in training.
+def prove(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, model: PackedModel, *, step: int) -> Evaluation:
+    """The held-out examples by the published adapter, compared with what was measured in training.
 
     Raises:
         SickDeviceError: it is another one.
     """
-    proven = evaluate(
+    evaluation = evaluate(
         model,
         inputs.dataset.validation,
         step=step,
         tokens_at_once=facts.progress.cut.evaluation_tokens,
         should_stop=attempt.worker.should_stop,
         on_progress=lambda done: attempt.phases.progress(evaluated=done),
-    ).loss
-    reported = facts.progress.evaluations[step].loss
+    )
+    proven, reported = evaluation.loss, facts.progress.evaluations[step].loss
     if abs(proven - reported) > _SAME_LOSS * abs(reported):
         attempt.notes.append(_explained(facts, proven, reported))
-    return proven
+    return evaluation
 
 
 def _explained(facts: TrainingFacts, proven: float, reported: float) -> str:

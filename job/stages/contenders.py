@@ -1,0 +1,204 @@
+"""How models do on a channel's exams: what is kept of the same model and exam, else judged anew by loading it."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from job.core.channel import THE_BASE, AdapterInUse, Promoted
+from job.core.errors import DataError
+from job.core.example_results import ExampleResults, name_of, results_of
+from job.edge.run.channels import Channel
+from job.edge.store.folder import FileEntry
+from job.stages.attempt import Attempt
+from job.stages.channel_changes import BASE, model_name
+from job.stages.exams import Exams, ExamSet
+from job.stages.loading import Inputs
+from job.stages.proving import load_from
+from job.tune.data.documents import Documents
+from job.tune.device.compute_dtype import compute_dtype
+from job.tune.device.device import device_name
+from job.tune.engines.packed_model import PackedModel
+from job.tune.loop.evaluate import evaluate
+from job.tune.model.adapter import attach_lora
+from job.tune.model.base import load_base
+
+log = structlog.get_logger(__name__)
+_DECIDING = ("torch", "transformers", "peft", "bitsandbytes")
+"""Libraries whose version decides the last digits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A model that is judged: a run's published adapter, or the base alone."""
+
+    run_id: str | None
+    adapter: AdapterInUse | None
+
+    @property
+    def called(self) -> str:
+        """In sentences."""
+        return self.run_id or THE_BASE
+
+    @property
+    def kept_as(self) -> str:
+        """What its results are kept under."""
+        return self.run_id or BASE
+
+    @property
+    def model(self) -> str:
+        """Names its weights."""
+        return model_name(self.adapter)
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """Of its adapter."""
+        files = {} if self.adapter is None else self.adapter.files
+        return {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in files.items()}
+
+
+def in_use(promoted: Promoted | None) -> Contender:
+    """What a channel's entry puts in use."""
+    if promoted is None:
+        return Contender(run_id=None, adapter=None)
+    return Contender(run_id=promoted.run_id, adapter=promoted.adapter)
+
+
+class Examiner:
+    """Asks models, in this process and on this device."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        inputs: Inputs,
+        channel: Channel,
+        exams: Exams,
+        *,
+        left_to_peft: bool,
+        tokens_at_once: int,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            attempt: polled for a stop, and the clock.
+            inputs: the base and the run.
+            channel: keeps results.
+            exams: what is asked.
+            left_to_peft: whether linear layers are to be PEFT's own.
+            tokens_at_once: of a forward, at most.
+        """
+        self._attempt, self._inputs, self._channel, self.exams = attempt, inputs, channel, exams
+        self._left_to_peft, self._tokens = left_to_peft, tokens_at_once
+        self._scratch = attempt.worker.run_folder(inputs.artifacts.run_id) / "contender"
+        self.how = _how(inputs)
+        for each in exams.every:
+            channel.keep_exam(each.exam)
+
+    def results(self, contender: Contender) -> dict[str, ExampleResults]:
+        """By the exam's name.
+
+        Raises:
+            NotFoundError: its adapter is gone from the store.
+            DataError: its adapter is not what was promoted, or gives no finite loss.
+        """
+        found = {each.exam.name: self._kept(contender, each) for each in self.exams.every}
+        missing = [each for each in self.exams.every if found[each.exam.name] is None]
+        if missing:
+            log.info("judged_anew", model=contender.called, exams=len(missing))
+            with self.loaded(contender) as model:
+                found |= {
+                    each.exam.name: self.keep(contender, each, self.nll(model, each.documents)) for each in missing
+                }
+        return {name: results for name, results in found.items() if results is not None}
+
+    def of_loaded(
+        self, contender: Contender, model: PackedModel, *, known: Mapping[str, NDArray[np.float64]]
+    ) -> dict[str, ExampleResults]:
+        """The same of a model that is loaded; `known`: summed losses on exams that it was judged on just now."""
+        return {
+            each.exam.name: self.keep(
+                contender,
+                each,
+                known[each.exam.name] if each.exam.name in known else self.nll(model, each.documents),
+            )
+            for each in self.exams.every
+        }
+
+    def keep(self, contender: Contender, asked: ExamSet, nll: NDArray[np.float64]) -> ExampleResults:
+        """Keep what a model made of an exam.
+
+        Raises:
+            DataError: a loss is not finite.
+        """
+        if not np.isfinite(nll).all():
+            worst = asked.documents.where(int(np.argmin(np.isfinite(nll))))
+            raise DataError(
+                f"{worst}: {contender.called} has no finite loss on it, so that nothing can be compared; look at the "
+                "record, or take it out"
+            )
+        results = results_of(nll, model=contender.model, exam=asked.exam.name, how=self.how)
+        self._channel.keep_results(contender.kept_as, results)
+        return results
+
+    def nll(self, model: PackedModel, documents: Documents) -> NDArray[np.float64]:
+        """Summed loss of each document, in nats: [N]; in smaller forwards where memory runs out."""
+        while True:
+            try:
+                return evaluate(
+                    model,
+                    documents,
+                    step=0,
+                    tokens_at_once=self._tokens,
+                    should_stop=self._attempt.worker.should_stop,
+                    on_progress=lambda done: self._attempt.phases.progress(judged=done, of=len(documents)),
+                ).nll
+            except torch.OutOfMemoryError:
+                if self._tokens <= documents.max_length:
+                    raise
+                self._tokens //= 2
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def loaded(self, contender: Contender) -> Iterator[PackedModel]:
+        """The model on a fresh 4-bit base, for the block."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        if contender.run_id is None:
+            yield from self._base()
+            return
+        run = self._inputs.artifacts.other_run(contender.run_id)
+        run.fetch_adapter(self._scratch, contender.files, should_stop=self._attempt.worker.should_stop)
+        yield load_from(self._inputs, self._scratch, left_to_peft=self._left_to_peft)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _base(self) -> Iterator[PackedModel]:
+        """With an adapter that is switched off."""
+        inputs, recipe = self._inputs, self._attempt.worker.recipe
+        base = load_base(inputs.base.folder, device=inputs.device, dtype=compute_dtype(inputs.device))
+        source, revision = inputs.base.identity.source, recipe.model.revision
+        model = PackedModel(attach_lora(base, recipe.lora, source=source, revision=revision, seed=recipe.train.seed))
+        if self._left_to_peft:
+            model.linears.leave_to_peft()
+        with model.model.disable_adapter():
+            yield model.eval()
+
+    def _kept(self, contender: Contender, asked: ExamSet) -> ExampleResults | None:
+        kept = self._channel.results(contender.kept_as, exam=asked.exam.name, how=self.how, model=contender.model)
+        return kept if kept is not None and len(kept.nll) == len(asked.documents) else None
+
+
+def _how(inputs: Inputs) -> str:
+    """Names what decides the numbers beside model and exam."""
+    return name_of(
+        {
+            "base": inputs.base.identity.revision,
+            "device": device_name(inputs.device),
+            "dtype": str(compute_dtype(inputs.device)),
+            "versions": {name: version(name) for name in _DECIDING},
+        }
+    )

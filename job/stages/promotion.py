@@ -1,0 +1,155 @@
+"""A channel after a night has trained: is its model better than the one in use, and if so, it takes its place."""
+
+from dataclasses import dataclass
+
+from job.core.channel import AdapterFileInUse, AdapterInUse, Judged
+from job.core.example_results import ExampleResults
+from job.core.judgement import Candidate, Terms, judge_run
+from job.core.promotion_report import PromotionReport, said_of
+from job.core.report import Report
+from job.core.verdict import Evaluation
+from job.edge.store.folder import FileEntry
+from job.stages.attempt import Attempt
+from job.stages.channel_changes import (
+    budget_report,
+    carry_out,
+    compared_with,
+    earlier_models,
+    first_state,
+    now_text,
+    pay,
+    payment_key,
+    standards_of,
+    today,
+)
+from job.stages.contenders import Contender, Examiner, in_use
+from job.stages.fresh_records import answers
+from job.stages.loading import Inputs
+from job.stages.loop import TrainingFacts
+from job.stages.night import Night
+from job.tune.engines.packed_model import PackedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """Tonight's model, judged on everything while it was loaded."""
+
+    contender: Contender
+    examiner: Examiner
+    seeds: tuple[Contender, ...]
+    """Of other trainings of the same recipe."""
+
+
+def examine(
+    attempt: Attempt,
+    inputs: Inputs,
+    facts: TrainingFacts,
+    night: Night,
+    model: PackedModel,
+    proven: Evaluation,
+    files: dict[str, FileEntry],
+) -> Examined:
+    """Judge the published adapter, while it is loaded, on what it was not judged on yet.
+
+    Args:
+        attempt: this process.
+        inputs: the run.
+        facts: how it was trained.
+        night: the channel.
+        model: the published adapter, as it was loaded to be proven.
+        proven: what it made of the held-out examples.
+        files: the published ones.
+    """
+    with attempt.phases.phase("judge"):
+        examiner = Examiner(
+            attempt,
+            inputs,
+            night.channel,
+            night.exams,
+            left_to_peft=facts.left_to_peft,
+            tokens_at_once=facts.progress.cut.evaluation_tokens,
+        )
+        contender = Contender(run_id=inputs.artifacts.run_id, adapter=_adapter_of(inputs.artifacts.uri, files))
+        examiner.of_loaded(contender, model, known={night.exams.frozen.exam.name: proven.nll})
+    seeds = tuple(
+        Contender(run_id=other.run_id, adapter=_adapter_in(other)) for other in ([night.other] if night.other else [])
+    )
+    return Examined(contender=contender, examiner=examiner, seeds=seeds)
+
+
+def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) -> PromotionReport:
+    """Judge the run beside the model in use, and do what comes of it; what an attempt before did stands.
+
+    Raises:
+        NotFoundError: the adapter in use is gone from the store.
+    """
+    recipe, channel = attempt.worker.recipe, night.channel
+    with attempt.phases.phase("judge"):
+        judged = channel.judged(inputs.artifacts.run_id, 1) or _judge(attempt, inputs, night, examined)
+    with attempt.phases.phase("promote"):
+        outcome = carry_out(channel, recipe, judged, night.copy)
+    state, _ = channel.state()
+    return PromotionReport(
+        channel=channel.name,
+        channel_uri=channel.uri,
+        outcome=outcome,
+        said=said_of(judged, outcome),
+        judged=judged,
+        budget=budget_report(state or first_state(recipe)()),
+        new=night.new,
+        late=night.late,
+        parent=night.parent,
+        fresh_promotion=night.fresh_promotion,
+        conditional=channel.conditional,
+    )
+
+
+def _judge(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) -> Judged:
+    recipe, channel, examiner = attempt.worker.recipe, night.channel, examined.examiner
+    identity = inputs.base.identity
+    promoted, etag = channel.promoted()
+    champion = in_use(promoted)
+    earlier = {called: in_use(entry) for called, entry in earlier_models(channel, promoted).items()}
+    seeds = tuple(_on_frozen(examiner, each) for each in examined.seeds)
+    frozen, regression = answers(examiner, examined.contender, champion, earlier, seeds=seeds)
+    adapter = examined.contender.adapter
+    assert adapter is not None, "a run has one"
+    run_id = inputs.artifacts.run_id
+    level = pay(channel, recipe, payment_key(run_id, 1))
+    judged = judge_run(
+        Candidate(
+            run_id=run_id,
+            run_uri=inputs.artifacts.uri,
+            round=1,
+            adapter=adapter,
+            base=identity.source,
+            revision=identity.revision,
+        ),
+        frozen,
+        regression,
+        Terms(
+            champion=champion.called,
+            compared=compared_with(promoted, etag),
+            standards=standards_of(recipe),
+            level=level,
+            time=now_text(),
+            day=today(),
+        ),
+    )
+    return channel.record_judged(judged)
+
+
+def _on_frozen(examiner: Examiner, contender: Contender) -> ExampleResults:
+    return examiner.results(contender)[examiner.exams.frozen.exam.name]
+
+
+def _adapter_of(run_uri: str, files: dict[str, FileEntry]) -> AdapterInUse:
+    return AdapterInUse(
+        uri=f"{run_uri}/adapter",
+        files={name: AdapterFileInUse(size=file.size, sha256=file.sha256) for name, file in files.items()},
+    )
+
+
+def _adapter_in(report: Report) -> AdapterInUse:
+    files = {name: FileEntry(size=file.size, sha256=file.sha256) for name, file in report.adapter.files.items()}
+    return _adapter_of(report.run_uri, files)
