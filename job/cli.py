@@ -13,11 +13,11 @@ import click
 import structlog
 
 from job import __version__
+from job.channel_command import channel
 from job.core.errors import NotFoundError, UsageError
 from job.core.given import Given, as_records, set_lines
 from job.core.library_settings import LIBRARY_SETTINGS
-from job.core.lines import colours_wanted, hung
-from job.core.visible import one_line
+from job.core.lines import colours_wanted
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import lasting_output, say_passing, terminal_width
 from job.ending import Session
@@ -35,6 +35,7 @@ from job.options import (
     time_options,
     workdir_option,
 )
+from job.saying import say as _say
 
 log = structlog.get_logger(__name__)
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?$|^JOB_NOTIFY_URL$", re.IGNORECASE)
@@ -107,6 +108,7 @@ def run(session: Session, /, recipe: Path, **options: Any) -> None:
         tuned_loss=round(report.sweet_spot.loss, 4),
         chosen_step=report.sweet_spot.step,
         report=f"{report.run_uri}/report.json",
+        **({} if report.promotion is None else {"outcome": report.promotion.outcome, "why": report.promotion.said}),
     )
     if not session.as_json:
         _say(session, "", *report_lines(report), "", f"report: {report.run_uri}/report.json")
@@ -344,6 +346,9 @@ def fetch(session: Session, /, recipe: Path, folder: Path, **options: Any) -> No
     _say(session, f"fetched; on the node without internet: python entrypoint.py run {path}")
 
 
+cli.add_command(channel)
+
+
 def main(interrupt: Interrupt) -> int:
     """Run the command line; every way to end has a code of the table."""
     session = Session(interrupt=interrupt)
@@ -369,16 +374,6 @@ def _carry_out(session: Session) -> tuple[BaseException | None, bool]:
         # A panic in a library's Rust is no Exception, and nor is a library's own exit.
         return error, False
     return session.failure, True
-
-
-def _say(session: Session, *lines: str) -> None:
-    """Lines to standard output, within the terminal's width.
-
-    Records, answers and names in them are by strangers, who shall not begin new ones.
-    """
-    width = terminal_width(sys.stdout)
-    shown = (piece for line in lines for piece in hung(one_line(session.hide(line)), width))
-    click.echo("\n".join(shown))
 
 
 def _is_dumb() -> bool:

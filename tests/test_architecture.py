@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "the house": (
         ("entrypoint",),
-        ("job.cli", "job.options", "job.ending"),
+        ("job.cli", "job.channel_command", "job.options", "job.saying", "job.ending"),
         ("job.commands", "job.commands.*"),
         ("job.stages", "job.stages.*"),
         ("job.render", "job.render.*", "job.tune", "job.tune.*", "job.edge", "job.edge.*"),
@@ -38,9 +38,11 @@ FLOORS = {
         ("job.stages.proving",),
         ("job.stages.loop",),
         ("job.stages.committing", "job.stages.planning", "job.stages.resuming", "job.stages.teller"),
+        ("job.stages.lineage",),
         ("job.stages.gathering", "job.stages.loading"),
         (
             "job.stages.base_source",
+            "job.stages.other_seed",
             "job.stages.channel_changes",
             "job.stages.dataset",
             "job.stages.exams",
@@ -96,7 +98,7 @@ OWNERS = {
     "botocore": ("job.edge.store.s3*",),
     "signal": ("job.edge.host.interrupt", "job.edge.host.crashing"),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
-    "click": ("job.cli", "job.options"),
+    "click": ("job.cli", "job.channel_command", "job.options", "job.saying"),
     "os.environ": ("job.cli", "job.edge.workers"),
     "os.environb": ("job.cli",),
     "os.getenv": ("job.cli",),

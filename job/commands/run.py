@@ -13,6 +13,7 @@ from job.stages.channel_changes import keep_in_order
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
 from job.stages.identity import Run, find_run
+from job.stages.other_seed import train_other_seed
 
 log = structlog.get_logger(__name__)
 
@@ -35,15 +36,16 @@ def run(attempt: Attempt) -> Report:
         # First of all that costs nothing: what cannot be written to is refused before the store hears of us.
         log.info("machine", **asdict(look_at_machine(worker.workdir)))
         refuse_planted(worker.workdir)
+        other = train_other_seed(attempt, found, guard, lambda *given: _carry_out(*given, other=None))
         with hold(attempt, found, guard) as held:
             if held.run.done:
                 return _already_done(attempt, held.run)
             held.records.refuse_repeated_failure()
             refuse_short_time(attempt)  # only now: who never has enough of it is stopped in vain, which is counted
-            return _carry_out(attempt, held)
+            return _carry_out(attempt, held, other=other)
 
 
-def _carry_out(attempt: Attempt, held: Held) -> Report:
+def _carry_out(attempt: Attempt, held: Held, *, other: Report | None) -> Report:
     """Gather what training starts from, train, finish."""
     if held.run.begun:
         held.records.begin()  # an unfinished run: this attempt counts from here
@@ -58,7 +60,7 @@ def _carry_out(attempt: Attempt, held: Held) -> Report:
         quiet_libraries()
     inputs = gather(attempt, held)
     with hardware_errors(inputs.device):
-        night = prepare_night(attempt, held.run, inputs, other=None)
+        night = prepare_night(attempt, held.run, inputs, other=other)
         facts = TrainingStage(attempt, inputs).run()
         return finish(attempt, inputs, facts, night)
 

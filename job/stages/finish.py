@@ -41,7 +41,7 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, night: Night 
     with phases.phase("publish"):
         chosen, verdict = _fetch_chosen(attempt, inputs, folder / "adapter", facts)
         if chosen.step == 0:
-            attempt.notes.append(_nothing_better(facts))
+            attempt.notes.append(_nothing_better(inputs, facts))
         card = adapter_card(_card(attempt, inputs, facts, step=chosen.step))
         (folder / "adapter" / _CARD).write_text(card, encoding="utf-8")
         files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
@@ -75,11 +75,14 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, night: Night 
     return report
 
 
-def _nothing_better(facts: TrainingFacts) -> str:
+def _nothing_better(inputs: Inputs, facts: TrainingFacts) -> str:
     later = len(facts.progress.evaluations) - 1
+    parent = inputs.parent
+    found = NOTHING_BETTER if parent is None else f"nothing better than {parent.run_id}, the start, was found"
+    left = "the base as it is" if parent is None else "what it started from as it was"
     return (
-        f"{NOTHING_BETTER}: none of {later} later evaluations has a significantly lower validation loss than step 0, "
-        "so the adapter leaves the base as it is; look at the data and at train.learning_rate, or train longer"
+        f"{found}: none of {later} later evaluations has a significantly lower validation loss than step 0, "
+        f"so the adapter leaves {left}; look at the data and at train.learning_rate, or train longer"
     )
 
 

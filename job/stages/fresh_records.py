@@ -73,8 +73,10 @@ class FreshRecords:
     def count(self) -> int | None:
         """Training examples that are new to the channel; None: it does not know which it has seen."""
         state, _ = self._channel.state()
-        seen = self._seen(state)
-        return None if seen is None else int((~np.isin(np.unique(self._hashes), seen)).sum())
+        seen, every = self._seen(state), np.unique(self._hashes)
+        if state is None or state.seen is None:
+            return len(every)
+        return None if seen is None else int((~np.isin(every, seen)).sum())
 
     def test(self, copy: ChannelAdapter) -> str | None:
         """Score them, write down what that says, and promote whom it shows to be better.

@@ -75,6 +75,7 @@ def gather(attempt: Attempt, held: Held) -> Inputs:
         artifacts=run.artifacts,
         attempt_number=held.records.begin(),
         device=device,
+        parent=run.parent,
     )
 
 

@@ -233,6 +233,22 @@ def _new(wanted: _Wanted, artifacts: Artifacts, listed: Sides) -> Run:
     )
 
 
+def same_data(recipe: Recipe, run: Run) -> Run:
+    """The run of another recipe on the very objects of a run."""
+    identity = identity_of(recipe)
+    run_id = f"{_hash(identity)}-{_data_part(run.base, run.sides)}"
+    record = {"version": RECORD_VERSION, "recipe": identity, "base": _base(run.base)}
+    artifacts = run.artifacts.other_run(run_id)
+    return Run(
+        artifacts=artifacts,
+        base=run.base,
+        sides=run.sides,
+        record={**record, "run_id": run_id, "data": run.sides.recorded()},
+        begun=artifacts.run_record() is not None,
+        done=artifacts.report() is not None,
+    )
+
+
 def list_data(data: DataSection, settings: StoreSettings, *, should_stop: Callable[[], bool]) -> Sides:
     """What the recipe's URIs name now, by side and source; none held out when that is a fraction of the training files.
 

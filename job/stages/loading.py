@@ -7,6 +7,7 @@ import structlog
 import torch
 
 from job.core.recipe import Recipe
+from job.core.run_record import RecordedParent
 from job.edge.base.fetching import BaseModel
 from job.edge.run.artifacts import Artifacts
 from job.stages.attempt import Phases
@@ -34,6 +35,8 @@ class Inputs:
     artifacts: Artifacts
     attempt_number: int
     device: torch.device
+    parent: RecordedParent | None = None
+    """The adapter that the run starts from; None: none, the base alone."""
 
 
 def load_model(inputs: Inputs, recipe: Recipe, phases: Phases) -> PackedModel:

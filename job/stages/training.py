@@ -13,6 +13,7 @@ from job.core.crash_points import crash_point
 from job.core.recipe import Recipe
 from job.stages.attempt import Attempt
 from job.stages.committing import Committer
+from job.stages.lineage import start_from_parent
 from job.stages.loading import Inputs, load_model
 from job.stages.loop import Loop, TrainingFacts
 from job.stages.planning import Planned, plan_training
@@ -58,6 +59,7 @@ class TrainingStage:
         with phases.phase("load_model"):
             free = device_memory(inputs.device)
             model = load_model(inputs, self._recipe, phases)
+            start_from_parent(self._attempt, inputs, model)
             accelerator = make_accelerator(
                 self._recipe.track, on_cpu=inputs.device.type == "cpu", folder=self._trackers_folder
             )

@@ -1,0 +1,127 @@
+"""A channel: what is in use and why, and going back to what was in use before."""
+
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import structlog
+
+from job.core.channel import ChannelState, Promoted, name_in_use, rollback_to
+from job.core.errors import NotFoundError, RunConflictError, UsageError
+from job.edge.relative_paths import located
+from job.edge.run.channel_adapter import ChannelAdapter
+from job.edge.run.channels import Channel
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
+from job.edge.store.probing import probe
+from job.stages.channel_changes import now_text
+
+log = structlog.get_logger(__name__)
+PREVIOUS = "previous"
+"""What was in use before the last change."""
+THE_BASE = "base"
+"""The base itself, without an adapter."""
+_SHOWN = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelLook:
+    """What is known of a channel."""
+
+    uri: str
+    changes: tuple[Promoted, ...]
+    """Newest first; the last ones."""
+    state: ChannelState | None
+    is_current: bool
+
+
+def look_at_channel(uri: str, *, should_stop: Callable[[], bool]) -> ChannelLook:
+    """Read a channel; nothing is written.
+
+    Raises:
+        NotFoundError: there is no channel.
+    """
+    channel = _open(uri, conditional=False)
+    changes = tuple(islice(channel.changes(), _SHOWN))
+    state, _ = channel.state()
+    if not changes and state is None:
+        raise NotFoundError(
+            f"{located(uri)}: no channel is there; it is {{output}}/channels/NAME, and begins with the first run whose "
+            "recipe names it (promote.channel)",
+            action="correct the URI",
+        )
+    copy = ChannelAdapter(channel, scratch=Path(), should_stop=should_stop)
+    return ChannelLook(uri=channel.uri, changes=changes, state=state, is_current=copy.is_current())
+
+
+def roll_back(uri: str, target: str, *, should_stop: Callable[[], bool]) -> Promoted:
+    """Put what was in use before in use again; that is recorded as a change of its own.
+
+    Args:
+        uri: of the channel.
+        target: a run that was in use once; `previous`, or `base`.
+        should_stop: polled while the adapter is copied.
+
+    Returns:
+        What is in use now.
+
+    Raises:
+        NotFoundError: nothing was promoted yet, or that run never was.
+        RunConflictError: a night has promoted something in this moment.
+    """
+    store = open_store(_parts(uri)[0], StoreSettings())
+    found = probe(store)
+    if not found.conditional:
+        log.warning("swap_without_conditions", reason=found.reason)
+    channel = _open(uri, conditional=found.conditional)
+    now, etag = channel.promoted()
+    if now is None:
+        raise NotFoundError(f"{located(uri)}: nothing was promoted yet, so that there is nothing to go back from")
+    wanted = _wanted(channel, now, target)
+    new = rollback_to(wanted, now, time=now_text(), by=platform.node())
+    if not channel.swap(new, etag=etag):
+        raise RunConflictError(
+            f"{located(uri)}: {name_in_use(channel.promoted()[0])} was put in use in this moment; look at the channel, "
+            "and roll back again if that is still wanted"
+        )
+    with tempfile.TemporaryDirectory(prefix="rollback-") as folder:
+        ChannelAdapter(channel, scratch=Path(folder) / "adapter", should_stop=should_stop).follow()
+    log.info("rolled_back", channel=channel.uri, to=name_in_use(new), sequence=new.sequence)
+    return new
+
+
+def _wanted(channel: Channel, now: Promoted, target: str) -> Promoted | None:
+    """The entry to go back to; None: the base."""
+    if target == PREVIOUS:
+        target = now.replaced or THE_BASE
+    if target == THE_BASE:
+        if now.run_id is None:
+            raise UsageError("--rollback: the base itself is in use already")
+        return None
+    if target == now.run_id:
+        raise UsageError(f"--rollback {target}: that run is in use already")
+    found = next((change for change in channel.changes() if change.run_id == target), None)
+    if found is None:
+        known = dict.fromkeys(change.run_id for change in channel.changes() if change.run_id is not None)
+        raise NotFoundError(
+            f"--rollback {target}: that run was never in use on {located(channel.uri)}; there were "
+            f"{', '.join(known) or 'none'}",
+            action="name one of them, or `base`",
+        )
+    return found
+
+
+def _open(uri: str, *, conditional: bool) -> Channel:
+    output, name = _parts(uri)
+    return Channel(open_store(output, StoreSettings()), name, conditional=conditional)
+
+
+def _parts(uri: str) -> tuple[str, str]:
+    """The output and the channel's name."""
+    output, marker, name = uri.rstrip("/").removesuffix("/promoted.json").rpartition("/channels/")
+    if not marker or not name or "/" in name:
+        raise UsageError(f"{located(uri)}: no channel's URI, which looks like s3://bucket/prefix/channels/NAME")
+    return output, name
