@@ -46,7 +46,9 @@ def start_from_parent(attempt: Attempt, inputs: Inputs, model: PackedModel) -> N
     ours: Any = model.model.peft_config["default"].to_dict()
     other = [name for name in _SCALE if theirs.get(name) != ours.get(name)]
     if other:
-        found = ", ".join(f"{name} {theirs.get(name)} there and {ours.get(name)} here" for name in other)
+        found = ", ".join(
+            f"{name} {_shown(theirs.get(name))} there and {_shown(ours.get(name))} here" for name in other
+        )
         raise UsageError(_other_form(parent, found))
     try:
         load_adapter(model.model, folder, read_wrapper(inputs.base.folder))
@@ -76,6 +78,10 @@ def _adapter_of(attempt: Attempt, inputs: Inputs, parent: RecordedParent) -> Ada
         f"{channel.uri}/history: entry {parent.sequence}, whose adapter the run was begun with, is gone; start again "
         "with another --run-id"
     )
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _other_form(parent: RecordedParent, found: str) -> str:

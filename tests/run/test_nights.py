@@ -82,6 +82,7 @@ def test_a_file_that_is_not_whole_is_left_out_by_name_and_learned_once_it_is(job
     assert report["promotion"]["new"]["records"] == 8
 
 
+@pytest.mark.nightly
 def test_a_source_without_any_whole_file_ends_with_65_and_says_which(job):
     path = job.data / "train.jsonl"
     path.write_text(path.read_text() + '{"question": "12 red')
@@ -106,6 +107,7 @@ def test_a_poisoned_night_is_refused_with_exit_code_0_and_its_report_says_why(jo
     job.in_order()
 
 
+@pytest.mark.nightly
 def test_a_run_that_starts_from_the_model_in_use_says_so_and_begins_where_that_ended(job):
     job.recipe["promote"]["start_from"] = "promoted"
     _, first = job.night()
@@ -127,6 +129,7 @@ def test_a_run_that_starts_from_the_model_in_use_says_so_and_begins_where_that_e
     job.in_order()
 
 
+@pytest.mark.nightly
 def test_an_adapter_of_another_form_cannot_be_started_from(job):
     job.night()
     job.recipe["promote"]["start_from"] = "promoted"
@@ -135,6 +138,7 @@ def test_an_adapter_of_another_form_cannot_be_started_from(job):
     assert "lora_alpha 8 there and 16 here" in ended.outcome["reason"]
 
 
+@pytest.mark.nightly
 def test_a_channel_has_models_of_one_base(job, tmp_path):
     _, first = job.night()
     job.recipe["model"]["base"] = str(make_base(tmp_path / "another", positions=128))
@@ -143,6 +147,7 @@ def test_a_channel_has_models_of_one_base(job, tmp_path):
     assert job.promoted()["run_id"] == first["run_id"]
 
 
+@pytest.mark.nightly
 def test_a_field_that_the_held_out_records_lack_is_missed_before_anything_is_trained(job):
     job.recipe["promote"]["cluster"] = "client"
     ended, _ = job.night(code=65)
@@ -150,6 +155,7 @@ def test_a_field_that_the_held_out_records_lack_is_missed_before_anything_is_tra
     assert "train" not in ended.phases()
 
 
+@pytest.mark.nightly
 def test_the_regression_set_holds_a_better_model_up(job):
     """Better on what is asked, worse on what must not be lost."""
     write_lines(job.data / "keep.jsonl", [row | {"answer": "hats hats"} for row in records(40, seed=3)])
@@ -169,6 +175,7 @@ def test_the_regression_set_holds_a_better_model_up(job):
     assert "regression set" in judged["decision"]["held_up_by"]
 
 
+@pytest.mark.nightly
 def test_new_records_promote_a_run_that_could_not_be_told_from_the_model_in_use(job):
     """On a dozen held-out examples nothing can be told; on the next night's two hundred new records it can."""
     write_lines(job.data / "validation.jsonl", records(12, seed=1))
@@ -189,6 +196,7 @@ def test_new_records_promote_a_run_that_could_not_be_told_from_the_model_in_use(
     job.in_order()
 
 
+@pytest.mark.nightly
 def test_two_seeds_are_both_trained_and_the_worse_one_decides(job):
     job.recipe["promote"]["seeds"] = 2
     _, _ = job.night()
@@ -235,6 +243,7 @@ def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_n
     job.in_order()
 
 
+@pytest.mark.nightly
 def test_a_rollback_while_a_night_runs_holds_and_the_night_says_so(job):
     _, first = job.night()
     uri = f"file://{job.channel}"
@@ -279,6 +288,7 @@ def second_night(tmp_path_factory, base, warm):
     return job
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("point", [*CHANNEL_POINTS, "report.before", "report.after"])
 def test_killed_between_verdict_and_report_the_channel_is_the_old_or_the_new_one(second_night, point):
     job = as_it_was(second_night)
