@@ -32,7 +32,7 @@ class Nights:
                         "completion": material.completion,
                     },
                     "lora": {"r": 8, "alpha": 16},
-                    "train": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "schedule": "constant"},
+                    "train": {"epochs": 1, "batch_size": 8, "learning_rate": 1.5e-3, "schedule": "constant"},
                     "checkpoint": {"every_steps": 5},
                     "evaluate": {"every_steps": 1000, "max_new_tokens": 8},
                     "output": f"s3://{place.bucket}/models",
@@ -74,7 +74,11 @@ class Nights:
         assert ended.code == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
         new = [key for key in self.reports() if key not in before]
         if new:
-            print("NIGHT", self.read(new[0])["promotion"]["said"], {k: v["mean"] for k, v in self.read(new[0])["promotion"]["judged"]["slices"].items()})
+            print(
+                "NIGHT",
+                self.read(new[0])["promotion"]["said"],
+                {k: v["mean"] for k, v in self.read(new[0])["promotion"]["judged"]["slices"].items()},
+            )
         return ended, self.read(new[0]) if new else None
 
     def promoted(self):
@@ -113,13 +117,13 @@ def test_seven_nights(nights):
 def three_nights(nights):
     data = nights.material
     # 1: the first file; the base is what is in use.
-    nights.arrives("train/day-1.jsonl", as_bytes(data.day(0, 240)))
+    nights.arrives("train/day-1.jsonl", as_bytes(data.day(0, 400)))
     _, first = nights.night()
     assert first["promotion"]["outcome"] == "promoted", first["promotion"]["said"]
     assert nights.in_use() == first["run_id"]
 
     # 2: poison. The damage is there, and it is not promoted.
-    nights.arrives("train/day-2.jsonl", as_bytes(data.wrong(data.day(240, 480))))
+    nights.arrives("train/day-2.jsonl", as_bytes(data.wrong(data.day(400, 300))))
     _, second = nights.night()
     judged = second["promotion"]["judged"]
     assert judged["challenger_loss"] > judged["champion_loss"] + 0.02, "the damage is there"
@@ -138,10 +142,10 @@ def three_nights(nights):
 def two_that_are_disturbed(nights):
     data = nights.material
     # 4: whoever wrote the poison has corrected it; the night is killed in the middle, and the next tick goes on.
-    nights.arrives("train/day-2.jsonl", as_bytes(data.day(240, 240)))
+    nights.arrives("train/day-2.jsonl", as_bytes(data.day(400, 200)))
     killed = nights.begin("--crash-at", "checkpoint.after_manifest:3")
     assert killed.code == -signal.SIGKILL, killed.stdout[-4000:]
-    nights.arrives("train/day-3.jsonl", as_bytes(data.day(480, 240)))  # it arrives while the run is unfinished
+    nights.arrives("train/day-3.jsonl", as_bytes(data.day(600, 200)))  # it arrives while the run is unfinished
     ended, fourth = nights.night()
     assert ended.named("resumed")
     assert not any("day-3" in o["uri"] for o in fourth["data"]["train"]["objects"])
@@ -164,9 +168,9 @@ def two_that_are_disturbed(nights):
 def two_with_odd_files(nights, fifth):
     data = nights.material
     # 6: a file that is half there is left out by name; the other one is learned.
-    half = as_bytes(data.day(720, 100))
+    half = as_bytes(data.day(800, 80))
     nights.arrives("train/day-4.jsonl", half[: len(half) // 2])
-    nights.arrives("train/day-5.jsonl", as_bytes(data.day(820, 180)))
+    nights.arrives("train/day-5.jsonl", as_bytes(data.day(880, 120)))
     ended, sixth = nights.night()
     assert [e["file"] for e in ended.named("late_file")] == [f"s3://{nights.place.bucket}/data/train/day-4.jsonl"]
     assert not any("day-4" in o["uri"] for o in sixth["data"]["train"]["objects"])
