@@ -22,10 +22,12 @@ from job.core.channel import (
 )
 from job.core.crash_points import crash_point
 from job.core.error_budget import YEAR_DAYS, spend
+from job.core.errors import UsageError
 from job.core.example_results import ExampleResults
 from job.core.judgement import Answered, Candidate, Standards, Terms, evidence_to_gather, judge_run
 from job.core.promotion_report import BudgetReport
 from job.core.recipe import Recipe
+from job.edge.base.fetching import BaseModelIdentity
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
@@ -69,6 +71,20 @@ def compared_with(promoted: Promoted | None, etag: str | None) -> Compared:
     if promoted is None:
         return Compared(run_id=None, sequence=0, etag=None)
     return Compared(run_id=promoted.run_id, sequence=promoted.sequence, etag=etag)
+
+
+def refuse_other_base(promoted: Promoted, base: BaseModelIdentity, recipe: Recipe) -> None:
+    """A channel's adapters take each other's place, and so are of one base.
+
+    Raises:
+        UsageError: what is in use is on another one.
+    """
+    if promoted.revision != base.revision:
+        raise UsageError(
+            f"promote.channel: {recipe.promote.channel} has {name_in_use(promoted)} in use, on {promoted.base} "
+            f"({promoted.revision[:12]}), and this recipe trains {base.source} ({base.revision[:12]}); adapters of two "
+            "bases cannot take each other's place: give this one a channel of its own"
+        )
 
 
 def earlier_models(channel: Channel, promoted: Promoted | None) -> dict[str, Promoted | None]:

@@ -9,6 +9,7 @@ import structlog
 from job.core.errors import DataError, NotFoundError
 from job.core.fields import record_of
 from job.core.visible import one_line
+from job.edge.foreign_formats import foreign
 from job.edge.store.lanes import Lanes
 from job.edge.store.objects import ObjectStore, StoredObject, StoreSettings
 from job.edge.store.opening import open_store, store_and_key
@@ -17,7 +18,8 @@ log = structlog.get_logger(__name__)
 _TAIL_BYTES = 2**16
 """Read of a file's end at first; a longer last line is read whole."""
 _PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18")
-"""A compressed file shows only when it is unpacked whether it is whole; then it is refused by name (65)."""
+"""A compressed file shows only when it is unpacked whether it is whole; then it is refused by name (65), as is one of
+another format, with what converts it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,16 +80,16 @@ def _reason(store: ObjectStore, o: StoredObject, max_record: int) -> str | None:
         tail = _tail(store, o, min(o.size, _TAIL_BYTES))
         if b"\n" not in tail[:-1] and len(tail) < o.size:
             tail = _tail(store, o, min(o.size, max_record + _TAIL_BYTES))
-        head = _part(store, o, 0, min(o.size, 4))
+        head = _part(store, o, 0, min(o.size, _TAIL_BYTES))
     except (DataError, NotFoundError):
         return "it was changed while it was looked at"
-    if head.startswith(_PACKED[:2]) or head[1:] == _PACKED[2]:
+    if head.startswith(_PACKED[:2]) or head[1:4] == _PACKED[2] or foreign(head, o.uri, "plain") is not None:
         return None
     if not tail.endswith(b"\n"):
         return "it does not end with a line end"
     last = tail.rstrip(b"\r\n\t ").rpartition(b"\n")[2]
     wrong = record_of(last.removeprefix(b"\xef\xbb\xbf")) if 0 < len(last) <= max_record else None
-    return f"its last line is {wrong}" if isinstance(wrong, str) else None
+    return f"its last line: {wrong}" if isinstance(wrong, str) else None
 
 
 def _tail(store: ObjectStore, o: StoredObject, length: int) -> bytes:

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 import structlog
 
 from job.core.channel import Promoted
-from job.core.errors import UsageError
 from job.core.promotion_report import NAMED_FILES, NewData
-from job.core.recipe import Recipe
 from job.core.report import Report
 from job.core.run_record import RecordedParent, read_run_record
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
-from job.stages.channel_changes import copy_of, judge_again
+from job.stages.channel_changes import copy_of, judge_again, refuse_other_base
 from job.stages.contenders import Examiner
 from job.stages.exams import Exams, prepare_exams
 from job.stages.fresh_records import FreshRecords
@@ -68,7 +66,8 @@ def prepare_night(attempt: Attempt, run: Run, inputs: Inputs, *, other: Report |
         attempt.notes.append(note)
     with attempt.phases.phase("channel"):
         promoted, _ = channel.promoted()
-        _refuse_other_base(promoted, inputs, recipe)
+        if promoted is not None:
+            refuse_other_base(promoted, inputs.base.identity, recipe)
         copy = copy_of(attempt, channel, inputs.artifacts.run_id)
         copy.follow()
         folder = attempt.worker.run_folder(inputs.artifacts.run_id) / "exams"
@@ -99,16 +98,6 @@ def prepare_night(attempt: Attempt, run: Run, inputs: Inputs, *, other: Report |
         fresh_promotion=promotion,
         other=other,
     )
-
-
-def _refuse_other_base(promoted: Promoted | None, inputs: Inputs, recipe: Recipe) -> None:
-    revision = inputs.base.identity.revision
-    if promoted is not None and promoted.revision != revision:
-        raise UsageError(
-            f"promote.channel: {recipe.promote.channel} has {promoted.run_id or 'a base'} in use, on {promoted.base} "
-            f"({promoted.revision[:12]}), and this recipe trains {inputs.base.identity.source} ({revision[:12]}); "
-            "adapters of two bases cannot take each other's place: give this one a channel of its own"
-        )
 
 
 def _new_data(run: Run, channel: Channel, promoted: Promoted | None, *, records: int | None) -> NewData:
