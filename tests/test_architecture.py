@@ -34,6 +34,7 @@ FLOORS = {
         ("job.stages.finish", "job.stages.training"),
         ("job.stages.report", "job.stages.promotion", "job.stages.night"),
         ("job.stages.fresh_records",),
+        ("job.stages.judging",),
         ("job.stages.contenders",),
         ("job.stages.proving",),
         ("job.stages.loop",),

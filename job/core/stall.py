@@ -43,6 +43,10 @@ ALLOWED_SECONDS = MappingProxyType(
         # No progress in between: 140 GB at 50 MB/s take 2800 s. To prove the adapter, the base is loaded again.
         "load_model": 3600.0,
         "prove": 3600.0,
+        # Adapters on their way; loading a model is a phase of its own in them.
+        "judge": 1800.0,
+        "promote": 1800.0,
+        "test_before_training": 1800.0,
         # File by file, and each is sent to the store as well.
         "keep_copy": 900.0,
         # The first kernels compile.

@@ -112,9 +112,9 @@ class Examiner:
         if missing:
             log.info("judged_anew", model=contender.called, exams=len(missing))
             with self.loaded(contender) as model:
-                found |= {
-                    each.exam.name: self.keep(contender, each, self.nll(model, each.documents)) for each in missing
-                }
+                for each in missing:
+                    nll = self.nll(contender, model, each.documents)
+                    found[each.exam.name] = self.keep(contender, each, nll)
         return {name: results for name, results in found.items() if results is not None}
 
     def of_loaded(
@@ -125,29 +125,33 @@ class Examiner:
             each.exam.name: self.keep(
                 contender,
                 each,
-                known[each.exam.name] if each.exam.name in known else self.nll(model, each.documents),
+                known[each.exam.name] if each.exam.name in known else self.nll(contender, model, each.documents),
             )
             for each in self.exams.every
         }
 
     def keep(self, contender: Contender, asked: ExamSet, nll: NDArray[np.float64]) -> ExampleResults:
-        """Keep what a model made of an exam.
-
-        Raises:
-            DataError: a loss is not finite.
-        """
-        if not np.isfinite(nll).all():
-            worst = asked.documents.where(int(np.argmin(np.isfinite(nll))))
-            raise DataError(
-                f"{worst}: {contender.called} has no finite loss on it, so that nothing can be compared; look at the "
-                "record, or take it out"
-            )
+        """Keep what a model made of an exam."""
         results = results_of(nll, model=contender.model, exam=asked.exam.name, how=self.how)
         self._channel.keep_results(contender.kept_as, results)
         return results
 
-    def nll(self, model: PackedModel, documents: Documents) -> NDArray[np.float64]:
-        """Summed loss of each document, in nats: [N]; in smaller forwards where memory runs out."""
+    def nll(self, contender: Contender, model: PackedModel, documents: Documents) -> NDArray[np.float64]:
+        """Summed loss of each document, in nats: [N]; in smaller forwards where memory runs out.
+
+        Raises:
+            DataError: a loss is not finite.
+        """
+        nll = self._evaluated(model, documents)
+        if not np.isfinite(nll).all():
+            worst = documents.where(int(np.argmin(np.isfinite(nll))))
+            raise DataError(
+                f"{worst}: {contender.called} has no finite loss on it, so that nothing can be compared; look at the "
+                "record, or take it out"
+            )
+        return nll
+
+    def _evaluated(self, model: PackedModel, documents: Documents) -> NDArray[np.float64]:
         while True:
             try:
                 return evaluate(
@@ -169,23 +173,27 @@ class Examiner:
         """The model on a fresh 4-bit base, for the block."""
         shutil.rmtree(self._scratch, ignore_errors=True)
         if contender.run_id is None:
-            yield from self._base()
+            with self._attempt.phases.phase("load_model"):
+                model = self._base()
+            with model.model.disable_adapter():
+                yield model
             return
         run = self._inputs.artifacts.other_run(contender.run_id)
         run.fetch_adapter(self._scratch, contender.files, should_stop=self._attempt.worker.should_stop)
-        yield load_from(self._inputs, self._scratch, left_to_peft=self._left_to_peft)
+        with self._attempt.phases.phase("load_model"):
+            model = load_from(self._inputs, self._scratch, left_to_peft=self._left_to_peft)
+        yield model
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def _base(self) -> Iterator[PackedModel]:
-        """With an adapter that is switched off."""
+    def _base(self) -> PackedModel:
+        """The base, with an adapter that is to be switched off."""
         inputs, recipe = self._inputs, self._attempt.worker.recipe
         base = load_base(inputs.base.folder, device=inputs.device, dtype=compute_dtype(inputs.device))
         source, revision = inputs.base.identity.source, recipe.model.revision
         model = PackedModel(attach_lora(base, recipe.lora, source=source, revision=revision, seed=recipe.train.seed))
         if self._left_to_peft:
             model.linears.leave_to_peft()
-        with model.model.disable_adapter():
-            yield model.eval()
+        return model.eval()
 
     def _kept(self, contender: Contender, asked: ExamSet) -> ExampleResults | None:
         kept = self._channel.results(contender.kept_as, exam=asked.exam.name, how=self.how, model=contender.model)

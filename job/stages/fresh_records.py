@@ -5,7 +5,7 @@ hashes of their text; by other templates every record would look new, and then n
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,10 +23,9 @@ from job.core.channel import (
     waiting_for,
 )
 from job.core.data_section import Templates
-from job.core.errors import NotFoundError, UnavailableError
-from job.core.example_results import ExampleResults, name_of
+from job.core.errors import DataError, NotFoundError, UnavailableError
+from job.core.example_results import name_of
 from job.core.fresh_evidence import FreshEvidence
-from job.core.judgement import Answered, Candidate, Terms, judge_run
 from job.core.paired import Pairs, pairs_of
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
@@ -34,17 +33,14 @@ from job.edge.store.objects import PreconditionError
 from job.stages.attempt import Attempt
 from job.stages.channel_changes import (
     carry_out,
-    compared_with,
-    earlier_models,
     first_state,
     next_round,
     now_text,
-    standards_of,
-    today,
 )
 from job.stages.contenders import Contender, Examiner, in_use
 from job.stages.exams import fields_of_documents, numbers_of
 from job.stages.identity import Run
+from job.stages.judging import again, judge_loaded
 from job.stages.loading import Inputs
 from job.tune.data.documents import Documents
 
@@ -118,73 +114,48 @@ class FreshRecords:
     ) -> tuple[dict[str, Pairs], dict[str, float]]:
         """Those that wait beside the model in use, and each one's loss."""
         champion = in_use(promoted)
-        waiting = [self._contender(each) for each in waiting_for(state, champion.called)]
+        waiting = [each.challenger for each in waiting_for(state, champion.called)]
         if not waiting and champion.run_id is None:
             return {}, {}
-        documents = _some(self._train, rows)
-        clusters = self._clusters(rows)
+        documents, clusters = _some(self._train, rows), self._clusters(rows)
+        verdicts = [self._last_verdict(run_id) for run_id in waiting]
+        contenders = [Contender(run_id=each.run_id, adapter=each.adapter) for each in verdicts if each is not None]
         nll = {}
-        for each in (champion, *waiting):
-            if (each.model, known_by) not in self._scores:
-                with self._examiner.loaded(each) as model:
-                    self._scores[each.model, known_by] = self._examiner.nll(model, documents)
-            nll[each.called] = self._scores[each.model, known_by]
-        pairs = {
-            each.called: pairs_of(nll[each.called], nll[champion.called], documents.targets, clusters)
-            for each in waiting
-        }
+        for each in (champion, *contenders):
+            try:
+                nll[each.called] = self._nll(each, documents, known_by)
+            except (NotFoundError, DataError) as error:  # a run that somebody has deleted must not hold up the nights
+                log.warning("not_scored", run_id=each.run_id, reason=str(error))
+                self._attempt.notes.append(f"not judged on new records: {self._attempt.hide(str(error))}")
         tokens = int(documents.targets.sum())
         losses = {name: float(each.sum() / tokens) for name, each in nll.items()}
         log.info("fresh_records", records=len(rows), losses=losses)
-        return pairs, losses
+        theirs = nll.get(champion.called)
+        if theirs is None:
+            return {}, losses
+        names = [each.called for each in contenders if each.called in nll]
+        return {name: pairs_of(nll[name], theirs, documents.targets, clusters) for name in names}, losses
+
+    def _nll(self, contender: Contender, documents: Documents, known_by: str) -> NDArray[np.float64]:
+        key = contender.model, known_by
+        if key not in self._scores:
+            with self._examiner.loaded(contender) as model:
+                self._scores[key] = self._examiner.nll(contender, model, documents)
+        return self._scores[key]
 
     def _promoted_by(self, evidence: FreshEvidence, state: ChannelState, copy: ChannelAdapter) -> bool:
         """Judge a challenger by what fresh records say; whether it is in use now."""
         channel, recipe = self._channel, self._attempt.worker.recipe
-        number = next_round(state, evidence.challenger)
-        judged = channel.judged(evidence.challenger, number) or self._judge(evidence, number)
-        return carry_out(channel, recipe, judged, copy) == "promoted"
+        number, before = next_round(state, evidence.challenger), self._last_verdict(evidence.challenger)
+        judged = channel.judged(evidence.challenger, number)
+        if judged is None and before is not None:
+            candidate = again(before, number)
+            judged = judge_loaded(self._attempt, channel, self._examiner, candidate, fresh=evidence)
+        return judged is not None and carry_out(channel, recipe, judged, copy) == "promoted"
 
-    def _judge(self, evidence: FreshEvidence, number: int) -> Judged:
-        channel, recipe = self._channel, self._attempt.worker.recipe
-        promoted, etag = channel.promoted()
-        contender, champion = self._contender(evidence), in_use(promoted)
-        earlier = {called: in_use(entry) for called, entry in earlier_models(channel, promoted).items()}
-        before = self._last_verdict(evidence.challenger)
-        frozen, regression = answers(self._examiner, contender, champion, earlier)
-        judged = judge_run(
-            Candidate(
-                run_id=evidence.challenger,
-                run_uri=before.run_uri,
-                round=number,
-                adapter=before.adapter,
-                base=before.base,
-                revision=before.revision,
-            ),
-            frozen,
-            regression,
-            Terms(
-                champion=champion.called,
-                compared=compared_with(promoted, etag),
-                standards=standards_of(recipe),
-                level=evidence.level,
-                fresh=evidence,
-                time=now_text(),
-                day=today(),
-            ),
-        )
-        return channel.record_judged(judged)
-
-    def _contender(self, evidence: FreshEvidence) -> Contender:
-        judged = self._last_verdict(evidence.challenger)
-        return Contender(run_id=judged.run_id, adapter=judged.adapter)
-
-    def _last_verdict(self, run_id: str) -> Judged:
+    def _last_verdict(self, run_id: str) -> Judged | None:
         state, _ = self._channel.state()
-        judged = self._channel.judged(run_id, max(1, next_round(state, run_id) - 1))
-        if judged is None:
-            raise NotFoundError(f"{self._channel.uri}/verdicts: the verdict on {run_id}, which waits, is gone")
-        return judged
+        return self._channel.judged(run_id, max(1, next_round(state, run_id) - 1))
 
     # --- which are new ------------------------------------------------------------------------------------------------
 
@@ -232,40 +203,6 @@ class FreshRecords:
             only=rows,
         )
         return np.array(numbers_of([each.get(cluster) for each in fields]))
-
-
-def answers(
-    examiner: Examiner,
-    contender: Contender,
-    champion: Contender,
-    earlier: Mapping[str, Contender],
-    *,
-    seeds: tuple[ExampleResults, ...] = (),
-) -> tuple[Answered, Answered | None]:
-    """What models made of the frozen examples, and of the regression set if there is one.
-
-    Args:
-        examiner: asks them.
-        contender: the one that is judged.
-        champion: the one in use.
-        earlier: that the first must not lie below, by what sentences call them.
-        seeds: results on the frozen examples of other trainings of the first one's recipe.
-    """
-    mine, theirs = examiner.results(contender), examiner.results(champion)
-    others = {called: examiner.results(each) for called, each in earlier.items()}
-
-    def on(exam_name: str) -> Answered:
-        exam = next(each.exam for each in examiner.exams.every if each.exam.name == exam_name)
-        return Answered(
-            exam=exam,
-            challenger=mine[exam_name],
-            champion=theirs[exam_name],
-            seeds=seeds if exam_name == examiner.exams.frozen.exam.name else (),
-            earlier={called: each[exam_name] for called, each in others.items()},
-        )
-
-    exams = examiner.exams
-    return on(exams.frozen.exam.name), None if exams.regression is None else on(exams.regression.exam.name)
 
 
 def _some(documents: Documents, rows: Sequence[int]) -> Documents:

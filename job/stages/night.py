@@ -5,18 +5,21 @@ from dataclasses import dataclass
 import structlog
 
 from job.core.channel import Promoted
+from job.core.errors import DataError, NotFoundError
 from job.core.promotion_report import NAMED_FILES, NewData
 from job.core.report import Report
 from job.core.run_record import RecordedParent, read_run_record
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
-from job.stages.channel_changes import copy_of, judge_again, refuse_other_base
+from job.stages.channel_changes import carry_out, copy_of, judge_again, next_round, refuse_other_base
 from job.stages.contenders import Examiner
 from job.stages.exams import Exams, prepare_exams
 from job.stages.fresh_records import FreshRecords
 from job.stages.identity import Objects, Run
+from job.stages.judging import again, judge_loaded
 from job.stages.loading import Inputs
+from job.tune.device.device import release_memory
 
 log = structlog.get_logger(__name__)
 _TOKENS_AT_ONCE = 8192
@@ -88,6 +91,8 @@ def prepare_night(attempt: Attempt, run: Run, inputs: Inputs, *, other: Report |
         new = _new_data(run, channel, promoted, records=fresh.count())
         log.info("new_data", since=None if promoted is None else promoted.run_id, **new.model_dump(mode="json"))
         promotion = fresh.test(copy)
+        _judge_again_loaded(attempt, channel, examiner, copy)
+        release_memory(inputs.device)  # what was loaded is gone, and the plan is made for what is free
     return Night(
         channel=channel,
         copy=copy,
@@ -98,6 +103,23 @@ def prepare_night(attempt: Attempt, run: Run, inputs: Inputs, *, other: Report |
         fresh_promotion=promotion,
         other=other,
     )
+
+
+def _judge_again_loaded(attempt: Attempt, channel: Channel, examiner: Examiner, copy: ChannelAdapter) -> None:
+    """Judge the runs that lost their swap and of which too little was kept to do it without loading them."""
+    state, _ = channel.state()
+    for run_id in state.again if state is not None else ():
+        number = next_round(state, run_id)
+        before = channel.judged(run_id, number - 1)
+        if before is None:
+            continue
+        try:
+            judged = judge_loaded(attempt, channel, examiner, again(before, number))
+        except (NotFoundError, DataError) as error:
+            log.warning("not_judged_again", run_id=run_id, reason=str(error))
+            attempt.notes.append(f"{run_id} could not be judged again: {attempt.hide(str(error))}")
+        else:
+            carry_out(channel, attempt.worker.recipe, judged, copy)
 
 
 def _new_data(run: Run, channel: Channel, promoted: Promoted | None, *, records: int | None) -> NewData:

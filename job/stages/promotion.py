@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from job.core.channel import AdapterFileInUse, AdapterInUse, Judged
-from job.core.example_results import ExampleResults
-from job.core.judgement import Candidate, Terms, judge_run
+from job.core.judgement import Candidate
 from job.core.promotion_report import PromotionReport, said_of
 from job.core.report import Report
 from job.core.verdict import Evaluation
@@ -13,17 +12,10 @@ from job.stages.attempt import Attempt
 from job.stages.channel_changes import (
     budget_report,
     carry_out,
-    compared_with,
-    earlier_models,
     first_state,
-    now_text,
-    pay,
-    payment_key,
-    standards_of,
-    today,
 )
-from job.stages.contenders import Contender, Examiner, in_use
-from job.stages.fresh_records import answers
+from job.stages.contenders import Contender, Examiner
+from job.stages.judging import judge_loaded
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.night import Night
@@ -105,42 +97,17 @@ def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) 
 
 
 def _judge(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) -> Judged:
-    recipe, channel, examiner = attempt.worker.recipe, night.channel, examined.examiner
-    identity = inputs.base.identity
-    promoted, etag = channel.promoted()
-    champion = in_use(promoted)
-    earlier = {called: in_use(entry) for called, entry in earlier_models(channel, promoted).items()}
-    seeds = tuple(_on_frozen(examiner, each) for each in examined.seeds)
-    frozen, regression = answers(examiner, examined.contender, champion, earlier, seeds=seeds)
-    adapter = examined.contender.adapter
+    identity, adapter = inputs.base.identity, examined.contender.adapter
     assert adapter is not None, "a run has one"
-    run_id = inputs.artifacts.run_id
-    level = pay(channel, recipe, payment_key(run_id, 1))
-    judged = judge_run(
-        Candidate(
-            run_id=run_id,
-            run_uri=inputs.artifacts.uri,
-            round=1,
-            adapter=adapter,
-            base=identity.source,
-            revision=identity.revision,
-        ),
-        frozen,
-        regression,
-        Terms(
-            champion=champion.called,
-            compared=compared_with(promoted, etag),
-            standards=standards_of(recipe),
-            level=level,
-            time=now_text(),
-            day=today(),
-        ),
+    candidate = Candidate(
+        run_id=inputs.artifacts.run_id,
+        run_uri=inputs.artifacts.uri,
+        round=1,
+        adapter=adapter,
+        base=identity.source,
+        revision=identity.revision,
     )
-    return channel.record_judged(judged)
-
-
-def _on_frozen(examiner: Examiner, contender: Contender) -> ExampleResults:
-    return examiner.results(contender)[examiner.exams.frozen.exam.name]
+    return judge_loaded(attempt, night.channel, examined.examiner, candidate, seeds=examined.seeds)
 
 
 def _adapter_of(run_uri: str, files: dict[str, FileEntry]) -> AdapterInUse:
