@@ -44,6 +44,7 @@ ALLOWED_SECONDS = MappingProxyType(
         "load_model": 3600.0,
         "prove": 3600.0,
         # Adapters on their way; loading a model is a phase of its own in them.
+        "channel": 1800.0,
         "judge": 1800.0,
         "promote": 1800.0,
         "test_before_training": 1800.0,

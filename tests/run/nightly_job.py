@@ -5,6 +5,8 @@ import json
 from job_process import Job, records, write_lines
 
 CHANNEL = "notes"
+OF_CHANNELS = ("verdict.", "promoted.", "channel_adapter.", "channel_state.")
+"""How the crash points begin that only a run on a channel passes."""
 
 
 class NightlyJob(Job):
