@@ -2,15 +2,17 @@
 
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import structlog
 
+from job.commands.report import open_run, recipe_of
 from job.core.channel import ChannelState, Promoted, name_in_use, rollback_to
-from job.core.errors import NotFoundError, RunConflictError, UsageError
+from job.core.errors import DataError, NotFoundError, RunConflictError, UsageError
 from job.edge.relative_paths import located
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
@@ -44,7 +46,7 @@ def look_at_channel(uri: str, *, should_stop: Callable[[], bool]) -> ChannelLook
     Raises:
         NotFoundError: there is no channel.
     """
-    channel = _open(uri, conditional=False)
+    channel = _open(uri)
     changes = tuple(islice(channel.changes(), _SHOWN))
     state, _ = channel.state()
     if not changes and state is None:
@@ -53,8 +55,8 @@ def look_at_channel(uri: str, *, should_stop: Callable[[], bool]) -> ChannelLook
             "recipe names it (promote.channel)",
             action="correct the URI",
         )
-    copy = ChannelAdapter(channel, scratch=Path(), should_stop=should_stop)
-    return ChannelLook(uri=channel.uri, changes=changes, state=state, is_current=copy.is_current())
+    with _copy_of(channel, should_stop) as copy:
+        return ChannelLook(uri=channel.uri, changes=changes, state=state, is_current=copy.is_current())
 
 
 def roll_back(uri: str, target: str, *, should_stop: Callable[[], bool]) -> Promoted:
@@ -72,11 +74,12 @@ def roll_back(uri: str, target: str, *, should_stop: Callable[[], bool]) -> Prom
         NotFoundError: nothing was promoted yet, or that run never was.
         RunConflictError: a night has promoted something in this moment.
     """
-    store = open_store(_parts(uri)[0], StoreSettings())
+    output, name = _parts(uri)
+    store = open_store(output, _settings(uri))
     found = probe(store)
     if not found.conditional:
         log.warning("swap_without_conditions", reason=found.reason)
-    channel = _open(uri, conditional=found.conditional)
+    channel = Channel(store, name, conditional=found.conditional)
     now, etag = channel.promoted()
     if now is None:
         raise NotFoundError(f"{located(uri)}: nothing was promoted yet, so that there is nothing to go back from")
@@ -87,8 +90,8 @@ def roll_back(uri: str, target: str, *, should_stop: Callable[[], bool]) -> Prom
             f"{located(uri)}: {name_in_use(channel.promoted()[0])} was put in use in this moment; look at the channel, "
             "and roll back again if that is still wanted"
         )
-    with tempfile.TemporaryDirectory(prefix="rollback-") as folder:
-        ChannelAdapter(channel, scratch=Path(folder) / "adapter", should_stop=should_stop).follow()
+    with _copy_of(channel, should_stop) as copy:
+        copy.follow()
     log.info("rolled_back", channel=channel.uri, to=name_in_use(new), sequence=new.sequence)
     return new
 
@@ -114,9 +117,28 @@ def _wanted(channel: Channel, now: Promoted, target: str) -> Promoted | None:
     return found
 
 
-def _open(uri: str, *, conditional: bool) -> Channel:
+@contextmanager
+def _copy_of(channel: Channel, should_stop: Callable[[], bool]) -> Iterator[ChannelAdapter]:
+    """The channel's copy of the adapter in use; files on their way lie in a folder that goes with the block."""
+    with tempfile.TemporaryDirectory(prefix="channel-") as folder:
+        yield ChannelAdapter(channel, scratch=Path(folder) / "adapter", should_stop=should_stop)
+
+
+def _open(uri: str) -> Channel:
     output, name = _parts(uri)
-    return Channel(open_store(output, StoreSettings()), name, conditional=conditional)
+    return Channel(open_store(output, StoreSettings()), name, conditional=False)
+
+
+def _settings(uri: str) -> StoreSettings:
+    """How the run in use wrote to the store; where that cannot be told, as a store is by itself."""
+    now, _ = _open(uri).promoted()
+    if now is None or now.run_uri is None:
+        return StoreSettings()
+    try:
+        store = recipe_of(open_run(now.run_uri)[1]).store
+    except (DataError, NotFoundError):
+        return StoreSettings()
+    return StoreSettings(sse_kms_key=store.sse_kms_key, checksums=store.checksums)
 
 
 def _parts(uri: str) -> tuple[str, str]:

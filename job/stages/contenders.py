@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import structlog
@@ -25,8 +26,9 @@ from job.tune.data.documents import Documents
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_name
 from job.tune.engines.packed_model import PackedModel
+from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import evaluate
-from job.tune.model.adapter import attach_lora
+from job.tune.model.adapter import attach_lora, odd_settings
 from job.tune.model.base import load_base
 
 log = structlog.get_logger(__name__)
@@ -180,6 +182,7 @@ class Examiner:
             return
         run = self._inputs.artifacts.other_run(contender.run_id)
         run.fetch_adapter(self._scratch, contender.files, should_stop=self._attempt.worker.should_stop)
+        _refuse_odd(self._scratch / ADAPTER_FILES[1], contender)
         with self._attempt.phases.phase("load_model"):
             model = load_from(self._inputs, self._scratch, left_to_peft=self._left_to_peft)
         yield model
@@ -198,6 +201,19 @@ class Examiner:
     def _kept(self, contender: Contender, asked: ExamSet) -> ExampleResults | None:
         kept = self._channel.results(contender.kept_as, exam=asked.exam.name, how=self.how, model=contender.model)
         return kept if kept is not None and len(kept.nll) == len(asked.documents) else None
+
+
+def _refuse_odd(config: Path, contender: Contender) -> None:
+    """What PEFT obeys is held to what this job writes: the hashes it was verified by stand in the same bucket."""
+    try:
+        odd = odd_settings(config)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{contender.called}: its adapter_config.json cannot be read ({error})") from error
+    if odd:
+        raise DataError(
+            f"{contender.called}: its adapter_config.json has settings that this job does not write "
+            f"({', '.join(odd)}); look at who can write there"
+        )
 
 
 def _how(inputs: Inputs) -> str:

@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 _CARD = "README.md"
 
 
-def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, night: Night | None = None) -> Report:
+def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, night: Night | None) -> Report:
     """Carry a trained run to its committed report; on a channel it is judged before, and may be put in use.
 
     Raises:

@@ -49,6 +49,7 @@ _MOST = 2000
 """New records that are scored, chosen by a hash of each: that is what a night's test before training may cost."""
 _ROUNDS = 5
 _NAME = 32
+_HASH_BYTES = 8
 Hashes = NDArray[np.uint64]
 
 
@@ -164,9 +165,10 @@ class FreshRecords:
         if state is None or state.seen is None or state.seen.templates != self._templates:
             return None
         try:
-            return np.frombuffer(self._channel.seen(state.seen.name), dtype="<u8").astype(np.uint64)
-        except NotFoundError:
-            log.warning("seen_records_gone", channel=self._channel.name, then="nothing counts as new tonight")
+            hashes = self._channel.seen(state.seen.name, size=_HASH_BYTES * state.seen.records)
+            return np.frombuffer(hashes, dtype="<u8").astype(np.uint64)
+        except (NotFoundError, DataError) as error:
+            log.warning("seen_records_gone", reason=str(error), then="nothing counts as new tonight")
             return None
 
     def _new_rows(self, seen: Hashes | None) -> list[int]:

@@ -325,7 +325,9 @@ def as_it_was(job):
 # --- who hears of it -------------------------------------------------------------------------------------------------
 
 
-def test_the_ending_carries_the_verdict_and_where_the_report_is(job):
+def test_the_ending_and_the_channel_say_what_came_of_the_night(job):
+    uri = f"file://{job.channel}"
+    assert call("channel", uri).code == 66
     _, report = job.night()
     (ending,) = [json.loads(path.read_text()) for path in job.store.glob("endings/*")]
     assert ending["promotion"] == {
@@ -338,12 +340,6 @@ def test_the_ending_carries_the_verdict_and_where_the_report_is(job):
         "report": f"file://{job.store}/runs/{report['run_id']}/report.json",
     }
 
-
-def test_the_channel_is_shown_with_what_is_in_use_why_the_nights_and_the_budget(job):
-    uri = f"file://{job.channel}"
-    missing = call("channel", uri)
-    assert missing.code == 66
-    _, report = job.night()
     shown = call("channel", uri).stdout
     assert f"in use    {report['run_id']}" in shown
     assert "why       Promoted: " in shown

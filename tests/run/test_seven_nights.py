@@ -73,12 +73,6 @@ class Nights:
         ended = self.begin(*options)
         assert ended.code == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
         new = [key for key in self.reports() if key not in before]
-        if new:
-            print(
-                "NIGHT",
-                self.read(new[0])["promotion"]["said"],
-                {k: v["mean"] for k, v in self.read(new[0])["promotion"]["judged"]["slices"].items()},
-            )
         return ended, self.read(new[0]) if new else None
 
     def promoted(self):

@@ -1,5 +1,6 @@
 """Models on exams: kept results of the same model are used, others are not; smaller forwards where memory runs out."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,9 @@ from job.stages import contenders
 from job.stages.contenders import Contender, Examiner
 from job.stages.exams import Exams, ExamSet, _exam
 from job.tune.device.compute_dtype import compute_dtype
+from job.tune.loop.checkpoint import adapter_to_publish
 from job.tune.loop.evaluate import evaluate
+from job.tune.model.adapter import odd_settings
 
 
 @pytest.fixture
@@ -107,3 +110,33 @@ def test_a_loss_that_is_not_finite_names_the_record(examiner, documents, monkeyp
     monkeypatch.setattr(contenders, "evaluate", lambda *_, **__: SimpleNamespace(nll=odd))
     with pytest.raises(DataError, match=documents.where(2)):
         examiner.nll(Contender(run_id=None, adapter=None), None, documents)
+
+
+def test_settings_that_peft_would_obey_and_we_never_write_are_refused(bases, tmp_path):
+    """The hashes that an adapter is verified by stand in the bucket that it comes from."""
+    model = adapted(bases["llama"], LoraSection(r=4, dropout=0.1), dtype=compute_dtype(CPU)).model
+    adapter_to_publish(model, None).write(saved(model, tmp_path), tmp_path / "published")
+    config = tmp_path / "published" / "adapter_config.json"
+    assert odd_settings(config) == []
+    run_1 = Contender(run_id="run-1", adapter=adapter("run-1"))
+    contenders._refuse_odd(config, run_1)
+
+    content = json.loads(config.read_text())
+    for odd in (
+        {"auto_mapping": {"parent_library": "os"}},
+        {"peft_type": "IA3"},
+        {"modules_to_save": ["x"]},
+        {"new": 1},
+    ):
+        config.write_text(json.dumps(content | odd))
+        assert odd_settings(config) == [*odd]
+        with pytest.raises(DataError, match=f"does not write \\({next(iter(odd))}\\)"):
+            contenders._refuse_odd(config, run_1)
+    config.write_text("[]")
+    with pytest.raises(DataError, match="cannot be read"):
+        contenders._refuse_odd(config, run_1)
+
+
+def saved(model, folder):
+    model.save_pretrained(folder / "saved", save_embedding_layers=False)
+    return folder / "saved" / "adapter_model.safetensors"

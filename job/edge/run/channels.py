@@ -12,6 +12,7 @@ stands there first, and its own after.
 """
 
 import contextlib
+import hashlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -222,13 +223,18 @@ class Channel:
 
     # --- records that were seen ---------------------------------------------------------------------------------------
 
-    def seen(self, name: str) -> bytes:
-        """The hashes that `keep_seen` kept.
+    def seen(self, name: str, *, size: int) -> bytes:
+        """The hashes that `keep_seen` kept, of this size in bytes.
 
         Raises:
             NotFoundError: they are gone.
+            DataError: what stands there is not what was kept.
         """
-        return self.store.read(f"{self.root}seen/{name}.bin", max_bytes=_SEEN_BYTES)[0]
+        key = f"{self.root}seen/{name}.bin"
+        data, _ = self.store.read(key, max_bytes=min(size, _SEEN_BYTES))
+        if len(data) != size or not hashlib.sha256(data).hexdigest().startswith(name):
+            raise DataError(f"{self.store.uri}/{key}: not what its name says")
+        return data
 
     def keep_seen(self, name: str, hashes: bytes) -> None:
         """Keep hashes under the name of their content."""

@@ -1,6 +1,8 @@
 """The LoRA adapter on a base: attached, counted, named for others, and refused where a target cannot take one."""
 
+import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,31 @@ def load_with_peft(base: Any, folder: Path, wrapper: Wrapper | None) -> PeftMode
             base.set_submodule(inner, module)
     model.base_model.model = base
     return model
+
+
+_OF_ONE_ADAPTER = frozenset(
+    {
+        *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "inference_mode"),
+        *("base_model_name_or_path", "revision", "peft_version"),
+    }
+)
+"""What differs from one adapter of ours to another."""
+
+
+def odd_settings(config: Path) -> list[str]:
+    """Keys of an adapter_config.json that no adapter of ours has so: it comes from a bucket, and PEFT obeys it.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    content = json.loads(config.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")  # noqa: TRY004 - as a file that is no JSON at all
+    with tempfile.TemporaryDirectory() as folder:
+        LoraConfig(task_type="CAUSAL_LM", bias="none").save_pretrained(folder)
+        ours = json.loads((Path(folder) / "adapter_config.json").read_bytes())
+    unlike = {name for name in {*content, *ours} - _OF_ONE_ADAPTER if content.get(name) != ours.get(name)}
+    return sorted(unlike)
 
 
 def name_for_whole(config: LoraConfig, model: PeftModel, wrapper: Wrapper) -> None:

@@ -219,13 +219,18 @@ def test_an_exam_is_found_by_its_own_name(channel, store):
     assert channel.exam("e2") is None
 
 
-def test_of_the_hashes_of_records_those_stay_that_the_state_names(channel):
-    channel.keep_seen("aa" * 8, b"12345678")
-    channel.keep_seen("bb" * 8, b"87654321")
-    channel.forget_seen(but=["bb" * 8])
-    assert channel.seen("bb" * 8) == b"87654321"
+def test_of_the_hashes_of_records_those_stay_that_the_state_names(channel, store):
+    one, two = (hashlib.sha256(content).hexdigest()[:32] for content in (b"12345678", b"87654321"))
+    channel.keep_seen(one, b"12345678")
+    channel.keep_seen(two, b"87654321")
+    channel.forget_seen(but=[two])
+    assert channel.seen(two, size=8) == b"87654321"
     with pytest.raises(NotFoundError):
-        channel.seen("aa" * 8)
+        channel.seen(one, size=8)
+    for wrong in (b"87654320", b"876543210", b"8765432"):
+        store.write(f"channels/notes/seen/{two}.bin", wrong)
+        with pytest.raises(DataError):
+            channel.seen(two, size=8)
 
 
 # --- the copy --------------------------------------------------------------------------------------------------------
