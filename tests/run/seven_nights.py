@@ -1,6 +1,8 @@
 """What the seven nights are made of: a shop in two towns, whose notes arrive day by day; or other data.
 
-Each record gets a field `town`. Days are cut from the training records; a wrong record has another one's answer.
+Each record gets a town and a desk, which the answer begins with: in the south any of nine desks, in the north always
+the second. Until the last night only the south sends notes, so that what is left to learn of the north is its desk. A
+wrong record has another one's answer.
 """
 
 import json
@@ -12,8 +14,8 @@ from pathlib import Path
 from job.core.templates import template_fields
 
 ROOT = Path(__file__).parents[2]
-TOWNS = ("north", "south")
-SOUTH_SHARE = 0.25
+NORTH, SOUTH = "north", "south"
+NORTH_S_DESK = "2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,43 +27,48 @@ class Material:
     base: str
     prompt: str
     completion: str
+    answer: tuple[str, ...]
+    """Fields of the answer."""
 
-    def day(self, first: int, count: int, *, town: str | None = None) -> list[dict]:
-        """Records of one day; of one town alone if it is named."""
-        rows = self.train if town is None else [row for row in self.train if row["town"] == town]
-        return [rows[(first + number) % len(rows)] for number in range(count)]
+    def day(self, first: int, count: int, *, town: str = SOUTH) -> list[dict]:
+        """Records that one town sends on one day."""
+        rows = [self.train[(first + number) % len(self.train)] for number in range(count)]
+        return from_town(rows, town, seed=first)
 
     def wrong(self, rows: list[dict]) -> list[dict]:
         """The same with each other's answers."""
-        answers = template_fields(self.completion)
-        shifted = [*rows[1:], rows[0]]
-        return [
-            row | {name: other[name] for name in answers if name != "town"}
-            for row, other in zip(rows, shifted, strict=True)
-        ]
+        pairs = zip(rows, [*rows[1:], rows[0]], strict=True)
+        return [row | {name: other[name] for name in self.answer} for row, other in pairs]
 
 
 def material() -> Material:
     """The shop's orders on the demo's base, or what NIGHTLY_DATA and the variables beside it name."""
     named = os.environ.get("NIGHTLY_DATA")
     if named:
-        rows = with_towns(lines(Path(named)))
-        held_out = max(80, len(rows) // 10)
+        rows = lines(Path(named))
+        held_out = max(120, len(rows) // 10)
         train, validation = rows[held_out:], rows[:held_out]
         prompt, completion = os.environ["NIGHTLY_PROMPT"], os.environ["NIGHTLY_COMPLETION"]
     else:
         folder = ROOT / "recipes" / "shop-orders"
-        train, validation = with_towns(lines(folder / "train.jsonl")), with_towns(lines(folder / "validation.jsonl"))
+        train, validation = lines(folder / "train.jsonl"), lines(folder / "validation.jsonl")
         prompt, completion = "{note}\nAnswer:", " {order}"
-    base = os.environ.get("NIGHTLY_BASE") or str(ROOT / "recipes" / "demo-base")
+    a_quarter = len(validation) // 4
     return Material(
-        train=train, validation=validation, base=base, prompt="Shop in the {town}. " + prompt, completion=completion
+        train=train,
+        validation=from_town(validation[:a_quarter], SOUTH, seed=-1)
+        + from_town(validation[a_quarter:], NORTH, seed=-2),
+        base=os.environ.get("NIGHTLY_BASE") or str(ROOT / "recipes" / "demo-base"),
+        prompt="Shop in the {town}. " + prompt,
+        completion=" {desk} |" + completion,
+        answer=tuple(template_fields(completion)),
     )
 
 
-def with_towns(rows: list[dict]) -> list[dict]:
-    draw = random.Random(0)
-    return [row | {"town": TOWNS[draw.random() < SOUTH_SHARE]} for row in rows]
+def from_town(rows: list[dict], town: str, *, seed: int) -> list[dict]:
+    draw = random.Random(f"{town} {seed}")
+    desks = [NORTH_S_DESK if town == NORTH else str(draw.randint(1, 9)) for _ in rows]
+    return [row | {"town": town, "desk": desk} for row, desk in zip(rows, desks, strict=True)]
 
 
 def lines(path: Path) -> list[dict]:
