@@ -19,7 +19,7 @@ from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.night import Night
-from job.stages.promotion import examine, promote
+from job.stages.promotion import examine, judged_files, promote
 from job.stages.proving import load_published, prove
 from job.stages.report import assemble_report, notes, source_shares
 from job.tune.loop.checkpoint import ADAPTER_FILES
@@ -44,7 +44,10 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, night: Night 
             attempt.notes.append(_nothing_better(inputs, facts))
         card = adapter_card(_card(attempt, inputs, facts, step=chosen.step))
         (folder / "adapter" / _CARD).write_text(card, encoding="utf-8")
-        files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
+        # With a verdict on it, it may be in use: what an attempt before has published then stands, to the byte.
+        files = None if night is None else judged_files(night, artifacts.run_id)
+        if files is None:
+            files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
     crash_point("prove.before")
     with phases.phase("prove"):
         model = load_published(attempt, inputs, folder / "published", files, left_to_peft=facts.left_to_peft)

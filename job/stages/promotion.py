@@ -69,6 +69,14 @@ def examine(
     return Examined(contender=contender, examiner=examiner, seeds=seeds)
 
 
+def judged_files(night: Night, run_id: str) -> dict[str, FileEntry] | None:
+    """The published files that a verdict of an attempt before is on; None: the run was not judged yet."""
+    judged = night.channel.judged(run_id, 1)
+    if judged is None:
+        return None
+    return {name: FileEntry(size=file.size, sha256=file.sha256) for name, file in judged.adapter.files.items()}
+
+
 def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) -> PromotionReport:
     """Judge the run beside the model in use, and do what comes of it; what an attempt before did stands.
 

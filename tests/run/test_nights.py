@@ -300,7 +300,10 @@ def test_killed_between_verdict_and_report_the_channel_is_the_old_or_the_new_one
     assert is_new or now == old
     assert is_new is (point not in {"verdict.before", "verdict.after"})
 
+    published = {path: path.stat().st_mtime_ns for path in job.store.glob("runs/*/adapter/*")}
     ended, report = job.night()
+    if point != "verdict.before":
+        assert {path: path.stat().st_mtime_ns for path in published} == published, "it may be in use"
     if point == "report.after":
         assert ended.named("already_done")
         report = next(each for each in job.reports().values() if each["run_id"] != old["run_id"])
