@@ -51,7 +51,8 @@ class PromotionReport(Section):
     parent: RecordedParent | None = None
     """The adapter that the run started from; None: the base."""
     fresh_promotion: str | None = None
-    """A run that waited, and that tonight's new records put in use before this one was trained."""
+    """A run that waited, and that tonight's new records put in use before this one was trained; None also where an
+    attempt before the one that finished the run has found that."""
     conditional: Flag = True
     """Whether the store keeps conditions on writes; without them two that swap in the same two seconds may both think
     that they won."""

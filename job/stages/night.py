@@ -88,7 +88,8 @@ def prepare_night(attempt: Attempt, run: Run, inputs: Inputs, *, other: Report |
             tokens_at_once=max(_TOKENS_AT_ONCE, inputs.dataset.train.max_length),
         )
         fresh = FreshRecords(attempt, run, inputs, channel, examiner)
-        new = _new_data(run, channel, promoted, records=fresh.count())
+        # Only of the first attempt: after it its records are seen, and the run itself may be in use.
+        new = channel.record_new(run.artifacts.run_id, _new_data(run, channel, promoted, records=fresh.count()))
         log.info("new_data", since=None if promoted is None else promoted.run_id, **new.model_dump(mode="json"))
         promotion = fresh.test(copy)
         _judge_again_loaded(attempt, channel, examiner, copy)

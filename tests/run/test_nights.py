@@ -273,6 +273,7 @@ def test_a_rollback_while_a_night_runs_holds_and_the_night_says_so(job):
     assert job.promoted()["run_id"] is None, again.stdout
 
 
+EARLIER = {json.dumps(row) for row in records(24)}
 CHANNEL_POINTS = [
     name for name in POINTS if name.split(".")[0] in {"verdict", "promoted", "channel_adapter", "channel_state"}
 ]
@@ -308,6 +309,8 @@ def test_killed_between_verdict_and_report_the_channel_is_the_old_or_the_new_one
         assert ended.named("already_done")
         report = next(each for each in job.reports().values() if each["run_id"] != old["run_id"])
     assert report["promotion"]["outcome"] == "promoted"
+    assert report["promotion"]["new"]["records"] == len({json.dumps(row) for row in records(60, seed=5)} - EARLIER)
+    assert report["promotion"]["new"]["files"] == [f"file://{job.data}/train-2.jsonl"]
     assert job.promoted()["run_id"] == report["run_id"]
     assert job.promoted()["sequence"] == old["sequence"] + 1
     assert job.state()["budget"]["tests"] == 2

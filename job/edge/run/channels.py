@@ -4,6 +4,7 @@ channels/{name}/promoted.json                  what is in use: the pointer that 
 channels/{name}/history/000007-RUN.json        each change, create-only
 channels/{name}/verdicts/RUN-1.json            each verdict, create-only, written before anything is done by it
 channels/{name}/state.json                     budget, challengers that wait, the last nights; conditional writes
+channels/{name}/new/RUN.json                   what was new when a run was begun, create-only
 channels/{name}/exams/ results/ seen/          examples, results on them, hashes of records; named by their content
 channels/{name}/adapter/                       a copy of the adapter in use, under one name
 
@@ -24,6 +25,7 @@ from job.core.channel import ChannelState, Judged, Promoted, read_as
 from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, UnavailableError
 from job.core.example_results import Exam, ExampleResults, read_exam, read_results
+from job.core.promotion_report import NewData
 from job.core.section import Section
 from job.edge.store.json_objects import json_bytes, json_object
 from job.edge.store.objects import CONTROL_BYTES, ObjectStore, PreconditionError
@@ -147,6 +149,13 @@ class Channel:
         self._create(_verdict(judged.run_id, judged.round), judged)
         crash_point("verdict.after")
         return self.judged(judged.run_id, judged.round) or judged
+
+    def record_new(self, run_id: str, new: NewData) -> NewData:
+        """Write down what was new when a run was begun, and return what holds: the first, whoever resumes it."""
+        name = f"new/{run_id}.json"
+        self._create(name, new)
+        found = self._read(name, NewData)
+        return new if found is None else found[0]
 
     # --- the state ----------------------------------------------------------------------------------------------------
 

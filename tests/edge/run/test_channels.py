@@ -11,6 +11,7 @@ from job.core.channel import AdapterFileInUse, AdapterInUse, ChannelState, Promo
 from job.core.crash_points import CrashOrder, set_order
 from job.core.errors import DataError, NotFoundError
 from job.core.example_results import Exam, results_of
+from job.core.promotion_report import NewData
 from job.edge.run import channels as channels_module
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
@@ -217,6 +218,13 @@ def test_an_exam_is_found_by_its_own_name(channel, store):
     assert channel.exam("e2") is None
     store.write("channels/notes/exams/e2.json", store.read("channels/notes/exams/e1.json")[0])
     assert channel.exam("e2") is None
+
+
+def test_what_was_new_is_what_the_first_attempt_at_a_run_has_found(channel):
+    first, later = NewData(file_count=2, records=7), NewData(file_count=0, records=0)
+    assert channel.record_new("r1", first) == first
+    assert channel.record_new("r1", later) == first
+    assert channel.record_new("r2", later) == later
 
 
 def test_of_the_hashes_of_records_those_stay_that_the_state_names(channel, store):
