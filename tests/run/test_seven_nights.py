@@ -33,7 +33,7 @@ class Nights:
                     },
                     "lora": {"r": 8, "alpha": 16},
                     "train": {"epochs": 1, "batch_size": 8, "learning_rate": 1.5e-3, "schedule": "constant"},
-                    "checkpoint": {"every_steps": 5},
+                    "checkpoint": {"every_steps": 20},
                     "evaluate": {"every_steps": 1000, "max_new_tokens": 8},
                     "output": f"s3://{place.bucket}/models",
                     "promote": {"channel": CHANNEL, "slices": ["town"]},
