@@ -22,7 +22,15 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "the house": (
         ("entrypoint",),
-        ("job.cli", "job.options", "job.showing", "job.together", "job.ending"),
+        (
+            "job.cli",
+            "job.channel_command",
+            "job.options",
+            "job.saying",
+            "job.showing",
+            "job.together",
+            "job.ending",
+        ),
         ("job.commands", "job.commands.*"),
         ("job.launch", "job.launch.*"),
         ("job.stages", "job.stages.*"),
@@ -33,7 +41,11 @@ FLOORS = {
     ),
     "job.stages": (
         ("job.stages.finish", "job.stages.so_far", "job.stages.training"),
-        ("job.stages.report", "job.stages.proving"),
+        ("job.stages.report", "job.stages.promotion", "job.stages.night"),
+        ("job.stages.fresh_records",),
+        ("job.stages.judging",),
+        ("job.stages.contenders",),
+        ("job.stages.proving",),
         ("job.stages.loop", "job.stages.following"),
         ("job.stages.preparing",),
         (
@@ -44,10 +56,14 @@ FLOORS = {
             "job.stages.teller",
         ),
         ("job.stages.company",),
+        ("job.stages.lineage",),
         ("job.stages.gathering", "job.stages.loading"),
         (
             "job.stages.base_source",
+            "job.stages.other_seed",
+            "job.stages.channel_changes",
             "job.stages.dataset",
+            "job.stages.exams",
             "job.stages.weights",
             "job.stages.hardware",
             "job.stages.holding",
@@ -57,6 +73,7 @@ FLOORS = {
         ("job.stages.data_report", "job.stages.sources"),
         ("job.stages.guard", "job.stages.records"),
         ("job.stages.identity",),
+        ("job.stages.late_files",),
         ("job.stages.attempt",),
     ),
     "job.tune": (
@@ -126,7 +143,7 @@ OWNERS = {
     "subprocess": ("job.launch.launched", "job.edge.workers", "job.tune.data.rendering"),
     "torch.distributed": ("job.tune.ranks",),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
-    "click": ("job.cli", "job.options", "job.showing", "job.together"),
+    "click": ("job.cli", "job.channel_command", "job.options", "job.saying", "job.showing", "job.together"),
     "os.environ": ("job.cli", "job.edge.workers"),
     "os.environb": ("job.cli",),
     "os.getenv": ("job.cli",),

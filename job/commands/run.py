@@ -10,9 +10,11 @@ from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.machine import look_at_machine
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Attempt
+from job.stages.channel_changes import keep_in_order
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
 from job.stages.identity import Run, find_run
+from job.stages.other_seed import train_other_seed
 
 log = structlog.get_logger(__name__)
 
@@ -39,15 +41,16 @@ def run(attempt: Attempt, seat: Seat | None = None) -> Report:
         # First of all that costs nothing: what cannot be written to is refused before the store hears of us.
         log.info("machine", **asdict(look_at_machine(worker.workdir)))
         refuse_planted(worker.workdir)
+        other = train_other_seed(attempt, found, guard, lambda mine, held: _carry_out(mine, held, seat, other=None))
         with hold(attempt, found, guard) as held:
             if held.run.done:
                 return _already_done(attempt, held.run)
             held.records.refuse_repeated_failure()
             refuse_short_time(attempt)  # only now: who never has enough of it is stopped in vain, which is counted
-            return _carry_out(attempt, held, seat)
+            return _carry_out(attempt, held, seat, other=other)
 
 
-def _carry_out(attempt: Attempt, held: Held, seat: Seat | None) -> Report:
+def _carry_out(attempt: Attempt, held: Held, seat: Seat | None, *, other: Report | None) -> Report:
     """Gather what training starts from, train, finish."""
     if held.run.begun:
         held.records.begin()  # an unfinished run: this attempt counts from here
@@ -57,6 +60,7 @@ def _carry_out(attempt: Attempt, held: Held, seat: Seat | None) -> Report:
         from job.stages.finish import finish
         from job.stages.gathering import gather
         from job.stages.hardware import hardware_errors
+        from job.stages.night import prepare_night
         from job.stages.placing import place_base
         from job.stages.training import TrainingStage
 
@@ -65,12 +69,14 @@ def _carry_out(attempt: Attempt, held: Held, seat: Seat | None) -> Report:
         company.begin(held.run)
         inputs = company.in_turn(lambda: place_base(attempt, gather(attempt, held.run, held.records.begin), company))
         with hardware_errors(inputs.device):
+            night = prepare_night(attempt, held.run, inputs, company.world, other=other)
             facts = TrainingStage(attempt, inputs, company).run()
-            return finish(attempt, inputs, facts, company.world)
+            return finish(attempt, inputs, facts, night, company.world)
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:
     attempt.runs_at(found.artifacts.uri)
+    keep_in_order(attempt, found)
     log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
     report = found.artifacts.read_report()
     assert report is not None, "it is done"

@@ -20,7 +20,9 @@ from job.render.pictures import draw
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
-from job.stages.proving import load_published, prove
+from job.stages.night import Night
+from job.stages.promotion import examine, judged_files, promote
+from job.stages.proving import let_go, load_published, prove
 from job.stages.report import assemble_report, notes, source_shares
 from job.tune.loop.checkpoint import ADAPTER_FILES
 from job.tune.loop.evaluate import answer
@@ -32,13 +34,16 @@ log = structlog.get_logger(__name__)
 _CARD = "README.md"
 
 
-def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World = ALONE) -> Report:
-    """Carry a trained run to its committed report.
+def finish(
+    attempt: Attempt, inputs: Inputs, facts: TrainingFacts, night: Night | None = None, world: World = ALONE
+) -> Report:
+    """Carry a trained run to its committed report; on a channel it is judged before, and may be put in use.
 
     Args:
         attempt: this process.
         inputs: the base and the run.
         facts: of the training.
+        night: what is known of the channel; None: the recipe names none.
         world: the others, whom a base that is sharded needs for the proof too.
 
     Raises:
@@ -50,10 +55,13 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World 
     with phases.phase("publish"):
         chosen, verdict = _fetch_chosen(attempt, inputs, folder / "adapter", facts)
         if chosen.step == 0:
-            attempt.notes.append(_nothing_better(facts))
+            attempt.notes.append(_nothing_better(inputs, facts))
         card = adapter_card(_card(attempt, inputs, facts, step=chosen.step))
         (folder / "adapter" / _CARD).write_text(card, encoding="utf-8")
-        files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
+        # With a verdict on it, it may be in use: what an attempt before has published then stands, to the byte.
+        files = None if night is None else judged_files(night, artifacts.run_id)
+        if files is None:
+            files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
     crash_point("prove.before")
     with phases.phase("prove"):
         model = load_published(
@@ -75,10 +83,13 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World 
             seed=recipe.train.seed,
             should_stop=attempt.moves_on,  # asked after each token
         )
-    if model.sharded is not None:
-        world.agree(go=True)  # that nobody needs anybody's shards any more
-        model.sharded.close()
-    report = assemble_report(attempt, inputs, facts, verdict, files=files, proven_loss=proven, tuned=tuned)
+    report = assemble_report(attempt, inputs, facts, verdict, files=files, proven_loss=proven.loss, tuned=tuned)
+    examined = None if night is None else examine(attempt, inputs, facts, night, model, proven, files, world)
+    let_go(model, world)
+    del model  # others come in its place
+    if night is not None and examined is not None:
+        report = report.model_copy(update={"promotion": promote(attempt, inputs, night, examined)})
+        attempt.standing.promotion = report.promotion
     with phases.phase("report"):
         crash_point("pictures.before")
         for name, picture in draw(report).items():
@@ -93,11 +104,14 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, world: World 
     return report
 
 
-def _nothing_better(facts: TrainingFacts) -> str:
+def _nothing_better(inputs: Inputs, facts: TrainingFacts) -> str:
     later = len(facts.progress.evaluations) - 1
+    parent = inputs.parent
+    found = NOTHING_BETTER if parent is None else f"nothing better than {parent.run_id}, the start, was found"
+    left = "the base as it is" if parent is None else "what it started from as it was"
     return (
-        f"{NOTHING_BETTER}: none of {later} later evaluations has a significantly lower validation loss than step 0, "
-        "so the adapter leaves the base as it is; look at the data and at train.learning_rate, or train longer"
+        f"{found}: none of {later} later evaluations has a significantly lower validation loss than step 0, "
+        f"so the adapter leaves {left}; look at the data and at train.learning_rate, or train longer"
     )
 
 

@@ -7,9 +7,10 @@ from job.core.errors import SickDeviceError, StopRequestedError
 from job.stages.attempt import Attempt
 from job.stages.company import Company
 from job.stages.gathering import gather
-from job.stages.loading import Inputs, load_placed, release_memory
+from job.stages.loading import Inputs, load_placed
 from job.stages.placing import place_base
 from job.stages.preparing import Prepared, make_stepper, prepare, questions_of
+from job.tune.device.device import release_memory
 from job.tune.engines.engine import adopt_or_shrink, shrink
 from job.tune.loop.evaluate import answer, evaluate
 from job.tune.loop.sharing import share_state
