@@ -223,9 +223,16 @@ def rollback_to(target: Promoted | None, now: Promoted, *, time: str, by: str) -
     )
 
 
-def in_use_at(changes: Iterable[Promoted], moment: datetime) -> Promoted | None:
-    """What was in use at a moment, of the changes newest first; None: the base, before anything was promoted."""
-    return next((change for change in changes if _moment(change.since) <= moment), None)
+def in_use_at(changes: Iterable[Promoted], moment: datetime) -> tuple[Promoted, bool] | None:
+    """What was in use at a moment, of the changes newest first, and True; what was first in use after it, and False.
+
+    None: nothing was ever promoted.
+    """
+    change = None
+    for change in changes:
+        if _moment(change.since) <= moment:
+            return change, True
+    return None if change is None else (change, False)
 
 
 def _moment(since: str) -> datetime:

@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 DRIFT_DAYS = 30
 """How far back the drift guard looks."""
 MONTH_AGO = f"the champion of {DRIFT_DAYS} days ago"
+FIRST = "the channel's first champion"
+"""What the drift guard looks back to on a younger channel."""
 BASE = "base"
 """What results of the base are kept under."""
 
@@ -92,9 +94,10 @@ def earlier_models(channel: Channel, promoted: Promoted | None) -> dict[str, Pro
     if promoted is None or promoted.run_id is None:
         return {}
     earlier: dict[str, Promoted | None] = {THE_BASE: None}
-    before = in_use_at(channel.changes(), datetime.now(UTC) - timedelta(days=DRIFT_DAYS))
-    if before is not None and before.run_id not in {None, promoted.run_id}:
-        earlier[MONTH_AGO] = before
+    found = in_use_at(channel.changes(), datetime.now(UTC) - timedelta(days=DRIFT_DAYS))
+    if found is not None and found[0].run_id not in {None, promoted.run_id}:
+        before, was_in_use = found
+        earlier[MONTH_AGO if was_in_use else FIRST] = before
     return earlier
 
 
