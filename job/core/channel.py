@@ -87,6 +87,13 @@ class Compared(Section):
     """Of `promoted.json` as it stood; None: there was none."""
 
 
+class OtherTraining(Section):
+    """Another training of a run's recipe, with another seed, which is judged beside it."""
+
+    run_id: Text
+    adapter: AdapterInUse
+
+
 class Judged(Section):
     """A verdict on a run, with all its numbers. It is written down before the swap, and decides what a retry does."""
 
@@ -113,6 +120,8 @@ class Judged(Section):
     """Where fresh records were what decided."""
     seeds: Annotated[tuple[Gap, ...], Field(max_length=2)] = ()
     """Of each training on the frozen examples, where there were two; the worse one decided."""
+    others: Annotated[tuple[OtherTraining, ...], Field(max_length=1)] = ()
+    """The other one of the two; where the run is judged again, both are."""
     exam: Text
     """Names the frozen examples."""
     regression_exam: Text | None = None

@@ -240,6 +240,7 @@ def judge_by_kept(channel: Channel, recipe: Recipe, before: Judged, *, number: i
             adapter=before.adapter,
             base=before.base,
             revision=before.revision,
+            others=before.others,
         ),
         frozen,
         sets.get("regression"),
@@ -267,10 +268,10 @@ def _kept_answers(channel: Channel, before: Judged, promoted: Promoted | None, e
         return kept(entry.run_id, entry.adapter)
 
     challenger, champion = kept(before.run_id, before.adapter), of(promoted)
-    if exam is None or challenger is None or champion is None:
-        return None
     earlier = {called: of(entry) for called, entry in earlier_models(channel, promoted).items()}
-    if any(results is None for results in earlier.values()):
-        return None
+    seeds = [kept(other.run_id, other.adapter) for other in before.others if exam_name == before.exam]
     known = {called: results for called, results in earlier.items() if results is not None}
-    return Answered(exam=exam, challenger=challenger, champion=champion, earlier=known)
+    by_seed = tuple(results for results in seeds if results is not None)
+    if exam is None or challenger is None or champion is None or len(known) + len(by_seed) < len(earlier) + len(seeds):
+        return None
+    return Answered(exam=exam, challenger=challenger, champion=champion, seeds=by_seed, earlier=known)
