@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from job.core.channel import AdapterFileInUse, AdapterInUse, Compared
+from job.core.channel import AdapterFileInUse, AdapterInUse, Compared, OtherTraining
 from job.core.example_results import Exam, results_of
 from job.core.judgement import Answered, Candidate, Standards, Terms, judge_run
 
@@ -54,6 +54,7 @@ def judged(
             adapter=adapter(run_id),
             base="owner/base",
             revision="c" * 40,
+            others=tuple(OtherTraining(run_id=f"seed{each}", adapter=adapter(f"seed{each}")) for each in seeds),
         ),
         Answered(
             exam=asked,

@@ -71,7 +71,7 @@ def roll_back(uri: str, target: str, *, should_stop: Callable[[], bool]) -> Prom
         What is in use now.
 
     Raises:
-        NotFoundError: nothing was promoted yet, or that run never was.
+        NotFoundError: nothing was promoted yet, that run never was, or its adapter is gone.
         RunConflictError: a night has promoted something in this moment.
     """
     output, name = _parts(uri)
@@ -84,6 +84,13 @@ def roll_back(uri: str, target: str, *, should_stop: Callable[[], bool]) -> Prom
     if now is None:
         raise NotFoundError(f"{located(uri)}: nothing was promoted yet, so that there is nothing to go back from")
     wanted = _wanted(channel, now, target)
+    with _copy_of(channel, should_stop) as copy:
+        if wanted is not None and not copy.can_follow(wanted):
+            raise NotFoundError(
+                f"--rollback {wanted.run_id}: its adapter is no longer in the store as it was promoted "
+                f"({located(wanted.run_uri or '')}/adapter); nothing was changed",
+                action="name another run that was in use, or `base`",
+            )
     new = rollback_to(wanted, now, time=now_text(), by=platform.node())
     if not channel.swap(new, etag=etag):
         raise RunConflictError(

@@ -87,6 +87,13 @@ class Compared(Section):
     """Of `promoted.json` as it stood; None: there was none."""
 
 
+class OtherTraining(Section):
+    """Another training of a run's recipe, with another seed, which is judged beside it."""
+
+    run_id: Text
+    adapter: AdapterInUse
+
+
 class Judged(Section):
     """A verdict on a run, with all its numbers. It is written down before the swap, and decides what a retry does."""
 
@@ -113,6 +120,8 @@ class Judged(Section):
     """Where fresh records were what decided."""
     seeds: Annotated[tuple[Gap, ...], Field(max_length=2)] = ()
     """Of each training on the frozen examples, where there were two; the worse one decided."""
+    others: Annotated[tuple[OtherTraining, ...], Field(max_length=1)] = ()
+    """The other one of the two; where the run is judged again, both are."""
     exam: Text
     """Names the frozen examples."""
     regression_exam: Text | None = None
@@ -223,9 +232,16 @@ def rollback_to(target: Promoted | None, now: Promoted, *, time: str, by: str) -
     )
 
 
-def in_use_at(changes: Iterable[Promoted], moment: datetime) -> Promoted | None:
-    """What was in use at a moment, of the changes newest first; None: the base, before anything was promoted."""
-    return next((change for change in changes if _moment(change.since) <= moment), None)
+def in_use_at(changes: Iterable[Promoted], moment: datetime) -> tuple[Promoted, bool] | None:
+    """What was in use at a moment, of the changes newest first, and True; what was first in use after it, and False.
+
+    None: nothing was ever promoted.
+    """
+    change = None
+    for change in changes:
+        if _moment(change.since) <= moment:
+            return change, True
+    return None if change is None else (change, False)
 
 
 def _moment(since: str) -> datetime:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from job.core.channel import AdapterInUse, Compared, Judged
+from job.core.channel import AdapterInUse, Compared, Judged, OtherTraining
 from job.core.example_results import Exam, ExampleResults, answer_pairs_on, loss_of, pairs_on
 from job.core.fresh_evidence import FreshEvidence
 from job.core.gate import Decision, Evidence, decide, shares_of
@@ -44,8 +44,8 @@ class Terms:
     """Its entry."""
     standards: Standards
     level: float
-    """What the budget gave for the run. Half of it is for the frozen examples; of a run that waited for fresh records,
-    and had its test, none."""
+    """What the budget gave for the run. Half of it is for the frozen examples, all of it where two seeds were trained,
+    since such a run does not wait for fresh records; of one that waited, and had its test, none."""
     fresh: FreshEvidence | None = None
     """What they say; None: it did not wait."""
     time: str
@@ -64,6 +64,8 @@ class Candidate:
     adapter: AdapterInUse
     base: str
     revision: str
+    others: tuple[OtherTraining, ...] = ()
+    """Of the same recipe, by other seeds, whose results are the `seeds` of what was answered."""
 
 
 def judge_run(candidate: Candidate, frozen: Answered, regression: Answered | None, terms: Terms) -> Judged:
@@ -87,7 +89,7 @@ def judge_run(candidate: Candidate, frozen: Answered, regression: Answered | Non
     evidence = Evidence(
         challenger=candidate.run_id,
         champion=terms.champion,
-        level=0.0 if fresh is not None else shares_of(terms.level)[0],
+        level=_frozen_level(candidate, terms),
         gap=gap,
         slices=gaps_of(pairs, frozen.exam.slice_masks(), seed=seed),
         answers=None if answers is None else gap_of(answers, seed=seed),
@@ -115,6 +117,7 @@ def judge_run(candidate: Candidate, frozen: Answered, regression: Answered | Non
         drift=dict(evidence.drift),
         fresh=fresh,
         seeds=tuple(gaps) if len(gaps) > 1 else (),
+        others=candidate.others,
         exam=frozen.exam.name,
         regression_exam=None if regression is None else regression.exam.name,
         how=frozen.challenger.how,
@@ -126,8 +129,8 @@ def judge_run(candidate: Candidate, frozen: Answered, regression: Answered | Non
 
 def evidence_to_gather(judged: Judged, exam: Exam, standards: Standards, *, level: float) -> FreshEvidence | None:
     """What later nights' fresh records are to be gathered in, for a run that was not promoted; None: it is no other."""
-    if judged.gap.identical or judged.decision.promoted:
-        return None
+    if judged.gap.identical or judged.decision.promoted or judged.others:
+        return None  # fresh records would speak for one of two trainings, and both have to be better
     return FreshEvidence(
         challenger=judged.run_id,
         champion=judged.decision.champion,
@@ -135,6 +138,12 @@ def evidence_to_gather(judged: Judged, exam: Exam, standards: Standards, *, leve
         full_tokens=float(np.median(exam.tokens)),
         margin=standards.min_improvement,
     )
+
+
+def _frozen_level(candidate: Candidate, terms: Terms) -> float:
+    if terms.fresh is not None:
+        return 0.0
+    return terms.level if candidate.others else shares_of(terms.level)[0]
 
 
 def _drift(answered: Answered, *, seed: int) -> dict[str, Gap]:

@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 DRIFT_DAYS = 30
 """How far back the drift guard looks."""
 MONTH_AGO = f"the champion of {DRIFT_DAYS} days ago"
+FIRST = "the channel's first champion"
+"""What the drift guard looks back to on a younger channel."""
 BASE = "base"
 """What results of the base are kept under."""
 
@@ -92,9 +94,10 @@ def earlier_models(channel: Channel, promoted: Promoted | None) -> dict[str, Pro
     if promoted is None or promoted.run_id is None:
         return {}
     earlier: dict[str, Promoted | None] = {THE_BASE: None}
-    before = in_use_at(channel.changes(), datetime.now(UTC) - timedelta(days=DRIFT_DAYS))
-    if before is not None and before.run_id not in {None, promoted.run_id}:
-        earlier[MONTH_AGO] = before
+    found = in_use_at(channel.changes(), datetime.now(UTC) - timedelta(days=DRIFT_DAYS))
+    if found is not None and found[0].run_id not in {None, promoted.run_id}:
+        before, was_in_use = found
+        earlier[MONTH_AGO if was_in_use else FIRST] = before
     return earlier
 
 
@@ -237,6 +240,7 @@ def judge_by_kept(channel: Channel, recipe: Recipe, before: Judged, *, number: i
             adapter=before.adapter,
             base=before.base,
             revision=before.revision,
+            others=before.others,
         ),
         frozen,
         sets.get("regression"),
@@ -264,10 +268,10 @@ def _kept_answers(channel: Channel, before: Judged, promoted: Promoted | None, e
         return kept(entry.run_id, entry.adapter)
 
     challenger, champion = kept(before.run_id, before.adapter), of(promoted)
-    if exam is None or challenger is None or champion is None:
-        return None
     earlier = {called: of(entry) for called, entry in earlier_models(channel, promoted).items()}
-    if any(results is None for results in earlier.values()):
-        return None
+    seeds = [kept(other.run_id, other.adapter) for other in before.others if exam_name == before.exam]
     known = {called: results for called, results in earlier.items() if results is not None}
-    return Answered(exam=exam, challenger=challenger, champion=champion, earlier=known)
+    by_seed = tuple(results for results in seeds if results is not None)
+    if exam is None or challenger is None or champion is None or len(known) + len(by_seed) < len(earlier) + len(seeds):
+        return None
+    return Answered(exam=exam, challenger=challenger, champion=champion, seeds=by_seed, earlier=known)

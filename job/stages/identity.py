@@ -12,6 +12,7 @@ import structlog
 
 from job.core.data_section import DataSection, DataSource
 from job.core.errors import DataError, NotFoundError, RunConflictError
+from job.core.history import final_end
 from job.core.recipe import Recipe, identity_of
 from job.core.run_record import RECORD_VERSION, RecordedObject, RecordedParent, RunRecord, read_run_record
 from job.edge.base import fetching
@@ -207,10 +208,25 @@ def _unfinished(wanted: _Wanted, artifacts: Artifacts) -> Run | None:
     run = _from_record(wanted, artifacts, record)
     if run.done:
         return None
+    reason = None
     if not _stands(wanted, run):
-        log.warning("unfinished_run_left", run_id=artifacts.run_id, reason="its data is no longer there as it was")
+        reason = "its data is no longer there as it was"
+    elif _is_past_helping(wanted, run):
+        reason = "it would end again as it ended, and there is other data by now"
+    if reason is not None:
+        log.warning("unfinished_run_left", run_id=artifacts.run_id, reason=reason)
         return None
     return run
+
+
+def _is_past_helping(wanted: _Wanted, run: Run) -> bool:
+    """Whether a night has failed for good, and what there is now to train on is not what it failed on.
+
+    On a channel nobody looks each morning: one night's bad data must not stand in the way of the nights after it.
+    """
+    if wanted.channel() is None or final_end(run.artifacts.attempts(newest=2)) is None:
+        return False
+    return not _is_listed(wanted, run)
 
 
 def _new(wanted: _Wanted, artifacts: Artifacts, listed: Sides) -> Run:

@@ -24,7 +24,6 @@ def judge_loaded(
     candidate: Candidate,
     *,
     fresh: FreshEvidence | None = None,
-    seeds: tuple[Contender, ...] = (),
 ) -> Judged:
     """The verdict on a run, written down; what is not kept of a model is found by loading it.
 
@@ -32,12 +31,11 @@ def judge_loaded(
         attempt: with the recipe, and notes for what could not be compared.
         channel: the channel.
         examiner: asks the models.
-        candidate: the run.
+        candidate: the run, and other trainings of its recipe.
         fresh: what fresh records say of it, for which was paid; None: a test is paid now.
-        seeds: other trainings of its recipe.
 
     Raises:
-        NotFoundError: the adapter in use is gone from the store, and was not judged in this way before.
+        NotFoundError: an adapter that it needs is gone from the store, and was not judged in this way before.
     """
     recipe = attempt.worker.recipe
     promoted, etag = channel.promoted()
@@ -50,7 +48,8 @@ def judge_loaded(
         if (results := _unless_gone(attempt, examiner, in_use(entry), called)) is not None
     }
     frozen = examiner.exams.frozen.exam
-    others_by_seed = tuple(examiner.results(each)[frozen.name] for each in seeds)
+    by_seed = [Contender(run_id=each.run_id, adapter=each.adapter) for each in candidate.others]
+    others_by_seed = tuple(examiner.results(each)[frozen.name] for each in by_seed)
 
     def on(name: str, by_seed: tuple[ExampleResults, ...] = ()) -> Answered:
         return Answered(
@@ -90,6 +89,7 @@ def again(judged: Judged, number: int) -> Candidate:
         adapter=judged.adapter,
         base=judged.base,
         revision=judged.revision,
+        others=judged.others,
     )
 
 

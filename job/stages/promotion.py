@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from job.core.channel import AdapterFileInUse, AdapterInUse, Judged
+from job.core.channel import AdapterFileInUse, AdapterInUse, Judged, OtherTraining
 from job.core.judgement import Candidate
 from job.core.promotion_report import PromotionReport, said_of
 from job.core.report import Report
@@ -29,8 +29,8 @@ class Examined:
 
     contender: Contender
     examiner: Examiner
-    seeds: tuple[Contender, ...]
-    """Of other trainings of the same recipe."""
+    others: tuple[OtherTraining, ...]
+    """Of the same recipe."""
 
 
 def examine(
@@ -68,10 +68,9 @@ def examine(
         )
         contender = Contender(run_id=inputs.artifacts.run_id, adapter=_adapter_of(inputs.artifacts.uri, files))
         examiner.of_loaded(contender, model, known={night.exams.frozen.exam.name: proven.nll})
-    seeds = tuple(
-        Contender(run_id=other.run_id, adapter=_adapter_in(other)) for other in ([night.other] if night.other else [])
-    )
-    return Examined(contender=contender, examiner=examiner, seeds=seeds)
+    other = night.other
+    others = () if other is None else (OtherTraining(run_id=other.run_id, adapter=_adapter_in(other)),)
+    return Examined(contender=contender, examiner=examiner, others=others)
 
 
 def judged_files(night: Night, run_id: str) -> dict[str, FileEntry] | None:
@@ -119,8 +118,9 @@ def _judge(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) -
         adapter=adapter,
         base=identity.source,
         revision=identity.revision,
+        others=examined.others,
     )
-    return judge_loaded(attempt, night.channel, examined.examiner, candidate, seeds=examined.seeds)
+    return judge_loaded(attempt, night.channel, examined.examiner, candidate)
 
 
 def _adapter_of(run_uri: str, files: dict[str, FileEntry]) -> AdapterInUse:

@@ -85,12 +85,13 @@ def test_an_entry_with_a_run_and_no_adapter_is_none():
         read_as(Promoted, content | {"adapter": None})
 
 
-def test_what_was_in_use_at_a_moment():
+def test_what_was_in_use_at_a_moment_and_on_a_younger_channel_the_first_that_was():
     changes = [entry(2, "run-2", since="2026-11-20T00:00:00+00:00"), entry(1, since="2026-11-01T00:00:00")]
 
-    assert in_use_at(changes, datetime(2026, 11, 25, tzinfo=UTC)) == changes[0]
-    assert in_use_at(changes, datetime(2026, 11, 10, tzinfo=UTC)) == changes[1]
-    assert in_use_at(changes, datetime(2026, 10, 1, tzinfo=UTC)) is None
+    assert in_use_at(changes, datetime(2026, 11, 25, tzinfo=UTC)) == (changes[0], True)
+    assert in_use_at(changes, datetime(2026, 11, 10, tzinfo=UTC)) == (changes[1], True)
+    assert in_use_at(changes, datetime(2026, 10, 1, tzinfo=UTC)) == (changes[1], False)
+    assert in_use_at([], datetime(2026, 10, 1, tzinfo=UTC)) is None
 
 
 def test_a_verdict_is_in_the_state_once_however_often_it_is_carried_out():

@@ -87,6 +87,14 @@ def test_of_two_seeds_the_one_that_is_less_surely_better_decides():
     assert judged(gain=0.1, seeds=(0.12,)).decision.promoted
 
 
+def test_of_two_seeds_neither_waits_for_fresh_records_and_the_whole_level_is_for_the_frozen_examples():
+    verdict = judged(gain=0.0, seeds=(0.0,))
+
+    assert verdict.decision.level == verdict.level == 0.02
+    assert [each.run_id for each in verdict.others] == ["seed0.0"]
+    assert evidence_to_gather(verdict, exam(), STANDARDS, level=verdict.level) is None
+
+
 def test_only_who_was_refused_and_is_another_model_waits_for_fresh_records():
     refused = judged(gain=0.0)
     waits = evidence_to_gather(refused, exam(), STANDARDS, level=refused.level)

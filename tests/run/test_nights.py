@@ -215,6 +215,23 @@ def test_two_seeds_are_both_trained_and_the_worse_one_decides(job):
     assert ended.phases() == ["identify"]
 
 
+@pytest.mark.nightly
+def test_a_night_that_failed_for_good_does_not_stand_in_the_way_of_new_data(job):
+    """The same data ends in the same way; with more of it the next night begins a run of its own."""
+    job.recipe["train"]["learning_rate"] = 1e38
+    job.night(code=80)
+    (failed,) = job.runs()
+    job.night(code=80)
+    assert job.runs() == [failed], "nothing has changed: it is the same run"
+
+    job.more("2", 12, seed=5)
+    ended, _ = job.night(code=80)
+    (left,) = ended.named("unfinished_run_left")
+    assert left["run_id"] == failed.name
+    assert "there is other data by now" in left["reason"]
+    assert len(job.runs()) == 2
+
+
 # --- several at once -------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +288,20 @@ def test_a_rollback_while_a_night_runs_holds_and_the_night_says_so(job):
     job.in_order()
     again = call("channel", uri, "--rollback")
     assert job.promoted()["run_id"] is None, again.stdout
+
+
+def test_going_back_to_a_run_that_was_deleted_changes_nothing(job):
+    _, first = job.night()
+    uri = f"file://{job.channel}"
+    assert call("channel", uri, "--rollback", "base").code == 0
+    (job.store / "runs" / first["run_id"] / "adapter" / "adapter_model.safetensors").unlink()
+    stood = objects(job.store)
+
+    refused = call("channel", uri, "--rollback", first["run_id"])
+    assert refused.code == 66
+    assert "nothing was changed" in refused.stdout + refused.stderr
+    assert objects(job.store) == stood
+    job.in_order()
 
 
 EARLIER = {json.dumps(row) for row in records(24)}

@@ -56,6 +56,12 @@ class ChannelAdapter:
                 self._make(wanted)
         raise UnavailableError(f"{self._folder.uri}: what is in use changes all the time; start the same job again")
 
+    def can_follow(self, wanted: Promoted) -> bool:
+        """Whether the files of the run that it would put in use still stand in the store."""
+        if wanted.run_id is None:
+            return True
+        return StoredFolder(self._store, f"runs/{wanted.run_id}/adapter").holds(_files(wanted))
+
     def is_current(self) -> bool:
         """Whether the folder is what `promoted.json` says."""
         return self._is(self._channel.promoted()[0])
