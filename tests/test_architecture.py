@@ -40,7 +40,7 @@ FLOORS = {
         ("job",),
     ),
     "job.stages": (
-        ("job.stages.finish", "job.stages.so_far", "job.stages.training"),
+        ("job.stages.finish", "job.stages.other_seed", "job.stages.so_far", "job.stages.training"),
         ("job.stages.report", "job.stages.promotion", "job.stages.night"),
         ("job.stages.fresh_records",),
         ("job.stages.judging",),
@@ -60,7 +60,6 @@ FLOORS = {
         ("job.stages.gathering", "job.stages.loading"),
         (
             "job.stages.base_source",
-            "job.stages.other_seed",
             "job.stages.channel_changes",
             "job.stages.dataset",
             "job.stages.exams",

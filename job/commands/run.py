@@ -1,6 +1,7 @@
 """One run, top to bottom: the story of the product."""
 
 from dataclasses import asdict
+from functools import partial
 
 import structlog
 
@@ -14,7 +15,7 @@ from job.stages.channel_changes import keep_in_order
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
 from job.stages.identity import Run, find_run
-from job.stages.other_seed import train_other_seed
+from job.stages.other_seed import Companions, train_other_seed
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +31,7 @@ def run(attempt: Attempt, seat: Seat | None = None) -> Report:
         JobError: the exit code of the table; what is committed stays committed.
     """
     worker = attempt.worker
+    companions = Companions(attempt, seat)
     with Guard(attempt) as guard:
         with attempt.phases.phase("identify"):
             found = find_run(
@@ -41,22 +43,21 @@ def run(attempt: Attempt, seat: Seat | None = None) -> Report:
         # First of all that costs nothing: what cannot be written to is refused before the store hears of us.
         log.info("machine", **asdict(look_at_machine(worker.workdir)))
         refuse_planted(worker.workdir)
-        other = train_other_seed(attempt, found, guard, lambda mine, held: _carry_out(mine, held, seat, other=None))
+        other = train_other_seed(attempt, found, guard, partial(_carry_out, companions=companions))
         with hold(attempt, found, guard) as held:
             if held.run.done:
                 return _already_done(attempt, held.run)
             held.records.refuse_repeated_failure()
             refuse_short_time(attempt)  # only now: who never has enough of it is stopped in vain, which is counted
-            return _carry_out(attempt, held, seat, other=other)
+            return _carry_out(attempt, held, companions, other)
 
 
-def _carry_out(attempt: Attempt, held: Held, seat: Seat | None, *, other: Report | None) -> Report:
+def _carry_out(attempt: Attempt, held: Held, companions: Companions, other: Report | None = None) -> Report:
     """Gather what training starts from, train, finish."""
     if held.run.begun:
         held.records.begin()  # an unfinished run: this attempt counts from here
     with attempt.phases.phase("load_libraries"):
         # Here and not above: a finished run, a wrong recipe and --help answer without them.
-        from job.stages.company import Company
         from job.stages.finish import finish
         from job.stages.gathering import gather
         from job.stages.hardware import hardware_errors
@@ -65,11 +66,11 @@ def _carry_out(attempt: Attempt, held: Held, seat: Seat | None, *, other: Report
         from job.stages.training import TrainingStage
 
         quiet_libraries()
-    with Company(attempt, seat) as company:
-        company.begin(held.run)
+    with companions.company as company:
+        company.begin(held.run, attempt)
         inputs = company.in_turn(lambda: place_base(attempt, gather(attempt, held.run, held.records.begin), company))
         with hardware_errors(inputs.device):
-            night = prepare_night(attempt, held.run, inputs, company.world, other=other)
+            night = prepare_night(attempt, held.run, inputs, company, other=other)
             facts = TrainingStage(attempt, inputs, company).run()
             return finish(attempt, inputs, facts, night, company.world)
 

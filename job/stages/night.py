@@ -13,6 +13,7 @@ from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
 from job.stages.channel_changes import carry_out, copy_of, judge_again, next_round, refuse_other_base
+from job.stages.company import Company
 from job.stages.contenders import Examiner
 from job.stages.exams import Exams, prepare_exams
 from job.stages.fresh_records import FreshRecords
@@ -20,7 +21,6 @@ from job.stages.identity import Objects, Run
 from job.stages.judging import again, judge_loaded
 from job.stages.loading import Inputs
 from job.tune.device.device import begin_peak_anew, release_memory
-from job.tune.world import World
 
 log = structlog.get_logger(__name__)
 _TOKENS_AT_ONCE = 8192
@@ -44,14 +44,16 @@ class Night:
     """Of the training with another seed, where the recipe wants two."""
 
 
-def prepare_night(attempt: Attempt, run: Run, inputs: Inputs, world: World, *, other: Report | None) -> Night | None:
+def prepare_night(
+    attempt: Attempt, run: Run, inputs: Inputs, company: Company, *, other: Report | None
+) -> Night | None:
     """Look at the channel, and judge older models on tonight's new records; None: the recipe names no channel.
 
     Args:
         attempt: this process.
         run: with its objects.
         inputs: what training starts from.
-        world: the others, who have a base that is sharded with us.
+        company: the other processes, who come to nothing here but to a base that is sharded: this one alone judges.
         other: of the training with another seed; None: the recipe wants one.
 
     Raises:
@@ -80,6 +82,10 @@ def prepare_night(attempt: Attempt, run: Run, inputs: Inputs, world: World, *, o
         judge_again(channel, recipe, copy)
     late = tuple(map(str, run.sides.late))
     attempt.notes.extend(f"left out, not whole yet: {each}" for each in late)
+    world = company.world
+    if inputs.placement == "sharded":
+        with attempt.phases.phase("join"):
+            world = company.join(inputs.device)
     with attempt.phases.phase("test_before_training"):
         examiner = Examiner(
             attempt,

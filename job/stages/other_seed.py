@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from job.core.promote_section import PromoteSection
 from job.core.recipe import Recipe
 from job.core.report import Report
+from job.core.seat import Seat
 from job.edge.host.logs import bind
 from job.stages.attempt import Attempt, Standing
 from job.stages.guard import Guard
 from job.stages.holding import Held, hold
 from job.stages.identity import Run, same_data
+
+if TYPE_CHECKING:
+    from job.stages.company import Company
 
 
 def train_other_seed(
@@ -26,10 +32,8 @@ def train_other_seed(
     """
     if attempt.worker.recipe.promote.seeds == 1:
         return None
-    recipe = with_other_seed(attempt.worker.recipe)
-    worker = replace(attempt.worker, recipe=recipe)
-    mine = replace(attempt, worker=worker, run_id=None, standing=Standing(), notes=[])
-    other = same_data(recipe, run)
+    mine = at_other_seed(attempt)
+    other = same_data(mine.worker.recipe, run)
     if other.done:
         return other.artifacts.read_report()
     bind(run_id=other.artifacts.run_id)
@@ -40,6 +44,27 @@ def train_other_seed(
             report = carry_out(mine, held)
     bind(run_id=run.artifacts.run_id)
     return report
+
+
+class Companions:
+    """The other processes of both trainings: met once, and not before libraries are loaded."""
+
+    def __init__(self, attempt: Attempt, seat: Seat | None) -> None:
+        """As `Company`, at the run itself."""
+        self._attempt, self._seat = attempt, seat
+
+    @cached_property
+    def company(self) -> "Company":
+        """Raises: as `Company`."""
+        from job.stages.company import Company
+
+        return Company(self._attempt, self._seat)
+
+
+def at_other_seed(attempt: Attempt) -> Attempt:
+    """The same process at the other training, with the same limits, and heard by the same ones."""
+    worker = replace(attempt.worker, recipe=with_other_seed(attempt.worker.recipe))
+    return replace(attempt, worker=worker, run_id=None, standing=Standing(), notes=[])
 
 
 def with_other_seed(recipe: Recipe) -> Recipe:
