@@ -3,7 +3,7 @@
 import numpy as np
 
 from job.core.channel import AdapterFileInUse, AdapterInUse, Compared, OtherTraining
-from job.core.example_results import Exam, results_of
+from job.core.exam_results import Exam, results_of
 from job.core.judgement import Answered, Candidate, Standards, Terms, judge_run
 
 HOW = "h" * 8

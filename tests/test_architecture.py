@@ -43,7 +43,7 @@ FLOORS = {
         ("job.stages.finish", "job.stages.other_seed", "job.stages.so_far", "job.stages.training"),
         ("job.stages.report", "job.stages.promotion", "job.stages.night"),
         ("job.stages.fresh_records",),
-        ("job.stages.judging",),
+        ("job.stages.comparing",),
         ("job.stages.contenders",),
         ("job.stages.proving",),
         ("job.stages.loop", "job.stages.following"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from job.core.channel import AdapterInUse, Compared, Judged, OtherTraining
-from job.core.example_results import Exam, ExampleResults, answer_pairs_on, loss_of, pairs_on
+from job.core.exam_results import Exam, ExampleResults, answer_pairs_on, loss_of, pairs_on
 from job.core.fresh_evidence import FreshEvidence
 from job.core.gate import Decision, Evidence, decide, shares_of
 from job.core.paired import Gap, gap_of, gaps_of

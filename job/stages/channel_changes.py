@@ -23,7 +23,7 @@ from job.core.channel import (
 from job.core.crash_points import crash_point
 from job.core.error_budget import YEAR_DAYS, spend
 from job.core.errors import UsageError
-from job.core.example_results import ExampleResults
+from job.core.exam_results import ExampleResults
 from job.core.judgement import Answered, Candidate, Standards, Terms, evidence_to_gather, judge_run
 from job.core.promotion_report import BudgetReport
 from job.core.recipe import Recipe

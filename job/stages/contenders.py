@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from job.core.channel import THE_BASE, AdapterInUse, Promoted
 from job.core.errors import DataError
-from job.core.example_results import ExampleResults, name_of, results_of
+from job.core.exam_results import ExampleResults, name_of, results_of
 from job.core.packing import Rows
 from job.edge.run.channels import Channel
 from job.edge.store.folder import FileEntry

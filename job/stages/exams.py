@@ -9,7 +9,7 @@ from typing import Any
 
 from job.core.chunks import in_chunks
 from job.core.errors import DataError, UsageError
-from job.core.example_results import MOST_VALUES, Exam
+from job.core.exam_results import MOST_VALUES, Exam
 from job.core.fields import Unusable, fields_of
 from job.core.promote_section import PromoteSection
 from job.edge.dataset_files import fetch_files, names_of, read_lines

@@ -24,7 +24,7 @@ from job.core.channel import (
 )
 from job.core.data_section import Templates
 from job.core.errors import DataError, NotFoundError, UnavailableError
-from job.core.example_results import name_of
+from job.core.exam_results import name_of
 from job.core.fresh_evidence import FreshEvidence
 from job.core.paired import Pairs, pairs_of
 from job.edge.run.channel_adapter import ChannelAdapter
@@ -37,10 +37,10 @@ from job.stages.channel_changes import (
     next_round,
     now_text,
 )
+from job.stages.comparing import again, judge_loaded
 from job.stages.contenders import Contender, Examiner, in_use
 from job.stages.exams import fields_of_documents, numbers_of
 from job.stages.identity import Run
-from job.stages.judging import again, judge_loaded
 from job.stages.loading import Inputs
 from job.tune.data.documents import Documents
 

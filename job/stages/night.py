@@ -14,11 +14,11 @@ from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
 from job.stages.channel_changes import carry_out, copy_of, judge_again, next_round, refuse_other_base
 from job.stages.company import Company
+from job.stages.comparing import again, judge_loaded
 from job.stages.contenders import Examiner
 from job.stages.exams import Exams, prepare_exams
 from job.stages.fresh_records import FreshRecords
 from job.stages.identity import Objects, Run
-from job.stages.judging import again, judge_loaded
 from job.stages.loading import Inputs
 from job.tune.device.device import begin_peak_anew, release_memory
 

@@ -14,8 +14,8 @@ from job.stages.channel_changes import (
     carry_out,
     first_state,
 )
+from job.stages.comparing import judge_loaded
 from job.stages.contenders import Contender, Examiner
-from job.stages.judging import judge_loaded
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.night import Night

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from job.core.channel import Judged, read_as
-from job.core.example_results import (
+from job.core.exam_results import (
     Exam,
     ExampleResults,
     answer_pairs_on,

@@ -24,7 +24,7 @@ import structlog
 from job.core.channel import ChannelState, Judged, Promoted, read_as
 from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, UnavailableError
-from job.core.example_results import Exam, ExampleResults, read_exam, read_results
+from job.core.exam_results import Exam, ExampleResults, read_exam, read_results
 from job.core.promotion_report import NewData
 from job.core.section import Section
 from job.edge.store.json_objects import json_bytes, json_object

@@ -6,7 +6,7 @@ import structlog
 
 from job.core.channel import Judged
 from job.core.errors import DataError, NotFoundError
-from job.core.example_results import ExampleResults
+from job.core.exam_results import ExampleResults
 from job.core.fresh_evidence import FreshEvidence
 from job.core.judgement import Answered, Candidate, Terms, judge_run
 from job.edge.run.channels import Channel
