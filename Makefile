@@ -47,6 +47,14 @@ test-trackers: $(VENV)/installed
 	tests/trackers/install.sh
 	.trackers/bin/python -m pytest -m trackers tests/trackers
 
+# Seven nights of a channel on an S3 server, its crash points, double starts and rollbacks: ten minutes. DATA=train.jsonl
+# (held-out examples are split off) and BASE=folder take other ones, with PROMPT= and COMPLETION= their templates.
+.PHONY: test-nightly
+test-nightly: $(VENV)/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE NIGHTLY_DATA="$(DATA)" NIGHTLY_BASE="$(BASE)" \
+		NIGHTLY_PROMPT='$(PROMPT)' NIGHTLY_COMPLETION='$(COMPLETION)' \
+		$(BIN)/python -m pytest -n 2 --dist load -m "nightly or not nightly" tests/run/test_nights.py tests/run/test_seven_nights.py
+
 # Builds the demo's base anew: the one in recipes/demo-base to the bit on the kind of machine that it names, elsewhere one
 # that has learned as much. `python recipes/demo_base.py recipes/demo-base` builds it there, after a change of the script.
 test-demo-base: $(VENV)/installed

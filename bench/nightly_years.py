@@ -250,7 +250,7 @@ class Channels:
         gap = gap_of(pairs, seed=seed)
         if fresh is None and gap.p_better > level:
             return False
-        earlier = self._in_use(row, night - DRIFT_NIGHTS)
+        earlier = self._looked_back_to(row, night - DRIFT_NIGHTS)
         decision = decide(
             Evidence(
                 challenger=model.name if fresh is None else fresh.challenger,
@@ -276,7 +276,13 @@ class Channels:
         return gap_of(pairs_of(model.regression, other.regression, np.ones(REGRESSION)), resamples=1000)
 
     def _in_use(self, row, night):
-        return [model for since, model in self.champions[row] if since <= max(night, 0)][-1]
+        return [model for since, model in self.champions[row] if since <= night][-1]
+
+    def _looked_back_to(self, row, night):
+        """What was in use that night; before the channel began, the first that was promoted, if any was."""
+        if night >= 0:
+            return self._in_use(row, night)
+        return self.champions[row][:2][-1][1]
 
     def _promote(self, night, row, model):
         is_wrong = model.true >= self.true[row]

@@ -13,11 +13,11 @@ import click
 import structlog
 
 from job import __version__
+from job.channel_command import channel
 from job.core.errors import NotFoundError, UsageError
 from job.core.given import as_records, set_lines
 from job.core.library_settings import LIBRARY_SETTINGS
-from job.core.lines import colours_wanted, hung
-from job.core.visible import one_line
+from job.core.lines import colours_wanted
 from job.edge.host.interrupt import Interrupt
 from job.edge.host.output import lasting_output, say_passing, terminal_width
 from job.ending import Session, log_finished
@@ -35,6 +35,7 @@ from job.options import (
     time_options,
     workdir_option,
 )
+from job.saying import say as _say
 from job.showing import plan_options, preview_options, report_options, try_options
 from job.together import arm_crash_point, run_with_others, team_options
 
@@ -309,6 +310,9 @@ def export_model(session: Session, /, **options: Any) -> None:
         _say(session, "", *export_lines(exported, uri))
 
 
+cli.add_command(channel)
+
+
 def main(interrupt: Interrupt) -> int:
     """Run the command line; every way to end has a code of the table."""
     session = Session(interrupt=interrupt, seat=sit_down(os.environ))
@@ -336,16 +340,6 @@ def _carry_out(session: Session) -> tuple[BaseException | None, bool]:
         # A panic in a library's Rust is no Exception, and nor is a library's own exit.
         return error, False
     return session.failure, True
-
-
-def _say(session: Session, *lines: str) -> None:
-    """Lines to standard output, within the terminal's width.
-
-    Records, answers and names in them are by strangers, who shall not begin new ones.
-    """
-    width = terminal_width(sys.stdout)
-    shown = (piece for line in lines for piece in hung(one_line(session.hide(line)), width))
-    click.echo("\n".join(shown))
 
 
 def _is_dumb() -> bool:

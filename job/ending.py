@@ -23,7 +23,7 @@ from job.core.seat import Seat
 from job.edge.host.interrupt import Interrupt
 
 if TYPE_CHECKING:
-    from job.core.ended import Ended
+    from job.core.ended import Ended, EndedPromotion
     from job.core.report import Report
     from job.edge.host.metrics import MetricsFile
     from job.edge.host.notice import Notice
@@ -198,6 +198,23 @@ class Session:
             last_committed_step=standing.last_committed_step,
             signal=self.interrupt.reason if isinstance(error, StopRequestedError) else None,
             job_version=__version__,
+            promotion=self._promotion(standing),
+        )
+
+    def _promotion(self, standing: "Standing") -> "EndedPromotion | None":
+        from job.core.ended import LONGEST_REASON, EndedPromotion
+
+        found = standing.promotion
+        if found is None:
+            return None
+        return EndedPromotion(
+            channel=found.channel,
+            outcome=found.outcome,
+            verdict=found.judged.decision.verdict,
+            challenger=found.judged.run_id,
+            champion=found.judged.decision.champion,
+            why=self._kept(found.said)[:LONGEST_REASON],
+            report=self._kept(f"{found.judged.run_uri}/report.json"),
         )
 
     def _kept(self, text: str) -> str:
@@ -248,6 +265,7 @@ def log_finished(report: "Report") -> None:
         tuned_loss=round(report.sweet_spot.loss, 4),
         chosen_step=report.sweet_spot.step,
         report=f"{report.run_uri}/report.json",
+        **({} if report.promotion is None else {"outcome": report.promotion.outcome, "why": report.promotion.said}),
     )
 
 
@@ -287,7 +305,8 @@ def _notice(ended: "Ended") -> dict[str, Any]:
     """The ending, and one line of text, which is what chats show."""
     from job.core.ended import one_line
 
-    what = f"qlora-job ended {ended.code} on {ended.host}: {ended.reason}"
+    said = ended.reason if ended.promotion is None else f"{ended.promotion.channel}: {ended.promotion.why}"
+    what = f"qlora-job ended {ended.code} on {ended.host}: {said}"
     run = "" if ended.run_uri is None else f" ({ended.run_uri})"
     return {**ended.model_dump(mode="json", exclude_none=True), "text": one_line(what, at_most=500) + run}
 

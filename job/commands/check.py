@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from job.core import advice
+from job.core.channel import name_in_use
 from job.core.course import course_of, evaluation_count
 from job.core.errors import JobError
 from job.core.memory import ModelShape
@@ -31,6 +32,7 @@ from job.render.preview_text import example_lines
 from job.render.report_text import histogram_lines
 from job.render.sources_text import source_rows
 from job.stages.attempt import Phases, Worker
+from job.stages.channel_changes import refuse_other_base
 from job.stages.identity import Run, Sides, find_run, list_data, probe_output
 from job.stages.sources import count_lines, fetch_sources
 
@@ -133,6 +135,9 @@ def check(
         table.look("hub", lambda: _hub(worker, phases))
     base = table.look("base model", lambda: _base(worker, FOR_A_PERSON if for_a_person else None))
     run = table.look("input", lambda: _inputs(worker, run_id, base))
+    if run is not None and worker.recipe.promote.channel is not None:
+        table.look("channel", lambda: _channel(worker, run))
+        table.advise([f"left out, not whole yet: {each}" for each in run.sides.late], name="input")
     table.advise(advice.of_recipe(worker.recipe))
     counted = None
     if run is not None and base is not None:
@@ -234,6 +239,20 @@ def _inputs(worker: Worker, run_id: str | None, base: BaseModel | None) -> tuple
     run = find_run(worker.recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop)
     state = "already done" if run.done else "unfinished, would be resumed" if run.begun else "new"
     return f"{_size(run.sides.every)}; run {run.artifacts.run_id} is {state}", run
+
+
+def _channel(worker: Worker, run: Run) -> tuple[str, None]:
+    """What is in use there, and whether this recipe's adapters can take its place."""
+    name = worker.recipe.promote.channel
+    assert name is not None, "it was asked for"
+    channel = run.artifacts.channel(name, conditional=False)
+    promoted, _ = channel.promoted()
+    if promoted is not None:
+        refuse_other_base(promoted, run.base, worker.recipe)
+    state, _ = channel.state()
+    nights = 0 if state is None else len(state.nights)
+    since = "" if promoted is None else f" since {promoted.since}"
+    return f"{name}: {name_in_use(promoted)} is in use{since}; {nights} nights are known", None
 
 
 def _listed(worker: Worker) -> Sides:

@@ -35,6 +35,9 @@ def fetch(worker: Worker, phases: Phases, folder: Path) -> Path:
         for side, sources in (("train", recipe.data.sources), ("validation", recipe.data.held_out_sources)):
             if sources:
                 local["data"][side] = _fetched(worker, phases, local["data"][side], sources, folder / "data" / side)
+        if recipe.promote.regression is not None:
+            kept = folder / "data" / "regression"
+            local["promote"]["regression"] = _files(worker, phases, recipe.promote.regression, kept)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(_without_nothing(local), sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path

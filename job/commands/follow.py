@@ -1,10 +1,17 @@
 """What `run` is in every process of a run but the one that owns it: compute what that one orders."""
 
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
 from job.core.seat import Seat
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Attempt
 from job.stages.guard import Guard
+from job.stages.other_seed import at_other_seed
+
+if TYPE_CHECKING:
+    from job.stages.company import Company
 
 
 def follow(attempt: Attempt, seat: Seat) -> None:
@@ -18,14 +25,29 @@ def follow(attempt: Attempt, seat: Seat) -> None:
             refuse_planted(attempt.worker.workdir)  # on a node of its own, before anybody writes there
         with attempt.phases.phase("load_libraries"):
             from job.stages.company import Company, OverError
-            from job.stages.following import gather_as_others_did, obey
-            from job.stages.hardware import hardware_errors
 
             quiet_libraries()
-        with Company(attempt, seat) as company:
-            try:
-                inputs = gather_as_others_did(attempt, company)
-            except OverError:
-                return
-            with hardware_errors(inputs.device):
-                obey(attempt, company, inputs)
+        company = Company(attempt, seat)
+        with suppress(OverError):
+            while _follow_a_run(attempt, company):
+                pass
+
+
+def _follow_a_run(attempt: Attempt, company: "Company") -> bool:
+    """Take part in one; whether another one follows it.
+
+    Raises:
+        OverError: there is none.
+        JobError: as `follow`.
+    """
+    from job.stages.following import gather_as_others_did, obey
+    from job.stages.hardware import hardware_errors
+
+    with company:
+        with attempt.phases.phase("identify"):
+            run, is_other_seed = company.begun()
+        mine = at_other_seed(attempt) if is_other_seed else attempt
+        inputs = gather_as_others_did(mine, company, run)
+        with hardware_errors(inputs.device):
+            obey(mine, company, inputs)
+    return is_other_seed

@@ -1,6 +1,7 @@
 """One run, top to bottom: the story of the product."""
 
 from dataclasses import asdict
+from functools import partial
 
 import structlog
 
@@ -10,9 +11,11 @@ from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.machine import look_at_machine
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Attempt
+from job.stages.channel_changes import keep_in_order
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
 from job.stages.identity import Run, find_run
+from job.stages.other_seed import Companions, train_other_seed
 from job.stages.pushing import push, refuse_unpushable
 
 log = structlog.get_logger(__name__)
@@ -29,6 +32,7 @@ def run(attempt: Attempt, seat: Seat | None = None) -> Report:
         JobError: the exit code of the table; what is committed stays committed.
     """
     worker = attempt.worker
+    companions = Companions(attempt, seat)
     with Guard(attempt) as guard:
         with attempt.phases.phase("identify"):
             found = find_run(
@@ -40,42 +44,45 @@ def run(attempt: Attempt, seat: Seat | None = None) -> Report:
         # First of all that costs nothing: what cannot be written to is refused before the store hears of us.
         log.info("machine", **asdict(look_at_machine(worker.workdir)))
         refuse_planted(worker.workdir)
+        other = train_other_seed(attempt, found, guard, partial(_carry_out, companions=companions))
         with hold(attempt, found, guard) as held:
             if held.run.done:
                 return _already_done(attempt, held.run)
             held.records.refuse_repeated_failure()
             refuse_short_time(attempt)  # only now: who never has enough of it is stopped in vain, which is counted
-            return _carry_out(attempt, held, seat)
+            return _carry_out(attempt, held, companions, other)
 
 
-def _carry_out(attempt: Attempt, held: Held, seat: Seat | None) -> Report:
+def _carry_out(attempt: Attempt, held: Held, companions: Companions, other: Report | None = None) -> Report:
     """Gather what training starts from, train, finish; push last, for the run is done without it."""
     if held.run.begun:
         held.records.begin()  # an unfinished run: this attempt counts from here
     with attempt.phases.phase("load_libraries"):
         # Here and not above: a finished run, a wrong recipe and --help answer without them.
-        from job.stages.company import Company
         from job.stages.finish import finish
         from job.stages.gathering import gather
         from job.stages.hardware import hardware_errors
+        from job.stages.night import prepare_night
         from job.stages.placing import place_base
         from job.stages.tracking import Tracked
         from job.stages.training import TrainingStage
 
         quiet_libraries()
-    with Company(attempt, seat) as company:
-        company.begin(held.run)
+    with companions.company as company:
+        company.begin(held.run, attempt)
         refuse_unpushable(attempt)
         inputs = company.in_turn(lambda: place_base(attempt, gather(attempt, held.run, held.records.begin), company))
         with hardware_errors(inputs.device), Tracked(attempt, inputs) as tracked:
+            night = prepare_night(attempt, held.run, inputs, company, other=other)
             facts = TrainingStage(attempt, inputs, company, tracked).run()
-            report = finish(attempt, inputs, facts, tracked, company.world)
+            report = finish(attempt, inputs, facts, tracked, night, company.world)
             # The others are let go only then: what cannot be pushed ends all processes with the same code.
             return push(attempt, inputs.artifacts, report)
 
 
 def _already_done(attempt: Attempt, found: Run) -> Report:
     attempt.runs_at(found.artifacts.uri)
+    keep_in_order(attempt, found)
     log.info("already_done", run_uri=found.artifacts.uri, message="this run is finished; nothing was done now")
     report = found.artifacts.read_report()
     assert report is not None, "it is done"

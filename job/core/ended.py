@@ -14,6 +14,24 @@ WITHOUT_A_WORD = "ended without a word: killed, or its node was lost"
 """What is known of an attempt that left no record of its end."""
 
 
+class EndedPromotion(BaseModel):
+    """What came of a run on its channel."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    channel: str
+    outcome: str
+    """`promoted`, `refused`, or `lost`: what it was compared with was in use no longer."""
+    verdict: str
+    """`better`, `not better` or `cannot tell`."""
+    challenger: str
+    champion: str
+    why: str
+    """One sentence."""
+    report: str
+    """Where the report stands, and its page beside it."""
+
+
 class Ended(BaseModel):
     """How one process that was to carry a run has ended."""
 
@@ -42,6 +60,8 @@ class Ended(BaseModel):
     signal: str | None = None
     """What asked it to stop."""
     job_version: str = ""
+    promotion: EndedPromotion | None = None
+    """None: the recipe names no channel, or it was not decided."""
 
 
 def ended_without_a_word(attempt: Mapping[str, Any], *, run_uri: str, found: str, newest_step: int | None) -> Ended:

@@ -7,8 +7,9 @@ it (`error_budget`), so that both together are wrong with at most that chance: b
 - a guarded slice, or the share of right answers, that got significantly worse; over all of them the chance to hold up a
   model that is nowhere worse is 5 % (Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian
   Journal of Statistics 6, 65-70);
-- the regression set, against the champion, the champion of 30 days ago and the base: significantly worse at 5 %, or
-  measured worse by more than `max_drift`. A step down that no night can see adds up, and the sum is seen;
+- the regression set, against the champion, the champion of 30 days ago (on a younger channel the first one) and the
+  base: significantly worse at 5 %, or measured worse by more than `max_drift`. A step down that no night can see adds
+  up, and the sum is seen;
 - fresh records that say the opposite.
 
 Guards are not paid from the error budget: they only ever refuse. What no number here holds: the luck of a seed, unless

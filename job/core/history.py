@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from job.core.errors import JobError, LocalDiskError, StalledError, StopRequestedError
+from job.core.errors import Again, JobError, LocalDiskError, StalledError, StopRequestedError, ending
 
 _LOOKED_AT = 2
 """Earlier attempts that decide: with this one they make three stops, and alone they make two failures."""
@@ -45,6 +45,18 @@ def same_failure(earlier: Mapping[str, Any] | None, later: Mapping[str, Any] | N
     if earlier is None or later is None or later.get("exit_code") not in FINAL_WHEN_REPEATED:
         return False
     return all(earlier.get(name) == later.get(name) for name in ("exit_code", "kind", "phase", "step", "version"))
+
+
+def final_end(earlier: Sequence[Attempt]) -> Mapping[str, Any] | None:
+    """The last attempt's end, if the same input ends the same way again."""
+    end = earlier[-1].get("end") if earlier else None
+    if end is None:
+        return None
+    try:
+        is_final = ending(end.get("exit_code")).again is Again.NEVER
+    except KeyError:  # of another version of the job
+        is_final = False
+    return end if is_final else repeated_failure(earlier)
 
 
 def repeated_failure(earlier: Sequence[Attempt]) -> Mapping[str, Any] | None:

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from job.core.answer_metrics import AnswerMetric, MetricName, why_no_pattern
 from job.core.data_section import OF_CHATS, DataSection, Source
+from job.core.promote_section import PromoteSection
 from job.core.section import Count, Flag, NotNegative, Positive, Section, Seed, Share, Text, Uri, Whole
 
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
@@ -248,6 +249,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     store: StoreSection = StoreSection()
     track: TrackSection = TrackSection()
+    promote: PromoteSection = PromoteSection()
     output: Uri
     """`s3://bucket/prefix` or `file:///folder` that gets runs/{run_id}/: checkpoints, adapter, report."""
     output_hub: Annotated[str, Field(pattern=HUB_ID)] | None = None
@@ -261,6 +263,31 @@ class Recipe(Section):
             raise ValueError(
                 "evaluate.answers needs data.prompt and data.completion, or data.chat: with `text` there is no prompt "
                 "to answer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nights_can_be_compared(self) -> Self:
+        promote = self.promote
+        if promote.channel is None:
+            return self
+        if not self.data.held_out_sources:
+            raise ValueError(
+                "promote.channel: every night's model is judged on the same examples, and `data.validation` is a "
+                "fraction, which grows with the data; give it files of its own"
+            )
+        if promote.regression is not None and not self.data.makes_text:
+            raise ValueError(
+                "promote.regression is read by the templates of `data`, and here only its sources have some; give "
+                "`data` the templates of the regression set"
+            )
+        read = {uri for source in (*self.data.sources, *self.data.held_out_sources) for uri in source.uris}
+        if both := sorted(read & {*(promote.regression or ())}):
+            raise ValueError(f"promote.regression: {both[0]} is trained or judged on already; give it files of its own")
+        if promote.seeds > 1 and promote.start_from == "promoted":
+            raise ValueError(
+                "promote.seeds: the adapter's first values are those of the one in use, so that another seed hardly "
+                "makes another model; leave `seeds` or `start_from` out"
             )
         return self
 
@@ -281,7 +308,10 @@ def is_hub_id(base: str) -> bool:
 
 def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that can change the weights or their evaluation, as JSON values."""
-    part = recipe.model_dump(mode="json", exclude={"checkpoint", "store", "track", "output", "output_hub"})
+    left_out = {"checkpoint", "store", "track", "promote", "output", "output_hub"}
+    part = recipe.model_dump(mode="json", exclude=left_out)
+    if recipe.promote.start_from == "promoted":  # what it starts from stands in run.json, as `parent`
+        part["promote"] = {"channel": recipe.promote.channel, "start_from": "promoted"}
     del part["model"]["quantised_copies"], part["data"]["unused_limit"]
     if recipe.data.on_bad_record == "fail":
         # They decide whether the job ends, and not what is trained on: a run that they ended goes on later.

@@ -11,6 +11,7 @@ from job.core.judged_answers import MetricReport
 from job.core.limits import StopFigures
 from job.core.memory import ComputeDtype
 from job.core.packing import Rows
+from job.core.promotion_report import PromotionReport
 from job.core.report_data import DataReport, SourceReport
 from job.core.run_record import first_mistake
 from job.core.section import Section
@@ -263,6 +264,8 @@ class Report(Section):
     versions: dict[str, str]
     device: str
     attempts: tuple[AttemptReport, ...] = Field(min_length=1)
+    promotion: PromotionReport | None = None
+    """None: the recipe names no channel."""
 
     @model_validator(mode="after")
     def _sources_are_the_same_everywhere(self) -> Self:

@@ -1,6 +1,6 @@
 """What run.json holds, checked before anything is done by it: it stands where others can write."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -35,6 +35,16 @@ class RecordedData(Section):
         return self
 
 
+class RecordedParent(Section):
+    """The adapter that a run started from."""
+
+    run_id: Text
+    sequence: Whole
+    """Of the channel's entry that put it in use."""
+    weights: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """sha256 of its adapter_model.safetensors."""
+
+
 class RunRecord(Section):
     """What a run is."""
 
@@ -44,6 +54,8 @@ class RunRecord(Section):
     """What of the recipe can change the result."""
     base: dict[str, Any]
     data: RecordedData
+    parent: RecordedParent | None = None
+    """None: it started from the base."""
 
 
 def read_run_record(content: dict[str, Any]) -> RunRecord:

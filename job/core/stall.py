@@ -46,6 +46,11 @@ ALLOWED_SECONDS = MappingProxyType(
         # Each look at the others is a beat; what stays is becoming a group, and a gigabyte of state.
         "join": 600.0,
         "prove": 3600.0,
+        # Adapters on their way; loading a model is a phase of its own in them.
+        "channel": 1800.0,
+        "judge": 1800.0,
+        "promote": 1800.0,
+        "test_before_training": 1800.0,
         # File by file, and each is sent to the store as well.
         "keep_copy": 900.0,
         # The first kernels compile.

@@ -70,7 +70,7 @@ def fetch_files(
     Raises:
         DataError: an object changed since it was listed.
     """
-    names = _names([*(o.uri for o in objects), *beside])
+    names = names_of([*(o.uri for o in objects), *beside])
     stores: dict[str, ObjectStore] = {}
     arrived = _Arrived(on_progress)
 
@@ -118,8 +118,8 @@ class _Arrived:
         return arrived
 
 
-def _names(uris: Sequence[str]) -> list[str]:
-    """The last part of each URI, unless two share it."""
+def names_of(uris: Sequence[str]) -> list[str]:
+    """What messages call the dataset's files, by their URIs: the last part of each, unless two share it."""
     short = [PurePosixPath(uri).name for uri in uris]
     return [one_line(name) for name in (short if len(set(short)) == len(short) else uris)]
 

@@ -9,6 +9,7 @@ from job.core.lines import worth_naming
 from job.core.next_steps import next_steps
 from job.core.report import Report
 from job.core.verdict import NOTHING_BETTER
+from job.render.channel_text import promotion_lines
 from job.render.metric_text import interval, points
 from job.render.preview_text import example_lines
 from job.render.sources_text import source_lines
@@ -50,10 +51,14 @@ def report_lines(report: Report) -> list[str]:
 
 
 def _outcome(report: Report) -> list[str]:
-    spot = report.sweet_spot
+    spot, parent = report.sweet_spot, None if report.promotion is None else report.promotion.parent
+    start, nothing = "base", NOTHING_BETTER
+    if parent is not None:
+        start, nothing = f"{parent.run_id}", "nothing better than what it started from was found"
     lines = [
-        *([f"verdict            {NOTHING_BETTER}: the adapter leaves it as it is"] if spot.step == 0 else []),
-        f"validation loss    base {spot.base_loss:.4f} -> tuned {spot.loss:.4f} nats a token",
+        *promotion_lines(report.promotion),
+        *([f"verdict            {nothing}: the adapter leaves it as it is"] if spot.step == 0 else []),
+        f"validation loss    {start} {spot.base_loss:.4f} -> tuned {spot.loss:.4f} nats a token",
         f"chosen checkpoint  step {spot.step} of {report.plan.steps} ({spot.reason})",
         "overfitting        "
         + (

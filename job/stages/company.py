@@ -45,7 +45,10 @@ class OverError(Exception):
 
 
 class Company:
-    """This process among the others; `world` is `ALONE` until it has joined them, and stays so where there are none."""
+    """This process among the others; `world` is `ALONE` until it has joined them, and stays so where there are none.
+
+    It is entered for each run that they carry, one after another: the same group makes all of them.
+    """
 
     def __init__(self, attempt: Attempt, seat: Seat | None) -> None:
         """Connect to the launcher's store; without a seat there is none.
@@ -59,6 +62,9 @@ class Company:
         self._meeting = None if seat is None else _met(Meeting(seat))
         self.world: World = ALONE
         self._left = threading.Event()
+        self._run_number = 0
+        self._has_met = False
+        """Whether all are ready for this run."""
 
     @property
     def rank(self) -> int:
@@ -81,9 +87,11 @@ class Company:
         return self._seat.nodes
 
     def __enter__(self) -> Self:
+        self._run_number += 1
+        self._has_met, self._left = False, threading.Event()
         if self._meeting is not None:
             # By a connection of its own: the other one may be in the midst of a wait.
-            look = partial(self._look, Meeting(self._seat))
+            look = partial(self._look, Meeting(self._seat), self._left)
             run = contextvars.copy_context().run
             threading.Thread(target=run, args=(look,), name="company", daemon=True).start()
         return self
@@ -99,18 +107,19 @@ class Company:
 
     # --- before they are a group --------------------------------------------------------------------------------------
 
-    def begin(self, run: Run) -> None:
-        """Rank 0 says which run it is."""
+    def begin(self, run: Run, attempt: Attempt) -> None:
+        """Rank 0 says which run it is; one that is not this process's attempt's comes before that."""
         if self._meeting is not None:
-            self._meeting.say("run", _said_of(run))
+            self._meeting.say(self._key("run"), {**_said_of(run), "is_other_seed": attempt is not self._attempt})
 
-    def begun(self) -> Run:
-        """The run that rank 0 has found.
+    def begun(self) -> tuple[Run, bool]:
+        """The run that rank 0 has found; and whether it trains it with the other seed, and the run itself after it.
 
         Raises:
             OverError: there is nothing to do.
         """
-        return _run_of(self._wait_for("run"), self._attempt)
+        said = self._wait_for(self._key("run"))
+        return _run_of(said, self._attempt), said["is_other_seed"]
 
     def in_turn(self, gather: Callable[[], Inputs]) -> Inputs:
         """One process of a node downloads, encodes and makes the copy in 4 bits; the others find it on the disk."""
@@ -119,10 +128,10 @@ class Company:
             inputs = gather()
             if self._meeting is not None:
                 # The copy that shards are read from stands already, and loading it needs all of us.
-                self._meeting.say(f"gathered.{node}", inputs.base.quantised or inputs.placement == "sharded")
+                self._meeting.say(self._key(f"gathered.{node}"), inputs.base.quantised or inputs.placement == "sharded")
             return inputs
-        if not self._wait_for(f"gathered.{node}"):
-            self._wait_for(f"loaded.{node}")
+        if not self._wait_for(self._key(f"gathered.{node}")):
+            self._wait_for(self._key(f"loaded.{node}"))
         return gather()
 
     def as_rank_0_decides(self, what: str, decide: Callable[[], Any]) -> Any:
@@ -130,28 +139,34 @@ class Company:
         if self._meeting is None:
             return decide()
         if self._seat.leads:
-            self._meeting.say(what, decided := decide())
+            self._meeting.say(self._key(what), decided := decide())
             return decided
-        return self._wait_for(what)
+        return self._wait_for(self._key(what))
 
     def loaded(self) -> None:
         """The base stands on our device, and its copy on the disk."""
         if self._meeting is not None and self._seat.local_rank == 0:
-            self._meeting.say(f"loaded.{self._seat.node}", _YES)
+            self._meeting.say(self._key(f"loaded.{self._seat.node}"), _YES)
 
     def join(self, device: torch.device) -> World:
-        """Wait until all are ready, and become a group; once.
+        """Wait until all are ready for this run, and become a group, unless we are one from the run before; once a run.
 
         Raises:
             JobError: what another one has ended with.
         """
-        if self._meeting is not None and self.world is ALONE:
-            self._meeting.say(f"ready.{self.rank}", _YES)
+        if self._meeting is not None and not self._has_met:
+            self._meeting.say(self._key(f"ready.{self.rank}"), _YES)
             for rank in range(self.size):
-                self._wait_for(f"ready.{rank}")
-            self.world = self._meeting.join(device, patience=self._patience)
+                self._wait_for(self._key(f"ready.{rank}"))
+            self._has_met = True
+            if self.world is ALONE:
+                self.world = self._meeting.join(device, patience=self._patience)
             log.info("joined", ranks=self.size, nodes=self._seat.nodes)
         return self.world
+
+    def _key(self, word: str) -> str:
+        """A word of this run: what was said of the one before stays."""
+        return f"{word}.{self._run_number}"
 
     def _wait_for(self, key: str) -> Any:
         assert self._meeting is not None, "nobody waits alone"
@@ -189,10 +204,10 @@ class Company:
             time.sleep(_PAUSE_SECONDS)
         return None
 
-    def _look(self, meeting: Meeting) -> None:
+    def _look(self, meeting: Meeting, left: threading.Event) -> None:
         """One that is asked to stop asks all; one that is gone is known to all."""
         said = False
-        while not self._left.wait(_LOOK_SECONDS):
+        while not left.wait(_LOOK_SECONDS):
             try:
                 if not self._attempt.is_kill_near() and meeting.heard("stop") is not None:
                     self._attempt.hear_stop()
@@ -223,7 +238,10 @@ def _error(cause: dict[str, Any]) -> JobError:
 
 
 def _said_of(run: Run) -> dict[str, Any]:
-    """What other processes need to know of a run, as JSON."""
+    """What other processes need to know of a run, as JSON.
+
+    Not what it starts from, nor which files are late: the channel is rank 0's, which gives the others its state.
+    """
     return {
         "run_id": run.artifacts.run_id,
         "base": asdict(run.base),

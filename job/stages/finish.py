@@ -7,6 +7,7 @@ from pathlib import Path
 import structlog
 
 from job.core.crash_points import crash_point
+from job.core.data_section import DataSection
 from job.core.errors import DataError, NotFoundError, RunConflictError
 from job.core.report import AdapterFile, Report
 from job.core.verdict import NOTHING_BETTER, Verdict, judge
@@ -18,7 +19,9 @@ from job.render.pictures import draw
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
-from job.stages.proving import load_published, prove
+from job.stages.night import Night
+from job.stages.promotion import examine, judged_files, promote
+from job.stages.proving import let_go, load_published, prove
 from job.stages.report import assemble_report, notes
 from job.stages.results import results_of
 from job.stages.tracking import Tracked
@@ -31,14 +34,22 @@ log = structlog.get_logger(__name__)
 _CARD = "README.md"
 
 
-def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, tracked: Tracked, world: World = ALONE) -> Report:
-    """Carry a trained run to its committed report.
+def finish(
+    attempt: Attempt,
+    inputs: Inputs,
+    facts: TrainingFacts,
+    tracked: Tracked,
+    night: Night | None = None,
+    world: World = ALONE,
+) -> Report:
+    """Carry a trained run to its committed report; on a channel it is judged before, and may be put in use.
 
     Args:
         attempt: this process.
         inputs: the base and the run.
         facts: of the training.
         tracked: the run in its trackers.
+        night: what is known of the channel; None: the recipe names none.
         world: the others, whom a base that is sharded needs for the proof too.
 
     Raises:
@@ -50,15 +61,12 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, tracked: Trac
     with phases.phase("publish"):
         chosen, verdict = _fetch_chosen(attempt, inputs, folder / "adapter", facts)
         if chosen.step == 0:
-            attempt.notes.append(_nothing_better(facts))
-        write_serving_files(
-            folder / "adapter",
-            inputs.base.folder,
-            inputs.tokenizer,
-            recipe.data,
-            ends=inputs.dataset.train.ends(),
-        )
-        files = artifacts.publish_adapter(folder / "adapter")
+            attempt.notes.append(_nothing_better(inputs, facts))
+        # With a verdict on it, it may be in use: what an attempt before has published then stands, to the byte.
+        files = None if night is None else judged_files(night, artifacts.run_id)
+        if files is None:
+            _write_serving_files(inputs, recipe.data, folder / "adapter")
+            files = artifacts.publish_adapter(folder / "adapter")
     crash_point("prove.before")
     with phases.phase("prove"):
         model = load_published(
@@ -80,14 +88,17 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, tracked: Trac
             seed=recipe.train.seed,
             should_stop=attempt.moves_on,  # asked after each token
         )
-    if model.sharded is not None:
-        world.agree(go=True)  # that nobody needs anybody's shards any more
-        model.sharded.close()
+    examined = None if night is None else examine(attempt, inputs, facts, night, model, proven, files, world)
+    let_go(model, world)
+    del model  # others come in its place
+    if night is not None and examined is not None:
+        attempt.standing.promotion = promote(attempt, inputs, night, examined)
     with phases.phase("report"):
         results = results_of(attempt, inputs, facts, tuned, step=chosen.step)
         report = assemble_report(
-            attempt, inputs, facts, verdict, files=files, proven_loss=proven, tuned=tuned, results=results
+            attempt, inputs, facts, verdict, files=files, proven_loss=proven.loss, tuned=tuned, results=results
         )
+        report = report.model_copy(update={"promotion": attempt.standing.promotion})
         report = _with_card(attempt, inputs, report, folder / _CARD)
         crash_point("pictures.before")
         for name, picture in draw(report).items():
@@ -103,11 +114,19 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, tracked: Trac
     return report
 
 
-def _nothing_better(facts: TrainingFacts) -> str:
+def _write_serving_files(inputs: Inputs, data: DataSection, folder: Path) -> None:
+    ends = inputs.dataset.train.ends()
+    write_serving_files(folder, inputs.base.folder, inputs.tokenizer, data, ends=ends)
+
+
+def _nothing_better(inputs: Inputs, facts: TrainingFacts) -> str:
     later = len(facts.progress.evaluations) - 1
+    parent = inputs.parent
+    found = NOTHING_BETTER if parent is None else f"nothing better than {parent.run_id}, the start, was found"
+    left = "the base as it is" if parent is None else "what it started from as it was"
     return (
-        f"{NOTHING_BETTER}: none of {later} later evaluations has a significantly lower validation loss than step 0, "
-        "so the adapter leaves the base as it is; look at the data and at train.learning_rate, or train longer"
+        f"{found}: none of {later} later evaluations has a significantly lower validation loss than step 0, "
+        f"so the adapter leaves {left}; look at the data and at train.learning_rate, or train longer"
     )
 
 

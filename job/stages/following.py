@@ -7,9 +7,11 @@ from job.core.errors import SickDeviceError, StopRequestedError
 from job.stages.attempt import Attempt
 from job.stages.company import Company
 from job.stages.gathering import gather
-from job.stages.loading import Inputs, load_placed, release_memory
+from job.stages.identity import Run
+from job.stages.loading import Inputs, load_placed
 from job.stages.placing import place_base
 from job.stages.preparing import Prepared, make_stepper, prepare, questions_of
+from job.tune.device.device import release_memory
 from job.tune.engines.engine import adopt_or_shrink, shrink
 from job.tune.loop.evaluate import answer, evaluate
 from job.tune.loop.sharing import share_state
@@ -41,7 +43,10 @@ def _prepared(attempt: Attempt, company: Company, inputs: Inputs) -> Prepared:
     """What rank 0 has, with its state."""
     if inputs.placement == "sharded":  # a base of which each holds a part needs all of us to be loaded
         with attempt.phases.phase("join"):
-            company.join(inputs.device)
+            world = company.join(inputs.device)
+        assert isinstance(world, Ranks), "who follows is not alone"
+        with attempt.phases.phase("follow"):
+            _keep_company(attempt, inputs, world)  # which it wants before a training as well
     ready = prepare(attempt, inputs, on_loaded=company.loaded, world=company.world)
     torch.manual_seed(attempt.worker.recipe.train.seed)
     with attempt.phases.phase("join"):
@@ -58,16 +63,28 @@ def _prepared(attempt: Attempt, company: Company, inputs: Inputs) -> Prepared:
     return ready
 
 
-def gather_as_others_did(attempt: Attempt, company: Company) -> Inputs:
-    """The run that rank 0 has found, and what training it starts from.
+def gather_as_others_did(attempt: Attempt, company: Company, run: Run) -> Inputs:
+    """What training a run starts from that rank 0 has found.
 
     Raises:
-        OverError: there is nothing to do.
         JobError: as `gather`; what another process has ended with.
     """
-    with attempt.phases.phase("identify"):
-        run = company.begun()
     return company.in_turn(lambda: place_base(attempt, gather(attempt, run, lambda: _NO_ATTEMPT), company))
+
+
+def _keep_company(attempt: Attempt, inputs: Inputs, world: Ranks) -> None:
+    """Send rank 0 our shards for each model that it judges alone, until it has judged the last one."""
+    while world.obey()[0] is Order.PROVE:
+        _send_shards(attempt, inputs, world)
+
+
+def _send_shards(attempt: Attempt, inputs: Inputs, world: Ranks) -> None:
+    """The base anew, for rank 0 alone, until it needs them no more."""
+    release_memory(inputs.device)
+    sharded = load_placed(inputs, world, attempt.phases.on_beat)[1]
+    assert sharded is not None, "rank 0 needs us for a base that is sharded"
+    world.agree(go=True)
+    sharded.close()
 
 
 class _Follower:
@@ -93,24 +110,21 @@ class _Follower:
                 case Order.SETTLE:
                     self._finish().settle()
                 case Order.PROVE:
-                    self._keep_company()
+                    self._let_go()
+                    _send_shards(self._attempt, self._inputs, self._world)
+                    _keep_company(self._attempt, self._inputs, self._world)
+                    return
                 case Order.STOP:
                     raise StopRequestedError("asked to stop; rank 0 has committed what there was")
                 case Order.DONE:
                     return
 
-    def _keep_company(self) -> None:
-        """The base anew, for rank 0 alone: that one proves what was published, and we send it our shards."""
-        old = self._ready.model.sharded
-        assert old is not None, "rank 0 needs us for a base that is sharded"
-        old.close()
-        del old, self._ready
+    def _let_go(self) -> None:
+        """The training is over."""
+        assert self._ready.model.sharded is not None, "rank 0 needs us for a base that is sharded"
+        self._ready.model.sharded.close()
+        del self._ready
         self._stepper = None
-        release_memory(self._inputs.device)
-        sharded = load_placed(self._inputs, self._world, self._attempt.phases.on_beat)[1]
-        self._world.agree(go=True)
-        assert sharded is not None, "as above"
-        sharded.close()
 
     def _finish(self) -> Stepper:
         """Read the last step's numbers when rank 0 does, so that one that is not finite ends all of us alike."""

@@ -83,6 +83,7 @@ def gather(attempt: Attempt, run: Run, begin: Callable[[], int]) -> Inputs:
         artifacts=run.artifacts,
         attempt_number=begin(),
         device=device,
+        parent=run.parent,
     )
 
 

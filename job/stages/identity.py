@@ -12,21 +12,26 @@ import structlog
 
 from job.core.data_section import DataSection, DataSource
 from job.core.errors import DataError, NotFoundError, RunConflictError
+from job.core.history import final_end
 from job.core.recipe import Recipe, identity_of
-from job.core.run_record import RECORD_VERSION, RecordedObject, RunRecord, read_run_record
+from job.core.run_record import RECORD_VERSION, RecordedObject, RecordedParent, RunRecord, read_run_record
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.relative_paths import relative_note
 from job.edge.run.artifacts import Artifacts, unfinished_runs
+from job.edge.run.channels import Channel
 from job.edge.store.listing import expand, may_name
-from job.edge.store.objects import StoredObject, StoreSettings
+from job.edge.store.objects import ObjectStore, StoredObject, StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.probing import Probe, probe
+from job.stages.late_files import LateFile, without_late
 
 log = structlog.get_logger(__name__)
 
 
 Objects = tuple[StoredObject, ...]
+WEIGHTS = "adapter_model.safetensors"
+"""The file of an adapter that decides what the model is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +42,8 @@ class Sides:
     """Of each source to train on: one as a rule."""
     validation: tuple[Objects, ...]
     """Of each held-out source; empty when validation is a fraction of the training files."""
+    late: tuple[LateFile, ...] = ()
+    """Files to train on that are left out, as they are not whole yet."""
 
     @property
     def every(self) -> Objects:
@@ -61,6 +68,8 @@ class Run:
     """run.json stands. It is written once base and data have proved usable: bad input leaves nothing in the store."""
     done: bool
     """Its report is committed: there is nothing left to do."""
+    parent: RecordedParent | None = None
+    """The adapter that it starts from; None: none, the base alone."""
 
     @property
     def train(self) -> Objects:
@@ -80,6 +89,7 @@ class _Wanted:
     recipe: Recipe
     base: BaseModelIdentity
     settings: StoreSettings
+    store: ObjectStore
     should_stop: Callable[[], bool]
 
     def identity(self) -> dict[str, Any]:
@@ -91,8 +101,35 @@ class _Wanted:
         return {name: record.get(name) for name in ("recipe", "base")} == self.identity()
 
     def list_data(self) -> Sides:
-        """See `list_data`."""
-        return list_data(self.recipe.data, self.settings, should_stop=self.should_stop)
+        """See `list_data`; on a channel without files that are not whole yet."""
+        listed = list_data(self.recipe.data, self.settings, should_stop=self.should_stop)
+        channel = self.channel()
+        if channel is None:
+            return listed
+        train, late = without_late(
+            listed.train,
+            self.settings,
+            max_record=self.recipe.data.max_record,
+            known=_trained_on(self.store, channel),
+            should_stop=self.should_stop,
+        )
+        return Sides(train=train, validation=listed.validation, late=late)
+
+    def channel(self) -> Channel | None:
+        """What the run competes on, to be looked at; None: on nothing."""
+        name = self.recipe.promote.channel
+        return None if name is None else Channel(self.store, name, conditional=False)
+
+    def parent(self) -> RecordedParent | None:
+        """The adapter that a run which begins now starts from."""
+        channel = self.channel()
+        if channel is None or self.recipe.promote.start_from == "base":
+            return None
+        now, _ = channel.promoted()
+        if now is None or now.run_id is None or now.adapter is None:
+            return None
+        weights = now.adapter.files[WEIGHTS].sha256
+        return RecordedParent(run_id=now.run_id, sequence=now.sequence, weights=weights)
 
 
 def find_run(
@@ -122,7 +159,7 @@ def find_run(
     store = open_store(recipe.output, settings)
     model = recipe.model
     base = fetching.identify(model.base, model.revision, settings=settings, complete=complete, should_stop=should_stop)
-    wanted = _Wanted(recipe=recipe, base=base, settings=settings, should_stop=should_stop)
+    wanted = _Wanted(recipe=recipe, base=base, settings=settings, store=store, should_stop=should_stop)
     if run_id is not None:
         return _named(wanted, Artifacts(store, run_id))
     recipe_part = _hash(identity_of(recipe))  # first: runs of the same recipe stand side by side, whatever their data
@@ -155,7 +192,8 @@ def frozen_run(
         NotFoundError: its data is no longer there as it was.
         DataError: run.json is another run's, or damaged.
     """
-    wanted = _Wanted(recipe=recipe, base=base, settings=settings, should_stop=should_stop)
+    store = open_store(recipe.output, settings)
+    wanted = _Wanted(recipe=recipe, base=base, settings=settings, store=store, should_stop=should_stop)
     record = artifacts.run_record()
     if record is None or not wanted.is_recorded_in(record):
         raise DataError(f"{artifacts.uri}: run.json is not there, or not of the run that report.json is of")
@@ -205,24 +243,58 @@ def _unfinished(wanted: _Wanted, artifacts: Artifacts) -> Run | None:
     run = _from_record(wanted, artifacts, record)
     if run.done:
         return None
+    reason = None
     if not _stands(wanted, run):
-        log.warning("unfinished_run_left", run_id=artifacts.run_id, reason="its data is no longer there as it was")
+        reason = "its data is no longer there as it was"
+    elif _is_past_helping(wanted, run):
+        reason = "it would end again as it ended, and there is other data by now"
+    if reason is not None:
+        log.warning("unfinished_run_left", run_id=artifacts.run_id, reason=reason)
         return None
     return run
 
 
+def _is_past_helping(wanted: _Wanted, run: Run) -> bool:
+    """Whether a night has failed for good, and what there is now to train on is not what it failed on.
+
+    On a channel nobody looks each morning: one night's bad data must not stand in the way of the nights after it.
+    """
+    if wanted.channel() is None or final_end(run.artifacts.attempts(newest=2)) is None:
+        return False
+    return not _is_listed(wanted, run)
+
+
 def _new(wanted: _Wanted, artifacts: Artifacts, listed: Sides) -> Run:
+    parent = wanted.parent()
     record = {
         "version": RECORD_VERSION,
         "run_id": artifacts.run_id,
         **wanted.identity(),
         "data": listed.recorded(),
+        **({} if parent is None else {"parent": parent.model_dump(mode="json")}),
     }
     return Run(
         artifacts=artifacts,
         base=wanted.base,
         sides=listed,
+        parent=parent,
         record=record,
+        begun=artifacts.run_record() is not None,
+        done=artifacts.report() is not None,
+    )
+
+
+def same_data(recipe: Recipe, run: Run) -> Run:
+    """The run of another recipe on the very objects of a run."""
+    identity = identity_of(recipe)
+    run_id = f"{_hash(identity)}-{_data_part(run.base, run.sides)}"
+    record = {"version": RECORD_VERSION, "recipe": identity, "base": _base(run.base)}
+    artifacts = run.artifacts.other_run(run_id)
+    return Run(
+        artifacts=artifacts,
+        base=run.base,
+        sides=run.sides,
+        record={**record, "run_id": run_id, "data": run.sides.recorded()},
         begun=artifacts.run_record() is not None,
         done=artifacts.report() is not None,
     )
@@ -248,6 +320,17 @@ def _expanded(
         return tuple(expand(uris, settings, should_stop=should_stop))
     except NotFoundError as error:
         raise NotFoundError(f"{error}{relative_note(uris)}") from error
+
+
+def _trained_on(store: ObjectStore, channel: Channel) -> set[tuple[str, str]]:
+    """URI and ETag of the objects that the model in use was trained on; none where that cannot be told."""
+    now, _ = channel.promoted()
+    record = None if now is None or now.run_id is None else Artifacts(store, now.run_id).run_record()
+    try:
+        objects = () if record is None else read_run_record(record).data.train
+    except ValueError:
+        return set()
+    return {(o.uri, o.etag) for o in objects}
 
 
 def _stands(wanted: _Wanted, run: Run) -> bool:
@@ -276,7 +359,8 @@ def _from_record(wanted: _Wanted, artifacts: Artifacts, record: Mapping[str, Any
         DataError: it is not what this job writes there, or names data that the recipe does not.
     """
     try:
-        sides = _recorded_sides(read_run_record({**record}), artifacts.run_id, wanted.recipe.data)
+        read = read_run_record({**record})
+        sides = _recorded_sides(read, artifacts.run_id, wanted.recipe.data)
     except ValueError as error:
         raise DataError(
             f"{artifacts.uri}/run.json: damaged, or changed by somebody ({error}); look at who can write there, and "
@@ -286,6 +370,7 @@ def _from_record(wanted: _Wanted, artifacts: Artifacts, record: Mapping[str, Any
         artifacts=artifacts,
         base=wanted.base,
         sides=sides,
+        parent=read.parent,
         record=record,
         begun=True,
         done=artifacts.report() is not None,

@@ -1,6 +1,5 @@
 """The model of an attempt: its 4-bit base, a copy of that for later starts, and a fresh adapter that can learn."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from job.core.memory import Placement
 from job.core.recipe import Recipe
+from job.core.run_record import RecordedParent
 from job.edge.base.fetching import BaseModel
 from job.edge.run.artifacts import Artifacts
 from job.stages.attempt import Phases
@@ -43,6 +43,8 @@ class Inputs:
     device: torch.device
     placement: Placement = "replicated"
     """Where the base goes."""
+    parent: RecordedParent | None = None
+    """The adapter that the run starts from; None: none, the base alone."""
 
 
 def load_placed(inputs: Inputs, world: World, on_beat: Callable[[], None]) -> tuple[Any, ShardedLayers | None]:
@@ -61,13 +63,6 @@ def load_placed(inputs: Inputs, world: World, on_beat: Callable[[], None]) -> tu
     sharded = ShardedLayers(base, world, device, on_beat=on_beat)
     log.info("shards", ranks=world.size, bytes=sharded.device_bytes)
     return base, sharded
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back what the last model took, once nobody holds it any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def load_model(inputs: Inputs, recipe: Recipe, phases: Phases, world: World) -> PackedModel:

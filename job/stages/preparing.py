@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from job.core.crash_points import crash_point
 from job.core.recipe import Recipe
 from job.stages.attempt import Attempt
+from job.stages.lineage import start_from_parent
 from job.stages.loading import Inputs, load_model
 from job.stages.planning import Planned, plan_training
 from job.tune.data.chat import ChatTemplates, asked_rules
@@ -50,6 +51,7 @@ def prepare(attempt: Attempt, inputs: Inputs, *, on_loaded: Callable[[], None], 
     with phases.phase("load_model"):
         free = device_memory(inputs.device)
         model = load_model(inputs, recipe, phases, world)
+        start_from_parent(attempt, inputs, model)
         on_loaded()
         accelerator = make_accelerator(on_cpu=inputs.device.type == "cpu")
         planned = plan_training(

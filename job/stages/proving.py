@@ -3,17 +3,23 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from job.core.errors import SickDeviceError
 from job.core.packing import Rows
+from job.core.verdict import Evaluation
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
-from job.stages.loading import Inputs, load_placed, release_memory
+from job.stages.loading import Inputs, load_placed
 from job.stages.loop import TrainingFacts
+from job.tune.data.trial_documents import text_of
+from job.tune.device.device import release_memory
 from job.tune.engines.packed_model import PackedModel
+from job.tune.engines.selftest import find_rows
 from job.tune.loop.evaluate import evaluate
 from job.tune.model.adapter import load_with_peft
 from job.tune.model.config import read_wrapper
+from job.tune.model.sharded.layers import ShardedLayers
 from job.tune.world import ALONE, Order, World
 
 _SAME_LOSS = 1e-6
@@ -45,36 +51,62 @@ def load_published(
     """
     shutil.rmtree(folder, ignore_errors=True)
     inputs.artifacts.fetch_adapter(folder, files, should_stop=attempt.worker.should_stop)
+    return load_from(attempt, inputs, folder, left_to_peft=left_to_peft, rows=rows, world=world)
+
+
+def load_from(
+    attempt: Attempt, inputs: Inputs, folder: Path, *, left_to_peft: bool, rows: Rows | None, world: World
+) -> PackedModel:
+    """A published adapter that lies in a folder, as `load_published`; rows None: that is found by trying."""
+    base, sharded = load_alone(attempt, inputs, world)
+    model = PackedModel(load_with_peft(base, folder, read_wrapper(inputs.base.folder)), sharded)
+    return as_judged(model, inputs, left_to_peft=left_to_peft, rows=rows)
+
+
+def load_alone(attempt: Attempt, inputs: Inputs, world: World) -> tuple[Any, ShardedLayers | None]:
+    """A fresh base for this process alone; where it is sharded the others send their shards until `let_go`."""
     release_memory(inputs.device)
     if inputs.placement == "sharded":
         world.order(Order.PROVE)
-    base, sharded = load_placed(inputs, world, attempt.phases.on_beat)
-    model = PackedModel(load_with_peft(base, folder, read_wrapper(inputs.base.folder)), sharded)
+    return load_placed(inputs, world, attempt.phases.on_beat)
+
+
+def let_go(model: PackedModel, world: World) -> None:
+    """Nobody needs anybody's shards of this model any more."""
+    if model.sharded is not None:
+        world.agree(go=True)
+        model.sharded.close()
+
+
+def as_judged(model: PackedModel, inputs: Inputs, *, left_to_peft: bool, rows: Rows | None) -> PackedModel:
+    """With rows that are right, and with PEFT's own layers where it is not known that ours are."""
+    if rows is None:
+        find_rows(model, text_of(inputs.dataset.train))
+    elif rows != model.rows:
+        model.take_rows(rows)
     if left_to_peft:
         model.linears.leave_to_peft()
-    if rows != model.rows:
-        model.take_rows(rows)
     return model.eval()
 
 
-def prove(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, model: PackedModel, *, step: int) -> float:
-    """Validation loss of the published adapter, compared with what was measured in training.
+def prove(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, model: PackedModel, *, step: int) -> Evaluation:
+    """The held-out examples by the published adapter, compared with what was measured in training.
 
     Raises:
         SickDeviceError: it is another one.
     """
-    proven = evaluate(
+    evaluation = evaluate(
         model,
         inputs.dataset.validation,
         step=step,
         tokens_at_once=facts.progress.cut.evaluation_tokens,
         should_stop=attempt.worker.should_stop,
         on_progress=lambda done: attempt.phases.progress(evaluated=done),
-    ).loss
-    reported = facts.progress.evaluations[step].loss
+    )
+    proven, reported = evaluation.loss, facts.progress.evaluations[step].loss
     if abs(proven - reported) > _SAME_LOSS * abs(reported):
         attempt.notes.append(_explained(facts, proven, reported))
-    return proven
+    return evaluation
 
 
 def _explained(facts: TrainingFacts, proven: float, reported: float) -> str:

@@ -52,6 +52,7 @@ class TrainingStage:
         if self._inputs.placement == "sharded":  # a base of which each holds a part needs all of us to be loaded
             with self._attempt.phases.phase("join"):
                 self._world = self._company.join(self._inputs.device)
+            self._world.order(Order.LOAD)
         ready = prepare(self._attempt, self._inputs, on_loaded=self._company.loaded, world=self._world)
         self._notice_idle_ranks()
         ready.state.progress.ranks = self._company.size

@@ -24,6 +24,9 @@ class Order(enum.IntEnum):
     DONE = 6
     PREPARE = 7
     PROVE = 8
+    """It judges a model alone, and a base that is sharded is to be there for it."""
+    LOAD = 9
+    """The base, to train on: what was to be judged before is judged."""
 
 
 class PeerSilentError(StalledError):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from job.core.errors import ENDINGS
-from job.core.history import FINAL_WHEN_REPEATED, gained, repeated_failure, same_failure, stopped_in_vain
+from job.core.errors import ENDINGS, Again
+from job.core.history import FINAL_WHEN_REPEATED, final_end, gained, repeated_failure, same_failure, stopped_in_vain
 
 
 def stopped(*, from_step=0, committed=None):
@@ -54,6 +54,19 @@ def test_a_failure_that_differs_in_anything_is_another_one(name):
 def test_only_what_is_tried_again_and_lies_in_the_job_itself_becomes_final(code):
     found = repeated_failure([failed(code), failed(code)])
     assert (found is not None) is (code in FINAL_WHEN_REPEATED)
+
+
+@pytest.mark.parametrize("row", ENDINGS, ids=lambda row: str(row.code))
+def test_an_end_is_final_where_the_table_says_never_or_where_it_came_twice(row):
+    never = row.again is Again.NEVER
+    assert (final_end([KILLED, failed(row.code)]) is not None) is never
+    assert (final_end([failed(row.code), failed(row.code)]) is not None) is (never or row.code in FINAL_WHEN_REPEATED)
+    assert final_end([failed(row.code), KILLED]) is None
+
+
+def test_nothing_is_final_of_a_run_without_an_end_or_with_one_of_another_version():
+    assert final_end([]) is None
+    assert final_end([failed(code=7)]) is None
 
 
 def test_an_attempt_that_ended_without_a_word_between_two_failures_begins_the_count_anew():

@@ -30,6 +30,7 @@ from job.core.history import wrong_value
 from job.core.report import Report, read_report
 from job.edge.run import endings
 from job.edge.run.adapter import PublishedAdapter
+from job.edge.run.channels import Channel
 from job.edge.run.checkpoints import CHECKPOINTS, Checkpoint, Checkpoints
 from job.edge.run.lock import Lock
 from job.edge.run.run_store import RunStore, never
@@ -59,6 +60,19 @@ class Artifacts:
     def uri(self) -> str:
         """Where a person finds the run."""
         return self._run.uri
+
+    @property
+    def conditional(self) -> bool:
+        """Whether what we write is written on conditions."""
+        return self._run.conditional
+
+    def channel(self, name: str, *, conditional: bool) -> Channel:
+        """A channel of the same output."""
+        return Channel(self._store, name, conditional=conditional)
+
+    def other_run(self, run_id: str) -> "Artifacts":
+        """Another run of the same output, for reading."""
+        return Artifacts(self._store, run_id)
 
     # --- the lock -----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The device we compute on: which one, how much of its memory is free, how much was used."""
 
+import gc
 import re
 import resource
 import sys
@@ -84,6 +85,19 @@ def cuda_in_use() -> bool:
 def device_name(device: torch.device) -> str:
     """The kind of device, as it stands in the report."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory back that nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def begin_peak_anew(device: torch.device) -> None:
+    """What was allocated on a GPU before counts no more; on the CPU it does."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def gpu_uuid(device: torch.device) -> str | None:

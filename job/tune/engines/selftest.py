@@ -68,20 +68,38 @@ def check_model(model: PackedModel, text: Text = ()) -> None:
     """
     device = next(model.parameters()).device
     with _undisturbed(model, device), model.as_peft_has_it():
-        while True:
-            try:
-                with _refusing_what_does_not_run(model, device):
-                    documents = _documents(model, device, text)
-                    _check_rows(model, documents)
-                break
-            except UsageError as error:
-                slower = _slower_rows(model)
-                if slower is None:
-                    raise
-                log.warning("document_rows", reason=str(error), then=IN_WORDS[slower])
-                model.take_rows(slower)
+        documents = _in_right_rows(model, device, text)
         with _refusing_what_does_not_run(model, device):
             _check_gradients(model, documents)
+
+
+def find_rows(model: PackedModel, text: Text = ()) -> None:
+    """Have a model that is only judged take its documents in the rows that `check_model` would find right.
+
+    Raises:
+        UsageError: as `check_model`.
+    """
+    if _slower_rows(model) is not None:
+        device = next(model.parameters()).device
+        with _undisturbed(model, device), model.as_peft_has_it(), torch.no_grad():
+            _in_right_rows(model, device, text)
+
+
+def _in_right_rows(model: PackedModel, device: torch.device, text: Text) -> list[Tensor]:
+    """Try the model's rows, and slower ones where a document does not stand right in them; returns the documents."""
+    while True:
+        try:
+            with _refusing_what_does_not_run(model, device):
+                documents = _documents(model, device, text)
+                _check_rows(model, documents)
+        except UsageError as error:
+            slower = _slower_rows(model)
+            if slower is None:
+                raise
+            log.warning("document_rows", reason=str(error), then=IN_WORDS[slower])
+            model.take_rows(slower)
+        else:
+            return documents
 
 
 def _slower_rows(model: PackedModel) -> Rows | None:

@@ -1,6 +1,8 @@
 """The LoRA adapter on a base: attached, counted, named for others, and refused where a target cannot take one."""
 
+import json
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +99,32 @@ def load_with_peft(base: Any, folder: Path, wrapper: Wrapper | None) -> PeftMode
 def _is_of_modules(module: nn.Module) -> bool:
     """Whether it is an adapter on a module, not on a parameter of one."""
     return isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+
+
+_OF_ONE_ADAPTER = frozenset(
+    {
+        *("r", "lora_alpha", "lora_dropout", "inference_mode"),
+        *("target_modules", "target_parameters", "exclude_modules"),
+        *("base_model_name_or_path", "revision", "peft_version"),
+    }
+)
+"""What differs from one adapter of ours to another."""
+
+
+def odd_settings(config: Path) -> list[str]:
+    """Keys of an adapter_config.json that no adapter of ours has so: it comes from a bucket, and PEFT obeys it.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    content = json.loads(config.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")  # noqa: TRY004 - as a file that is no JSON at all
+    with tempfile.TemporaryDirectory() as folder:
+        LoraConfig(task_type="CAUSAL_LM", bias="none").save_pretrained(folder)
+        ours = json.loads((Path(folder) / "adapter_config.json").read_bytes())
+    unlike = {name for name in {*content, *ours} - _OF_ONE_ADAPTER if content.get(name) != ours.get(name)}
+    return sorted(unlike)
 
 
 def name_for_whole(config: LoraConfig, model: PeftModel, wrapper: Wrapper) -> None:

@@ -1,0 +1,250 @@
+"""How models do on a channel's exams: what is kept of the same model and exam, else judged anew by loading it."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from job.core.channel import THE_BASE, AdapterInUse, Promoted
+from job.core.errors import DataError
+from job.core.exam_results import ExampleResults, name_of, results_of
+from job.core.packing import Rows
+from job.edge.run.channels import Channel
+from job.edge.store.folder import FileEntry
+from job.stages.attempt import Attempt
+from job.stages.channel_changes import BASE, model_name
+from job.stages.exams import Exams, ExamSet
+from job.stages.loading import Inputs
+from job.stages.proving import as_judged, let_go, load_alone, load_from
+from job.tune.data.documents import Documents
+from job.tune.device.compute_dtype import compute_dtype
+from job.tune.device.device import device_name
+from job.tune.engines.packed_model import PackedModel
+from job.tune.loop.checkpoint import ADAPTER_FILES
+from job.tune.loop.evaluate import evaluate
+from job.tune.model.adapter import attach_lora, odd_settings
+from job.tune.world import World
+
+log = structlog.get_logger(__name__)
+_DECIDING = ("torch", "transformers", "peft", "bitsandbytes")
+"""Libraries whose version decides the last digits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A model that is judged: a run's published adapter, or the base alone."""
+
+    run_id: str | None
+    adapter: AdapterInUse | None
+
+    @property
+    def called(self) -> str:
+        """In sentences."""
+        return self.run_id or THE_BASE
+
+    @property
+    def kept_as(self) -> str:
+        """What its results are kept under."""
+        return self.run_id or BASE
+
+    @property
+    def model(self) -> str:
+        """Names its weights."""
+        return model_name(self.adapter)
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """Of its adapter."""
+        files = {} if self.adapter is None else self.adapter.files
+        return {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in files.items()}
+
+
+def in_use(promoted: Promoted | None) -> Contender:
+    """What a channel's entry puts in use."""
+    if promoted is None:
+        return Contender(run_id=None, adapter=None)
+    return Contender(run_id=promoted.run_id, adapter=promoted.adapter)
+
+
+class Examiner:
+    """Asks models, in this process and on this device."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        inputs: Inputs,
+        channel: Channel,
+        exams: Exams,
+        *,
+        left_to_peft: bool,
+        rows: Rows | None,
+        tokens_at_once: int,
+        world: World,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            attempt: polled for a stop, and the clock.
+            inputs: the base and the run.
+            channel: keeps results.
+            exams: what is asked.
+            left_to_peft: whether linear layers are to be PEFT's own.
+            rows: how documents stand in a forward; None: that is found by trying.
+            tokens_at_once: of a forward, at most.
+            world: the others, who have a base that is sharded with us.
+        """
+        self._attempt, self._inputs, self._channel, self.exams = attempt, inputs, channel, exams
+        self._left_to_peft, self._rows, self._tokens = left_to_peft, rows, tokens_at_once
+        self._world = world
+        self._scratch = attempt.worker.run_folder(inputs.artifacts.run_id) / "contender"
+        self.how = _how(inputs)
+        for each in exams.every:
+            channel.keep_exam(each.exam)
+
+    def results(self, contender: Contender) -> dict[str, ExampleResults]:
+        """By the exam's name.
+
+        Raises:
+            NotFoundError: its adapter is gone from the store.
+            DataError: its adapter is not what was promoted, or gives no finite loss.
+        """
+        found = {each.exam.name: self._kept(contender, each) for each in self.exams.every}
+        missing = [each for each in self.exams.every if found[each.exam.name] is None]
+        if missing:
+            log.info("judged_anew", model=contender.called, exams=len(missing))
+            with self.loaded(contender) as model:
+                for each in missing:
+                    nll = self.nll(contender, model, each.documents)
+                    found[each.exam.name] = self.keep(contender, each, nll)
+        return {name: results for name, results in found.items() if results is not None}
+
+    def of_loaded(
+        self, contender: Contender, model: PackedModel, *, known: Mapping[str, NDArray[np.float64]]
+    ) -> dict[str, ExampleResults]:
+        """The same of a model that is loaded; `known`: summed losses on exams that it was judged on just now."""
+        return {
+            each.exam.name: self.keep(
+                contender,
+                each,
+                known[each.exam.name] if each.exam.name in known else self.nll(contender, model, each.documents),
+            )
+            for each in self.exams.every
+        }
+
+    def keep(self, contender: Contender, asked: ExamSet, nll: NDArray[np.float64]) -> ExampleResults:
+        """Keep what a model made of an exam."""
+        results = results_of(nll, model=contender.model, exam=asked.exam.name, how=self.how)
+        self._channel.keep_results(contender.kept_as, results)
+        return results
+
+    def nll(self, contender: Contender, model: PackedModel, documents: Documents) -> NDArray[np.float64]:
+        """Summed loss of each document, in nats: [N]; in smaller forwards where memory runs out.
+
+        Raises:
+            DataError: a loss is not finite.
+        """
+        nll = self._evaluated(model, documents)
+        if not np.isfinite(nll).all():
+            worst = documents.where(int(np.argmin(np.isfinite(nll))))
+            raise DataError(
+                f"{worst}: {contender.called} has no finite loss on it, so that nothing can be compared; look at the "
+                "record, or take it out"
+            )
+        return nll
+
+    def _evaluated(self, model: PackedModel, documents: Documents) -> NDArray[np.float64]:
+        while True:
+            try:
+                return evaluate(
+                    model,
+                    documents,
+                    step=0,
+                    tokens_at_once=self._tokens,
+                    should_stop=self._attempt.worker.should_stop,
+                    on_progress=lambda done: self._attempt.phases.progress(judged=done, of=len(documents)),
+                ).nll
+            except torch.OutOfMemoryError:
+                if self._tokens <= documents.max_length:
+                    raise
+                self._tokens //= 2
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def loaded(self, contender: Contender) -> Iterator[PackedModel]:
+        """The model on a fresh 4-bit base, for the block."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        if contender.run_id is None:
+            with self._attempt.phases.phase("load_model"):
+                model = self._base()
+            with self._until_let_go(model), model.model.disable_adapter():
+                yield model
+            return
+        run = self._inputs.artifacts.other_run(contender.run_id)
+        run.fetch_adapter(self._scratch, contender.files, should_stop=self._attempt.worker.should_stop)
+        _refuse_odd(self._scratch / ADAPTER_FILES[1], contender)
+        with self._attempt.phases.phase("load_model"):
+            model = load_from(
+                self._attempt,
+                self._inputs,
+                self._scratch,
+                left_to_peft=self._left_to_peft,
+                rows=self._rows,
+                world=self._world,
+            )
+        with self._until_let_go(model):
+            yield model
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    @contextmanager
+    def _until_let_go(self, model: PackedModel) -> Iterator[None]:
+        """Also where it gave no finite loss: the others are to be free for the next one."""
+        try:
+            yield
+        except DataError:
+            let_go(model, self._world)
+            raise
+        let_go(model, self._world)
+
+    def _base(self) -> PackedModel:
+        """The base, with an adapter that is to be switched off."""
+        inputs, recipe = self._inputs, self._attempt.worker.recipe
+        base, sharded = load_alone(self._attempt, inputs, self._world)
+        source, revision = inputs.base.identity.source, recipe.model.revision
+        adapted = attach_lora(base, recipe.lora, source=source, revision=revision, seed=recipe.train.seed)
+        return as_judged(PackedModel(adapted, sharded), inputs, left_to_peft=self._left_to_peft, rows=self._rows)
+
+    def _kept(self, contender: Contender, asked: ExamSet) -> ExampleResults | None:
+        kept = self._channel.results(contender.kept_as, exam=asked.exam.name, how=self.how, model=contender.model)
+        return kept if kept is not None and len(kept.nll) == len(asked.documents) else None
+
+
+def _refuse_odd(config: Path, contender: Contender) -> None:
+    """What PEFT obeys is held to what this job writes: the hashes it was verified by stand in the same bucket."""
+    try:
+        odd = odd_settings(config)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{contender.called}: its adapter_config.json cannot be read ({error})") from error
+    if odd:
+        raise DataError(
+            f"{contender.called}: its adapter_config.json has settings that this job does not write "
+            f"({', '.join(odd)}); look at who can write there"
+        )
+
+
+def _how(inputs: Inputs) -> str:
+    """Names what decides the numbers beside model and exam."""
+    return name_of(
+        {
+            "base": inputs.base.identity.revision,
+            "device": device_name(inputs.device),
+            "dtype": str(compute_dtype(inputs.device)),
+            "versions": {name: version(name) for name in _DECIDING},
+        }
+    )

@@ -1,0 +1,135 @@
+"""A channel after a night has trained: is its model better than the one in use, and if so, it takes its place."""
+
+from dataclasses import dataclass
+
+from job.core.channel import AdapterFileInUse, AdapterInUse, Judged, OtherTraining
+from job.core.judgement import Candidate
+from job.core.promotion_report import PromotionReport, said_of
+from job.core.report import Report
+from job.core.verdict import Evaluation
+from job.edge.store.folder import FileEntry
+from job.stages.attempt import Attempt
+from job.stages.channel_changes import (
+    budget_report,
+    carry_out,
+    first_state,
+)
+from job.stages.comparing import judge_loaded
+from job.stages.contenders import Contender, Examiner
+from job.stages.loading import Inputs
+from job.stages.loop import TrainingFacts
+from job.stages.night import Night
+from job.tune.engines.packed_model import PackedModel
+from job.tune.world import World
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """Tonight's model, judged on everything while it was loaded."""
+
+    contender: Contender
+    examiner: Examiner
+    others: tuple[OtherTraining, ...]
+    """Of the same recipe."""
+
+
+def examine(
+    attempt: Attempt,
+    inputs: Inputs,
+    facts: TrainingFacts,
+    night: Night,
+    model: PackedModel,
+    proven: Evaluation,
+    files: dict[str, FileEntry],
+    world: World,
+) -> Examined:
+    """Judge the published adapter, while it is loaded, on what it was not judged on yet.
+
+    Args:
+        attempt: this process.
+        inputs: the run.
+        facts: how it was trained.
+        night: the channel.
+        model: the published adapter, as it was loaded to be proven.
+        proven: what it made of the held-out examples.
+        files: the published ones.
+        world: the others, who have a base that is sharded with us.
+    """
+    with attempt.phases.phase("judge"):
+        examiner = Examiner(
+            attempt,
+            inputs,
+            night.channel,
+            night.exams,
+            left_to_peft=facts.left_to_peft,
+            rows=facts.rows,
+            tokens_at_once=facts.progress.cut.evaluation_tokens,
+            world=world,
+        )
+        contender = Contender(run_id=inputs.artifacts.run_id, adapter=_adapter_of(inputs.artifacts.uri, files))
+        examiner.of_loaded(contender, model, known={night.exams.frozen.exam.name: proven.nll})
+    other = night.other
+    others = () if other is None else (OtherTraining(run_id=other.run_id, adapter=_adapter_in(other)),)
+    return Examined(contender=contender, examiner=examiner, others=others)
+
+
+def judged_files(night: Night, run_id: str) -> dict[str, FileEntry] | None:
+    """The published files that a verdict of an attempt before is on; None: the run was not judged yet."""
+    judged = night.channel.judged(run_id, 1)
+    if judged is None:
+        return None
+    return {name: FileEntry(size=file.size, sha256=file.sha256) for name, file in judged.adapter.files.items()}
+
+
+def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) -> PromotionReport:
+    """Judge the run beside the model in use, and do what comes of it; what an attempt before did stands.
+
+    Raises:
+        NotFoundError: the adapter in use is gone from the store.
+    """
+    recipe, channel = attempt.worker.recipe, night.channel
+    with attempt.phases.phase("judge"):
+        judged = channel.judged(inputs.artifacts.run_id, 1) or _judge(attempt, inputs, night, examined)
+    with attempt.phases.phase("promote"):
+        outcome = carry_out(channel, recipe, judged, night.copy)
+    state, _ = channel.state()
+    return PromotionReport(
+        channel=channel.name,
+        channel_uri=channel.uri,
+        outcome=outcome,
+        said=said_of(judged, outcome),
+        judged=judged,
+        budget=budget_report(state or first_state(recipe)()),
+        new=night.new,
+        late=night.late,
+        parent=night.parent,
+        fresh_promotion=night.fresh_promotion,
+        conditional=channel.conditional,
+    )
+
+
+def _judge(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) -> Judged:
+    identity, adapter = inputs.base.identity, examined.contender.adapter
+    assert adapter is not None, "a run has one"
+    candidate = Candidate(
+        run_id=inputs.artifacts.run_id,
+        run_uri=inputs.artifacts.uri,
+        round=1,
+        adapter=adapter,
+        base=identity.source,
+        revision=identity.revision,
+        others=examined.others,
+    )
+    return judge_loaded(attempt, night.channel, examined.examiner, candidate)
+
+
+def _adapter_of(run_uri: str, files: dict[str, FileEntry]) -> AdapterInUse:
+    return AdapterInUse(
+        uri=f"{run_uri}/adapter",
+        files={name: AdapterFileInUse(size=file.size, sha256=file.sha256) for name, file in files.items()},
+    )
+
+
+def _adapter_in(report: Report) -> AdapterInUse:
+    files = {name: FileEntry(size=file.size, sha256=file.sha256) for name, file in report.adapter.files.items()}
+    return _adapter_of(report.run_uri, files)

@@ -1,0 +1,392 @@
+"""Nights on a channel: what is promoted, what is refused and why, what is new, and a night without anything to do."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from job_process import call, objects, records, write_lines
+from nightly_job import CHANNEL, NightlyJob, with_customers
+from run_material import make_base
+
+from job.core.crash_points import POINTS
+
+
+@pytest.fixture
+def job(tmp_path, base, warm):
+    return NightlyJob(tmp_path, base, warm)
+
+
+def poisoned(count, *, seed):
+    """The right questions with answers that lead away from what the held-out ones ask."""
+    return [row | {"answer": "hats hats"} for row in records(count, seed=seed)]
+
+
+def test_three_nights_the_first_without_a_champion_one_without_new_data_one_with(job):
+    job.recipe["promote"] |= {"cluster": "customer", "slices": ["lang"]}
+    _, report = job.night()
+    found = report["promotion"]
+    assert found["outcome"] == "promoted", found
+    assert found["said"].startswith("Promoted: ")
+    assert found["judged"]["decision"]["champion"] == "the base"
+    assert found["judged"]["gap"]["clusters"] == 30
+    assert {*found["judged"]["slices"]} == {"lang=de", "lang=en"}
+    assert found["new"]["records"] == 24
+    assert job.promoted()["run_id"] == report["run_id"]
+    job.in_order()
+
+    stood = objects(job.store)
+    ended, nothing = job.night()
+    assert nothing is None
+    assert ended.named("already_done")
+    assert ended.phases() == ["identify"]
+    assert objects(job.store) == stood
+
+    job.more("2", 12, seed=5)
+    ended, second = job.night()
+    new = second["promotion"]["new"]
+    assert new["files"] == [f"file://{job.data}/train-2.jsonl"]
+    assert (new["file_count"], new["records"]) == (1, 12)
+    assert ended.named("new_data")[0]["since"] == report["run_id"]
+    assert [e["model"] for e in ended.named("judged_anew")] == []
+    assert second["promotion"]["judged"]["decision"]["champion"] == report["run_id"]
+    (fresh,) = ended.named("fresh_records")
+    asked = {row["question"] for row in records(60, seed=1)}
+    assert fresh["records"] == len([row for row in records(12, seed=5) if row["question"] not in asked])
+    assert {*fresh["losses"]} == {report["run_id"]}
+    nights = job.state()["nights"]
+    assert [night["run_id"] for night in nights] == [report["run_id"], second["run_id"]]
+    assert job.state()["budget"]["tests"] == 2
+    job.in_order()
+
+
+def test_a_file_that_is_not_whole_is_left_out_by_name_and_learned_once_it_is(job):
+    job.night()
+    late = job.data / "train-late.jsonl"
+    whole = "".join(json.dumps(row) + "\n" for row in records(8, seed=4))
+    late.write_text(whole[: len(whole) - 20])
+    ended, nothing = job.night()
+    assert nothing is None, "without the late file nothing has changed"
+    assert [e["file"] for e in ended.named("late_file")] == [f"file://{late}"]
+
+    job.more("3", 6, seed=6)
+    late.write_text(whole.rstrip("\n"))
+    _, report = job.night()
+    assert report["promotion"]["late"] == [f"file://{late}: it does not end with a line end"]
+    assert any(note.startswith("left out, not whole yet: ") for note in report["notes"])
+    assert not any("late" in o["uri"] for o in report["data"]["train"]["objects"])
+
+    late.write_text(whole)
+    _, report = job.night()
+    assert report["promotion"]["late"] == []
+    assert report["promotion"]["new"]["records"] == 8
+
+
+@pytest.mark.nightly
+def test_a_source_without_any_whole_file_ends_with_65_and_says_which(job):
+    path = job.data / "train.jsonl"
+    path.write_text(path.read_text() + '{"question": "12 red')
+    ended, _ = job.night(code=65)
+    assert "train.jsonl: it does not end with a line end" in ended.outcome["reason"]
+    assert job.runs() == []
+
+
+def test_a_poisoned_night_is_refused_with_exit_code_0_and_its_report_says_why(job):
+    _, good = job.night()
+    write_lines(job.data / "train-poison.jsonl", poisoned(200, seed=9))
+    ended, bad = job.night()
+    assert ended.code == 0
+    judged = bad["promotion"]["judged"]
+    assert judged["challenger_loss"] > judged["champion_loss"] + 0.1, "the damage is there"
+    assert bad["promotion"]["outcome"] == "refused"
+    assert judged["decision"]["verdict"] == "not better"
+    assert bad["promotion"]["said"].startswith("Not promoted, not better: ")
+    assert job.promoted()["run_id"] == good["run_id"]
+    shown = call("report", f"file://{job.store}/runs/{bad['run_id']}").stdout
+    assert "channel            notes: Not promoted, not better" in shown
+    job.in_order()
+
+
+@pytest.mark.nightly
+def test_a_run_that_starts_from_the_model_in_use_says_so_and_begins_where_that_ended(job):
+    job.recipe["promote"]["start_from"] = "promoted"
+    _, first = job.night()
+    assert first["promotion"]["parent"] is None
+    ended, nothing = job.night()
+    assert nothing is None, "what is in use has changed, and the data has not"
+    assert ended.named("already_done")
+
+    job.more("2", 12, seed=5)
+    _, second = job.night()
+    parent = second["promotion"]["parent"]
+    assert (parent["run_id"], parent["sequence"]) == (first["run_id"], 1)
+    weights = first["adapter"]["files"]["adapter_model.safetensors"]["sha256"]
+    assert parent["weights"] == weights
+    record = json.loads((job.store / "runs" / second["run_id"] / "run.json").read_text())
+    assert record["parent"] == parent
+    assert second["evaluations"][0]["loss"] == pytest.approx(first["sweet_spot"]["loss"], abs=1e-3)
+    assert any("step 0 is that model" in note for note in second["notes"])
+    job.in_order()
+
+
+@pytest.mark.nightly
+def test_an_adapter_of_another_form_cannot_be_started_from(job):
+    job.night()
+    job.recipe["promote"]["start_from"] = "promoted"
+    job.recipe["lora"]["alpha"] = 16
+    ended, _ = job.night(code=64)
+    assert "lora_alpha 8 there and 16 here" in ended.outcome["reason"]
+
+
+@pytest.mark.nightly
+def test_a_channel_has_models_of_one_base(job, tmp_path):
+    _, first = job.night()
+    job.recipe["model"]["base"] = str(make_base(tmp_path / "another", positions=128))
+    ended, _ = job.night(code=64)
+    assert "give this one a channel of its own" in ended.outcome["reason"]
+    assert job.promoted()["run_id"] == first["run_id"]
+
+
+@pytest.mark.nightly
+def test_a_field_that_the_held_out_records_lack_is_missed_before_anything_is_trained(job):
+    job.recipe["promote"]["cluster"] = "client"
+    ended, _ = job.night(code=65)
+    assert 'validation.jsonl:1: "client" is missing' in ended.outcome["reason"]
+    assert "train" not in ended.phases()
+
+
+@pytest.mark.nightly
+def test_the_regression_set_holds_a_better_model_up(job):
+    """Better on what is asked, worse on what must not be lost."""
+    write_lines(job.data / "keep.jsonl", [row | {"answer": "hats hats"} for row in records(40, seed=3)])
+    job.recipe["promote"]["regression"] = f"file://{job.data}/keep.jsonl"
+    write_lines(job.data / "train.jsonl", records(24) + poisoned(60, seed=9))
+    job.recipe["train"]["steps"] = 12
+    _, both = job.night()
+    assert both["promotion"]["outcome"] == "promoted", both["promotion"]["said"]
+    (job.data / "train.jsonl").unlink()
+    write_lines(job.data / "train-2.jsonl", records(120, seed=8))
+    _, narrow = job.night()
+    judged = narrow["promotion"]["judged"]
+    assert judged["challenger_loss"] < judged["champion_loss"] - 0.1
+    assert judged["regression"]["mean"] > 0.1, "the damage is there"
+    assert judged["decision"]["verdict"] == "better"
+    assert narrow["promotion"]["outcome"] == "refused"
+    assert "regression set" in judged["decision"]["held_up_by"]
+
+
+@pytest.mark.nightly
+def test_new_records_promote_a_run_that_could_not_be_told_from_the_model_in_use(job):
+    """On a dozen held-out examples nothing can be told; on the next night's two hundred new records it can."""
+    write_lines(job.data / "validation.jsonl", records(12, seed=1))
+    _, first = job.night()
+    assert first["promotion"]["judged"]["decision"]["verdict"] == "cannot tell"
+    (waits,) = job.state()["waiting"]
+    assert (waits["challenger"], waits["champion"], waits["records"]) == (first["run_id"], "the base", 0)
+
+    job.more("2", 200, seed=7)
+    ended, second = job.night()
+    phases = ended.phases()
+    assert phases.index("test_before_training") < phases.index("train")
+    assert second["promotion"]["fresh_promotion"] == first["run_id"]
+    assert second["promotion"]["judged"]["decision"]["champion"] == first["run_id"]
+    entry = job.history()[0]
+    assert entry["run_id"] == first["run_id"]
+    assert "records of 1 nights that neither had seen" in entry["why"]
+    job.in_order()
+
+
+@pytest.mark.nightly
+def test_two_seeds_are_both_trained_and_the_worse_one_decides(job):
+    job.recipe["promote"]["seeds"] = 2
+    _, _ = job.night()
+    reports = job.reports()
+    assert len(reports) == 2
+    (main,) = [report for report in reports.values() if report["promotion"]]
+    (other,) = [report for report in reports.values() if not report["promotion"]]
+    assert other["recipe"]["train"]["seed"] == main["recipe"]["train"]["seed"] + 1
+    judged = main["promotion"]["judged"]
+    assert len(judged["seeds"]) == 2
+    assert judged["gap"]["mean"] == max(gap["mean"] for gap in judged["seeds"])
+    assert job.promoted()["run_id"] == main["run_id"]
+    assert any(note.startswith("Two seeds were trained") for note in judged["decision"]["notes"])
+    ended, nothing = job.night()
+    assert nothing is None
+    assert ended.phases() == ["identify"]
+
+
+@pytest.mark.nightly
+def test_a_night_that_failed_for_good_does_not_stand_in_the_way_of_new_data(job):
+    """The same data ends in the same way; with more of it the next night begins a run of its own."""
+    job.recipe["train"]["learning_rate"] = 1e38
+    job.night(code=80)
+    (failed,) = job.runs()
+    job.night(code=80)
+    assert job.runs() == [failed], "nothing has changed: it is the same run"
+
+    job.more("2", 12, seed=5)
+    ended, _ = job.night(code=80)
+    (left,) = ended.named("unfinished_run_left")
+    assert left["run_id"] == failed.name
+    assert "there is other data by now" in left["reason"]
+    assert len(job.runs()) == 2
+
+
+# --- several at once -------------------------------------------------------------------------------------------------
+
+
+def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_next_night(job):
+    with job.begun("run", "--crash-at", "verdict.after=freeze", "--set", "train.seed=1") as frozen:
+        frozen.until(lambda event: event["event"] == "phase" and event["name"] == "judge")
+        _, winner = job.night("--set", "train.seed=2")
+        assert winner["promotion"]["outcome"] == "promoted"
+        frozen.child.send_signal(signal.SIGCONT)
+        ended = frozen.end()
+    assert ended.code == 0, ended.stdout
+    (loser,) = [report for report in job.reports().values() if report["run_id"] != winner["run_id"]]
+    assert loser["promotion"]["outcome"] == "lost"
+    assert "no longer in use" in loser["promotion"]["said"]
+    assert job.promoted()["run_id"] == winner["run_id"]
+    assert job.state()["again"] == [loser["run_id"]]
+
+    ended, nothing = job.night("--set", "train.seed=1")
+    assert nothing is None
+    assert "train" not in ended.phases()
+    (judged,) = ended.named("judged")
+    assert judged["champion"] == winner["run_id"]
+    assert job.state()["again"] == []
+    assert [night["round"] for night in job.state()["nights"]] == [1, 1, 2]
+    assert job.state()["budget"]["tests"] == 3
+    job.in_order()
+
+
+@pytest.mark.nightly
+def test_a_rollback_while_a_night_runs_holds_and_the_night_says_so(job):
+    _, first = job.night()
+    uri = f"file://{job.channel}"
+    job.more("2", 60, seed=5)
+    job.recipe["train"]["steps"] = 20
+    with job.begun("run", "--crash-at", "verdict.after=freeze") as frozen:
+        frozen.until(lambda event: event["event"] == "phase" and event["name"] == "judge")
+        shown = call("channel", uri, "--rollback", "base")
+        assert shown.code == 0, shown.stdout
+        assert f"Rolled back by hand from {first['run_id']} to the base." in shown.stdout
+        frozen.child.send_signal(signal.SIGCONT)
+        ended = frozen.end()
+    assert ended.code == 0, ended.stdout
+    (night,) = [report for report in job.reports().values() if report["run_id"] != first["run_id"]]
+    assert night["promotion"]["outcome"] == "lost", night["promotion"]["said"]
+    now = job.promoted()
+    assert (now["kind"], now["run_id"], now["sequence"], now["replaced"]) == ("rollback", None, 2, first["run_id"])
+    job.in_order()
+
+    back = call("channel", uri, "--rollback", first["run_id"])
+    assert back.code == 0, back.stdout
+    assert job.promoted()["run_id"] == first["run_id"]
+    assert f"in use    {first['run_id']}" in back.stdout
+    assert [each["kind"] for each in job.history()] == ["promotion", "rollback", "rollback"]
+    job.in_order()
+    again = call("channel", uri, "--rollback")
+    assert job.promoted()["run_id"] is None, again.stdout
+
+
+def test_going_back_to_a_run_that_was_deleted_changes_nothing(job):
+    _, first = job.night()
+    uri = f"file://{job.channel}"
+    assert call("channel", uri, "--rollback", "base").code == 0
+    (job.store / "runs" / first["run_id"] / "adapter" / "adapter_model.safetensors").unlink()
+    stood = objects(job.store)
+
+    refused = call("channel", uri, "--rollback", first["run_id"])
+    assert refused.code == 66
+    assert "nothing was changed" in refused.stdout + refused.stderr
+    assert objects(job.store) == stood
+    job.in_order()
+
+
+EARLIER = {json.dumps(row) for row in records(24)}
+CHANNEL_POINTS = [
+    name for name in POINTS if name.split(".")[0] in {"verdict", "promoted", "channel_adapter", "channel_state"}
+]
+
+
+@pytest.fixture(scope="session")
+def second_night(tmp_path_factory, base, warm):
+    """After a first night, with new data that make the second one's model better."""
+    job = NightlyJob(tmp_path_factory.mktemp("nights") / "job", base, warm)
+    job.night()
+    job.more("2", 60, seed=5)
+    job.recipe["train"]["steps"] = 20
+    return job
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("point", [*CHANNEL_POINTS, "report.before", "report.after"])
+def test_killed_between_verdict_and_report_the_channel_is_the_old_or_the_new_one(second_night, point):
+    job = as_it_was(second_night)
+    old = job.promoted()
+    killed = job.start("run", "--crash-at", point)
+    assert killed.code == -signal.SIGKILL, killed.stdout
+    now = job.promoted()
+    is_new = now["sequence"] == old["sequence"] + 1
+    assert is_new or now == old
+    assert is_new is (point not in {"verdict.before", "verdict.after"})
+
+    published = {path: path.stat().st_mtime_ns for path in job.store.glob("runs/*/adapter/*")}
+    ended, report = job.night()
+    if point != "verdict.before":
+        assert {path: path.stat().st_mtime_ns for path in published} == published, "it may be in use"
+    if point == "report.after":
+        assert ended.named("already_done")
+        report = next(each for each in job.reports().values() if each["run_id"] != old["run_id"])
+    assert report["promotion"]["outcome"] == "promoted"
+    assert report["promotion"]["new"]["records"] == len({json.dumps(row) for row in records(60, seed=5)} - EARLIER)
+    assert report["promotion"]["new"]["files"] == [f"file://{job.data}/train-2.jsonl"]
+    assert job.promoted()["run_id"] == report["run_id"]
+    assert job.promoted()["sequence"] == old["sequence"] + 1
+    assert job.state()["budget"]["tests"] == 2
+    assert [night["run_id"] for night in job.state()["nights"]] == [old["run_id"], report["run_id"]]
+    job.in_order()
+
+
+def as_it_was(job):
+    """Its store as it was at first: objects are known by their URIs, so that it stays in its place."""
+    kept = job.folder / "kept"
+    if not kept.exists():
+        shutil.copytree(job.store, kept)
+    shutil.rmtree(job.store)
+    shutil.copytree(kept, job.store)
+    return job
+
+
+# --- who hears of it -------------------------------------------------------------------------------------------------
+
+
+def test_the_ending_and_the_channel_say_what_came_of_the_night(job):
+    uri = f"file://{job.channel}"
+    assert call("channel", uri).code == 66
+    _, report = job.night()
+    (ending,) = [json.loads(path.read_text()) for path in job.store.glob("endings/*")]
+    assert ending["promotion"] == {
+        "channel": CHANNEL,
+        "outcome": "promoted",
+        "verdict": "better",
+        "challenger": report["run_id"],
+        "champion": "the base",
+        "why": report["promotion"]["said"],
+        "report": f"file://{job.store}/runs/{report['run_id']}/report.json",
+    }
+
+    shown = call("channel", uri).stdout
+    assert f"in use    {report['run_id']}" in shown
+    assert "why       Promoted: " in shown
+    assert f"copy      {uri}/adapter" in shown
+    assert "0.018 of 1 wrong promotions that a year may expect are spent" in shown
+    assert shown.count(report["run_id"]) >= 2
+    assert call("channel", f"file://{job.store}").code == 64
+    assert call("channel", uri, "--rollback", "nobody").code == 66
+    assert call("channel", uri, "--rollback", report["run_id"]).code == 64
+
+
+def test_customers_come_in_pairs():
+    assert [row["customer"] for row in with_customers(records(4))] == ["c0", "c0", "c1", "c1"]

@@ -1,0 +1,98 @@
+"""What is done to a channel: which models a challenger must not lie below, and by what a run is judged again."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from channel_material import HOW, adapter, exam, judged, results
+
+from job.core.channel import Promoted
+from job.core.recipe import Recipe
+from job.edge.run.channels import Channel
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
+from job.stages.channel_changes import BASE, FIRST, MONTH_AGO, earlier_models, judge_by_kept
+
+
+@pytest.fixture
+def channel(tmp_path):
+    return Channel(open_store(f"file://{tmp_path}/store", StoreSettings()), "notes", conditional=True)
+
+
+def in_use_for(channel, days, run_id):
+    """A change so many days ago."""
+    now, etag = channel.promoted()
+    change = Promoted(
+        channel="notes",
+        sequence=1 if now is None else now.sequence + 1,
+        kind="promotion",
+        run_id=run_id,
+        run_uri=f"s3://b/runs/{run_id}",
+        adapter=adapter(run_id),
+        base="owner/base",
+        revision="c" * 40,
+        since=(datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds"),
+        why="Promoted.",
+        replaced=None if now is None else now.run_id,
+        by="node",
+    )
+    assert channel.swap(change, etag=etag)
+    return change
+
+
+def test_nothing_that_was_promoted_lies_below_the_base(channel):
+    assert earlier_models(channel, None) == {}
+    first = in_use_for(channel, 3, "run-1")
+    assert earlier_models(channel, first) == {"the base": None}
+
+
+def test_small_steps_down_are_seen_on_a_young_channel_too(channel):
+    """Twelve in twelve nights: no champion is 30 days old, and the first one is what the sum is seen by."""
+    changes = [in_use_for(channel, 12 - night, f"run-{night}") for night in range(12)]
+
+    assert earlier_models(channel, changes[-1]) == {"the base": None, FIRST: changes[0]}
+
+
+def test_later_it_is_the_champion_of_thirty_days_ago(channel):
+    changes = [in_use_for(channel, days, f"run-{days}") for days in (50, 40, 20, 2)]
+
+    assert earlier_models(channel, changes[-1]) == {"the base": None, MONTH_AGO: changes[1]}
+
+
+# --- judged again by what is kept ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe():
+    return Recipe.model_validate(
+        {
+            "model": {"base": "owner/base", "revision": "c" * 40},
+            "data": {"train": "s3://b/t.jsonl", "validation": "s3://b/v.jsonl", "prompt": "{q}", "completion": "{a}"},
+            "train": {"steps": 1, "batch_size": 1, "learning_rate": 1e-4},
+            "output": "s3://b/models",
+            "promote": {"channel": "notes", "seeds": 2},
+        }
+    )
+
+
+def kept(channel, run_id, loss, seed):
+    model = BASE if run_id == BASE else adapter(run_id).files["adapter_model.safetensors"].sha256[:32]
+    channel.keep_results(run_id, results(loss, model=model, seed=seed))
+
+
+def test_of_two_seeds_both_are_judged_again(channel, recipe):
+    """The one alone would be promoted; the other is no better than what is in use now."""
+    in_use_for(channel, 1, "run-1")
+    channel.keep_exam(exam())
+    for seed, (run_id, loss) in enumerate({BASE: 2.0, "run-1": 1.0, "run-2": 0.5}.items()):
+        kept(channel, run_id, loss, seed)
+    before = judged(gain=0.5, seeds=(0.5,))
+    assert before.how == HOW
+
+    assert judge_by_kept(channel, recipe, before, number=2) is None, "nothing is kept of the other training"
+    kept(channel, "seed0.5", 1.0, 9)
+    again = judge_by_kept(channel, recipe, before, number=2)
+
+    assert len(again.seeds) == 2
+    assert again.others == before.others
+    assert not again.decision.promoted
+    assert again.decision.champion == "run-1"

@@ -1,0 +1,142 @@
+"""Models on exams: kept results of the same model are used, others are not; smaller forwards where memory runs out."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from channel_material import adapter
+from tiny import CPU, adapted, stages_attempt
+
+from job.core.errors import DataError
+from job.core.recipe import LoraSection, Recipe
+from job.edge.run.channels import Channel
+from job.edge.store.objects import StoreSettings
+from job.edge.store.opening import open_store
+from job.stages import contenders
+from job.stages.contenders import Contender, Examiner
+from job.stages.exams import Exams, ExamSet, _exam
+from job.tune.device.compute_dtype import compute_dtype
+from job.tune.loop.checkpoint import adapter_to_publish
+from job.tune.loop.evaluate import evaluate
+from job.tune.model.adapter import odd_settings
+
+
+@pytest.fixture
+def examiner(bases, documents, tmp_path):
+    recipe = Recipe.model_validate(
+        {
+            "model": {"base": str(bases["llama"])},
+            "data": {"train": "t.jsonl", "validation": "v.jsonl", "text": "{q}"},
+            "lora": {"r": 4},
+            "train": {"steps": 1, "batch_size": 1, "learning_rate": 1e-3},
+            "output": "o",
+            "promote": {"channel": "notes"},
+        }
+    )
+    channel = Channel(open_store(f"file://{tmp_path}/store", StoreSettings()), "notes", conditional=True)
+    identity = SimpleNamespace(source="base", revision="c" * 40)
+    inputs = SimpleNamespace(
+        base=SimpleNamespace(folder=bases["llama"], identity=identity),
+        device=CPU,
+        artifacts=SimpleNamespace(run_id="run-2"),
+    )
+    exams = Exams(
+        frozen=ExamSet(exam=_exam(documents, [{}] * len(documents), recipe.promote), documents=documents),
+        regression=None,
+    )
+    return Examiner(stages_attempt(recipe, tmp_path), inputs, channel, exams, left_to_peft=False, tokens_at_once=4096)
+
+
+def scored(model, documents):
+    return evaluate(
+        model, documents, step=0, tokens_at_once=4096, should_stop=lambda: False, on_progress=lambda _done: None
+    ).nll
+
+
+def test_the_base_is_what_an_adapter_is_that_was_never_trained(examiner, bases, documents):
+    """Its results are kept, and the second time nothing is loaded."""
+    (results,) = examiner.results(Contender(run_id=None, adapter=None)).values()
+    untrained = adapted(bases["llama"], LoraSection(r=4), dtype=compute_dtype(CPU)).eval()
+    assert results.nll == pytest.approx(scored(untrained, documents).tolist(), abs=1e-3)
+
+    examiner.loaded = None
+    assert [*examiner.results(Contender(run_id=None, adapter=None)).values()] == [results]
+
+
+def test_results_of_another_model_under_the_same_name_are_not_used(examiner, bases, documents):
+    mine = Contender(run_id="run-1", adapter=adapter("run-1", "a"))
+    model = adapted(bases["llama"], LoraSection(r=4), dtype=compute_dtype(CPU), moved=True).eval()
+    (kept,) = examiner.of_loaded(mine, model, known={}).values()
+    assert kept.nll == tuple(scored(model, documents))
+    assert [*examiner.results(mine).values()] == [kept]
+
+    def refuse(_contender):
+        raise LookupError("it is loaded")
+
+    examiner.loaded = refuse
+    with pytest.raises(LookupError):
+        examiner.results(Contender(run_id="run-1", adapter=adapter("run-1", "b")))
+    examiner.how = "another device"
+    with pytest.raises(LookupError):
+        examiner.results(mine)
+
+
+def test_what_was_judged_just_now_is_not_judged_again(examiner, documents):
+    known = {examiner.exams.frozen.exam.name: np.arange(1.0, len(documents) + 1)}
+    (kept,) = examiner.of_loaded(Contender(run_id="run-2", adapter=adapter("run-2")), None, known=known).values()
+    assert kept.nll == tuple(range(1, len(documents) + 1))
+
+
+def test_memory_that_runs_out_makes_the_forwards_smaller_and_not_the_night_fail(examiner, documents, monkeypatch):
+    asked = []
+
+    def short(_model, these, *, tokens_at_once, **_others):
+        asked.append(tokens_at_once)
+        if tokens_at_once > 1000:
+            raise torch.OutOfMemoryError
+        return SimpleNamespace(nll=np.ones(len(these)))
+
+    monkeypatch.setattr(contenders, "evaluate", short)
+    nll = examiner.nll(Contender(run_id=None, adapter=None), None, documents)
+    assert nll.tolist() == [1.0] * len(documents)
+    assert asked == [4096, 2048, 1024, 512]
+
+
+def test_a_loss_that_is_not_finite_names_the_record(examiner, documents, monkeypatch):
+    odd = np.ones(len(documents))
+    odd[2] = np.nan
+    monkeypatch.setattr(contenders, "evaluate", lambda *_, **__: SimpleNamespace(nll=odd))
+    with pytest.raises(DataError, match=documents.where(2)):
+        examiner.nll(Contender(run_id=None, adapter=None), None, documents)
+
+
+def test_settings_that_peft_would_obey_and_we_never_write_are_refused(bases, tmp_path):
+    """The hashes that an adapter is verified by stand in the bucket that it comes from."""
+    model = adapted(bases["llama"], LoraSection(r=4, dropout=0.1), dtype=compute_dtype(CPU)).model
+    adapter_to_publish(model, None).write(saved(model, tmp_path), tmp_path / "published")
+    config = tmp_path / "published" / "adapter_config.json"
+    assert odd_settings(config) == []
+    run_1 = Contender(run_id="run-1", adapter=adapter("run-1"))
+    contenders._refuse_odd(config, run_1)
+
+    content = json.loads(config.read_text())
+    for odd in (
+        {"auto_mapping": {"parent_library": "os"}},
+        {"peft_type": "IA3"},
+        {"modules_to_save": ["x"]},
+        {"new": 1},
+    ):
+        config.write_text(json.dumps(content | odd))
+        assert odd_settings(config) == [*odd]
+        with pytest.raises(DataError, match=f"does not write \\({next(iter(odd))}\\)"):
+            contenders._refuse_odd(config, run_1)
+    config.write_text("[]")
+    with pytest.raises(DataError, match="cannot be read"):
+        contenders._refuse_odd(config, run_1)
+
+
+def saved(model, folder):
+    model.save_pretrained(folder / "saved", save_embedding_layers=False)
+    return folder / "saved" / "adapter_model.safetensors"
