@@ -19,6 +19,9 @@ LEASE_SECONDS = "40"
 LAST_WORDS = ("checkpoint.before_manifest", "checkpoint.before_latest", "adapter.before_file", "report.before")
 """Right before each write by which an attempt says what counts."""
 
+AFTER_REPORT = {"attempts/01-end.json", "lock.json"}
+"""What the first attempt still writes when its report stands: how it ended, and that its lock is free."""
+
 
 @pytest.fixture(params=["folder", "s3"])
 def scene(request):
@@ -159,6 +162,25 @@ def test_a_frozen_owner_that_wakes_while_another_works_changes_nothing_that_coun
 
 
 @pytest.mark.chaos
+def test_an_owner_frozen_after_its_report_says_how_it_ended_and_changes_nothing_else(begun_run, scene, results):
+    run = begun_run("done")
+    frozen = freeze(run, "report.after")
+    try:
+        other = run.begin()
+        assert other.wait() == 0, other.told()
+        stood = run.content()
+        code = wake(frozen)
+    finally:
+        frozen.kill()
+    assert code == 0, frozen.told()
+    assert other.named("already_done")
+    assert not other.named("lock")
+    assert changed(stood, run.content()) == AFTER_REPORT
+    run.same_result(scene[2][0], frozen)
+    results.case("frozen")
+
+
+@pytest.mark.chaos
 @pytest.mark.parametrize("number", range(6))
 def test_an_owner_frozen_at_any_moment_changes_nothing_when_it_wakes(begun_run, scene, seed, number, results):
     run = begun_run(f"random-{number}")
@@ -176,9 +198,13 @@ def test_an_owner_frozen_at_any_moment_changes_nothing_when_it_wakes(begun_run, 
         code = wake(frozen)
     finally:
         frozen.kill()
-    # Stopped after its report: then it was done, and there was nothing to take over.
-    assert code == LockedError.code or (code == 0 and other.named("already_done")), frozen.told()
-    assert only_orphans(changed(stood, run.content()), number_of(frozen) if frozen.named("attempt") else 0)
+    changes = changed(stood, run.content())
+    if code == 0:  # stopped after its report: then it was done, and there was nothing to take over
+        assert other.named("already_done"), frozen.told()
+        changes -= AFTER_REPORT
+    else:
+        assert code == LockedError.code, frozen.told()
+    assert only_orphans(changes, number_of(frozen) if frozen.named("attempt") else 0)
     newest = max(step_of(name) for name in run.committed())
     assert newest == STEPS
     run.same_result(scene[2][0], other)
