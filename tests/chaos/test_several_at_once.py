@@ -116,21 +116,30 @@ def wake(attempt):
     return attempt.wait()
 
 
+def woken_when_another_has_ended(run, frozen):
+    """Start the run again while an attempt is frozen; wake that one when the other has ended with 0.
+
+    Returns:
+        The other attempt, how the woken one ended, and what it changed.
+    """
+    try:
+        other = run.begin()
+        assert other.wait() == 0, other.told()
+        stood = run.content()
+        return other, wake(frozen), changed(stood, run.content())
+    finally:
+        frozen.kill()
+
+
 @pytest.mark.parametrize(
     "point", [pytest.param(p, marks=() if p == "report.before" else pytest.mark.chaos) for p in LAST_WORDS]
 )
 def test_a_frozen_owner_that_wakes_after_another_has_finished_changes_nothing(begun_run, scene, point, results):
     run = begun_run(point)
     frozen = freeze(run, point)
-    try:
-        other = run.begin()
-        assert other.wait() == 0, other.told()
-        stood = run.content()
-        code = wake(frozen)
-    finally:
-        frozen.kill()
+    other, code, changes = woken_when_another_has_ended(run, frozen)
     assert code == LockedError.code, frozen.told()
-    assert only_orphans(changed(stood, run.content()), number_of(frozen))
+    assert only_orphans(changes, number_of(frozen))
     (taken,) = other.named("lock")
     assert taken["taken_from"].startswith(f"process {frozen.pid} ")
     assert run.read_json("report.json")["fence"] == taken["fence"]
@@ -165,17 +174,11 @@ def test_a_frozen_owner_that_wakes_while_another_works_changes_nothing_that_coun
 def test_an_owner_frozen_after_its_report_says_how_it_ended_and_changes_nothing_else(begun_run, scene, results):
     run = begun_run("done")
     frozen = freeze(run, "report.after")
-    try:
-        other = run.begin()
-        assert other.wait() == 0, other.told()
-        stood = run.content()
-        code = wake(frozen)
-    finally:
-        frozen.kill()
+    other, code, changes = woken_when_another_has_ended(run, frozen)
     assert code == 0, frozen.told()
     assert other.named("already_done")
     assert not other.named("lock")
-    assert changed(stood, run.content()) == AFTER_REPORT
+    assert changes == AFTER_REPORT
     run.same_result(scene[2][0], frozen)
     results.case("frozen")
 
@@ -191,14 +194,7 @@ def test_an_owner_frozen_at_any_moment_changes_nothing_when_it_wakes(begun_run, 
     phase = draw.choice(held)
     reach(run, frozen, phase, draw, durations.seconds)
     freeze_now(run, frozen)
-    try:
-        other = run.begin()
-        assert other.wait() == 0, other.told()
-        stood = run.content()
-        code = wake(frozen)
-    finally:
-        frozen.kill()
-    changes = changed(stood, run.content())
+    other, code, changes = woken_when_another_has_ended(run, frozen)
     if code == 0:  # stopped after its report: then it was done, and there was nothing to take over
         assert other.named("already_done"), frozen.told()
         changes -= AFTER_REPORT
