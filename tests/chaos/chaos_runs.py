@@ -49,9 +49,13 @@ class Place:
 
 
 def chaos_recipe(recipe: Mapping) -> dict:
-    """A dozen steps with dropout; evaluated each 4, committed each 2: there is always something to lose."""
+    """A dozen steps with dropout; evaluated each 4, committed each 2: there is always something to lose.
+
+    The adapter's matrices are as large as the optimizer's 8-bit states begin at: of smaller ones it keeps fp32.
+    """
     return {
         **recipe,
+        "lora": {**recipe["lora"], "r": 64, "alpha": 128},
         "train": {"steps": STEPS, "batch_size": 2, "learning_rate": 5e-3},
         "checkpoint": {"every_steps": 2, "keep": 2},
         "evaluate": {"every_steps": 4, "max_new_tokens": 4, "answers": 2, "prompts": ["12 red hats\n"]},

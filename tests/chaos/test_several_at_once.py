@@ -19,6 +19,9 @@ LEASE_SECONDS = "40"
 LAST_WORDS = ("checkpoint.before_manifest", "checkpoint.before_latest", "adapter.before_file", "report.before")
 """Right before each write by which an attempt says what counts."""
 
+AFTER_REPORT = {"attempts/01-end.json", "lock.json"}
+"""What the first attempt still writes when its report stands: how it ended, and that its lock is free."""
+
 
 @pytest.fixture(params=["folder", "s3"])
 def scene(request):
@@ -113,21 +116,30 @@ def wake(attempt):
     return attempt.wait()
 
 
+def woken_when_another_has_ended(run, frozen):
+    """Start the run again while an attempt is frozen; wake that one when the other has ended with 0.
+
+    Returns:
+        The other attempt, how the woken one ended, and what it changed.
+    """
+    try:
+        other = run.begin()
+        assert other.wait() == 0, other.told()
+        stood = run.content()
+        return other, wake(frozen), changed(stood, run.content())
+    finally:
+        frozen.kill()
+
+
 @pytest.mark.parametrize(
     "point", [pytest.param(p, marks=() if p == "report.before" else pytest.mark.chaos) for p in LAST_WORDS]
 )
 def test_a_frozen_owner_that_wakes_after_another_has_finished_changes_nothing(begun_run, scene, point, results):
     run = begun_run(point)
     frozen = freeze(run, point)
-    try:
-        other = run.begin()
-        assert other.wait() == 0, other.told()
-        stood = run.content()
-        code = wake(frozen)
-    finally:
-        frozen.kill()
+    other, code, changes = woken_when_another_has_ended(run, frozen)
     assert code == LockedError.code, frozen.told()
-    assert only_orphans(changed(stood, run.content()), number_of(frozen))
+    assert only_orphans(changes, number_of(frozen))
     (taken,) = other.named("lock")
     assert taken["taken_from"].startswith(f"process {frozen.pid} ")
     assert run.read_json("report.json")["fence"] == taken["fence"]
@@ -159,6 +171,19 @@ def test_a_frozen_owner_that_wakes_while_another_works_changes_nothing_that_coun
 
 
 @pytest.mark.chaos
+def test_an_owner_frozen_after_its_report_says_how_it_ended_and_changes_nothing_else(begun_run, scene, results):
+    run = begun_run("done")
+    frozen = freeze(run, "report.after")
+    other, code, changes = woken_when_another_has_ended(run, frozen)
+    assert code == 0, frozen.told()
+    assert other.named("already_done")
+    assert not other.named("lock")
+    assert changes == AFTER_REPORT
+    run.same_result(scene[2][0], frozen)
+    results.case("frozen")
+
+
+@pytest.mark.chaos
 @pytest.mark.parametrize("number", range(6))
 def test_an_owner_frozen_at_any_moment_changes_nothing_when_it_wakes(begun_run, scene, seed, number, results):
     run = begun_run(f"random-{number}")
@@ -169,16 +194,13 @@ def test_an_owner_frozen_at_any_moment_changes_nothing_when_it_wakes(begun_run, 
     phase = draw.choice(held)
     reach(run, frozen, phase, draw, durations.seconds)
     freeze_now(run, frozen)
-    try:
-        other = run.begin()
-        assert other.wait() == 0, other.told()
-        stood = run.content()
-        code = wake(frozen)
-    finally:
-        frozen.kill()
-    # Stopped after its report: then it was done, and there was nothing to take over.
-    assert code == LockedError.code or (code == 0 and other.named("already_done")), frozen.told()
-    assert only_orphans(changed(stood, run.content()), number_of(frozen) if frozen.named("attempt") else 0)
+    other, code, changes = woken_when_another_has_ended(run, frozen)
+    if code == 0:  # stopped after its report: then it was done, and there was nothing to take over
+        assert other.named("already_done"), frozen.told()
+        changes -= AFTER_REPORT
+    else:
+        assert code == LockedError.code, frozen.told()
+    assert only_orphans(changes, number_of(frozen) if frozen.named("attempt") else 0)
     newest = max(step_of(name) for name in run.committed())
     assert newest == STEPS
     run.same_result(scene[2][0], other)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from job.core.errors import DataError
+from job.core.errors import DataError, UnavailableError
 from job.core.promises import TensorHeader
 
 ReadPart = Callable[[str, int, int], bytes]
@@ -14,6 +14,8 @@ _LONGEST_BYTES = 2**24
 _FIRST_BYTES = 2**17
 """Read at once: nearly every header is shorter, and then one request is enough."""
 _WORKERS = 8
+_READINGS = 6
+"""Of the same piece, at most."""
 
 
 def read_headers(files: Mapping[str, int], read_part: ReadPart, *, source: str) -> dict[str, TensorHeader]:
@@ -26,8 +28,10 @@ def read_headers(files: Mapping[str, int], read_part: ReadPart, *, source: str) 
 
     Raises:
         DataError: a file is no safetensors file, or two hold the same tensor.
+        UnavailableError: what is read is something else each time.
         JobError: as `read_part`.
     """
+    read_part = _confirmed(read_part, source=source)
     with ThreadPoolExecutor(_WORKERS) as pool:
         each = pool.map(lambda name: _header(name, files[name], read_part, source=source), files)
         found: dict[str, TensorHeader] = {}
@@ -37,6 +41,23 @@ def read_headers(files: Mapping[str, int], read_part: ReadPart, *, source: str) 
                 raise DataError(f"{source}: {name}: {min(twice)} stands in another file as well; copy the model again")
             found |= tensors
     return found
+
+
+def _confirmed(read_part: ReadPart, *, source: str) -> ReadPart:
+    # A piece of a file comes without the file's checksum, and who is refused for what it says is not tried again.
+    def read(name: str, start: int, length: int) -> bytes:
+        seen: list[bytes] = []
+        while len(seen) < _READINGS:
+            piece = read_part(name, start, length)
+            if piece in seen:
+                return piece
+            seen.append(piece)
+        raise UnavailableError(
+            f"{source}: {name}: {length:,} bytes at {start:,} came differently each of {_READINGS} times: they are "
+            "damaged on their way; look at the network and at the store"
+        )
+
+    return read
 
 
 def _header(name: str, size: int, read_part: ReadPart, *, source: str) -> dict[str, TensorHeader]:

@@ -1,7 +1,7 @@
 """The committed checkpoints of a run: publish, list, fetch, and delete those that are no longer needed.
 
 checkpoints/step-000050-a01/...   the state after a step, by attempt: keys are never reused
-latest.json                       a hint for people; resuming lists the manifests
+latest.json                       a hint: resuming lists the manifests, and asks for those that it names
 
 Who holds the lock lists them once, when it takes over, and from then on knows what it commits and deletes: a listing
 that lags behind hides nothing from it, and thousands of checkpoints are not listed anew with each one.
@@ -77,13 +77,11 @@ class Checkpoints:
     def take_over(self) -> None:
         """Note what earlier attempts committed, and shut them out of latest.json; the lock must be ours."""
         known = self._listed()
-        hinted = _NAME.fullmatch(str(self.latest.take_over().get("checkpoint")))
-        if hinted is not None:
-            newest = Checkpoint(step=int(hinted[1]), attempt=int(hinted[2]))
-            if newest not in known.committed and self._folder(newest).is_committed():
-                log.info("checkpoint_not_listed", checkpoint=newest.name, message="the store's listing lags behind")
-                known.begun[newest] = math.inf
-                known.committed.add(newest)
+        for hinted in _named(self.latest.take_over()):
+            if hinted not in known.committed and self._folder(hinted).is_committed():
+                log.info("checkpoint_not_listed", checkpoint=hinted.name, message="the store's listing lags behind")
+                known.begun[hinted] = math.inf
+                known.committed.add(hinted)
         self._inherited, self._known = frozenset(known.committed), known
 
     def sweep(self) -> list[str]:
@@ -121,7 +119,9 @@ class Checkpoints:
             self._known.committed.add(checkpoint)
         crash_point("checkpoint.after_manifest")
         crash_point("checkpoint.before_latest")
-        self.latest.write({"checkpoint": checkpoint.name, "step": checkpoint.step})
+        stand = sorted({checkpoint} if self._known is None else self._known.committed)[-_PAGE:]
+        committed = [each.name for each in stand]
+        self.latest.write({"checkpoint": checkpoint.name, "step": checkpoint.step, "committed": committed})
         crash_point("checkpoint.after_latest")
 
     def committed(self) -> list[Checkpoint]:
@@ -318,8 +318,16 @@ def _hint(data: bytes) -> Facts:
         content = json_object(data)
     except ValueError:
         return {}
-    kinds = {"checkpoint": str, "step": int}
+    kinds = {"checkpoint": str, "step": int, "committed": list}
     return {name: content[name] for name, kind in kinds.items() if type(content.get(name)) is kind}
+
+
+def _named(hint: Facts) -> list[Checkpoint]:
+    """The checkpoints that latest.json names, the newest first: each is asked for, so only a page of them."""
+    names = [hint.get("checkpoint"), *reversed(hint.get("committed", []))]
+    found = [_NAME.fullmatch(name) for name in names if isinstance(name, str)]
+    named = dict.fromkeys(Checkpoint(step=int(each[1]), attempt=int(each[2])) for each in found if each is not None)
+    return list(named)[:_PAGE]
 
 
 def _facts(checkpoint: Checkpoint, *, fence: Any) -> Facts:

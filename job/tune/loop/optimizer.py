@@ -61,7 +61,12 @@ def state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, 
     twins = [nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters]
     if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit):
         twin = object.__new__(type(optimizer))  # copy() would go by what torch pickles, and forget its arguments
-        vars(twin).update(vars(optimizer), state=defaultdict(dict), is_paged=False)  # paged memory has the same shapes
+        vars(twin).update(
+            vars(optimizer),
+            state=defaultdict(dict),
+            is_paged=False,  # paged memory has the same shapes
+            name2qmap=dict(optimizer.name2qmap),  # its first step moves these to where its parameter is
+        )
         for index, parameter in enumerate(twins):
             twin.init_state(twin.param_groups[0], parameter, 0, index)
         return {index: dict(twin.state[parameter]) for index, parameter in enumerate(twins)}

@@ -206,7 +206,7 @@ def test_what_we_have_committed_is_known_while_no_listing_shows_it(store, tmp_pa
     assert artifacts.fetch_newest(tmp_path / "back", should_stop=never)[0] == at(6)
 
 
-def test_what_was_committed_right_before_is_resumed_though_no_listing_shows_it(store, tmp_path):
+def test_what_was_committed_right_before_is_known_though_no_listing_shows_it(store, tmp_path):
     lagging = Lagging(store)
     first = writer(lagging)
     first.take_over()
@@ -214,12 +214,15 @@ def test_what_was_committed_right_before_is_resumed_though_no_listing_shows_it(s
     second = writer(lagging)
     second.take_over()
     assert second.fetch_newest(tmp_path / "back", should_stop=never) == (at(4), [])
+    assert second.checkpoints() == [at(2), at(4)]  # an earlier one may be the one that is chosen in the end
 
 
 HINTS = {
     "nothing": b'{"checkpoint": "step-009999-a77"}',
     "a list": b'{"checkpoint": ["x"]}',
     "a number beyond all": b'{"checkpoint": "step-%s-a01"}' % (b"9" * 5000),
+    "names that are none": b'{"committed": [2, null, "x", "step-000003-a01"]}',
+    "no names": b'{"committed": "step-000003-a01"}',
     "no object": b"[]",
     "no text": b"\xff",
 }

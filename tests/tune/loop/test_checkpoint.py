@@ -81,6 +81,22 @@ def test_stopping_and_resuming_equals_not_stopping_to_the_bit(architecture, opti
     assert [record.step for record in second.records] == list(range(STOP + 1, STEPS + 1))
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_resuming_before_the_first_step_equals_not_stopping_to_the_bit(optimizer, bases, documents, tmp_path):
+    """The optimizer has kept nothing yet, and makes it in its first step."""
+    whole = prepare(bases, documents, tmp_path, "llama", optimizer, steps=4)
+    checkpoints.save(whole.state, tmp_path / "saved")
+    whole.run(evaluate_every=4)
+
+    second = prepare(bases, documents, tmp_path, "llama", optimizer, steps=4)
+    load(second, tmp_path / "saved", step=0)
+    second.run(evaluate_every=4)
+
+    assert numbers(second) == numbers(whole)
+    assert sha256(second, tmp_path / "second") == sha256(whole, tmp_path / "whole")
+
+
 def test_a_step_that_is_dropped_in_its_middle_leaves_no_trace(bases, documents, tmp_path):
     """Asked to stop with too little time for the rest of the step: the state is that before it, dropout's draws too."""
 
