@@ -103,7 +103,9 @@ def test_in_unsloth_s_form_experts_are_whole_stacks_or_linear_layers(shape, tmp_
         assert name in of_a_layer
     with safe_open(tmp_path / "base" / index[parts], "pt") as file:
         found = {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{parts}.")}  # noqa: SIM118
-    state = QuantState.from_dict(qs_dict={f"weight.{key[len(parts) + 1 :]}": each for key, each in found.items()}, device="cpu")
+    state = QuantState.from_dict(
+        qs_dict={f"weight.{key[len(parts) + 1 :]}": each for key, each in found.items()}, device="cpu"
+    )
     assert state.nested
     assert [*state.shape] == ([256, 64] if shape == "tiny-gpt-oss" else [4, 128, 64])
 
