@@ -111,8 +111,8 @@ def contestants_of(shape, options):
         ),
         Rival(
             name="parametrized",
-            about="transformers' Trainer, experts by bitsandbytes' parametrization (axolotl's way): 32 examples of like "
-            "length, layers recomputed, Liger",
+            about="transformers' Trainer, experts by bitsandbytes' parametrization (axolotl's way): 32 examples of "
+            "like length, layers recomputed, Liger",
             module="bench.rivals.parametrized_experts",
             arguments=("--targets", names, "--batch", "32"),
             **steps,

@@ -40,7 +40,7 @@ def drawn_base(options):
         elif isinstance(getattr(module, _STACKS[0], None), nn.Parameter):
             for stack in _STACKS:
                 replace_parameter_4bit(module, stack, compress_statistics=True, quant_type="nf4")
-    return model.requires_grad_(False)
+    return model.requires_grad_(requires_grad=False)
 
 
 def _in_four_bits(linear):

@@ -1,7 +1,7 @@
 """How Unsloth's uploads hold a mixture in 4 bits, with the names that its loader looks for (unsloth_zoo 2026.10.9).
 
-Stacks of experts are quantised whole; of gpt-oss each expert is a linear layer of its own. Ours quantises each expert of
-a stack by itself, so that neither reads the other's files.
+Stacks of experts are quantised whole; of gpt-oss each expert is a linear layer of its own. Ours quantises each expert
+of a stack by itself, so that neither reads the other's files.
 """
 
 import bitsandbytes as bnb
