@@ -1,10 +1,11 @@
 """A base of a known shape with random weights: speed and memory do not depend on what the weights are.
 
-    python -m bench.random_base SHAPE FOLDER --tokenizer FOLDER [--form bnb4|mxfp4]
+    python -m bench.random_base SHAPE FOLDER --tokenizer FOLDER [--form bnb4|mxfp4|unsloth]
 
 Writes bf16 safetensors, one file a layer, several at a time, and copies the tokenizer beside them; with `--form bnb4`
 the layers' matrices in 4 bits, as bitsandbytes' own checkpoints hold them, and experts as the product's own copies do,
-for bases whose bf16 weights fit no disk; with `--form mxfp4` experts in MXFP4, as gpt-oss is published.
+for bases whose bf16 weights fit no disk; with `--form mxfp4` experts in MXFP4, as gpt-oss is published; with `--form
+unsloth` a mixture as Unsloth's own uploads in 4 bits hold it (`bench.rivals.unsloth_form`).
 Weights are drawn on the GPU where there is one; the host holds as many layers as there are writers. The files stay in
 the page cache.
 """
@@ -19,7 +20,6 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -30,6 +30,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from bench.rivals import unsloth_form
 from job.core.mxfp4 import BLOCKS, SCALES
 from job.tune.model.experts import as_tensors, quantised_one_by_one
 from job.tune.model.mixtures import experts_modules, weights_of_experts
@@ -70,9 +71,39 @@ _IN_MXFP4 = {"gpt_oss"}
 """Model types that are published with their experts in MXFP4."""
 _TIED = {"gemma3"}
 """Model types whose head is their embedding; the others have one of their own."""
-_NORMS_ADD_ONE = {"gemma3"}
+_NORMS_ADD_ONE = {"gemma3", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"}
 """Model types whose norms scale by one more than their weight. With ones, queries and keys would be twice as long, and
 attention so sharp that rounding alone moves a token's loss by 2 %."""
+_NO_NORMS = ("_proj.bias", "router.bias", "sinks", "A_log", "dt_bias", "_proj_bias")
+"""Ends of the names of vectors that are drawn like matrices; ..."""
+_PLAIN_NORMS = ("linear_attn.norm.weight",)
+"""... and of norms that scale by their weight in every model."""
+_BESIDE_TEXT = ("vision_tower", "multi_modal_projector", "visual")
+"""Modules of whole models that stay in 16 bits, as the head does."""
+_TINY_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
+_TINY_TOWER = {
+    "depth": 1,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "out_hidden_size": 64,
+    "patch_size": 14,
+    "num_position_embeddings": 16,
+}
+_QWEN3_5_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 1e7,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [11, 11, 10],
+    "mrope_interleaved": True,
+}
 SHAPES = {
     # meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.3 and Qwen/Qwen3-8B: their config.json
     "llama2-7b": {
@@ -238,6 +269,35 @@ SHAPES = {
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
+    # Qwen/Qwen3.5-9B and Qwen/Qwen3.5-35B-A3B: their config.json, with the vision tower; sizes that are not here are
+    # transformers' own, which are theirs
+    "qwen3.5-9b": {
+        "model_type": "qwen3_5",
+        "text_config": {"max_position_embeddings": 262144, "rope_parameters": _QWEN3_5_ROPE},
+        "vision_config": {"out_hidden_size": 4096},
+    },
+    "qwen3.5-35b-a3b": {
+        "model_type": "qwen3_5_moe",
+        "text_config": {"max_position_embeddings": 262144, "rope_parameters": _QWEN3_5_ROPE},
+        "vision_config": {"out_hidden_size": 2048},
+    },
+    "tiny-qwen3.5": {
+        "model_type": "qwen3_5",
+        "text_config": {**_TINY, **_TINY_DELTA},
+        "vision_config": _TINY_TOWER,
+    },
+    "tiny-qwen3.5-moe": {
+        "model_type": "qwen3_5_moe",
+        "text_config": {
+            **{name: size for name, size in _TINY.items() if name != "intermediate_size"},
+            **_TINY_DELTA,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+        "vision_config": _TINY_TOWER,
+    },
     "tiny-llama": {"model_type": "llama", **_TINY},
     "tiny-mistral": {"model_type": "mistral", "sliding_window": None, **_TINY},
     "tiny-qwen3": {"model_type": "qwen3", **_TINY},
@@ -290,7 +350,7 @@ def files_of(config):
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     files = defaultdict(dict)
     for name, tensor in model.state_dict().items():
-        layer = re.match(r".*?\.layers\.\d+\.", name)
+        layer = re.match(r".*?\.(layers|blocks)\.\d+\.", name)
         if name not in tied:
             files[layer[0] if layer else name][name] = tensor.shape
     return list(files.values()), type(model).__name__
@@ -300,7 +360,7 @@ def four_bit_weights(config):
     """Names of the matrices that bitsandbytes' checkpoints hold in 4 bits: the text decoder's layers."""
     modules = model_of(config).named_modules()
     linear = [name for name, module in modules if isinstance(module, nn.Linear) and not name.endswith("lm_head")]
-    return {f"{name}.weight" for name in linear if "vision" not in name and "multi_modal" not in name}
+    return {f"{name}.weight" for name in linear if not {*name.split(".")} & {*_BESIDE_TEXT}}
 
 
 def expert_weights(config):
@@ -322,6 +382,12 @@ def experts_in_nf4(name, shape, *, transposed, device, chance):
     return as_tensors(quantised_one_by_one(matrices(), count), name)
 
 
+def experts_as_unsloth_has_them(name, shape, *, transposed, device, chance):
+    """The same in the form of Unsloth's uploads."""
+    stack = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=SPREAD, generator=chance)
+    return unsloth_form.experts(name, stack.transpose(1, 2) if transposed else stack, one_by_one=transposed)
+
+
 def experts_in_mxfp4(name, shape, *, device, chance):
     """The same as gpt-oss has it, [experts, in, out]: bytes at random under one scale."""
     count, width, height = shape
@@ -337,20 +403,20 @@ def write_file(path, shapes, *, seed, device, norms=1.0, in_four_bits=frozenset(
     for name, shape in shapes.items():
         if form != "bf16" and name in (experts or {}):
             how = {"device": device, "chance": chance}
-            if form == "bnb4":
+            if form != "mxfp4":
                 how["transposed"] = experts[name]
-            parts = {"bnb4": experts_in_nf4, "mxfp4": experts_in_mxfp4}[form](name, shape, **how)
+            forms = {"bnb4": experts_in_nf4, "mxfp4": experts_in_mxfp4, "unsloth": experts_as_unsloth_has_them}
+            parts = forms[form](name, shape, **how)
             tensors |= {part: each.cpu() for part, each in parts.items()}
             continue
         tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        one_value = len(shape) == 1 and not name.endswith(("_proj.bias", "router.bias", "sinks"))
-        drawn = tensor.fill_(norms) if one_value else tensor.normal_(std=SPREAD, generator=chance)
+        one_value = len(shape) == 1 and not name.endswith(_NO_NORMS)
+        value = 1.0 if name.endswith(_PLAIN_NORMS) else norms
+        drawn = tensor.fill_(value) if one_value else tensor.normal_(std=SPREAD, generator=chance)
         if name in in_four_bits:
-            packed, state = bnb.functional.quantize_4bit(drawn, compress_statistics=True, quant_type="nf4")
-            parts = {f"{name}.{part}": each for part, each in state.as_dict(packed=True).items()}
-            tensors |= {part: each.cpu() for part, each in {name: packed, **parts}.items()}
+            tensors |= {part: each.cpu() for part, each in unsloth_form.packed(name, drawn).items()}
         else:
-            tensors[name] = drawn.cpu()
+            tensors |= unsloth_form.beside(name, drawn.cpu()) if form == "unsloth" else {name: drawn.cpu()}
     save_file(tensors, path, metadata={"format": "pt"})
     return {name: tensor.nbytes for name, tensor in tensors.items()}
 
@@ -359,20 +425,22 @@ def write_base(shape, folder, tokenizer, *, form="bf16"):
     """Write the whole base; returns its bytes."""
     folder.mkdir(parents=True)
     config = config_of(shape)
+    if form == "unsloth":
+        config = unsloth_form.text_alone(config)
     files, config.architectures = (found := files_of(config))[0], [found[1]]
     in_four_bits, experts = frozenset(), expert_weights(config)
     if form == "mxfp4":
         if config.model_type not in _IN_MXFP4:
             raise SystemExit(f"{shape}: --form mxfp4 is how {', '.join(_IN_MXFP4)} is published, and nothing else")
         config.quantization_config = {"quant_method": "mxfp4"}
-    if form == "bnb4":
+    if form in {"bnb4", "unsloth"}:
         in_four_bits = four_bit_weights(config)
         config.quantization_config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype="bfloat16",
-            llm_int8_skip_modules=["lm_head", "vision_tower", "multi_modal_projector"],
+            llm_int8_skip_modules=["lm_head", *_BESIDE_TEXT],
         ).to_dict()
     names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -401,7 +469,7 @@ def main():
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--form", choices=["bf16", "bnb4", "mxfp4"], default="bf16")
+    parser.add_argument("--form", choices=["bf16", "bnb4", "mxfp4", "unsloth"], default="bf16")
     options = parser.parse_args()
     began = time.perf_counter()
     size = write_base(options.shape, options.folder, options.tokenizer, form=options.form)

@@ -2,7 +2,7 @@
 
     pip install unsloth==2026.10.9 unsloth_zoo==2026.10.9 trl==1.15.0 datasets==4.8.5
     python -m bench.rivals.unsloth_sft --base FOLDER --train TRAIN.jsonl --text TEMPLATE [--rows 32] [--row-tokens N]
-        [--keep-activations] [--varlen]
+        [--targets NAME,NAME] [--keep-activations] [--varlen]
 
 With --row-tokens examples are packed into rows of that many tokens; without, --rows examples make a step. It has no
 LoRA on the head here, as in its own notebooks.
@@ -46,7 +46,7 @@ def load(options, length):
         lora_alpha=2 * RANK,
         lora_dropout=0,
         bias="none",
-        target_modules=list(PROJECTIONS),
+        target_modules=options.targets.split(","),
         use_gradient_checkpointing=recomputing,
         random_state=3407,
     )
@@ -57,6 +57,7 @@ def main():
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=32, help="examples, or packed rows, of a step")
     parser.add_argument("--row-tokens", type=int, help="pack into rows of this many tokens")
+    parser.add_argument("--targets", default=",".join(PROJECTIONS), help="modules that get an adapter, with commas")
     parser.add_argument("--keep-activations", action="store_true", help="recompute nothing")
     parser.add_argument("--varlen", action="store_true", help="let it see torch's variable-length kernel")
     options = parser.parse_args()

@@ -62,7 +62,7 @@ def load_base(options, attention="sdpa"):
     return model
 
 
-def adapter(*, dropout=0.0, head=False):
+def adapter(*, dropout=0.0, head=False, targets=PROJECTIONS):
     """peft's config; with Liger's loss and TRL's an adapter on the head would have no part in it."""
     return LoraConfig(
         r=RANK,
@@ -70,7 +70,7 @@ def adapter(*, dropout=0.0, head=False):
         lora_dropout=dropout,
         bias="none",
         task_type="CAUSAL_LM",
-        target_modules=[*PROJECTIONS, "lm_head"] if head else list(PROJECTIONS),
+        target_modules=[*targets, *(["lm_head"] if head else [])],
     )
 
 

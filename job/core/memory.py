@@ -347,10 +347,10 @@ def _kept_by_experts(of: ExpertsShape) -> int:
 def _in_the_backward_of_experts(of: ExpertsShape, hidden: int) -> int:
     """Bytes of a token.
 
-    What goes into a layer's experts and its gradient, before and after sorting; what the gate keeps, its result, and
-    the gradients of both.
+    A row's tokens and their gradient, and what an adapter adds to that; the gradient of the first product; the gate's
+    result and its gradient.
     """
-    return _BF16 * of.chosen * (4 * hidden + of.first + 5 * of.inner)
+    return _BF16 * of.chosen * (3 * hidden + of.first + 2 * of.inner)
 
 
 def _padded(rank: int) -> int:

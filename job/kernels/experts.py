@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from job.kernels.weights import QuantisedExperts, exact_product
+from job.kernels.ops import Gate
+from job.kernels.weights import QuantisedExperts
 from job.kernels.which_ops import ops_of
 
 _ALIGNED = 8
@@ -52,8 +53,8 @@ class Experts:
 
     first: ExpertsLinear
     """W1: [E, N, hidden]."""
-    gate: Callable[[Tensor], Tensor]
-    """What stands between the products: [S, N] -> [S, inner], differentiable, row by row."""
+    gate: Gate | Callable[[Tensor], Tensor]
+    """What stands between the products: [S, N] -> [S, inner], differentiable, row by row. A `Gate` is one kernel."""
     second: ExpertsLinear
     """W2: [E, hidden, inner]."""
 
@@ -78,6 +79,10 @@ class Rows:
         """[E]: where each expert's rows end."""
         self.counts = ends.diff().to(torch.int32)
         """[E]: rows of each expert."""
+        self.places = torch.empty_like(self._order)
+        """[T, k]: where a token's rows are."""
+        self.places[self._order] = torch.arange(len(self._order), device=chosen.device)
+        self.places = self.places.view(chosen.shape)
         self._spans: list[tuple[int, slice]] | None = None
 
     def spans(self) -> Sequence[tuple[int, slice]]:
@@ -93,9 +98,13 @@ class Rows:
 
     def by_token(self, rows: Tensor) -> Tensor:
         """Rows [S, ...] where they came from: [T, k, ...]."""
-        back = torch.empty_like(rows)
-        back[self._order] = rows
-        return back.view(-1, self.per_token, *rows.shape[1:])
+        return rows[self.places]
+
+    def sums(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Each token's rows [S, N] together, each by its weight [T, k] or once: [T, N]."""
+        out = rows.new_empty(len(self.places), rows.shape[1])
+        ops_of(rows.device).combine_rows(rows, self.places, weights, out)
+        return out
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, of: Experts) -> Tensor:
@@ -126,12 +135,10 @@ class _Experts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor, *arguments: Any) -> Tensor:
         *_factors, of, rows = arguments
         inner = _product(x[rows.token], of.first, rows)
-        result = _product(of.gate(inner), of.second, rows)
+        result = _product(_gated(inner, of), of.second, rows)
         ctx.save_for_backward(x, weights, inner)
         ctx.of, ctx.rows = of, rows
-        weighted = result * rows.in_order(weights)[:, None]
-        out: Tensor = rows.by_token(weighted).sum(dim=1).to(x.dtype)
-        return out
+        return rows.sums(result, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,22 +146,44 @@ class _Experts(torch.autograd.Function):
         x, weights, inner = ctx.saved_tensors
         of, rows, (grad,) = ctx.of, ctx.rows, grads
         wants_x, wants_weights = ctx.needs_input_grad[:2]
-        with torch.enable_grad():
-            inner = inner.detach().requires_grad_()
-            gated = of.gate(inner)
-        w = rows.in_order(weights)[:, None]
+        w = rows.in_order(weights)
         grad_rows = grad[rows.token]
-        d_gated, d_a2, d_b2 = _backward(grad_rows, gated.detach(), of.second, rows, row_weights=w)
-        d_weights = None
-        if wants_weights:
-            shares = (d_gated.float() * gated.detach().float()).sum(dim=1)
-            if of.second.bias is not None:
-                shares += (grad_rows.float() * of.second.bias[rows.expert].float()).sum(dim=1)
-            d_weights = rows.by_token(shares).to(weights.dtype)
-        (d_inner,) = torch.autograd.grad(gated, inner, (d_gated * w).to(gated.dtype))
-        d_rows, d_a1, d_b1 = _backward(d_inner, x[rows.token], of.first, rows, wants_rows=wants_x)
-        d_x = rows.by_token(d_rows).sum(dim=1) if wants_x else None
+        d_gated, thin = _to_input(grad_rows, of.second, rows)
+        d_inner, gated, shares = _gate_backward(inner, d_gated, w, of)
+        d_a2, d_b2 = _to_adapter(grad_rows, thin, gated, of.second, rows, row_weights=w[:, None])
+        if of.second.bias is not None and wants_weights:
+            shares += (grad_rows.float() * of.second.bias[rows.expert].float()).sum(dim=1)
+        d_weights = rows.by_token(shares).to(weights.dtype) if wants_weights else None
+        del grad_rows, d_gated, gated  # what follows is as large again
+        d_rows, thin = _to_input(d_inner, of.first, rows, wants_rows=wants_x)
+        d_x = rows.sums(d_rows) if wants_x else None
+        del d_rows
+        its_x = x if of.first.adapter is None else x[rows.token]
+        d_a1, d_b1 = _to_adapter(d_inner, thin, its_x, of.first, rows)
         return d_x, d_weights, d_a1, d_b1, d_a2, d_b2, None, None
+
+
+def _gated(inner: Tensor, of: Experts) -> Tensor:
+    if not isinstance(of.gate, Gate):
+        return of.gate(inner)
+    out = inner.new_empty(len(inner), of.second.weights.width)
+    ops_of(inner.device).gate_forward(inner, of.gate, out)
+    return out
+
+
+def _gate_backward(inner: Tensor, d_gated: Tensor, w: Tensor, of: Experts) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the first product, each row by its weight; the gate's result again; and result . gradient [S] fp32."""
+    if isinstance(of.gate, Gate):
+        d_inner, gated = torch.empty_like(inner), torch.empty_like(d_gated)
+        shares = torch.empty(len(inner), dtype=torch.float32, device=inner.device)
+        ops_of(inner.device).gate_backward(inner, d_gated, w, of.gate, d_inner, gated, shares)
+        return d_inner, gated, shares
+    with torch.enable_grad():
+        inner = inner.detach().requires_grad_()
+        gated = of.gate(inner)
+    (d_inner,) = torch.autograd.grad(gated, inner, (d_gated * w[:, None]).to(gated.dtype))
+    gated = gated.detach()
+    return d_inner, gated, (d_gated.float() * gated.float()).sum(dim=1)
 
 
 def _product(x: Tensor, linear: ExpertsLinear, rows: Rows) -> Tensor:
@@ -163,33 +192,43 @@ def _product(x: Tensor, linear: ExpertsLinear, rows: Rows) -> Tensor:
     if linear.adapter is not None:
         a, b = _rounded(linear.adapter, len(linear.weights), x)
         result += _by_matrices(_by_matrices(x, a, rows, transposed=True), b, rows, transposed=True)
-    return result if linear.bias is None else result + linear.bias[rows.expert].to(x.dtype)
+    if linear.bias is not None:
+        result += linear.bias.to(x.dtype)[rows.expert]
+    return result
 
 
-def _backward(
+def _to_input(
+    grad: Tensor, linear: ExpertsLinear, rows: Rows, *, wants_rows: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of what was multiplied, [S, K], from that of each row's result [S, N]; and grad s B, which is in it."""
+    d_x = _by_weights(grad, linear.weights, rows, transposed=False) if wants_rows else grad
+    if linear.adapter is None:
+        return d_x, None
+    a, b = _rounded(linear.adapter, len(linear.weights), grad)
+    thin = _by_matrices(grad, b, rows, transposed=False)
+    if wants_rows:
+        d_x += _by_matrices(thin, a, rows, transposed=False)
+    return d_x, thin
+
+
+def _to_adapter(
     grad: Tensor,
+    thin: Tensor | None,
     x: Tensor,
     linear: ExpertsLinear,
     rows: Rows,
     *,
     row_weights: Tensor | None = None,
-    wants_rows: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x [S, K] and of the adapter, from that of each row's result [S, N].
-
-    The adapter's count each row by its weight, that of x does not: what the weight's own gradient is made of.
-    """
-    d_x = _by_weights(grad, linear.weights, rows, transposed=False) if wants_rows else grad
-    if linear.adapter is None:
-        return d_x, None, None
-    a, b = _rounded(linear.adapter, len(linear.weights), x)
-    h, thin = _by_matrices(x, a, rows, transposed=True), _by_matrices(grad, b, rows, transposed=False)
-    if wants_rows:
-        d_x += _by_matrices(thin, a, rows, transposed=False)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the adapter's factors from what was multiplied, x [S, K]; each row counts by its weight."""
+    if linear.adapter is None or thin is None:
+        return None, None
+    a, _ = _rounded(linear.adapter, len(linear.weights), x)
+    h = _by_matrices(x, a, rows, transposed=True)
     if row_weights is not None:
         h, thin = (h * row_weights).to(x.dtype), (thin * row_weights).to(x.dtype)
     d_a, d_b = _sums(thin, x, rows, len(a)), _sums(grad, h, rows, len(a))
-    return d_x, d_a.reshape(linear.adapter.a.shape), _as_peft_has_b(d_b.mul_(linear.adapter.scaling))
+    return d_a.reshape(linear.adapter.a.shape), _as_peft_has_b(d_b.mul_(linear.adapter.scaling))
 
 
 def _rounded(adapter: ExpertsAdapter, experts_: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,7 +298,6 @@ def _in_groups(x: Tensor, matrices: Tensor, rows: Rows, *, transposed: bool) -> 
 
 def _sums(left: Tensor, right: Tensor, rows: Rows, experts_: int) -> Tensor:
     """left^T right over each expert's rows, in fp32: [E, n, k]; zero where there are none."""
-    out = torch.zeros(experts_, left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
-    for expert, span in rows.spans():
-        out[expert] = exact_product(left[span], right[span])
+    out = torch.empty(experts_, left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
+    ops_of(left.device).sums_by_expert(left, right, rows.ends, out)
     return out

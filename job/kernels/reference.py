@@ -4,13 +4,15 @@ All but `masked_gradient` write into memory that the caller provides. Sums are i
 of that memory.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
-from job.kernels.ops import Masks
-from job.kernels.weights import Quantised, QuantisedExperts
+from job.kernels.ops import Gate, Masks
+from job.kernels.weights import Quantised, QuantisedExperts, exact_product
 
 
 def dequantise(weight: Quantised, out: Tensor) -> None:
@@ -33,6 +35,70 @@ def dequantise_experts(weights: QuantisedExperts, rows: Tensor, out: Tensor) -> 
     for expert, count in enumerate(rows.tolist()):
         if count:
             dequantise(weights[expert], out[expert])
+
+
+def gate_forward(z: Tensor, gate: Gate, out: Tensor) -> None:
+    """z [S, 2 I] -> out [S, I]."""
+    out.copy_(gate(z.float()))
+
+
+def gate_backward(
+    z: Tensor, grad: Tensor, row_weights: Tensor, gate: Gate, d_z: Tensor, out: Tensor, shares: Tensor
+) -> None:
+    """The gate's result again, and what its gradient makes of what went in.
+
+    Args:
+        z: [S, 2 I].
+        grad: [S, I], of the result of a row that counts once.
+        row_weights: [S], what each row counts.
+        gate: the formula.
+        d_z: [S, 2 I], each row's gradient by its weight.
+        out: [S, I].
+        shares: [S] fp32, the result times its gradient: what the row's weight gets.
+    """
+    gates, ups = (part.float() for part in gate.parts(z))
+    passes = gates.new_ones(()), gates.new_ones(())
+    if gate.limit is not None:
+        passes = gates <= gate.limit, ups.abs() <= gate.limit
+        gates, ups = gates.clamp(max=gate.limit), ups.clamp(-gate.limit, gate.limit)
+    ups = ups + 1 if gate.one_more else ups
+    sigmoid = torch.sigmoid(gate.alpha * gates)
+    swish = gates * sigmoid
+    result, by_weight = swish * ups, grad.float() * row_weights.float()[:, None]
+    out.copy_(result)
+    shares.copy_((result * grad.float()).sum(dim=-1))
+    d_gate, d_up = gate.parts(d_z)
+    d_gate.copy_(by_weight * ups * (sigmoid + gate.alpha * swish * (1 - sigmoid)) * passes[0])
+    d_up.copy_(by_weight * swish * passes[1])
+
+
+def combine_rows(rows: Tensor, places: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """Of each token the sum of its rows, in their order.
+
+    Args:
+        rows: [S, N].
+        places: [T, k] int64, where a token's rows are.
+        weights: [T, k], what each counts; None: once.
+        out: [T, N].
+    """
+    its = rows[places].float()
+    out.copy_((its if weights is None else its * weights.float()[..., None]).sum(dim=1))
+
+
+def sums_by_expert(left: Tensor, right: Tensor, ends: Tensor, out: Tensor) -> None:
+    """left^T right over each expert's rows, [S, n] and [S, k] -> [E, n, k] fp32; zero where there are none.
+
+    Args:
+        left: rows sorted by expert.
+        right: the same.
+        ends: [E] int32, where each expert's rows end.
+        out: of any values.
+    """
+    for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+        if start < end:
+            out[expert] = exact_product(left[start:end], right[start:end])
+        else:
+            out[expert] = 0
 
 
 def rms_forward(x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, epsilon: float) -> None:

@@ -15,12 +15,22 @@ from torch import Tensor
 
 from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.triton_dropout import masked_add, masked_gradient, masked_ranks
-from job.kernels.weights import Quantised, QuantisedExperts
+from job.kernels.triton_experts import (
+    combine_rows,
+    dequantise_experts,
+    gate_backward,
+    gate_forward,
+    sums_by_expert,
+)
+from job.kernels.weights import Quantised
 
 __all__ = [
+    "combine_rows",
     "cross_entropy_in_place",
     "dequantise",
     "dequantise_experts",
+    "gate_backward",
+    "gate_forward",
     "masked_add",
     "masked_gradient",
     "masked_ranks",
@@ -28,6 +38,7 @@ __all__ = [
     "rms_forward",
     "rotate_backward",
     "rotate_forward",
+    "sums_by_expert",
     "swiglu_backward",
     "swiglu_forward",
 ]
@@ -88,55 +99,6 @@ def dequantise(weight: Quantised, out: Tensor) -> None:
         blocks,
         ROWS=rows,
         IN_ONE_ROW=weight.width % NF4_BLOCK == 0,
-        num_warps=4,
-    )
-
-
-@triton.jit
-def _dequantise_experts(
-    PACKED,
-    SCALES,
-    SCALES_CODE,
-    OUTER_SCALES,
-    OFFSETS,
-    CODE,
-    EXPERT_ROWS,
-    OUT,
-    blocks,
-    outer_blocks,
-    ROWS: tl.constexpr,
-):
-    expert = tl.program_id(1).to(tl.int64)
-    if tl.load(EXPERT_ROWS + expert) > 0:
-        block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        valid = block < blocks
-        place = expert * blocks + block
-        at = tl.load(SCALES + place, mask=valid, other=0).to(tl.int32)
-        outer = tl.load(OUTER_SCALES + expert * outer_blocks + block // _OUTER, mask=valid, other=0.0)
-        scale = tl.load(SCALES_CODE + at, mask=valid, other=0.0) * outer + tl.load(OFFSETS + expert)
-        pairs = tl.load(
-            PACKED + place[:, None] * (_BLOCK // 2) + tl.arange(0, _BLOCK // 2)[None, :], mask=valid[:, None], other=0
-        ).to(tl.int32)
-        first = tl.load(CODE + (pairs >> 4)) * scale[:, None]
-        second = tl.load(CODE + (pairs & 15)) * scale[:, None]
-        values = tl.interleave(first, second).to(OUT.dtype.element_ty)
-        tl.store(OUT + place[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :], values, mask=valid[:, None])
-
-
-def dequantise_experts(weights: QuantisedExperts, rows: Tensor, out: Tensor) -> None:
-    blocks, per_program = weights.scales.shape[1], 32
-    _dequantise_experts[(triton.cdiv(blocks, per_program), len(weights))](
-        weights.packed,
-        weights.scales,
-        weights.scales_code,
-        weights.outer_scales,
-        weights.offsets,
-        weights.code,
-        rows,
-        out,
-        blocks,
-        weights.outer_scales.shape[1],
-        ROWS=per_program,
         num_warps=4,
     )
 

@@ -48,6 +48,7 @@ def test_a_base_in_bitsandbytes_form_is_one_that_the_product_loads_as_it_is(tmp_
         ("tiny-qwen3-moe", "bnb4", "experts in 4 bits"),
         ("tiny-gpt-oss", "bnb4", "experts in 4 bits"),
         ("tiny-gpt-oss", "mxfp4", "experts in 4 bits"),
+        ("tiny-qwen3.5-moe", "bnb4", "experts in 4 bits"),
     ],
 )
 def test_a_mixture_in_any_form_is_one_that_the_product_loads(shape, form, experts, tmp_path, tokenizer_folder):
@@ -69,6 +70,46 @@ def test_a_mixture_in_any_form_is_one_that_the_product_loads(shape, form, expert
     assert torch.isfinite(loaded(input_ids=torch.tensor([[1, 6, 8, 11]])).logits).all()
 
 
+def test_a_dense_hybrid_in_bitsandbytes_form_is_one_that_the_product_loads(tmp_path, tokenizer_folder):
+    from bench.random_base import write_base
+    from job.tune.model.base import load_base
+    from job.tune.model.four_bit import form_of
+
+    write_base("tiny-qwen3.5", tmp_path / "base", tokenizer_folder, form="bnb4")
+    loaded = load_base(tmp_path / "base", device=torch.device("cpu"), dtype=torch.float32)
+    assert "1 not (lm_head)" in form_of(loaded)
+    norms = {name: float(value.mean()) for name, value in loaded.named_parameters() if "norm.weight" in name}
+    assert {value for name, value in norms.items() if name.endswith("linear_attn.norm.weight")} == {1.0}
+    assert {value for name, value in norms.items() if not name.endswith("linear_attn.norm.weight")} == {0.0}
+    assert torch.isfinite(loaded(input_ids=torch.tensor([[1, 6, 8, 11]])).logits).all()
+
+
+@pytest.mark.parametrize("shape", ["tiny-qwen3-moe", "tiny-gpt-oss", "tiny-qwen3.5-moe"])
+def test_in_unsloth_s_form_experts_are_whole_stacks_or_linear_layers(shape, tmp_path, tokenizer_folder):
+    """As the loader of unsloth_zoo 2026.10.9 looks for them; it cannot be imported without a GPU."""
+    from bitsandbytes.functional import QuantState
+
+    from bench.random_base import write_base
+
+    write_base(shape, tmp_path / "base", tokenizer_folder, form="unsloth")
+    index = json.loads((tmp_path / "base" / "model.safetensors.index.json").read_text())["weight_map"]
+    of_a_layer = {name.partition("layers.0.mlp.")[2] for name in index if "layers.0.mlp." in name}
+    assert not any("visual" in name or "language_model" in name for name in index)
+    if shape == "tiny-gpt-oss":
+        name, parts = "experts.gate_up_projs.3.weight", "model.layers.0.mlp.experts.gate_up_projs.3.weight"
+        assert {"router.linear.weight", "router.linear.bias", "experts.down_projs.0.bias", name} <= of_a_layer
+    else:
+        name, parts = "experts.gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj"
+        assert name in of_a_layer
+    with safe_open(tmp_path / "base" / index[parts], "pt") as file:
+        found = {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{parts}.")}  # noqa: SIM118
+    state = QuantState.from_dict(
+        qs_dict={f"weight.{key[len(parts) + 1 :]}": each for key, each in found.items()}, device="cpu"
+    )
+    assert state.nested
+    assert [*state.shape] == ([256, 64] if shape == "tiny-gpt-oss" else [4, 128, 64])
+
+
 def test_other_bases_are_not_published_in_mxfp4(tmp_path, tokenizer_folder):
     from bench.random_base import write_base
 
@@ -87,6 +128,8 @@ SIZES = {
     "ministral3-8b": 8.918,
     "gpt-oss-20b": 20.915,
     "qwen3-30b-a3b": 30.532,
+    "qwen3.5-9b": 9.410,
+    "qwen3.5-35b-a3b": 35.107,
 }
 
 

@@ -13,7 +13,9 @@ from job.core.recipe import LoraSection
 from job.kernels import experts as grouped
 from job.kernels import reference
 from job.kernels.experts import Experts, ExpertsAdapter, ExpertsLinear, experts
+from job.kernels.ops import Gate
 from job.tune.engines.choice import choose_engine
+from job.tune.engines.linears import gate_of
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import check_model
 from job.tune.model.experts import in_four_bits
@@ -56,7 +58,7 @@ def layer_of(model):
         adapter = ExpertsAdapter(a=a.requires_grad_(), b=b.requires_grad_(), scaling=2.0)
         return ExpertsLinear(weights=weights, bias=None, adapter=adapter)
 
-    return Experts(first=linear("gate_up_proj"), gate=module._apply_gate, second=linear("down_proj"))
+    return Experts(first=linear("gate_up_proj"), gate=gate_of(module), second=linear("down_proj"))
 
 
 def run(of, dtype):
@@ -89,6 +91,40 @@ def test_grouped_products_and_their_gradients_are_those_of_fp32_within_rounding(
     of = layer_of(model_of(tmp_path / "base", "all-linear"))
     for found, expected in zip(run(of, torch.bfloat16), run(of, torch.float32), strict=True):
         assert float((found.float() - expected).norm() / expected.norm()) < 16 * ROUNDING
+
+
+@pytest.mark.parametrize("gate", [Gate(), Gate(interleaved=True, alpha=1.702, limit=0.8, one_more=True)])
+def test_rows_and_gates_are_those_of_the_reference(gate):
+    from job.kernels import triton_elementwise as kernels
+
+    torch.manual_seed(0)
+    z, grad = torch.randn(700, 2 * 1440, device=CUDA), torch.randn(700, 1440, device=CUDA)
+    rows, places = torch.randn(2800, 2880, device=CUDA), torch.randperm(2800, device=CUDA).view(700, 4)
+    weights, ends = torch.rand(700, 4, device=CUDA), torch.tensor([0, 100, 101, 700], device=CUDA, dtype=torch.int32)
+    outs = []
+    for ops in (kernels, reference):
+        found = [torch.empty(700, 1440, device=CUDA), torch.empty_like(z), torch.empty_like(grad)]
+        found += [torch.empty(700, device=CUDA), torch.empty(700, 2880, device=CUDA)]
+        found += [torch.empty(4, 1440, 16, device=CUDA), torch.empty(4, 16, 1440, device=CUDA)]
+        ops.gate_forward(z, gate, found[0])
+        ops.gate_backward(z, grad, weights[:, 0].contiguous(), gate, *found[1:4])
+        ops.combine_rows(rows, places, weights, found[4])
+        ops.sums_by_expert(grad.bfloat16(), z[:, :16].bfloat16().contiguous(), ends, found[5])
+        ops.sums_by_expert(z[:, :16].bfloat16().contiguous(), grad.bfloat16(), ends, found[6])
+        outs.append(found)
+    for one, other in zip(*outs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_host_does_not_wait_for_experts(tmp_path):
+    """Forward and backward, adapters on experts and all: what they get is never asked for."""
+    of = layer_of(model_of(tmp_path / "base", "all-linear"))
+    run(of, torch.bfloat16)  # kernels are made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(of, torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_gradient_has_the_same_bits_each_time(tmp_path):

@@ -11,7 +11,7 @@ from job.kernels import reference
 from job.kernels import triton_elementwise as kernels
 from job.kernels.attention import Attention, Segments
 from job.kernels.blocks import blocks_of
-from job.kernels.ops import Masks
+from job.kernels.ops import Gate, Masks
 from job.kernels.weights import Quantised, QuantisedExperts
 
 T, K, HEADS, WIDTH = 7, 96, 3, 16
@@ -78,6 +78,45 @@ def dequantise_experts(ops, *, width=192):
     ops.dequantise_experts(weights, torch.tensor([3, 0, 1, 2], dtype=torch.int32), out)
     assert bool((out[1] == 7).all())
     return (out,)
+
+
+GATES = (Gate(), Gate(interleaved=True, alpha=1.702, limit=0.8, one_more=True))
+
+
+def gate_forward(ops, *, width=1100):
+    """More columns than a program takes at once."""
+    outs = [padded(T, width) for _ in GATES]
+    z = torch.randn(T, 2 * width)
+    for gate, out in zip(GATES, outs, strict=True):
+        ops.gate_forward(z, gate, out)
+    return outs
+
+
+def gate_backward(ops, *, width=1100):
+    z, grad, weights = torch.randn(T, 2 * width), torch.randn(T, width), torch.rand(T)
+    found = []
+    for gate in GATES:
+        found += [padded(T, 2 * width), padded(T, width), torch.empty(T)]
+        ops.gate_backward(z, grad, weights, gate, *found[-3:])
+    return found
+
+
+def combine_rows(ops, *, width=1100):
+    rows, places, weights = torch.randn(T * 3, width), torch.randperm(T * 3).view(T, 3), torch.rand(T, 3)
+    once, weighted = padded(T, width), padded(T, width)
+    ops.combine_rows(rows, places, None, once)
+    ops.combine_rows(rows, places, weights, weighted)
+    return once, weighted
+
+
+def sums_by_expert(ops):
+    """The first and the last expert have no rows, one has more than a block; sides fill none, or more than one."""
+    ends = torch.tensor([0, 3, 103, 110, 110], dtype=torch.int32)
+    found = []
+    for n, k in ((5, 70), (130, 3)):
+        found.append(torch.full((5, n, k), 7.0))
+        ops.sums_by_expert(torch.randn(110, n), torch.randn(110, k), ends, found[-1])
+    return found
 
 
 def rms_forward(ops):
@@ -188,6 +227,10 @@ def main():
         "dequantise": both(dequantise),
         "dequantise_experts": both(dequantise_experts),
         "dequantise_across_rows": both(lambda ops: dequantise(ops, width=172)),
+        "gate_forward": both(gate_forward),
+        "gate_backward": both(gate_backward),
+        "combine_rows": both(combine_rows),
+        "sums_by_expert": both(sums_by_expert),
         "rms_forward": both(rms_forward),
         "rms_backward_add": both(rms_backward_add),
         "rotate": both(rotate),

@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 from job.kernels import experts as grouped
 from job.kernels import reference
 from job.kernels.experts import Experts, ExpertsAdapter, ExpertsLinear, Rows, experts
+from job.kernels.ops import Gate
 from job.kernels.weights import QuantisedExperts
 
 T, CHOSEN, E, HIDDEN, INNER, RANK = 11, 2, 5, 64, 128, 3
@@ -119,11 +120,36 @@ ROUTES = ("as it comes", "two get no token", "all to one")
 
 @pytest.mark.parametrize("how", ROUTES)
 @pytest.mark.parametrize("adapters", [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize(("gate", "bias"), [(swiglu, False), (clamped, True)])
+@pytest.mark.parametrize(
+    ("gate", "bias"),
+    [
+        (swiglu, False),
+        (clamped, True),
+        (Gate(), False),
+        (Gate(interleaved=True, alpha=1.7, limit=1.0, one_more=True), True),
+    ],
+)
 def test_experts_are_a_loop_over_tokens_and_so_are_their_gradients(how, adapters, gate, bias):
     of = layer_of(gate=gate, bias=bias, adapters=adapters)
     for ours, exact in zip(run(experts, of, how), run(formula, of, how), strict=True):
         torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gate", "formula_"), [(Gate(), swiglu), (Gate(interleaved=True, alpha=1.7, limit=1.0, one_more=True), clamped)]
+)
+def test_a_gate_in_one_kernel_is_the_formula_and_so_are_its_gradients(gate, formula_):
+    torch.manual_seed(0)
+    z, grad, weights = torch.randn(9, 12, dtype=torch.float64), torch.randn(9, 6), torch.rand(9)
+    z[0, :2], z[1, :2] = 1.0, -1.0  # at the limits, where a gradient still passes
+    z.requires_grad_()
+    exact = formula_(z)
+    (d_exact,) = torch.autograd.grad(exact, z, (grad * weights[:, None]).double())
+    plain, d_z, out, shares = torch.empty(9, 6), torch.empty(9, 12), torch.empty(9, 6), torch.empty(9)
+    reference.gate_forward(z.detach().float(), gate, plain)
+    reference.gate_backward(z.detach().float(), grad, weights, gate, d_z, out, shares)
+    for found, expected in ((plain, exact), (out, exact), (d_z, d_exact), (shares, (exact * grad).sum(dim=1))):
+        torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_an_expert_without_a_token_gets_no_gradient():

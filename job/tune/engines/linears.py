@@ -1,6 +1,6 @@
 """The adapted model's linear layers and experts, fused ops in the place of PEFT's and bitsandbytes' own forward."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from job.kernels.experts import Experts, ExpertsAdapter, ExpertsLinear, experts
 from job.kernels.linear_op import linear
+from job.kernels.ops import Gate
 from job.kernels.weights import Linear, Quantised
 from job.kernels.which_ops import ops_of
 from job.tune.engines.families import is_in_whole_blocks, linear_of
@@ -180,6 +181,7 @@ class FusedExperts:
         for module in model.modules():
             if in_four_bits(module):
                 outer: Any = module
+                outer.gate_in_one = gate_of(outer)
                 while outer in wrapped:
                     outer = wrapped[outer]
                 self._outer[outer] = vars(outer).get("forward")
@@ -236,11 +238,26 @@ def experts_of(outer: Any) -> Experts:
         bias = getattr(module, f"{name}_bias") if module.has_bias else None
         return ExpertsLinear(weights=in_four_bits(module)[name], bias=bias, adapter=adapters.get(name))
 
-    return Experts(first=product(first), gate=_gate(module), second=product(second))
+    return Experts(first=product(first), gate=module.gate_in_one, second=product(second))
 
 
-def _gate(module: Any) -> Any:
-    return module._apply_gate if module.has_gate else module.act_fn  # noqa: SLF001 - as transformers' own products do
+def gate_of(module: Any) -> Gate | Callable[[Tensor], Tensor]:
+    """What a module of experts has between its products: as one kernel, where it is found to be the same, or its own.
+
+    Found out by trying: neither the activation nor where gate and up stand is written in a config.
+    """
+    if not module.has_gate:
+        activation: Callable[[Tensor], Tensor] = module.act_fn.forward
+        return activation
+    its_own: Callable[[Tensor], Tensor] = module._apply_gate  # noqa: SLF001 - as transformers' own products do
+    with_limit = {"alpha": getattr(module, "alpha", None), "limit": getattr(module, "limit", None)}
+    known = [Gate()]
+    if all(isinstance(value, float | int) for value in with_limit.values()):
+        known.append(Gate(interleaved=True, one_more=True, **{name: float(each) for name, each in with_limit.items()}))
+    probe = torch.linspace(-9.0, 9.0, 64, device="cpu").view(4, 16).roll(3, dims=1)
+    with torch.no_grad():
+        wanted = its_own(probe)
+        return next((gate for gate in known if torch.allclose(gate(probe), wanted, rtol=1e-5, atol=1e-6)), its_own)
 
 
 def _adapter(wrapper: nn.Module) -> ExpertsAdapter:
