@@ -36,6 +36,7 @@ from job.core.scaling import (
     waiting_for_gathers,
 )
 from job.core.section import Section
+from job.core.shares import shares_of
 
 _CONTEXT_GIB = 0.7
 """What CUDA and its libraries take of a GPU before a model is loaded."""
@@ -178,6 +179,7 @@ def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
         max_length=work.max_length,
         step_tokens=work.course.largest_step(work.lengths),
         shards=shards,
+        shares=shares_of(work.course, work.lengths, ranks=cluster.ranks),
     )
     alone = None if gpu.speed is None else _tokens_per_second(work, memory.cut, gpu.speed)
     scaled = _scaled(work, memory.cut, gpu, cluster, placement)

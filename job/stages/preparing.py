@@ -36,7 +36,7 @@ class Prepared:
 
 
 def prepare(
-    attempt: Attempt, inputs: Inputs, *, trackers_folder: Path, on_loaded: Callable[[], None], world: World
+    attempt: Attempt, inputs: Inputs, *, trackers_folder: Path, on_loaded: Callable[[], None], world: World, ranks: int
 ) -> Prepared:
     """Load and plan.
 
@@ -46,6 +46,7 @@ def prepare(
         trackers_folder: where trackers leave their files.
         on_loaded: called once the base stands on the device, and its copy in 4 bits on the disk.
         world: who else holds a part of the base, where it is sharded.
+        ranks: processes that will make each step together.
 
     Raises:
         JobError: as the stages do.
@@ -65,6 +66,7 @@ def prepare(
             free=free,
             phases=phases,
             shards=1 if model.sharded is None else world.size,
+            ranks=ranks,
         )
         crash_point("model.loaded")
         adapter = FlatAdapter(model)

@@ -62,6 +62,7 @@ class TrainingStage:
             trackers_folder=self._trackers_folder,
             on_loaded=self._company.loaded,
             world=self._world,
+            ranks=self._company.size,
         )
         self._notice_idle_ranks()
         ready.state.progress.ranks = self._company.size
