@@ -1,4 +1,4 @@
-"""What a rank gets of a run's steps: the micro-batches that its shares are cut into, which no plan for one GPU knows."""
+"""What a rank gets of a run's steps: the micro-batches that its shares are cut into."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

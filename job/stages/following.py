@@ -43,7 +43,9 @@ def _prepared(attempt: Attempt, company: Company, inputs: Inputs) -> Prepared:
     if inputs.placement == "sharded":  # a base of which each holds a part needs all of us to be loaded
         with attempt.phases.phase("join"):
             company.join(inputs.device)
-    ready = prepare(attempt, inputs, trackers_folder=folder, on_loaded=company.loaded, world=company.world, ranks=company.size)
+    ready = prepare(
+        attempt, inputs, trackers_folder=folder, on_loaded=company.loaded, world=company.world, ranks=company.size
+    )
     torch.manual_seed(attempt.worker.recipe.train.seed)
     with attempt.phases.phase("join"):
         world = company.join(inputs.device)

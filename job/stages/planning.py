@@ -35,7 +35,7 @@ class Planned:
     """The decoder's."""
 
 
-def plan_training(
+def plan_training(  # noqa: PLR0913 - as a memory plan
     model: PackedModel,
     inputs: Inputs,
     recipe: Recipe,

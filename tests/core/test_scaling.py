@@ -98,7 +98,7 @@ def test_a_sum_takes_what_its_bytes_take_on_the_link_and_in_the_memory():
     found = sum_seconds(PARAMETERS, Cluster(gpus=2), NVLINK_4, memory_bytes_per_second=4.8e12)
     on_the_link = sent_bytes(PARAMETERS, Cluster(gpus=2)) / 360e9
 
-    assert on_the_link + 10 * 4 * PARAMETERS / 4.8e12 < found < on_the_link + 10 * 4 * PARAMETERS / 4.8e12 + 1e-3
+    assert on_the_link + 6 * 4 * PARAMETERS / 4.8e12 < found < on_the_link + 6 * 4 * PARAMETERS / 4.8e12 + 5e-4
     assert sum_seconds(PARAMETERS, ALONE, NVLINK_4, memory_bytes_per_second=4.8e12) == 0
 
 

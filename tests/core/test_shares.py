@@ -1,4 +1,4 @@
-"""What ranks get of a run's steps, and the memory that it takes: as measured on two GPUs, and as any steps are dealt."""
+"""What ranks get of a run's steps, and the memory that it takes, as measured on two GPUs."""
 
 from dataclasses import replace
 
@@ -70,7 +70,8 @@ def test_a_plan_before_the_run_reckons_alike():
     one, two = (forecast(replace(WORK, course=course_of(256)), gpu_named("h200"), Cluster(gpus=n)) for n in (1, 2))
 
     assert two.memory.cut == one.memory.cut
-    assert two.memory.peak_tokens < 14_000 < 17_000 < one.memory.peak_tokens
+    assert two.memory.peak_tokens < 14_000
+    assert one.memory.peak_tokens > 17_000
     assert two.memory.predicted_peak_bytes < 0.85 * one.memory.predicted_peak_bytes
 
 
