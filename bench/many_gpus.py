@@ -18,6 +18,7 @@ the two that are compared are N GPUs with a replicated base and N with a sharded
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -31,9 +32,11 @@ import torch
 from bench import ours
 from bench.comparisons import Ours
 from bench.gpu_memory import memory_watched
+from bench.memory_hog import only_free_of_each
 from bench.options import parser_of
 from bench.processes import NoResultError, begun, run, workers_of
 from bench.results import device_and_versions, table, write_section
+from bench.steps import environment_to_watch, steps_in, steps_text
 from bench.workload import kind_of, workload_of
 from job.core.forecast import forecast
 from job.core.memory import GIB
@@ -80,6 +83,8 @@ class Carried:
     """Real tokens a second of each step."""
     in_use: tuple[int, ...]
     """Bytes of each GPU, at most; empty where there is none."""
+    steps: dict
+    """What each rank says of each step."""
 
 
 class Bench:
@@ -124,12 +129,30 @@ class Bench:
             NoResultError: it failed, or took too long.
         """
         folder, command = self.prepare(batch=batch, steps=steps)
-        with memory_watched() as in_use:
-            output = run([*command, *way.options], limit_seconds=self.options.limit, log=folder / "process")
+        (watched := folder / "steps").mkdir()
+        profiled = steps - 1 if self.options.profile else 0
+        with memory_watched() as in_use, only_free_of_each(self.options.free_gib, way.gpus):
+            output = run(
+                [*command, *way.options],
+                limit_seconds=self.options.limit,
+                log=folder / "process",
+                environment=environment_to_watch(watched, profiled=profiled),
+            )
+        self._keep(watched, f"{batch}-{way.name.replace(', ', '-').replace(' ', '-')}-{self._runs:02d}")
         events = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
         rates = tuple(event["tokens_per_second"] for event in events if event.get("event") == "step")
         report = json.loads((folder / "store/runs/run/report.json").read_text())
-        return Carried(report=report, rates=rates, in_use=tuple(in_use))
+        return Carried(report=report, rates=rates, in_use=tuple(in_use), steps=steps_in(watched))
+
+    def _keep(self, watched, name):
+        """What the ranks have left of a run's steps, in one file, and its profile, where they are asked for."""
+        kept = self.options.steps_folder
+        if kept is not None:
+            kept.mkdir(parents=True, exist_ok=True)
+            lines = "".join(path.read_text() for path in sorted(watched.glob("steps-r*.jsonl")))
+            (kept / f"steps-{name}.jsonl").write_text(lines)
+            for path in watched.glob("profile.*"):
+                shutil.copy(path, kept / f"{name}-{path.name}")
 
     def write(self, part, title, text, *, own=""):
         """The part's section; `own` are its options on the command line."""
@@ -189,6 +212,9 @@ def rates_text(found, warm_up, computed, failures):
         lines.append(f"The second is {ratio:.3f} times as fast as the first (turns: {turns}){by_the_plan}.")
     lines.append("Rates are medians of the turns; waiting, bytes, peak and losses are the last one's.")
     lines.append("\n".join([*_turns(found, warm_up), *failures]))
+    last = next((runs[-1] for runs in [*found.values()][1:] if runs), None)
+    if last is not None and last.steps:
+        lines.append("\n".join(["The last run of the second, step by step:", "", *steps_text(last.steps, warm_up)]))
     return "\n\n".join(line for line in lines if line)
 
 
@@ -362,6 +388,9 @@ def main(arguments=None):
     parser.add_argument("--loss-batch", type=int, default=16, help="of losses and endings")
     parser.add_argument("--placement", choices=["sharded"], help="beside a replicated base")
     parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS")
+    parser.add_argument("--free-gib", type=float, metavar="GIB", help="leave no more than so much of each GPU free")
+    parser.add_argument("--steps-folder", type=Path, metavar="FOLDER", help="keep each rank's figures of each step")
+    parser.add_argument("--profile", action="store_true", help="rank 0's last step but one; kept in --steps-folder")
     parser.add_argument("--limit", type=float, default=200.0, metavar="SECONDS", help="of each run")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by default it would leave a run behind
