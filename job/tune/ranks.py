@@ -1,9 +1,10 @@
 """Several processes as one world: how they meet, obey, sum and gather. Owner of torch.distributed."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -102,12 +103,27 @@ class Ranks:
             self._levels = self._sum_levels(seat)
             self._orders = dist.new_group(backend="gloo", timeout=_FOR_EVER)
             self._words = dist.new_group(backend="gloo", timeout=_FOR_EVER)
+            alive = dist.new_group(backend="gloo", timeout=_FOR_EVER)
         self._kept: dict[tuple[torch.dtype, str], Tensor] = {}
         self._beside: torch.cuda.Stream | None = None
         self._rows: ProcessGroup | None = None
         self._turns: ProcessGroup | None = None
         self.before_meeting: Callable[[], None] = _nothing
         """Called before ranks meet in anything but a turn: who holds a sharded base helps the others to end theirs."""
+        threading.Thread(target=self._watch, args=(alive,), name="peers", daemon=True).start()
+
+    def _watch(self, alive: "ProcessGroup") -> None:
+        """Wait for what nobody sends: the wait ends when a process that could send it is gone.
+
+        Who waits for a device hears of it by nothing else where the other one was killed and could leave no word.
+        """
+        nothing = torch.zeros(1)
+        with suppress(RuntimeError):
+            if self.rank == 0:
+                self._dist.gather(nothing, [torch.zeros(1) for _ in range(self.size)], group=alive)
+            else:
+                self._dist.recv(nothing, 0, group=alive)
+        self.lose()
 
     def _sum_levels(self, seat: Seat) -> list[tuple[Any, int]]:
         """Groups, and their sizes, that sum one after another: what a node has summed crosses the network once."""

@@ -48,7 +48,12 @@ class Tracking:
 
     def end(self) -> None:
         """Let the trackers finish sending."""
-        self._attempt(self._accelerator.end_training)
+        self._attempt(self._finish)
+
+    def _finish(self) -> None:
+        """Not by accelerate's `end_training`, which also ends the group of processes that train together."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
     def _open(self, run_id: str, folder: Path, facts: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +79,7 @@ class Tracking:
         except Exception as error:  # noqa: BLE001 - trackers raise anything; none of it may cost a night of training
             self._on = False
             with suppress(Exception):
-                self._accelerator.end_training()
+                self._finish()
             self._on_failure(f"tracking stopped: {type(error).__name__}: {error}")
 
 

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from job.core.errors import SickDeviceError, UsageError
@@ -55,6 +56,16 @@ def test_a_tracker_that_fails_is_reported_once_and_costs_no_training(tmp_path):
     tracking.end()
     assert len(told) == 1
     assert told[0].startswith("tracking stopped: ")
+
+
+def test_the_processes_that_train_together_stay_a_group(tmp_path, monkeypatch):
+    """They still need each other once the trackers have ended: for the proof, and to hear that all is done."""
+    ended = []
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda *_, **__: ended.append("the group"))
+    tracked(tmp_path, [(1, 3.0)])
+
+    assert losses(tmp_path / "notes") == [(1, 3.0)]
+    assert ended == []
 
 
 def test_without_trackers_nothing_is_written(tmp_path):
