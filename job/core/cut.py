@@ -103,14 +103,13 @@ def plan_memory(  # noqa: PLR0913 - what a plan is made of
         max_length: tokens of the longest example, which is never cut.
         step_tokens: tokens of the largest step.
         shards: GPUs that the base is spread over; 1: it is whole.
-        shares: of several ranks' steps, whose micro-batches may all be smaller than the cut allows; None: it is one.
+        shares: of the steps, where several ranks make them, by which micro-batches are then cut; None: one does.
     """
     compiled = compiled and engine == "generic"
 
     def planned(
-        tokens: int, kept: int, recomputed: int, *, reason: str, peak: int | None, peak_tokens: int
+        tokens: int, kept: int, recomputed: int, *, reason: str, peak: int | None, peak_tokens: int, forward: int
     ) -> MemoryPlan:
-        forward = tokens if peak is None else max(tokens, min(_FORWARD_ONLY * tokens, _MOST_EVALUATION_TOKENS))
         cut = Cut(
             engine=engine,
             micro_batch_tokens=tokens,
@@ -127,19 +126,32 @@ def plan_memory(  # noqa: PLR0913 - what a plan is made of
     if device.kind == "cpu":
         tokens = max(_CPU_MICRO_BATCH_TOKENS[device.compute_dtype], max_length)
         without = ", in fp32: it has no instructions for bf16" if device.compute_dtype == "fp32" else ""
-        return planned(tokens, 0, 0, reason=f"on the CPU{without}", peak=None, peak_tokens=tokens)
+        return planned(tokens, 0, 0, reason=f"on the CPU{without}", peak=None, peak_tokens=tokens, forward=tokens)
     parts = memory_parts(shape, adapter, engine, compiled=compiled, rows=rows, shards=shards)
     sizes = list(_sizes(shape, parts, int(_HEADROOM[engine] * device.free_bytes), max_length=max_length, engine=engine))
     if not sizes:
         peak = parts.peak(layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers)
         reason = "one example at a time: memory is short by estimate"
-        return planned(max_length, 0, shape.layers, reason=reason, peak=peak, peak_tokens=max_length)
-    largest = max(step_tokens, max_length)
-    tokens, kept, recomputed = min(sizes, key=lambda size: (_cost(shape.layers, size, largest), size))
+        forward = _forward_tokens(max_length)
+        return planned(max_length, 0, shape.layers, reason=reason, peak=peak, peak_tokens=max_length, forward=forward)
+    alone = tokens, kept, recomputed = _fastest(shape, sizes, max(step_tokens, max_length))
+    if shares is not None:
+        tokens, kept, recomputed = _fastest(shape, sizes, max(shares.most, max_length))
     at_peak = tokens if shares is None else _seen(shares, tokens, engine)
     peak = parts.peak(layers=shape.layers, tokens=at_peak, kept_layers=kept, recomputed_layers=recomputed)
     reason = f"{peak / GIB:.1f} GiB at the peak by estimate, {device.free_bytes / GIB:.1f} GiB free"
-    return planned(tokens, kept, recomputed, reason=reason, peak=peak, peak_tokens=at_peak)
+    # As one GPU's: an evaluation makes the same passes in any number of processes.
+    forward = _forward_tokens(alone[0])
+    return planned(tokens, kept, recomputed, reason=reason, peak=peak, peak_tokens=at_peak, forward=forward)
+
+
+def _fastest(shape: ModelShape, sizes: Sequence["_Size"], step_tokens: int) -> "_Size":
+    return min(sizes, key=lambda size: (_cost(shape.layers, size, step_tokens), size))
+
+
+def _forward_tokens(tokens: int) -> int:
+    """Of an evaluation's pass, where a step's micro-batch has so many."""
+    return max(tokens, min(_FORWARD_ONLY * tokens, _MOST_EVALUATION_TOKENS))
 
 
 def _seen(shares: Shares, tokens: int, engine: EngineName) -> int:

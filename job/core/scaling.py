@@ -81,7 +81,11 @@ def busiest(steps: Sequence[Dealt]) -> float:
 
 
 def times_one(
-    steps: Sequence[Dealt], *, seconds: Callable[[Share], float], exchange: Callable[[Dealt], float]
+    steps: Sequence[Dealt],
+    *,
+    seconds: Callable[[Share], float],
+    exchange: Callable[[Dealt], float],
+    alone: Callable[[Share], float],
 ) -> float:
     """How many times as fast as one GPU: all wait for the slowest share, and for what of the exchange is not hidden.
 
@@ -89,10 +93,11 @@ def times_one(
         steps: of the run.
         seconds: that a GPU computes on a share.
         exchange: seconds of a step's exchange between the GPUs beyond what is computed meanwhile.
+        alone: seconds that one GPU computes on a whole step.
     """
-    alone = sum(seconds(step.whole) for step in steps)
+    by_one = sum(alone(step.whole) for step in steps)
     slowest = sum(max(seconds(share) for share in step.shares if share.examples) for step in steps)
-    return alone / (slowest + sum(map(exchange, steps)))
+    return by_one / (slowest + sum(map(exchange, steps)))
 
 
 def sent_bytes(parameters: int, cluster: Cluster) -> int:

@@ -10,6 +10,8 @@ from job.core.dealing import deal
 from job.core.lengths import Lengths
 from job.core.packing import grain_of, pack_evenly
 
+_ROOM = 32
+"""One part of so many: a grain, see `grain_of`."""
 _FIRST, _LARGEST = 32, 32
 """Steps that are dealt, of those that a course looks at: the first ones, and those with the most tokens."""
 
@@ -19,6 +21,12 @@ class Shares:
     """Shares of steps, as the ranks deal them: the tokens of each one's documents."""
 
     lengths: tuple[tuple[int, ...], ...]
+
+    @property
+    def most(self) -> int:
+        """Tokens of the largest one, with the room that it takes to cut it into equal micro-batches."""
+        largest = max(sum(part) for part in self.lengths)
+        return largest + largest // _ROOM
 
     def largest_micro_batch(self, budget: int) -> int:
         """Tokens of the largest micro-batch, where shares are cut as a step cuts them, at most so large."""

@@ -39,7 +39,7 @@ def cells(text, name):
 def test_two_processes_are_measured_beside_one(bench, base, examples, tmp_path):
     given = {"text": "{t}", "batch": 4, "steps": 3, "max_length": 64}
     parameters = workload_of(base, examples, tmp_path / "lengths", **given).adapter.parameters
-    kept = ["--steps-folder", str(tmp_path / "kept"), "--profile"]
+    kept = ["--steps-folder", str(tmp_path / "kept"), "--profile", "--ceiling"]
     code, text = bench("--part", "rates", "--batch", "4", "--steps", "3", "--turns", "1", *kept)
 
     assert code == 0, text
@@ -53,6 +53,9 @@ def test_two_processes_are_measured_beside_one(bench, base, examples, tmp_path):
     assert one[-1] == two[-1]  # the same losses
     assert re.search(r"The second is \d+\.\d{3} times as fast as the first \(turns: \d+\.\d{3}\)\.", text)
     assert "The last run of the second, step by step:" in text
+    assert re.search(
+        r"Of the ceiling of each GPU, \d\.\d TFLOP/s of large bf16 products: 1 GPU 0\.\d+, 2 GPUs 0\.", text
+    )
     lines = [json.loads(line) for line in (tmp_path / "kept/steps-4-2-GPUs-02.jsonl").read_text().splitlines()]
     assert [(line["rank"], line["step"]) for line in lines] == [(rank, step) for rank in (0, 1) for step in (1, 2, 3)]
     assert all(line["tokens"] > 0 and 0 <= line["waited"] <= line["seconds"] for line in lines)
