@@ -18,6 +18,7 @@ the two that are compared are N GPUs with a replicated base and N with a sharded
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -28,12 +29,14 @@ from pathlib import Path
 
 import torch
 
-from bench import ours
+from bench import flops, ours
 from bench.comparisons import Ours
 from bench.gpu_memory import memory_watched
+from bench.memory_hog import only_free_of_each
 from bench.options import parser_of
 from bench.processes import NoResultError, begun, run, workers_of
 from bench.results import device_and_versions, table, write_section
+from bench.steps import environment_to_watch, steps_in, steps_text
 from bench.workload import kind_of, workload_of
 from job.core.forecast import forecast
 from job.core.memory import GIB
@@ -80,6 +83,8 @@ class Carried:
     """Real tokens a second of each step."""
     in_use: tuple[int, ...]
     """Bytes of each GPU, at most; empty where there is none."""
+    steps: dict
+    """What each rank says of each step."""
 
 
 class Bench:
@@ -88,6 +93,8 @@ class Bench:
     def __init__(self, options, folder):
         self.options, self.folder = options, folder
         self._runs = 0
+        self.ceiling = _ceiling(folder) if options.ceiling else None
+        """Operations a second; None: nobody asks for it."""
         self.max_length = min(_MAX_LENGTH, shape_of(read_config(options.base)).positions)
         several = options.gpus
         if options.placement is None:
@@ -124,12 +131,30 @@ class Bench:
             NoResultError: it failed, or took too long.
         """
         folder, command = self.prepare(batch=batch, steps=steps)
-        with memory_watched() as in_use:
-            output = run([*command, *way.options], limit_seconds=self.options.limit, log=folder / "process")
+        (watched := folder / "steps").mkdir()
+        profiled = steps - 1 if self.options.profile else 0
+        with memory_watched() as in_use, only_free_of_each(self.options.free_gib, way.gpus):
+            output = run(
+                [*command, *way.options],
+                limit_seconds=self.options.limit,
+                log=folder / "process",
+                environment=environment_to_watch(watched, profiled=profiled),
+            )
+        self._keep(watched, f"{batch}-{way.name.replace(', ', '-').replace(' ', '-')}-{self._runs:02d}")
         events = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
         rates = tuple(event["tokens_per_second"] for event in events if event.get("event") == "step")
         report = json.loads((folder / "store/runs/run/report.json").read_text())
-        return Carried(report=report, rates=rates, in_use=tuple(in_use))
+        return Carried(report=report, rates=rates, in_use=tuple(in_use), steps=steps_in(watched))
+
+    def _keep(self, watched, name):
+        """What the ranks have left of a run's steps, in one file, and its profile, where they are asked for."""
+        kept = self.options.steps_folder
+        if kept is not None:
+            kept.mkdir(parents=True, exist_ok=True)
+            lines = "".join(path.read_text() for path in sorted(watched.glob("steps-r*.jsonl")))
+            (kept / f"steps-{name}.jsonl").write_text(lines)
+            for path in watched.glob("profile.*"):
+                shutil.copy(path, kept / f"{name}-{path.name}")
 
     def write(self, part, title, text, *, own=""):
         """The part's section; `own` are its options on the command line."""
@@ -143,6 +168,11 @@ class Bench:
         print(f"{title}\n\n{text}\n", flush=True)
 
 
+def _ceiling(folder):
+    measured = run([sys.executable, "-m", "bench.ceiling"], limit_seconds=120, log=folder / "ceiling")
+    return json.loads(measured)["gemm_flops"]
+
+
 # --- rates -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +181,7 @@ def measure_rates(bench, batch):
     options, found = bench.options, {way: [] for way in bench.ways}
     steps = options.steps or max(10, _EXAMPLES // batch)
     warm_up = max(1, steps // 3) if options.warm_up is None else options.warm_up
-    computed, failures = _computed(bench, batch, steps), []
+    (computed, work_of_a_token), failures = _of_the_work(bench, batch, steps), []
     for turn in range(1, options.turns + 1):
         for way in bench.ways:
             try:
@@ -160,19 +190,39 @@ def measure_rates(bench, batch):
                 failures.append(f"- turn {turn}, {way.name}: no result: {error}")
             title = f"{bench.ways[1].name} beside {bench.ways[0].name}, {batch} examples a step"
             own = f" --batch {batch} --turns {options.turns}"
-            bench.write(f"rates-{batch}", title, rates_text(found, warm_up, computed, failures), own=own)
+            text = rates_text(found, warm_up, computed, failures)
+            if work_of_a_token is not None:
+                text += "\n\n" + ceiling_text(found, warm_up, bench.ceiling, work_of_a_token)
+            bench.write(f"rates-{batch}", title, text, own=own)
     return not failures
 
 
-def _computed(bench, batch, steps):
-    """How many times as fast the plan's formula says that several GPUs are; None: it does not know this kind."""
+def _of_the_work(bench, batch, steps):
+    """How many times as fast the plan's formula says that several GPUs are, and operations of a token, where asked for.
+
+    None: the formula does not know this kind, or these are two placements; nobody asks for the share of the ceiling.
+    """
     kind = kind_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     options = bench.options
-    if kind is None or options.placement is not None:
-        return None
+    is_computed = kind is not None and options.placement is None
+    if not is_computed and bench.ceiling is None:
+        return None, None
     folder, given = bench.folder / f"lengths-{batch}", {"batch": batch, "steps": steps, "max_length": bench.max_length}
     work = workload_of(options.base, options.train, folder, text=options.text, **given)
-    return forecast(work, kind, Cluster(gpus=options.gpus)).scaled.times_one
+    computed = forecast(work, kind, Cluster(gpus=options.gpus)).scaled.times_one if is_computed else None
+    token = None if bench.ceiling is None else flops.per_token(work.shape, work.lengths, work.adapter.parameters)
+    return computed, token
+
+
+def ceiling_text(found, warm_up, ceiling, work_of_a_token):
+    """What of a GPU's large products each way sustains."""
+    shares = []
+    for way, runs in found.items():
+        if runs:
+            rate = statistics.median(_rate(each, warm_up) for each in runs) / way.gpus
+            shares.append(f"{way.name} {rate * work_of_a_token / ceiling:.3f}")
+    said = f"Of the ceiling of each GPU, {ceiling / 1e12:.1f} TFLOP/s of large bf16 products: {', '.join(shares)}"
+    return f"{said} (a token takes {work_of_a_token / 1e9:.2f} GFLOP)."
 
 
 def rates_text(found, warm_up, computed, failures):
@@ -189,6 +239,9 @@ def rates_text(found, warm_up, computed, failures):
         lines.append(f"The second is {ratio:.3f} times as fast as the first (turns: {turns}){by_the_plan}.")
     lines.append("Rates are medians of the turns; waiting, bytes, peak and losses are the last one's.")
     lines.append("\n".join([*_turns(found, warm_up), *failures]))
+    last = next((runs[-1] for runs in [*found.values()][1:] if runs), None)
+    if last is not None and last.steps:
+        lines.append("\n".join(["The last run of the second, step by step:", "", *steps_text(last.steps, warm_up)]))
     return "\n\n".join(line for line in lines if line)
 
 
@@ -362,6 +415,10 @@ def main(arguments=None):
     parser.add_argument("--loss-batch", type=int, default=16, help="of losses and endings")
     parser.add_argument("--placement", choices=["sharded"], help="beside a replicated base")
     parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS")
+    parser.add_argument("--free-gib", type=float, metavar="GIB", help="leave no more than so much of each GPU free")
+    parser.add_argument("--steps-folder", type=Path, metavar="FOLDER", help="keep each rank's figures of each step")
+    parser.add_argument("--ceiling", action="store_true", help="measure it first, and say the share of it")
+    parser.add_argument("--profile", action="store_true", help="rank 0's last step but one; kept in --steps-folder")
     parser.add_argument("--limit", type=float, default=200.0, metavar="SECONDS", help="of each run")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by default it would leave a run behind

@@ -8,6 +8,7 @@ is free when it starts: this is how it is given less, and nothing in it knows of
 
 import argparse
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -53,11 +54,30 @@ class Hog:
 
 
 @contextlib.contextmanager
-def waiting_hog(gib, *, below=None):
+def only_free_of_each(gib, gpus):
+    """The same on each of the first GPUs, by a hog each.
+
+    Raises:
+        NoResultError: it cannot be held.
+    """
+    with contextlib.ExitStack() as held:
+        hogs = [held.enter_context(waiting_hog(gib, gpu=gpu)) for gpu in range(gpus)] if gib is not None else []
+        for hog in hogs:
+            hog.hold()
+        for hog in hogs:
+            hog.wait()
+        yield
+
+
+@contextlib.contextmanager
+def waiting_hog(gib, *, below=None, gpu=None):
     """A hog that has only the memory that any process on the GPU takes, and holds no more until `hold`."""
     command = [sys.executable, "-m", "bench.memory_hog", str(gib)]
     command += [] if below is None else ["--below", str(below)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ if gpu is None else os.environ | {"CUDA_VISIBLE_DEVICES": _visible(gpu)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         hog = Hog(process)
         try:
             hog.wait()
@@ -81,6 +101,12 @@ def only_free(gib):
         hog.hold()
         hog.wait()
         yield
+
+
+def _visible(gpu):
+    """The GPU of this number among those that we see."""
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return names[gpu] if names else str(gpu)
 
 
 def main():

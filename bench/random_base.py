@@ -117,6 +117,18 @@ SHAPES = {
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     },
+    # meta-llama/Llama-2-70b-hf: its config.json
+    "llama2-70b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
     "mistral-7b": {
         "model_type": "mistral",
         "vocab_size": 32768,

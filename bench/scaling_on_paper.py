@@ -63,9 +63,9 @@ example on average) and an adapter of {parameters:,} parameters. One GPU's speed
 A step takes as long as the rank with most of it computes, and then as long as what is left of the sum of the gradients:
 its last piece, or what the backward of the last micro-batch did not hide. Shares are dealt as the job deals them,
 document by document. The sum of P parameters in fp32 over h hosts of g GPUs: each GPU sends 2 x 4P (g - 1) / g bytes
-within its host, then each host 2 x 4P (h - 1) / h to others; 10 times 4P bytes pass the GPU's memory within, and 10
-times 4P / g between; each of 2 (P / 2^23 + 1) exchanges, within and between, begins with 40 microseconds
-(`job/core/scaling.py`). What each GPU does by itself, whatever
+within its host, then each host 2 x 4P (h - 1) / h to others; 6 times 4P bytes pass the GPU's memory within, and 6
+times 4P / g between; each of 2 (P / 2^23 + 1) exchanges, within and between, begins with 40 microseconds, of which two
+ranks need half (`job/core/scaling.py`). What each GPU does by itself, whatever
 its share, is counted too: 145 tokens' time a micro-batch, and 40 times 4P bytes for the update (`job/core/cut.py`,
 `forecast.py`).
 

@@ -46,8 +46,12 @@ class Course:
 
     def largest_step(self, lengths: Lengths) -> int:
         """Tokens of the largest step, of as many as are looked at: in a long run the rest differ little."""
+        return max(self.step_tokens(lengths))
+
+    def step_tokens(self, lengths: Lengths) -> list[int]:
+        """Tokens of each step, of as many as are looked at."""
         looked_at = range(1, min(self.steps, _STEPS_LOOKED_AT) + 1)
-        return max(int(lengths[self.batch(step)].sum()) for step in looked_at)
+        return [int(lengths[self.batch(step)].sum()) for step in looked_at]
 
     @property
     def examples(self) -> int:

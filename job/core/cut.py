@@ -18,7 +18,8 @@ from job.core.memory import (
     ModelShape,
     memory_parts,
 )
-from job.core.packing import Rows
+from job.core.packing import REPLAYED_TOKENS, Rows, padded_tokens
+from job.core.shares import Shares
 
 _CPU_MICRO_BATCH_TOKENS: dict[ComputeDtype, int] = {"bf16": 4096, "fp32": 2048}
 """Activations in fp32 are twice as large: half as many take the same memory."""
@@ -71,6 +72,8 @@ class MemoryPlan:
     reason: str
     predicted_peak_bytes: int | None
     """At the peak of a step; None on the CPU."""
+    peak_tokens: int
+    """Of the micro-batch at the peak: the most that the cut allows, or with several ranks the most of their shares."""
 
 
 def plan_memory(  # noqa: PLR0913 - what a plan is made of
@@ -84,6 +87,7 @@ def plan_memory(  # noqa: PLR0913 - what a plan is made of
     max_length: int,
     step_tokens: int,
     shards: int = 1,
+    shares: Shares | None = None,
 ) -> MemoryPlan:
     """The fastest cut that fits.
 
@@ -99,11 +103,13 @@ def plan_memory(  # noqa: PLR0913 - what a plan is made of
         max_length: tokens of the longest example, which is never cut.
         step_tokens: tokens of the largest step.
         shards: GPUs that the base is spread over; 1: it is whole.
+        shares: of the steps, where several ranks make them, by which micro-batches are then cut; None: one does.
     """
     compiled = compiled and engine == "generic"
 
-    def planned(tokens: int, kept: int, recomputed: int, *, reason: str, peak: int | None) -> MemoryPlan:
-        forward = tokens if peak is None else max(tokens, min(_FORWARD_ONLY * tokens, _MOST_EVALUATION_TOKENS))
+    def planned(
+        tokens: int, kept: int, recomputed: int, *, reason: str, peak: int | None, peak_tokens: int, forward: int
+    ) -> MemoryPlan:
         cut = Cut(
             engine=engine,
             micro_batch_tokens=tokens,
@@ -115,23 +121,44 @@ def plan_memory(  # noqa: PLR0913 - what a plan is made of
             compute_dtype=device.compute_dtype,
             rows=rows,
         )
-        return MemoryPlan(cut=cut, reason=reason, predicted_peak_bytes=peak)
+        return MemoryPlan(cut=cut, reason=reason, predicted_peak_bytes=peak, peak_tokens=peak_tokens)
 
     if device.kind == "cpu":
         tokens = max(_CPU_MICRO_BATCH_TOKENS[device.compute_dtype], max_length)
         without = ", in fp32: it has no instructions for bf16" if device.compute_dtype == "fp32" else ""
-        return planned(tokens, 0, 0, reason=f"on the CPU{without}", peak=None)
+        return planned(tokens, 0, 0, reason=f"on the CPU{without}", peak=None, peak_tokens=tokens, forward=tokens)
     parts = memory_parts(shape, adapter, engine, compiled=compiled, rows=rows, shards=shards)
     sizes = list(_sizes(shape, parts, int(_HEADROOM[engine] * device.free_bytes), max_length=max_length, engine=engine))
     if not sizes:
         peak = parts.peak(layers=shape.layers, tokens=max_length, kept_layers=0, recomputed_layers=shape.layers)
         reason = "one example at a time: memory is short by estimate"
-        return planned(max_length, 0, shape.layers, reason=reason, peak=peak)
-    largest = max(step_tokens, max_length)
-    tokens, kept, recomputed = min(sizes, key=lambda size: (_cost(shape.layers, size, largest), size))
-    peak = parts.peak(layers=shape.layers, tokens=tokens, kept_layers=kept, recomputed_layers=recomputed)
+        forward = _forward_tokens(max_length)
+        return planned(max_length, 0, shape.layers, reason=reason, peak=peak, peak_tokens=max_length, forward=forward)
+    alone = tokens, kept, recomputed = _fastest(shape, sizes, max(step_tokens, max_length))
+    if shares is not None:
+        tokens, kept, recomputed = _fastest(shape, sizes, max(shares.most, max_length))
+    at_peak = tokens if shares is None else _seen(shares, tokens, engine)
+    peak = parts.peak(layers=shape.layers, tokens=at_peak, kept_layers=kept, recomputed_layers=recomputed)
     reason = f"{peak / GIB:.1f} GiB at the peak by estimate, {device.free_bytes / GIB:.1f} GiB free"
-    return planned(tokens, kept, recomputed, reason=reason, peak=peak)
+    # As one GPU's: an evaluation makes the same passes in any number of processes.
+    forward = _forward_tokens(alone[0])
+    return planned(tokens, kept, recomputed, reason=reason, peak=peak, peak_tokens=at_peak, forward=forward)
+
+
+def _fastest(shape: ModelShape, sizes: Sequence["_Size"], step_tokens: int) -> "_Size":
+    return min(sizes, key=lambda size: (_cost(shape.layers, size, step_tokens), size))
+
+
+def _forward_tokens(tokens: int) -> int:
+    """Of an evaluation's pass, where a step's micro-batch has so many."""
+    return max(tokens, min(_FORWARD_ONLY * tokens, _MOST_EVALUATION_TOKENS))
+
+
+def _seen(shares: Shares, tokens: int, engine: EngineName) -> int:
+    """Tokens of the largest micro-batch, with what a small one is padded to where it is replayed."""
+    largest = shares.largest_micro_batch(tokens)
+    padded = padded_tokens(largest + 1, finely=True)
+    return padded if engine == "fast" and padded <= REPLAYED_TOKENS else largest
 
 
 def least_bytes(shape: ModelShape, adapter: AdapterShape, *, engine: EngineName, max_length: int, shards: int) -> int:

@@ -36,6 +36,7 @@ from job.core.scaling import (
     waiting_for_gathers,
 )
 from job.core.section import Section
+from job.core.shares import Shares, shares_of
 
 _CONTEXT_GIB = 0.7
 """What CUDA and its libraries take of a GPU before a model is loaded."""
@@ -168,19 +169,12 @@ def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
     free = int((gpu.memory_gib - _CONTEXT_GIB) * GIB)
     placement = _placement(work, free, cluster)
     shards = cluster.ranks if placement == "sharded" else 1
-    memory = plan_memory(
-        work.shape,
-        work.adapter,
-        engine=work.engine,
-        compiled=work.compiled,
-        rows=work.rows,
-        device=DeviceMemory(kind="cuda", name=gpu.name, free_bytes=free),
-        max_length=work.max_length,
-        step_tokens=work.course.largest_step(work.lengths),
-        shards=shards,
-    )
-    alone = None if gpu.speed is None else _tokens_per_second(work, memory.cut, gpu.speed)
-    scaled = _scaled(work, memory.cut, gpu, cluster, placement)
+    device = DeviceMemory(kind="cuda", name=gpu.name, free_bytes=free)
+    by_one = memory = _plan(work, device, shards, None)
+    if cluster.ranks > 1:
+        memory = _plan(work, device, shards, shares_of(work.course, work.lengths, ranks=cluster.ranks))
+    alone = None if gpu.speed is None else _tokens_per_second(work, by_one.cut, gpu.speed)
+    scaled = _scaled(work, memory.cut, gpu, cluster, placement, alone=by_one.cut)
     speed = alone if alone is None or scaled is None else alone * scaled.times_one
     launching = _LAUNCH_SECONDS if cluster.ranks > 1 else 0.0
     evaluating = _evaluating_tokens(work, memory.cut, cluster.ranks)
@@ -196,6 +190,21 @@ def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
         tokens_per_second=speed,
         start_seconds=_START_SECONDS + launching + 2 * work.shape.parameters / _BASE_BYTES_PER_SECOND,
         training_seconds=None if speed is None or alone is None else trained_tokens(work) / speed + evaluating / alone,
+    )
+
+
+def _plan(work: Workload, device: DeviceMemory, shards: int, shares: Shares | None) -> MemoryPlan:
+    return plan_memory(
+        work.shape,
+        work.adapter,
+        engine=work.engine,
+        compiled=work.compiled,
+        rows=work.rows,
+        device=device,
+        max_length=work.max_length,
+        step_tokens=work.course.largest_step(work.lengths),
+        shards=shards,
+        shares=shares,
     )
 
 
@@ -228,7 +237,8 @@ def _step_seconds(work: Workload, cut: Cut, speed: Speed, *, tokens: int, exampl
     return max(tokens * a_token + update, examples * _HOST_SECONDS[work.engine])
 
 
-def _scaled(work: Workload, cut: Cut, gpu: Gpu, cluster: Cluster, placement: Placement) -> Scaled | None:
+def _scaled(work: Workload, cut: Cut, gpu: Gpu, cluster: Cluster, placement: Placement, *, alone: Cut) -> Scaled | None:
+    """Beside one GPU, whose steps are cut as `alone` says."""
     speed, link = gpu.speed, gpu.link
     if cluster.ranks == 1 or speed is None or link is None:
         return None
@@ -238,6 +248,9 @@ def _scaled(work: Workload, cut: Cut, gpu: Gpu, cluster: Cluster, placement: Pla
 
     def seconds(share: Share) -> float:
         return _step_seconds(work, cut, speed, tokens=share.tokens, examples=share.examples)
+
+    def by_one(whole: Share) -> float:
+        return _step_seconds(work, alone, speed, tokens=whole.tokens, examples=whole.examples)
 
     def exchange(step: Dealt) -> float:
         most = max(step.shares, key=lambda share: share.tokens)
@@ -250,7 +263,7 @@ def _scaled(work: Workload, cut: Cut, gpu: Gpu, cluster: Cluster, placement: Pla
         )
 
     return Scaled(
-        times_one=times_one(steps, seconds=seconds, exchange=exchange),
+        times_one=times_one(steps, seconds=seconds, exchange=exchange, alone=by_one),
         busiest=busiest(steps),
         exchange_seconds=sum(map(exchange, steps)) / len(steps),
     )

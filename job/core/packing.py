@@ -73,6 +73,21 @@ def pack_evenly(lengths: Sequence[int], *, most: int, grain: int = 1) -> list[li
     return packs
 
 
+REPLAYED_TOKENS = 4096
+"""Up to so many tokens a micro-batch of the fast engine is padded, and replayed as a CUDA graph."""
+
+
+def padded_tokens(tokens: int, *, finely: bool) -> int:
+    """What a micro-batch that is replayed is padded to: there are few sizes, and each is recorded once.
+
+    Args:
+        tokens: with at least one that is padding.
+        finely: eight sizes from one power of two to the next, not four: where others wait for it.
+    """
+    unit = max(128, (1 << (tokens - 1).bit_length()) // (16 if finely else 8))
+    return -(-tokens // unit) * unit
+
+
 def alike(lengths: Sequence[int]) -> list[list[int]]:
     """Documents whose rows are padded together: of like lengths, so that at most `MOST_PADDING` is added.
 

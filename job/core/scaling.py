@@ -12,8 +12,11 @@ from job.core.links import Link, network
 SUM_PIECE = 2**23
 """Elements of a vector that several GPUs sum at once: two pieces of 32 MiB are all the memory that a sum needs."""
 _FP32 = 4
-_PASSES = 10
-"""How often a summed vector passes a GPU's memory: into the buffer, out to the others and in, added up, and back."""
+PAIR = 2
+"""Ranks that send each other all of a piece; more of them send each one its part, and the sum of their own to all."""
+_PASSES = 6
+"""How often a summed vector passes a GPU's memory: out to the others and in, added up, and back; of two ranks, out,
+two of them in, both read and their sum written."""
 _CALL_SECONDS = 40e-6
 """What one exchange takes however little it is (NCCL: 20 to 50 microseconds, by nccl-tests' smallest sizes)."""
 _STEPS_LOOKED_AT = 64
@@ -78,7 +81,11 @@ def busiest(steps: Sequence[Dealt]) -> float:
 
 
 def times_one(
-    steps: Sequence[Dealt], *, seconds: Callable[[Share], float], exchange: Callable[[Dealt], float]
+    steps: Sequence[Dealt],
+    *,
+    seconds: Callable[[Share], float],
+    exchange: Callable[[Dealt], float],
+    alone: Callable[[Share], float],
 ) -> float:
     """How many times as fast as one GPU: all wait for the slowest share, and for what of the exchange is not hidden.
 
@@ -86,18 +93,22 @@ def times_one(
         steps: of the run.
         seconds: that a GPU computes on a share.
         exchange: seconds of a step's exchange between the GPUs beyond what is computed meanwhile.
+        alone: seconds that one GPU computes on a whole step.
     """
-    alone = sum(seconds(step.whole) for step in steps)
+    by_one = sum(alone(step.whole) for step in steps)
     slowest = sum(max(seconds(share) for share in step.shares if share.examples) for step in steps)
-    return alone / (slowest + sum(map(exchange, steps)))
+    return by_one / (slowest + sum(map(exchange, steps)))
 
 
 def sent_bytes(parameters: int, cluster: Cluster) -> int:
     """That each rank sends to sum a vector: its parts to those that add them up, and the sum of its own part to all."""
-    sent = 0
+    sent, levels = 0, _levels(cluster)
     for start in range(0, parameters, SUM_PIECE):
         part = min(SUM_PIECE, parameters - start)
-        for members in _levels(cluster):
+        for place, members in enumerate(levels):
+            if levels[place:] == [PAIR]:
+                sent += part * _FP32
+                continue
             part = math.ceil(part / members)
             sent += 2 * (members - 1) * part * _FP32
     return sent
@@ -106,12 +117,13 @@ def sent_bytes(parameters: int, cluster: Cluster) -> int:
 def sum_seconds(parameters: int, cluster: Cluster, link: Link, *, memory_bytes_per_second: float) -> float:
     """One sum of the adapter's gradients over all ranks: within each host, and then of what hosts have summed.
 
-    Its first half goes from each GPU to each other one by itself, its second half (NCCL's all-gather) in a ring.
-    Between hosts the GPUs of a host share its network, each with its own part.
+    Its first half goes from each GPU to each other one by itself, its second half (NCCL's all-gather) in a ring; two
+    ranks exchange all of it at once. Between hosts the GPUs of a host share its network, each with its own part.
     """
     vector, seconds, share = _FP32 * parameters, 0.0, 1.0
-    calls = 2 * (math.ceil(parameters / SUM_PIECE) + 1)  # one more for the losses
-    for members in _levels(cluster):
+    pieces, levels = math.ceil(parameters / SUM_PIECE) + 1, _levels(cluster)  # one more for the losses
+    for place, members in enumerate(levels):
+        calls = pieces if levels[place:] == [PAIR] else 2 * pieces
         seconds += calls * _CALL_SECONDS + _PASSES * share * vector / memory_bytes_per_second
         share /= members
     if cluster.gpus > 1:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from job.core.packing import REPLAYED_TOKENS, padded_tokens
 from job.kernels.attention import Segments
 from job.kernels.decoder import PackedRow
 from job.kernels.llama_step import Step
 
-_MOST_TOKENS = 4096
-"""Tokens beyond which a step runs longer than its launches take."""
+_FEWEST_SEGMENTS, _FEWEST_BESIDE_OTHERS = 4, 16
+"""Documents that there is room for; beside other ranks, whose shares have now a few more and now a few less, they
+should not make another size of what is equal otherwise: each is recorded while all others wait."""
 _MOST_MEMORY = 0.2
 """Share of the GPU's memory that recordings may hold for themselves."""
 _NO_TARGET = -1
@@ -80,13 +82,16 @@ class Replay:
         self._on_finished: OnFinished | None = None
 
     def watch(self, on_finished: OnFinished) -> None:
-        """From here on say whose gradients are complete, while a step runs."""
+        """From here on say whose gradients are complete, while a step runs: others wait for it.
+
+        Padding is then the time of all of them, so that there are more sizes, and less of it.
+        """
         self._on_finished = on_finished
         self._recordings.clear()  # these record no events
 
     def accumulate(self, row: PackedRow) -> Tensor:
         """See `Step.accumulate`."""
-        size = rounded(row)
+        size = rounded(row, finely=self._on_finished is not None)
         if size.tokens > self._most_tokens:
             return self._watched(row)
         if size not in self._recordings:
@@ -185,13 +190,17 @@ class Replay:
         return graph
 
 
-def rounded(row: PackedRow) -> Size:
-    """The size that a micro-batch is padded to: at least one token, and one document, more than it has."""
+def rounded(row: PackedRow, *, finely: bool) -> Size:
+    """The size that a micro-batch is padded to: at least one token, and one document, more than it has.
+
+    Args:
+        row: the micro-batch.
+        finely: whether other ranks wait for it.
+    """
     tokens, segments = len(row.ids) + 1, len(row.segments.lengths) + 1
-    unit = max(128, (1 << (tokens - 1).bit_length()) // 8)  # four sizes from one power of two to the next
     return Size(
-        tokens=-(-tokens // unit) * unit,
-        segments=max(4, 1 << (segments - 1).bit_length()),
+        tokens=padded_tokens(tokens, finely=finely),
+        segments=max(_FEWEST_BESIDE_OTHERS if finely else _FEWEST_SEGMENTS, 1 << (segments - 1).bit_length()),
         masked=row.seed is not None,
     )
 
@@ -199,7 +208,7 @@ def rounded(row: PackedRow) -> Size:
 def most_tokens(step: Step) -> int:
     """Tokens of a micro-batch that is replayed, at most: a recording keeps the memory of its activations."""
     memory = torch.cuda.get_device_properties(step.device).total_memory
-    return min(_MOST_TOKENS, int(_MOST_MEMORY * memory / step.token_bytes))
+    return min(REPLAYED_TOKENS, int(_MOST_MEMORY * memory / step.token_bytes))
 
 
 def empty_row(size: Size, like: PackedRow) -> PackedRow:

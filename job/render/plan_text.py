@@ -101,7 +101,7 @@ def _memory(work: Workload, shown: Forecast) -> list[str]:
     if cut.kept_layers:
         rows[f"dequantised weights of {cut.kept_layers} of {layers} layers"] = cut.kept_layers * parts.dequantised_layer
     peak = shown.memory.predicted_peak_bytes or 0
-    rows[f"activations and logits of {cut.micro_batch_tokens:,} tokens"] = peak - sum(rows.values())
+    rows[f"activations and logits of {shown.memory.peak_tokens:,} tokens"] = peak - sum(rows.values())
     recomputed = (
         "no activations recomputed"
         if not cut.recomputed_layers

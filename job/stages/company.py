@@ -29,8 +29,8 @@ from job.tune.world import ALONE, Order, World
 
 log = structlog.get_logger(__name__)
 _LOOK_SECONDS = 0.5
-_CAUSE_SECONDS = 5.0
-"""How long the word of a process that has ended may take to come."""
+_CAUSE_SECONDS = 2.0
+"""How long the word of a process that has ended may take to come: it leaves it before it goes, unless it was killed."""
 _SHARE = 0.9
 """Of the time that the watchdog allows: who waits for another process gives up before it, and can save what it has."""
 _PAUSE_SECONDS = 0.1

@@ -47,7 +47,7 @@ def _prepared(attempt: Attempt, company: Company, inputs: Inputs) -> Prepared:
         assert isinstance(world, Ranks), "who follows is not alone"
         with attempt.phases.phase("follow"):
             _keep_company(attempt, inputs, world)  # which it wants before a training as well
-    ready = prepare(attempt, inputs, on_loaded=company.loaded, world=company.world)
+    ready = prepare(attempt, inputs, on_loaded=company.loaded, world=company.world, ranks=company.size)
     torch.manual_seed(attempt.worker.recipe.train.seed)
     with attempt.phases.phase("join"):
         world = company.join(inputs.device)

@@ -11,6 +11,7 @@ from job.core.cut import MemoryPlan, plan_memory
 from job.core.memory import AdapterShape, DeviceMemory, WantedEngine
 from job.core.mixture import portions
 from job.core.recipe import Recipe
+from job.core.shares import shares_of
 from job.stages.attempt import Phases
 from job.stages.loading import Inputs
 from job.tune.data.trial_documents import text_of
@@ -34,7 +35,7 @@ class Planned:
     """The decoder's."""
 
 
-def plan_training(
+def plan_training(  # noqa: PLR0913 - as a memory plan
     model: PackedModel,
     inputs: Inputs,
     recipe: Recipe,
@@ -44,6 +45,7 @@ def plan_training(
     free: DeviceMemory,
     phases: Phases,
     shards: int = 1,
+    ranks: int = 1,
 ) -> Planned:
     """Choose the engine by trying it, and the cut by what was free before the model was loaded.
 
@@ -56,6 +58,7 @@ def plan_training(
         free: the device's memory.
         phases: the clock.
         shards: GPUs that the base is spread over; 1: it is whole.
+        ranks: processes that make each step together.
 
     Raises:
         UsageError: the engine that is asked for does not know this model or device.
@@ -82,6 +85,7 @@ def plan_training(
         max_length=documents.max_length,
         step_tokens=course.largest_step(documents.lengths),
         shards=shards,
+        shares=shares_of(course, documents.lengths, ranks=ranks),
     )
     log.info(
         "plan",

@@ -35,7 +35,7 @@ class Prepared:
     state: State
 
 
-def prepare(attempt: Attempt, inputs: Inputs, *, on_loaded: Callable[[], None], world: World) -> Prepared:
+def prepare(attempt: Attempt, inputs: Inputs, *, on_loaded: Callable[[], None], world: World, ranks: int) -> Prepared:
     """Load and plan.
 
     Args:
@@ -43,6 +43,7 @@ def prepare(attempt: Attempt, inputs: Inputs, *, on_loaded: Callable[[], None], 
         inputs: base and data.
         on_loaded: called once the base stands on the device, and its copy in 4 bits on the disk.
         world: who else holds a part of the base, where it is sharded.
+        ranks: processes that will make each step together.
 
     Raises:
         JobError: as the stages do.
@@ -63,6 +64,7 @@ def prepare(attempt: Attempt, inputs: Inputs, *, on_loaded: Callable[[], None], 
             free=free,
             phases=phases,
             shards=1 if model.sharded is None else world.size,
+            ranks=ranks,
         )
         crash_point("model.loaded")
         adapter = FlatAdapter(model)

@@ -88,7 +88,7 @@ def resume(
         masks = _OTHER_MASKS if dropout else ""
         state.progress.changes.append(f"{where}: equal within rounding, not to the bit{masks}")
     state.progress.ranks, state.progress.nodes_that_sum = now
-    if not is_same_arithmetic(state.progress.cut, planned):
+    if before != now or not is_same_arithmetic(state.progress.cut, planned):  # other shares are cut another way
         state.progress.cut = planned
     return Resumed(checkpoint=newest, passed_over=tuple(passed_over))
 

@@ -53,7 +53,8 @@ class TrainingStage:
             with self._attempt.phases.phase("join"):
                 self._world = self._company.join(self._inputs.device)
             self._world.order(Order.LOAD)
-        ready = prepare(self._attempt, self._inputs, on_loaded=self._company.loaded, world=self._world)
+        company = self._company
+        ready = prepare(self._attempt, self._inputs, on_loaded=company.loaded, world=self._world, ranks=company.size)
         self._notice_idle_ranks()
         ready.state.progress.ranks = self._company.size
         ready.state.progress.nodes_that_sum = self._company.nodes_that_sum

@@ -1,9 +1,10 @@
 """Several processes as one world: how they meet, obey, sum and gather. Owner of torch.distributed."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from job.core.errors import PeerLostError, StopRequestedError, action_for, exit_code, is_effect
-from job.core.scaling import SUM_PIECE
+from job.core.scaling import PAIR, SUM_PIECE
 from job.core.seat import Seat
 from job.tune.world import Order, PeerSilentError
 
@@ -102,12 +103,27 @@ class Ranks:
             self._levels = self._sum_levels(seat)
             self._orders = dist.new_group(backend="gloo", timeout=_FOR_EVER)
             self._words = dist.new_group(backend="gloo", timeout=_FOR_EVER)
-        self._kept: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
+            alive = dist.new_group(backend="gloo", timeout=_FOR_EVER)
+        self._kept: dict[tuple[torch.dtype, str], Tensor] = {}
         self._beside: torch.cuda.Stream | None = None
         self._rows: ProcessGroup | None = None
         self._turns: ProcessGroup | None = None
         self.before_meeting: Callable[[], None] = _nothing
         """Called before ranks meet in anything but a turn: who holds a sharded base helps the others to end theirs."""
+        threading.Thread(target=self._watch, args=(alive,), name="peers", daemon=True).start()
+
+    def _watch(self, alive: "ProcessGroup") -> None:
+        """Wait for what nobody sends: the wait ends when a process that could send it is gone.
+
+        Who waits for a device hears of it by nothing else where the other one was killed and could leave no word.
+        """
+        nothing = torch.zeros(1)
+        with suppress(RuntimeError):
+            if self.rank == 0:
+                self._dist.gather(nothing, [torch.zeros(1) for _ in range(self.size)], group=alive)
+            else:
+                self._dist.recv(nothing, 0, group=alive)
+        self.lose()
 
     def _sum_levels(self, seat: Seat) -> list[tuple[Any, int]]:
         """Groups, and their sizes, that sum one after another: what a node has summed crosses the network once."""
@@ -183,10 +199,16 @@ class Ranks:
     def _parts_exchanged(self, vector: Tensor, levels: Sequence[tuple[Any, int]]) -> Callable[[], None]:
         """Begin the first half of the first level; returns what waits for it and does the rest."""
         (group, size), *further = levels
+        if size == PAIR and not further:
+            return self._both_exchanged(vector, group)
         part = -(-vector.numel() // size)
-        sent, received = self._room(vector, part * size, level=len(levels))
-        sent[: vector.numel()].copy_(vector)
-        sent[vector.numel() :].zero_()
+        whole = part * size == vector.numel()
+        received = self._room(vector, part * size, name=f"received {len(levels)}")
+        # What divides evenly needs no room to be sent from, and none to come back to.
+        sent = vector if whole else self._room(vector, part * size, name=f"sent {len(levels)}")
+        if not whole:
+            sent[: vector.numel()].copy_(vector)
+            sent[vector.numel() :].zero_()
         with _peers():
             exchanged = self._dist.all_to_all_single(received, sent, group=group, async_op=True)
 
@@ -200,20 +222,35 @@ class Ranks:
                 self._parts_exchanged(total, further)()
             with _peers():
                 self._wait(self._dist.all_gather_into_tensor(sent, total, group=group, async_op=True), group)
-            vector.copy_(sent[: vector.numel()])
+            if not whole:
+                vector.copy_(sent[: vector.numel()])
 
         self.bytes_sent += 2 * (size - 1) * part * vector.element_size()
         return finish
 
-    def _room(self, vector: Tensor, size: int, *, level: int) -> tuple[Tensor, Tensor]:
-        """Two buffers; on a GPU, where one sum is made after another, those of large pieces are kept."""
+    def _both_exchanged(self, vector: Tensor, group: Any) -> Callable[[], None]:
+        """Two ranks send each other all of it, as many bytes as in halves, at once: both add the same two up."""
+        received = self._room(vector, PAIR * vector.numel(), name="both")
+        with _peers():
+            exchanged = self._dist.all_gather_into_tensor(received, vector, group=group, async_op=True)
+
+        def finish() -> None:
+            with _peers():
+                self._wait(exchanged, group)
+            first, second = received.view(PAIR, -1)
+            torch.add(first, second, out=vector)
+
+        self.bytes_sent += vector.nbytes
+        return finish
+
+    def _room(self, vector: Tensor, size: int, *, name: str) -> Tensor:
+        """A buffer; on a GPU, where one sum is made after another, those of large pieces are kept."""
         if vector.device.type != "cuda" or vector.numel() < SUM_PIECE // 16:
-            return vector.new_empty(size), vector.new_empty(size)
-        sent, received = self._kept.get((vector.dtype, level), (None, None))
-        if sent is None or received is None or sent.numel() < size:
-            sent, received = vector.new_empty(size), vector.new_empty(size)
-            self._kept[vector.dtype, level] = sent, received
-        return sent[:size], received[:size]
+            return vector.new_empty(size)
+        kept = self._kept.get((vector.dtype, name))
+        if kept is None or kept.numel() < size:
+            kept = self._kept[vector.dtype, name] = vector.new_empty(size)
+        return kept[:size]
 
     def gather(self, value: Any) -> list[Any]:
         """As JSON."""

@@ -1,13 +1,16 @@
 """Several processes beside one on the CPU; and how endings are judged, of a stub that ends right or wrong."""
 
+import json
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from bench import many_gpus, ours
 from bench.many_gpus import Carried, Way, losses_text, rates_text
+from bench.steps import steps_text
 from bench.workload import kind_of, workload_of
 from job.core.scaling import Cluster, sent_bytes
 
@@ -36,7 +39,8 @@ def cells(text, name):
 def test_two_processes_are_measured_beside_one(bench, base, examples, tmp_path):
     given = {"text": "{t}", "batch": 4, "steps": 3, "max_length": 64}
     parameters = workload_of(base, examples, tmp_path / "lengths", **given).adapter.parameters
-    code, text = bench("--part", "rates", "--batch", "4", "--steps", "3", "--turns", "1")
+    kept = ["--steps-folder", str(tmp_path / "kept"), "--profile", "--ceiling"]
+    code, text = bench("--part", "rates", "--batch", "4", "--steps", "3", "--turns", "1", *kept)
 
     assert code == 0, text
     assert "<!-- begin many-gpus-rates-4-tiny-llama -->" in text
@@ -48,6 +52,14 @@ def test_two_processes_are_measured_beside_one(bench, base, examples, tmp_path):
     assert float(two[4]) == pytest.approx(sent_bytes(parameters, Cluster(gpus=2)) / 1e6, abs=0.06)  # as the plan counts
     assert one[-1] == two[-1]  # the same losses
     assert re.search(r"The second is \d+\.\d{3} times as fast as the first \(turns: \d+\.\d{3}\)\.", text)
+    assert "The last run of the second, step by step:" in text
+    assert re.search(
+        r"Of the ceiling of each GPU, \d\.\d TFLOP/s of large bf16 products: 1 GPU 0\.\d+, 2 GPUs 0\.", text
+    )
+    lines = [json.loads(line) for line in (tmp_path / "kept/steps-4-2-GPUs-02.jsonl").read_text().splitlines()]
+    assert [(line["rank"], line["step"]) for line in lines] == [(rank, step) for rank in (0, 1) for step in (1, 2, 3)]
+    assert all(line["tokens"] > 0 and 0 <= line["waited"] <= line["seconds"] for line in lines)
+    assert "step 2, rank 0" in (tmp_path / "kept/4-2-GPUs-02-profile.txt").read_text()
 
 
 def carried(rates, *, ranks=1, planned=None):
@@ -64,7 +76,7 @@ def carried(rates, *, ranks=1, planned=None):
         "plan": plan | {"predicted_peak_bytes": planned},
         "curve": {"loss": [3.0, 2.0]},
     }
-    return Carried(report=report, rates=rates, in_use=(2**30, ranks * 2**29) if planned else ())
+    return Carried(report=report, rates=rates, in_use=(2**30, ranks * 2**29) if planned else (), steps={})
 
 
 def test_ratios_are_of_each_turn_and_of_the_medians_after_the_warm_up():
@@ -80,6 +92,37 @@ def test_ratios_are_of_each_turn_and_of_the_medians_after_the_warm_up():
     ]
     assert "- turn 2, 1 GPU: 95 real tokens a second, median of 2 steps from 90 to 100; fast engine" in text
     assert text.endswith("- turn 3, 2 GPUs: no result: no result within 150 s")
+
+
+def of_ranks(step, *ranks):
+    keys = ("seconds", "waited", "tokens", "recorded")
+    return step, [
+        {"step": step, "rank": number} | dict(zip(keys, each, strict=True)) for number, each in enumerate(ranks)
+    ]
+
+
+def test_slow_steps_are_named_with_what_each_rank_did():
+    usual = [of_ranks(step, (0.1, 0.01, 800, []), (0.1, 0.0, 820, [])) for step in range(1, 10)]
+    slow = of_ranks(10, (0.4, 0.3, 800, []), (0.39, 0.0, 900, [1024, 1152]))
+    lines = steps_text(dict([*usual, slow]), 2)
+
+    assert lines[0] == "- the usual step: 100.0 ms; without waiting, in ms: rank 0 90.0, rank 1 100.0"
+    assert lines[1] == "- 1 of 8 steps took more than 1.5 times as long, 0.30 s more in all"
+    said = "rank 0: 800 tokens, waited 300 ms; rank 1: 900 tokens, waited 0 ms, recorded 1,024, 1,152"
+    assert lines[2:] == [f"  - step 10: 400 ms; {said}"]
+
+
+def test_of_each_gpu_no_more_is_left_free(bench, monkeypatch):
+    asked = []
+
+    @contextmanager
+    def held(gib, gpus):
+        asked.append((gib, gpus))
+        yield
+
+    monkeypatch.setattr(many_gpus, "only_free_of_each", held)
+    bench("--part", "rates", "--batch", "4", "--steps", "1", "--turns", "1", "--free-gib", "79.2", "--limit", "0.1")
+    assert asked == [(79.2, 1), (79.2, 2)]
 
 
 def test_a_run_that_fails_is_said_and_the_rest_is_measured(bench, monkeypatch):

@@ -1,5 +1,8 @@
 """Work is shared out whole, alike on every rank, and so that no rank waits long."""
 
+import random
+import statistics
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +26,29 @@ def test_no_share_is_more_than_the_largest_weight_above_another(weights, shares)
     loads = [sum(weights[place] for place in places) for places in deal(weights, shares=shares)]
 
     assert max(loads) - min(loads) <= max(weights, default=0)
+
+
+@given(WEIGHTS, SHARES)
+def test_the_largest_share_is_no_larger_than_by_the_longest_first_alone(weights, shares):
+    loads = [0] * shares
+    for weight in sorted(weights, reverse=True):
+        loads[loads.index(min(loads))] += weight
+
+    assert max(sum(weights[place] for place in places) for places in deal(weights, shares=shares)) <= max(loads)
+
+
+def test_sixteen_documents_are_dealt_to_two_ranks_nearly_evenly_and_to_four_better_than_greedily():
+    def unevenness(shares):
+        found = []
+        for seed in range(100):
+            chance = random.Random(seed)
+            weights = [chance.randint(104, 304) for _ in range(16)]
+            loads = [sum(weights[place] for place in places) for places in deal(weights, shares=shares)]
+            found.append(max(loads) * shares / sum(loads) - 1)
+        return statistics.mean(found)
+
+    assert unevenness(2) < 0.001
+    assert unevenness(4) < 0.008
 
 
 @given(WEIGHTS)

@@ -98,13 +98,26 @@ def test_who_watches_hears_of_every_layer_once_with_an_event_where_the_step_is_r
         assert heard == [(1, event), (0, event)]
 
 
+def test_beside_other_ranks_there_is_less_padding_and_documents_make_no_sizes_of_their_own(step):
+    """What one rank records, and what it adds in padding, all others wait for."""
+    replay = replay_of(Played, step, [], most_tokens=4096)
+    alone = rounded(row_of(1000, 640), finely=False)
+    replay.watch(lambda _index, _event: None)
+    for lengths in ((1000, 640), (600, 500, 400, 141), (*8 * (200,), 60)):
+        replay.accumulate(row_of(*lengths))
+
+    assert alone.tokens == 1792
+    assert set(step.sizes) == {1664}
+    assert len(step.sizes) == 2 + 3  # recorded once: run before it, and while it is; then replayed
+
+
 def test_masks_have_recordings_of_their_own():
     row = row_of(70, 30)
     masked = PackedRow(
         **{name: getattr(row, name) for name in PackedRow.__slots__} | {"seed": torch.ones(1, dtype=torch.int64)}
     )
 
-    assert rounded(row) != rounded(masked)
+    assert rounded(row, finely=False) != rounded(masked, finely=False)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted while capturing"), torch.OutOfMemoryError("full")])

@@ -8,8 +8,8 @@ from job.core.errors import PeerLostError
 from job.tune.world import World
 
 _LOOK_SECONDS = 2e-4
-_LOST_SECONDS = 5.0
-"""How long a device may still work off what does not need the rank that is gone."""
+_LOST_SECONDS = 2.0
+"""How long a device may still work off what does not need the rank that is gone: an update, once the sums stand."""
 Mark = float | torch.cuda.Event
 """A moment: on the GPU's own clock where there is one, so that taking it waits for nothing."""
 

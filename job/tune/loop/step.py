@@ -14,8 +14,8 @@ from job.core.course import Course, dropout_seed
 from job.core.crash_points import crash_point
 from job.core.dealing import deal
 from job.core.errors import DivergedError
-from job.core.packing import grain_of, pack_evenly
 from job.core.recipe import TrainSection
+from job.core.shares import cut_share
 from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import MicroBatch, micro_batch
 from job.tune.engines.engine import Engine, adopt_or_shrink, shrink
@@ -301,7 +301,7 @@ class Stepper:
         total = torch.zeros((), device=device)
         by_source = torch.zeros(self._sources if self._sources > 1 else 0, device=device)
         lengths, budget = self._lengths[batch].tolist(), self._state.progress.cut.micro_batch_tokens
-        packs = pack_evenly(lengths, most=max([budget, *lengths]), grain=grain_of(budget))
+        packs = cut_share(lengths, budget)
         for place, members in enumerate(packs):
             if place == len(packs) - 1:
                 self._meet(go=True)
