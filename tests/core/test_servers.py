@@ -3,7 +3,7 @@
 import pytest
 
 from job.core.recipe import LoraSection
-from job.core.servers import VLLM_HEAD_ROWS, refusals, vllm_rank
+from job.core.servers import VLLM_HEAD_ROWS, readable_settings, refusals, unreadable_base, vllm_rank
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,22 @@ def test_a_head_of_a_large_vocabulary_and_a_large_rank_are_refused_by_name():
         "(export) and serve that"
     )
     assert len(refusals(head.model_copy(update={"r": 513}), rows=262_144)) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "readable"),
+    [
+        ({"tokenizer_class": "TokenizersBackend"}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        ({"extra_special_tokens": ["<a>"]}, {"additional_special_tokens": ["<a>"]}),
+        ({"extra_special_tokens": {"image_token": "<i>"}}, None),
+        ({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}, None),
+        ({"tokenizer_class": 5}, None),
+        ({}, None),
+    ],
+)
+def test_settings_that_version_5_of_transformers_wrote_are_put_into_words_of_both(settings, readable):
+    """None: they are such words."""
+    assert readable_settings(settings) == (settings if readable is None else readable)
+    found = unreadable_base(settings)
+    assert len(found) == (readable is not None)
+    assert all("vLLM before 0.19.1" in each and "(export)" in each for each in found)
