@@ -140,6 +140,23 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(browse, name):
     assert widths[0] <= widths[1]
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "several"])
+def test_on_a_phone_words_in_pictures_can_be_read_and_no_caption_or_command_is_cut(browse, name):
+    script = (
+        SAY
+        + """
+        const all = (what) => [...document.querySelectorAll(what)];
+        const heights = all("svg text").map((text) => text.getBoundingClientRect().height);
+        const wide = all("caption, pre code").map((part) => part.getBoundingClientRect().right);
+        say([Math.min(...heights), Math.max(...wide), window.innerWidth]);
+        """
+    )
+    smallest, rightmost, width = asked(browse, page(name), script, "--window-size=390,2600")
+
+    assert smallest > 7
+    assert rightmost <= width
+
+
 def test_in_the_dark_it_is_dark_and_its_pictures_too(browse):
     pixels = shot(browse, "gsm8k", "dark", "--blink-settings=preferredColorScheme=0", width=1280)
 

@@ -165,6 +165,16 @@ def test_cost_has_time_over_all_attempts_and_why_each_ended():
     assert "1 more left no word of their end" in page_of(gsm8k(attempts=(KILLED, FINISHED))).text()
 
 
+def test_times_phases_and_figures_are_written_for_people(full):
+    text = full.text()
+
+    assert "Finished 2025-01-31 04:05 UTC" in text
+    assert "load model" in text
+    assert "load_model" not in text
+    assert "1.670" in text
+    assert "7.5e-5" in text
+
+
 def test_the_recipe_and_the_commands_can_be_copied(full):
     code = [data for tag, data in full.texts if tag == "code"]
 
