@@ -528,7 +528,7 @@ def test_several_runs_lie_over_each_other_with_what_differs_and_the_best():
     assert len(page.named("svg")) == 1
     drawn = [data for tag, data in page.texts if tag == "text"]
     assert {"run 1", "run 2"} <= set(drawn)
-    assert "Best: run-0 (lora.r=0), the lowest tuned loss" in page.text()
+    assert "Best: run-0 (lora.r=0), the lowest tuned loss, 0.4909 beside 0.4909 of run-1: s3://" in page.text()
     assert "lora.r=1" in page.text()
     assert "step 5 is committed" in page.text()
     assert "2 of 3 are finished" in page.text()
