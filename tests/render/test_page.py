@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_reports import KINDS, gsm8k, small, with_sources
-from report_fixtures import DATA, FINISHED, KILLED, LEARNED, evaluation
+from report_fixtures import ADAPTER, DATA, FINISHED, KILLED, LEARNED, evaluation
 
 from job.core.held_out import Answer
 from job.core.report import BadLine, Report, TrainingCurve, read_report
@@ -180,6 +180,24 @@ def test_the_recipe_and_the_commands_can_be_copied(full):
 
     assert "python entrypoint.py try s3://models/notes/runs/notes-1f2e --prompt '...'" in code
     assert any("learning_rate: 0.0002" in text for text in code)
+
+
+def test_what_loads_and_merges_it_works_when_it_is_pasted(full):
+    code = [data for tag, data in full.texts if tag == "code"]
+
+    assert "aws s3 cp --recursive s3://models/notes/runs/notes-1f2e/adapter adapter" in code
+    assert "python entrypoint.py export s3://models/notes/runs/notes-1f2e --to merged" in code
+    assert "ask it as model: tuned at /v1/completions" in full.text()
+    local = ADAPTER.model_copy(update={"uri": "file:///data/a run/adapter"})
+    code = [data for tag, data in page_of(small(adapter=local)).texts if tag == "code"]
+    assert not any("aws s3" in text for text in code)
+    assert any('PeftModel.from_pretrained(base, "/data/a run/adapter")' in text for text in code)
+    assert any("'tuned=/data/a run/adapter'" in text for text in code)
+
+
+def test_of_one_attempt_nothing_was_resumed(full):
+    assert "resumed" not in full.text()
+    assert "to the bit as without an interruption" in page_of(small()).text()
 
 
 def test_a_uri_that_a_shell_would_obey_is_quoted():
