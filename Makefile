@@ -41,6 +41,11 @@ test-page: $(VENV)/installed
 	tests/page/install.sh
 	$(BIN)/python -m pytest -m "page or not page" tests/page tests/render/test_page.py
 
+# docs/demo-report.html and its picture, as `make demo` and the browser of `make test-page` make them.
+.PHONY: demo-page
+demo-page: demo
+	PYTHONPATH=. $(BIN)/python tests/page/demo_page.py $(DEMO)/store docs
+
 # MLflow against its own server and W&B by its own client, in a virtual environment of their own beside ours (.trackers).
 .PHONY: test-trackers
 test-trackers: $(VENV)/installed

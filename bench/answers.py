@@ -114,6 +114,7 @@ def measure(options):
                 f"{alike:.1%}",
             )
         )
+        print(*rows[-1], flush=True)
     return rows, total, peak_memory_bytes(device)
 
 

@@ -18,7 +18,7 @@ from job.core.memory import ModelShape
 from job.core.mixture import portions
 from job.core.recipe import Recipe, is_hub_id
 from job.core.report_data import DataReport
-from job.core.servers import refusals
+from job.core.servers import refusals, unreadable_base
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.host.gpu import look_at_links
@@ -171,20 +171,20 @@ def _look_at_model(
     table: _Table, worker: Worker, phases: Phases, run: Run | None, base: BaseModel, counted: _Counted | None
 ) -> None:
     """What needs torch; where training's tokenizer is another one than was counted with, the lengths again."""
+    from job.tune.model.tokenizer import base_file, encodes_alike
+
     model = table.look("model", lambda: _model(worker, base))
     if model is None:
         return
     tokenizer, shape, words = model
     table.advise(words, name="base")
-    table.advise(refusals(worker.recipe.lora, rows=shape.vocabulary), name="serving")
+    unread = unreadable_base(base_file(base.folder, "tokenizer_config.json"))
+    table.advise([*refusals(worker.recipe.lora, rows=shape.vocabulary), *unread], name="serving")
     if run is None or "data" in table.failures:
         return
     positions, rows = shape.positions, shape.vocabulary
-    if counted is not None:
-        from job.tune.model.tokenizer import encodes_alike
-
-        if positions == counted.positions and encodes_alike(tokenizer, counted.tokenizer):
-            return
+    if counted is not None and positions == counted.positions and encodes_alike(tokenizer, counted.tokenizer):
+        return
     again = table.look("lengths", lambda: _count(worker, phases, run, tokenizer, (positions, rows), base=base))
     if again is not None:
         _judge(table, worker.recipe, again)

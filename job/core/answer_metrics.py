@@ -6,17 +6,21 @@ Evaluation of Summaries", section 3, as rouge-score computes it: the F measure o
 """
 
 import json
+import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal
 
 MetricName = Literal["exact_match", "pattern", "rouge_l", "json_equal", "contains"]
 MOST_WORDS = 1000
 """Of each of the two texts that ROUGE-L compares: it takes time by the product of both."""
-_WORDS = r"[\p{L}\p{M}\p{N}]+"
-_WITHOUT_SPACES = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])"
+_WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 """Scripts that put no spaces between words: each character counts as one."""
+_OF_OTHERS = "|".join(rf"[^\P{{{kind}}}{_WITHOUT_SPACES}]" for kind in "LMN")
+"""A letter, a mark or a numeral of any other script."""
+_WORD = rf"[{_WITHOUT_SPACES}]|(?:{_OF_OTHERS})+"
 _NO_JSON = object()
 
 
@@ -171,5 +175,7 @@ def _scorer() -> Any:
 
 def _words(text: str) -> list[str]:
     """The first words of a text in small letters; of ASCII those of rouge-score itself."""
-    apart = _compiled(_WITHOUT_SPACES).sub(r" \1 ", text.lower())
-    return [str(each) for each in _compiled(_WORDS).findall(apart)[:MOST_WORDS]]
+    # One after the other: a text may have a million.
+    found = (str(each.group()) for each in _compiled(_WORD).finditer(text.lower()))
+    # Scripts have signs besides, as Thai's ๏.
+    return [*islice((word for word in found if unicodedata.category(word[0])[0] in "LMN"), MOST_WORDS)]

@@ -127,10 +127,20 @@ def _below(row: Sequence[str], standing: str) -> list[str]:
 def _verdict(rows: Sequence[RunRow], best: RunRow | None, differences: Sequence[str]) -> str:
     if best is not None and best.report is not None:
         recipe = differences[[*rows].index(best)]
-        return f"best: {best.run_id} ({recipe or 'no difference'}), the lowest tuned loss: {best.report.adapter.uri}"
+        named = f"best: {best.run_id} ({recipe or 'no difference'}), the lowest tuned loss"
+        return f"{named}{_beside(best.report, rows, best)}: {best.report.adapter.uri}"
     if any(row.report for row in rows):
         return "best: none; the runs were judged on different data or with different base models"
     return "best: none; no run is finished"
+
+
+def _beside(report: Report, rows: Sequence[RunRow], best: RunRow) -> str:
+    """What it is, and the next one's."""
+    others = [(row.report.sweet_spot.loss, row.run_id) for row in rows if row.report and row is not best]
+    if not others:
+        return ""
+    loss, run_id = min(others)
+    return f", {report.sweet_spot.loss:.4f} beside {loss:.4f} of {run_id}"
 
 
 def _best(rows: Sequence[RunRow]) -> RunRow | None:

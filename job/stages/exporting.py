@@ -17,6 +17,7 @@ from job.core.export import Export, ExportLosses, limits_of, refusal
 from job.core.onto import Onto
 from job.core.recipe import Recipe
 from job.core.report import AdapterFile, Report
+from job.core.servers import readable_settings
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.base.files import present_files, small_files
@@ -38,12 +39,12 @@ from job.tune.merging.preparing import Prepared, prepare_merge
 from job.tune.model.base import is_quantised
 from job.tune.model.config import CONFIG, load_tokenizer, read_config, shape_of
 from job.tune.model.promises import hold_to_promises
-from job.tune.model.serving import GENERATION_CONFIG, taught_stops, taught_template
+from job.tune.model.serving import GENERATION_CONFIG, TOKENIZER_CONFIG, taught_stops, taught_template
 from job.tune.model.stored.mxfp4 import is_published_in_mxfp4
 
 log = structlog.get_logger(__name__)
 _CARD = "README.md"
-_TOKENIZER, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_TEMPLATE = "chat_template.jinja"
 _NOT_COPIED = frozenset({CONFIG, GENERATION_CONFIG, _CARD, EXPORT_JSON, "model.safetensors.index.json", *ADAPTER_FILES})
 """Written anew, or of no use beside merged weights."""
 _TEMPLATES = (_TEMPLATE, "chat_template.json", "additional_chat_templates/")
@@ -227,8 +228,11 @@ def _copied(base: Path, *, own_template: bool) -> Iterator[tuple[str, bytes]]:
         if name in _NOT_COPIED or (own_template and name.startswith(_TEMPLATES)):
             continue
         content = (base / name).read_bytes()
-        if name == _TOKENIZER and own_template:
-            content = _text({key: value for key, value in _json(base / name).items() if key != "chat_template"})
+        if name == TOKENIZER_CONFIG:
+            own = _json(base / name)
+            settings = {key: value for key, value in own.items() if not (own_template and key == "chat_template")}
+            if (settings := readable_settings(settings)) != own:
+                content = _text(settings)
         yield name, content
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from job.core import answer_metrics
 from job.core.answer_metrics import MOST_WORDS, AnswerMetric, why_no_pattern
 
 EXACT, CONTAINS, JSON, ROUGE = (
@@ -114,6 +115,34 @@ def test_rouge_knows_letters_of_every_script(text):
     assert ROUGE.score(ROUGE.reference(text), text.upper()) == 1
     assert 0 < ROUGE.score(text, text[: len(text) // 2]) < 1
     assert ROUGE.score(text, "zzz") == 0
+
+
+def test_rouge_looks_for_no_more_words_than_it_takes(monkeypatch):
+    """Of a text of a million words, which would take minutes for each example."""
+    compiled, looked_at = answer_metrics._compiled, []
+
+    class Watched:
+        def __init__(self, pattern):
+            self._pattern = compiled(pattern)
+
+        def finditer(self, text):
+            for each in self._pattern.finditer(text):
+                looked_at.append(each)
+                yield each
+
+    monkeypatch.setattr(answer_metrics, "_compiled", Watched)
+    rouge = AnswerMetric(name="rouge_l")
+
+    assert rouge.score("w " * 50_000, "w " * 50_000) == 1.0
+    assert len(looked_at) == 2 * MOST_WORDS
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("猫が好き abc漢x", "猫 が 好 き abc 漢 x"), ("๏ ไท ok", "ไ ท ok"), ("e\u0301a, ½x_y", "e\u0301a ½x y")],
+)
+def test_rouge_s_words_are_letters_of_scripts_without_spaces_and_else_runs_of_them(text, words):
+    assert answer_metrics._words(text) == words.split()
 
 
 def test_rouge_takes_the_first_words_of_a_long_text():

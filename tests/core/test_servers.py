@@ -3,7 +3,7 @@
 import pytest
 
 from job.core.recipe import LoraSection
-from job.core.servers import VLLM_HEAD_ROWS, refusals, vllm_rank
+from job.core.servers import VLLM_HEAD_ROWS, readable_settings, refusals, unreadable_base, vllm_rank
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,22 @@ def test_adapters_on_experts_are_named_wherever_they_are_asked_for(targets):
     [said] = refusals(LoraSection(targets=targets), rows=32_000)
     assert said.startswith("vLLM is reported to pass over an adapter on a mixture's experts")
     assert said.endswith("merge the adapter into the base (export) and serve that")
+
+
+@pytest.mark.parametrize(
+    ("settings", "readable"),
+    [
+        ({"tokenizer_class": "TokenizersBackend"}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        ({"extra_special_tokens": ["<a>"]}, {"additional_special_tokens": ["<a>"]}),
+        ({"extra_special_tokens": {"image_token": "<i>"}}, None),
+        ({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}, None),
+        ({"tokenizer_class": 5}, None),
+        ({}, None),
+    ],
+)
+def test_settings_that_version_5_of_transformers_wrote_are_put_into_words_of_both(settings, readable):
+    """None: they are such words."""
+    assert readable_settings(settings) == (settings if readable is None else readable)
+    found = unreadable_base(settings)
+    assert len(found) == (readable is not None)
+    assert all("vLLM before 0.19.1" in each and "(export)" in each for each in found)

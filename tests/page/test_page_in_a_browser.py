@@ -5,14 +5,12 @@
 
 import functools
 import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import found_browser, shown
 from matplotlib.image import imread
 from page_reports import KINDS, gsm8k
 from report_fixtures import LEARNED
@@ -28,7 +26,6 @@ pytestmark = pytest.mark.page
 ROOT = Path(__file__).parents[2]
 SHOTS = ROOT / ".page"
 AXE = SHOTS / "node_modules" / "axe-core" / "axe.min.js"
-NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 _POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy"[^>]*>')
 
 
@@ -68,7 +65,7 @@ def page(name):
 @pytest.fixture(scope="session")
 def browse(tmp_path_factory):
     """Starts the browser on a page, with options; returns what it wrote to standard output."""
-    browser = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    browser = found_browser()
     if browser is None:
         pytest.skip("no browser: install chromium-headless-shell or chromium, or name one with CHROMIUM")
     SHOTS.mkdir(exist_ok=True)
@@ -77,9 +74,7 @@ def browse(tmp_path_factory):
     def start(content, *options):
         file = profile / "page.html"
         file.write_bytes(content)
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [f"--user-data-dir={profile}", *options, file.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+        return shown(browser, file, *options, profile=profile)
 
     return start
 
@@ -138,6 +133,23 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(browse, name):
     widths = asked(browse, page(name), script, "--window-size=390,2600")
 
     assert widths[0] <= widths[1]
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "several"])
+def test_on_a_phone_words_in_pictures_can_be_read_and_no_caption_or_command_is_cut(browse, name):
+    script = (
+        SAY
+        + """
+        const all = (what) => [...document.querySelectorAll(what)];
+        const heights = all("svg text").map((text) => text.getBoundingClientRect().height);
+        const wide = all("caption, pre code").map((part) => part.getBoundingClientRect().right);
+        say([Math.min(...heights), Math.max(...wide), window.innerWidth]);
+        """
+    )
+    smallest, rightmost, width = asked(browse, page(name), script, "--window-size=390,2600")
+
+    assert smallest > 7
+    assert rightmost <= width
 
 
 def test_in_the_dark_it_is_dark_and_its_pictures_too(browse):

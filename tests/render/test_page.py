@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_reports import KINDS, gsm8k, several_gpus, small, with_sources
-from report_fixtures import DATA, FINISHED, KILLED, LEARNED, evaluation
+from report_fixtures import ADAPTER, DATA, FINISHED, KILLED, LEARNED, evaluation
 
 from job.core.held_out import Answer
 from job.core.report import Report, TrainingCurve, read_report
@@ -178,11 +178,39 @@ def test_the_cost_of_several_gpus_has_the_speed_of_each_the_wait_and_what_was_se
     assert "waited for others" not in full.text()
 
 
+def test_times_phases_and_figures_are_written_for_people(full):
+    text = full.text()
+
+    assert "Finished 2025-01-31 04:05 UTC" in text
+    assert "load model" in text
+    assert "load_model" not in text
+    assert "1.670" in text
+    assert "7.5e-5" in text
+
+
 def test_the_recipe_and_the_commands_can_be_copied(full):
     code = [data for tag, data in full.texts if tag == "code"]
 
     assert "python entrypoint.py try s3://models/notes/runs/notes-1f2e --prompt '...'" in code
     assert any("learning_rate: 0.0002" in text for text in code)
+
+
+def test_what_loads_and_merges_it_works_when_it_is_pasted(full):
+    code = [data for tag, data in full.texts if tag == "code"]
+
+    assert "aws s3 cp --recursive s3://models/notes/runs/notes-1f2e/adapter adapter" in code
+    assert "python entrypoint.py export s3://models/notes/runs/notes-1f2e --to merged" in code
+    assert "ask it as model: tuned at /v1/completions" in full.text()
+    local = ADAPTER.model_copy(update={"uri": "file:///data/a run/adapter"})
+    code = [data for tag, data in page_of(small(adapter=local)).texts if tag == "code"]
+    assert not any("aws s3" in text for text in code)
+    assert any('PeftModel.from_pretrained(base, "/data/a run/adapter")' in text for text in code)
+    assert any("'tuned=/data/a run/adapter'" in text for text in code)
+
+
+def test_of_one_attempt_nothing_was_resumed(full):
+    assert "resumed" not in full.text()
+    assert "to the bit as without an interruption" in page_of(small()).text()
 
 
 def test_a_uri_that_a_shell_would_obey_is_quoted():
@@ -532,7 +560,7 @@ def test_several_runs_lie_over_each_other_with_what_differs_and_the_best():
     assert len(page.named("svg")) == 1
     drawn = [data for tag, data in page.texts if tag == "text"]
     assert {"run 1", "run 2"} <= set(drawn)
-    assert "Best: run-0 (lora.r=0), the lowest tuned loss" in page.text()
+    assert "Best: run-0 (lora.r=0), the lowest tuned loss, 0.4909 beside 0.4909 of run-1: s3://" in page.text()
     assert "lora.r=1" in page.text()
     assert "step 5 is committed" in page.text()
     assert "2 of 3 are finished" in page.text()

@@ -46,7 +46,7 @@ def test_each_run_has_a_line_and_the_lowest_tuned_loss_is_best(row):
     assert cells(lines[1])[4:8] == ["lora.r=8", "2.5000", "1.5000", "50"]
     assert cells(lines[2])[8] == "0% -> 95%"
     assert [line.endswith("<- best") for line in lines[1:4]] == [False, True, False]
-    assert lines[-1].startswith("best: bb (lora.r=16), the lowest tuned loss: s3://")
+    assert lines[-1].startswith("best: bb (lora.r=16), the lowest tuned loss, 1.2500 beside 1.5000 of aa: s3://")
 
 
 def test_only_what_is_not_the_same_everywhere_is_told_of_the_recipes(row):

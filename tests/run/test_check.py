@@ -168,5 +168,6 @@ def test_what_a_server_refuses_is_said_by_its_name_and_refuses_no_run(job):
     ended = job.call("check")
 
     assert ended.code == 0
-    [said] = [line[16:] for line in ended.stdout.splitlines() if line.startswith("!!  serving ")]
+    said, base = [line[16:] for line in ended.stdout.splitlines() if line.startswith("!!  serving ")]
     assert said.startswith("vLLM refuses adapters of a rank above 512, and lora.r is 600: lower it")
+    assert base.startswith("servers on transformers 4 (vLLM before 0.19.1) cannot read this base's tokenizer_config")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from job.core import export as exports
 from job.core.export import Export
+from job.tune.model.tokenizer import encodes_alike
 
 
 def exported(job, to, *options, run=None):
@@ -61,6 +62,9 @@ def test_the_merged_model_is_loaded_by_transformers_alone_and_is_as_good_as_it_s
     )
     assert not any(loaded[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    settings = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # the base's own is of transformers 5 alone
+    assert encodes_alike(tokenizer, AutoTokenizer.from_pretrained(done.recipe["model"]["base"]))
     rows, data = records(6, seed=1), report["recipe"]["data"]
     assert loss_of(merged, tokenizer, rows, data) == pytest.approx(found.losses.merged, rel=5e-3)
     base = AutoModelForCausalLM.from_pretrained(report["model"]["base"], dtype=torch.float32)

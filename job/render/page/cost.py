@@ -73,6 +73,11 @@ def _moment(text: str | None) -> datetime | None:
     return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
+def moment(text: str) -> str:
+    """A time of a report as people read it, to the minute: it is in UTC."""
+    return f"{text[:16].replace('T', ' ')} UTC"
+
+
 def _memory(report: Report) -> str:
     predicted = report.plan.predicted_peak_bytes
     planned = "" if predicted is None else f", {predicted / 2**30:.2f} GiB planned"
@@ -84,7 +89,10 @@ def _parts(name: str, spent: Mapping[str, float], room: Room) -> Block:
     total = sum(spent.values())
     parts = worth_naming(spent)
     shown = [*parts.items()][: room.rows]
-    rows = [(room.cut(part), _seconds(took), f"{took / total:.0%}" if total > 0 else "-") for part, took in shown]
+    rows = [
+        (room.cut(part.replace("_", " ")), _seconds(took), f"{took / total:.0%}" if total > 0 else "-")
+        for part, took in shown
+    ]
     return Table(caption=name, head=("phase", "time", "share"), rows=rows, left_out=len(parts) - len(shown))
 
 

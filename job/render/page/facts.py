@@ -10,6 +10,8 @@ from job.core.report import Report
 from job.render.page.blocks import Block, Chapter, Code, Facts, Fold, Listing, Room, Table, Words, cut
 from job.render.serving_text import asked_as, peft_lines, vllm_line
 
+_FILE = "file://"
+
 
 def facts_chapters(report: Report, room: Room) -> list[Chapter]:
     """The last chapters."""
@@ -21,19 +23,23 @@ def facts_chapters(report: Report, room: Room) -> list[Chapter]:
 
 
 def _use(report: Report, room: Room) -> list[Block]:
-    base = report.model.base
-    asked = f"python entrypoint.py try {shlex.quote(report.run_uri)} --prompt '...'"
-    loaded = peft_lines(report, "adapter", base)
-    served = vllm_line(report, "adapter", base)
+    base, run, uri = report.model.base, shlex.quote(report.run_uri), report.adapter.uri
+    folder = uri.removeprefix(_FILE) if uri.startswith(_FILE) else "adapter"
+    loaded, served = peft_lines(report, folder, base), vllm_line(report, folder, base)
+    commands = {"Ask it and its base, side by side:": f"python entrypoint.py try {run} --prompt '...'"}
+    if uri.startswith("s3://"):
+        commands["Bring it to this machine:"] = f"aws s3 cp --recursive {shlex.quote(uri)} adapter"
+    commands["Load it in Python:"] = loaded
     words = [room.cut(each) for each in report.adapter.refused_by[: room.rows]]
     blocks: list[Block] = [
         Facts(facts={"adapter": room.cut(report.adapter.uri), "proven": _proven(report)}),
-        Code(name="Ask it and its base, side by side:", text=cut(asked, room.recipe)),
-        Code(name="Load it in Python, from the folder above on this machine:", text=cut(loaded, room.recipe)),
     ]
     if served is not None:
-        blocks += [Code(name="Serve it with vLLM:", text=cut(served, room.recipe)), Words(text=asked_as(report))]
-    return [*blocks, *[Words(text=f"{each}.") for each in words]]
+        commands["Serve it with vLLM:"] = served
+    commands["Make a model of its own of it, for any other server:"] = f"python entrypoint.py export {run} --to merged"
+    blocks += [Code(name=name, text=cut(command, room.recipe)) for name, command in commands.items()]
+    asked = asked_as(report).replace("`", "")  # which are Markdown's
+    return [*blocks, *[Words(text=each) for each in (asked, *(f"{each}." for each in words))]]
 
 
 def _proven(report: Report) -> str:
@@ -54,8 +60,10 @@ def _made_of(report: Report, room: Room) -> list[Block]:
         "read as": model.quantisation,
         "trained": f"{model.trainable_parameters:,} of {model.total_parameters:,} parameters",
         "run": report.run_uri,
-        "resumed": "to the bit as without an interruption" if report.resume_exact else "not to the bit: see the notes",
     }
+    if len(report.attempts) > 1:
+        exact = "to the bit as without an interruption"
+        facts["resumed"] = exact if report.resume_exact else "not to the bit: see the notes"
     if model.left_out is not None:
         facts["left out"] = model.left_out
     blocks: list[Block] = [Facts(facts={name: room.cut(fact) for name, fact in facts.items()})]

@@ -31,6 +31,7 @@ _LOG_FROM = 20
 """Times the lowest loss: from there on the highest one would leave the others no height."""
 _MOST_POINTS = 200
 """Of a curve: more are noise to the eye, and 50,000 steps would be a page of their own."""
+_SMALL = 0.01
 _MOST_BINS, _MOST_DOTS, _MOST_RUNS = 60, 500, 6
 _LINES = ("blue", "orange", "green", "red", "grey", "blue")
 _DASHES = ("-", "--", "-", ":", "-.", ":")
@@ -143,7 +144,7 @@ def by_step(name: str, values: Sequence[float], *, says: str) -> Markup:
         axes.set_ylabel(says)
         axes.set_ylim(0, _ceiling(values))
         plain_numbers(axes)
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter(_tick)
 
     last = _ends(values, 1, len(values)) if values else "no step yet"
     return _svg(name, draw, f"{says.capitalize()}: {last}; highest {max(values, default=0.0):.3g}.")
@@ -274,6 +275,14 @@ def _binned(values: Sequence[float]) -> tuple[Floats, Floats, Floats, Floats]:
     counts = np.diff(np.append(starts, len(found)))
     means = np.add.reduceat(found, starts) / counts
     return starts + (counts + 1) / 2, means, np.minimum.reduceat(found, starts), np.maximum.reduceat(found, starts)
+
+
+def _tick(value: float, _place: int | None = None) -> str:
+    """A value at an axis: 0.4, and 7.5e-5 where zeros would have to be counted."""
+    if value == 0 or abs(value) >= _SMALL:
+        return f"{value:g}"
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
 
 def _ceiling(values: Sequence[float]) -> float:

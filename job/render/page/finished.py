@@ -9,7 +9,7 @@ from job.render.metric_text import METRIC_WORDS
 from job.render.page import figures
 from job.render.page.answers import answers_chapter
 from job.render.page.blocks import Block, Chapter, Page, Picture, Pictures, Room, Table, Words
-from job.render.page.cost import cost_chapter
+from job.render.page.cost import cost_chapter, moment
 from job.render.page.data import data_chapter
 from job.render.page.facts import facts_chapters
 from job.render.page.metrics import change_chapter, losses_by_slice, metric_chapter
@@ -36,7 +36,7 @@ def _page(report: Report, room: Room) -> Page:
     ]
     return Page(
         title=f"{report.model.base}, run {report.run_id}"[:300],
-        standing=f"Finished {report.finished[:40]}",
+        standing=f"Finished {moment(report.finished)}",
         verdict=verdict_text(report),
         figures=_figures(report),
         to_do=[room.cut(f"{step[:1].upper()}{step[1:]}.") for step in next_steps(report)],
@@ -94,7 +94,7 @@ def _evaluations(report: Report, room: Room) -> Chapter:
             f"{judged[i].step:,}" + (" (chosen)" if judged[i].step == spot.step else ""),
             f"{judged[i].loss:.4f}",
             "-" if around[i] is None else f"± {around[i]:.2g}",
-            f"{judged[i].perplexity:.4g}",
+            f"{judged[i].perplexity:#.4g}",
             f"{judged[i].token_accuracy:.1%}",
         )
         for i in places

@@ -7,6 +7,7 @@ from job.core.judged_answers import MetricReport
 from job.core.report import Report
 from job.render.metric_text import by_chance, compared_with, gain_text, score_cells
 from job.render.page.blocks import Block, Chapter, Room, Table, Words
+from job.render.page.cost import moment
 
 _HEAD = ("n", "base", "tuned", "gain", "95 %")
 
@@ -57,8 +58,8 @@ def change_chapter(change: ChangeReport | None) -> Chapter | None:
     loss = change.loss
     around = "" if loss.low is None or loss.high is None else f" (95 % interval: {loss.low:+.4g} to {loss.high:+.4g})"
     said = (
-        f"Against run {change.run_id[:200]}, finished {change.finished[:40]}, on the same {loss.examples:,} held-out "
-        f"examples: the tuned model's loss went from {loss.before:.4f} to {loss.after:.4f} nats a token, by "
+        f"Against run {change.run_id[:200]}, finished {moment(change.finished)}, on the same {loss.examples:,} "
+        f"held-out examples: the tuned model's loss went from {loss.before:.4f} to {loss.after:.4f} nats a token, by "
         f"{loss.change:+.4g}{around}{by_chance(loss.low, loss.high)}."
     )
     blocks: list[Block] = [Words(text=said)]

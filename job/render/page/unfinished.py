@@ -84,7 +84,7 @@ def _to_do(run: RunSoFar) -> list[str]:
     if last is None or last.ended is None or last.exit_code is None:
         return ["Wait for its end; where nothing works on it, start `run` with its recipe: it goes on where it stands."]
     try:
-        return [ending(last.exit_code).action]
+        return [f"{ending(last.exit_code).action}."]
     except KeyError:
         return ["Start `run` with its recipe: it goes on where it stands."]
 
@@ -109,7 +109,7 @@ def _curves(run: RunSoFar, room: Room) -> list[Chapter]:
                 f"{(each := run.evaluations[i]).step:,}",
                 f"{each.loss:.4f}",
                 "-" if (around := run.plus_minus[i]) is None else f"± {around:.2g}",
-                f"{each.perplexity:.4g}",
+                f"{each.perplexity:#.4g}",
                 f"{each.token_accuracy:.1%}",
             )
             for i in places

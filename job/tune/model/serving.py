@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from job.core.data_section import DataSection
+from job.core.servers import GENERIC_TOKENIZER, readable_settings
 from job.tune.data.chat import asked_rules
 from job.tune.data.control import control_tokens
 from job.tune.model.tokenizer import base_file, generation_stops
 
-GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 
 
 def write_serving_files(
@@ -37,11 +38,21 @@ def write_serving_files(
         taught = copy.deepcopy(tokenizer)
         taught.chat_template = template
         taught.save_pretrained(folder)
+        _make_generic(folder / TOKENIZER_CONFIG, taught)
     stops = taught_stops(base, tokenizer, ends=ends)
     if set(stops) != set(_stops_of(base, tokenizer)):
         settings = base_file(base, GENERATION_CONFIG) | {"eos_token_id": stops}
         (folder / GENERATION_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return sorted({path.name for path in folder.iterdir()} - before)
+
+
+def _make_generic(path: Path, tokenizer: Any) -> None:
+    """Name the class that reads tokenizer.json as it stands, in transformers 4 too: many servers run on it."""
+    settings = readable_settings(base_file(path.parent, path.name)) | {
+        "tokenizer_class": GENERIC_TOKENIZER,
+        "model_input_names": [*tokenizer.model_input_names],  # that class would have others
+    }
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def taught_template(tokenizer: Any, data: DataSection) -> str | None:

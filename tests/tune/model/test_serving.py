@@ -69,6 +69,11 @@ def test_the_folder_asks_token_by_token_as_it_was_taught(bases, adapter, style, 
     assert served.apply_chat_template(record["messages"], add_generation_prompt=True, return_dict=False) == ids
     ours.chat_template = served.chat_template
     assert encodes_alike(served, ours)
+    # The class by which transformers 4, on which many servers run, reads tokenizer.json as well.
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ours.model_input_names
+    assert "extra_special_tokens" not in settings
 
 
 def test_a_conversation_with_a_template_of_its_own_reads_the_same_afterwards(bases, adapter):
