@@ -35,6 +35,8 @@ _FILE_FIRST_SECONDS = 5.0
 """How long the log waits for the outcome file: a healthy disk takes milliseconds."""
 _OTHERS_SECONDS = 30.0
 """How long telling the other processes of a run may take: who ends early has yet to load what speaks to them."""
+_WHY_BYTES = 1000
+"""Of a promotion's reason, in the outcome file of one process of several."""
 _WORD_SECONDS = 10.0
 """How long the store and whoever is to be notified may take: each is tried three times meanwhile."""
 
@@ -200,20 +202,10 @@ class Session:
         )
 
     def _promotion(self, standing: "Standing") -> "EndedPromotion | None":
-        from job.core.ended import LONGEST_REASON, EndedPromotion
-
         found = standing.promotion
         if found is None:
             return None
-        return EndedPromotion(
-            channel=found.channel,
-            outcome=found.outcome,
-            verdict=found.judged.decision.verdict,
-            challenger=found.judged.run_id,
-            champion=found.judged.decision.champion,
-            why=self._kept(found.said)[:LONGEST_REASON],
-            report=self._kept(f"{found.judged.run_uri}/report.json"),
-        )
+        return found.model_copy(update={"why": self._kept(found.why), "report": self._kept(found.report)})
 
     def _kept(self, text: str) -> str:
         """Without secrets, and without what UTF-8 cannot hold: names of files may be any bytes."""
@@ -236,7 +228,16 @@ class Session:
     def _beside(self, error: BaseException | None, standing: "Standing | None") -> dict[str, Any] | None:
         if self.seat is None:
             return None
-        return {"effect": is_effect(error) or None, "attempt": standing.number if standing else None}
+        promotion = self._promotion(standing) if standing else None
+        said = None
+        if promotion is not None:  # the file is short, and nothing else in it is to be cut for a sentence
+            why = promotion.why.encode()[:_WHY_BYTES].decode(errors="ignore")
+            said = {**promotion.model_dump(mode="json"), "why": why}
+        return {
+            "effect": is_effect(error) or None,
+            "attempt": standing.number if standing else None,
+            "promotion": said,
+        }
 
     def _log(self, error: BaseException, standing: "Standing | None") -> None:
         code = _code(error)

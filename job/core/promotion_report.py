@@ -1,6 +1,7 @@
 """What a report says of a night: promoted or not, by which numbers, out of which budget, on what new data."""
 
 from job.core.channel import Judged, Outcome
+from job.core.ended import LONGEST_REASON, EndedPromotion
 from job.core.run_record import RecordedParent
 from job.core.section import Flag, Section, Text, Whole
 
@@ -56,6 +57,20 @@ class PromotionReport(Section):
     conditional: Flag = True
     """Whether the store keeps conditions on writes; without them two that swap in the same two seconds may both think
     that they won."""
+
+
+def ended_with(promotion: PromotionReport) -> EndedPromotion:
+    """What is kept of it beside the report."""
+    judged = promotion.judged
+    return EndedPromotion(
+        channel=promotion.channel,
+        outcome=promotion.outcome,
+        verdict=judged.decision.verdict,
+        challenger=judged.run_id,
+        champion=judged.decision.champion,
+        why=promotion.said[:LONGEST_REASON],
+        report=f"{judged.run_uri}/report.json",
+    )
 
 
 def said_of(judged: Judged, outcome: Outcome) -> str:

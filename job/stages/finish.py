@@ -10,6 +10,7 @@ import structlog
 
 from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, RunConflictError
+from job.core.promotion_report import ended_with
 from job.core.report import Report
 from job.core.verdict import NOTHING_BETTER, Verdict, judge
 from job.edge.run.checkpoints import Checkpoint
@@ -88,8 +89,9 @@ def finish(
     let_go(model, world)
     del model  # others come in its place
     if night is not None and examined is not None:
-        report = report.model_copy(update={"promotion": promote(attempt, inputs, night, examined)})
-        attempt.standing.promotion = report.promotion
+        promotion = promote(attempt, inputs, night, examined)
+        report = report.model_copy(update={"promotion": promotion})
+        attempt.standing.promotion = ended_with(promotion)
     with phases.phase("report"):
         crash_point("pictures.before")
         for name, picture in draw(report).items():
