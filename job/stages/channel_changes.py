@@ -19,6 +19,7 @@ from job.core.channel import (
     name_in_use,
     open_state,
     promotion_of,
+    without_again,
 )
 from job.core.crash_points import crash_point
 from job.core.error_budget import YEAR_DAYS, spend
@@ -197,18 +198,23 @@ def judge_again(channel: Channel, recipe: Recipe, copy: ChannelAdapter) -> None:
     """Judge the runs that lost their swap, by what is kept of them; where that is not enough they wait on."""
     state, _ = channel.state()
     for run_id in state.again if state is not None else ():
-        judged = _judged_again(channel, recipe, run_id, next_round(state, run_id))
-        if judged is not None:
-            carry_out(channel, recipe, judged, copy)
-            state, _ = channel.state()
+        last = lost_verdict(channel, recipe, run_id, copy)
+        if last is not None:
+            is_carried_out = last.round < next_round(state, run_id)
+            judged = judge_by_kept(channel, recipe, last, number=last.round + 1) if is_carried_out else last
+            if judged is not None:
+                carry_out(channel, recipe, judged, copy)
+        state, _ = channel.state()
 
 
-def _judged_again(channel: Channel, recipe: Recipe, run_id: str, number: int) -> Judged | None:
-    known = channel.judged(run_id, number)
-    before = channel.judged(run_id, number - 1)
-    if known is not None or before is None:
-        return known
-    return judge_by_kept(channel, recipe, before, number=number)
+def lost_verdict(channel: Channel, recipe: Recipe, run_id: str, copy: ChannelAdapter) -> Judged | None:
+    """The last verdict on a run that lost its swap; None: its adapter was deleted, and it is judged no more."""
+    last = channel.last_judged(run_id)
+    if last is not None and copy.can_follow(last):
+        return last
+    log.warning("not_judged_again", run_id=run_id, reason="its verdict or its adapter is no longer in the store")
+    channel.change_state(lambda state: without_again(state, run_id), first=first_state(recipe))
+    return None
 
 
 def judge_by_kept(channel: Channel, recipe: Recipe, before: Judged, *, number: int) -> Judged | None:

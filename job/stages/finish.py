@@ -45,7 +45,7 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, night: Night 
         card = adapter_card(_card(attempt, inputs, facts, step=chosen.step))
         (folder / "adapter" / _CARD).write_text(card, encoding="utf-8")
         # With a verdict on it, it may be in use: what an attempt before has published then stands, to the byte.
-        files = None if night is None else judged_files(night, artifacts.run_id)
+        files = None if night is None else judged_files(night, artifacts)
         if files is None:
             files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
     crash_point("prove.before")

@@ -12,7 +12,7 @@ from job.core.run_record import RecordedParent, read_run_record
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
-from job.stages.channel_changes import carry_out, copy_of, judge_again, next_round, refuse_other_base
+from job.stages.channel_changes import carry_out, copy_of, judge_again, lost_verdict, refuse_other_base
 from job.stages.contenders import Examiner
 from job.stages.exams import Exams, prepare_exams
 from job.stages.fresh_records import FreshRecords
@@ -110,12 +110,11 @@ def _judge_again_loaded(attempt: Attempt, channel: Channel, examiner: Examiner, 
     """Judge the runs that lost their swap and of which too little was kept to do it without loading them."""
     state, _ = channel.state()
     for run_id in state.again if state is not None else ():
-        number = next_round(state, run_id)
-        before = channel.judged(run_id, number - 1)
-        if before is None:
+        last = lost_verdict(channel, attempt.worker.recipe, run_id, copy)
+        if last is None:
             continue
         try:
-            judged = judge_loaded(attempt, channel, examiner, again(before, number))
+            judged = judge_loaded(attempt, channel, examiner, again(last, last.round + 1))
         except (NotFoundError, DataError) as error:
             log.warning("not_judged_again", run_id=run_id, reason=str(error))
             attempt.notes.append(f"{run_id} could not be judged again: {attempt.hide(str(error))}")

@@ -11,6 +11,8 @@ from run_material import make_base
 
 from job.core.crash_points import POINTS
 
+WEIGHTS = "adapter_model.safetensors"
+
 
 @pytest.fixture
 def job(tmp_path, base, warm):
@@ -261,6 +263,24 @@ def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_n
 
 
 @pytest.mark.nightly
+def test_a_run_that_lost_its_swap_and_was_deleted_is_judged_no_more(job):
+    with job.begun("run", "--crash-at", "verdict.after=freeze", "--set", "train.seed=1") as frozen:
+        frozen.until(lambda event: event["event"] == "phase" and event["name"] == "judge")
+        _, winner = job.night("--set", "train.seed=2")
+        frozen.child.send_signal(signal.SIGCONT)
+        assert frozen.end().code == 0
+    (loser,) = job.state()["again"]
+    shutil.rmtree(job.store / "runs" / loser / "adapter")
+
+    ended, _ = job.night("--set", "train.seed=2")
+    assert [e["run_id"] for e in ended.named("not_judged_again")] == [loser]
+    assert job.state()["again"] == []
+    assert job.state()["budget"]["tests"] == 2, "nothing is paid for it"
+    assert job.promoted()["run_id"] == winner["run_id"]
+    job.in_order()
+
+
+@pytest.mark.nightly
 def test_a_rollback_while_a_night_runs_holds_and_the_night_says_so(job):
     _, first = job.night()
     uri = f"file://{job.channel}"
@@ -290,11 +310,34 @@ def test_a_rollback_while_a_night_runs_holds_and_the_night_says_so(job):
     assert job.promoted()["run_id"] is None, again.stdout
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("is_another", [False, True])
+def test_a_run_that_was_deleted_is_done_anew_and_judged_anew_if_it_is_another_model(job, is_another):
+    _, first = job.night()
+    write_lines(job.data / "train-poison.jsonl", poisoned(60, seed=9))
+    _, bad = job.night()
+    assert bad["promotion"]["outcome"] == "refused"
+    shutil.rmtree(job.store / "runs" / bad["run_id"])
+    if is_another:
+        verdict = job.channel / "verdicts" / f"{bad['run_id']}-1.json"
+        verdict.write_text(
+            verdict.read_text().replace(bad["promotion"]["judged"]["adapter"]["files"][WEIGHTS]["sha256"], "0" * 64)
+        )
+
+    _, again = job.night()
+    assert again["run_id"] == bad["run_id"]
+    assert again["promotion"]["outcome"] == "refused"
+    assert again["promotion"]["judged"]["round"] == 1 + is_another
+    assert job.state()["budget"]["tests"] == 2 + is_another
+    assert job.promoted()["run_id"] == first["run_id"]
+    job.in_order()
+
+
 def test_going_back_to_a_run_that_was_deleted_changes_nothing(job):
     _, first = job.night()
     uri = f"file://{job.channel}"
     assert call("channel", uri, "--rollback", "base").code == 0
-    (job.store / "runs" / first["run_id"] / "adapter" / "adapter_model.safetensors").unlink()
+    (job.store / "runs" / first["run_id"] / "adapter" / WEIGHTS).unlink()
     stood = objects(job.store)
 
     refused = call("channel", uri, "--rollback", first["run_id"])

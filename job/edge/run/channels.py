@@ -143,6 +143,17 @@ class Channel:
         found = self._read(_verdict(run_id, number), Judged)
         return None if found is None else found[0]
 
+    def last_judged(self, run_id: str) -> Judged | None:
+        """The last verdict on a run, if there is one.
+
+        Raises:
+            DataError: as `judged`.
+        """
+        last = None
+        while (found := self.judged(run_id, 1 if last is None else last.round + 1)) is not None:
+            last = found
+        return last
+
     def record_judged(self, judged: Judged) -> Judged:
         """Write a verdict down, and return the one that holds: the first."""
         crash_point("verdict.before")
