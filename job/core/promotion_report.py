@@ -19,7 +19,10 @@ class NewData(Section):
     gone: Whole = 0
     """Files of the model in use that are no longer named."""
     records: Whole | None = None
-    """Training examples that no run of the channel was trained on before tonight; None: that is not known."""
+    """Training examples that the model in use was not trained on; None: that is not known, as where it was put in use
+    again after a long time."""
+    unseen: Whole | None = None
+    """Of these, those that no run of the channel was trained on, which judge older models tonight; None: as above."""
 
 
 class BudgetReport(Section):

@@ -28,7 +28,8 @@ def promotion_lines(promotion: PromotionReport | None) -> list[str]:
     guarded |= {f"against {name}": gap for name, gap in judged.drift.items()}
     lines += [f"  {name:<16} {_gap(gap)}" for name, gap in guarded.items()]
     named = ", ".join(new.files[:_NAMED]) + (f" and {new.file_count - _NAMED} more" if new.file_count > _NAMED else "")
-    records = "" if new.records is None else f", {new.records:,} examples that no run of the channel had"
+    records = "" if new.records is None else f", {new.records:,} examples that the model in use has not seen"
+    records += "" if new.unseen is None else f", {new.unseen:,} that no run of the channel has"
     lines.append(f"new data           {new.file_count} files, {new.bytes:,} bytes{records}: {named or 'none'}")
     if promotion.parent is not None:
         lines.append(f"started from       {promotion.parent.run_id}")

@@ -67,13 +67,33 @@ class FreshRecords:
         self._scores: dict[tuple[str, str], NDArray[np.float64]] = {}
         """By model and by what the records are known by."""
 
-    def count(self) -> int | None:
+    def unseen(self) -> int | None:
         """Training examples that are new to the channel; None: it does not know which it has seen."""
         state, _ = self._channel.state()
         seen, every = self._seen(state), np.unique(self._hashes)
         if state is None or state.seen is None:
             return len(every)
         return None if seen is None else int((~np.isin(every, seen)).sum())
+
+    def since(self, promoted: Promoted | None) -> int | None:
+        """Training examples that the model in use was not trained on; None: that is not known."""
+        every = np.unique(self._hashes)
+        run_id = None if promoted is None else promoted.run_id
+        if run_id is None:
+            return len(every)
+        theirs = self._channel.trained(run_id, self._templates)
+        if theirs is None or len(theirs) % _HASH_BYTES:
+            return None
+        return int((~np.isin(every, np.frombuffer(theirs, dtype="<u8"))).sum())
+
+    def keep_own(self, promoted: Promoted | None) -> None:
+        """Keep what tonight's run is trained on, for the nights on which it is in use."""
+        self._channel.keep_trained(
+            self._run.artifacts.run_id,
+            self._templates,
+            np.unique(self._hashes).astype("<u8").tobytes(),
+            in_use=None if promoted is None else promoted.run_id,
+        )
 
     def test(self, copy: ChannelAdapter) -> str | None:
         """Score them, write down what that says, and promote whom it shows to be better.

@@ -89,7 +89,9 @@ def prepare_night(attempt: Attempt, run: Run, inputs: Inputs, *, other: Report |
         )
         fresh = FreshRecords(attempt, run, inputs, channel, examiner)
         # Only of the first attempt: after it its records are seen, and the run itself may be in use.
-        new = channel.record_new(run.artifacts.run_id, _new_data(run, channel, promoted, records=fresh.count()))
+        found = _new_data(run, channel, promoted, records=fresh.since(promoted), unseen=fresh.unseen())
+        new = channel.record_new(run.artifacts.run_id, found)
+        fresh.keep_own(promoted)
         log.info("new_data", since=None if promoted is None else promoted.run_id, **new.model_dump(mode="json"))
         promotion = fresh.test(copy)
         _judge_again_loaded(attempt, channel, examiner, copy)
@@ -122,7 +124,9 @@ def _judge_again_loaded(attempt: Attempt, channel: Channel, examiner: Examiner, 
             carry_out(channel, attempt.worker.recipe, judged, copy)
 
 
-def _new_data(run: Run, channel: Channel, promoted: Promoted | None, *, records: int | None) -> NewData:
+def _new_data(
+    run: Run, channel: Channel, promoted: Promoted | None, *, records: int | None, unseen: int | None
+) -> NewData:
     """What the model in use was not trained on, by file and by record."""
     before: set[tuple[str, str]] = set()
     now: Objects = run.train
@@ -140,4 +144,5 @@ def _new_data(run: Run, channel: Channel, promoted: Promoted | None, *, records:
         bytes=sum(o.size for o in new),
         gone=len({uri for uri, _ in before} - named),
         records=records,
+        unseen=unseen,
     )

@@ -48,7 +48,7 @@ def test_three_nights_the_first_without_a_champion_one_without_new_data_one_with
     ended, second = job.night()
     new = second["promotion"]["new"]
     assert new["files"] == [f"file://{job.data}/train-2.jsonl"]
-    assert (new["file_count"], new["records"]) == (1, 12)
+    assert (new["file_count"], new["records"], new["unseen"]) == (1, 12, 12)
     assert ended.named("new_data")[0]["since"] == report["run_id"]
     assert [e["model"] for e in ended.named("judged_anew")] == []
     assert second["promotion"]["judged"]["decision"]["champion"] == report["run_id"]
@@ -78,10 +78,12 @@ def test_a_file_that_is_not_whole_is_left_out_by_name_and_learned_once_it_is(job
     assert any(note.startswith("left out, not whole yet: ") for note in report["notes"])
     assert not any("late" in o["uri"] for o in report["data"]["train"]["objects"])
 
+    learned = report["promotion"]["outcome"] == "promoted"
     late.write_text(whole)
     _, report = job.night()
     assert report["promotion"]["late"] == []
-    assert report["promotion"]["new"]["records"] == 8
+    assert report["promotion"]["new"]["unseen"] == 8
+    assert report["promotion"]["new"]["records"] == (8 if learned else 8 + 6)
 
 
 @pytest.mark.nightly
@@ -107,6 +109,17 @@ def test_a_poisoned_night_is_refused_with_exit_code_0_and_its_report_says_why(jo
     shown = call("report", f"file://{job.store}/runs/{bad['run_id']}").stdout
     assert "channel            notes: Not promoted, not better" in shown
     job.in_order()
+
+    write_lines(job.data / "train-poison.jsonl", records(8, seed=4))
+    _, third = job.night()
+    new = third["promotion"]["new"]
+    assert (new["records"], new["unseen"]) == (8, 8)
+    write_lines(job.data / "train-poison.jsonl", poisoned(200, seed=9) + records(8, seed=6))
+    _, fourth = job.night()
+    again = fourth["promotion"]["new"]
+    poison = {json.dumps(row) for row in poisoned(200, seed=9)}
+    assert again["unseen"] == 8, "the poison was seen by the night that was refused"
+    assert again["records"] == len(poison) + 8, "and not by the model in use"
 
 
 @pytest.mark.nightly
