@@ -191,6 +191,7 @@ class Session:
             champion=found.judged.decision.champion,
             why=self._kept(found.said)[:LONGEST_REASON],
             report=self._kept(f"{found.judged.run_uri}/report.json"),
+            also=[self._kept(each)[:LONGEST_REASON] for each in found.also],
         )
 
     def _kept(self, text: str) -> str:

@@ -56,6 +56,8 @@ class PromotionReport(Section):
     fresh_promotion: str | None = None
     """A run that waited, and that tonight's new records put in use before this one was trained; None also where an
     attempt before the one that finished the run has found that."""
+    also: tuple[str, ...] = ()
+    """What came tonight, before this run was trained, of others that waited or had lost their swap: a sentence each."""
     conditional: Flag = True
     """Whether the store keeps conditions on writes; without them two that swap in the same two seconds may both think
     that they won."""

@@ -35,6 +35,7 @@ def promotion_lines(promotion: PromotionReport | None) -> list[str]:
         lines.append(f"started from       {promotion.parent.run_id}")
     if promotion.fresh_promotion is not None:
         lines.append(f"before training    {promotion.fresh_promotion} was promoted by tonight's new records")
+    lines += [f"others             {each}" for each in promotion.also]
     lines += [f"left out           {late}" for late in promotion.late]
     lines.append(
         f"error budget       {budget.spent_in_a_year:.3f} of {budget.per_year:g} wrong promotions spent in {YEAR_DAYS} "

@@ -26,7 +26,7 @@ from job.core.error_budget import YEAR_DAYS, spend
 from job.core.errors import UsageError
 from job.core.example_results import ExampleResults
 from job.core.judgement import Answered, Candidate, Standards, Terms, evidence_to_gather, judge_run
-from job.core.promotion_report import BudgetReport
+from job.core.promotion_report import BudgetReport, NewData, PromotionReport, said_of
 from job.core.recipe import Recipe
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.run.channel_adapter import ChannelAdapter
@@ -191,11 +191,29 @@ def keep_in_order(attempt: Attempt, found: Run) -> None:
     channel = found.artifacts.channel(name, conditional=conditional)
     copy = copy_of(attempt, channel, found.artifacts.run_id)
     copy.follow()
-    judge_again(channel, recipe, copy)
+    carried_out = judge_again(channel, recipe, copy)
+    if carried_out:
+        judged, outcome = carried_out[-1]
+        attempt.standing.promotion = PromotionReport(
+            channel=name,
+            channel_uri=channel.uri,
+            outcome=outcome,
+            said=said_of(judged, outcome),
+            judged=judged,
+            budget=budget_report(channel.state()[0] or first_state(recipe)()),
+            new=NewData(),
+            also=tuple(said_of(*other) for other in carried_out[:-1]),
+            conditional=conditional,
+        )
 
 
-def judge_again(channel: Channel, recipe: Recipe, copy: ChannelAdapter) -> None:
-    """Judge the runs that lost their swap, by what is kept of them; where that is not enough they wait on."""
+def judge_again(channel: Channel, recipe: Recipe, copy: ChannelAdapter) -> list[tuple[Judged, Outcome]]:
+    """Judge the runs that lost their swap, by what is kept of them; where that is not enough they wait on.
+
+    Returns:
+        Each verdict, and what came of it.
+    """
+    carried_out = []
     state, _ = channel.state()
     for run_id in state.again if state is not None else ():
         last = lost_verdict(channel, recipe, run_id, copy)
@@ -203,8 +221,9 @@ def judge_again(channel: Channel, recipe: Recipe, copy: ChannelAdapter) -> None:
             is_carried_out = last.round < next_round(state, run_id)
             judged = judge_by_kept(channel, recipe, last, number=last.round + 1) if is_carried_out else last
             if judged is not None:
-                carry_out(channel, recipe, judged, copy)
+                carried_out.append((judged, carry_out(channel, recipe, judged, copy)))
         state, _ = channel.state()
+    return carried_out
 
 
 def lost_verdict(channel: Channel, recipe: Recipe, run_id: str, copy: ChannelAdapter) -> Judged | None:

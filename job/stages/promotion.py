@@ -103,6 +103,7 @@ def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) 
         late=night.late,
         parent=night.parent,
         fresh_promotion=night.fresh_promotion,
+        also=night.also,
         conditional=channel.conditional,
     )
 

@@ -204,6 +204,8 @@ def test_new_records_promote_a_run_that_could_not_be_told_from_the_model_in_use(
     phases = ended.phases()
     assert phases.index("test_before_training") < phases.index("train")
     assert second["promotion"]["fresh_promotion"] == first["run_id"]
+    (other,) = second["promotion"]["also"]
+    assert other.startswith(f"Promoted: {first['run_id']} is better than the base on ")
     assert second["promotion"]["judged"]["decision"]["champion"] == first["run_id"]
     entry = job.history()[0]
     assert entry["run_id"] == first["run_id"]
@@ -250,7 +252,8 @@ def test_a_night_that_failed_for_good_does_not_stand_in_the_way_of_new_data(job)
 # --- several at once -------------------------------------------------------------------------------------------------
 
 
-def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_next_night(job):
+def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_next_night(job, received):
+    url, got = received
     with job.begun("run", "--crash-at", "verdict.after=freeze", "--set", "train.seed=1") as frozen:
         frozen.until(lambda event: event["event"] == "phase" and event["name"] == "judge")
         _, winner = job.night("--set", "train.seed=2")
@@ -264,9 +267,13 @@ def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_n
     assert job.promoted()["run_id"] == winner["run_id"]
     assert job.state()["again"] == [loser["run_id"]]
 
-    ended, nothing = job.night("--set", "train.seed=1")
+    ended, nothing = job.night("--set", "train.seed=1", JOB_NOTIFY_URL=url)
     assert nothing is None
     assert "train" not in ended.phases()
+    ((_, notice),) = got
+    told = notice["promotion"]
+    assert (told["challenger"], told["champion"]) == (loser["run_id"], winner["run_id"])
+    assert told["why"] in notice["text"], "what is in use may have changed, and nothing was trained"
     (judged,) = ended.named("judged")
     assert judged["champion"] == winner["run_id"]
     assert job.state()["again"] == []
@@ -431,6 +438,7 @@ def test_the_ending_and_the_channel_say_what_came_of_the_night(job):
         "champion": "the base",
         "why": report["promotion"]["said"],
         "report": f"file://{job.store}/runs/{report['run_id']}/report.json",
+        "also": [],
     }
 
     shown = call("channel", uri).stdout
