@@ -9,7 +9,10 @@ from job_process import call, objects, records, write_lines
 from nightly_job import CHANNEL, NightlyJob, with_customers
 from run_material import make_base
 
+from job.commands import channel as channel_command
 from job.core.crash_points import POINTS
+from job.edge.store.probing import Probe
+from job.stages import identity
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -420,6 +423,29 @@ def as_it_was(job):
     shutil.rmtree(job.store)
     shutil.copytree(kept, job.store)
     return job
+
+
+@pytest.mark.nightly
+def test_on_a_store_without_conditions_nights_and_rollbacks_work_and_say_so_loudly(job, monkeypatch):
+    found = Probe(conditional=False, reason="If-Match is ignored")
+    monkeypatch.setattr(identity, "probe", lambda _store: found)
+    monkeypatch.setattr(channel_command, "probe", lambda _store: found)
+    ended = job.call("run")
+    assert ended.code == 0, ended.stdout
+    (report,) = job.reports().values()
+    assert report["promotion"]["outcome"] == "promoted"
+    assert report["promotion"]["conditional"] is False
+    said = "without conditions on writes, two runs that end in the same two seconds may both promote"
+    assert any(note.endswith(said) for note in report["notes"])
+    assert ended.named("swap_without_conditions")[0]["level"] == "warning"
+    assert job.promoted()["run_id"] == report["run_id"]
+    job.in_order()
+
+    back = call("channel", f"file://{job.channel}", "--rollback", "base")
+    assert back.code == 0
+    assert "swap_without_conditions" in back.stdout + back.stderr
+    assert job.promoted()["run_id"] is None
+    job.in_order()
 
 
 # --- who hears of it -------------------------------------------------------------------------------------------------
