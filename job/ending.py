@@ -35,8 +35,7 @@ _FILE_FIRST_SECONDS = 5.0
 """How long the log waits for the outcome file: a healthy disk takes milliseconds."""
 _OTHERS_SECONDS = 30.0
 """How long telling the other processes of a run may take: who ends early has yet to load what speaks to them."""
-_WHY_BYTES = 1000
-"""Of a promotion's reason, in the outcome file of one process of several."""
+_SUPERVISOR_BYTES = 2**20
 _WORD_SECONDS = 10.0
 """How long the store and whoever is to be notified may take: each is tried three times meanwhile."""
 
@@ -69,7 +68,10 @@ class Session:
         """From here on the outcome file is kept current."""
         from job.edge.host.outcome import Outcome
 
-        self.outcome = Outcome(path if self.seat is None else Path(self.seat.folder) / self.seat.outcome)
+        if self.seat is None:
+            self.outcome = Outcome(path)
+        else:  # our supervisor's alone, who takes all of it
+            self.outcome = Outcome(Path(self.seat.folder) / self.seat.outcome, limit_bytes=_SUPERVISOR_BYTES)
         if self.metrics is not None:
             self.outcome.follow(self.metrics.write)
 
@@ -205,7 +207,8 @@ class Session:
         found = standing.promotion
         if found is None:
             return None
-        return found.model_copy(update={"why": self._kept(found.why), "report": self._kept(found.report)})
+        kept = {"why": self._kept(found.why), "report": self._kept(found.report)}
+        return found.model_copy(update={**kept, "also": [self._kept(each) for each in found.also]})
 
     def _kept(self, text: str) -> str:
         """Without secrets, and without what UTF-8 cannot hold: names of files may be any bytes."""
@@ -229,14 +232,10 @@ class Session:
         if self.seat is None:
             return None
         promotion = self._promotion(standing) if standing else None
-        said = None
-        if promotion is not None:  # the file is short, and nothing else in it is to be cut for a sentence
-            why = promotion.why.encode()[:_WHY_BYTES].decode(errors="ignore")
-            said = {**promotion.model_dump(mode="json"), "why": why}
         return {
             "effect": is_effect(error) or None,
             "attempt": standing.number if standing else None,
-            "promotion": said,
+            "promotion": None if promotion is None else promotion.model_dump(mode="json"),
         }
 
     def _log(self, error: BaseException, standing: "Standing | None") -> None:

@@ -60,7 +60,7 @@ def finish(
         card = adapter_card(_card(attempt, inputs, facts, step=chosen.step))
         (folder / "adapter" / _CARD).write_text(card, encoding="utf-8")
         # With a verdict on it, it may be in use: what an attempt before has published then stands, to the byte.
-        files = None if night is None else judged_files(night, artifacts.run_id)
+        files = None if night is None else judged_files(night, artifacts)
         if files is None:
             files = artifacts.publish_adapter(folder / "adapter", optional=partial(_for_people, attempt))
     crash_point("prove.before")
@@ -91,7 +91,9 @@ def finish(
     if night is not None and examined is not None:
         promotion = promote(attempt, inputs, night, examined)
         report = report.model_copy(update={"promotion": promotion})
-        attempt.standing.promotion = ended_with(promotion)
+        attempt.standing.promotion = ended_with(
+            promotion.judged, promotion.outcome, channel=promotion.channel, also=promotion.also
+        )
     with phases.phase("report"):
         crash_point("pictures.before")
         for name, picture in draw(report).items():

@@ -58,6 +58,10 @@ class PublishedAdapter:
         """
         self._folder.download(files, folder, should_stop=should_stop)
 
+    def holds(self, files: Mapping[str, FileEntry]) -> bool:
+        """Whether each of these files stands there, with the size of its entry."""
+        return self._folder.holds(files)
+
     def _publish_file(self, path: Path) -> FileEntry:
         key = f"{self._run.root}{_NAME}/{path.name}"
         for _ in range(ROUNDS if self._run.conditional else 0):
