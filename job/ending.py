@@ -35,6 +35,7 @@ _FILE_FIRST_SECONDS = 5.0
 """How long the log waits for the outcome file: a healthy disk takes milliseconds."""
 _OTHERS_SECONDS = 30.0
 """How long telling the other processes of a run may take: who ends early has yet to load what speaks to them."""
+_SUPERVISOR_BYTES = 2**20
 _WORD_SECONDS = 10.0
 """How long the store and whoever is to be notified may take: each is tried three times meanwhile."""
 
@@ -69,7 +70,10 @@ class Session:
         """From here on the outcome file is kept current."""
         from job.edge.host.outcome import Outcome
 
-        self.outcome = Outcome(path if self.seat is None else Path(self.seat.folder) / self.seat.outcome)
+        if self.seat is None:
+            self.outcome = Outcome(path)
+        else:  # our supervisor's alone, who takes all of it
+            self.outcome = Outcome(Path(self.seat.folder) / self.seat.outcome, limit_bytes=_SUPERVISOR_BYTES)
         if self.metrics is not None:
             self.outcome.follow(self.metrics.write)
 
@@ -202,20 +206,11 @@ class Session:
         )
 
     def _promotion(self, standing: "Standing") -> "EndedPromotion | None":
-        from job.core.ended import LONGEST_REASON, EndedPromotion
-
         found = standing.promotion
         if found is None:
             return None
-        return EndedPromotion(
-            channel=found.channel,
-            outcome=found.outcome,
-            verdict=found.judged.decision.verdict,
-            challenger=found.judged.run_id,
-            champion=found.judged.decision.champion,
-            why=self._kept(found.said)[:LONGEST_REASON],
-            report=self._kept(f"{found.judged.run_uri}/report.json"),
-        )
+        kept = {"why": self._kept(found.why), "report": self._kept(found.report)}
+        return found.model_copy(update={**kept, "also": [self._kept(each) for each in found.also]})
 
     def _kept(self, text: str) -> str:
         """Without secrets, and without what UTF-8 cannot hold: names of files may be any bytes."""
@@ -238,7 +233,12 @@ class Session:
     def _beside(self, error: BaseException | None, standing: "Standing | None") -> dict[str, Any] | None:
         if self.seat is None:
             return None
-        return {"effect": is_effect(error) or None, "attempt": standing.number if standing else None}
+        promotion = self._promotion(standing) if standing else None
+        return {
+            "effect": is_effect(error) or None,
+            "attempt": standing.number if standing else None,
+            "promotion": None if promotion is None else promotion.model_dump(mode="json"),
+        }
 
     def _log(self, error: BaseException, standing: "Standing | None") -> None:
         code = _code(error)

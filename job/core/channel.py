@@ -299,6 +299,11 @@ def after_verdict(
     return state.model_copy(update=update)
 
 
+def without_again(state: ChannelState, run_id: str) -> ChannelState:
+    """The state in which a run is not to be judged again."""
+    return state.model_copy(update={"again": tuple(other for other in state.again if other != run_id)})
+
+
 def after_fresh(
     state: ChannelState, scored: Mapping[str, Pairs], *, champion: str, seen: Seen, night: FreshNight
 ) -> ChannelState:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from job.core.errors import Again
 from job.core.visible import visible
@@ -30,6 +30,8 @@ class EndedPromotion(BaseModel):
     """One sentence."""
     report: str
     """Where the report stands, and its page beside it."""
+    also: list[str] = Field(default_factory=list)
+    """What came of other runs that waited or had lost their swap: a sentence each."""
 
 
 class Ended(BaseModel):

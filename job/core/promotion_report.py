@@ -1,6 +1,9 @@
 """What a report says of a night: promoted or not, by which numbers, out of which budget, on what new data."""
 
+from collections.abc import Sequence
+
 from job.core.channel import Judged, Outcome
+from job.core.ended import LONGEST_REASON, EndedPromotion
 from job.core.run_record import RecordedParent
 from job.core.section import Flag, Section, Text, Whole
 
@@ -19,7 +22,10 @@ class NewData(Section):
     gone: Whole = 0
     """Files of the model in use that are no longer named."""
     records: Whole | None = None
-    """Training examples that no run of the channel was trained on before tonight; None: that is not known."""
+    """Training examples that the model in use was not trained on; None: that is not known, as where it was put in use
+    again after a long time."""
+    unseen: Whole | None = None
+    """Of these, those that no run of the channel was trained on, which judge older models tonight; None: as above."""
 
 
 class BudgetReport(Section):
@@ -53,9 +59,25 @@ class PromotionReport(Section):
     fresh_promotion: str | None = None
     """A run that waited, and that tonight's new records put in use before this one was trained; None also where an
     attempt before the one that finished the run has found that."""
+    also: tuple[str, ...] = ()
+    """What came tonight, before this run was trained, of others that waited or had lost their swap: a sentence each."""
     conditional: Flag = True
     """Whether the store keeps conditions on writes; without them two that swap in the same two seconds may both think
     that they won."""
+
+
+def ended_with(judged: Judged, outcome: Outcome, *, channel: str, also: Sequence[str]) -> EndedPromotion:
+    """What is kept of it beside the report."""
+    return EndedPromotion(
+        channel=channel,
+        outcome=outcome,
+        verdict=judged.decision.verdict,
+        challenger=judged.run_id,
+        champion=judged.decision.champion,
+        why=said_of(judged, outcome)[:LONGEST_REASON],
+        report=f"{judged.run_uri}/report.json",
+        also=[each[:LONGEST_REASON] for each in also],
+    )
 
 
 def said_of(judged: Judged, outcome: Outcome) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 import job
+from job.core.ended import EndedPromotion
 from job.core.errors import JobError, PeerLostError, StopRequestedError, UnavailableError, error_of
 from job.core.seat import FOLDER, SUPERVISOR, SUPERVISOR_SECONDS, Team, WorkerEnd, first_cause
 from job.launch.launched import LOG, Launched
@@ -166,6 +167,8 @@ class _Watch:
         standing.run_uri, standing.last_committed_step = said.get("run_uri"), said.get("last_committed_step")
         standing.step = said.get("step") or standing.step
         standing.number = said.get("attempt") or standing.number
+        if said.get("promotion") is not None:
+            standing.promotion = EndedPromotion.model_validate(said["promotion"])
         attempt.phases.current = said.get("phase")
         attempt.outcome.relay(said)
 

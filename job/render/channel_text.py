@@ -28,12 +28,14 @@ def promotion_lines(promotion: PromotionReport | None) -> list[str]:
     guarded |= {f"against {name}": gap for name, gap in judged.drift.items()}
     lines += [f"  {name:<16} {_gap(gap)}" for name, gap in guarded.items()]
     named = ", ".join(new.files[:_NAMED]) + (f" and {new.file_count - _NAMED} more" if new.file_count > _NAMED else "")
-    records = "" if new.records is None else f", {new.records:,} examples that no run of the channel had"
+    records = "" if new.records is None else f", {new.records:,} examples that the model in use has not seen"
+    records += "" if new.unseen is None else f", {new.unseen:,} that no run of the channel has"
     lines.append(f"new data           {new.file_count} files, {new.bytes:,} bytes{records}: {named or 'none'}")
     if promotion.parent is not None:
         lines.append(f"started from       {promotion.parent.run_id}")
     if promotion.fresh_promotion is not None:
         lines.append(f"before training    {promotion.fresh_promotion} was promoted by tonight's new records")
+    lines += [f"others             {each}" for each in promotion.also]
     lines += [f"left out           {late}" for late in promotion.late]
     lines.append(
         f"error budget       {budget.spent_in_a_year:.3f} of {budget.per_year:g} wrong promotions spent in {YEAR_DAYS} "

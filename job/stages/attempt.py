@@ -8,11 +8,11 @@ from pathlib import Path
 
 import structlog
 
+from job.core.ended import EndedPromotion
 from job.core.errors import DeniedError, LocalDiskError, UnavailableError, UsageError
 from job.core.given import Given
 from job.core.limits import Limits
 from job.core.memory import Placement, WantedEngine
-from job.core.promotion_report import PromotionReport
 from job.core.recipe import Recipe
 from job.edge.host.outcome import Outcome
 from job.edge.store.objects import StoreSettings
@@ -98,7 +98,7 @@ class Standing:
     last_committed_step: int | None = None
     asked_at: float | None = None
     """When a stop was asked for, on the monotonic clock."""
-    promotion: PromotionReport | None = None
+    promotion: EndedPromotion | None = None
     """What came of the run on its channel, once that is decided."""
     final: bool = False
     """It failed as the attempt before it did: starting it again helps nothing, whatever its exit code says."""

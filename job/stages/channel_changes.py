@@ -19,13 +19,14 @@ from job.core.channel import (
     name_in_use,
     open_state,
     promotion_of,
+    without_again,
 )
 from job.core.crash_points import crash_point
 from job.core.error_budget import YEAR_DAYS, spend
 from job.core.errors import UsageError
 from job.core.exam_results import ExampleResults
 from job.core.judgement import Answered, Candidate, Standards, Terms, evidence_to_gather, judge_run
-from job.core.promotion_report import BudgetReport
+from job.core.promotion_report import BudgetReport, ended_with, said_of
 from job.core.recipe import Recipe
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.run.channel_adapter import ChannelAdapter
@@ -190,25 +191,40 @@ def keep_in_order(attempt: Attempt, found: Run) -> None:
     channel = found.artifacts.channel(name, conditional=conditional)
     copy = copy_of(attempt, channel, found.artifacts.run_id)
     copy.follow()
-    judge_again(channel, recipe, copy)
+    carried_out = judge_again(channel, recipe, copy)
+    if carried_out:
+        judged, outcome = carried_out[-1]
+        others = [said_of(*other) for other in carried_out[:-1]]
+        attempt.standing.promotion = ended_with(judged, outcome, channel=name, also=others)
 
 
-def judge_again(channel: Channel, recipe: Recipe, copy: ChannelAdapter) -> None:
-    """Judge the runs that lost their swap, by what is kept of them; where that is not enough they wait on."""
+def judge_again(channel: Channel, recipe: Recipe, copy: ChannelAdapter) -> list[tuple[Judged, Outcome]]:
+    """Judge the runs that lost their swap, by what is kept of them; where that is not enough they wait on.
+
+    Returns:
+        Each verdict, and what came of it.
+    """
+    carried_out = []
     state, _ = channel.state()
     for run_id in state.again if state is not None else ():
-        judged = _judged_again(channel, recipe, run_id, next_round(state, run_id))
-        if judged is not None:
-            carry_out(channel, recipe, judged, copy)
-            state, _ = channel.state()
+        last = lost_verdict(channel, recipe, run_id, copy)
+        if last is not None:
+            is_carried_out = last.round < next_round(state, run_id)
+            judged = judge_by_kept(channel, recipe, last, number=last.round + 1) if is_carried_out else last
+            if judged is not None:
+                carried_out.append((judged, carry_out(channel, recipe, judged, copy)))
+        state, _ = channel.state()
+    return carried_out
 
 
-def _judged_again(channel: Channel, recipe: Recipe, run_id: str, number: int) -> Judged | None:
-    known = channel.judged(run_id, number)
-    before = channel.judged(run_id, number - 1)
-    if known is not None or before is None:
-        return known
-    return judge_by_kept(channel, recipe, before, number=number)
+def lost_verdict(channel: Channel, recipe: Recipe, run_id: str, copy: ChannelAdapter) -> Judged | None:
+    """The last verdict on a run that lost its swap; None: its adapter was deleted, and it is judged no more."""
+    last = channel.last_judged(run_id)
+    if last is not None and copy.can_follow(last):
+        return last
+    log.warning("not_judged_again", run_id=run_id, reason="its verdict or its adapter is no longer in the store")
+    channel.change_state(lambda state: without_again(state, run_id), first=first_state(recipe))
+    return None
 
 
 def judge_by_kept(channel: Channel, recipe: Recipe, before: Judged, *, number: int) -> Judged | None:

@@ -9,6 +9,7 @@ import structlog
 from job.core.crash_points import crash_point
 from job.core.data_section import DataSection
 from job.core.errors import DataError, NotFoundError, RunConflictError
+from job.core.promotion_report import ended_with
 from job.core.report import AdapterFile, Report
 from job.core.verdict import NOTHING_BETTER, Verdict, judge
 from job.edge.run.checkpoints import Checkpoint
@@ -63,7 +64,7 @@ def finish(
         if chosen.step == 0:
             attempt.notes.append(_nothing_better(inputs, facts))
         # With a verdict on it, it may be in use: what an attempt before has published then stands, to the byte.
-        files = None if night is None else judged_files(night, artifacts.run_id)
+        files = None if night is None else judged_files(night, artifacts)
         if files is None:
             _write_serving_files(inputs, recipe.data, folder / "adapter")
             files = artifacts.publish_adapter(folder / "adapter")
@@ -91,14 +92,18 @@ def finish(
     examined = None if night is None else examine(attempt, inputs, facts, night, model, proven, files, world)
     let_go(model, world)
     del model  # others come in its place
+    promotion = None
     if night is not None and examined is not None:
-        attempt.standing.promotion = promote(attempt, inputs, night, examined)
+        promotion = promote(attempt, inputs, night, examined)
+        attempt.standing.promotion = ended_with(
+            promotion.judged, promotion.outcome, channel=promotion.channel, also=promotion.also
+        )
     with phases.phase("report"):
         results = results_of(attempt, inputs, facts, tuned, step=chosen.step)
         report = assemble_report(
             attempt, inputs, facts, verdict, files=files, proven_loss=proven.loss, tuned=tuned, results=results
         )
-        report = report.model_copy(update={"promotion": attempt.standing.promotion})
+        report = report.model_copy(update={"promotion": promotion})
         report = _with_card(attempt, inputs, report, folder / _CARD)
         crash_point("pictures.before")
         for name, picture in draw(report).items():

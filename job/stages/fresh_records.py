@@ -16,6 +16,7 @@ from job.core.channel import (
     ChannelState,
     FreshNight,
     Judged,
+    Outcome,
     Promoted,
     Seen,
     after_fresh,
@@ -67,7 +68,7 @@ class FreshRecords:
         self._scores: dict[tuple[str, str], NDArray[np.float64]] = {}
         """By model and by what the records are known by."""
 
-    def count(self) -> int | None:
+    def unseen(self) -> int | None:
         """Training examples that are new to the channel; None: it does not know which it has seen."""
         state, _ = self._channel.state()
         seen, every = self._seen(state), np.unique(self._hashes)
@@ -75,11 +76,31 @@ class FreshRecords:
             return len(every)
         return None if seen is None else int((~np.isin(every, seen)).sum())
 
-    def test(self, copy: ChannelAdapter) -> str | None:
+    def since(self, promoted: Promoted | None) -> int | None:
+        """Training examples that the model in use was not trained on; None: that is not known."""
+        every = np.unique(self._hashes)
+        run_id = None if promoted is None else promoted.run_id
+        if run_id is None:
+            return len(every)
+        theirs = self._channel.trained(run_id, self._templates)
+        if theirs is None or len(theirs) % _HASH_BYTES:
+            return None
+        return int((~np.isin(every, np.frombuffer(theirs, dtype="<u8"))).sum())
+
+    def keep_own(self, promoted: Promoted | None) -> None:
+        """Keep what tonight's run is trained on, for the nights on which it is in use."""
+        self._channel.keep_trained(
+            self._run.artifacts.run_id,
+            self._templates,
+            np.unique(self._hashes).astype("<u8").tobytes(),
+            in_use=None if promoted is None else promoted.run_id,
+        )
+
+    def test(self, copy: ChannelAdapter) -> list[tuple[Judged, Outcome]]:
         """Score them, write down what that says, and promote whom it shows to be better.
 
         Returns:
-            The run that is in use by it; None: it shows that of nobody.
+            Each run that it shows to be better, up to the one that is promoted, and what came of it.
         """
         for _ in range(_ROUNDS):
             state, etag = self._channel.state()
@@ -88,10 +109,13 @@ class FreshRecords:
                 after = self._tested(state, etag, promoted)
             except PreconditionError:
                 continue  # another night wrote in between: what is new may be less by now
+            carried_out = []
             for evidence in sorted(waiting_for(after, name_in_use(promoted)), key=lambda each: -each.e_better):
-                if evidence.is_better and self._promoted_by(evidence, after, copy):
-                    return evidence.challenger
-            return None
+                found = self._carried_out(evidence, after, copy) if evidence.is_better else None
+                carried_out += [found] if found is not None else []
+                if found is not None and found[1] == "promoted":
+                    break
+            return carried_out
         raise UnavailableError(
             f"{self._channel.uri}/state.json: others change it all the time; start the same job again"
         )
@@ -144,15 +168,17 @@ class FreshRecords:
                 self._scores[key] = self._examiner.nll(contender, model, documents)
         return self._scores[key]
 
-    def _promoted_by(self, evidence: FreshEvidence, state: ChannelState, copy: ChannelAdapter) -> bool:
-        """Judge a challenger by what fresh records say; whether it is in use now."""
+    def _carried_out(
+        self, evidence: FreshEvidence, state: ChannelState, copy: ChannelAdapter
+    ) -> tuple[Judged, Outcome] | None:
+        """Judge a challenger by what fresh records say, and do what comes of it; None: nothing is known of it."""
         channel, recipe = self._channel, self._attempt.worker.recipe
         number, before = next_round(state, evidence.challenger), self._last_verdict(evidence.challenger)
         judged = channel.judged(evidence.challenger, number)
         if judged is None and before is not None:
             candidate = again(before, number)
             judged = judge_loaded(self._attempt, channel, self._examiner, candidate, fresh=evidence)
-        return judged is not None and carry_out(channel, recipe, judged, copy) == "promoted"
+        return None if judged is None else (judged, carry_out(channel, recipe, judged, copy))
 
     def _last_verdict(self, run_id: str) -> Judged | None:
         state, _ = self._channel.state()

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 import structlog
 
-from job.core.channel import Promoted
+from job.core.channel import Judged, Outcome, Promoted
 from job.core.errors import DataError, NotFoundError
-from job.core.promotion_report import NAMED_FILES, NewData
+from job.core.promotion_report import NAMED_FILES, NewData, said_of
 from job.core.report import Report
 from job.core.run_record import RecordedParent, read_run_record
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
-from job.stages.channel_changes import carry_out, copy_of, judge_again, next_round, refuse_other_base
+from job.stages.channel_changes import carry_out, copy_of, judge_again, lost_verdict, refuse_other_base
 from job.stages.company import Company
 from job.stages.comparing import again, judge_loaded
 from job.stages.contenders import Examiner
@@ -40,6 +40,8 @@ class Night:
     """What the run started from."""
     fresh_promotion: str | None
     """A run that waited, and that tonight's new records put in use."""
+    also: tuple[str, ...]
+    """What came of others that waited or had lost their swap, in a sentence each."""
     other: Report | None
     """Of the training with another seed, where the recipe wants two."""
 
@@ -79,7 +81,8 @@ def prepare_night(
         copy.follow()
         folder = attempt.worker.run_folder(inputs.artifacts.run_id) / "exams"
         exams = prepare_exams(attempt.worker, run, inputs.dataset.validation, inputs.tokenizer, folder=folder)
-        judge_again(channel, recipe, copy)
+        carried_out = judge_again(channel, recipe, copy)
+        promoted, _ = channel.promoted()  # one of them may be in use by now
     late = tuple(map(str, run.sides.late))
     attempt.notes.extend(f"left out, not whole yet: {each}" for each in late)
     world = company.world
@@ -99,10 +102,12 @@ def prepare_night(
         )
         fresh = FreshRecords(attempt, run, inputs, channel, examiner)
         # Only of the first attempt: after it its records are seen, and the run itself may be in use.
-        new = channel.record_new(run.artifacts.run_id, _new_data(run, channel, promoted, records=fresh.count()))
+        found = _new_data(run, channel, promoted, records=fresh.since(promoted), unseen=fresh.unseen())
+        new = channel.record_new(run.artifacts.run_id, found)
+        fresh.keep_own(promoted)
         log.info("new_data", since=None if promoted is None else promoted.run_id, **new.model_dump(mode="json"))
-        promotion = fresh.test(copy)
-        _judge_again_loaded(attempt, channel, examiner, copy)
+        by_fresh = fresh.test(copy)
+        carried_out += [*by_fresh, *_judge_again_loaded(attempt, channel, examiner, copy)]
         release_memory(inputs.device)  # what was loaded is gone, and the plan is made for what is free
         begin_peak_anew(inputs.device)  # and its peak is compared with what is used for it
     return Night(
@@ -112,29 +117,35 @@ def prepare_night(
         new=new,
         late=late,
         parent=run.parent,
-        fresh_promotion=promotion,
+        fresh_promotion=next((judged.run_id for judged, outcome in by_fresh if outcome == "promoted"), None),
+        also=tuple(said_of(*each) for each in carried_out),
         other=other,
     )
 
 
-def _judge_again_loaded(attempt: Attempt, channel: Channel, examiner: Examiner, copy: ChannelAdapter) -> None:
+def _judge_again_loaded(
+    attempt: Attempt, channel: Channel, examiner: Examiner, copy: ChannelAdapter
+) -> list[tuple[Judged, Outcome]]:
     """Judge the runs that lost their swap and of which too little was kept to do it without loading them."""
+    carried_out = []
     state, _ = channel.state()
     for run_id in state.again if state is not None else ():
-        number = next_round(state, run_id)
-        before = channel.judged(run_id, number - 1)
-        if before is None:
+        last = lost_verdict(channel, attempt.worker.recipe, run_id, copy)
+        if last is None:
             continue
         try:
-            judged = judge_loaded(attempt, channel, examiner, again(before, number))
+            judged = judge_loaded(attempt, channel, examiner, again(last, last.round + 1))
         except (NotFoundError, DataError) as error:
             log.warning("not_judged_again", run_id=run_id, reason=str(error))
             attempt.notes.append(f"{run_id} could not be judged again: {attempt.hide(str(error))}")
         else:
-            carry_out(channel, attempt.worker.recipe, judged, copy)
+            carried_out.append((judged, carry_out(channel, attempt.worker.recipe, judged, copy)))
+    return carried_out
 
 
-def _new_data(run: Run, channel: Channel, promoted: Promoted | None, *, records: int | None) -> NewData:
+def _new_data(
+    run: Run, channel: Channel, promoted: Promoted | None, *, records: int | None, unseen: int | None
+) -> NewData:
     """What the model in use was not trained on, by file and by record."""
     before: set[tuple[str, str]] = set()
     now: Objects = run.train
@@ -152,4 +163,5 @@ def _new_data(run: Run, channel: Channel, promoted: Promoted | None, *, records:
         bytes=sum(o.size for o in new),
         gone=len({uri for uri, _ in before} - named),
         records=records,
+        unseen=unseen,
     )

@@ -7,6 +7,7 @@ from job.core.judgement import Candidate
 from job.core.promotion_report import PromotionReport, said_of
 from job.core.report import Report
 from job.core.verdict import Evaluation
+from job.edge.run.artifacts import Artifacts
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.channel_changes import (
@@ -73,12 +74,13 @@ def examine(
     return Examined(contender=contender, examiner=examiner, others=others)
 
 
-def judged_files(night: Night, run_id: str) -> dict[str, FileEntry] | None:
-    """The published files that a verdict of an attempt before is on; None: the run was not judged yet."""
-    judged = night.channel.judged(run_id, 1)
+def judged_files(night: Night, artifacts: Artifacts) -> dict[str, FileEntry] | None:
+    """The published files that a verdict of an attempt before is on; None: it was not judged, or they were deleted."""
+    judged = night.channel.last_judged(artifacts.run_id)
     if judged is None:
         return None
-    return {name: FileEntry(size=file.size, sha256=file.sha256) for name, file in judged.adapter.files.items()}
+    files = _entries(judged.adapter)
+    return files if artifacts.holds_adapter(files) else None
 
 
 def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) -> PromotionReport:
@@ -89,7 +91,9 @@ def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) 
     """
     recipe, channel = attempt.worker.recipe, night.channel
     with attempt.phases.phase("judge"):
-        judged = channel.judged(inputs.artifacts.run_id, 1) or _judge(attempt, inputs, night, examined)
+        judged = channel.last_judged(inputs.artifacts.run_id)
+        if judged is None or not _is_on(judged, examined.contender):
+            judged = _judge(attempt, inputs, night, examined, number=1 if judged is None else judged.round + 1)
     with attempt.phases.phase("promote"):
         outcome = carry_out(channel, recipe, judged, night.copy)
     state, _ = channel.state()
@@ -104,17 +108,23 @@ def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) 
         late=night.late,
         parent=night.parent,
         fresh_promotion=night.fresh_promotion,
+        also=night.also,
         conditional=channel.conditional,
     )
 
 
-def _judge(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) -> Judged:
+def _is_on(judged: Judged, contender: Contender) -> bool:
+    """Whether a verdict is on this adapter: a run that was deleted and done anew may be another model."""
+    return contender.adapter is not None and judged.adapter.files == contender.adapter.files
+
+
+def _judge(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined, *, number: int) -> Judged:
     identity, adapter = inputs.base.identity, examined.contender.adapter
     assert adapter is not None, "a run has one"
     candidate = Candidate(
         run_id=inputs.artifacts.run_id,
         run_uri=inputs.artifacts.uri,
-        round=1,
+        round=number,
         adapter=adapter,
         base=identity.source,
         revision=identity.revision,
@@ -133,3 +143,7 @@ def _adapter_of(run_uri: str, files: dict[str, FileEntry]) -> AdapterInUse:
 def _adapter_in(report: Report) -> AdapterInUse:
     files = {name: FileEntry(size=file.size, sha256=file.sha256) for name, file in report.adapter.files.items()}
     return _adapter_of(report.run_uri, files)
+
+
+def _entries(adapter: AdapterInUse) -> dict[str, FileEntry]:
+    return {name: FileEntry(size=file.size, sha256=file.sha256) for name, file in adapter.files.items()}

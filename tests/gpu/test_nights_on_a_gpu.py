@@ -61,6 +61,26 @@ def test_two_nights_on_a_gpu(tmp_path, base, engine):
     job.in_order()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+def test_two_nights_on_two_gpus(tmp_path, base, engine, placement):
+    """Rank 0 judges, and the champion is loaded before the second night trains."""
+    job = nightly(tmp_path / "channel", base)
+    job.recipe["promote"]["start_from"] = "promoted"
+    options = ("--device", "cuda", "--gpus", "2", "--engine", engine, "--base-placement", placement)
+    _, first = job.night(*options, cold=True)
+    assert first["promotion"]["outcome"] == "promoted", first["promotion"]["said"]
+
+    job.more("2", 40, seed=5)
+    ended, second = job.night(*options, cold=True)
+    assert ended.named("fresh_records")[0]["losses"].keys() == {first["run_id"]}
+    assert len(ended.named("joined")) == 1
+    assert (second["throughput"]["ranks"], second["throughput"]["placement"]) == (2, placement)
+    assert second["promotion"]["judged"]["decision"]["champion"] == first["run_id"]
+    assert second["evaluations"][0]["loss"] == pytest.approx(first["sweet_spot"]["loss"], rel=2e-2)
+    job.in_order()
+
+
 def test_what_was_loaded_before_training_takes_nothing_from_its_plan(tmp_path, base, engine):
     """Of the same data, with and without a channel: the batches are cut alike, and the adapter is the same."""
     with_channel, without = nightly(tmp_path / "channel", base), nightly(tmp_path / "plain", base)

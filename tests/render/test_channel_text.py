@@ -27,7 +27,7 @@ def night(verdict, outcome="promoted", **more):
         said=said_of(verdict, outcome),
         judged=verdict,
         budget=BudgetReport(per_year=1.0, spent_in_a_year=0.25, left=0.01, tests=9),
-        new=NewData(files=("s3://b/a.jsonl",), file_count=5, bytes=1234, records=17),
+        new=NewData(files=("s3://b/a.jsonl",), file_count=5, bytes=1234, records=17, unseen=5),
         **more,
     )
 
@@ -42,7 +42,10 @@ def test_a_report_says_first_what_came_of_the_night_and_why(report):
     assert lines[2].startswith("channel            notes: Not promoted: run-2 is ")
     text = "\n".join(lines)
     assert "slice town=south" in text
-    assert "new data           5 files, 1,234 bytes, 17 examples that no run of the channel had: s3://b/a.jsonl" in text
+    assert (
+        "new data           5 files, 1,234 bytes, 17 examples that the model in use has not seen, 5 that no run of the "
+        "channel has: s3://b/a.jsonl"
+    ) in text
     assert "left out           s3://b/x.jsonl: it is empty" in text
     assert "started from       run-1" in text
     assert "validation loss    run-1 " in text

@@ -1,6 +1,9 @@
 """Fixtures of the whole job: a tiny random base, made once a session, and a job on it."""
 
+import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "tune"))
 
 from job_process import Job
-from run_material import SECRETS, long_recipe, make_base
+from run_material import SECRETS, TOKEN, long_recipe, make_base
 
 
 def pytest_collection_modifyitems(config, items):
@@ -39,3 +42,26 @@ def finished(tmp_path_factory, base):
     """
     job = long_recipe(Job(tmp_path_factory.mktemp("finished"), base))
     return job, job.start("run", cold=True, **SECRETS)
+
+
+@pytest.fixture
+def received():
+    """A URL on this machine, and what is posted there."""
+    got = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            got.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Silence."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/{TOKEN}", got
+    server.shutdown()
+    server.server_close()
+    thread.join()

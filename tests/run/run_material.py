@@ -2,6 +2,7 @@
 
 from job_process import COLOURS
 
+TOKEN = "xoxb-1234-token-in-a-path"
 SECRETS = {
     "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwx",
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCY",

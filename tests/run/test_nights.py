@@ -9,7 +9,12 @@ from job_process import call, objects, records, write_lines
 from nightly_job import CHANNEL, NightlyJob, with_customers
 from run_material import make_base
 
+from job.commands import channel as channel_command
 from job.core.crash_points import POINTS
+from job.edge.store.probing import Probe
+from job.stages import identity
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def test_three_nights_the_first_without_a_champion_one_without_new_data_one_with
     ended, second = job.night()
     new = second["promotion"]["new"]
     assert new["files"] == [f"file://{job.data}/train-2.jsonl"]
-    assert (new["file_count"], new["records"]) == (1, 12)
+    assert (new["file_count"], new["records"], new["unseen"]) == (1, 12, 12)
     assert ended.named("new_data")[0]["since"] == report["run_id"]
     assert [e["model"] for e in ended.named("judged_anew")] == []
     assert second["promotion"]["judged"]["decision"]["champion"] == report["run_id"]
@@ -76,10 +81,12 @@ def test_a_file_that_is_not_whole_is_left_out_by_name_and_learned_once_it_is(job
     assert any(note.startswith("left out, not whole yet: ") for note in report["notes"])
     assert not any("late" in o["uri"] for o in report["data"]["train"]["objects"])
 
+    learned = report["promotion"]["outcome"] == "promoted"
     late.write_text(whole)
     _, report = job.night()
     assert report["promotion"]["late"] == []
-    assert report["promotion"]["new"]["records"] == 8
+    assert report["promotion"]["new"]["unseen"] == 8
+    assert report["promotion"]["new"]["records"] == (8 if learned else 8 + 6)
 
 
 @pytest.mark.nightly
@@ -105,6 +112,17 @@ def test_a_poisoned_night_is_refused_with_exit_code_0_and_its_report_says_why(jo
     shown = call("report", f"file://{job.store}/runs/{bad['run_id']}").stdout
     assert "channel            notes: Not promoted, not better" in shown
     job.in_order()
+
+    write_lines(job.data / "train-poison.jsonl", records(8, seed=4))
+    _, third = job.night()
+    new = third["promotion"]["new"]
+    assert (new["records"], new["unseen"]) == (8, 8)
+    write_lines(job.data / "train-poison.jsonl", poisoned(200, seed=9) + records(8, seed=6))
+    _, fourth = job.night()
+    again = fourth["promotion"]["new"]
+    poison = {json.dumps(row) for row in poisoned(200, seed=9)}
+    assert again["unseen"] == 8, "the poison was seen by the night that was refused"
+    assert again["records"] == len(poison) + 8, "and not by the model in use"
 
 
 @pytest.mark.nightly
@@ -189,6 +207,8 @@ def test_new_records_promote_a_run_that_could_not_be_told_from_the_model_in_use(
     phases = ended.phases()
     assert phases.index("test_before_training") < phases.index("train")
     assert second["promotion"]["fresh_promotion"] == first["run_id"]
+    (other,) = second["promotion"]["also"]
+    assert other.startswith(f"Promoted: {first['run_id']} is better than the base on ")
     assert second["promotion"]["judged"]["decision"]["champion"] == first["run_id"]
     entry = job.history()[0]
     assert entry["run_id"] == first["run_id"]
@@ -235,7 +255,8 @@ def test_a_night_that_failed_for_good_does_not_stand_in_the_way_of_new_data(job)
 # --- several at once -------------------------------------------------------------------------------------------------
 
 
-def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_next_night(job):
+def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_next_night(job, received):
+    url, got = received
     with job.begun("run", "--crash-at", "verdict.after=freeze", "--set", "train.seed=1") as frozen:
         frozen.until(lambda event: event["event"] == "phase" and event["name"] == "judge")
         _, winner = job.night("--set", "train.seed=2")
@@ -249,14 +270,36 @@ def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_n
     assert job.promoted()["run_id"] == winner["run_id"]
     assert job.state()["again"] == [loser["run_id"]]
 
-    ended, nothing = job.night("--set", "train.seed=1")
+    ended, nothing = job.night("--set", "train.seed=1", JOB_NOTIFY_URL=url)
     assert nothing is None
     assert "train" not in ended.phases()
+    ((_, notice),) = got
+    told = notice["promotion"]
+    assert (told["challenger"], told["champion"]) == (loser["run_id"], winner["run_id"])
+    assert told["why"] in notice["text"], "what is in use may have changed, and nothing was trained"
     (judged,) = ended.named("judged")
     assert judged["champion"] == winner["run_id"]
     assert job.state()["again"] == []
     assert [night["round"] for night in job.state()["nights"]] == [1, 1, 2]
     assert job.state()["budget"]["tests"] == 3
+    job.in_order()
+
+
+@pytest.mark.nightly
+def test_a_run_that_lost_its_swap_and_was_deleted_is_judged_no_more(job):
+    with job.begun("run", "--crash-at", "verdict.after=freeze", "--set", "train.seed=1") as frozen:
+        frozen.until(lambda event: event["event"] == "phase" and event["name"] == "judge")
+        _, winner = job.night("--set", "train.seed=2")
+        frozen.child.send_signal(signal.SIGCONT)
+        assert frozen.end().code == 0
+    (loser,) = job.state()["again"]
+    shutil.rmtree(job.store / "runs" / loser / "adapter")
+
+    ended, _ = job.night("--set", "train.seed=2")
+    assert [e["run_id"] for e in ended.named("not_judged_again")] == [loser]
+    assert job.state()["again"] == []
+    assert job.state()["budget"]["tests"] == 2, "nothing is paid for it"
+    assert job.promoted()["run_id"] == winner["run_id"]
     job.in_order()
 
 
@@ -290,11 +333,34 @@ def test_a_rollback_while_a_night_runs_holds_and_the_night_says_so(job):
     assert job.promoted()["run_id"] is None, again.stdout
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("is_another", [False, True])
+def test_a_run_that_was_deleted_is_done_anew_and_judged_anew_if_it_is_another_model(job, is_another):
+    _, first = job.night()
+    write_lines(job.data / "train-poison.jsonl", poisoned(60, seed=9))
+    _, bad = job.night()
+    assert bad["promotion"]["outcome"] == "refused"
+    shutil.rmtree(job.store / "runs" / bad["run_id"])
+    if is_another:
+        verdict = job.channel / "verdicts" / f"{bad['run_id']}-1.json"
+        verdict.write_text(
+            verdict.read_text().replace(bad["promotion"]["judged"]["adapter"]["files"][WEIGHTS]["sha256"], "0" * 64)
+        )
+
+    _, again = job.night()
+    assert again["run_id"] == bad["run_id"]
+    assert again["promotion"]["outcome"] == "refused"
+    assert again["promotion"]["judged"]["round"] == 1 + is_another
+    assert job.state()["budget"]["tests"] == 2 + is_another
+    assert job.promoted()["run_id"] == first["run_id"]
+    job.in_order()
+
+
 def test_going_back_to_a_run_that_was_deleted_changes_nothing(job):
     _, first = job.night()
     uri = f"file://{job.channel}"
     assert call("channel", uri, "--rollback", "base").code == 0
-    (job.store / "runs" / first["run_id"] / "adapter" / "adapter_model.safetensors").unlink()
+    (job.store / "runs" / first["run_id"] / "adapter" / WEIGHTS).unlink()
     stood = objects(job.store)
 
     refused = call("channel", uri, "--rollback", first["run_id"])
@@ -359,6 +425,29 @@ def as_it_was(job):
     return job
 
 
+@pytest.mark.nightly
+def test_on_a_store_without_conditions_nights_and_rollbacks_work_and_say_so_loudly(job, monkeypatch):
+    found = Probe(conditional=False, reason="If-Match is ignored")
+    monkeypatch.setattr(identity, "probe", lambda _store: found)
+    monkeypatch.setattr(channel_command, "probe", lambda _store: found)
+    ended = job.call("run")
+    assert ended.code == 0, ended.stdout
+    (report,) = job.reports().values()
+    assert report["promotion"]["outcome"] == "promoted"
+    assert report["promotion"]["conditional"] is False
+    said = "without conditions on writes, two runs that end in the same two seconds may both promote"
+    assert any(note.endswith(said) for note in report["notes"])
+    assert ended.named("swap_without_conditions")[0]["level"] == "warning"
+    assert job.promoted()["run_id"] == report["run_id"]
+    job.in_order()
+
+    back = call("channel", f"file://{job.channel}", "--rollback", "base")
+    assert back.code == 0
+    assert "swap_without_conditions" in back.stdout + back.stderr
+    assert job.promoted()["run_id"] is None
+    job.in_order()
+
+
 # --- who hears of it -------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +464,7 @@ def test_the_ending_and_the_channel_say_what_came_of_the_night(job):
         "champion": "the base",
         "why": report["promotion"]["said"],
         "report": f"file://{job.store}/runs/{report['run_id']}/report.json",
+        "also": [],
     }
 
     shown = call("channel", uri).stdout

@@ -36,7 +36,8 @@ class Nights:
                     "checkpoint": {"every_steps": 20},
                     "evaluate": {"every_steps": 1000, "max_new_tokens": 8},
                     "output": f"s3://{place.bucket}/models",
-                    "promote": {"channel": CHANNEL, "slices": ["town"]},
+                    # All nights are of one day, in which one wrong promotion a year earns next to nothing.
+                    "promote": {"channel": CHANNEL, "slices": ["town"], "wrong_per_year": 12.0},
                 }
             )
         )
@@ -137,9 +138,9 @@ def two_that_are_disturbed(nights):
     data = nights.material
     # 4: whoever wrote the poison has corrected it; the night is killed in the middle, and the next tick goes on.
     nights.arrives("train/day-2.jsonl", as_bytes(data.day(400, 200)))
-    killed = nights.begin("--crash-at", "checkpoint.after_manifest:3")
+    killed = nights.begin("--crash-at", "checkpoint.after_manifest:2")
     assert killed.code == -signal.SIGKILL, killed.stdout[-4000:]
-    nights.arrives("train/day-3.jsonl", as_bytes(data.day(600, 200)))  # it arrives while the run is unfinished
+    nights.arrives("train/day-3.jsonl", as_bytes(data.day(600, 400)))  # it arrives while the run is unfinished
     ended, fourth = nights.night()
     assert ended.named("resumed")
     assert not any("day-3" in o["uri"] for o in fourth["data"]["train"]["objects"])
@@ -162,9 +163,9 @@ def two_that_are_disturbed(nights):
 def two_with_odd_files(nights, fifth):
     data = nights.material
     # 6: a file that is half there is left out by name; the other one is learned.
-    half = as_bytes(data.day(800, 80))
+    half = as_bytes(data.day(1000, 80))
     nights.arrives("train/day-4.jsonl", half[: len(half) // 2])
-    nights.arrives("train/day-5.jsonl", as_bytes(data.day(880, 120)))
+    nights.arrives("train/day-5.jsonl", as_bytes(data.day(1080, 120)))
     ended, sixth = nights.night()
     assert [e["file"] for e in ended.named("late_file")] == [f"s3://{nights.place.bucket}/data/train/day-4.jsonl"]
     assert not any("day-4" in o["uri"] for o in sixth["data"]["train"]["objects"])

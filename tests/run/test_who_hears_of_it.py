@@ -2,13 +2,11 @@
 
 import json
 import signal
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from job_process import call, objects
+from run_material import TOKEN
 
-TOKEN = "xoxb-1234-token-in-a-path"
 HANGS = """
 import time
 
@@ -16,29 +14,6 @@ import accelerate
 
 accelerate.Accelerator.backward = lambda *_, **__: time.sleep(1e6)
 """
-
-
-@pytest.fixture
-def received():
-    """A URL on this machine, and what is posted there."""
-    got = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            got.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_):
-            """Silence."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/{TOKEN}", got
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 def metrics(path):

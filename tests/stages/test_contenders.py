@@ -8,6 +8,7 @@ import pytest
 import torch
 from channel_material import adapter
 from tiny import CPU, adapted, stages_attempt
+from tiny_families import write_family
 
 from job.core.errors import DataError
 from job.core.recipe import LoraSection, Recipe
@@ -21,6 +22,7 @@ from job.tune.device.compute_dtype import compute_dtype
 from job.tune.loop.checkpoint import adapter_to_publish
 from job.tune.loop.evaluate import evaluate
 from job.tune.model.adapter import odd_settings
+from job.tune.world import ALONE
 
 
 @pytest.fixture
@@ -40,13 +42,23 @@ def examiner(bases, documents, tmp_path):
     inputs = SimpleNamespace(
         base=SimpleNamespace(folder=bases["llama"], identity=identity),
         device=CPU,
+        placement="replicated",
         artifacts=SimpleNamespace(run_id="run-2"),
     )
     exams = Exams(
         frozen=ExamSet(exam=_exam(documents, [{}] * len(documents), recipe.promote), documents=documents),
         regression=None,
     )
-    return Examiner(stages_attempt(recipe, tmp_path), inputs, channel, exams, left_to_peft=False, tokens_at_once=4096)
+    return Examiner(
+        stages_attempt(recipe, tmp_path),
+        inputs,
+        channel,
+        exams,
+        left_to_peft=False,
+        rows="packed",
+        tokens_at_once=4096,
+        world=ALONE,
+    )
 
 
 def scored(model, documents):
@@ -110,6 +122,27 @@ def test_a_loss_that_is_not_finite_names_the_record(examiner, documents, monkeyp
     monkeypatch.setattr(contenders, "evaluate", lambda *_, **__: SimpleNamespace(nll=odd))
     with pytest.raises(DataError, match=documents.where(2)):
         examiner.nll(Contender(run_id=None, adapter=None), None, documents)
+
+
+def test_an_adapter_on_experts_is_one_that_we_write(tmp_path):
+    lora = LoraSection(r=4, targets=["all-linear", "experts"])
+    model = adapted(write_family(tmp_path / "base", "qwen3_moe"), lora, dtype=compute_dtype(CPU)).model
+    adapter_to_publish(model, None).write(saved(model, tmp_path), tmp_path / "published")
+    config = tmp_path / "published" / "adapter_config.json"
+    assert json.loads(config.read_text())["target_parameters"]
+    assert odd_settings(config) == []
+
+
+def test_shards_are_let_go_before_the_next_model_also_where_one_has_no_finite_loss(examiner, monkeypatch):
+    """The others wait with them, and would answer another order than the next one."""
+    let_go = []
+    monkeypatch.setattr(contenders, "let_go", lambda model, _world: let_go.append(model))
+    with examiner.loaded(Contender(run_id=None, adapter=None)) as model:
+        assert not let_go
+    assert let_go == [model]
+    with pytest.raises(DataError), examiner.loaded(Contender(run_id=None, adapter=None)):
+        raise DataError("no finite loss")
+    assert len(let_go) == 2
 
 
 def test_settings_that_peft_would_obey_and_we_never_write_are_refused(bases, tmp_path):

@@ -33,7 +33,8 @@ class Outcome:
     It is news, not state: a file that cannot be written costs one warning and never the job.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, limit_bytes: int = LIMIT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
         self._path = None if path is None else Path(os.path.realpath(path))
         self._lock = threading.Lock()
         self._standing: dict[str, Any] = {}
@@ -135,7 +136,7 @@ class Outcome:
             follower(values)
         if self._given_up or self._path is None:
             return
-        content = encode({**values, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+        content = encode({**values, "time": datetime.now(UTC).isoformat(timespec="seconds")}, self._limit_bytes)
         try:
             self._place(self._path, content)
         except OSError as error:
@@ -184,26 +185,26 @@ def _rewrite(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
-def encode(values: dict[str, Any]) -> bytes:
-    """As JSON of at most LIMIT_BYTES; the long texts are cut, the reason first, never inside a character."""
+def encode(values: dict[str, Any], limit_bytes: int = LIMIT_BYTES) -> bytes:
+    """As JSON of at most so many bytes; the long texts are cut, the reason first, never inside a character."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
     shown = {key: value for key, value in finite.items() if value is not None or key == "loss"}
     for key in _CUT_FIRST:
         text = shown.get(key)
-        if len(_dump(shown)) <= LIMIT_BYTES:
+        if len(_dump(shown)) <= limit_bytes:
             break
         if isinstance(text, str):
-            shown[key] = _longest_that_fits(shown, key, text)
+            shown[key] = _longest_that_fits(shown, key, text, limit_bytes)
     return _dump(shown)
 
 
-def _longest_that_fits(values: dict[str, Any], key: str, text: str) -> str:
+def _longest_that_fits(values: dict[str, Any], key: str, text: str, limit_bytes: int) -> str:
     fits, too_long = 0, len(text)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        if len(_dump({**values, key: text[:middle] + "…"})) <= LIMIT_BYTES:
+        if len(_dump({**values, key: text[:middle] + "…"})) <= limit_bytes:
             fits = middle
         else:
             too_long = middle

@@ -50,6 +50,10 @@ class PublishedAdapter:
         """
         self._folder.download(files, folder, should_stop=should_stop)
 
+    def holds(self, files: Mapping[str, FileEntry]) -> bool:
+        """Whether each of these files stands there, with the size of its entry."""
+        return self._folder.holds(files)
+
     def add(self, path: Path) -> FileEntry:
         """Put one more file there, in the same way."""
         key = f"{self._run.root}{_NAME}/{path.name}"

@@ -318,6 +318,10 @@ class Artifacts:
         """As `PublishedAdapter.fetch`."""
         self._adapter.fetch(folder, files, should_stop=should_stop)
 
+    def holds_adapter(self, files: Mapping[str, FileEntry]) -> bool:
+        """As `PublishedAdapter.holds`."""
+        return self._adapter.holds(files)
+
 
 def _fence(report: bytes) -> int:
     """Of a report that stands there already; 0: it is none."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from job.core.channel import Promoted
+from job.core.channel import AdapterInUse, Judged, Promoted
 from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, UnavailableError
 from job.edge.run.channels import Channel
@@ -56,11 +56,11 @@ class ChannelAdapter:
                 self._make(wanted)
         raise UnavailableError(f"{self._folder.uri}: what is in use changes all the time; start the same job again")
 
-    def can_follow(self, wanted: Promoted) -> bool:
-        """Whether the files of the run that it would put in use still stand in the store."""
-        if wanted.run_id is None:
+    def can_follow(self, one: Promoted | Judged) -> bool:
+        """Whether the adapter of a run that is to be put in use still stands in the store; the base needs none."""
+        if one.run_id is None or one.adapter is None:
             return True
-        return StoredFolder(self._store, f"runs/{wanted.run_id}/adapter").holds(_files(wanted))
+        return StoredFolder(self._store, f"runs/{one.run_id}/adapter").holds(_entries(one.adapter))
 
     def is_current(self) -> bool:
         """Whether the folder is what `promoted.json` says."""
@@ -136,4 +136,8 @@ def _facts(wanted: Promoted) -> dict[str, object]:
 
 def _files(wanted: Promoted) -> dict[str, FileEntry]:
     assert wanted.adapter is not None, "the base has no files"
-    return {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in wanted.adapter.files.items()}
+    return _entries(wanted.adapter)
+
+
+def _entries(adapter: AdapterInUse) -> dict[str, FileEntry]:
+    return {name: FileEntry(size=f.size, sha256=f.sha256) for name, f in adapter.files.items()}

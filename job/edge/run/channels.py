@@ -6,6 +6,7 @@ channels/{name}/verdicts/RUN-1.json            each verdict, create-only, writte
 channels/{name}/state.json                     budget, challengers that wait, the last nights; conditional writes
 channels/{name}/new/RUN.json                   what was new when a run was begun, create-only
 channels/{name}/exams/ results/ seen/          examples, results on them, hashes of records; named by their content
+channels/{name}/trained/RUN-TEMPLATES.bin      hashes of the records that a run was trained on
 channels/{name}/adapter/                       a copy of the adapter in use, under one name
 
 A change of what is in use reaches the history before the next one can be made: whoever swaps writes the entry of what
@@ -40,6 +41,8 @@ _SEEN_BYTES = 2**30
 _ENTRY = re.compile(r"history/(\d{6,})-[^/]*\.json")
 _KEPT_RESULTS = 400
 """Objects of results that stay, those written last."""
+_KEPT_TRAINED = 8
+"""Runs whose records' hashes stay, beside tonight's and the one in use: they may be promoted later, or gone back to."""
 T = TypeVar("T", bound=Section)
 R = TypeVar("R")
 
@@ -142,6 +145,17 @@ class Channel:
         """
         found = self._read(_verdict(run_id, number), Judged)
         return None if found is None else found[0]
+
+    def last_judged(self, run_id: str) -> Judged | None:
+        """The last verdict on a run, if there is one.
+
+        Raises:
+            DataError: as `judged`.
+        """
+        last = None
+        while (found := self.judged(run_id, 1 if last is None else last.round + 1)) is not None:
+            last = found
+        return last
 
     def record_judged(self, judged: Judged) -> Judged:
         """Write a verdict down, and return the one that holds: the first."""
@@ -254,6 +268,21 @@ class Channel:
         kept = {f"{self.root}seen/{name}.bin" for name in but}
         self.store.delete([entry.key for entry in self.store.list(f"{self.root}seen/") if entry.key not in kept])
 
+    def trained(self, run_id: str, templates: str) -> bytes | None:
+        """Hashes of the records that a run was trained on, as text of these templates; None: they are not kept."""
+        try:
+            return self.store.read(self.root + _trained(run_id, templates), max_bytes=_SEEN_BYTES)[0]
+        except NotFoundError:
+            return None
+
+    def keep_trained(self, run_id: str, templates: str, hashes: bytes, *, in_use: str | None) -> None:
+        """Keep them, and let go of what was kept longest ago, but for the run in use."""
+        self.store.write(self.root + _trained(run_id, templates), hashes)
+        kept = sorted(self.store.list(f"{self.root}trained/"), key=lambda entry: entry.modified)
+        needed = tuple(f"{self.root}trained/{each}-" for each in (run_id, in_use))
+        others = [entry.key for entry in kept if not entry.key.startswith(needed)]
+        self.store.delete(others[:-_KEPT_TRAINED])
+
     # --- small JSON ---------------------------------------------------------------------------------------------------
 
     def _create(self, name: str, content: Section) -> None:
@@ -311,6 +340,10 @@ def _entry(change: Promoted) -> str:
 
 def _verdict(run_id: str, number: int) -> str:
     return f"verdicts/{run_id}-{number}.json"
+
+
+def _trained(run_id: str, templates: str) -> str:
+    return f"trained/{run_id}-{templates}.bin"
 
 
 def _results(run: str, exam: str, how: str, model: str) -> str:

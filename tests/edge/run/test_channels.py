@@ -227,6 +227,16 @@ def test_what_was_new_is_what_the_first_attempt_at_a_run_has_found(channel):
     assert channel.record_new("r2", later) == later
 
 
+def test_what_the_last_runs_were_trained_on_stays_and_what_the_one_in_use_was(channel):
+    assert channel.trained("run-0", "t") is None
+    for number in range(12):
+        channel.keep_trained(f"run-{number}", "t", f"{number}".encode(), in_use="run-0")
+
+    found = [number for number in range(12) if channel.trained(f"run-{number}", "t") == f"{number}".encode()]
+    assert (found[0], found[-1], len(found)) == (0, 11, 10)
+    assert channel.trained("run-0", "other templates") is None
+
+
 def test_of_the_hashes_of_records_those_stay_that_the_state_names(channel, store):
     one, two = (hashlib.sha256(content).hexdigest()[:32] for content in (b"12345678", b"87654321"))
     channel.keep_seen(one, b"12345678")
