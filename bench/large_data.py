@@ -30,7 +30,7 @@ from job.edge.dataset_files import DataFile, read_lines
 from job.edge.host.outcome import Outcome
 from job.edge.store.objects import StoredObject
 from job.stages.attempt import Phases, Worker
-from job.stages.identity import list_data
+from job.stages.data_objects import list_data
 
 ROOT = Path(__file__).parents[1]
 BATCH = 32

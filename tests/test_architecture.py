@@ -87,6 +87,7 @@ FLOORS = {
         ("job.stages.data_report", "job.stages.judging", "job.stages.sources"),
         ("job.stages.guard", "job.stages.records"),
         ("job.stages.identity",),
+        ("job.stages.data_objects",),
         ("job.stages.late_files",),
         ("job.stages.attempt",),
     ),

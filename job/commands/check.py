@@ -33,7 +33,8 @@ from job.render.report_text import histogram_lines
 from job.render.sources_text import source_rows
 from job.stages.attempt import Phases, Worker
 from job.stages.channel_changes import refuse_other_base
-from job.stages.identity import Run, Sides, find_run, list_data, probe_output
+from job.stages.data_objects import Sides, list_data
+from job.stages.identity import Run, find_run, probe_output
 from job.stages.sources import count_lines, fetch_sources
 
 T = TypeVar("T")

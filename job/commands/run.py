@@ -31,13 +31,10 @@ def run(attempt: Attempt, seat: Seat | None = None) -> Report:
     Raises:
         JobError: the exit code of the table; what is committed stays committed.
     """
-    worker = attempt.worker
-    companions = Companions(attempt, seat)
+    worker, run_id, companions = attempt.worker, attempt.run_id, Companions(attempt, seat)
     with Guard(attempt) as guard:
         with attempt.phases.phase("identify"):
-            found = find_run(
-                worker.recipe, run_id=attempt.run_id, settings=worker.settings, should_stop=worker.should_stop
-            )
+            found = find_run(worker.recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop)
         bind(run_id=found.artifacts.run_id)
         if found.done:
             return _already_done(attempt, found)
@@ -54,7 +51,10 @@ def run(attempt: Attempt, seat: Seat | None = None) -> Report:
 
 
 def _carry_out(attempt: Attempt, held: Held, companions: Companions, other: Report | None = None) -> Report:
-    """Gather what training starts from, train, finish; push last, for the run is done without it."""
+    """Gather what training starts from, train, finish; push last, for the run is done without it.
+
+    The other processes are let go only then: what cannot be pushed ends all of them with the same code.
+    """
     if held.run.begun:
         held.records.begin()  # an unfinished run: this attempt counts from here
     with attempt.phases.phase("load_libraries"):
@@ -76,7 +76,6 @@ def _carry_out(attempt: Attempt, held: Held, companions: Companions, other: Repo
             night = prepare_night(attempt, held.run, inputs, company, other=other)
             facts = TrainingStage(attempt, inputs, company, tracked).run()
             report = finish(attempt, inputs, facts, tracked, night, company.world)
-            # The others are let go only then: what cannot be pushed ends all processes with the same code.
             return push(attempt, inputs.artifacts, report)
 
 

@@ -22,7 +22,8 @@ from job.edge.run.artifacts import Artifacts
 from job.edge.store.objects import StoredObject
 from job.edge.store.opening import open_store
 from job.stages.attempt import Attempt
-from job.stages.identity import Objects, Run, Sides
+from job.stages.data_objects import Objects, Sides
+from job.stages.identity import Run
 from job.stages.loading import Inputs
 from job.tune.ranks import CAUSE, Meeting
 from job.tune.world import ALONE, Order, World

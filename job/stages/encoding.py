@@ -36,8 +36,9 @@ from job.edge.store.folder import FileEntry, LocalFolder
 from job.edge.store.whole_files import TEMPORARY, remove_dead, whole_file
 from job.edge.workers import in_order
 from job.stages.attempt import Phases, Worker
+from job.stages.data_objects import Sides
 from job.stages.data_report import Audit
-from job.stages.identity import Run, Sides
+from job.stages.identity import Run
 from job.stages.sources import fetch_sources, judge_sources, new_tallies
 from job.tune.data.encoded import FORMAT, STREAM_END, EncodedSet, stream_start
 from job.tune.data.encoder import EncodedChunk, Encoder, rules_of

@@ -104,18 +104,24 @@ def finish(
             attempt, inputs, facts, verdict, files=files, proven_loss=proven.loss, tuned=tuned, results=results
         )
         report = report.model_copy(update={"promotion": promotion})
-        report = _with_card(attempt, inputs, report, folder / _CARD)
-        crash_point("pictures.before")
-        for name, picture in draw(report).items():
-            with attempt.not_at_the_cost_of_the_run(name):
-                artifacts.publish(name, picture)
-        tracked.conclude(report)
-        report = report.model_copy(update={"notes": notes(attempt, facts)})  # with what was not written just now
-        with attempt.not_at_the_cost_of_the_run(REPORT_HTML):
-            artifacts.publish(REPORT_HTML, report_html(report))
-        report = report.model_copy(update={"notes": notes(attempt, facts)})
-        artifacts.publish_report(report.model_dump_json(indent=2).encode() + b"\n")
+        report = _commit(attempt, inputs, facts, tracked, _with_card(attempt, inputs, report, folder / _CARD))
     shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def _commit(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, tracked: Tracked, report: Report) -> Report:
+    """Pictures, trackers and page first, then the report: with it the run is done."""
+    artifacts = inputs.artifacts
+    crash_point("pictures.before")
+    for name, picture in draw(report).items():
+        with attempt.not_at_the_cost_of_the_run(name):
+            artifacts.publish(name, picture)
+    tracked.conclude(report)
+    report = report.model_copy(update={"notes": notes(attempt, facts)})  # with what was not written just now
+    with attempt.not_at_the_cost_of_the_run(REPORT_HTML):
+        artifacts.publish(REPORT_HTML, report_html(report))
+    report = report.model_copy(update={"notes": notes(attempt, facts)})
+    artifacts.publish_report(report.model_dump_json(indent=2).encode() + b"\n")
     return report
 
 

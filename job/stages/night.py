@@ -1,6 +1,7 @@
 """A channel before a night trains: is its place in order, what is new, and how did older models do on that."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -18,9 +19,12 @@ from job.stages.comparing import again, judge_loaded
 from job.stages.contenders import Examiner
 from job.stages.exams import Exams, prepare_exams
 from job.stages.fresh_records import FreshRecords
-from job.stages.identity import Objects, Run
+from job.stages.identity import Run
 from job.stages.loading import Inputs
 from job.tune.device.device import begin_peak_anew, release_memory
+
+if TYPE_CHECKING:
+    from job.stages.data_objects import Objects
 
 log = structlog.get_logger(__name__)
 _TOKENS_AT_ONCE = 8192
