@@ -65,7 +65,7 @@ def finish(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, night: Night 
     if night is not None:
         examined = examine(attempt, inputs, facts, night, model, proven, files)
         del model  # others come in its place
-        report = report.model_copy(update={"promotion": promote(attempt, inputs, night, examined)})
+        report = report.model_copy(update={"promotion": promote(attempt, inputs, night, examined, trained=report)})
         attempt.standing.promotion = report.promotion
     with phases.phase("report"):
         crash_point("pictures.before")
