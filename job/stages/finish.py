@@ -92,18 +92,18 @@ def finish(
     examined = None if night is None else examine(attempt, inputs, facts, night, model, proven, files, world)
     let_go(model, world)
     del model  # others come in its place
-    promotion = None
-    if night is not None and examined is not None:
-        promotion = promote(attempt, inputs, night, examined)
-        attempt.standing.promotion = ended_with(
-            promotion.judged, promotion.outcome, channel=promotion.channel, also=promotion.also
-        )
     with phases.phase("report"):
         results = results_of(attempt, inputs, facts, tuned, step=chosen.step)
         report = assemble_report(
             attempt, inputs, facts, verdict, files=files, proven_loss=proven.loss, tuned=tuned, results=results
         )
+    if night is not None and examined is not None:
+        promotion = promote(attempt, inputs, night, examined, trained=report)
         report = report.model_copy(update={"promotion": promotion})
+        attempt.standing.promotion = ended_with(
+            promotion.judged, promotion.outcome, channel=promotion.channel, also=promotion.also
+        )
+    with phases.phase("report"):
         report = _commit(attempt, inputs, facts, tracked, _with_card(attempt, inputs, report, folder / _CARD))
     shutil.rmtree(folder, ignore_errors=True)
     return report
