@@ -19,7 +19,7 @@ from job.edge.run.channels import Channel
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.probing import probe
-from job.stages.channel_changes import now_text
+from job.stages.nightly.channel_changes import now_text
 
 log = structlog.get_logger(__name__)
 PREVIOUS = "previous"

@@ -32,9 +32,9 @@ from job.render.preview_text import example_lines
 from job.render.report_text import histogram_lines
 from job.render.sources_text import source_rows
 from job.stages.attempt import Phases, Worker
-from job.stages.channel_changes import refuse_other_base
 from job.stages.data_objects import Sides, list_data
 from job.stages.identity import Run, find_run, probe_output
+from job.stages.nightly.channel_changes import refuse_other_base
 from job.stages.sources import count_lines, fetch_sources
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Attempt
 from job.stages.guard import Guard
-from job.stages.other_seed import at_other_seed
+from job.stages.nightly.other_seed import at_other_seed
 
 if TYPE_CHECKING:
     from job.stages.company import Company

@@ -11,11 +11,11 @@ from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.machine import look_at_machine
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Attempt
-from job.stages.channel_changes import keep_in_order
 from job.stages.guard import Guard, refuse_short_time
 from job.stages.holding import Held, hold
 from job.stages.identity import Run, find_run
-from job.stages.other_seed import Companions, train_other_seed
+from job.stages.nightly.channel_changes import keep_in_order
+from job.stages.nightly.other_seed import Companions, train_other_seed
 from job.stages.pushing import push, refuse_unpushable
 
 log = structlog.get_logger(__name__)
@@ -62,7 +62,7 @@ def _carry_out(attempt: Attempt, held: Held, companions: Companions, other: Repo
         from job.stages.finish import finish
         from job.stages.gathering import gather
         from job.stages.hardware import hardware_errors
-        from job.stages.night import prepare_night
+        from job.stages.nightly.night import prepare_night
         from job.stages.placing import place_base
         from job.stages.tracking import Tracked
         from job.stages.training import TrainingStage

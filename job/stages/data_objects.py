@@ -11,7 +11,7 @@ from job.core.run_record import RecordedObject, RunRecord
 from job.edge.relative_paths import relative_note
 from job.edge.store.listing import expand, may_name
 from job.edge.store.objects import StoredObject, StoreSettings
-from job.stages.late_files import LateFile
+from job.stages.nightly.late_files import LateFile
 
 Objects = tuple[StoredObject, ...]
 

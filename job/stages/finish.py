@@ -20,8 +20,8 @@ from job.render.pictures import draw
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
-from job.stages.night import Night
-from job.stages.promotion import examine, judged_files, promote
+from job.stages.nightly.night import Night
+from job.stages.nightly.promotion import examine, judged_files, promote
 from job.stages.proving import let_go, load_published, prove
 from job.stages.report import assemble_report, notes
 from job.stages.results import results_of

@@ -23,7 +23,7 @@ from job.edge.store.objects import ObjectStore, StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.probing import Probe, probe
 from job.stages.data_objects import Objects, Sides, list_data, recorded_sides
-from job.stages.late_files import without_late
+from job.stages.nightly.late_files import without_late
 
 log = structlog.get_logger(__name__)
 

@@ -19,9 +19,9 @@ from job.core.packing import Rows
 from job.edge.run.channels import Channel
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
-from job.stages.channel_changes import BASE, model_name
-from job.stages.exams import Exams, ExamSet
 from job.stages.loading import Inputs
+from job.stages.nightly.channel_changes import BASE, model_name
+from job.stages.nightly.exams import Exams, ExamSet
 from job.stages.proving import as_judged, let_go, load_alone, load_from
 from job.tune.data.documents import Documents
 from job.tune.device.compute_dtype import compute_dtype

@@ -10,7 +10,7 @@ from job.core.recipe import Recipe
 from job.edge.run.channels import Channel
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
-from job.stages.channel_changes import BASE, FIRST, MONTH_AGO, earlier_models, judge_by_kept
+from job.stages.nightly.channel_changes import BASE, FIRST, MONTH_AGO, earlier_models, judge_by_kept
 
 
 @pytest.fixture

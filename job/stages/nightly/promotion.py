@@ -11,16 +11,16 @@ from job.core.verdict import Evaluation
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
-from job.stages.channel_changes import (
+from job.stages.loading import Inputs
+from job.stages.loop import TrainingFacts
+from job.stages.nightly.channel_changes import (
     budget_report,
     carry_out,
     first_state,
 )
-from job.stages.comparing import judge_loaded
-from job.stages.contenders import Contender, Examiner
-from job.stages.loading import Inputs
-from job.stages.loop import TrainingFacts
-from job.stages.night import Night
+from job.stages.nightly.comparing import judge_loaded
+from job.stages.nightly.contenders import Contender, Examiner
+from job.stages.nightly.night import Night
 from job.tune.engines.packed_model import PackedModel
 from job.tune.world import World
 

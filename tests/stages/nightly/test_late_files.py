@@ -7,7 +7,7 @@ import pytest
 from job.core.errors import DataError
 from job.edge.store.listing import expand
 from job.edge.store.objects import StoreSettings
-from job.stages.late_files import without_late
+from job.stages.nightly.late_files import without_late
 
 MAX_RECORD = 2**17
 GOOD = b'{"q": "a"}\n'

@@ -32,17 +32,17 @@ from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.edge.store.objects import PreconditionError
 from job.stages.attempt import Attempt
-from job.stages.channel_changes import (
+from job.stages.identity import Run
+from job.stages.loading import Inputs
+from job.stages.nightly.channel_changes import (
     carry_out,
     first_state,
     next_round,
     now_text,
 )
-from job.stages.comparing import again, judge_loaded
-from job.stages.contenders import Contender, Examiner, in_use
-from job.stages.exams import fields_of_documents, numbers_of
-from job.stages.identity import Run
-from job.stages.loading import Inputs
+from job.stages.nightly.comparing import again, judge_loaded
+from job.stages.nightly.contenders import Contender, Examiner, in_use
+from job.stages.nightly.exams import fields_of_documents, numbers_of
 from job.tune.data.documents import Documents
 
 log = structlog.get_logger(__name__)

@@ -15,9 +15,9 @@ from job.core.recipe import LoraSection, Recipe
 from job.edge.run.channels import Channel
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
-from job.stages import contenders
-from job.stages.contenders import Contender, Examiner
-from job.stages.exams import Exams, ExamSet, _exam
+from job.stages.nightly import contenders
+from job.stages.nightly.contenders import Contender, Examiner
+from job.stages.nightly.exams import Exams, ExamSet, _exam
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.loop.checkpoint import adapter_to_publish
 from job.tune.loop.evaluate import evaluate

@@ -11,8 +11,16 @@ from job.core.fresh_evidence import FreshEvidence
 from job.core.judgement import Answered, Candidate, Terms, judge_run
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
-from job.stages.channel_changes import compared_with, earlier_models, now_text, pay, payment_key, standards_of, today
-from job.stages.contenders import Contender, Examiner, in_use
+from job.stages.nightly.channel_changes import (
+    compared_with,
+    earlier_models,
+    now_text,
+    pay,
+    payment_key,
+    standards_of,
+    today,
+)
+from job.stages.nightly.contenders import Contender, Examiner, in_use
 
 log = structlog.get_logger(__name__)
 

@@ -13,14 +13,14 @@ from job.core.run_record import RecordedParent, read_run_record
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
-from job.stages.channel_changes import carry_out, copy_of, judge_again, lost_verdict, refuse_other_base
 from job.stages.company import Company
-from job.stages.comparing import again, judge_loaded
-from job.stages.contenders import Examiner
-from job.stages.exams import Exams, prepare_exams
-from job.stages.fresh_records import FreshRecords
 from job.stages.identity import Run
 from job.stages.loading import Inputs
+from job.stages.nightly.channel_changes import carry_out, copy_of, judge_again, lost_verdict, refuse_other_base
+from job.stages.nightly.comparing import again, judge_loaded
+from job.stages.nightly.contenders import Examiner
+from job.stages.nightly.exams import Exams, prepare_exams
+from job.stages.nightly.fresh_records import FreshRecords
 from job.tune.device.device import begin_peak_anew, release_memory
 
 if TYPE_CHECKING:
