@@ -49,7 +49,7 @@ def test_a_mixture_is_exported_onto_its_weights_and_onto_what_was_trained_on(mix
         assert ended.code == 0, ended.stdout
         found = Export.model_validate_json((tmp_path / onto / "export.json").read_text())
         compared = found.losses.unmerged if onto == "weights" else report["sweet_spot"]["loss"]
-        assert found.losses.merged == pytest.approx(compared, rel=5e-3)
+        assert found.losses.merged == pytest.approx(compared, rel=1e-2)  # rounded to bf16, some tokens go elsewhere
         assert found.quantised_base == (write is write_mxfp4)
 
         merged, loaded = AutoModelForCausalLM.from_pretrained(
