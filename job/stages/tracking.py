@@ -20,12 +20,13 @@ from job.stages.loading import Inputs
 from job.tune.loop.checkpoint import Progress
 from job.tune.loop.track import Tracking
 from job.tune.loop.trackers import Conclusion, Ended, TrackedRun, Values
+from job.tune.world import LOST
 
 log = structlog.get_logger(__name__)
 _SECONDS = 60.0
 """How long a tracker may take to hear the end, ..."""
 _HURRIED_SECONDS = 2.0
-"""... and where the kill is near."""
+"""... and where the kill is near, or another process of the run is gone."""
 
 
 class Tracked:
@@ -46,7 +47,9 @@ class Tracked:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._begun:  # and not concluded
-            self._end("stopped" if isinstance(error, StopRequestedError) else "failed")
+            # Where another process is gone, the launcher ends this one too, and soon.
+            hurried = isinstance(error, LOST)
+            self._end("stopped" if isinstance(error, StopRequestedError) else "failed", hurried=hurried)
             if not isinstance(error, LockedError):  # then the run is another attempt's to write to
                 self._publish()
 
@@ -98,9 +101,10 @@ class Tracked:
             self._end("finished")
             self._publish()
 
-    def _end(self, ended: Ended) -> None:
+    def _end(self, ended: Ended, *, hurried: bool = False) -> None:
         self._begun = False
-        self.tracking.end(ended, seconds=_HURRIED_SECONDS if self._attempt.is_kill_near() else _SECONDS)
+        hurried = hurried or self._attempt.is_kill_near()
+        self.tracking.end(ended, seconds=_HURRIED_SECONDS if hurried else _SECONDS)
 
     def _on_failure(self, reason: str) -> None:
         hidden = self._attempt.hide(reason)
