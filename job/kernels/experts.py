@@ -172,7 +172,7 @@ def _gated(inner: Tensor, of: Experts) -> Tensor:
 
 
 def _gate_backward(inner: Tensor, d_gated: Tensor, w: Tensor, of: Experts) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the first product, each row by its weight; the gate's result again; and result . gradient [S] fp32."""
+    """Gradient of the first product, each row by its weight; the gate's result again; result . gradient, [S] fp32."""
     if isinstance(of.gate, Gate):
         d_inner, gated = torch.empty_like(inner), torch.empty_like(d_gated)
         shares = torch.empty(len(inner), dtype=torch.float32, device=inner.device)

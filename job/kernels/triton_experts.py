@@ -4,7 +4,7 @@ Imported only where Triton runs.
 """
 
 # Triton's own language: capitals for pointers and compile-time constants, many arguments by position.
-# ruff: noqa: N803, N806, PLR0913, PLR0917, ANN001, ANN202
+# ruff: noqa: N803, PLR0913, PLR0917, ANN001, ANN202
 # ruff: noqa: D103 - documented in `reference`
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
