@@ -138,7 +138,8 @@ class _Experts(torch.autograd.Function):
         result = _product(_gated(inner, of), of.second, rows)
         ctx.save_for_backward(x, weights, inner)
         ctx.of, ctx.rows = of, rows
-        return rows.sums(result, weights)
+        out: Tensor = rows.sums(result, weights)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -211,8 +211,8 @@ def _refuse_lost_text(drafts: Sequence[_Draft]) -> None:
             if isinstance(piece, _Piece) and not piece.ids and any(map(str.isalnum, piece.text)):
                 raise UsageError(
                     f"{draft.where}: the base model's tokenizer makes no token of {piece.text[:_SHOWN]!r}: it knows "
-                    "none of these characters and leaves them out, or its files are those of another model; choose a base "
-                    "whose tokenizer knows them"
+                    "none of these characters and leaves them out, or its files are those of another model; choose a "
+                    "base whose tokenizer knows them"
                 )
 
 
