@@ -138,7 +138,8 @@ class _Experts(torch.autograd.Function):
         result = _product(_gated(inner, of), of.second, rows)
         ctx.save_for_backward(x, weights, inner)
         ctx.of, ctx.rows = of, rows
-        return rows.sums(result, weights)
+        out: Tensor = rows.sums(result, weights)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,7 +173,7 @@ def _gated(inner: Tensor, of: Experts) -> Tensor:
 
 
 def _gate_backward(inner: Tensor, d_gated: Tensor, w: Tensor, of: Experts) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the first product, each row by its weight; the gate's result again; and result . gradient [S] fp32."""
+    """Gradient of the first product, each row by its weight; the gate's result again; result . gradient, [S] fp32."""
     if isinstance(of.gate, Gate):
         d_inner, gated = torch.empty_like(inner), torch.empty_like(d_gated)
         shares = torch.empty(len(inner), dtype=torch.float32, device=inner.device)

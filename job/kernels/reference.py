@@ -38,7 +38,7 @@ def dequantise_experts(weights: QuantisedExperts, rows: Tensor, out: Tensor) -> 
 
 
 def gate_forward(z: Tensor, gate: Gate, out: Tensor) -> None:
-    """Z [S, 2 I] -> out [S, I]."""
+    """What stands between an expert's products: z [S, 2 I] -> out [S, I]."""
     out.copy_(gate(z.float()))
 
 

@@ -18,6 +18,21 @@ def long_recipe(job):
     return job
 
 
+def letters_as_tokens(folder):
+    """A tokenizer of single bytes, of which classes with a pre-tokenizer of their own (Qwen's) make the same."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<s>", "</s>", "\u0120", "\u010a", *(chr(number) for number in range(33, 127))]
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder
+
+
 def make_base(folder, *, tied=False, positions=64):
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -3,13 +3,15 @@
 import json
 
 import pytest
+from run_material import letters_as_tokens
 from test_multimodal_bases import loss_of, wrapper_with
 
 
 @pytest.fixture
-def hybrid(job, base):
-    """Qwen 3.5 as it is published: a model of more than text."""
-    job.recipe["model"]["base"] = str(wrapper_with(base, job.folder / "own-base", "qwen3_5"))
+def hybrid(job):
+    """Qwen 3.5 as it is published: a model of more than text, with a tokenizer of bytes."""
+    tokenizer = letters_as_tokens(job.folder / "tokenizer")
+    job.recipe["model"]["base"] = str(wrapper_with(tokenizer, job.folder / "own-base", "qwen3_5"))
     job.recipe["lora"] = {"r": 4, "alpha": 8, "targets": "all-linear"}
     return job
 
@@ -25,7 +27,9 @@ def test_a_hybrid_is_trained_in_padded_rows_resumed_to_the_bit_and_opened_by_pef
     assert across in in_one_line
     planned = job.call("plan", "--json")
     assert planned.code == 0, planned.stdout
-    assert json.loads(planned.stdout)["work"]["document_rows"] == "padded"
+    work = json.loads(planned.stdout)["work"]
+    assert work["document_rows"] == "padded"
+    assert work["tokens"] > 15 * work["steps"] * work["batch_size"]  # documents of several chunks and lengths
     assert "document rows padded" in " ".join(job.call("plan").stdout.split())
     assert job.start("run", "--run-id", "whole").code == 0
     assert job.start("run", "--run-id", "cut", "--crash-at", "step.middle:6").code == -9

@@ -8,7 +8,7 @@ ids before a border and those behind it read as the text.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 from typing import Any
 
 from job.core.data_section import DataSection
@@ -195,8 +195,25 @@ def _encode(drafts: Sequence[_Draft], rules: TokenRules) -> None:
         chosen = [piece for piece in pieces if piece.begins is begins]
         for piece, ids in zip(chosen, encode([piece.text for piece in chosen]), strict=True):
             piece.ids = ids
+    _refuse_lost_text(drafts)
     if not spelling.cuts_anywhere:
         _refuse_cut_words(drafts, spelling)
+
+
+def _refuse_lost_text(drafts: Sequence[_Draft]) -> None:
+    """Hold each piece with letters or digits against nothing: a tokenizer may drop, without a word, what it lacks.
+
+    Raises:
+        UsageError: no token stands for one.
+    """
+    for draft in drafts:
+        for piece in chain.from_iterable(draft.stretches):
+            if isinstance(piece, _Piece) and not piece.ids and any(map(str.isalnum, piece.text)):
+                raise UsageError(
+                    f"{draft.where}: the base model's tokenizer makes no token of {piece.text[:_SHOWN]!r}: it knows "
+                    "none of these characters and leaves them out, or its files are those of another model; choose a "
+                    "base whose tokenizer knows them"
+                )
 
 
 def _refuse_cut_words(drafts: Sequence[_Draft], spelling: Spelling) -> None:

@@ -250,10 +250,10 @@ def gate_of(module: Any) -> Gate | Callable[[Tensor], Tensor]:
         activation: Callable[[Tensor], Tensor] = module.act_fn.forward
         return activation
     its_own: Callable[[Tensor], Tensor] = module._apply_gate  # noqa: SLF001 - as transformers' own products do
-    with_limit = {"alpha": getattr(module, "alpha", None), "limit": getattr(module, "limit", None)}
+    alpha, limit = getattr(module, "alpha", None), getattr(module, "limit", None)
     known = [Gate()]
-    if all(isinstance(value, float | int) for value in with_limit.values()):
-        known.append(Gate(interleaved=True, one_more=True, **{name: float(each) for name, each in with_limit.items()}))
+    if isinstance(alpha, float | int) and isinstance(limit, float | int):
+        known.append(Gate(interleaved=True, alpha=float(alpha), limit=float(limit), one_more=True))
     probe = torch.linspace(-9.0, 9.0, 64, device="cpu").view(4, 16).roll(3, dims=1)
     with torch.no_grad():
         wanted = its_own(probe)

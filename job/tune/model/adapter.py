@@ -253,6 +253,25 @@ def _parameters_of_experts(base: Any) -> list[str]:
     return sorted(ends)
 
 
+def _words_on_mixture(base: Any, unknown: Sequence[str]) -> str | None:
+    """Why routers, and experts by the names of their weights, are no targets; None: these are neither."""
+    named = {name.rpartition(".")[2] for name, module in base.named_modules() if is_router(base, name, module)}
+    routers = [name for name in unknown if name in named]
+    if routers:
+        return (
+            f"{', '.join(routers)} of {type(base).__name__} chooses or weighs experts, and routers stay as they are; "
+            "leave the name out of the list"
+        )
+    weights = {name for _, module in experts_modules(base) for name in weights_of_experts(module)}
+    experts = [name for name in unknown if weights and name.rpartition(".")[2] in weights | _NAMES_OF_EXPERTS]
+    if not experts:
+        return None
+    return (
+        f"in {type(base).__name__} {', '.join(experts)} can only be the experts', which are no linear modules; write "
+        f"`{EXPERTS}` for them"
+    )
+
+
 def _check_modules(base: Any, targets: Sequence[str]) -> None:
     head = base.get_output_embeddings()
     linear = {
@@ -261,6 +280,8 @@ def _check_modules(base: Any, targets: Sequence[str]) -> None:
         if isinstance(module, nn.Linear | Conv1D) and not is_router(base, name, module)
     }
     unknown = [target for target in targets if target not in linear]
+    if unknown and (of_a_mixture := _words_on_mixture(base, unknown)):
+        raise UsageError(f"lora.targets: {of_a_mixture}")
     if unknown:
         meant = {target: found for target in unknown if (found := closest(target, linear)) is not None}
         hint = f"; did you mean {', '.join(f'{found} for {wrong}' for wrong, found in meant.items())}?" if meant else ""

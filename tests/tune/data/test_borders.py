@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import CONTROL, KINDS, LOSSLESS, REFUSES, tokenizer_of
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from job.core.data_section import DataSection
 from job.core.errors import UsageError
@@ -166,3 +168,14 @@ def test_rules_can_be_handed_to_another_process(bases):
     for _, rules in bases.values():
         parts = literal_of("<|user|>the", learned=False), field_of(" hat</s>", learned=True)
         assert framed(pickle.loads(pickle.dumps(rules)), *parts) == framed(rules, *parts)
+
+
+def test_a_text_that_the_tokenizer_drops_whole_is_refused():
+    """A model of pieces that has no token for what it does not know leaves it out, and says nothing."""
+    model = Tokenizer(models.BPE({letter: number for number, letter in enumerate(["<s>", "</s>", *"abc"])}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+    rules = token_rules(tokenizer, PAIR)
+    assert framed(rules, field_of("ab", learned=False), field_of("?!c", learned=True)).ids == [2, 3, 4, 1]
+    with pytest.raises(UsageError, match=r"train\.jsonl:1: the base model's tokenizer makes no token of 'xyz'"):
+        framed(rules, field_of("ab", learned=False), field_of("xyz", learned=True))
+    assert framed(rules, field_of("ab", learned=False), field_of("?!", learned=True)).ids == [2, 3, 1]

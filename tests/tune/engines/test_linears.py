@@ -6,14 +6,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, EVERY_LINEAR, adapted, backward, load_base, micro_batch, targets_of
+from tiny_families import config_of
 
 from job.core.recipe import LoraSection
 from job.kernels import reference
 from job.kernels.linear_op import linear
+from job.kernels.ops import Gate
 from job.kernels.weights import Quantised
 from job.tune.engines.families import linear_of
+from job.tune.engines.linears import gate_of
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
+from job.tune.model.config import empty_model
+from job.tune.model.mixtures import experts_modules
 
 SEVERAL = {"llama": EVERY_LINEAR, "mistral": EVERY_LINEAR, "qwen3": EVERY_LINEAR, "gemma2": EVERY_LINEAR}
 
@@ -160,3 +165,22 @@ def test_weights_that_are_kept_dequantised_change_no_bit(bases, documents, archi
     for other in (found, after):
         assert other[0] == before[0]
         assert all(torch.equal(gradient, other[1][name]) for name, gradient in before[1].items())
+
+
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    [
+        ("qwen3_moe", Gate()),
+        ("gpt_oss", Gate(interleaved=True, alpha=1.702, limit=7.0, one_more=True)),
+        ("gemma4_text, experts", None),
+        ("nemotron_h, experts", None),
+    ],
+)
+def test_a_gate_is_one_kernel_where_it_is_found_to_be_the_module_s_own(name, gate):
+    """Gemma 4's activation is another, and Nemotron-H's experts have no gate: theirs go through autograd."""
+    module = next(module for _, module in experts_modules(empty_model(config_of(name))))
+    found = gate_of(module)
+    assert (found if isinstance(found, Gate) else None) == gate
+    z = torch.randn(5, 64) * 8
+    its_own = module._apply_gate(z) if module.has_gate else module.act_fn(z)
+    torch.testing.assert_close(found(z), its_own, rtol=1e-5, atol=1e-5)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CPU
-from tiny_families import write_family
+from tiny_families import config_of, write_family
 
-from job.core.errors import DataError
+from job.core.errors import DataError, UsageError
+from job.core.recipe import LoraSection
 from job.tune.model import experts
+from job.tune.model.adapter import refuse_targets
 from job.tune.model.base import load_base, quantised_files
 from job.tune.model.config import empty_model, read_config, shape_of
 from job.tune.model.experts import in_four_bits
@@ -98,3 +100,19 @@ def test_a_copy_of_other_experts_is_refused(tmp_path):
             save_file(tensors | {state: torch.tensor([*changed], dtype=torch.uint8)}, file)
     with pytest.raises(DataError, match=r"layers.1.mlp.experts.down_proj: .* is of \[4, 128, 32\], not \[4, 64, 64\]"):
         load_base(copy, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "why"),
+    [
+        ("mixtral", "gate", "gate of MixtralForCausalLM chooses or weighs experts, and routers stay as they are"),
+        ("gpt_oss", "router", "router of GptOssForCausalLM chooses or weighs experts"),
+        ("qwen3_5_moe_text", "shared_expert_gate", "shared_expert_gate of Qwen3_5MoeForCausalLM chooses or weighs"),
+        ("qwen3_moe", "gate_proj", "in Qwen3MoeForCausalLM gate_proj can only be the experts', .* write `experts`"),
+        ("mixtral", "experts.gate_up_proj", "in MixtralForCausalLM experts.gate_up_proj can only be the experts'"),
+        ("llama", "gate", "gate: no linear module of LlamaForCausalLM"),
+    ],
+)
+def test_routers_and_experts_by_their_weights_names_are_no_targets(family, name, why):
+    with pytest.raises(UsageError, match=why):
+        refuse_targets(config_of(family), LoraSection(targets=("q_proj", name)))
