@@ -133,7 +133,7 @@ class Bench:
         folder, command = self.prepare(batch=batch, steps=steps)
         (watched := folder / "steps").mkdir()
         profiled = steps - 1 if self.options.profile else 0
-        with memory_watched() as in_use, only_free_of_each(self.options.free_gib, way.gpus):
+        with only_free_of_each(self.options.free_gib, way.gpus), memory_watched() as in_use:
             output = run(
                 [*command, *way.options],
                 limit_seconds=self.options.limit,
