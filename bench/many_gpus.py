@@ -12,6 +12,10 @@ rates     tokens a second of one GPU and of N, in turns (1, N, 1, N), for each -
 losses    the same steps on one GPU and on N, side by side
 endings   SIGTERM; going on with one GPU and with N; a rank that is killed, and going on after it
 
+Beside the rates stand the slow steps of the last run, with what each rank did meanwhile. --steps-folder keeps what each
+rank says of each step, and with --profile a table of rank 0's last step but one; --ceiling says the share of what large
+products sustain; --free-gib leaves no more than so much of each GPU free, as on a smaller one.
+
 Most of a large base's run is its start: where a call has a limit, one part and one batch at a time. With --placement
 the two that are compared are N GPUs with a replicated base and N with a sharded one.
 """
