@@ -12,6 +12,11 @@ rates     tokens a second of one GPU and of N, in turns (1, N, 1, N), for each -
 losses    the same steps on one GPU and on N, side by side
 endings   SIGTERM; going on with one GPU and with N; a rank that is killed, and going on after it
 
+Beside the rates stand the slow steps of the last run, with what each rank did meanwhile. --steps-folder keeps what each
+rank says of each step, and with --profile a table of rank 0's last step but one; --ceiling says the share of what large
+products sustain; --side-by-side runs on each GPU by itself at the same time, too; --free-gib leaves no more than so
+much of each GPU free, as on a smaller one.
+
 Most of a large base's run is its start: where a call has a limit, one part and one batch at a time. With --placement
 the two that are compared are N GPUs with a replicated base and N with a sharded one.
 """
@@ -24,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +139,7 @@ class Bench:
         folder, command = self.prepare(batch=batch, steps=steps)
         (watched := folder / "steps").mkdir()
         profiled = steps - 1 if self.options.profile else 0
-        with memory_watched() as in_use, only_free_of_each(self.options.free_gib, way.gpus):
+        with only_free_of_each(self.options.free_gib, way.gpus), memory_watched() as in_use:
             output = run(
                 [*command, *way.options],
                 limit_seconds=self.options.limit,
@@ -141,10 +147,28 @@ class Bench:
                 environment=environment_to_watch(watched, profiled=profiled),
             )
         self._keep(watched, f"{batch}-{way.name.replace(', ', '-').replace(' ', '-')}-{self._runs:02d}")
-        events = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
-        rates = tuple(event["tokens_per_second"] for event in events if event.get("event") == "step")
+        rates = _rates_in(output)
         report = json.loads((folder / "store/runs/run/report.json").read_text())
         return Carried(report=report, rates=rates, in_use=tuple(in_use), steps=steps_in(watched))
+
+    def carry_side_by_side(self, *, batch, steps):
+        """A run on each GPU by itself, all at the same time: the rates of each one's steps.
+
+        Raises:
+            NoResultError: one failed, or took too long.
+        """
+
+        def one(gpu, folder, command):
+            own = ["--gpus", "1", "--workdir", str(folder / "work")]  # two runs of one name, each in its own
+            environment = {"CUDA_VISIBLE_DEVICES": str(gpu)}
+            limit = self.options.limit
+            return _rates_in(
+                run([*command, *own], limit_seconds=limit, log=folder / "process", environment=environment)
+            )
+
+        prepared = [(gpu, *self.prepare(batch=batch, steps=steps)) for gpu in range(self.options.gpus)]
+        with ThreadPoolExecutor(len(prepared)) as pool:
+            return list(pool.map(lambda each: one(*each), prepared))
 
     def _keep(self, watched, name):
         """What the ranks have left of a run's steps, in one file, and its profile, where they are asked for."""
@@ -166,6 +190,12 @@ class Bench:
         head = f"{device_and_versions()}" + (f" {links}." if links is not None else "")
         write_section(options.results, name, f"## {title}: {options.base.name}\n\n{command}\n\n{head}\n\n{text}")
         print(f"{title}\n\n{text}\n", flush=True)
+
+
+def _rates_in(output):
+    """Real tokens a second of each step that a log tells of."""
+    events = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
+    return tuple(event["tokens_per_second"] for event in events if event.get("event") == "step")
 
 
 def _ceiling(folder):
@@ -194,7 +224,26 @@ def measure_rates(bench, batch):
             if work_of_a_token is not None:
                 text += "\n\n" + ceiling_text(found, warm_up, bench.ceiling, work_of_a_token)
             bench.write(f"rates-{batch}", title, text, own=own)
+    if options.side_by_side:
+        try:
+            text += "\n\n" + side_by_side_text(bench.carry_side_by_side(batch=batch, steps=steps), found, warm_up)
+        except NoResultError as error:
+            failures.append(f"side by side: {error}")
+            text += f"\n\n{failures[-1]}"
+        bench.write(f"rates-{batch}", title, text, own=own)
     return not failures
+
+
+def side_by_side_text(rates, found, warm_up):
+    """What GPUs that all work, but not together, make: no exchange and no share costs them anything."""
+    each = [statistics.median(one[warm_up:] or one) for one in rates]
+    said = ", ".join(f"{rate:,.0f}" for rate in each)
+    text = f"Each GPU by itself, all at the same time: {said} real tokens a second."
+    alone = next((runs for way, runs in found.items() if way.gpus == 1 and runs), None)
+    if alone is None:
+        return text
+    times = min(each) * len(each) / statistics.median(_rate(run, warm_up) for run in alone)
+    return f"{text} A step that waits for the slowest of them could be {times:.3f} times as fast as that of one."
 
 
 def _of_the_work(bench, batch, steps):
@@ -417,6 +466,7 @@ def main(arguments=None):
     parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS")
     parser.add_argument("--free-gib", type=float, metavar="GIB", help="leave no more than so much of each GPU free")
     parser.add_argument("--steps-folder", type=Path, metavar="FOLDER", help="keep each rank's figures of each step")
+    parser.add_argument("--side-by-side", action="store_true", help="also a run on each GPU by itself, at once")
     parser.add_argument("--ceiling", action="store_true", help="measure it first, and say the share of it")
     parser.add_argument("--profile", action="store_true", help="rank 0's last step but one; kept in --steps-folder")
     parser.add_argument("--limit", type=float, default=200.0, metavar="SECONDS", help="of each run")

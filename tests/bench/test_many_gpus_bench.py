@@ -5,11 +5,12 @@ import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import many_gpus, ours
-from bench.many_gpus import Carried, Way, losses_text, rates_text
+from bench.many_gpus import Bench, Carried, Way, losses_text, rates_text, side_by_side_text
 from bench.steps import steps_text
 from bench.workload import kind_of, workload_of
 from job.core.scaling import Cluster, sent_bytes
@@ -110,6 +111,24 @@ def test_slow_steps_are_named_with_what_each_rank_did():
     assert lines[1] == "- 1 of 8 steps took more than 1.5 times as long, 0.30 s more in all"
     said = "rank 0: 800 tokens, waited 300 ms; rank 1: 900 tokens, waited 0 ms, recorded 1,024, 1,152"
     assert lines[2:] == [f"  - step 10: 400 ms; {said}"]
+
+
+def test_gpus_that_work_by_themselves_at_the_same_time_show_what_could_be():
+    found = {Way(gpus=1): [carried((1.0, 100.0, 100.0))], Way(gpus=2): [carried((1.0, 190.0), ranks=2)]}
+    text = side_by_side_text([(1.0, 99.0, 99.0), (1.0, 97.0, 99.0, 97.0)], found, 1)
+
+    assert text.startswith("Each GPU by itself, all at the same time: 99, 97 real tokens a second.")
+    assert text.endswith("could be 1.940 times as fast as that of one.")
+
+
+def test_each_gpu_has_a_run_of_its_own_that_sees_no_other(tmp_path, base, examples, monkeypatch):
+    say = "import json, os; rate = float(os.environ['CUDA_VISIBLE_DEVICES'])"
+    command = [sys.executable, "-c", f"{say}; print(json.dumps({{'event': 'step', 'tokens_per_second': rate}}))"]
+    monkeypatch.setattr(ours, "command_of", lambda *_: command)
+    options = SimpleNamespace(base=base, train=examples, text="{t}", device="cpu", gpus=2, placement=None, limit=60)
+    options.ceiling = False
+
+    assert Bench(options, tmp_path).carry_side_by_side(batch=4, steps=1) == [(0.0,), (1.0,)]
 
 
 def test_of_each_gpu_no_more_is_left_free(bench, monkeypatch):

@@ -111,6 +111,8 @@ def test_a_rank_that_is_killed_ends_the_run_and_nothing_is_left(tmp_path, base, 
     assert f"rank {rank} ended without a word" in ended.outcome["reason"]
     assert ended.outcome["last_committed_step"] >= 10
     assert nothing_is_left(supervisor)
+    # The other one missed it by itself: 75 is what its watchdog ends it with once the grace is over.
+    assert ended.named("workers")[0]["ended"][str(1 - rank)] == 70
 
 
 SHARDED = ("--base-placement", "sharded")

@@ -237,6 +237,23 @@ def test_another_number_of_processes_is_kept_with_the_run(start, stored, tmp_pat
         assert f"{noted}: equal within rounding" in change
 
 
+@pytest.mark.parametrize("now", [2, 3])
+def test_batches_are_cut_anew_for_another_number_of_processes(start, stored, tmp_path, now):
+    """The same number goes on as it was cut, to the same bits; another one has other shares."""
+
+    def made_by_two(state):
+        state["progress"]["ranks"] = 2
+
+    _, artifacts = stored(change_state=made_by_two)
+    made = start(steps=6)
+    before = made.progress.cut
+    planned = made.progress.cut = replace(before, micro_batch_tokens=before.micro_batch_tokens + 1)
+    made.progress.ranks = now
+    resumed(made, artifacts, tmp_path)
+
+    assert made.progress.cut == (before if now == 2 else planned)
+
+
 def test_a_checkpoint_of_a_version_that_knew_one_process_alone_is_that_of_one(start, stored, tmp_path):
     def as_format_3(state):
         state["format"] = 3
