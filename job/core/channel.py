@@ -15,7 +15,7 @@ from job.core.fresh_evidence import MOST_NIGHTS, FreshEvidence, with_night, wort
 from job.core.gate import Decision
 from job.core.paired import Gap, Pairs
 from job.core.run_record import first_mistake
-from job.core.section import Count, Section, Text, Whole
+from job.core.section import Count, NotNegative, Section, Text, Whole
 
 CHANNEL_VERSION: Literal[1] = 1
 THE_BASE = "the base"
@@ -132,6 +132,21 @@ class Judged(Section):
     revision: Text
 
 
+class NightWork(Section):
+    """What a night's run took until its verdict, over all its attempts: for goodput and cost."""
+
+    device: Text | None
+    attempts: Count
+    held_seconds: NotNegative
+    """From the start of each attempt to its end; of one that left no word of its end, none."""
+    train_seconds: NotNegative
+    """Of these, those in which it trained."""
+    tokens: Whole
+    """Real tokens trained on."""
+    ranks: Count = 1
+    """Processes of the last attempt, a GPU each: what is held is held by so many."""
+
+
 class Night(Section):
     """What a night came to, for the trend."""
 
@@ -149,6 +164,8 @@ class Night(Section):
     mean: float
     low: float | None
     high: float | None
+    work: NightWork | None = None
+    """None: of a run that was judged again, or by fresh records, and was not trained for it."""
 
 
 class FreshNight(Section):
@@ -255,7 +272,13 @@ def waiting_for(state: ChannelState, champion: str) -> tuple[FreshEvidence, ...]
 
 
 def after_verdict(
-    state: ChannelState, judged: Judged, outcome: Outcome, *, champion: str, waits: FreshEvidence | None
+    state: ChannelState,
+    judged: Judged,
+    outcome: Outcome,
+    *,
+    champion: str,
+    waits: FreshEvidence | None,
+    work: NightWork | None = None,
 ) -> ChannelState:
     """The state once a verdict was carried out; a verdict that is known changes nothing.
 
@@ -265,6 +288,7 @@ def after_verdict(
         outcome: what came of it.
         champion: what is in use now.
         waits: evidence of a challenger that was not promoted, to be gathered by later nights; None: it does not wait.
+        work: what the night's training took; None: nothing was trained for this verdict.
     """
     if any((night.run_id, night.round) == (judged.run_id, judged.round) for night in state.nights):
         return state
@@ -283,6 +307,7 @@ def after_verdict(
         mean=judged.gap.mean,
         low=judged.gap.low,
         high=judged.gap.high,
+        work=work,
     )
     others = [each for each in waiting_for(state, champion) if each.challenger != judged.run_id]
     if waits is not None and waits.champion == champion:

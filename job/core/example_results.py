@@ -37,12 +37,16 @@ class Exam(Section):
     """A number for each, the same for those that depend on each other; None: none do."""
     slices: dict[str, tuple[Whole, ...]] = Field(default_factory=dict)
     """Places of the examples of each guarded slice, by `field=value`."""
+    where: tuple[str, ...] = ()
+    """`file:line` of each, for people: no part of the name. Empty: it was kept by an earlier version of the job."""
 
     @model_validator(mode="after")
     def _is_of_one_size(self) -> Self:
         number = len(self.tokens)
         if self.cluster is not None and len(self.cluster) != number:
             raise ValueError("cluster: not a number for each example")
+        if self.where and len(self.where) != number:
+            raise ValueError("where: not a line for each example")
         if any(place >= number for places in self.slices.values() for place in places):
             raise ValueError("slices: a place lies behind the last example")
         return self

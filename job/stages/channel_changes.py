@@ -12,6 +12,7 @@ from job.core.channel import (
     ChannelState,
     Compared,
     Judged,
+    NightWork,
     Outcome,
     Promoted,
     after_verdict,
@@ -124,7 +125,9 @@ def next_round(state: ChannelState | None, run_id: str) -> int:
     return 1 + sum(night.run_id == run_id for night in (state.nights if state is not None else ()))
 
 
-def carry_out(channel: Channel, recipe: Recipe, judged: Judged, adapter: ChannelAdapter) -> Outcome:
+def carry_out(
+    channel: Channel, recipe: Recipe, judged: Judged, adapter: ChannelAdapter, *, work: NightWork | None = None
+) -> Outcome:
     """Do what a verdict says, also when an attempt before did a part of it; a second call changes nothing.
 
     Args:
@@ -132,6 +135,7 @@ def carry_out(channel: Channel, recipe: Recipe, judged: Judged, adapter: Channel
         recipe: what is asked of a challenger.
         judged: the verdict, which stands in the store.
         adapter: the channel's copy.
+        work: what the night's training took; None: nothing was trained for this verdict.
     """
     outcome: Outcome = "refused"
     if judged.decision.promoted:
@@ -145,7 +149,8 @@ def carry_out(channel: Channel, recipe: Recipe, judged: Judged, adapter: Channel
         waits = evidence_to_gather(judged, exam, standards_of(recipe), level=judged.level)
     crash_point("channel_state.before")
     channel.change_state(
-        lambda state: after_verdict(state, judged, outcome, champion=champion, waits=waits), first=first_state(recipe)
+        lambda state: after_verdict(state, judged, outcome, champion=champion, waits=waits, work=work),
+        first=first_state(recipe),
     )
     crash_point("channel_state.after")
     log.info(

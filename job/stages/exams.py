@@ -153,7 +153,8 @@ def _exam(documents: Documents, fields: Sequence[Fields], promote: PromoteSectio
     for name in promote.slices:
         slices |= _slices(name, [each.get(name) for each in fields])
     content = Exam(name="-", tokens=tuple(map(int, documents.targets)), cluster=cluster, slices=slices)
-    return content.model_copy(update={"name": _hash(documents, content)})
+    where = tuple(map(documents.where, range(len(documents))))
+    return content.model_copy(update={"name": _hash(documents, content), "where": where})
 
 
 def _slices(name: str, values: Sequence[str | None]) -> dict[str, tuple[int, ...]]:
@@ -174,7 +175,7 @@ def _slices(name: str, values: Sequence[str | None]) -> dict[str, tuple[int, ...
 
 def _hash(documents: Documents, content: Exam) -> str:
     """Names the examples as a model sees them, and what is known of them."""
-    sha256 = hashlib.sha256(content.model_dump_json(exclude={"name"}).encode())
+    sha256 = hashlib.sha256(content.model_dump_json(exclude={"name", "where"}).encode())
     for document in range(len(documents)):
         for part in (documents.token_ids(document), documents.spans(document)):
             sha256.update(f"{part.shape};".encode() + part.astype("<i4").tobytes())

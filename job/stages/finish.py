@@ -89,7 +89,7 @@ def finish(
     let_go(model, world)
     del model  # others come in its place
     if night is not None and examined is not None:
-        promotion = promote(attempt, inputs, night, examined)
+        promotion = promote(attempt, inputs, night, examined, trained=report)
         report = report.model_copy(update={"promotion": promotion})
         attempt.standing.promotion = ended_with(
             promotion.judged, promotion.outcome, channel=promotion.channel, also=promotion.also

@@ -1,8 +1,9 @@
 """A channel after a night has trained: is its model better than the one in use, and if so, it takes its place."""
 
 from dataclasses import dataclass
+from datetime import datetime
 
-from job.core.channel import AdapterFileInUse, AdapterInUse, Judged, OtherTraining
+from job.core.channel import AdapterFileInUse, AdapterInUse, Judged, NightWork, OtherTraining
 from job.core.judgement import Candidate
 from job.core.promotion_report import PromotionReport, said_of
 from job.core.report import Report
@@ -83,8 +84,15 @@ def judged_files(night: Night, artifacts: Artifacts) -> dict[str, FileEntry] | N
     return files if artifacts.holds_adapter(files) else None
 
 
-def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) -> PromotionReport:
+def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined, *, trained: Report) -> PromotionReport:
     """Judge the run beside the model in use, and do what comes of it; what an attempt before did stands.
+
+    Args:
+        attempt: this process.
+        inputs: the run.
+        night: the channel.
+        examined: tonight's model.
+        trained: the run's report, which does not say yet what came of it.
 
     Raises:
         NotFoundError: the adapter in use is gone from the store.
@@ -95,7 +103,7 @@ def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) 
         if judged is None or not _is_on(judged, examined.contender):
             judged = _judge(attempt, inputs, night, examined, number=1 if judged is None else judged.round + 1)
     with attempt.phases.phase("promote"):
-        outcome = carry_out(channel, recipe, judged, night.copy)
+        outcome = carry_out(channel, recipe, judged, night.copy, work=work_of(trained))
     state, _ = channel.state()
     return PromotionReport(
         channel=channel.name,
@@ -110,6 +118,23 @@ def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined) 
         fresh_promotion=night.fresh_promotion,
         also=night.also,
         conditional=channel.conditional,
+    )
+
+
+def work_of(trained: Report) -> NightWork:
+    """What a run took, over its attempts."""
+    held = [
+        (datetime.fromisoformat(each.ended) - datetime.fromisoformat(each.started)).total_seconds()
+        for each in trained.attempts
+        if each.started and each.ended
+    ]
+    return NightWork(
+        device=trained.attempts[-1].device,
+        attempts=len(trained.attempts),
+        held_seconds=sum(max(0.0, seconds) for seconds in held),
+        train_seconds=trained.throughput.seconds,
+        tokens=trained.throughput.tokens,
+        ranks=trained.throughput.ranks,
     )
 
 

@@ -168,7 +168,15 @@ def test_every_token_counts_the_same():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"tokens": []}, {"tokens": [0, 1]}, {"cluster": [1]}, {"slices": {"a": [2]}}, {"version": 2}, {"more": 1}],
+    [
+        {"tokens": []},
+        {"tokens": [0, 1]},
+        {"cluster": [1]},
+        {"slices": {"a": [2]}},
+        {"where": ["v.jsonl:1"]},
+        {"version": 2},
+        {"more": 1},
+    ],
 )
 def test_an_exam_that_does_not_fit_together_is_none(wrong):
     content = {"version": 1, "name": "e", "tokens": [1, 2], "cluster": [0, 0], "slices": {"a": [0]}}

@@ -77,6 +77,8 @@ def test_a_night_that_is_promoted_and_one_that_is_refused_are_so_by_two_as_by_on
         (of_it,) = [each for each in kept if each["run_uri"] == report["run_uri"]]
         assert of_it["promotion"]["outcome"] == name
         assert of_it["promotion"]["why"] == report["promotion"]["said"]
+    state = json.loads((tmp_path / "two" / "store" / "channels" / "notes" / "state.json").read_text())
+    assert [night["work"]["ranks"] for night in state["nights"]] == [2, 2]
 
 
 def test_a_base_that_is_sharded_is_there_for_each_model_that_is_judged(tmp_path, deep, warm, alone):

@@ -39,6 +39,11 @@ def test_three_nights_the_first_without_a_champion_one_without_new_data_one_with
     assert found["new"]["records"] == 24
     assert job.promoted()["run_id"] == report["run_id"]
     job.in_order()
+    (night,) = job.state()["nights"]
+    assert (night["work"]["attempts"], night["work"]["tokens"]) == (1, report["throughput"]["tokens"])
+    assert night["work"]["held_seconds"] >= night["work"]["train_seconds"] - 1
+    (asked,) = [json.loads(path.read_text()) for path in (job.channel / "exams").iterdir()]
+    assert {*asked["where"]} == {f"validation.jsonl:{line}" for line in range(1, 61)}
 
     stood = objects(job.store)
     ended, nothing = job.night()
@@ -412,6 +417,7 @@ def test_killed_between_verdict_and_report_the_channel_is_the_old_or_the_new_one
     assert job.promoted()["sequence"] == old["sequence"] + 1
     assert job.state()["budget"]["tests"] == 2
     assert [night["run_id"] for night in job.state()["nights"]] == [old["run_id"], report["run_id"]]
+    assert job.state()["nights"][-1]["work"]["tokens"] == report["throughput"]["tokens"]
     job.in_order()
 
 

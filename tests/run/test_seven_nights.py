@@ -175,7 +175,7 @@ def two_with_odd_files(nights, fifth):
     # 7: better on the whole, worse in the south.
     nights.arrives("train/day-4.jsonl", half)
     nights.arrives("train/day-6.jsonl", as_bytes(data.day(0, 700, town=NORTH)))
-    nights.arrives("train/day-7.jsonl", as_bytes(data.wrong(data.day(400, 80))))
+    nights.arrives("train/day-7.jsonl", as_bytes(data.wrong(data.day(400, 160))))
     _, seventh = nights.night()
     judged = seventh["promotion"]["judged"]
     assert judged["challenger_loss"] < judged["champion_loss"], "better on the whole"
