@@ -90,9 +90,11 @@ def test_a_base_that_is_sharded_is_there_for_each_model_that_is_judged(tmp_path,
         assert len(ended.named("joined")) == 1
 
 
-def test_both_trainings_of_two_seeds_are_by_one_group_and_start_from_the_model_in_use(tmp_path, deep, warm):
+def test_both_trainings_of_two_seeds_are_by_one_group_and_the_next_night_starts_from_the_model_in_use(
+    tmp_path, deep, warm
+):
     job = job_in(tmp_path / "two", deep, warm)
-    job.recipe["promote"] |= {"seeds": 2, "start_from": "promoted"}
+    job.recipe["promote"]["seeds"] = 2
     with job.begun("run", *TWO, cold=True) as running:
         supervisor = running.child.pid
         ended = running.end()
@@ -105,7 +107,7 @@ def test_both_trainings_of_two_seeds_are_by_one_group_and_start_from_the_model_i
     assert {report["throughput"]["ranks"] for report in (first, second)} == {2}
     assert job.promoted()["run_id"] == second["run_id"]
 
-    job.recipe["promote"]["seeds"] = 1
+    job.recipe["promote"] |= {"seeds": 1, "start_from": "promoted"}
     job.more("2", 12, seed=5)
     _, third = job.night(*TWO, cold=True)
     assert third["promotion"]["parent"]["run_id"] == second["run_id"]
