@@ -143,6 +143,8 @@ class NightWork(Section):
     """Of these, those in which it trained."""
     tokens: Whole
     """Real tokens trained on."""
+    ranks: Count = 1
+    """Processes of the last attempt, a GPU each: what is held is held by so many."""
 
 
 class Night(Section):

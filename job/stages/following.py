@@ -37,6 +37,8 @@ def obey(attempt: Attempt, company: Company, inputs: Inputs) -> None:
     del ready  # the follower's own, who may have to let it go
     with attempt.phases.phase("follow"):
         follower.obey()
+    del follower
+    release_memory(inputs.device)  # another run may come, and its plan is made for what is free
 
 
 def _prepared(attempt: Attempt, company: Company, inputs: Inputs) -> Prepared:

@@ -77,6 +77,8 @@ def test_a_night_that_is_promoted_and_one_that_is_refused_are_so_by_two_as_by_on
         (of_it,) = [each for each in kept if each["run_uri"] == report["run_uri"]]
         assert of_it["promotion"]["outcome"] == name
         assert of_it["promotion"]["why"] == report["promotion"]["said"]
+    state = json.loads((tmp_path / "two" / "store" / "channels" / "notes" / "state.json").read_text())
+    assert [night["work"]["ranks"] for night in state["nights"]] == [2, 2]
 
 
 def test_a_base_that_is_sharded_is_there_for_each_model_that_is_judged(tmp_path, deep, warm, alone):
@@ -88,9 +90,11 @@ def test_a_base_that_is_sharded_is_there_for_each_model_that_is_judged(tmp_path,
         assert len(ended.named("joined")) == 1
 
 
-def test_both_trainings_of_two_seeds_are_by_one_group_and_start_from_the_model_in_use(tmp_path, deep, warm):
+def test_both_trainings_of_two_seeds_are_by_one_group_and_the_next_night_starts_from_the_model_in_use(
+    tmp_path, deep, warm
+):
     job = job_in(tmp_path / "two", deep, warm)
-    job.recipe["promote"] |= {"seeds": 2, "start_from": "promoted"}
+    job.recipe["promote"]["seeds"] = 2
     with job.begun("run", *TWO, cold=True) as running:
         supervisor = running.child.pid
         ended = running.end()
@@ -103,7 +107,7 @@ def test_both_trainings_of_two_seeds_are_by_one_group_and_start_from_the_model_i
     assert {report["throughput"]["ranks"] for report in (first, second)} == {2}
     assert job.promoted()["run_id"] == second["run_id"]
 
-    job.recipe["promote"]["seeds"] = 1
+    job.recipe["promote"] |= {"seeds": 1, "start_from": "promoted"}
     job.more("2", 12, seed=5)
     _, third = job.night(*TWO, cold=True)
     assert third["promotion"]["parent"]["run_id"] == second["run_id"]

@@ -134,6 +134,7 @@ def work_of(trained: Report) -> NightWork:
         held_seconds=sum(max(0.0, seconds) for seconds in held),
         train_seconds=trained.throughput.seconds,
         tokens=trained.throughput.tokens,
+        ranks=trained.throughput.ranks,
     )
 
 
