@@ -30,7 +30,10 @@ ALLOWED_SECONDS = MappingProxyType(
         # Reported only file by file: half a gigabyte at 0.3 MB/s.
         "upload": 1800.0,
         "publish": 1800.0,
+        "push": 1800.0,
+        "commit": 1800.0,
         "report": 600.0,
+        "look_at_hub": 600.0,
         # As those, and then the files are hashed: ten gigabytes at the 30 MB/s of a bad disk.
         "fetch_base": 900.0,
         "fetch_weights": 900.0,
@@ -46,6 +49,8 @@ ALLOWED_SECONDS = MappingProxyType(
         # Each look at the others is a beat; what stays is becoming a group, and a gigabyte of state.
         "join": 600.0,
         "prove": 3600.0,
+        # Layer by layer, each read, multiplied and written.
+        "merge": 3600.0,
         # Adapters on their way; loading a model is a phase of its own in them.
         "channel": 1800.0,
         "judge": 1800.0,
