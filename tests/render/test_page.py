@@ -330,7 +330,7 @@ def with_everywhere(value, text):
     if isinstance(value, dict):
         free = {"versions", "phase_seconds", "spent", "files", "recipe"}
         fixed = {"schema_version", "shown", "left_out", "engine", "compute_dtype", "loaded_from", "started", "ended"}
-        fixed |= {"placement"}
+        fixed |= {"placement", "document_rows"}
         return {
             key: {f"{inner}{text}": with_everywhere(each, text) for inner, each in part.items()}
             if key in free and isinstance(part, dict)

@@ -2,7 +2,6 @@
 
 import re
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from layouts import bnb4_base, config_with, tensors_of
@@ -12,6 +11,7 @@ from test_merging import MIXTURES, weights_of
 from tiny import CPU, LAYERS
 from tiny_families import write_family
 from tiny_mxfp4 import write_mxfp4
+from trained_on import trained_on
 from transformers import AutoModelForCausalLM
 
 from job.core.errors import DataError
@@ -24,22 +24,6 @@ from job.tune.model.stored.tensor_files import StoredTensor
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 IN_FOUR_BITS = {"mixtral", "qwen3_moe", "qwen3_5_moe_text", "gpt_oss"}
 """Of others experts may stay in 16 bits in training: then they do here."""
-
-
-def trained_on(base, folder):
-    """The base that training loads, with what its 4 bits stand for written out; and how many are experts'."""
-    quantised, dtype = load_base(base, device=CPU, dtype=compute_dtype(CPU)), compute_dtype(CPU)
-    plain, held = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map={"": "cpu"}), 0
-    for path, module in quantised.named_modules():
-        theirs = plain.get_submodule(path)
-        for name in in_four_bits(module):
-            theirs.get_parameter(name).data = dequantised_experts(module, name, dtype=dtype).float()
-            held += 1
-        if isinstance(module, bnb.nn.Linear4bit):
-            values = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            theirs.weight = torch.nn.Parameter(values.float(), requires_grad=False)
-    plain.save_pretrained(folder)
-    return held
 
 
 @pytest.mark.parametrize("family", MIXTURES)
