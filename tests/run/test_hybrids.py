@@ -21,7 +21,7 @@ def test_a_hybrid_is_trained_in_padded_rows_resumed_to_the_bit_and_opened_by_pef
     checked = job.call("check")
     assert checked.code == 0, checked.stdout
     said = "qwen3_5_text trains one document a row, rows of like lengths padded together"
-    across = "qwen3_5_text: layers 0 hand something on from token to token beside attention"
+    across = "qwen3_5_text: layer 0 hands something on from token to token beside attention"
     in_one_line = " ".join(checked.stdout.split())
     assert said in in_one_line
     assert across in in_one_line

@@ -367,6 +367,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "jamba": ("jamba", {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
+    "jamba, dense": ("jamba", {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1}),
     "bamba": ("bamba", {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}),
     "diffllama": ("diffllama", {}),
     "doge": ("doge", {"num_experts": 1}),

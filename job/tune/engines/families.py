@@ -175,12 +175,15 @@ IN_WORDS: Mapping[Rows, str] = {
 
 def _words_on_recurrence(model: Any, across: list[int]) -> Iterator[str]:
     kind = model.config.model_type
-    yield f"{kind}: layers {_ranges(across)} hand something on from token to token beside attention"
-    wanted, there = " and ".join(_KERNELS.get(kind, ())), kernels_by_borders(model)
+    which = f"layers {_ranges(across)} hand" if len(across) > 1 else f"layer {across[0]} hands"
+    yield f"{kind}: {which} something on from token to token beside attention"
+    packages = _KERNELS.get(kind, ())
+    wanted, there = " and ".join(packages), kernels_by_borders(model)
     if there:
         yield f"{kind}: documents of a row stay apart by the kernels of {wanted}"
     elif wanted:
-        yield f"{kind}: without {wanted}, which are not installed, transformers' plain code computes these layers"
+        are = "are" if len(packages) > 1 else "is"
+        yield f"{kind}: without {wanted}, which {are} not installed, transformers' plain code computes these layers"
     if read_past_modules(model):
         yield f"{kind}: without mamba_ssm transformers' code goes through a document token by token, far slower"
 

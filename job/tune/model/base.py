@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from job.core.errors import DataError
 from job.core.mxfp4 import is_mxfp4
@@ -18,7 +17,14 @@ from job.core.promises import refuse
 from job.tune.device.compute_dtype import dtype_of
 from job.tune.model.config import CONFIG, causal_lm_of, read_config, read_whole_config, read_wrapper
 from job.tune.model.experts import ExpertsApart
-from job.tune.model.four_bit import compute_in, kept_in_fp32, quantisation, without_cpu_repacking, without_experts
+from job.tune.model.four_bit import (
+    compute_in,
+    is_another_in_four_bits,
+    kept_in_fp32,
+    quantisation,
+    without_cpu_repacking,
+    without_experts,
+)
 from job.tune.model.promises import filled, hold_to_promises
 from job.tune.model.stored.mxfp4 import PUBLISHED, with_decoded
 from job.tune.model.stored.tensor_files import Files, sharded, stored_tensors, tensors_bytes
@@ -159,7 +165,7 @@ def has_experts_in_16_bits(folder: Path) -> bool:
 
 def can_be_kept(base: Any) -> bool:
     """Whether `quantised_files` of a base are read as the same model: of some, transformers makes another one then."""
-    return not any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in base.modules())
+    return not is_another_in_four_bits(base)
 
 
 def _tensors(base: Any) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from job.core.errors import DataError
@@ -124,6 +124,11 @@ def put_into_four_bits(model: Any, left: Collection[str] | None) -> dict[str, nn
         left = _WithoutExperts.get_modules_to_not_convert(model, None, keep)
     replace_with_bnb_linear(model, modules_to_not_convert=[*left], quantization_config=quantisation(torch.bfloat16))
     return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+def is_another_in_four_bits(model: nn.Module) -> bool:
+    """Whether transformers makes other modules of it when its files are in 4 bits already, as of Llama 4's experts."""
+    return any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in model.modules())
 
 
 def packed_tensors(name: str, empty: Any, value: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from job.core.errors import DataError
 from job.core.mxfp4 import Unpacked, is_mxfp4, unpacked
 from job.core.promises import STATE, Differences, TensorHeader, refuse, unusual_dtypes
 from job.tune.model.config import causal_lm_of, read_config, read_whole_config
+from job.tune.model.four_bit import is_another_in_four_bits
 from job.tune.model.wrappers import parts_of
 
 _META = torch.device("meta")
@@ -71,7 +72,8 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
         not name all of them. What the files have counts, also where none is in 4 bits and the config says so: None.
 
     Raises:
-        DataError: a tensor is missing, left over, of another shape, or of a dtype that no weight has.
+        DataError: a tensor is missing, left over, of another shape, or of a dtype that no weight has; or transformers
+            would make another model of these files than of those in 16 bits.
     """
     config, parts = read_config(folder), parts_of(read_whole_config(folder), headers)
     headers = parts.text
@@ -96,6 +98,11 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
     }
     with _quietly():
         model, found = filled(causal_lm_of(config), config, plain, device_map={"": _META}, dtype=torch.bfloat16)
+    if packed and is_another_in_four_bits(model):
+        raise DataError(
+            f"{source}: {type(model).__name__} is in 4 bits, and of such files transformers makes other experts than of "
+            "those in 16 bits, with other tensors; choose this model in 16 bits as model.base"
+        )
     sizes = {_ITEM_BYTES.get(header.dtype, 0) for name, header in headers.items() if name in packed}
     in_four_bits = {name for name, shapes in found.other_shapes.items() if _is_packed(*shapes, sizes)}
     whole_numbers = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]

@@ -24,6 +24,7 @@ from job.tune.model.config import read_config, shape_of
 from job.tune.model.experts import dequantised_experts
 from job.tune.model.four_bit import form_of, left_whole
 from job.tune.model.mixtures import experts_modules, weights_of_experts
+from job.tune.model.recurrent import read_past_modules
 
 _OF_EACH_KIND = (
     *("llama, rope dynamic", "ministral3", "phi3, longrope", "gemma3_text", "gpt2", "qwen2_moe, window", "mixtral"),
@@ -134,6 +135,32 @@ def test_a_base_in_4_bits_is_read_again_to_the_bit(name, tmp_path):
         assert value.dtype == after[key].dtype
         assert torch.equal(value, after[key]), key
     assert form_of(base) == form_of(again)
+
+
+@each_family
+def test_in_4_bits_is_what_plain_transformers_puts_into_them(name, tmp_path):
+    """To the bit, and nothing else: routers that are linear modules of a class of their own stay as they are.
+
+    But for experts, which plain transformers leaves in 16 bits, and for weights that it multiplies past their modules.
+    """
+    folder = write_family(tmp_path / "base", name)
+    ours = load_base(folder, device=CPU, dtype=torch.bfloat16)
+    past = read_past_modules(ours)
+    form = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=form
+    )
+    kinds = {path: type(module) for path, module in theirs.named_modules()}
+    assert {path: type(module) for path, module in ours.named_modules() if path not in past} == {
+        path: kind for path, kind in kinds.items() if path not in past
+    }
+    experts = tuple(f"{path}.{kind}" for path, held in experts_modules(ours) for kind in weights_of_experts(held))
+    expected, found = theirs.state_dict(), ours.state_dict()
+    apart = (*experts, *(f"{path}." for path in past), "\0")
+    same = [key for key in expected if not key.startswith(apart)]
+    assert {*same} == {key for key in found if not key.startswith(apart)}
+    for key in same:
+        assert torch.equal(found[key], expected[key]), key
 
 
 @each_family

@@ -5,6 +5,7 @@ import json
 import bitsandbytes as bnb
 import pytest
 import torch
+from layouts import config_with
 from peft import PeftModel
 from test_all_families import CPU, accumulated, choice_for, micro_batch_of, plain_losses
 from tiny_families import FAMILIES, config_of, write_family
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from job.core.errors import UsageError
 from job.core.recipe import LoraSection
 from job.kernels import experts as grouped
+from job.tune.engines import families
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import _gradient_difference, check_model
 from job.tune.loop.checkpoint import adapter_to_publish
@@ -113,6 +115,26 @@ def test_experts_train_as_plain_peft_trains_them(name, tmp_path):
             assert float(off.norm() / parameter.grad.norm()) < 1e-3, parameter_name
             on_experts += ".experts." in parameter_name
     assert on_experts == 4 * len(dict(experts_modules(empty_model(read_config(folder)))))
+
+
+@each_mixture
+def test_a_load_balancing_loss_that_the_config_asks_for_is_not_added_and_that_is_said(name, tmp_path):
+    folder = write_family(tmp_path / "base", name)
+    documents = [torch.randint(3, read_config(folder).vocab_size, (length,)) for length in _LENGTHS]
+    found = []
+    for wanted in ({}, {"output_router_logits": True, "router_aux_loss_coef": 1e3}):
+        config_with(folder, **wanted)
+        model = model_of(folder)
+        assert all(getattr(model.model.get_base_model().config, key) == value for key, value in wanted.items())
+        check_model(model)
+        losses, gradients = accumulated(choice_for(model), model, documents)
+        found.append((losses, {key: gradient.clone() for key, gradient in gradients.items()}))
+    (losses, gradients), (with_it, others) = found
+    assert torch.equal(with_it, losses)
+    assert gradients.keys() == others.keys()
+    assert all(torch.equal(others[key], gradient) for key, gradient in gradients.items())
+    said = [word for word in families.words_on(read_config(folder)) if "no load-balancing loss is added" in word]
+    assert len(said) == 1
 
 
 def test_recomputing_layers_changes_no_gradient_of_experts(tmp_path):

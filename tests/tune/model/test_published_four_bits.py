@@ -6,6 +6,7 @@ from layouts import bnb4_base, changed, config_with, tensors_of, without
 from peft import LoraConfig, get_peft_model
 from test_promises import held
 from tiny import CPU, EVERY_LINEAR, backward, config_of, micro_batch, write_base
+from tiny_families import write_family
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -198,3 +199,30 @@ def test_sizes_are_those_of_what_is_in_4_bits_and_what_is_not(published):
         sizes[form] = shape.linear_parameters, shape.parameters
     assert sizes["modules skipped"][0] < sizes["plain"][0] == sizes["fp4, single"][0]
     assert len({parameters for _linear, parameters in sizes.values()}) == 1
+
+
+@pytest.mark.parametrize("experts", ["as they are", "a module each"])
+def test_a_mixture_of_which_transformers_makes_other_experts_is_refused_by_its_files(experts, tmp_path):
+    """Plain transformers writes Llama 4's experts as they are, and looks for a module each when it reads them again."""
+    plain = write_family(tmp_path / "plain", "llama4_text")
+    folder = bnb4_base(plain, tmp_path / "base", **NF4, **DOUBLE)
+    if experts == "a module each":
+        folder = changed(folder, tmp_path / "each", _a_module_each)
+
+    for opened in (held, lambda folder: load_base(folder, device=CPU, dtype=torch.bfloat16)):
+        with pytest.raises(DataError, match=r"Llama4ForCausalLM is in 4 bits, .* other experts .* in 16 bits as model"):
+            opened(folder)
+    dense = write_family(tmp_path / "dense", "llama4_text, dense")
+    assert held(bnb4_base(dense, tmp_path / "dense-4", **NF4, **DOUBLE)) == ["lm_head"]
+
+
+def _a_module_each(tensors):
+    made = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for name, experts in tensors.items():
+        if ".experts." in name:
+            path, _, kind = name.rpartition(".")
+            for number, expert in enumerate(experts):
+                halves = zip(("gate_proj", "up_proj"), expert.t().chunk(2), strict=True)
+                each = dict(halves) if kind == "gate_up_proj" else {kind: expert.t()}
+                made |= {f"{path}.{number}.{own}.weight": matrix for own, matrix in each.items()}
+    return made
