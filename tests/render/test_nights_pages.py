@@ -13,6 +13,7 @@ from job.render.page.finished import report_html
 from job.render.page.nights.channel import channel_html
 from job.render.page.writing import MOST_BYTES
 
+HOSTILE = ("<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "]]> {{ 7 }} \u202e")
 PAGES = {f"night, {name}": (lambda make=make: report_html(make())) for name, make in NIGHTS.items()}
 PAGES |= {f"channel, {name}": (lambda make=make: channel_html(make())) for name, make in CHANNELS.items()}
 
@@ -145,6 +146,20 @@ def test_every_element_is_closed_every_name_is_there_once_and_it_is_small(name):
     assert "\u202e" not in content.decode()
     scripts = [tag for tag, _, _ in page.elements if tag == "script"]
     assert len(scripts) == (0 if name.startswith("channel") else 1), "only answers are filtered"
+
+
+@pytest.mark.parametrize(
+    "text", ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "]]> {{ 7 }} \u202e"]
+)
+def test_whatever_names_and_sentences_hold_the_pages_have_the_same_elements(text):
+    harmless, spoilt = (Parsed(channel_html(a_channel(9, words=words, again=(words,)))) for words in ("run", text))
+    assert spoilt.wrong == []
+    assert spoilt.skeleton() == harmless.skeleton()
+
+    nights = [a_night(a_verdict(run_id=f"r{words}", slices=(f"a{words}",)), words=words) for words in ("run", text)]
+    harmless, spoilt = (Parsed(report_html(each)) for each in nights)
+    assert spoilt.wrong == []
+    assert spoilt.skeleton() == harmless.skeleton()
 
 
 def test_nights_for_which_there_is_no_room_are_counted():

@@ -220,7 +220,7 @@ def _work(nights: Sequence[Night], room: Room) -> Iterator[Chapter]:
     facts = {
         "nights that trained": f"{len(worked):,}",
         "GPU hours": f"{sum(map(_gpu_hours, works)):,.2f}",
-        "goodput": f"{_goodput(works) or '-'} of that time in training steps",
+        **({"goodput": f"{goodput} of that time in training steps"} if (goodput := _goodput(works)) else {}),
         "trained on": f"{sum(work.tokens for work in works):,} real tokens",
     }
     rows = [
@@ -249,7 +249,7 @@ def _work(nights: Sequence[Night], room: Room) -> Iterator[Chapter]:
     picture = Picture(
         drawing=work_drawing(nights), caption="GPU hours of each night, and how many were training steps."
     )
-    blocks = [Facts(facts=facts), Pictures(pictures=[picture]), table]
+    blocks: list[Block] = [Facts(facts=facts), Pictures(pictures=[picture]), table]
     yield Chapter(anchor="cost", name="Goodput and cost", blocks=blocks)
 
 
