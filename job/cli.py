@@ -13,7 +13,7 @@ import click
 import structlog
 
 from job import __version__
-from job.channel_command import channel
+from job.channel_command import channel, show_channel
 from job.core.errors import NotFoundError, UsageError
 from job.core.given import as_records, set_lines
 from job.core.library_settings import LIBRARY_SETTINGS
@@ -239,7 +239,8 @@ def try_run(session: Session, /, run_uri: str, record_file: Path | None, **optio
     "was best. It ends with 66 when one of them is not finished.\n\n"
     "RUN is a run's URI; {output} or {output}/runs for all of them, and how the last jobs there ended (the last part "
     "of {output}/runs/* is a pattern); a file with one URI a line; or a recipe, for the run that it names now (only "
-    "there the options mean something)."
+    "there the options mean something). Of a channel, {output}/channels/NAME, it shows what `channel` shows, and draws "
+    "its nights with --html."
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @report_options
@@ -248,10 +249,16 @@ def try_run(session: Session, /, run_uri: str, record_file: Path | None, **optio
 def report(session: Session, /, runs: tuple[str, ...], last: int | None, html: Path | None, **options: Any) -> None:
     """Show one report, or several runs side by side."""
     from job.commands import report as reports
+    from job.commands.channel import is_channel
     from job.render.endings_text import endings_lines
     from job.render.report_text import report_lines
     from job.render.runs_table import newest_first, runs_table
 
+    if any(map(is_channel, runs)):
+        if len(runs) > 1:
+            raise UsageError("report: a channel is shown by itself; name it alone")
+        show_channel(session, runs[0], html)
+        return
     if len(runs) == 1 and runs[0].endswith((".yaml", ".yml")):
         attempt = make_attempt(session, Path(runs[0]), options)
         artifacts, found = reports.run_of_recipe(attempt.worker, attempt.run_id)

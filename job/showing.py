@@ -144,7 +144,8 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Path(path_type=Path, dir_okay=False),
             metavar="FILE",
             help="Write it as a page for a browser as well: one file, which loads nothing. A run that is not finished "
-            "has one too, of what is committed; several runs are laid over each other.",
+            "has one too, of what is committed; several runs are laid over each other, and of a channel the nights are "
+            "drawn.",
         ),
     )[::-1]:
         command = option(command)

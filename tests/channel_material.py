@@ -43,6 +43,8 @@ def judged(
     regression=None,
     seeds=(),
     earlier=None,
+    challenger=None,
+    champion=None,
 ):
     """A verdict on a run that is better than run-1 by so much."""
     asked = exam_of or exam()
@@ -58,8 +60,8 @@ def judged(
         ),
         Answered(
             exam=asked,
-            challenger=results(1.0 - gain, model=run_id, seed=2, worse=worse),
-            champion=results(1.0, model="run-1"),
+            challenger=challenger or results(1.0 - gain, model=run_id, seed=2, worse=worse),
+            champion=champion or results(1.0, model="run-1"),
             seeds=tuple(results(1.0 - each, model=f"seed{each}", seed=3) for each in seeds),
             earlier=earlier or {},
         ),

@@ -1,6 +1,7 @@
 """A channel: what is in use and why, and going back to what was in use before."""
 
 import platform
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from job.edge.run.channels import Channel
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.probing import probe
+from job.edge.store.whole_files import whole_file
+from job.render.page.nights.channel import ChannelSeen, channel_html
 from job.stages.nightly.channel_changes import now_text
 
 log = structlog.get_logger(__name__)
@@ -26,7 +29,9 @@ PREVIOUS = "previous"
 """What was in use before the last change."""
 THE_BASE = "base"
 """The base itself, without an adapter."""
-_SHOWN = 50
+SHOWN = 50
+"""Changes that are read for the terminal."""
+_CHANNEL = re.compile(r"/channels/[^/]+(/promoted\.json)?/*$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,23 +45,45 @@ class ChannelLook:
     is_current: bool
 
 
-def look_at_channel(uri: str, *, should_stop: Callable[[], bool]) -> ChannelLook:
+def is_channel(uri: str) -> bool:
+    """Whether a URI is that of a channel by its form."""
+    return _CHANNEL.search(uri) is not None
+
+
+def page_of_channel(found: ChannelLook, file: Path | None, *, today: int) -> list[str]:
+    """Write a channel's page to a local file, if one is named, and say so."""
+    if file is None:
+        return []
+    seen = ChannelSeen(
+        uri=found.uri, changes=found.changes, state=found.state, today=today, is_current=found.is_current
+    )
+    with whole_file(file) as out:
+        out.write(channel_html(seen))
+    return ["", f"page: {file}"]
+
+
+def look_at_channel(uri: str, *, should_stop: Callable[[], bool], changes: int = SHOWN) -> ChannelLook:
     """Read a channel; nothing is written.
+
+    Args:
+        uri: of the channel.
+        should_stop: polled.
+        changes: of what is in use, that are read, the newest first.
 
     Raises:
         NotFoundError: there is no channel.
     """
     channel = _open(uri)
-    changes = tuple(islice(channel.changes(), _SHOWN))
+    newest = tuple(islice(channel.changes(), changes))
     state, _ = channel.state()
-    if not changes and state is None:
+    if not newest and state is None:
         raise NotFoundError(
             f"{located(uri)}: no channel is there; it is {{output}}/channels/NAME, and begins with the first run whose "
             "recipe names it (promote.channel)",
             action="correct the URI",
         )
     with _copy_of(channel, should_stop) as copy:
-        return ChannelLook(uri=channel.uri, changes=changes, state=state, is_current=copy.is_current())
+        return ChannelLook(uri=channel.uri, changes=newest, state=state, is_current=copy.is_current())
 
 
 def roll_back(uri: str, target: str, *, should_stop: Callable[[], bool]) -> Promoted:

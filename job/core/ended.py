@@ -29,7 +29,9 @@ class EndedPromotion(BaseModel):
     why: str
     """One sentence."""
     report: str
-    """Where the report stands, and its page beside it."""
+    """Where the report stands."""
+    page: str | None = None
+    """Where its page does; None: an earlier version of the job wrote this."""
     also: list[str] = Field(default_factory=list)
     """What came of other runs that waited or had lost their swap: a sentence each."""
 

@@ -7,7 +7,7 @@ and the model is judged anew.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -21,6 +21,8 @@ from job.core.section import Count, Section, Text, Whole
 RESULTS_VERSION: Literal[1] = 1
 MOST_VALUES = 50
 """Slices of one field: beyond it a field does not divide the examples, it names them."""
+MOST_TEXTS, LONGEST_TEXT = 500, 2000
+"""Answers that are kept as text, and characters of each: a page shows no more."""
 _NAME = 32
 """Letters of a hash that name an object."""
 
@@ -60,6 +62,27 @@ class Exam(Section):
         return masks
 
 
+class GivenAnswers(Section):
+    """One model's own answers to some of an exam's examples."""
+
+    asked: Text
+    """Hash of the questions, of what answers are compared with, and how."""
+    places: tuple[Whole, ...]
+    """The examples that ask."""
+    wrong: tuple[Annotated[float, Field(strict=True, ge=0, le=1)], ...]
+    """By how much each answer is wrong."""
+    texts: Annotated[tuple[Annotated[str, Field(max_length=LONGEST_TEXT)], ...], Field(max_length=MOST_TEXTS)]
+    """The first answers, for people; a long one is cut."""
+
+    @model_validator(mode="after")
+    def _is_of_one_size(self) -> Self:
+        if len(self.wrong) != len(self.places) or len(self.texts) > len(self.places):
+            raise ValueError("answers: not a number for each question")
+        if len(set(self.places)) != len(self.places):
+            raise ValueError("answers: an example asks twice")
+        return self
+
+
 class ExampleResults(Section):
     """One model's results on one exam."""
 
@@ -71,16 +94,16 @@ class ExampleResults(Section):
     """Hash of what else decides the numbers: the base, its 4 bits, the device, the libraries."""
     nll: tuple[Annotated[float, Field(strict=True, allow_inf_nan=False)], ...]
     """Summed loss of each example, in nats."""
-    wrong: tuple[Annotated[float, Field(strict=True, ge=0, le=1)], ...] | None = None
-    """A second measure: by how much each answer is wrong, 0 to 1; None: answers are not judged."""
+    answers: GivenAnswers | None = None
+    """A second measure; None: the model was not asked."""
     digest: Text
     """Hash of the numbers."""
 
     @model_validator(mode="after")
     def _is_what_was_written(self) -> Self:
-        if self.wrong is not None and len(self.wrong) != len(self.nll):
-            raise ValueError("wrong: not a number for each example")
-        if self.digest != _digest_of(self.nll, self.wrong):
+        if self.answers is not None and any(place >= len(self.nll) for place in self.answers.places):
+            raise ValueError("answers: a place lies behind the last example")
+        if self.digest != _digest_of(self.nll, self.answers):
             raise ValueError("digest: not that of the numbers")
         return self
 
@@ -89,16 +112,37 @@ class ExampleResults(Section):
         """Summed loss of all examples, in nats."""
         return sum(self.nll)
 
+    def without_answers(self) -> "ExampleResults":
+        """The losses alone: answers to what is asked no more are compared with none."""
+        return results_of(self.nll, model=self.model, exam=self.exam, how=self.how)
+
 
 def results_of(
-    nll: NDArray[np.float64], *, model: str, exam: str, how: str, wrong: NDArray[np.float64] | None = None
+    nll: NDArray[np.float64] | Sequence[float],
+    *,
+    model: str,
+    exam: str,
+    how: str,
+    answers: GivenAnswers | None = None,
 ) -> ExampleResults:
     """One model's results, as they are kept."""
     losses = tuple(map(float, nll))
-    answers = None if wrong is None else tuple(map(float, wrong))
     return ExampleResults(
-        model=model, exam=exam, how=how, nll=losses, wrong=answers, digest=_digest_of(losses, answers)
+        model=model, exam=exam, how=how, nll=losses, answers=answers, digest=_digest_of(losses, answers)
     )
+
+
+def given_answers(asked: str, places: Sequence[int], wrong: Sequence[float], texts: Sequence[str]) -> GivenAnswers:
+    """One model's answers, as they are kept.
+
+    Args:
+        asked: names the questions and how they are judged.
+        places: of the examples that ask.
+        wrong: by how much each answer is wrong, 0 to 1.
+        texts: all of them.
+    """
+    kept = tuple(text[:LONGEST_TEXT].encode("utf-8", "replace").decode() for text in texts[:MOST_TEXTS])
+    return GivenAnswers(asked=asked, places=tuple(places), wrong=tuple(map(float, wrong)), texts=kept)
 
 
 def loss_of(exam: Exam, results: ExampleResults) -> float:
@@ -117,12 +161,26 @@ def pairs_on(exam: Exam, challenger: ExampleResults, champion: ExampleResults) -
     return pairs_of(np.array(challenger.nll), np.array(champion.nll), np.array(exam.tokens), _clusters(exam))
 
 
+def asked_alike(one: ExampleResults, other: ExampleResults) -> bool:
+    """Whether both answered the same questions, judged in the same way, or neither was asked."""
+    asked = [None if each.answers is None else (each.answers.asked, each.answers.places) for each in (one, other)]
+    return asked[0] == asked[1]
+
+
 def answer_pairs_on(exam: Exam, challenger: ExampleResults, champion: ExampleResults) -> Pairs | None:
-    """The same of their answers; None: one of them was not asked."""
-    if challenger.wrong is None or champion.wrong is None:
+    """The same of their answers; None: neither was asked.
+
+    Raises:
+        ValueError: they were not asked the same, or not judged in the same way.
+    """
+    if not asked_alike(challenger, champion):
+        raise ValueError("champion and challenger did not answer the same questions")
+    ours, theirs = challenger.answers, champion.answers
+    if ours is None or theirs is None:
         return None
-    once = np.ones(len(exam.tokens))
-    return pairs_of(np.array(challenger.wrong), np.array(champion.wrong), once, _clusters(exam))
+    clusters = _clusters(exam)
+    own = None if clusters is None else clusters[list(ours.places)]
+    return pairs_of(np.array(ours.wrong), np.array(theirs.wrong), np.ones(len(ours.places)), own)
 
 
 def _clusters(exam: Exam) -> NDArray[np.int64] | None:
@@ -134,8 +192,8 @@ def name_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:_NAME]
 
 
-def _digest_of(nll: tuple[float, ...], wrong: tuple[float, ...] | None) -> str:
-    return name_of({"nll": nll, "wrong": wrong})
+def _digest_of(nll: tuple[float, ...], answers: GivenAnswers | None) -> str:
+    return name_of({"nll": nll, "answers": None if answers is None else answers.model_dump(mode="json")})
 
 
 def read_exam(content: dict[str, Any]) -> Exam:

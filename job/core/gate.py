@@ -216,7 +216,8 @@ def _notes(evidence: Evidence) -> tuple[str, ...]:
     notes = []
     if evidence.seeds == 1:
         notes.append("Another seed would have trained another model: the interval does not hold how far such differ.")
-    few = [name for name, gap in evidence.slices.items() if gap.standard_error is None]
+    guarded = dict(evidence.slices) | ({"answers": evidence.answers} if evidence.answers is not None else {})
+    few = [name for name, gap in guarded.items() if gap.clusters < FEWEST]
     if few:
         notes.append(f"Not guarded, because fewer than {FEWEST} independent examples: {', '.join(few)}.")
     return tuple(notes)

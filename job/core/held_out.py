@@ -36,6 +36,10 @@ class Answer(Section):
     base_score: float | None = None
     """By the recipe's metric, from 0 to 1; None: not judged, or an earlier version of the job wrote the report."""
     tuned_score: float | None = None
+    champion: str | None = None
+    """What the model in use answered, which the run was compared with on its channel; None: there was none but the
+    base, or it is not known."""
+    champion_score: float | None = None
 
 
 class ExactMatch(Section):

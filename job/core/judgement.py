@@ -92,7 +92,7 @@ def judge_run(candidate: Candidate, frozen: Answered, regression: Answered | Non
         level=_frozen_level(candidate, terms),
         gap=gap,
         slices=gaps_of(pairs, frozen.exam.slice_masks(), seed=seed),
-        answers=None if answers is None else gap_of(answers, seed=seed),
+        answers=None if answers is None else _of_shares(gap_of(answers, seed=seed)),
         regression=None if regression is None else _on(regression, regression.champion, seed=seed),
         drift=_drift(regression or frozen, seed=seed),
         fresh=fresh,
@@ -152,6 +152,13 @@ def _drift(answered: Answered, *, seed: int) -> dict[str, Gap]:
 
 def _on(answered: Answered, other: ExampleResults, *, seed: int) -> Gap:
     return gap_of(pairs_on(answered.exam, answered.challenger, other), seed=seed)
+
+
+def _of_shares(gap: Gap) -> Gap:
+    """No share differs from another by more than 1, however few examples an interval is made of."""
+    if gap.low is None or gap.high is None:
+        return gap
+    return gap.model_copy(update={"low": max(-1.0, gap.low), "high": min(1.0, gap.high)})
 
 
 def _with_seeds(decision: Decision, gaps: list[Gap]) -> Decision:

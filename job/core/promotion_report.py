@@ -76,6 +76,7 @@ def ended_with(judged: Judged, outcome: Outcome, *, channel: str, also: Sequence
         champion=judged.decision.champion,
         why=said_of(judged, outcome)[:LONGEST_REASON],
         report=f"{judged.run_uri}/report.json",
+        page=f"{judged.run_uri}/report.html",
         also=[each[:LONGEST_REASON] for each in also],
     )
 

@@ -27,6 +27,8 @@ def promotion_lines(promotion: PromotionReport | None) -> list[str]:
         guarded["regression set"] = judged.regression
     guarded |= {f"against {name}": gap for name, gap in judged.drift.items()}
     lines += [f"  {name:<16} {_gap(gap)}" for name, gap in guarded.items()]
+    if judged.answers is not None:
+        lines.append(f"  {'answers':<16} {_answers(judged.answers)}")
     named = ", ".join(new.files[:_NAMED]) + (f" and {new.file_count - _NAMED} more" if new.file_count > _NAMED else "")
     records = "" if new.records is None else f", {new.records:,} examples that the model in use has not seen"
     records += "" if new.unseen is None else f", {new.unseen:,} that no run of the channel has"
@@ -59,7 +61,8 @@ def channel_lines(
     now = changes[0] if changes else None
     lines = [f"channel {uri}", "", *_in_use(now, uri, is_current=is_current)]
     if state is not None:
-        lines += ["", *_budget(state, today), *_waiting(state, name_in_use(now)), "", *_trend(state.nights)]
+        lines += ["", *_budget(state, today), *_took(state.nights), *_waiting(state, name_in_use(now)), ""]
+        lines += _trend(state.nights)
         lines += _fresh(state)
     if len(changes) > 1:
         lines += ["", "changes, the newest first"]
@@ -88,6 +91,17 @@ def _budget(state: ChannelState, today: int) -> list[str]:
         f"budget    {spent:.3f} of {budget.per_year:g} wrong promotions that a year may expect are spent",
         f"          {budget.left:.4f} is saved; {budget.tests} tests, the last on {last}",
     ]
+
+
+def _took(nights: Sequence[Night]) -> list[str]:
+    """GPU hours of the nights that trained, and how many of them were training steps."""
+    works = [night.work for night in nights if night.work is not None]
+    held = sum(work.held_seconds * work.ranks for work in works)
+    trained = sum(work.train_seconds * work.ranks for work in works)
+    if not held:
+        return []
+    goodput = f", {trained / held:.0%} of them in training steps (goodput)" if trained <= held else ""
+    return [f"took      {held / 3600:,.2f} GPU hours in {len(works):,} nights that trained{goodput}"]
 
 
 def _waiting(state: ChannelState, champion: str) -> list[str]:
@@ -119,6 +133,11 @@ def _fresh(state: ChannelState) -> list[str]:
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in night.losses.items())
         lines.append(f"{night.time:<25}  {night.records:,} records: {losses}")
     return lines
+
+
+def _answers(gap: Gap) -> str:
+    interval = "" if gap.low is None or gap.high is None else f" ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
+    return f"{100 * gap.mean:+.1f}{interval} points of wrong answers on {gap.examples} examples"
 
 
 def _gap(gap: Gap) -> str:

@@ -21,7 +21,7 @@ from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.nightly.night import Night
-from job.stages.nightly.promotion import examine, judged_files, promote
+from job.stages.nightly.promotion import Published, examine, judged_files, promote
 from job.stages.proving import let_go, load_published, prove
 from job.stages.report import assemble_report, notes
 from job.stages.results import results_of
@@ -89,7 +89,8 @@ def finish(
             seed=recipe.train.seed,
             should_stop=attempt.moves_on,  # asked after each token
         )
-    examined = None if night is None else examine(attempt, inputs, facts, night, model, proven, files, world)
+    published = Published(files=files, proven=proven, answers=tuned)
+    examined = None if night is None else examine(attempt, inputs, facts, night, model, published, world)
     let_go(model, world)
     del model  # others come in its place
     with phases.phase("report"):
@@ -98,8 +99,8 @@ def finish(
             attempt, inputs, facts, verdict, files=files, proven_loss=proven.loss, tuned=tuned, results=results
         )
     if night is not None and examined is not None:
-        promotion = promote(attempt, inputs, night, examined, trained=report)
-        report = report.model_copy(update={"promotion": promotion})
+        promotion, answers = promote(attempt, inputs, night, examined, trained=report)
+        report = report.model_copy(update={"promotion": promotion, "answers": answers})
         attempt.standing.promotion = ended_with(
             promotion.judged, promotion.outcome, channel=promotion.channel, also=promotion.also
         )

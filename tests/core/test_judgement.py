@@ -14,6 +14,7 @@ from job.core.exam_results import (
     Exam,
     ExampleResults,
     answer_pairs_on,
+    given_answers,
     loss_of,
     name_of,
     pairs_on,
@@ -149,14 +150,74 @@ def test_a_loss_that_is_not_finite_is_no_result():
 
 
 def test_a_second_measure_is_compared_where_both_have_it():
-    wrong = np.array([1.0] * 40 + [0.0] * 60)
-    one = results_of(np.ones(100), model="a", exam="exam", how=HOW, wrong=wrong)
-    two = results_of(np.ones(100), model="b", exam="exam", how=HOW, wrong=1 - wrong)
+    one, two = with_answers("a", [1.0] * 40 + [0.0] * 20), with_answers("b", [0.0] * 40 + [1.0] * 20)
+    neither = results(1.0, model="run-1")
 
-    assert answer_pairs_on(exam(), one, results(1.0, model="run-1")) is None
-    pairs = answer_pairs_on(exam(), one, two)
-    assert pairs.difference.sum() == 40 - 60
+    assert answer_pairs_on(exam(), neither, neither) is None
+    assert answer_pairs_on(exam(), one.without_answers(), neither) is None
+    pairs = answer_pairs_on(exam(cluster=tuple(range(50)) * 2), one, two)
+    assert pairs.difference.sum() == 40 - 20
+    assert (len(pairs.weight), set(pairs.weight)) == (60, {1.0})
+    assert sorted(pairs.cluster) == sorted([*range(50), *range(40, 50)]), "those of the examples that were asked"
     assert read_results(as_json(one)) == one
+
+
+def with_answers(model, wrong, *, asked="q", places=None):
+    """A model that was asked some of the examples, the last one first."""
+    places = places or [*range(99, 99 - len(wrong), -1)]
+    answers = given_answers(asked, places, wrong, [f"{model} {place}" for place in places])
+    return results_of(np.ones(100), model=model, exam="exam", how=HOW, answers=answers)
+
+
+def test_answers_to_other_questions_are_compared_with_none():
+    one = with_answers("a", [1.0] * 30)
+    for other in (
+        with_answers("b", [1.0] * 30, asked="another metric"),
+        with_answers("b", [1.0] * 30, places=[*range(30)]),
+        results(1.0, model="run-1"),
+    ):
+        with pytest.raises(ValueError, match="did not answer the same questions"):
+            answer_pairs_on(exam(), one, other)
+
+
+def test_more_wrong_answers_hold_a_better_loss_up():
+    """The metric is guarded beside the loss; by the answers alone nothing is promoted."""
+    better = results(0.9, model="run-2", seed=2)
+    answers = [with_answers(name, wrong).answers for name, wrong in (("run-2", [1.0] * 60), ("run-1", [0.0] * 60))]
+    mine, theirs = (
+        results_of(each.nll, model=each.model, exam=each.exam, how=each.how, answers=its)
+        for each, its in zip((better, results(1.0, model="run-1")), answers, strict=True)
+    )
+    verdict = judged(challenger=mine, champion=theirs)
+    assert verdict.decision.verdict == "better"
+    assert not verdict.decision.promoted
+    assert verdict.decision.held_up_by == ("answers",)
+    assert "100.0 % more wrong answers on 60 examples" in verdict.decision.reasons[0]
+    assert (verdict.answers.mean, verdict.answers.examples) == (1.0, 60)
+    assert judged(challenger=better, champion=results(1.0, model="run-1")).decision.promoted
+
+
+def test_no_share_of_answers_differs_by_more_than_all_of_them():
+    """A few that differ of many stretch the bootstrap's interval beyond what shares can be."""
+    verdict = judged(
+        challenger=with_answers("run-2", [1.0] * 3 + [0.0] * 37), champion=with_answers("run-1", [0.0] * 40)
+    )
+    assert verdict.answers.low < verdict.answers.mean < verdict.answers.high == 1.0
+
+
+def test_too_few_answers_to_guard_are_said():
+    few = [with_answers(name, wrong) for name, wrong in (("run-2", [1.0] * 19), ("run-1", [0.0] * 19))]
+    verdict = judged(challenger=few[0], champion=few[1])
+    assert verdict.decision.held_up_by == ()
+    assert any("Not guarded" in note and "answers" in note for note in verdict.decision.notes)
+
+
+def test_long_answers_are_kept_cut_and_what_is_no_character_is_replaced():
+    answers = given_answers("q", [0, 1], [0, 1], ["x" * 5000, "half \ud800"])
+    assert [len(text) for text in answers.texts] == [2000, 6]
+    assert answers.texts[1] == "half ?"
+    many = given_answers("q", range(600), [0.0] * 600, ["x"] * 600)
+    assert (len(many.texts), len(many.wrong)) == (500, 600)
 
 
 def test_every_token_counts_the_same():

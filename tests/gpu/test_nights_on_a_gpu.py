@@ -38,6 +38,7 @@ def engine(request):
 def nightly(folder, base):
     job = NightlyJob(folder, base)
     job.recipe["lora"]["targets"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    job.recipe["evaluate"]["answers"] = 24
     return job
 
 
@@ -58,6 +59,9 @@ def test_two_nights_on_a_gpu(tmp_path, base, engine):
     assert ended.named("fresh_records")[0]["losses"].keys() == {first["run_id"]}
     assert not ended.named("judged_anew"), "the champion's results of its own night hold on the same device"
     assert second["promotion"]["judged"]["decision"]["champion"] == first["run_id"]
+    assert not ended.named("asked_anew"), "nor is it asked again"
+    assert second["promotion"]["judged"]["answers"]["examples"] == 24
+    assert [each["champion"] for each in second["answers"]] == [each["tuned"] for each in first["answers"]]
     job.in_order()
 
 

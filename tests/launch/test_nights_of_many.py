@@ -48,13 +48,20 @@ def assert_same(mine, theirs):
         for name in ("challenger_loss", "champion_loss"):
             assert ours["judged"][name] == pytest.approx(its["judged"][name], rel=1e-3), name
         assert ours["judged"]["gap"]["mean"] == pytest.approx(its["judged"]["gap"]["mean"], abs=2e-3)
+        assert [each["judged"]["answers"]["examples"] for each in (ours, its)] == [24, 24]
+    for good, bad in (mine, theirs):
+        asked = [[event["model"] for event in ended.named("asked_anew")] for ended, _ in (good, bad)]
+        assert asked == [["the base"], []], "rank 0 asks, and once"
+        assert [each["champion"] for each in bad[1]["answers"]] == [each["tuned"] for each in good[1]["answers"]]
     losses = [ended[1][0].named("fresh_records")[0]["losses"] for ended in (mine, theirs)]
     assert [*losses[0].values()] == pytest.approx([*losses[1].values()], rel=1e-3)
 
 
 def job_in(folder, base, warm):
     folder.mkdir()
-    return NightlyJob(folder, base, warm)
+    job = NightlyJob(folder, base, warm)
+    job.recipe["evaluate"]["answers"] = 24
+    return job
 
 
 @pytest.fixture(scope="module")

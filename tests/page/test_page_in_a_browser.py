@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import found_browser, shown
+from channel_pages import CHANNELS, NIGHTS
 from matplotlib.image import imread
 from page_reports import KINDS, gsm8k
 from report_fixtures import LEARNED
 
 from job.core.run_record import RecordedObject
 from job.render.page.finished import report_html
+from job.render.page.nights.channel import channel_html
 from job.render.page.several import several_html
 from job.render.page.unfinished import RunSoFar, unfinished_html
 from job.render.runs_table import RunRow
@@ -55,6 +57,12 @@ def several():
 
 PAGES = {name: functools.partial(lambda make: report_html(make()), make) for name, make in KINDS.items()}
 PAGES |= {"failed": failed, "several": several}
+PAGES |= {
+    f"a night, {name}": functools.partial(lambda make: report_html(make()), make) for name, make in NIGHTS.items()
+}
+PAGES |= {
+    f"a channel, {name}": functools.partial(lambda make: channel_html(make()), make) for name, make in CHANNELS.items()
+}
 
 
 @functools.cache
@@ -135,7 +143,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(browse, name):
     assert widths[0] <= widths[1]
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "several"])
+@pytest.mark.parametrize("name", ["gsm8k", "several", "a night, promoted", "a channel, forty nights"])
 def test_on_a_phone_words_in_pictures_can_be_read_and_no_caption_or_command_is_cut(browse, name):
     script = (
         SAY
@@ -152,16 +160,27 @@ def test_on_a_phone_words_in_pictures_can_be_read_and_no_caption_or_command_is_c
     assert rightmost <= width
 
 
-def test_in_the_dark_it_is_dark_and_its_pictures_too(browse):
-    pixels = shot(browse, "gsm8k", "dark", "--blink-settings=preferredColorScheme=0", width=1280)
+@pytest.mark.parametrize("name", ["gsm8k", "a night, promoted", "a channel, forty nights"])
+def test_in_the_dark_it_is_dark_and_its_pictures_too(browse, name):
+    pixels = shot(browse, name, "dark", "--blink-settings=preferredColorScheme=0", width=1280)
 
     assert pixels[2, 2].max() < 0.15
     assert np.median(pixels) < 0.15
 
 
-@pytest.mark.parametrize(("name", "most"), [("gsm8k", 3), ("small", 3), ("Arabic", 3), ("twenty attempts", 4)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("gsm8k", 3),
+        ("small", 3),
+        ("Arabic", 3),
+        ("twenty attempts", 4),
+        ("a night, promoted", 4),
+        ("a channel, forty nights", 4),
+    ],
+)
 def test_on_paper_it_has_two_or_three_pages(browse, name, most):
-    file = SHOTS / f"{name.replace(' ', '-')}.pdf"
+    file = SHOTS / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.pdf"
     browse(page(name), f"--print-to-pdf={file}", "--no-pdf-header-footer")
 
     assert len(re.findall(rb"/Type\s*/Page\b", file.read_bytes())) in range(2, most + 1)

@@ -393,11 +393,12 @@ def test_any_text_is_shown_as_text(text):
 def test_it_asks_nothing_of_the_network_and_runs_its_own_script_alone(kind):
     page = page_of_kind(kind)
     policy = next(a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
-    (script,) = [data for tag, data in page.texts if tag == "script"]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts = [data for tag, data in page.texts if tag == "script"]
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
 
     assert policy.startswith("default-src 'none';")
-    assert f"script-src 'sha256-{digest}'" in policy
+    assert re.findall(r"'sha256-(.*?)'", policy) == digests
+    assert len(digests) == (1 if KINDS[kind]().answers else 0), "there is nothing to filter"
     for _, attributes, _ in page.elements:
         for name, value in attributes.items():
             if name.split(":")[-1] in {"src", "href", "srcset", "action", "data", "poster"}:

@@ -3,7 +3,9 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 from job_process import call, objects, records, write_lines
 from nightly_job import CHANNEL, NightlyJob, with_customers
@@ -29,7 +31,15 @@ def poisoned(count, *, seed):
 
 def test_three_nights_the_first_without_a_champion_one_without_new_data_one_with(job):
     job.recipe["promote"] |= {"cluster": "customer", "slices": ["lang"]}
-    _, report = job.night()
+    job.recipe["evaluate"] |= {"answers": 50, "metric": "contains"}
+    ended, report = job.night()
+    assert [(e["model"], e["questions"]) for e in ended.named("asked_anew")] == [("the base", 50)]
+    first = report["promotion"]["judged"]["answers"]
+    assert (first["examples"], first["clusters"]) == (50, 25)
+    assert first["mean"] == pytest.approx(-report["metric"]["scores"]["gain"], abs=1e-5), (
+        "as the run itself judged them"
+    )
+    assert {each["champion"] for each in report["answers"]} == {None}, "the base stands beside it anyway"
     found = report["promotion"]
     assert found["outcome"] == "promoted", found
     assert found["said"].startswith("Promoted: ")
@@ -59,6 +69,13 @@ def test_three_nights_the_first_without_a_champion_one_without_new_data_one_with
     assert (new["file_count"], new["records"], new["unseen"]) == (1, 12, 12)
     assert ended.named("new_data")[0]["since"] == report["run_id"]
     assert [e["model"] for e in ended.named("judged_anew")] == []
+    assert ended.named("asked_anew") == [], "the champion's answers are kept"
+    assert [each["champion"] for each in second["answers"]] == [each["tuned"] for each in report["answers"]]
+    assert [each["champion_score"] for each in second["answers"]] == pytest.approx(
+        [each["tuned_score"] for each in report["answers"]]
+    )
+    scores = [np.mean([each[name] for each in second["answers"]]) for name in ("champion_score", "tuned_score")]
+    assert second["promotion"]["judged"]["answers"]["mean"] == pytest.approx(scores[0] - scores[1], abs=1e-9)
     assert second["promotion"]["judged"]["decision"]["champion"] == report["run_id"]
     (fresh,) = ended.named("fresh_records")
     asked = {row["question"] for row in records(60, seed=1)}
@@ -470,8 +487,12 @@ def test_the_ending_and_the_channel_say_what_came_of_the_night(job):
         "champion": "the base",
         "why": report["promotion"]["said"],
         "report": f"file://{job.store}/runs/{report['run_id']}/report.json",
+        "page": f"file://{job.store}/runs/{report['run_id']}/report.html",
         "also": [],
     }
+    page = Path(ending["promotion"]["page"].removeprefix("file://")).read_text(encoding="utf-8")
+    assert 'dir="auto">Promoted: ' in page, "it says so first"
+    assert '<section id="night"' in page
 
     shown = call("channel", uri).stdout
     assert f"in use    {report['run_id']}" in shown
@@ -479,6 +500,15 @@ def test_the_ending_and_the_channel_say_what_came_of_the_night(job):
     assert f"copy      {uri}/adapter" in shown
     assert "0.018 of 1 wrong promotions that a year may expect are spent" in shown
     assert shown.count(report["run_id"]) >= 2
+    html = job.store / "notes.html"
+    told = call("report", f"{uri}/", "--html", str(html))
+    assert (told.code, told.stdout) == (0, f"{shown}\npage: {html}\n")
+    drawn = html.read_text(encoding="utf-8")
+    assert f"{report['run_id']} is in use since" in drawn
+    assert [name for name in ("nights", "budget", "work") if f'<title id="{name}-says">' not in drawn] == []
+    assert call("report", uri).stdout == shown
+    assert call("report", uri, f"file://{job.store}").code == 64
+    assert call("report", f"file://{job.store}/channels/nobody").code == 66
     assert call("channel", f"file://{job.store}").code == 64
     assert call("channel", uri, "--rollback", "nobody").code == 66
     assert call("channel", uri, "--rollback", report["run_id"]).code == 64

@@ -49,6 +49,8 @@ class Table:
     """The row that is the chosen one."""
     left_out: int = 0
     """Rows that have no room."""
+    rest_in: str = "report.json"
+    """Where those are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,8 @@ class ShownAnswer:
     reference: str | None
     """What the metric compared with, where that is not `expected`."""
     base: str
+    champion: str | None
+    """Of the model in use; None: there is none but the base, or it is not known."""
     tuned: str
     state: str
     """`right`, `wrong`, or `asked` where no answer is expected."""
@@ -152,6 +156,11 @@ class Page:
     to_do_none: str
     """What is said then."""
     chapters: Sequence[Chapter]
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether there is something to filter."""
+        return any(isinstance(block, Answers) for chapter in self.chapters for block in chapter.blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ def cost_chapter(report: Report, room: Room) -> Chapter:
     }
     blocks: list[Block] = [Facts(facts=facts)]
     if report.start is not None:
-        name = f"The way to the first step, {_seconds(report.start.seconds)}"
+        name = f"The way to the first step, {seconds_text(report.start.seconds)}"
         blocks.append(_parts(name, report.start.spent, room))
     blocks.append(_parts("This attempt's time", speed.phase_seconds, room))
     blocks.append(attempts_table(report.attempts, room))
@@ -41,7 +41,7 @@ def _together(speed: Throughput) -> dict[str, str]:
     return {
         "by": f"{speed.ranks:,} processes{nodes}, {base}",
         "speed of each": f"{speed.tokens_per_second_a_rank:,.0f} real tokens a second",
-        "waited for others": f"{_seconds(speed.waited_seconds)} of this attempt's steps, each on the average",
+        "waited for others": f"{seconds_text(speed.waited_seconds)} of this attempt's steps, each on the average",
         "sent to others": f"{speed.bytes_a_step / 1e6:,.1f} MB a step by each",
     }
 
@@ -53,7 +53,7 @@ def _hours(report: Report) -> dict[str, str]:
     silent = len(report.attempts) - len(took)
     without = f"; {silent} more left no word of their end" if silent else ""
     named = "1 attempt" if len(took) == 1 else f"{len(took):,} attempts"
-    shown = {"time on the device": f"{_seconds(sum(took))} in {named}{without}"}
+    shown = {"time on the device": f"{seconds_text(sum(took))} in {named}{without}"}
     share = report.throughput.seconds / sum(took)
     if not silent and share <= 1:
         shown["useful of it"] = f"{share:.0%} in training steps (goodput)"
@@ -90,13 +90,14 @@ def _parts(name: str, spent: Mapping[str, float], room: Room) -> Block:
     parts = worth_naming(spent)
     shown = [*parts.items()][: room.rows]
     rows = [
-        (room.cut(part.replace("_", " ")), _seconds(took), f"{took / total:.0%}" if total > 0 else "-")
+        (room.cut(part.replace("_", " ")), seconds_text(took), f"{took / total:.0%}" if total > 0 else "-")
         for part, took in shown
     ]
     return Table(caption=name, head=("phase", "time", "share"), rows=rows, left_out=len(parts) - len(shown))
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """A time as people read it."""
     if seconds >= _HOUR:
         return f"{seconds / _HOUR:,.2f} h"
     return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.1f} s"  # noqa: PLR2004 - beyond it tenths say nothing
@@ -109,7 +110,7 @@ def attempts_table(attempts: Sequence[AttemptReport], room: Room) -> Table:
         (
             f"{each.number}",
             room.cut(each.started[:19].replace("T", " ")),
-            "-" if (took := _took(each)) is None else _seconds(took),
+            "-" if (took := _took(each)) is None else seconds_text(took),
             room.cut(each.host),
             _steps(each),
             "-" if each.exit_code is None else str(each.exit_code),

@@ -17,7 +17,7 @@ from job.core.report_data import Histogram
 from job.render.pictures import plain_numbers, top_of
 
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_COLOURS = {
+COLOURS = {
     "blue": "#2a6f97",
     "orange": "#e07a1f",
     "red": "#b5172f",
@@ -26,7 +26,7 @@ _COLOURS = {
     "green": "#2e8b57",
 }
 """Drawn with these; in the page each is its variable, which has another value in the dark."""
-_INCHES, _WIDE = (6.2, 3.6), (10.5, 3.9)
+_INCHES, WIDE = (6.2, 3.6), (10.5, 3.9)
 _LOG_FROM = 20
 """Times the lowest loss: from there on the highest one would leave the others no height."""
 _MOST_POINTS = 200
@@ -56,17 +56,17 @@ def losses(
     def draw(axes: Any) -> None:
         steps, means, low, high = _binned(curve.loss)
         if len(steps) < len(curve.loss):
-            axes.fill_between(steps, low, high, color=_COLOURS["grey"], alpha=0.25, linewidth=0)
+            axes.fill_between(steps, low, high, color=COLOURS["grey"], alpha=0.25, linewidth=0)
         label = "training" if len(steps) == len(curve.loss) else "training, means and range"
         if len(steps):
-            axes.plot(steps, means, color=_COLOURS["grey"], linewidth=1, label=label)
+            axes.plot(steps, means, color=COLOURS["grey"], linewidth=1, label=label)
         seen = _some(judged)
         at, loss = [e.step for e in seen], np.array([e.loss for e in seen])
         if plus_minus:
             by_step = {e.step: around or 0.0 for e, around in zip(judged, plus_minus, strict=True)}
             around = np.array([by_step[step] for step in at])
-            axes.fill_between(at, loss - around, loss + around, color=_COLOURS["blue"], alpha=0.2, linewidth=0)
-        axes.plot(at, loss, color=_COLOURS["blue"], marker="o", markersize=3.5, linewidth=1.8, label="validation")
+            axes.fill_between(at, loss - around, loss + around, color=COLOURS["blue"], alpha=0.2, linewidth=0)
+        axes.plot(at, loss, color=COLOURS["blue"], marker="o", markersize=3.5, linewidth=1.8, label="validation")
         if spot is not None:
             _mark(axes, spot)
         axes.set_xlabel("step")
@@ -74,7 +74,7 @@ def losses(
         _scale(axes, [e.loss for e in judged], curve.loss)
         axes.legend(frameon=False, loc="best")
 
-    return _svg("losses", draw, _of_losses(curve, judged, spot), inches=_WIDE)
+    return svg("losses", draw, _of_losses(curve, judged, spot), inches=WIDE)
 
 
 def _scale(axes: Any, judged: Sequence[float], trained: Sequence[float]) -> None:
@@ -101,11 +101,11 @@ def _logarithmic(axes: Any, *which: Any) -> None:
 def _mark(axes: Any, spot: SweetSpot) -> None:
     label = f"chosen: step {spot.step:,}"
     axes.plot(
-        [spot.step], [spot.loss], color=_COLOURS["orange"], marker="*", markersize=13, linestyle="none", label=label
+        [spot.step], [spot.loss], color=COLOURS["orange"], marker="*", markersize=13, linestyle="none", label=label
     )
     if spot.overfitting_from_step is not None:
         axes.axvline(
-            spot.overfitting_from_step, color=_COLOURS["red"], linestyle="--", linewidth=1.2, label="overfitting"
+            spot.overfitting_from_step, color=COLOURS["red"], linestyle="--", linewidth=1.2, label="overfitting"
         )
 
 
@@ -138,8 +138,8 @@ def by_step(name: str, values: Sequence[float], *, says: str) -> Markup:
     def draw(axes: Any) -> None:
         steps, means, low, high = _binned(values)
         if len(steps) < len(values):
-            axes.fill_between(steps, low, high, color=_COLOURS["blue"], alpha=0.25, linewidth=0)
-        axes.plot(steps, means, color=_COLOURS["blue"], linewidth=1.4)
+            axes.fill_between(steps, low, high, color=COLOURS["blue"], alpha=0.25, linewidth=0)
+        axes.plot(steps, means, color=COLOURS["blue"], linewidth=1.4)
         axes.set_xlabel("step")
         axes.set_ylabel(says)
         axes.set_ylim(0, _ceiling(values))
@@ -147,7 +147,7 @@ def by_step(name: str, values: Sequence[float], *, says: str) -> Markup:
         axes.yaxis.set_major_formatter(_tick)
 
     last = _ends(values, 1, len(values)) if values else "no step yet"
-    return _svg(name, draw, f"{says.capitalize()}: {last}; highest {max(values, default=0.0):.3g}.")
+    return svg(name, draw, f"{says.capitalize()}: {last}; highest {max(values, default=0.0):.3g}.")
 
 
 def lengths(histogram: Histogram, *, max_length: int) -> Markup:
@@ -155,8 +155,8 @@ def lengths(histogram: Histogram, *, max_length: int) -> Markup:
     edges, counts = _merged(histogram)
 
     def draw(axes: Any) -> None:
-        axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=_COLOURS["blue"], linewidth=0)
-        axes.axvline(max_length, color=_COLOURS["red"], linewidth=1.5, label=f"max_length {max_length:,}")
+        axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=COLOURS["blue"], linewidth=0)
+        axes.axvline(max_length, color=COLOURS["red"], linewidth=1.5, label=f"max_length {max_length:,}")
         axes.set_xlabel("tokens of a training example")
         axes.set_ylabel("examples")
         axes.set_xlim(0, max(float(edges[-1]), float(max_length)) * 1.03)
@@ -166,7 +166,7 @@ def lengths(histogram: Histogram, *, max_length: int) -> Markup:
     most = int(np.argmax(counts)) if len(counts) else 0
     ends = edges[most], edges[min(most + 1, len(edges) - 1)]
     says = f"From {edges[0]:,} to {edges[-1]:,} tokens; most examples have {ends[0]:,} to {ends[1]:,}."
-    return _svg("lengths", draw, f"{says} max_length is {max_length:,}.")
+    return svg("lengths", draw, f"{says} max_length is {max_length:,}.")
 
 
 def examples(found: HeldOut) -> Markup:
@@ -182,11 +182,11 @@ def examples(found: HeldOut) -> Markup:
             _logarithmic(axes, axes.xaxis, axes.yaxis)
         else:
             least = 0.0
-        axes.plot([least, most], [least, most], color=_COLOURS["grey"], linestyle="--", linewidth=1, label="no change")
+        axes.plot([least, most], [least, most], color=COLOURS["grey"], linestyle="--", linewidth=1, label="no change")
         axes.plot(
             base,
             tuned,
-            color=_COLOURS["blue"],
+            color=COLOURS["blue"],
             marker="o",
             markersize=3,
             linestyle="none",
@@ -198,7 +198,7 @@ def examples(found: HeldOut) -> Markup:
             axes.plot(
                 [e.base for e in far],
                 [e.tuned for e in far],
-                color=_COLOURS["orange"],
+                color=COLOURS["orange"],
                 marker="D",
                 markersize=5,
                 linestyle="none",
@@ -208,7 +208,7 @@ def examples(found: HeldOut) -> Markup:
         axes.set_ylabel("loss at the chosen step")
         axes.legend(frameon=False, loc="best")
 
-    return _svg(
+    return svg(
         "examples",
         draw,
         f"{found.examples:,} held-out examples: the loss of {found.worse:,} has risen; {found.outliers_in_all:,} lie "
@@ -235,7 +235,7 @@ def several(runs: Sequence[RunLine]) -> tuple[Markup, int]:
             axes.plot(
                 [e.step for e in seen],
                 [e.loss for e in seen],
-                color=_COLOURS[_LINES[place]],
+                color=COLOURS[_LINES[place]],
                 linestyle=_DASHES[place],
                 marker="o",
                 markersize=3,
@@ -252,7 +252,7 @@ def several(runs: Sequence[RunLine]) -> tuple[Markup, int]:
         for run in drawn
     ]
     says = f"Validation loss: {', '.join(said)}."
-    return _svg("several", draw, says, inches=_WIDE), len(runs) - len(drawn)
+    return svg("several", draw, says, inches=WIDE), len(runs) - len(drawn)
 
 
 def _some(judged: Sequence[EvaluationReport]) -> list[EvaluationReport]:
@@ -305,7 +305,7 @@ def _merged(histogram: Histogram) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 # --- from matplotlib into the page ------------------------------------------------------------------------------------
 
 
-def _svg(name: str, draw_on: Callable[[Any], None], says: str, *, inches: tuple[float, float] = _INCHES) -> Markup:
+def svg(name: str, draw_on: Callable[[Any], None], says: str, *, inches: tuple[float, float] = _INCHES) -> Markup:
     """A drawing as an element of the page, with what it shows for who cannot see it."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -313,7 +313,7 @@ def _svg(name: str, draw_on: Callable[[Any], None], says: str, *, inches: tuple[
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "path.simplify": True}
     for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
-        settings[part] = _COLOURS["grey"]
+        settings[part] = COLOURS["grey"]
     written = io.BytesIO()
     with mpl.rc_context(settings):
         figure = Figure(figsize=inches, layout="constrained")
@@ -322,7 +322,7 @@ def _svg(name: str, draw_on: Callable[[Any], None], says: str, *, inches: tuple[
         axes = figure.add_subplot()
         axes.patch.set_visible(False)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=_COLOURS["pale"], linewidth=0.8)
+        axes.grid(axis="y", color=COLOURS["pale"], linewidth=0.8)
         axes.set_axisbelow(True)
         draw_on(axes)
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -372,6 +372,6 @@ def _rename(root: ET.Element, prefix: str) -> None:
 
 
 def _in_page_s_colours(style: str) -> str:
-    for name, colour in _COLOURS.items():
+    for name, colour in COLOURS.items():
         style = style.replace(colour, f"var(--{name})")
     return re.sub(r"font: ([\d.]+px) [^;]*", r"font-size: \1", style)

@@ -13,6 +13,7 @@ from job.render.page.cost import cost_chapter, moment
 from job.render.page.data import data_chapter
 from job.render.page.facts import facts_chapters
 from job.render.page.metrics import change_chapter, losses_by_slice, metric_chapter
+from job.render.page.nights.night import night_chapter
 from job.render.page.writing import written
 from job.render.verdict_text import verdict_text
 
@@ -23,12 +24,21 @@ def report_html(report: Report) -> bytes:
 
 
 def _page(report: Report, room: Room) -> Page:
+    promotion = report.promotion
+    champion = None if promotion is None else promotion.judged.decision.champion
+    metric = None if report.metric is None else report.metric.name
+    night, answers = (
+        night_chapter(promotion, room),
+        answers_chapter(report.answers, room, metric=metric, champion=champion),
+    )
     chapters = [
+        night,
+        *([] if night is None else [answers]),
         change_chapter(report.change),
         _curves(report),
         _evaluations(report, room),
         metric_chapter(report.metric, room),
-        answers_chapter(report.answers, room, metric=None if report.metric is None else report.metric.name),
+        *([answers] if promotion is None else []),
         _examples(report, room),
         data_chapter(report, room),
         cost_chapter(report, room),
@@ -37,7 +47,7 @@ def _page(report: Report, room: Room) -> Page:
     return Page(
         title=f"{report.model.base}, run {report.run_id}"[:300],
         standing=f"Finished {moment(report.finished)}",
-        verdict=verdict_text(report),
+        verdict=verdict_text(report) if promotion is None else f"{room.cut(promotion.said)} {verdict_text(report)}",
         figures=_figures(report),
         to_do=[room.cut(f"{step[:1].upper()}{step[1:]}.") for step in next_steps(report)],
         to_do_none="Nothing in the figures of this run asks for another one.",

@@ -25,7 +25,7 @@ from job.core.channel import (
 from job.core.crash_points import crash_point
 from job.core.error_budget import YEAR_DAYS, spend
 from job.core.errors import UsageError
-from job.core.exam_results import ExampleResults
+from job.core.exam_results import ExampleResults, asked_alike
 from job.core.judgement import Answered, Candidate, Standards, Terms, evidence_to_gather, judge_run
 from job.core.promotion_report import BudgetReport, ended_with, said_of
 from job.core.recipe import Recipe
@@ -294,5 +294,7 @@ def _kept_answers(channel: Channel, before: Judged, promoted: Promoted | None, e
     known = {called: results for called, results in earlier.items() if results is not None}
     by_seed = tuple(results for results in seeds if results is not None)
     if exam is None or challenger is None or champion is None or len(known) + len(by_seed) < len(earlier) + len(seeds):
+        return None
+    if not asked_alike(challenger, champion):
         return None
     return Answered(exam=exam, challenger=challenger, champion=champion, seeds=by_seed, earlier=known)

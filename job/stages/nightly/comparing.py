@@ -48,8 +48,8 @@ def judge_loaded(
     recipe = attempt.worker.recipe
     promoted, etag = channel.promoted()
     champion = in_use(promoted)
-    mine = examiner.results(Contender(run_id=candidate.run_id, adapter=candidate.adapter))
-    theirs = examiner.results(champion)
+    mine = examiner.results(Contender(run_id=candidate.run_id, adapter=candidate.adapter), with_answers=True)
+    theirs = examiner.results(champion, with_answers=True)
     others = {
         called: results
         for called, entry in earlier_models(channel, promoted).items()

@@ -1,7 +1,7 @@
 """How models do on a channel's exams: what is kept of the same model and exam, else judged anew by loading it."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from job.core.channel import THE_BASE, AdapterInUse, Promoted
 from job.core.errors import DataError
-from job.core.exam_results import ExampleResults, name_of, results_of
+from job.core.exam_results import ExampleResults, GivenAnswers, name_of, results_of
 from job.core.packing import Rows
 from job.edge.run.channels import Channel
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
+from job.stages.nightly.answering import Asked, answers_of
 from job.stages.nightly.channel_changes import BASE, model_name
 from job.stages.nightly.exams import Exams, ExamSet
 from job.stages.proving import as_judged, let_go, load_alone, load_from
@@ -108,39 +109,64 @@ class Examiner:
         for each in exams.every:
             channel.keep_exam(each.exam)
 
-    def results(self, contender: Contender) -> dict[str, ExampleResults]:
-        """By the exam's name.
+    def results(self, contender: Contender, *, with_answers: bool = False) -> dict[str, ExampleResults]:
+        """By the exam's name; `with_answers`: on the frozen examples its answers too, where there are questions.
 
         Raises:
             NotFoundError: its adapter is gone from the store.
             DataError: its adapter is not what was promoted, or gives no finite loss.
         """
         found = {each.exam.name: self._kept(contender, each) for each in self.exams.every}
+        frozen, asked = self.exams.frozen, self.exams.asked if with_answers else None
         missing = [each for each in self.exams.every if found[each.exam.name] is None]
-        if missing:
+        if missing or not _has_answered(found[frozen.exam.name], asked):
             log.info("judged_anew", model=contender.called, exams=len(missing))
             with self.loaded(contender) as model:
                 for each in missing:
-                    nll = self.nll(contender, model, each.documents)
-                    found[each.exam.name] = self.keep(contender, each, nll)
+                    found[each.exam.name] = self.keep(contender, each, self.nll(contender, model, each.documents))
+                on_frozen = found[frozen.exam.name]
+                assert on_frozen is not None, "it was judged just now"
+                if asked is not None and not _has_answered(on_frozen, asked):
+                    log.info("asked_anew", model=contender.called, questions=len(asked.questions))
+                    answers = answers_of(self._attempt, self._inputs, asked, model)
+                    found[frozen.exam.name] = self.keep(contender, frozen, on_frozen.nll, answers=answers)
+        if asked is None:
+            found = {name: None if each is None else each.without_answers() for name, each in found.items()}
         return {name: results for name, results in found.items() if results is not None}
 
     def of_loaded(
-        self, contender: Contender, model: PackedModel, *, known: Mapping[str, NDArray[np.float64]]
+        self,
+        contender: Contender,
+        model: PackedModel,
+        *,
+        known: Mapping[str, NDArray[np.float64]],
+        answers: GivenAnswers | None = None,
     ) -> dict[str, ExampleResults]:
-        """The same of a model that is loaded; `known`: summed losses on exams that it was judged on just now."""
-        return {
-            each.exam.name: self.keep(
-                contender,
-                each,
-                known[each.exam.name] if each.exam.name in known else self.nll(contender, model, each.documents),
-            )
-            for each in self.exams.every
-        }
+        """The same of a model that is loaded.
 
-    def keep(self, contender: Contender, asked: ExamSet, nll: NDArray[np.float64]) -> ExampleResults:
+        Args:
+            contender: the model.
+            model: loaded.
+            known: summed losses on exams that it was judged on just now.
+            answers: what it answered just now.
+        """
+        found = {}
+        for each in self.exams.every:
+            name = each.exam.name
+            nll = known[name] if name in known else self.nll(contender, model, each.documents)
+            found[name] = self.keep(contender, each, nll, answers=answers if each is self.exams.frozen else None)
+        return found
+
+    def keep(
+        self,
+        contender: Contender,
+        asked: ExamSet,
+        nll: NDArray[np.float64] | Sequence[float],
+        *,
+        answers: GivenAnswers | None = None,
+    ) -> ExampleResults:
         """Keep what a model made of an exam."""
-        results = results_of(nll, model=contender.model, exam=asked.exam.name, how=self.how)
+        results = results_of(nll, model=contender.model, exam=asked.exam.name, how=self.how, answers=answers)
         self._channel.keep_results(contender.kept_as, results)
         return results
 
@@ -223,6 +249,13 @@ class Examiner:
     def _kept(self, contender: Contender, asked: ExamSet) -> ExampleResults | None:
         kept = self._channel.results(contender.kept_as, exam=asked.exam.name, how=self.how, model=contender.model)
         return kept if kept is not None and len(kept.nll) == len(asked.documents) else None
+
+
+def _has_answered(results: ExampleResults | None, asked: Asked | None) -> bool:
+    """Whether it answered the same questions, judged in the same way, or none is asked."""
+    return asked is None or (
+        results is not None and results.answers is not None and results.answers.asked == asked.name
+    )
 
 
 def _refuse_odd(config: Path, contender: Contender) -> None:

@@ -18,6 +18,8 @@ from job.edge.store.objects import StoredObject
 from job.edge.store.whole_files import whole_file
 from job.stages.attempt import Worker
 from job.stages.identity import Run
+from job.stages.loading import Inputs
+from job.stages.nightly.answering import Asked, asked_of
 from job.stages.sources import judge_sources, new_tallies
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
@@ -44,6 +46,8 @@ class Exams:
     frozen: ExamSet
     regression: ExamSet | None
     """None: the recipe names none."""
+    asked: Asked | None = None
+    """What champion and challenger answer of the frozen examples; None: nothing."""
 
     @property
     def every(self) -> tuple[ExamSet, ...]:
@@ -51,14 +55,13 @@ class Exams:
         return (self.frozen, *([self.regression] if self.regression is not None else []))
 
 
-def prepare_exams(worker: Worker, run: Run, validation: Documents, tokenizer: Any, *, folder: Path) -> Exams:
+def prepare_exams(worker: Worker, run: Run, inputs: Inputs, *, folder: Path) -> Exams:
     """Both sets, before anything is trained: a field that is missing must not be found in the morning.
 
     Args:
         worker: with the recipe.
         run: names the objects.
-        validation: what the run is judged on.
-        tokenizer: the base model's.
+        inputs: with what the run is judged on.
         folder: for files on their way; it belongs to this run.
 
     Raises:
@@ -66,7 +69,7 @@ def prepare_exams(worker: Worker, run: Run, validation: Documents, tokenizer: An
         UsageError: a field divides the examples into too many slices.
         NotFoundError: there is no such regression set.
     """
-    promote = worker.recipe.promote
+    promote, validation = worker.recipe.promote, inputs.dataset.validation
     fields: list[Fields] = [{}] * len(validation)
     if promote.fields:
         fields = fields_of_documents(
@@ -76,9 +79,9 @@ def prepare_exams(worker: Worker, run: Run, validation: Documents, tokenizer: An
     frozen = ExamSet(exam=_exam(validation, fields, promote), documents=validation)
     regression = None
     if promote.regression is not None:
-        documents = _read_regression(worker, tokenizer, validation, promote.regression, folder / "regression")
+        documents = _read_regression(worker, inputs.tokenizer, validation, promote.regression, folder / "regression")
         regression = ExamSet(exam=_exam(documents, [], PromoteSection()), documents=documents)
-    return Exams(frozen=frozen, regression=regression)
+    return Exams(frozen=frozen, regression=regression, asked=asked_of(inputs, worker.recipe))
 
 
 def fields_of_documents(

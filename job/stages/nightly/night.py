@@ -84,7 +84,7 @@ def prepare_night(
         copy = copy_of(attempt, channel, inputs.artifacts.run_id)
         copy.follow()
         folder = attempt.worker.run_folder(inputs.artifacts.run_id) / "exams"
-        exams = prepare_exams(attempt.worker, run, inputs.dataset.validation, inputs.tokenizer, folder=folder)
+        exams = prepare_exams(attempt.worker, run, inputs, folder=folder)
         carried_out = judge_again(channel, recipe, copy)
         promoted, _ = channel.promoted()  # one of them may be in use by now
     late = tuple(map(str, run.sides.late))

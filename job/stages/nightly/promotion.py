@@ -1,9 +1,11 @@
 """A channel after a night has trained: is its model better than the one in use, and if so, it takes its place."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from job.core.channel import AdapterFileInUse, AdapterInUse, Judged, NightWork, OtherTraining
+from job.core.held_out import Answer
 from job.core.judgement import Candidate
 from job.core.promotion_report import PromotionReport, said_of
 from job.core.report import Report
@@ -13,16 +15,27 @@ from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.loading import Inputs
 from job.stages.loop import TrainingFacts
+from job.stages.nightly.answering import answers_known
 from job.stages.nightly.channel_changes import (
     budget_report,
     carry_out,
     first_state,
 )
 from job.stages.nightly.comparing import judge_loaded
-from job.stages.nightly.contenders import Contender, Examiner
+from job.stages.nightly.contenders import Contender, Examiner, in_use
 from job.stages.nightly.night import Night
 from job.tune.engines.packed_model import PackedModel
 from job.tune.world import World
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """The run's adapter as the store has it, with what it gave when it was proved and asked."""
+
+    files: dict[str, FileEntry]
+    proven: Evaluation
+    answers: Sequence[str]
+    """To the run's questions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +54,7 @@ def examine(
     facts: TrainingFacts,
     night: Night,
     model: PackedModel,
-    proven: Evaluation,
-    files: dict[str, FileEntry],
+    published: Published,
     world: World,
 ) -> Examined:
     """Judge the published adapter, while it is loaded, on what it was not judged on yet.
@@ -53,8 +65,7 @@ def examine(
         facts: how it was trained.
         night: the channel.
         model: the published adapter, as it was loaded to be proven.
-        proven: what it made of the held-out examples.
-        files: the published ones.
+        published: what it gave then.
         world: the others, who have a base that is sharded with us.
     """
     with attempt.phases.phase("judge"):
@@ -68,8 +79,14 @@ def examine(
             tokens_at_once=facts.progress.cut.evaluation_tokens,
             world=world,
         )
-        contender = Contender(run_id=inputs.artifacts.run_id, adapter=_adapter_of(inputs.artifacts.uri, files))
-        examiner.of_loaded(contender, model, known={night.exams.frozen.exam.name: proven.nll})
+        adapter = _adapter_of(inputs.artifacts.uri, published.files)
+        contender = Contender(run_id=inputs.artifacts.run_id, adapter=adapter)
+        examiner.of_loaded(
+            contender,
+            model,
+            known={night.exams.frozen.exam.name: published.proven.nll},
+            answers=answers_known(night.exams.asked, facts.questions, published.answers),
+        )
     other = night.other
     others = () if other is None else (OtherTraining(run_id=other.run_id, adapter=_adapter_in(other)),)
     return Examined(contender=contender, examiner=examiner, others=others)
@@ -84,7 +101,9 @@ def judged_files(night: Night, artifacts: Artifacts) -> dict[str, FileEntry] | N
     return files if artifacts.holds_adapter(files) else None
 
 
-def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined, *, trained: Report) -> PromotionReport:
+def promote(
+    attempt: Attempt, inputs: Inputs, night: Night, examined: Examined, *, trained: Report
+) -> tuple[PromotionReport, tuple[Answer, ...]]:
     """Judge the run beside the model in use, and do what comes of it; what an attempt before did stands.
 
     Args:
@@ -93,6 +112,9 @@ def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined, 
         night: the channel.
         examined: tonight's model.
         trained: the run's report, which does not say yet what came of it.
+
+    Returns:
+        What came of it, and the run's answers with those of the model in use.
 
     Raises:
         NotFoundError: the adapter in use is gone from the store.
@@ -105,7 +127,7 @@ def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined, 
     with attempt.phases.phase("promote"):
         outcome = carry_out(channel, recipe, judged, night.copy, work=work_of(trained))
     state, _ = channel.state()
-    return PromotionReport(
+    promotion = PromotionReport(
         channel=channel.name,
         channel_uri=channel.uri,
         outcome=outcome,
@@ -119,6 +141,27 @@ def promote(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined, 
         also=night.also,
         conditional=channel.conditional,
     )
+    return promotion, _beside_champion(trained.answers, night, judged)
+
+
+def _beside_champion(answers: Sequence[Answer], night: Night, judged: Judged) -> tuple[Answer, ...]:
+    """The run's answers with those of the model that it was compared with, where that is another one than the base."""
+    changes = (change for change in night.channel.changes() if change.sequence == judged.compared.sequence)
+    champion = in_use(next(changes, None))
+    kept = night.channel.results(champion.kept_as, exam=judged.exam, how=judged.how, model=champion.model)
+    asked = night.exams.asked
+    if champion.run_id is None or kept is None or kept.answers is None or asked is None:
+        return tuple(answers)
+    if kept.answers.asked != asked.name:
+        return tuple(answers)
+    texts = kept.answers.texts
+    wrong = dict(zip(kept.answers.places[: len(texts)], kept.answers.wrong, strict=False))
+    documents = night.exams.frozen.documents
+    theirs = {
+        documents.where(place): {"champion": text, "champion_score": 1 - wrong[place]}
+        for place, text in zip(kept.answers.places, texts, strict=False)
+    }
+    return tuple(each.model_copy(update=theirs.get(each.where or "", {})) for each in answers)
 
 
 def work_of(trained: Report) -> NightWork:

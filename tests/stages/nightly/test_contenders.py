@@ -1,6 +1,8 @@
 """Models on exams: kept results of the same model are used, others are not; smaller forwards where memory runs out."""
 
 import json
+from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,17 +12,19 @@ from channel_material import adapter
 from tiny import CPU, adapted, stages_attempt
 from tiny_families import write_family
 
+from job.core.answer_metrics import AnswerMetric
 from job.core.errors import DataError
 from job.core.recipe import LoraSection, Recipe
 from job.edge.run.channels import Channel
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
 from job.stages.nightly import contenders
+from job.stages.nightly.answering import Asked, answers_known
 from job.stages.nightly.contenders import Contender, Examiner
 from job.stages.nightly.exams import Exams, ExamSet, _exam
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.loop.checkpoint import adapter_to_publish
-from job.tune.loop.evaluate import evaluate
+from job.tune.loop.evaluate import Question, evaluate
 from job.tune.model.adapter import odd_settings
 from job.tune.world import ALONE
 
@@ -99,6 +103,73 @@ def test_what_was_judged_just_now_is_not_judged_again(examiner, documents):
     known = {examiner.exams.frozen.exam.name: np.arange(1.0, len(documents) + 1)}
     (kept,) = examiner.of_loaded(Contender(run_id="run-2", adapter=adapter("run-2")), None, known=known).values()
     assert kept.nll == tuple(range(1, len(documents) + 1))
+
+
+def question(document):
+    return Question(ids=(5, 6, 7 + document), prompt="?", expected="right", document=document)
+
+
+def asking(*documents, name="questions"):
+    metric = AnswerMetric(name="contains")
+    asked = tuple(map(question, documents))
+    return Asked(name=name, questions=asked, references=dict.fromkeys(documents, "right"), metric=metric)
+
+
+@pytest.fixture
+def answering(examiner, monkeypatch):
+    """The examiner with two questions, and what was asked: the model's text is its own, the loading is not."""
+    asked = []
+
+    def answers_of(_attempt, _inputs, questions, model):
+        asked.append((questions.name, model))
+        return questions.judged({4: "it is right", 1: "not so"})
+
+    @contextmanager
+    def loaded(contender):
+        yield contender.called
+
+    monkeypatch.setattr(contenders, "answers_of", answers_of)
+    monkeypatch.setattr(contenders, "evaluate", lambda _model, these, **_how: SimpleNamespace(nll=np.ones(len(these))))
+    examiner.loaded = loaded
+    examiner.exams = replace(examiner.exams, asked=asking(4, 1))
+    examiner.asked_so_far = asked
+    return examiner
+
+
+def test_a_model_is_asked_once_and_what_it_answered_is_kept(answering, documents):
+    run_1 = Contender(run_id="run-1", adapter=adapter("run-1"))
+    (mute,) = answering.results(run_1).values()
+    assert mute.answers is None
+    assert answering.asked_so_far == [], "earlier models are compared by their loss alone"
+    (kept,) = answering.results(run_1, with_answers=True).values()
+    assert (kept.answers.places, kept.answers.wrong) == ((4, 1), (0.0, 1.0))
+    assert kept.answers.texts == ("it is right", "not so")
+    assert kept.nll == mute.nll
+    assert [*answering.results(run_1, with_answers=True).values()] == [kept]
+    assert answering.asked_so_far == [("questions", "run-1")]
+
+
+def test_answers_to_other_questions_are_asked_anew_and_to_none_are_left_out(answering):
+    run_1 = Contender(run_id="run-1", adapter=adapter("run-1"))
+    answering.results(run_1, with_answers=True)
+    answering.exams = replace(answering.exams, asked=asking(1, 4, name="others"))
+    (kept,) = answering.results(run_1, with_answers=True).values()
+    assert (kept.answers.asked, kept.answers.wrong) == ("others", (1.0, 0.0))
+    answering.exams = replace(answering.exams, asked=None)
+    (kept,) = answering.results(run_1, with_answers=True).values()
+    assert kept.answers is None, "the run of tonight has none either"
+    assert [name for name, _ in answering.asked_so_far] == ["questions", "others"]
+
+
+def test_what_the_run_has_answered_already_is_not_asked_again(answering, documents):
+    known = {answering.exams.frozen.exam.name: np.ones(len(documents))}
+    questions = [question(7), question(1), replace(question(0), document=None), question(4)]
+    answers = answers_known(answering.exams.asked, questions, ["of another", "right", "a prompt's", "wrong"])
+    mine = Contender(run_id="run-2", adapter=adapter("run-2"))
+    answering.of_loaded(mine, None, known=known, answers=answers)
+    (kept,) = answering.results(mine, with_answers=True).values()
+    assert (kept.answers.places, kept.answers.wrong) == ((4, 1), (1.0, 0.0))
+    assert answering.asked_so_far == []
 
 
 def test_memory_that_runs_out_makes_the_forwards_smaller_and_not_the_night_fail(examiner, documents, monkeypatch):
