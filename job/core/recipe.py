@@ -183,7 +183,8 @@ class EvaluateSection(Section):
     prompts: tuple[Text, ...] = ()
     """Texts that base and tuned model answer, side by side in the report."""
     answers: Whole = 0
-    """Held-out examples that base and tuned model answer from their prompt, compared word for word (exact match)."""
+    """Held-out examples that base and tuned model answer from their prompt, compared word for word (exact match). On a
+    channel the model in use answers them too, and a run that answers significantly worse does not replace it."""
     max_new_tokens: Count = 256
     """Longest answer in tokens."""
     metric: MetricName = "exact_match"

@@ -81,6 +81,19 @@ def test_answers_of_base_champion_and_challenger_stand_together_regressions_firs
     assert "of the model in use 1" in articles[0]
 
 
+def test_what_is_not_known_of_the_model_in_use_is_no_regression_and_of_the_base_it_is_known():
+    report = a_night()
+    unknown = [each.model_copy(update={"champion": None, "champion_score": None}) for each in report.answers]
+    base_was_right = [each.model_copy(update={"base_score": 1.0}) for each in unknown]
+    page = report_html(report.model_copy(update={"answers": tuple(base_was_right)})).decode()
+    assert "0 were answered better by run-1" in page
+    first = a_verdict()
+    decision = first.decision.model_copy(update={"champion": "the base"})
+    report = a_night(first.model_copy(update={"decision": decision}))
+    page = report_html(report.model_copy(update={"answers": tuple(base_was_right)})).decode()
+    assert "3 were answered better by the base" in page
+
+
 def test_without_a_channel_there_is_no_such_chapter():
     page = report_html(a_night().model_copy(update={"promotion": None})).decode()
     assert 'id="night"' not in page
@@ -126,7 +139,7 @@ def test_new_records_budget_goodput_and_hours_are_those_of_the_state():
 
 def test_a_channel_whose_copy_is_behind_says_what_to_do():
     page = text_of(channel_html(CHANNELS["rolled back"]()))
-    assert "the base is in use since 2026-01-06 02:00 UTC. Rolled back by hand from run-0 to the base." in page
+    assert "The base is in use since 2026-01-06 02:00 UTC. Rolled back by hand from run-0 to the base." in page
     assert "Start `run` once more" in page
 
 

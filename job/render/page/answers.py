@@ -7,6 +7,7 @@ better: what would be lost by a change.
 from collections.abc import Sequence
 
 from job.core.answer_metrics import MetricName
+from job.core.channel import THE_BASE
 from job.core.held_out import Answer
 from job.render.page.blocks import Answers, Chapter, Room, ShownAnswer, Words
 
@@ -30,9 +31,8 @@ def answers_chapter(
     if not answers:
         said = "Nothing was asked: evaluate.prompts and evaluate.answers say what both models answer."
         return Chapter(anchor="answers", name="Answers", blocks=[Words(text=said)])
-    is_night = champion is not None
-    lost = [each for each in answers if is_night and _is_lost(each)]
-    others = [each for each in answers if not (is_night and _is_lost(each))]
+    lost = [] if champion is None else [each for each in answers if _is_lost(each, champion)]
+    others = [each for each in answers if champion is None or not _is_lost(each, champion)]
     ordered = [*lost, *sorted(others, key=lambda each: (_ORDER[_state(each)], -_change(each)))]
     shown = [_shown(each, room) for each in ordered[: room.answers]]
     at_once = max(_AT_ONCE, sum(each.state != "right" for each in shown[:_MOST_AT_ONCE]))
@@ -57,9 +57,9 @@ def _state(answer: Answer) -> str:
     return "right" if answer.tuned == answer.expected else "wrong"
 
 
-def _is_lost(answer: Answer) -> bool:
-    """Whether what the run was compared with gave a better answer."""
-    before = answer.champion_score if answer.champion is not None else answer.base_score
+def _is_lost(answer: Answer, champion: str) -> bool:
+    """Whether what the run was compared with is known to have given a better answer."""
+    before = answer.base_score if champion == THE_BASE else answer.champion_score
     return before is not None and answer.tuned_score is not None and answer.tuned_score < before
 
 

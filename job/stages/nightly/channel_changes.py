@@ -243,7 +243,7 @@ def judge_by_kept(channel: Channel, recipe: Recipe, before: Judged, *, number: i
     """
     promoted, etag = channel.promoted()
     sets = {
-        name: _kept_answers(channel, before, promoted, exam)
+        name: _kept_answers(channel, before, promoted, exam, asks=recipe.evaluate.answers > 0)
         for name, exam in (("frozen", before.exam), ("regression", before.regression_exam))
         if exam is not None
     }
@@ -277,7 +277,9 @@ def judge_by_kept(channel: Channel, recipe: Recipe, before: Judged, *, number: i
     return channel.record_judged(judged)
 
 
-def _kept_answers(channel: Channel, before: Judged, promoted: Promoted | None, exam_name: str) -> Answered | None:
+def _kept_answers(
+    channel: Channel, before: Judged, promoted: Promoted | None, exam_name: str, *, asks: bool
+) -> Answered | None:
     exam = channel.exam(exam_name)
 
     def kept(run: str, adapter: AdapterInUse | None) -> ExampleResults | None:
@@ -295,6 +297,6 @@ def _kept_answers(channel: Channel, before: Judged, promoted: Promoted | None, e
     by_seed = tuple(results for results in seeds if results is not None)
     if exam is None or challenger is None or champion is None or len(known) + len(by_seed) < len(earlier) + len(seeds):
         return None
-    if not asked_alike(challenger, champion):
+    if not asked_alike(challenger, champion) or (asks and exam_name == before.exam and challenger.answers is None):
         return None
     return Answered(exam=exam, challenger=challenger, champion=champion, seeds=by_seed, earlier=known)

@@ -6,6 +6,7 @@ import pytest
 from channel_material import HOW, adapter, exam, judged, results
 
 from job.core.channel import Promoted
+from job.core.exam_results import given_answers, results_of
 from job.core.recipe import Recipe
 from job.edge.run.channels import Channel
 from job.edge.store.objects import StoreSettings
@@ -96,3 +97,29 @@ def test_of_two_seeds_both_are_judged_again(channel, recipe):
     assert again.others == before.others
     assert not again.decision.promoted
     assert again.decision.champion == "run-1"
+
+
+def answered(channel, run_id, *, asked="q", wrong=0.0):
+    """Keep what a run answered as well."""
+    before = channel.results(run_id, exam="exam", how=HOW, model="a" * 32)
+    answers = given_answers(asked, [*range(30)], [wrong] * 30, [])
+    again = results_of(before.nll, model=before.model, exam="exam", how=HOW, answers=answers)
+    channel.keep_results(run_id, again)
+
+
+def test_answers_are_compared_again_too_and_those_to_other_questions_wait_for_a_night_that_asks(channel, recipe):
+    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"answers": 30})})
+    in_use_for(channel, 1, "run-1")
+    channel.keep_exam(exam())
+    before = judged("run-2")
+    for run_id, loss, seed in (("run-2", 0.9, 2), ("run-1", 1.0, 1)):
+        kept(channel, run_id, loss, seed)
+    channel.keep_results(BASE, results(1.2, model="base"))
+    assert judge_by_kept(channel, recipe, before, number=2) is None, "neither was asked, and the recipe asks"
+    answered(channel, "run-2", wrong=1.0)
+    assert judge_by_kept(channel, recipe, before, number=2) is None, "one was not"
+    answered(channel, "run-1", asked="others")
+    assert judge_by_kept(channel, recipe, before, number=2) is None, "it was asked other questions"
+    answered(channel, "run-1")
+    again = judge_by_kept(channel, recipe, before, number=2)
+    assert again.decision.held_up_by == ("answers",)

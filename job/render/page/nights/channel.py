@@ -77,7 +77,8 @@ def _page(channel: ChannelSeen, room: Room) -> Page:
 def _verdict(now: Promoted | None) -> str:
     if now is None:
         return "The base is in use: nothing was promoted yet."
-    return f"{name_in_use(now)} is in use since {moment(now.since)}. {now.why}"
+    name = "The base" if now.run_id is None else now.run_id
+    return f"{name} is in use since {moment(now.since)}. {now.why}"
 
 
 def _figures(channel: ChannelSeen, now: Promoted | None) -> dict[str, str]:
@@ -103,7 +104,7 @@ def _nights(nights: Sequence[Night], room: Room) -> list[Chapter]:
     last = nights[::-1]
     rows = [
         (
-            moment(each.time),
+            moment(each.time).removesuffix(" UTC"),
             room.cut(each.run_id),
             each.outcome if each.outcome != "refused" else each.verdict,
             room.cut(each.champion),
@@ -111,12 +112,11 @@ def _nights(nights: Sequence[Night], room: Room) -> list[Chapter]:
             f"{each.champion_loss:.4f}",
             f"{each.mean:+.4f}",
             "-" if each.low is None or each.high is None else f"{each.low:+.4f} to {each.high:+.4f}",
-            f"{each.level:.2g}",
             room.cut(each.why),
         )
         for each in last[: room.rows]
     ]
-    head = ("night", "run", "outcome", "against", "loss", "of that", "difference", "95 %", "level", "why")
+    head = ("night (UTC)", "run", "outcome", "against", "loss", "of that", "difference", "95 %", "why")
     newest = _table("The last nights, the newest first; below 0 the night's model is better", head, rows[:_AT_ONCE])
     blocks: list[Block] = [Pictures(pictures=[picture]), newest]
     if len(rows) > _AT_ONCE:
@@ -127,7 +127,7 @@ def _nights(nights: Sequence[Night], room: Room) -> list[Chapter]:
 
 
 def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, left_out: int = 0) -> Table:
-    return Table(caption=caption, head=head, rows=rows, words=(0, 1, 2, 3, 9), left_out=left_out, rest_in=_STATE)
+    return Table(caption=caption, head=head, rows=rows, words=(0, 1, 2, 3, 8), left_out=left_out, rest_in=_STATE)
 
 
 def _fresh(channel: ChannelSeen, room: Room) -> Iterator[Chapter]:

@@ -15,6 +15,8 @@ from job.render.page.figures import COLOURS, WIDE, svg
 _HOUR = 3600
 _FEW_DATES, _FEW_ON_WIDE = 4, 7
 """Dates that an axis has room for."""
+_MANY = 100
+"""Nights whose marks would hide each other in their usual size."""
 _MARKS = {
     "promoted": ("*", "green", 12, "promoted"),
     "refused": ("x", "red", 6, "not promoted"),
@@ -48,7 +50,16 @@ def nights_drawing(nights: Sequence[Night]) -> Markup:
 
     def draw(axes: Any) -> None:
         in_use = [each.champion_loss for each in nights]
-        axes.plot(at, in_use, color=COLOURS["grey"], linewidth=1.4, label="in use", drawstyle="steps-post")
+        smaller = 1.0 if len(nights) <= _MANY else 0.6
+        axes.plot(
+            at,
+            in_use,
+            color=COLOURS["grey"],
+            linewidth=1.4,
+            marker="." if len(nights) == 1 else None,
+            label="in use",
+            drawstyle="steps-post",
+        )
         for outcome, (marker, colour, size, says) in _MARKS.items():
             some = [place for place, each in enumerate(nights) if each.outcome == outcome]
             if some:
@@ -57,7 +68,7 @@ def nights_drawing(nights: Sequence[Night]) -> Markup:
                     [nights[place].challenger_loss for place in some],
                     color=COLOURS[colour],
                     marker=marker,
-                    markersize=size,
+                    markersize=size * smaller,
                     linestyle="none",
                     label=says,
                 )
