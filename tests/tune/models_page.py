@@ -53,14 +53,17 @@ this table trains one document a row, if `check` on a small random copy of its c
 run, find its loss right; where they find that rows change each other, one at a time. The adapter opens with
 `PeftModel.from_pretrained` on the class that is named: each run ends by proving that.
 
-Layers' linear modules are in 4 bits; embeddings, head, norms and the other small tensors never are. *Experts* of a
-mixture are in 4 bits too: each expert's two matrices are quantised by themselves, to the bit as bitsandbytes quantises
-them in a linear layer, and plain transformers and PEFT, which keep experts in 16 bits, get the values that those stand
-for. `lora.targets: [all-linear, experts]` gives each expert factors of its own, under the names that PEFT's
-`target_parameters` opens; routers get none, and no load-balancing loss is added. gpt-oss as it is published, its
-experts in MXFP4, gives to the bit what its decoded base in bf16 gives. Where experts stay *in 16 bits*, a mixture with
-more than 8 GiB of them is refused by `check`, with its size. Dense and shared MLPs of a mixture get an adapter from
-`all-linear` but in families where PEFT takes the names of their modules for the experts: the row shows it.
+Layers' linear modules are in 4 bits, to the bit as plain transformers with `BitsAndBytesConfig` has them, but for
+those whose weight its code multiplies past the module; embeddings, head, norms and the other small tensors never are.
+*Experts* of a mixture are in 4 bits too: each expert's two matrices are quantised by themselves, to the bit as
+bitsandbytes quantises them in a linear layer, and plain transformers and PEFT, which keep experts in 16 bits, get the
+values that those stand for. `lora.targets: [all-linear, experts]` gives each expert factors of its own, under the
+names that PEFT's `target_parameters` opens; routers get none, and no load-balancing loss is added. gpt-oss as it is
+published, its experts in MXFP4, gives to the bit what its decoded base in bf16 gives. Where experts stay *in 16 bits*,
+a mixture with more than 8 GiB of them is refused by `check`, with its size. A Llama 4 mixture that is published in 4
+bits is refused: transformers makes other experts of such files than of those in 16 bits. Dense and shared MLPs of a
+mixture get an adapter from `all-linear` but in families where PEFT takes the names of their modules for the experts:
+the row shows it.
 
 """
 _COLUMNS = (

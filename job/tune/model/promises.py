@@ -100,8 +100,8 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
         model, found = filled(causal_lm_of(config), config, plain, device_map={"": _META}, dtype=torch.bfloat16)
     if packed and is_another_in_four_bits(model):
         raise DataError(
-            f"{source}: {type(model).__name__} is in 4 bits, and of such files transformers makes other experts than of "
-            "those in 16 bits, with other tensors; choose this model in 16 bits as model.base"
+            f"{source}: {type(model).__name__} is in 4 bits, and of such files transformers makes other experts than "
+            "of those in 16 bits, with other tensors; choose this model in 16 bits as model.base"
         )
     sizes = {_ITEM_BYTES.get(header.dtype, 0) for name, header in headers.items() if name in packed}
     in_four_bits = {name for name, shapes in found.other_shapes.items() if _is_packed(*shapes, sizes)}
