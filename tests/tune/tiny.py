@@ -293,7 +293,7 @@ class Teller:
 
     def __init__(self, made: "Attempt") -> None:
         self.step = made.records.append
-        self.evaluation = lambda result, _sources: made.judged.append(result)
+        self.evaluation = lambda result, _sources, _slices: made.judged.append(result)
 
 
 @dataclass(kw_only=True)
