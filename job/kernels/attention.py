@@ -11,7 +11,6 @@ their gradients is that of the result times its own. Sinks: gpt-oss, arXiv 2508.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 # torch.nn.attention.varlen has these only behind autograd, and before 2.12 without grouped heads.
 # ruff: noqa: SLF001, FBT003 - torch's own names and signatures
@@ -72,18 +71,18 @@ class Attention:
     sinks: Tensor | None = None
     """[heads], scores that stand in each row's sum alone, not scaled; they get no gradient. None: there are none."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Any]:
-        """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what `backward` needs."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        """[T, heads, width], [T, key heads, width] twice -> [T, heads, width], and what `backward` keeps."""
         if segments.blocks is not None and has_own_kernel(query, segments.blocks):
             from job.kernels import triton_attention
 
             return triton_attention.forward(query, key, value, segments.blocks, self.scale, self.window, self.sinks)
         if not has_kernel(query):
             if self.sinks is not None:
-                return self._plain_with_sinks(query, key, value, segments), None
-            return self._plain(query, key, value, segments), None
+                return self._plain_with_sinks(query, key, value, segments), query.new_empty(0)
+            return self._plain(query, key, value, segments), query.new_empty(0)
         longest = segments.longest
-        out, log_sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
+        out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
             query,
             key,
             value,
@@ -99,7 +98,7 @@ class Attention:
         )
         if self.sinks is not None:
             out, log_sums = _with_sinks(out, log_sums, self.sinks)
-        return out, (log_sums, state, unused)
+        return out, log_sums
 
     def backward(
         self,
@@ -108,7 +107,7 @@ class Attention:
         key: Tensor,
         value: Tensor,
         out: Tensor,
-        kept: Any,
+        kept: Tensor,
         segments: Segments,
         *,
         room: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -128,7 +127,7 @@ class Attention:
         if not has_kernel(query):
             return self._plain_backward(grad, query, key, value, segments)
         longest = segments.longest
-        log_sums, state, unused = kept
+        unread = grad.new_empty(2, dtype=torch.uint64), grad.new_empty((), dtype=torch.uint64)  # dropout's state
         with _same_order():
             result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
                 grad,
@@ -136,15 +135,14 @@ class Attention:
                 key,
                 value,
                 out,
-                log_sums,
+                kept,
                 segments.cu_seqlens,
                 segments.cu_seqlens,
                 longest,
                 longest,
                 0.0,
                 True,
-                state,
-                unused,
+                *unread,
                 scale=self.scale,
                 **self._limits(longest),
             )

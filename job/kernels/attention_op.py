@@ -17,7 +17,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
     "qlora_job::document_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor lengths, Tensor? blocks, float scale,"
-    " int? window, Tensor? sinks=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    " int? window, Tensor? sinks=None) -> (Tensor, Tensor)",
 )
 def document_attention(
     query: Tensor,
@@ -29,7 +29,7 @@ def document_attention(
     scale: float,
     window: int | None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Causal attention inside each document.
 
     Args:
@@ -45,33 +45,27 @@ def document_attention(
         sinks: [heads], scores that stand in each row's sum alone; None: there are none. They get no gradient.
 
     Returns:
-        [T, heads, width], and three tensors that the backward needs, empty where it needs none.
+        [T, heads, width], and each row's sum, which the backward needs: empty where it needs none.
     """
-    out, kept = Attention(scale=scale, window=window, sinks=sinks).forward(
+    return Attention(scale=scale, window=window, sinks=sinks).forward(
         query.contiguous(), key.contiguous(), value.contiguous(), _segments(cu_seqlens, lengths, blocks)
     )
-    if has_own_kernel(query, blocks):
-        return out, kept, query.new_empty(0), query.new_empty(0)
-    return out, *(kept or (query.new_empty(0), query.new_empty(0), query.new_empty(0)))
 
 
 @document_attention.register_fake
-def _shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, own = query.new_empty(query.shape), has_own_kernel(query, arguments[4])
-    if not own and not has_kernel(query):
-        return out, query.new_empty(0), query.new_empty(0), query.new_empty(0)
-    log_sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
-    if own:
-        return out, log_sums, query.new_empty(0), query.new_empty(0)
-    return out, log_sums, query.new_empty(2, dtype=torch.uint64), query.new_empty((), dtype=torch.uint64)
+def _shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(query.shape)
+    if not has_own_kernel(query, arguments[4]) and not has_kernel(query):
+        return out, query.new_empty(0)
+    return out, query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "qlora_job::document_attention_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums, Tensor state,"
-    " Tensor unused, Tensor cu_seqlens, Tensor lengths, Tensor? blocks, Tensor? sinks, float scale,"
-    " int? window) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums,"
+    " Tensor cu_seqlens, Tensor lengths, Tensor? blocks, Tensor? sinks, float scale, int? window)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(
     grad: Tensor,
@@ -80,8 +74,6 @@ def _backward_op(
     value: Tensor,
     out: Tensor,
     log_sums: Tensor,
-    state: Tensor,
-    unused: Tensor,
     cu_seqlens: Tensor,
     lengths: Tensor,
     blocks: Tensor | None,
@@ -96,7 +88,7 @@ def _backward_op(
         key.contiguous(),
         value.contiguous(),
         out,
-        log_sums if has_own_kernel(query, blocks) else (log_sums, state, unused),
+        log_sums,
         _segments(cu_seqlens, lengths, blocks),
     )
 

@@ -31,8 +31,8 @@ def own_base(job):
 def test_what_needs_torch_comes_last_and_quick_leaves_it_out(job):
     whole, quick = job.call("check"), job.call("check", "--quick")
 
-    assert rows(whole)[-3:] == [("ok", "model"), ("ok", "weights"), ("ok", "self-test")]
-    assert rows(quick) == rows(whole)[:-3]
+    assert rows(whole)[-4:] == [("ok", "model"), ("!!", "serving"), ("ok", "weights"), ("ok", "self-test")]
+    assert rows(quick) == rows(whole)[:-4]
     assert "as config.json promises: 21 tensors, 0.00 GB on this machine; fp32" in whole.stdout
     assert "24 training and 6 held-out examples" in quick.stdout
     assert quick.code == whole.code == 0
