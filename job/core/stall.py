@@ -65,6 +65,8 @@ ALLOWED_SECONDS = MappingProxyType(
         "evaluate": FIRST_STEP_SECONDS,
         "ask_base": FIRST_STEP_SECONDS,
         "ask_tuned": FIRST_STEP_SECONDS,
+        # Statistics of what both models answered.
+        "sum_up": 600.0,
     }
 )
 """Seconds without progress by phase; `train` follows its own steps."""

@@ -93,7 +93,7 @@ def finish(
     examined = None if night is None else examine(attempt, inputs, facts, night, model, published, world)
     let_go(model, world)
     del model  # others come in its place
-    with phases.phase("report"):
+    with phases.phase("sum_up"):
         results = results_of(attempt, inputs, facts, tuned, step=chosen.step)
         report = assemble_report(
             attempt, inputs, facts, verdict, files=files, proven_loss=proven.loss, tuned=tuned, results=results

@@ -29,7 +29,7 @@ PHASES = (
         "upload",
         "publish",
     ),
-    *("prove", "ask_tuned", "report"),
+    *("prove", "ask_tuned", "sum_up", "report"),
 )
 
 

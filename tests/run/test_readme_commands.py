@@ -43,12 +43,14 @@ def test_there_are_commands():
 def person(tmp_path_factory, base, warm):
     """Types a call of the job in a folder with a recipe that takes seconds, on what the calls before it have left."""
     job = Job(tmp_path_factory.mktemp("person"), base)
+    job.recipe["promote"] = {"channel": "notes"}
     job.write()
     settings = {"JOB_WORKDIR": str(job.workdir), "JOB_DEVICE": "cpu", "JOB_PROMPT": "12 red hats\\n"}
 
     def types(line):
         run = f"file://{job.only_run()}" if job.runs() else "RUN_URI"
-        here = {"RECIPE": "recipe.yaml", "RUN_URI": run, "FOLDER": "fetched"}
+        channel = f"file://{job.store}/channels/notes"
+        here = {"RECIPE": "recipe.yaml", "RUN_URI": run, "FOLDER": "fetched", "CHANNEL_URI": channel}
         words = [here.get(word, word) for word in shlex.split(line, comments=True)]
         command = [sys.executable, str(ROOT / "entrypoint.py"), *words[2:]]
         with process(command, cwd=job.folder, environment=settings, image=warm) as running:

@@ -45,7 +45,7 @@ def test_each_step_and_each_phase_is_one_event(finished):
         "self_test",
         "resume",
     ]
-    phases += ["ask_base", "train", "upload", "publish", "prove", "ask_tuned", "report"]
+    phases += ["ask_base", "train", "upload", "publish", "prove", "ask_tuned", "sum_up", "report"]
     assert [name for name in ended.phases() if name != "evaluate"] == phases
 
 

@@ -102,7 +102,7 @@ def test_log_report_and_card_show_each_source(mixed):
     card = (job.only_run() / "adapter" / "README.md").read_text()
     assert "- `notes`: " in card
     assert "75.0% of what was drawn" in card
-    assert "(base) -> " in card
+    assert "| source | held out | loss, base | loss, tuned |" in card
 
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
