@@ -37,6 +37,8 @@ TWICE = (
 """Points that one attempt passes again and again."""
 SHORT = ("evaluate.middle", "save.middle")
 """Points in phases of milliseconds: a request at a moment drawn from the seed mostly comes after them."""
+LAST = ("sum_up", "report")
+"""At the very end there is nothing left to stop."""
 LATE = ("adapter.", "prove.", "pictures.", "report.")
 """Points after the last step: an attempt that is killed there has trained to the end."""
 
@@ -246,8 +248,7 @@ def stops_at_random(siege: Siege, *, at_once: int) -> None:
             for phase in phases:
                 code = None if besieged.done else besieged.stop_at_random(phase)
                 ended.setdefault(phase, set()).add(code)
-                # At the very end there is nothing left to stop.
-                stopped = StopRequestedError.code in ended[phase] or (phase == "report" and code == 0)
+                stopped = StopRequestedError.code in ended[phase] or (phase in LAST and code == 0)
                 # A short phase may be over when the signal arrives.
                 hit = phase not in NEEDED or siege.ledger.count(phase=phase, deed=STOP)
                 if not (stopped and hit):
