@@ -96,7 +96,7 @@ def test_prompts_answered_together_are_answered_as_one_by_one(any_model, questio
 
 def test_prompts_too_many_for_the_memory_are_answered_in_turns(llama, questions, tokenizer, monkeypatch):
     """By `generate`, as of a family that is not packed."""
-    monkeypatch.setattr(llama, "is_packed", False)
+    monkeypatch.setattr(llama, "rows", "padded")
     together = replies(llama, questions, tokenizer)
     widths = []
     generate = llama.model.generate
