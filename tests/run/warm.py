@@ -153,7 +153,8 @@ def end(code: int) -> None:
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if not stream.closed:  # absl, which rouge-score brings, closes what it logged to
+                stream.flush()
         except OSError:
             code = FAILED_FLUSH
     os._exit(code)
