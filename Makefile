@@ -19,8 +19,9 @@ demo: $(VENV)/installed
 	@JOB_LOG_FORMAT=$${JOB_LOG_FORMAT:-console} $(BIN)/python entrypoint.py run recipes/demo.yaml \
 		--output file://$(CURDIR)/$(DEMO)/store --workdir $(DEMO)/work --device cpu --outcome-file $(DEMO)/outcome.json
 
+# Three at once: on two cores one mostly waits for a process, a lease or a server.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
 		--ignore tests/chaos
 
 # Every attack by what is read from outside, each in a process that may take little memory; `make test` has those that
@@ -66,8 +67,8 @@ test-demo-base: $(VENV)/installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "demo_base or not demo_base" tests/recipes
 
 # Attempts killed, stopped, frozen, started twice, alone and as one of several processes, on a store that dies, lies and
-# forbids, on disks that fill: two hours on two cores. What was done goes into bench/RESULTS.md. CHAOS_SEED=... draws other moments; CHAOS_ENGINE=fast
-# trains by the engine's step.
+# forbids, on disks that fill: two hours on two cores. What was done goes into bench/RESULTS.md. CHAOS_SEED=... draws
+# other moments; CHAOS_ENGINE=fast trains by the engine's step.
 chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CHAOS_RESULTS=bench/RESULTS.md \
 		$(BIN)/python -m pytest -s -m "chaos or not chaos" tests/chaos
