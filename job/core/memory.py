@@ -51,6 +51,10 @@ class ExpertsShape:
     """Elements of the matrices that are dequantised at once: one of each expert of a layer."""
     beside: int = 0
     """What a dense block beside a layer's experts, which all tokens go through, widens a token to."""
+    has_bias: bool = False
+    """Whether something is added to their products."""
+    gate_in_one: bool = True
+    """Whether what stands between their products is one kernel; else autograd goes through transformers' code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,8 @@ class ModelShape:
     """What the model does to its logits."""
     norms: int = 2
     """Of a layer, over a token's whole width; Gemma's have four."""
+    head_norms: bool = False
+    """Whether queries and keys are normed, each head by itself."""
     layer_whole_parameters: int = 0
     """Of the whole ones, those in matrices of layers: routers, and experts that are not in 4 bits."""
     experts: ExpertsShape | None = None
@@ -147,8 +153,8 @@ QLoRA, arXiv 2305.14314, section 3.
 """
 RANK_ALIGNMENT = 64
 """Ranks that stand beside an input are rounded up to a multiple of this: rows start where tensor cores read fastest."""
-_ADAPTED = 7
-"""Linear modules of a layer, each with an adapter where all are targets."""
+_ADAPTED, _ADAPTED_IN_ATTENTION = 7, 4
+"""Linear modules of a layer, each with an adapter where all are targets; and those outside its second half."""
 _LOGITS_BYTES = 2**28
 """The most logits that exist at once, in bf16: their gradient is written over them."""
 _LOGITS_BY_AUTOGRAD = {"scaled": 3 * _FP32, "capped": 4 * _FP32}
@@ -196,7 +202,9 @@ class MemoryParts:
     token_head: int
     """A token, outside the layers, while the loss is computed."""
     token: int
-    """A token, outside the layers, in the backward of one."""
+    """A token, outside the layers, in the backward of one, beside the workspace."""
+    token_alone: int
+    """The same while nothing is in the workspace, where that may be more."""
     token_layer: int
     """A token's activations in a layer; where layers differ in them, the mean."""
     token_largest: int
@@ -226,7 +234,8 @@ class MemoryParts:
         kept = whole * self.token_layer + recomputed_layers * self.token_recomputed
         at_the_head = self.logits + tokens * (self.token_head + kept)
         again = self.token_largest - self.token_recomputed if not whole else 0
-        in_the_backward = tokens * (self.token + kept + again)
+        at_once = max(tokens * self.token, tokens * self.token_alone - self.workspace)
+        in_the_backward = at_once + tokens * (kept + again)
         dequantised = kept_layers * self.dequantised_layer - (self.spared_workspace if kept_layers == layers else 0)
         return self.fixed + dequantised + max(at_the_head, in_the_backward)
 
@@ -245,7 +254,8 @@ def memory_parts(
     The fast engine: what `job/kernels/llama_step.py` keeps, tensor by tensor. The generic one, its layers compiled,
     keeps in bf16: a layer's input, the stream between its halves, and what each norm gives (4 hidden); query, key,
     value and the attention's result; gate, up and their product; the input of each adapter's ranks. With Llama-2-7B on
-    an H200 that is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384.
+    an H200 that is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384. Of
+    mixtures, which are not compiled, those that are packed and attend in all layers are counted too.
 
     With `shards` the layers' weights are spread over so many GPUs, two layers are whole at a time, and none is kept
     dequantised.
@@ -256,22 +266,19 @@ def memory_parts(
     logits = _LOGITS_BYTES
     if shape.logits != "plain":
         logits = _LOGITS_BY_AUTOGRAD[shape.logits] * _LOGITS_CHUNK * shape.vocabulary
+    token_alone = 0
     if engine == "generic":
-        intermediate = shape.intermediate if shape.experts is None else shape.experts.beside
-        kept = (2 + shape.norms) * shape.hidden + 2 * (query + keys) + 3 * intermediate
-        kept += _ADAPTED * adapter.rank
-        token_layer = math.ceil((1.0 if compiled else _NOT_COMPILED) * (_BF16 * kept + _FP32 * shape.heads))
         # One weight at a time, as it is and as a gradient's other factor.
         workspace = spared = 2 * shape.hidden * shape.intermediate * _BF16
         dequantised = _BF16 * shape.linear_parameters // shape.layers if compiled else 0
+        is_counted = shape.experts is not None and shape.recurrent is None and rows == "packed"
+        token_layer = _kept_by_generic(shape, adapter, compiled=compiled, is_counted=is_counted)
         # The stream, its gradient, and what a product adds to each; the gradients of gate, up and their product.
         token = _BF16 * (4 * shape.hidden + 3 * shape.intermediate)
-        if adapter.by_peft:
-            token_layer = _kept_by_peft(shape, adapter, query=query, keys=keys)
         if shape.experts is not None:
             workspace = max(workspace, _BF16 * shape.experts.largest)
-            token_layer += _kept_by_experts(shape.experts)
-            token += _in_the_backward_of_experts(shape.experts, shape.hidden)
+            kept, token, token_alone = _of_experts(shape.experts, shape.hidden, adapter, token, is_counted=is_counted)
+            token_layer += kept
     else:
         kept = (shape.hidden + wide) + (query + 2 * keys) + query + rank + (shape.hidden + twice)
         kept += 2 * shape.intermediate + rank
@@ -307,6 +314,7 @@ def memory_parts(
         # The stream, its last place of each target, that one normed, and the gradient of it.
         token_head=_BF16 * (4 * shape.hidden + rank),
         token=math.ceil(padded * token),
+        token_alone=math.ceil(padded * token_alone),
         token_layer=math.ceil(padded * token_layer),
         token_largest=math.ceil(padded * largest),
         token_recomputed=math.ceil(padded * _BF16 * shape.hidden),
@@ -328,6 +336,36 @@ def _of_the_base(shape: ModelShape, shards: int) -> tuple[int, int]:
     return weights, _BF16 * whole
 
 
+def _dense_width(shape: ModelShape) -> int:
+    """What a layer's dense block widens a token to; 0: it has none."""
+    return shape.intermediate if shape.experts is None else shape.experts.beside
+
+
+def _kept_by_generic(shape: ModelShape, adapter: AdapterShape, *, compiled: bool, is_counted: bool) -> int:
+    """Bytes of a token in a layer, without its experts."""
+    query, keys = shape.heads * shape.head_width, shape.key_heads * shape.head_width
+    if adapter.by_peft:
+        return _kept_by_peft(shape, adapter, query=query, keys=keys)
+    if is_counted:
+        return _kept_beside_experts(shape, adapter, query=query, keys=keys)
+    kept = (2 + shape.norms) * shape.hidden + 2 * (query + keys) + 3 * _dense_width(shape) + _ADAPTED * adapter.rank
+    return math.ceil((1.0 if compiled else _NOT_COMPILED) * (_BF16 * kept + _FP32 * shape.heads))
+
+
+def _kept_beside_experts(shape: ModelShape, adapter: AdapterShape, *, query: int, keys: int) -> int:
+    """Bytes of a token in a mixture's layer, without its experts, tensor by tensor as autograd saves them.
+
+    Each norm's input, its root (both fp32) and result; query, key, value, the attention's result and sums; each
+    adapter's ranks; of a dense block gate, its activation, up and their product. Not the stream.
+    """
+    norms = shape.norms * (_FP32 * (shape.hidden + 1) + _BF16 * shape.hidden)
+    if shape.head_norms:
+        norms += _FP32 * (query + keys + shape.heads + shape.key_heads)
+    attention = _BF16 * 2 * (query + keys) + _FP32 * shape.heads
+    dense, adapted = _dense_width(shape), _ADAPTED if _dense_width(shape) else _ADAPTED_IN_ATTENTION
+    return norms + attention + _BF16 * (adapted * adapter.rank + 4 * dense)
+
+
 def _kept_by_peft(shape: ModelShape, adapter: AdapterShape, *, query: int, keys: int) -> int:
     """Bytes of a token in a layer whose linear modules are PEFT's own.
 
@@ -338,19 +376,24 @@ def _kept_by_peft(shape: ModelShape, adapter: AdapterShape, *, query: int, keys:
     return _FP32 * in_fp32 + _BF16 * (2 * (query + keys) + 3 * shape.intermediate)
 
 
-def _kept_by_experts(of: ExpertsShape) -> int:
-    """Bytes of a token in a layer: each expert's first product, and the router's probabilities and choices."""
-    choices = 5 * _INT64 * of.chosen
-    return _BF16 * of.chosen * of.first + 2 * _FP32 * of.number + choices
+def _of_experts(
+    of: ExpertsShape, hidden: int, adapter: AdapterShape, token: int, *, is_counted: bool
+) -> tuple[int, int, int]:
+    """Bytes of a token: what a layer's experts keep; the most in their backward beside weights; and without weights.
 
-
-def _in_the_backward_of_experts(of: ExpertsShape, hidden: int) -> int:
-    """Bytes of a token.
-
-    A row's tokens and their gradient, and what an adapter adds to that; the gradient of the first product; the gate's
-    result and its gradient.
+    Each expert's first product is kept, and the router's probabilities and choices. Beside weights are the gradients of
+    the first product and of what went into it, of the stream, and what is added to that. Without them those of rows, of
+    the gate's result and of the first product, and that result again; in fp32 two factors and their product, whose sum
+    a row's weight gets: of rows where there is a bias, of the gate's result where autograd goes through it. An adapter
+    on experts adds once more to what went in. Where that is not counted, all of it is there beside `token`.
     """
-    return _BF16 * of.chosen * (3 * hidden + of.first + 2 * of.inner)
+    kept = _BF16 * of.chosen * of.first + 5 * _INT64 * of.chosen + (1 if is_counted else 2) * _FP32 * of.number
+    if not is_counted:
+        return kept, token + _BF16 * of.chosen * (3 * hidden + of.first + 2 * of.inner), 0
+    first, summed = of.first + hidden, max(hidden * of.has_bias, of.inner * (not of.gate_in_one))
+    alone = max(_BF16 * (first + 2 * of.inner) + 3 * _FP32 * summed, _BF16 * (first + hidden * adapter.on_experts))
+    beside_weights = max(2 * hidden + of.chosen * first, 4 * hidden + 3 * of.beside)
+    return kept, _BF16 * beside_weights, _BF16 * hidden + of.chosen * alone
 
 
 def _padded(rank: int) -> int:

@@ -15,10 +15,10 @@ from job.kernels import reference
 from job.kernels.experts import Experts, ExpertsAdapter, ExpertsLinear, experts
 from job.kernels.ops import Gate
 from job.tune.engines.choice import choose_engine
-from job.tune.engines.linears import gate_of
 from job.tune.engines.packed_model import PackedModel
 from job.tune.engines.selftest import check_model
 from job.tune.model.experts import in_four_bits
+from job.tune.model.mixtures import gate_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA")
 

@@ -1,6 +1,6 @@
 """The adapted model's linear layers and experts, fused ops in the place of PEFT's and bitsandbytes' own forward."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from job.kernels.experts import Experts, ExpertsAdapter, ExpertsLinear, experts
 from job.kernels.linear_op import linear
-from job.kernels.ops import Gate
 from job.kernels.weights import Linear, Quantised
 from job.kernels.which_ops import ops_of
 from job.tune.engines.families import is_in_whole_blocks, linear_of
 from job.tune.model.experts import in_four_bits
-from job.tune.model.mixtures import weights_of_experts
+from job.tune.model.mixtures import gate_of, weights_of_experts
 
 _MOST_SEEDS = 2**31
 
@@ -239,25 +238,6 @@ def experts_of(outer: Any) -> Experts:
         return ExpertsLinear(weights=in_four_bits(module)[name], bias=bias, adapter=adapters.get(name))
 
     return Experts(first=product(first), gate=module.gate_in_one, second=product(second))
-
-
-def gate_of(module: Any) -> Gate | Callable[[Tensor], Tensor]:
-    """What a module of experts has between its products: as one kernel, where it is found to be the same, or its own.
-
-    Found out by trying: neither the activation nor where gate and up stand is written in a config.
-    """
-    if not module.has_gate:
-        activation: Callable[[Tensor], Tensor] = module.act_fn.forward
-        return activation
-    its_own: Callable[[Tensor], Tensor] = module._apply_gate  # noqa: SLF001 - as transformers' own products do
-    alpha, limit = getattr(module, "alpha", None), getattr(module, "limit", None)
-    known = [Gate()]
-    if isinstance(alpha, float | int) and isinstance(limit, float | int):
-        known.append(Gate(interleaved=True, alpha=float(alpha), limit=float(limit), one_more=True))
-    probe = torch.linspace(-9.0, 9.0, 64, device="cpu").view(4, 16).roll(3, dims=1)
-    with torch.no_grad():
-        wanted = its_own(probe)
-        return next((gate for gate in known if torch.allclose(gate(probe), wanted, rtol=1e-5, atol=1e-6)), its_own)
 
 
 def _adapter(wrapper: nn.Module) -> ExpertsAdapter:

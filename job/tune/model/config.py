@@ -10,8 +10,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from job.core.errors import UsageError
 from job.core.memory import ExpertsShape, ModelShape
+from job.kernels.ops import Gate
 from job.tune.model.four_bit import put_into_four_bits
-from job.tune.model.mixtures import experts_modules, matrix_of_expert, weights_of_experts
+from job.tune.model.mixtures import experts_modules, gate_of, matrix_of_expert, weights_of_experts
 from job.tune.model.recurrent import recurrent_shape
 from job.tune.model.stored.tensor_files import stored_names
 from job.tune.model.wrappers import Wrapper, text_config_of, wrapper_of
@@ -121,6 +122,7 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
             f"model.base: {config.model_type}: its config has no {', '.join(unknown)}; choose another base"
         )
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    width = largest(config, "head_dim") or hidden // heads
     softcap, scale = softcap_and_scale(config)
     recurrent = recurrent_shape(model, config)  # before its linear modules are others
     linear, experts = put_into_four_bits(model, left), _experts(config, model)
@@ -134,11 +136,12 @@ def shape_of(config: Any, left: Collection[str] | None = None) -> ModelShape:
         positions=largest(config, "max_position_embeddings") or largest(config, "max_seq_len") or UNBOUNDED_POSITIONS,
         heads=heads,
         key_heads=largest(config, "num_key_value_heads") or heads,
-        head_width=largest(config, "head_dim") or hidden // heads,
+        head_width=width,
         linear_parameters=in_linear,
         whole_parameters=left_whole - (0 if experts is None else experts.parameters),
         logits="capped" if softcap is not None else "plain" if scale == 1 else "scaled",
         norms=max(2, _as_wide(model, hidden) // sizes["num_hidden_layers"]),
+        head_norms=width != hidden and _as_wide(model, width) >= 2 * sizes["num_hidden_layers"],
         layer_whole_parameters=_whole_in_layers(model, sizes["num_hidden_layers"], linear.values()),
         experts=experts,
         recurrent=recurrent,
@@ -167,6 +170,8 @@ def _experts(config: Any, model: Any) -> ExpertsShape | None:
         inner=max(width for _, (_, width) in matrices[1::2]),
         largest=max(stack.numel() for stack, _ in matrices),
         beside=max((width for width in inputs if width != config.hidden_size), default=0),
+        has_bias=any(module.has_bias for module in found.values()),
+        gate_in_one=all(isinstance(gate_of(module), Gate) for module in found.values()),
     )
 
 
@@ -190,10 +195,10 @@ def _plain(config: Any, name: str) -> Any:
         return None
 
 
-def _as_wide(model: nn.Module, hidden: int) -> int:
-    """Modules whose weight is a vector of the stream's width: norms."""
+def _as_wide(model: nn.Module, width: int) -> int:
+    """Modules whose weight is a vector of this width, the stream's or a head's: norms."""
     weights = (getattr(module, "weight", None) for module in model.modules())
-    return sum(isinstance(weight, nn.Parameter) and weight.shape == (hidden,) for weight in weights)
+    return sum(isinstance(weight, nn.Parameter) and weight.shape == (width,) for weight in weights)
 
 
 def _whole_in_layers(model: nn.Module, layers: int, linear: Iterable[nn.Linear]) -> int:

@@ -1,12 +1,13 @@
-"""What of a model are experts and their routers, and which experts are put into 4 bits."""
+"""What of a model are experts and their routers, which are put into 4 bits, and what stands between their products."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from job.core.memory import NF4_BLOCK
+from job.kernels.ops import Gate
 
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """What configs call the number of experts of a layer."""
@@ -61,6 +62,25 @@ def matrix_of_expert(module: Any, shape: torch.Size) -> tuple[int, int]:
     """[out, in] of an expert, from the shape of all experts' parameter."""
     _, *sides = shape
     return (sides[1], sides[0]) if module.is_transposed else (sides[0], sides[1])
+
+
+def gate_of(module: Any) -> Gate | Callable[[Tensor], Tensor]:
+    """What a module of experts has between its products: as one kernel, where it is found to be the same, or its own.
+
+    Found out by trying: neither the activation nor where gate and up stand is written in a config.
+    """
+    if not module.has_gate:
+        activation: Callable[[Tensor], Tensor] = module.act_fn.forward
+        return activation
+    its_own: Callable[[Tensor], Tensor] = module._apply_gate  # noqa: SLF001 - as transformers' own products do
+    alpha, limit = getattr(module, "alpha", None), getattr(module, "limit", None)
+    known = [Gate()]
+    if isinstance(alpha, float | int) and isinstance(limit, float | int):
+        known.append(Gate(interleaved=True, alpha=float(alpha), limit=float(limit), one_more=True))
+    probe = torch.linspace(-9.0, 9.0, 64, device="cpu").view(4, 16).roll(3, dims=1)
+    with torch.no_grad():
+        wanted = its_own(probe)
+        return next((gate for gate in known if torch.allclose(gate(probe), wanted, rtol=1e-5, atol=1e-6)), its_own)
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -14,11 +14,10 @@ from job.kernels.linear_op import linear
 from job.kernels.ops import Gate
 from job.kernels.weights import Quantised
 from job.tune.engines.families import linear_of
-from job.tune.engines.linears import gate_of
 from job.tune.engines.packed_model import PackedModel
 from job.tune.model.adapter import trainable
 from job.tune.model.config import empty_model
-from job.tune.model.mixtures import experts_modules
+from job.tune.model.mixtures import experts_modules, gate_of
 
 SEVERAL = {"llama": EVERY_LINEAR, "mistral": EVERY_LINEAR, "qwen3": EVERY_LINEAR, "gemma2": EVERY_LINEAR}
 
