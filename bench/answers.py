@@ -17,7 +17,7 @@ import torch
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
 from bench.training import PROJECTIONS, RANK
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import choose_device, peak_memory_bytes
 from job.tune.engines.packed_model import PackedModel

@@ -26,7 +26,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
 from bench.training import SameBatch, load, recipe_of
-from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
+from job.core.plan.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels import reference
 from job.kernels.attention import Attention
 from job.kernels.decoder import Saving

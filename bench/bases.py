@@ -22,7 +22,7 @@ from bench.measured import Measured
 from bench.options import parser_of
 from bench.processes import NoResultError, run
 from bench.results import table, write_section
-from job.core.memory import GIB
+from job.core.plan.memory import GIB
 
 _HEADER = (
     *("base", "engine", "real tok/s", "of the ceiling", "tokens a micro-batch", "planned GiB", "peak GiB"),

@@ -30,7 +30,7 @@ from bench.options import parser_of
 from bench.processes import NoResultError, run
 from bench.results import table, write_section
 from bench.training import documents_of, recipe_of
-from job.core.memory import GIB, ModelShape
+from job.core.plan.memory import GIB, ModelShape
 from job.tune.model.config import load_tokenizer, read_config, shape_of
 
 _HEADER = (

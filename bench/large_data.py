@@ -22,15 +22,15 @@ from pathlib import Path
 
 from bench.processes import run
 from bench.results import RESULTS, device_and_versions, table, write_section
-from job.core.course import course_of
-from job.core.packing import pack_evenly
-from job.core.recipe import Recipe
-from job.core.records import Tally, checked_lines
+from job.core.data.packing import pack_evenly
+from job.core.data.records import Tally, checked_lines
+from job.core.plan.course import course_of
+from job.core.recipe.schema import Recipe
 from job.edge.dataset_files import DataFile, read_lines
 from job.edge.host.outcome import Outcome
 from job.edge.store.objects import StoredObject
 from job.stages.attempt import Phases, Worker
-from job.stages.data_objects import list_data
+from job.stages.data.data_objects import list_data
 
 ROOT = Path(__file__).parents[1]
 BATCH = 32
@@ -111,7 +111,7 @@ def whole(path, *, tokenizer, workdir):
     """From files to the micro-batches of every step."""
     from types import SimpleNamespace
 
-    from job.stages.dataset import prepare_dataset
+    from job.stages.data.dataset import prepare_dataset
     from job.tune.model.tokenizer import named_tokenizer
 
     recipe = recipe_of(f"file://{path}" + "/" * path.is_dir())

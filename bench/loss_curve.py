@@ -25,7 +25,7 @@ from bench import plain
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
 from bench.training import load, recipe_of
-from job.core.course import plan_course
+from job.core.plan.course import plan_course
 from job.tune.device.device import choose_device
 from job.tune.model.adapter import attach_lora
 from job.tune.model.config import load_tokenizer, read_config

@@ -44,9 +44,9 @@ from bench.processes import NoResultError, begun, run, workers_of
 from bench.results import device_and_versions, table, write_section
 from bench.steps import environment_to_watch, steps_in, steps_text
 from bench.workload import kind_of, workload_of
-from job.core.forecast import forecast
-from job.core.memory import GIB
-from job.core.scaling import Cluster
+from job.core.plan.forecast import forecast
+from job.core.plan.memory import GIB
+from job.core.plan.scaling import Cluster
 from job.edge.host.gpu import look_at_links
 from job.tune.model.config import read_config, shape_of
 

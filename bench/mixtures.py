@@ -28,8 +28,8 @@ from bench.options import GSM8K
 from bench.processes import NoResultError, run
 from bench.random_base import SHAPES, config_of, write_base
 from bench.results import RESULTS, table, write_section
-from job.core.memory import GIB
-from job.core.recipe import ALL_LINEAR
+from job.core.plan.memory import GIB
+from job.core.recipe.schema import ALL_LINEAR
 from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import empty_model
 from job.tune.model.mixtures import experts_in

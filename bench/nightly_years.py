@@ -3,8 +3,8 @@
     python -m bench.nightly_years [--years 2000] [--nights 365] [--seed 0] [--workers 2] [--results bench/RESULTS.md]
 
 Every night a challenger meets the champion on one frozen set and is decided on by the product's own functions
-(`job.core.gate`, `paired`, `error_budget`, `fresh_evidence`). Years run beside each other as rows of arrays; only the
-nights whose t is anywhere near the night's level go through the bootstrap, all others are far from a promotion.
+(`job.core.nightly`, `job.core.judging.paired`). Years run beside each other as rows of arrays; only the nights whose t
+is anywhere near the night's level go through the bootstrap, all others are far from a promotion.
 
 A model's loss a token on an example is a common part, which pairs cancel, its own true mean, and a deviation of its
 own: Student's t with four degrees of freedom, a tenth of its variance shared by the example's cluster, scaled so that
@@ -24,10 +24,10 @@ from time import perf_counter
 import numpy as np
 
 from bench.results import RESULTS, table, versions, write_section
-from job.core.error_budget import open_budget, spend
-from job.core.fresh_evidence import BETS, WAITING, FreshEvidence, log_capitals
-from job.core.gate import Evidence, decide, shares_of
-from job.core.paired import gap_of, gaps_of, pairs_of
+from job.core.judging.paired import gap_of, gaps_of, pairs_of
+from job.core.nightly.error_budget import open_budget, spend
+from job.core.nightly.fresh_evidence import BETS, WAITING, FreshEvidence, log_capitals
+from job.core.nightly.gate import Evidence, decide, shares_of
 
 SD = 0.3
 """Nats a token, of the difference of two models on an example."""

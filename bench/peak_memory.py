@@ -4,8 +4,8 @@
         [--recomputed none,half,all] [--engine fast] [--results bench/RESULTS.md]
 
 Each point: the base in 4 bits, three steps of one micro-batch that is full to the last token or nearly, and the most
-that torch had allocated meanwhile. The prediction is that of `job.core.memory` for the tokens that were in it. Each
-base is loaded once, in a process of its own; points that run out of memory say so.
+that torch had allocated meanwhile. The prediction is that of `job.core.plan.memory` for the tokens that were in it.
+Each base is loaded once, in a process of its own; points that run out of memory say so.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
 from bench.training import SameBatch, filling, load, recipe_of
-from job.core.memory import GIB
+from job.core.plan.memory import GIB
 from job.tune.device.device import choose_device
 
 STEPS = 3

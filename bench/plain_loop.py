@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from bench import plain
-from job.core.course import plan_course
+from job.core.plan.course import plan_course
 
 
 def encode(path, report, tokenizer):

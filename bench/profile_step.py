@@ -26,7 +26,7 @@ from bench.ideal import all_products_seconds, ideal_seconds
 from bench.options import parser_of
 from bench.results import device_and_versions, table, write_section
 from bench.training import NO_END, SameBatch, load, recipe_of
-from job.core.packing import pack_evenly
+from job.core.data.packing import pack_evenly
 from job.tune.device.device import choose_device
 
 WARM_UP = 4

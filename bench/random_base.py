@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from bench.rivals import unsloth_form
-from job.core.mxfp4 import BLOCKS, SCALES
+from job.core.base.mxfp4 import BLOCKS, SCALES
 from job.tune.model.experts import as_tensors, quantised_one_by_one
 from job.tune.model.mixtures import experts_modules, weights_of_experts
 

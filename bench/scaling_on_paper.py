@@ -11,10 +11,10 @@ from pathlib import Path
 from bench.options import parser_of
 from bench.results import table, write_section
 from bench.workload import workload_of
-from job.core.forecast import forecast
-from job.core.gpus import gpu_named
-from job.core.links import network
-from job.core.scaling import Cluster
+from job.core.plan.forecast import forecast
+from job.core.plan.gpus import gpu_named
+from job.core.plan.links import network
+from job.core.plan.scaling import Cluster
 
 BATCHES = (256, 16)
 _EXAMPLES = 16_384
@@ -65,13 +65,13 @@ its last piece, or what the backward of the last micro-batch did not hide. Share
 document by document. The sum of P parameters in fp32 over h hosts of g GPUs: each GPU sends 2 x 4P (g - 1) / g bytes
 within its host, then each host 2 x 4P (h - 1) / h to others; 6 times 4P bytes pass the GPU's memory within, and 6
 times 4P / g between; each of 2 (P / 2^23 + 1) exchanges, within and between, begins with 40 microseconds, of which two
-ranks need half (`job/core/scaling.py`). What each GPU does by itself, whatever
-its share, is counted too: 145 tokens' time a micro-batch, and 40 times 4P bytes for the update (`job/core/cut.py`,
+ranks need half (`job/core/plan/scaling.py`). What each GPU does by itself, whatever
+its share, is counted too: 145 tokens' time a micro-batch, and 40 times 4P bytes for the update (`job/core/plan/cut.py`,
 `forecast.py`).
 
 Each way, and what is counted with: {link} {rate:.0f} GB/s a GPU, {share:.0%} of it; Ethernet {ethernet:.1f} GB/s a
 host, {ethernet_share:.0%} of it, its cards reading the GPUs' memory; memory {memory:.2f} TB/s. Where they are from:
-`job/core/links.py`. 64 GPUs on one NVLink are a rack; usual hosts have 8.
+`job/core/plan/links.py`. 64 GPUs on one NVLink are a rack; usual hosts have 8.
 """
 _END = """\
 With fewer examples than GPUs the others have no work.

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from bench.options import GSM8K
-from job.core.chunks import in_chunks
-from job.core.course import Course, plan_course
-from job.core.cut import Cut, plan_memory
-from job.core.lengths import choose_max_length
-from job.core.memory import AdapterShape, MemoryParts, ModelShape, memory_parts
-from job.core.recipe import Recipe
+from job.core.data.chunks import in_chunks
+from job.core.data.lengths import choose_max_length
+from job.core.plan.course import Course, plan_course
+from job.core.plan.cut import Cut, plan_memory
+from job.core.plan.memory import AdapterShape, MemoryParts, ModelShape, memory_parts
+from job.core.recipe.schema import Recipe
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
 from job.tune.data.encoder import Encoder, rules_of

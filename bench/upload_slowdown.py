@@ -32,7 +32,7 @@ import torch
 from botocore.config import Config
 
 from bench.training import NO_END, load
-from job.core.recipe_text import load_recipe
+from job.core.recipe.text import load_recipe
 from job.edge.run.artifacts import Artifacts
 from job.edge.run.checkpoints import Checkpoint
 from job.edge.run.publisher import Publisher

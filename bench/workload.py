@@ -2,10 +2,10 @@
 
 from bench.options import GSM8K
 from bench.training import documents_of, recipe_of
-from job.core.course import course_of
-from job.core.forecast import Workload
-from job.core.gpus import GPUS
-from job.core.memory import AdapterShape
+from job.core.plan.course import course_of
+from job.core.plan.forecast import Workload
+from job.core.plan.gpus import GPUS
+from job.core.plan.memory import AdapterShape
 from job.tune.engines.families import is_supported
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.config import load_tokenizer, read_config, shape_of

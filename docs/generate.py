@@ -22,8 +22,8 @@ _GENERATED = "<!-- Written by `make docs` from {source}; change it there. -->"
 
 def pages(root: Path) -> dict[str, str]:
     """Each generated file below the root, as it should be: path -> content."""
-    from job.core.recipe import Recipe
-    from job.core.report import Report
+    from job.core.recipe.schema import Recipe
+    from job.core.reports.report import Report
 
     readme = root / "README.md"
     found = {
@@ -214,12 +214,18 @@ are refused with a `python -c ...` line that makes JSON lines of them.
 
 def recipe_page() -> str:
     """Every section and key, with kind, default and meaning."""
-    from job.core.recipe import Recipe
+    from job.core.recipe.schema import Recipe
 
     schema = Recipe.model_json_schema()
     needed = schema["required"]
     links = [f"[{name}](#{name}{'-required' if name in needed else ''})" for name in schema["properties"]]
-    page = [_GENERATED.format(source="job/core/recipe.py"), "", _RECIPE_HEAD, f"The keys: {' · '.join(links)}", ""]
+    page = [
+        _GENERATED.format(source="job/core/recipe/schema.py"),
+        "",
+        _RECIPE_HEAD,
+        f"The keys: {' · '.join(links)}",
+        "",
+    ]
     for name, part in schema["properties"].items():
         definition = _definition(part, schema) if "$ref" in part else part
         page += [f"## {name}" + (" (required)" if name in needed else ""), "", definition["description"], ""]
@@ -320,7 +326,7 @@ def commands_page() -> str:
     import click
 
     from job.cli import cli
-    from job.core.plan_json import PlanJson
+    from job.core.plan.plan_json import PlanJson
 
     page = [_GENERATED.format(source="job/cli.py"), "", _COMMANDS_HEAD]
     page += ["## Before any command", "", *_command("python entrypoint.py [OPTIONS] COMMAND ...", cli)]

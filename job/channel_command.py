@@ -35,7 +35,7 @@ def channel(session: Session, channel_uri: str, rollback: str | None) -> None:
 def show_channel(session: Session, channel_uri: str, html: Path | None = None) -> None:
     """What is known of a channel, on the terminal, and as a page where a file is named."""
     from job.commands.channel import SHOWN, look_at_channel, page_of_channel
-    from job.core.channel import KEPT_NIGHTS
+    from job.core.nightly.channel import KEPT_NIGHTS
     from job.render.channel_text import channel_lines
 
     wanted = SHOWN if html is None else KEPT_NIGHTS

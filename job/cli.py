@@ -166,9 +166,9 @@ def plan_run(session: Session, /, recipe: Path, **options: Any) -> None:
         to_stderr()
     attempt = make_attempt(session, recipe, options)
     from job.commands.plan import ask_templates, plan
-    from job.core.gpus import gpus_of
-    from job.core.plan_json import plan_json
-    from job.core.scaling import cluster_of
+    from job.core.plan.gpus import gpus_of
+    from job.core.plan.plan_json import plan_json
+    from job.core.plan.scaling import cluster_of
     from job.render.plan_text import plan_lines
 
     named, usd_per_hour = [given.text.strip() for given in options["gpus"]], options["usd_per_hour"]
@@ -212,7 +212,7 @@ def preview_data(session: Session, /, recipe: Path, random: int, ids: bool, **op
 def try_run(session: Session, /, run_uri: str, record_file: Path | None, **options: Any) -> None:
     """Prompt the adapter of a finished run and its base, side by side."""
     from job.commands.try_out import Asked, try_out, typed_prompts
-    from job.core.asking import typed
+    from job.core.data.asking import typed
     from job.edge.host.logs import only_warnings
 
     only_warnings()

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from job import __version__
+from job.core.attempt.limits import ENDING_SECONDS
+from job.core.attempt.seat import Seat
 from job.core.errors import JobError, LocalDiskError, StopRequestedError, action_for, ending, exit_code, is_effect
-from job.core.limits import ENDING_SECONDS
-from job.core.seat import Seat
 from job.edge.host.interrupt import Interrupt
 
 if TYPE_CHECKING:
-    from job.core.ended import Ended, EndedPromotion
-    from job.core.report import Report
+    from job.core.attempt.ended import Ended, EndedPromotion
+    from job.core.reports.report import Report
     from job.edge.host.metrics import MetricsFile
     from job.edge.host.notice import Notice
     from job.edge.host.outcome import Outcome
@@ -183,7 +183,7 @@ class Session:
                 log.warning("ending_not_written", reason=self.hide(str(trouble)))
 
     def _ended(self, error: BaseException | None) -> "Ended":
-        from job.core.ended import LONGEST_REASON, Ended
+        from job.core.attempt.ended import LONGEST_REASON, Ended
         from job.stages.attempt import Standing
 
         standing = self.attempt.standing if self.attempt else Standing()
@@ -303,7 +303,7 @@ def _named(error: BaseException) -> str:
 
 def _notice(ended: "Ended") -> dict[str, Any]:
     """The ending, and one line of text, which is what chats show."""
-    from job.core.ended import one_line
+    from job.core.attempt.ended import one_line
 
     said = ended.reason if ended.promotion is None else f"{ended.promotion.channel}: {ended.promotion.why}"
     what = f"qlora-job ended {ended.code} on {ended.host}: {said}"

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import click
 
-from job.core.onto import Onto
+from job.core.reports.onto import Onto
 from job.options import device_option, outcome_option, workdir_option
 
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from job.core.attempt.seat import SUPERVISOR_SECONDS
 from job.core.errors import UsageError
 from job.core.given import Given
-from job.core.memory import WantedEngine
-from job.core.seat import SUPERVISOR_SECONDS
+from job.core.plan.memory import WantedEngine
 from job.ending import Session
 
 if TYPE_CHECKING:
-    from job.core.limits import Limits
+    from job.core.attempt.limits import Limits
     from job.stages.attempt import Attempt, Phases
 
 DEFAULT_GRACE_SECONDS = 30.0
@@ -219,7 +219,7 @@ def news_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def leave_ending(session: Session, path: Path, options: Mapping[str, Any]) -> None:
     """From here on the end is written down in the output that the recipe names, be it right or wrong."""
-    from job.core.recipe_text import named_output
+    from job.core.recipe.text import named_output
 
     text = ""
     with suppress(OSError, UnicodeDecodeError):  # said by `make_attempt`
@@ -243,7 +243,7 @@ def make_attempt(session: Session, path: Path, options: Mapping[str, Any]) -> "A
     Raises:
         UsageError: the recipe or an option is wrong.
     """
-    from job.core.recipe_text import load_recipe
+    from job.core.recipe.text import load_recipe
     from job.edge.chat_template_files import with_template_texts
     from job.edge.relative_paths import located
     from job.stages.attempt import Attempt, Worker
@@ -309,7 +309,7 @@ def _grace(session: Session, options: Mapping[str, Any]) -> float | None:
 
 def _limits(session: Session, options: Mapping[str, Any]) -> "Limits":
     """The time that the attempt is given; the deadline on the monotonic clock, which nobody sets back."""
-    from job.core.limits import Limits, parse_deadline
+    from job.core.attempt.limits import Limits, parse_deadline
 
     given = options.get("deadline")
     deadline = None if given is None else time.monotonic() + parse_deadline(given) - time.time()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from job.core.memory import Placement
+from job.core.plan.memory import Placement
 from job.ending import Session
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def run_with_others(
     Returns:
         Whether that was done: the report is the business of the process that owns the run.
     """
-    from job.core.placement import refuse_shards_of_one
-    from job.core.seat import team_of
+    from job.core.attempt.seat import team_of
+    from job.core.plan.placement import refuse_shards_of_one
 
     if session.seat is not None:
         if session.seat.leads:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from job.core.channel import AdapterFileInUse, AdapterInUse, Compared, OtherTraining
-from job.core.exam_results import Exam, results_of
-from job.core.judgement import Answered, Candidate, Standards, Terms, judge_run
+from job.core.nightly.channel import AdapterFileInUse, AdapterInUse, Compared, OtherTraining
+from job.core.nightly.exam_results import Exam, results_of
+from job.core.nightly.judgement import Answered, Candidate, Standards, Terms, judge_run
 
 HOW = "h" * 8
 STANDARDS = Standards(min_improvement=0.0, max_drift=0.02)

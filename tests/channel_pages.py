@@ -5,7 +5,9 @@ from datetime import UTC, date, datetime, timedelta
 from channel_material import exam, judged, results
 from page_reports import gsm8k, small
 
-from job.core.channel import (
+from job.core.attempt.run_record import RecordedParent
+from job.core.judging.held_out import Answer
+from job.core.nightly.channel import (
     KEPT_NIGHTS,
     FreshNight,
     Night,
@@ -14,13 +16,11 @@ from job.core.channel import (
     promotion_of,
     rollback_to,
 )
-from job.core.error_budget import spend
-from job.core.exam_results import given_answers, results_of
-from job.core.fresh_evidence import FreshEvidence
-from job.core.held_out import Answer
-from job.core.judgement import Answered
-from job.core.promotion_report import BudgetReport, NewData, PromotionReport, said_of
-from job.core.run_record import RecordedParent
+from job.core.nightly.error_budget import spend
+from job.core.nightly.exam_results import given_answers, results_of
+from job.core.nightly.fresh_evidence import FreshEvidence
+from job.core.nightly.judgement import Answered
+from job.core.nightly.promotion_report import BudgetReport, NewData, PromotionReport, said_of
 from job.render.page.nights.channel import ChannelSeen
 
 FIRST = date(2026, 1, 5)

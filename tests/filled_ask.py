@@ -7,9 +7,9 @@ from pathlib import Path
 from llama_2_7b import WORK
 from report_fixtures import DATA
 
-from job.core.forecast import forecast
-from job.core.gpus import gpu_named
-from job.core.plan_json import plan_json
+from job.core.plan.forecast import forecast
+from job.core.plan.gpus import gpu_named
+from job.core.plan.plan_json import plan_json
 from job.render.plan_text import plan_lines
 
 ROOT = Path(__file__).parents[1]

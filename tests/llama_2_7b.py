@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from job.core.course import plan_course
-from job.core.forecast import Workload
-from job.core.memory import AdapterShape, ModelShape
+from job.core.plan.course import plan_course
+from job.core.plan.forecast import Workload
+from job.core.plan.memory import AdapterShape, ModelShape
 
 LLAMA_2_7B = ModelShape(
     layers=32,

@@ -3,11 +3,13 @@
 import numpy as np
 from report_fixtures import ADAPTER, DATA, FINISHED, KILLED, LEARNED, MODEL, PLAN, THROUGHPUT
 
-from job.core.held_out import Answer, ExactMatch, held_out
-from job.core.lengths import candidates, length_statistics
-from job.core.limits import Limits
-from job.core.preview import ExamplePreview, PreviewPiece
-from job.core.report import (
+from job.core.attempt.limits import Limits
+from job.core.data.lengths import candidates, length_statistics
+from job.core.data.preview import ExamplePreview, PreviewPiece
+from job.core.data.report_data import BadLine, Histogram, SourceReport
+from job.core.judging.held_out import Answer, ExactMatch, held_out
+from job.core.judging.verdict import Evaluation, judge
+from job.core.reports.report import (
     EvaluationReport,
     Report,
     SourceCurve,
@@ -17,8 +19,6 @@ from job.core.report import (
     SweetSpot,
     TrainingCurve,
 )
-from job.core.report_data import BadLine, Histogram, SourceReport
-from job.core.verdict import Evaluation, judge
 
 
 def small(**changes):

@@ -2,9 +2,10 @@
 
 import pytest
 
-from job.core.held_out import Answer, ExactMatch
-from job.core.limits import Limits
-from job.core.report import (
+from job.core.attempt.limits import Limits
+from job.core.data.report_data import BadLine, DataObject, DataReport, Histogram, SideReport
+from job.core.judging.held_out import Answer, ExactMatch
+from job.core.reports.report import (
     AdapterFile,
     AdapterReport,
     AttemptReport,
@@ -17,7 +18,6 @@ from job.core.report import (
     Throughput,
     TrainingCurve,
 )
-from job.core.report_data import BadLine, DataObject, DataReport, Histogram, SideReport
 
 SHA256 = "ab" * 32
 COMMIT = "01c7f73d771dfac7d292323805ebc428287df4f9"

@@ -42,55 +42,82 @@ FLOORS = {
     ),
     "job.stages": (
         (
-            "job.stages.exporting",
-            "job.stages.finish",
+            "job.stages.finishing.exporting",
+            "job.stages.finishing.finish",
             "job.stages.nightly.other_seed",
-            "job.stages.so_far",
+            "job.stages.finishing.so_far",
             "job.stages.training",
         ),
         (
-            "job.stages.export_proof",
-            "job.stages.report",
+            "job.stages.finishing.export_proof",
+            "job.stages.finishing.report",
             "job.stages.nightly.promotion",
             "job.stages.nightly.night",
             "job.stages.tracking",
         ),
-        ("job.stages.results",),
+        ("job.stages.finishing.results",),
         ("job.stages.nightly.fresh_records",),
         ("job.stages.nightly.comparing",),
         ("job.stages.nightly.contenders",),
         ("job.stages.nightly.exams",),
         ("job.stages.nightly.answering",),
-        ("job.stages.proving",),
-        ("job.stages.loop", "job.stages.following"),
+        ("job.stages.finishing.proving",),
+        ("job.stages.loop", "job.stages.ranks.following"),
         ("job.stages.preparing",),
         (
             "job.stages.committing",
-            "job.stages.placing",
+            "job.stages.ranks.placing",
             "job.stages.planning",
             "job.stages.resuming",
             "job.stages.teller",
         ),
-        ("job.stages.company",),
+        ("job.stages.ranks.company",),
         ("job.stages.nightly.lineage",),
-        ("job.stages.gathering", "job.stages.loading"),
+        ("job.stages.gathering", "job.stages.base.loading"),
         (
-            "job.stages.base_source",
+            "job.stages.base.base_source",
             "job.stages.nightly.channel_changes",
-            "job.stages.dataset",
-            "job.stages.weights",
-            "job.stages.hardware",
-            "job.stages.holding",
-            "job.stages.pushing",
-            "job.stages.stops",
+            "job.stages.data.dataset",
+            "job.stages.base.weights",
+            "job.stages.base.hardware",
+            "job.stages.attempts.holding",
+            "job.stages.finishing.pushing",
+            "job.stages.data.stops",
         ),
-        ("job.stages.encoding",),
-        ("job.stages.data_report", "job.stages.judging", "job.stages.sources"),
-        ("job.stages.guard", "job.stages.records"),
-        ("job.stages.identity",),
-        ("job.stages.data_objects",),
+        ("job.stages.data.encoding",),
+        ("job.stages.data.data_report", "job.stages.data.judging", "job.stages.data.sources"),
+        ("job.stages.attempts.guard", "job.stages.attempts.records"),
+        ("job.stages.attempts.identity",),
+        ("job.stages.data.data_objects",),
         ("job.stages.nightly.late_files",),
-        ("job.stages.attempt", "job.stages.nightly"),
+        (
+            "job.stages.attempt",
+            "job.stages.attempts",
+            "job.stages.base",
+            "job.stages.data",
+            "job.stages.finishing",
+            "job.stages.nightly",
+            "job.stages.ranks",
+        ),
+    ),
+    "job.core": (
+        ("job.core.reports", "job.core.reports.*"),
+        ("job.core.plan", "job.core.plan.*"),
+        ("job.core.data", "job.core.data.*", "job.core.base", "job.core.base.*"),
+        ("job.core.recipe", "job.core.recipe.*"),
+        ("job.core.nightly", "job.core.nightly.*"),
+        ("job.core.judging", "job.core.judging.*"),
+        ("job.core.attempt", "job.core.attempt.*"),
+        (
+            "job.core.close_names",
+            "job.core.crash_points",
+            "job.core.errors",
+            "job.core.given",
+            "job.core.library_settings",
+            "job.core.lines",
+            "job.core.section",
+            "job.core.visible",
+        ),
     ),
     "job.tune": (
         ("job.tune.loop", "job.tune.loop.*", "job.tune.rehearsal"),
@@ -156,10 +183,10 @@ STRANGERS = (
 )
 """Rooms that never see each other, whatever their floors."""
 OWNERS = {
-    "boto3": ("job.edge.store.s3*",),
-    "botocore": ("job.edge.store.s3*",),
+    "boto3": ("job.edge.store.s3.*",),
+    "botocore": ("job.edge.store.s3.*",),
     "signal": ("job.edge.host.interrupt", "job.edge.host.crashing", "job.launch.launched"),
-    "subprocess": ("job.launch.launched", "job.edge.workers", "job.tune.data.rendering"),
+    "subprocess": ("job.launch.launched", "job.edge.workers", "job.tune.data.chats.rendering"),
     "torch.distributed": ("job.tune.ranks",),
     "bitsandbytes": ("job.tune.model.four_bit", "job.tune.loop.optimizer"),
     "click": (
@@ -179,18 +206,14 @@ OWNERS = {
     "matplotlib": ("job.render.pictures", "job.render.page.figures"),
     "pynvml": ("job.edge.host.gpu",),
     "triton": ("job.kernels.triton_*",),
-    "re2": ("job.core.answer_metrics",),
-    "rouge_score": ("job.core.answer_metrics",),
+    "re2": ("job.core.judging.answer_metrics",),
+    "rouge_score": ("job.core.judging.answer_metrics",),
 }
 """Who alone may name a library or one of its parts."""
 MOST_FILES = 14
 """Of one room, flat: beyond it a room wants inner floors."""
 CROWDED = {
-    "job/core": "the decisions: each file is one, and none needs an order among them",
-    "job/edge/store": "one promise, kept by two kinds of store and the parts that both share",
     "job/kernels": "one pair of forward and backward a file",
-    "job/tune/data": "from a conversation to a micro-batch, each step a file",
-    "job/stages": "the story of a run, a stage a file; what is a channel's stands in nightly/",
 }
 """Rooms with more files, and why."""
 CORE_LIBRARIES = {"job", "numpy", "pydantic", "pydantic_core", "re2", "rouge_score", "yaml"}
@@ -528,14 +551,18 @@ def test_a_quick_check_counts_the_data_s_tokens_without_torch(tmp_path):
     ("name", "source", "told"),
     [
         (
-            "job.core.course",
+            "job.core.plan.course",
             "from job.edge.store import opening",
-            "job.core.course imports job.edge.store, which lies above",
+            "job.core.plan.course imports job.edge.store, which lies above",
         ),
-        ("job.core.course", "import job.cli", "job.core.course imports job.cli, which lies above it"),
-        ("job.core.course", "def f():\n    from job.tune.engines.loss import x", "loss, which lies above it"),
-        ("job.edge.store.s3", "def f():\n    from job.stages.attempt import Attempt", "which lies above it"),
-        ("job.stages.finish", "from job.commands.run import run", "imports job.commands.run, which lies above it"),
+        ("job.core.plan.course", "import job.cli", "job.core.plan.course imports job.cli, which lies above it"),
+        ("job.core.plan.course", "def f():\n    from job.tune.engines.loss import x", "loss, which lies above it"),
+        ("job.edge.store.s3.store", "def f():\n    from job.stages.attempt import Attempt", "which lies above it"),
+        (
+            "job.stages.finishing.finish",
+            "from job.commands.run import run",
+            "imports job.commands.run, which lies above it",
+        ),
         ("job.commands.run", "from job import cli", "job.commands.run imports job.cli, which lies above it"),
         ("job.stages.loop", "from job.stages.training import x", "job.stages.training, which lies above it"),
         ("job.tune.model.base", "from job.tune.engines import attention", "job.tune.engines, which lies above it"),
@@ -544,17 +571,25 @@ def test_a_quick_check_counts_the_data_s_tokens_without_torch(tmp_path):
         ("job.edge.run.lock", "from job.edge.base import hub", "job.edge.base, which lies above it"),
         (
             "job.edge.host.logs",
-            "from job.edge.store import s3",
+            "from job.edge.store.s3 import store",
             "job.edge.host and job.edge.store never see each other",
         ),
-        ("job.render.cards.adapter", "from job.edge.store import s3", "job.render and job.edge never see each other"),
-        ("job.edge.store.s3", "from job.kernels import ops", "job.edge and job.kernels never see each other"),
-        ("job.edge.store.s3", "from job.tune.model.base import x", "job.edge and job.tune never see each other"),
+        (
+            "job.render.cards.adapter",
+            "from job.edge.store.s3 import store",
+            "job.render and job.edge never see each other",
+        ),
+        ("job.edge.store.s3.store", "from job.kernels import ops", "job.edge and job.kernels never see each other"),
+        ("job.edge.store.s3.store", "from job.tune.model.base import x", "job.edge and job.tune never see each other"),
         ("job.tune.loop.step", "from job.edge.host.logs import redact", "job.tune and job.edge never see each other"),
-        ("job.tune.loop.step", "class A:\n    def f(self):\n        import job.edge.store.s3", "never see each other"),
         (
             "job.tune.loop.step",
-            "import importlib\nimportlib.import_module('job.edge.store.s3')",
+            "class A:\n    def f(self):\n        import job.edge.store.s3.store",
+            "never see each other",
+        ),
+        (
+            "job.tune.loop.step",
+            "import importlib\nimportlib.import_module('job.edge.store.s3.store')",
             "never see each other",
         ),
         ("job.tune.loop.step", "from ...edge.store import s3", "never see each other"),
@@ -569,7 +604,7 @@ def test_imports_the_right_way_are_let_through():
         wrong_ways("job.commands.run", "from job.edge.host import logs\nfrom job.stages.attempt import x", SOURCES)
         == []
     )
-    assert wrong_ways("job.tune.loop.step", "from job.core.packing import pack\nimport torch", SOURCES) == []
+    assert wrong_ways("job.tune.loop.step", "from job.core.data.packing import pack\nimport torch", SOURCES) == []
     assert wrong_ways("job.commands.try_out", "from job.commands.report import open_run", SOURCES) == []
     assert wrong_ways("job.cli", "from job import __version__", SOURCES) == []
 
@@ -586,7 +621,7 @@ def test_imports_the_right_way_are_let_through():
         ("job.edge.host.logs", "import os\nvalue = os.environ.get('X')"),
         ("job.edge.host.logs", "from os import environ"),
         ("job.edge.host.logs", "import os\ndef f():\n    return os.getenv('X')"),
-        ("job.stages.finish", "import huggingface_hub.constants"),
+        ("job.stages.finishing.finish", "import huggingface_hub.constants"),
     ],
 )
 def test_an_effect_outside_its_owner_is_seen(name, source):
@@ -594,7 +629,7 @@ def test_an_effect_outside_its_owner_is_seen(name, source):
 
 
 def test_an_effect_inside_its_owner_is_let_through():
-    assert foreign_effects("job.edge.store.s3_bucket", "import boto3\nfrom botocore.config import Config") == []
+    assert foreign_effects("job.edge.store.s3.bucket", "import boto3\nfrom botocore.config import Config") == []
     assert foreign_effects("job.edge.host.interrupt", "import signal") == []
     assert foreign_effects("job.cli", "import os, click\nos.environ") == []
     assert (
@@ -615,7 +650,7 @@ def test_an_effect_inside_its_owner_is_let_through():
     ],
 )
 def test_what_does_more_than_decide_is_seen(source, told):
-    assert impurities("job.core.course", source) == told
+    assert impurities("job.core.plan.course", source) == told
 
 
 def test_a_circle_is_seen():
@@ -648,18 +683,21 @@ def test_scheduler_syntax_is_seen_and_ours_is_let_through(source, seen):
 
 
 def test_a_module_without_a_floor_is_seen():
-    assert without_floor(["job.helpers", "job.tune.extra", "job.edge.store.s3"]) == [
+    assert without_floor(["job.helpers", "job.tune.extra", "job.edge.store.s3.store"]) == [
         "job.helpers in the house",
         "job.tune.extra in job.tune",
     ]
     assert (
-        floor_of("job.core.course") > floor_of("job.edge.store.s3") > floor_of("job.commands.run") > floor_of("job.cli")
+        floor_of("job.core.plan.course")
+        > floor_of("job.edge.store.s3.store")
+        > floor_of("job.commands.run")
+        > floor_of("job.cli")
     )
     assert floor_of("job.tune.data.frame", "job.tune") > floor_of("job.tune.loop.step", "job.tune")
 
 
 def test_a_crowded_room_is_seen():
-    assert crowded({"job/render": 15, "job/core": 40, "job/tune/loop": 14}) == ["job/render"]
+    assert crowded({"job/render": 15, "job/kernels": 40, "job/tune/loop": 14}) == ["job/render"]
 
 
 def test_a_computed_import_is_seen():

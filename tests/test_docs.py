@@ -15,8 +15,8 @@ import pytest
 
 from job.cli import cli
 from job.core.errors import ENDINGS, table_markdown
-from job.core.recipe import Recipe
-from job.core.recipe_text import load_recipe
+from job.core.recipe.schema import Recipe
+from job.core.recipe.text import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if path.exists())

@@ -95,7 +95,7 @@ def _recorded(stepper):
 
 
 def _own_tokens(stepper, number):
-    from job.core.dealing import deal
+    from job.core.plan.dealing import deal
 
     lengths = stepper._lengths[stepper._course.batch(number)].tolist()  # noqa: SLF001 - as above
     world = stepper._world  # noqa: SLF001 - as above

@@ -12,8 +12,8 @@ from pathlib import Path
 import structlog
 
 from job.commands.report import open_run, recipe_of
-from job.core.channel import ChannelState, Promoted, name_in_use, rollback_to
 from job.core.errors import DataError, NotFoundError, RunConflictError, UsageError
+from job.core.nightly.channel import ChannelState, Promoted, name_in_use, rollback_to
 from job.edge.relative_paths import located
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from job.core import advice
-from job.core.channel import name_in_use
-from job.core.course import course_of, evaluation_count
+from job.core.base.servers import refusals, unreadable_base
+from job.core.data.mixture import portions
+from job.core.data.report_data import DataReport
 from job.core.errors import JobError
-from job.core.memory import ModelShape
-from job.core.mixture import portions
-from job.core.recipe import Recipe, is_hub_id
-from job.core.report_data import DataReport
-from job.core.servers import refusals, unreadable_base
+from job.core.nightly.channel import name_in_use
+from job.core.plan import advice
+from job.core.plan.course import course_of, evaluation_count
+from job.core.plan.memory import ModelShape
+from job.core.recipe.schema import Recipe, is_hub_id
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.host.gpu import look_at_links
@@ -32,10 +32,10 @@ from job.render.preview_text import example_lines
 from job.render.report_text import histogram_lines
 from job.render.sources_text import source_rows
 from job.stages.attempt import Phases, Worker
-from job.stages.data_objects import Sides, list_data
-from job.stages.identity import Run, find_run, probe_output
+from job.stages.attempts.identity import Run, find_run, probe_output
+from job.stages.data.data_objects import Sides, list_data
+from job.stages.data.sources import count_lines, fetch_sources
 from job.stages.nightly.channel_changes import refuse_other_base
-from job.stages.sources import count_lines, fetch_sources
 
 T = TypeVar("T")
 
@@ -227,7 +227,7 @@ def _output(worker: Worker) -> tuple[str, None]:
 
 
 def _hub(worker: Worker, phases: Phases) -> tuple[str, None]:
-    from job.stages.pushing import hub_of
+    from job.stages.finishing.pushing import hub_of
 
     hub = hub_of(worker, phases)
     assert hub is not None, "the recipe names one"
@@ -296,7 +296,7 @@ def _model(worker: Worker, base: BaseModel) -> tuple[str, tuple[Any, ModelShape,
 
 def _weights(worker: Worker, base: BaseModel, patience: Patience | None) -> tuple[str, None]:
     """Every tensor's name, shape and dtype, from the headers of the files."""
-    from job.stages.weights import look_at_weights
+    from job.stages.base.weights import look_at_weights
 
     weights = look_at_weights(worker, base, patience=patience if is_hub_id(base.identity.source) else None)
     return f"as config.json promises: {weights}", None
@@ -316,8 +316,8 @@ def _count(
     worker: Worker, phases: Phases, run: Run, tokenizer: Any, sizes: tuple[int, int], *, base: BaseModel
 ) -> tuple[str, _Counted]:
     """With a base of these positions and rows of its embeddings."""
-    from job.stages.dataset import prepare_dataset
-    from job.stages.stops import stops_elsewhere
+    from job.stages.data.dataset import prepare_dataset
+    from job.stages.data.stops import stops_elsewhere
 
     with _scratch(worker) as folder:
         dataset = prepare_dataset(

@@ -6,8 +6,8 @@ from pathlib import Path
 import structlog
 
 from job.commands.report import open_run, recipe_of
-from job.core.export import Export
-from job.core.onto import Onto
+from job.core.reports.export import Export
+from job.core.reports.onto import Onto
 from job.edge.exports import ExportPlace
 from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.planted import refuse_planted
@@ -51,7 +51,7 @@ def export(
     place = ExportPlace(to, settings, workdir=workdir, should_stop=should_stop)
     worker = Worker(recipe=recipe, workdir=workdir, device=device, engine="auto", should_stop=should_stop)
     with phases.phase("load_libraries"):
-        from job.stages.exporting import Finished, export_run
+        from job.stages.finishing.exporting import Finished, export_run
 
         quiet_libraries()
     run = Finished(artifacts=artifacts, report=report, recipe=recipe)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from job.core.data_section import DataSource
+from job.core.recipe.data_section import DataSource
 from job.edge.base import fetching
 from job.edge.dataset_files import fetch_files
 from job.edge.store.listing import expand

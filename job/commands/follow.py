@@ -3,15 +3,15 @@
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from job.core.seat import Seat
+from job.core.attempt.seat import Seat
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Attempt
-from job.stages.guard import Guard
+from job.stages.attempts.guard import Guard
 from job.stages.nightly.other_seed import at_other_seed
 
 if TYPE_CHECKING:
-    from job.stages.company import Company
+    from job.stages.ranks.company import Company
 
 
 def follow(attempt: Attempt, seat: Seat) -> None:
@@ -24,7 +24,7 @@ def follow(attempt: Attempt, seat: Seat) -> None:
         if seat.local_rank == 0:
             refuse_planted(attempt.worker.workdir)  # on a node of its own, before anybody writes there
         with attempt.phases.phase("load_libraries"):
-            from job.stages.company import Company, OverError
+            from job.stages.ranks.company import Company, OverError
 
             quiet_libraries()
         company = Company(attempt, seat)
@@ -40,8 +40,8 @@ def _follow_a_run(attempt: Attempt, company: "Company") -> bool:
         OverError: there is none.
         JobError: as `follow`.
     """
-    from job.stages.following import gather_as_others_did, obey
-    from job.stages.hardware import hardware_errors
+    from job.stages.base.hardware import hardware_errors
+    from job.stages.ranks.following import gather_as_others_did, obey
 
     with company:
         with attempt.phases.phase("identify"):

@@ -6,24 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.core.course import course_of, evaluation_count
+from job.core.data.lengths import Candidate, Lengths, candidates
+from job.core.data.mixture import portions
+from job.core.data.report_data import DataReport
 from job.core.errors import NotFoundError
-from job.core.forecast import Forecast, Workload, forecast
-from job.core.gpus import Gpu
-from job.core.lengths import Candidate, Lengths, candidates
-from job.core.memory import AdapterShape, EngineName, ModelShape
-from job.core.mixture import portions
-from job.core.report_data import DataReport
-from job.core.scaling import ALONE, Cluster
+from job.core.plan.course import course_of, evaluation_count
+from job.core.plan.forecast import Forecast, Workload, forecast
+from job.core.plan.gpus import Gpu
+from job.core.plan.memory import AdapterShape, EngineName, ModelShape
+from job.core.plan.scaling import ALONE, Cluster
 from job.edge.base import fetching
 from job.edge.base.fetching import BaseModel
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Phases, Worker
-from job.stages.identity import find_run
+from job.stages.attempts.identity import find_run
 
 if TYPE_CHECKING:  # loading it takes as long as torch does
-    from job.stages.weights import Weights
+    from job.stages.base.weights import Weights
 
 _ROOT = Path(__file__).parents[2]
 """Where entrypoint.py lies, in a checkout and in the image."""
@@ -54,7 +54,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, cluster: Cluster = ALONE, run_i
     Raises:
         JobError: as a run would, for what a run would refuse without a GPU; the base may be without weights.
     """
-    from job.stages.dataset import prepare_dataset
+    from job.stages.data.dataset import prepare_dataset
     from job.tune.engines.families import words_on
     from job.tune.model.adapter import refuse_targets
     from job.tune.model.config import load_tokenizer, read_config, read_wrapper, shape_of
@@ -119,7 +119,7 @@ def _words_on_shards(work: Workload, cluster: Cluster) -> list[str]:
 
 def _weights(worker: Worker, base: BaseModel) -> "Weights | None":
     """None: there are none yet, as where only the configuration was copied."""
-    from job.stages.weights import look_at_weights
+    from job.stages.base.weights import look_at_weights
 
     try:
         return look_at_weights(worker, base, patience=None)

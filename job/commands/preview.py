@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.core.preview import ExamplePreview, SourceTokens
-from job.core.report_data import DataReport
+from job.core.data.preview import ExamplePreview, SourceTokens
+from job.core.data.report_data import DataReport
 from job.edge.base import fetching
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Phases, Worker
-from job.stages.identity import find_run
+from job.stages.attempts.identity import find_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +37,8 @@ def preview(worker: Worker, *, run_id: str | None, phases: Phases, random: int, 
     Raises:
         JobError: as a run would, for what a run would refuse of the data; the base may be without weights.
     """
-    from job.stages.dataset import prepare_dataset
-    from job.tune.data.picture import all_rows, by_source, pictures, source_tokens
+    from job.stages.data.dataset import prepare_dataset
+    from job.tune.data.chats.picture import all_rows, by_source, pictures, source_tokens
 
     quiet_libraries()
     refuse_planted(worker.workdir)

@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from job.core.ended import Ended
+from job.core.attempt.ended import Ended
+from job.core.attempt.run_record import first_mistake, recorded_objects
 from job.core.errors import DataError, DeniedError, JobError, LocalDiskError, NotFoundError, UsageError
-from job.core.recipe import Recipe
-from job.core.report import Report
-from job.core.run_record import first_mistake, recorded_objects
+from job.core.recipe.schema import Recipe
+from job.core.reports.report import Report
 from job.edge.relative_paths import located
 from job.edge.run import endings
 from job.edge.run.artifacts import Artifacts, begun_runs, finished_runs
@@ -26,7 +26,7 @@ from job.render.page.writing import REPORT_HTML
 from job.render.pictures import LENGTHS_PNG, LOSS_PNG, draw
 from job.render.runs_table import RunRow
 from job.stages.attempt import Worker
-from job.stages.identity import find_run
+from job.stages.attempts.identity import find_run
 
 _LISTED = 10
 """Finished runs that a message names, and endings that are shown, newest first."""
@@ -101,7 +101,7 @@ def page_of_unfinished(run_uri: str, file: Path | None) -> list[str]:
     record = artifacts.run_record()
     if record is None or artifacts.report() is not None:
         return []
-    from job.stages.so_far import run_so_far
+    from job.stages.finishing.so_far import run_so_far
 
     return [f"not finished: {_standing(artifacts)}", *_written(unfinished_html(run_so_far(artifacts, record)), file)]
 

@@ -5,18 +5,18 @@ from functools import partial
 
 import structlog
 
-from job.core.report import Report
-from job.core.seat import Seat
+from job.core.attempt.seat import Seat
+from job.core.reports.report import Report
 from job.edge.host.logs import bind, quiet_libraries
 from job.edge.host.machine import look_at_machine
 from job.edge.host.planted import refuse_planted
 from job.stages.attempt import Attempt
-from job.stages.guard import Guard, refuse_short_time
-from job.stages.holding import Held, hold
-from job.stages.identity import Run, find_run
+from job.stages.attempts.guard import Guard, refuse_short_time
+from job.stages.attempts.holding import Held, hold
+from job.stages.attempts.identity import Run, find_run
+from job.stages.finishing.pushing import push, refuse_unpushable
 from job.stages.nightly.channel_changes import keep_in_order
 from job.stages.nightly.other_seed import Companions, train_other_seed
-from job.stages.pushing import push, refuse_unpushable
 
 log = structlog.get_logger(__name__)
 
@@ -59,11 +59,11 @@ def _carry_out(attempt: Attempt, held: Held, companions: Companions, other: Repo
         held.records.begin()  # an unfinished run: this attempt counts from here
     with attempt.phases.phase("load_libraries"):
         # Here and not above: a finished run, a wrong recipe and --help answer without them.
-        from job.stages.finish import finish
+        from job.stages.base.hardware import hardware_errors
+        from job.stages.finishing.finish import finish
         from job.stages.gathering import gather
-        from job.stages.hardware import hardware_errors
         from job.stages.nightly.night import prepare_night
-        from job.stages.placing import place_base
+        from job.stages.ranks.placing import place_base
         from job.stages.tracking import Tracked
         from job.stages.training import TrainingStage
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from job.commands.report import open_run, recipe_of
-from job.core.asking import asked_fields, asked_sources, fields_given, prompt_of, required_fields
-from job.core.chats import Chat, as_read, prompt_chat
-from job.core.data_section import DataSection
+from job.core.data.asking import asked_fields, asked_sources, fields_given, prompt_of, required_fields
+from job.core.data.chats import Chat, as_read, prompt_chat
+from job.core.data.fields import Unusable, fields_of
+from job.core.data.records import Part, chat_in
 from job.core.errors import DataError, UsageError
-from job.core.fields import Unusable, fields_of
-from job.core.recipe import Recipe
-from job.core.records import Part, chat_in
-from job.core.report import Report
+from job.core.recipe.data_section import DataSection
+from job.core.recipe.schema import Recipe
+from job.core.reports.report import Report
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.host.logs import quiet_libraries
 from job.edge.host.planted import refuse_planted
@@ -60,7 +60,7 @@ def try_out(
         should_stop: polled at each token.
         on_answer: called with prompt, base's answer and tuned answer.
     """
-    from job.tune.data.chat import ChatTemplates, asked_rules, chat_rules
+    from job.tune.data.chats.chat import ChatTemplates, asked_rules, chat_rules
     from job.tune.data.frame import token_rules
     from job.tune.loop.evaluate import (
         Question,
@@ -171,7 +171,7 @@ def _load(
     should_stop: Callable[[], bool],
 ) -> tuple[Path, Any]:
     """The base's folder, and the base with the run's adapter on it."""
-    from job.stages.base_source import BaseSource, refuse_changed_base
+    from job.stages.base.base_source import BaseSource, refuse_changed_base
     from job.tune.device.compute_dtype import compute_dtype
     from job.tune.device.device import choose_device
     from job.tune.engines.packed_model import PackedModel

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-from job.core.data_section import NAMED_TEMPLATES, HeldOutSource, Templates
 from job.core.errors import UsageError
-from job.core.recipe import Recipe
+from job.core.recipe.data_section import NAMED_TEMPLATES, HeldOutSource, Templates
+from job.core.recipe.schema import Recipe
 
 _MOST_BYTES = 2**20
 _T = TypeVar("_T", bound=Templates)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from job.core.packing import REPLAYED_TOKENS, padded_tokens
+from job.core.data.packing import REPLAYED_TOKENS, padded_tokens
 from job.kernels.attention import Segments
 from job.kernels.decoder import PackedRow
 from job.kernels.llama_step import Step

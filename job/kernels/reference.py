@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
+from job.core.plan.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.ops import Gate, Masks
 from job.kernels.weights import Quantised, QuantisedExperts, exact_product
 

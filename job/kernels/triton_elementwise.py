@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
+from job.core.plan.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.triton_dropout import masked_add, masked_gradient, masked_ranks
 from job.kernels.triton_experts import (
     combine_rows,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
+from job.core.plan.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.ops import Gate
 from job.kernels.weights import QuantisedExperts
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from job.core.memory import RANK_ALIGNMENT
+from job.core.plan.memory import RANK_ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
-from job.core.seat import Seat, take_seat
+from job.core.attempt.seat import Seat, take_seat
 from job.edge.host.interrupt import kept_from_children
 
 _LOOK_SECONDS = 0.25

@@ -18,9 +18,9 @@ from typing import Any
 import structlog
 
 import job
-from job.core.ended import EndedPromotion
+from job.core.attempt.ended import EndedPromotion
+from job.core.attempt.seat import FOLDER, SUPERVISOR, SUPERVISOR_SECONDS, Team, WorkerEnd, first_cause
 from job.core.errors import JobError, PeerLostError, StopRequestedError, UnavailableError, error_of
-from job.core.seat import FOLDER, SUPERVISOR, SUPERVISOR_SECONDS, Team, WorkerEnd, first_cause
 from job.launch.launched import LOG, Launched
 from job.stages.attempt import Attempt
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from datetime import date
 
-from job.core.channel import ChannelState, Night, Promoted, name_in_use, waiting_for
-from job.core.error_budget import YEAR_DAYS
-from job.core.paired import Gap
-from job.core.promotion_report import PromotionReport
+from job.core.judging.paired import Gap
+from job.core.nightly.channel import ChannelState, Night, Promoted, name_in_use, waiting_for
+from job.core.nightly.error_budget import YEAR_DAYS
+from job.core.nightly.promotion_report import PromotionReport
 
 _NIGHTS = 14
 _CHANGES = 10

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from job.core.ended import Ended, one_line
+from job.core.attempt.ended import Ended, one_line
 
 _REASON_LENGTH = 300
 _NO_CODE = "killed"

@@ -1,6 +1,6 @@
 """An export for people: where it stands, and the losses that prove it."""
 
-from job.core.export import Export
+from job.core.reports.export import Export
 
 
 def export_lines(export: Export, uri: str) -> list[str]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from job.core.answer_metrics import MetricName
-from job.core.judged_answers import Gain, MetricReport
+from job.core.judging.answer_metrics import MetricName
+from job.core.judging.judged_answers import Gain, MetricReport
 
 METRIC_WORDS: Mapping[MetricName, str] = {
     "exact_match": "exact match",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from job.core.report import Report
+from job.core.reports.report import Report
 
 LENGTHS_PNG, LOSS_PNG = "lengths.png", "loss.png"
 _BLUE, _ORANGE, _RED, _GREY, _PALE = "#2a6f97", "#e07a1f", "#b5172f", "#6b7078", "#e4e6e9"

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from string import Template
 
-from job.core.forecast import Ask, Forecast, Workload, ask_for, trained_tokens
-from job.core.lengths import Candidate
-from job.core.memory import GIB
-from job.core.report_data import DataReport
-from job.core.scaling import Cluster
+from job.core.data.lengths import Candidate
+from job.core.data.report_data import DataReport
+from job.core.plan.forecast import Ask, Forecast, Workload, ask_for, trained_tokens
+from job.core.plan.memory import GIB
+from job.core.plan.scaling import Cluster
 from job.render.report_text import histogram_lines
 from job.render.sources_text import source_rows
 

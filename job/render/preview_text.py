@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from job.core.data.preview import ExamplePreview, PreviewPiece, SourceTokens
 from job.core.lines import cells
-from job.core.preview import ExamplePreview, PreviewPiece, SourceTokens
 from job.core.visible import one_line, visible
 
 _END = "\x1b[0m"

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from job.core.example_results import ChangeReport
-from job.core.judged_answers import Gain, MetricReport
+from job.core.judging.example_results import ChangeReport
+from job.core.judging.judged_answers import Gain, MetricReport
+from job.core.judging.verdict import NOTHING_BETTER
 from job.core.lines import worth_naming
-from job.core.next_steps import next_steps
-from job.core.report import Report
-from job.core.verdict import NOTHING_BETTER
+from job.core.reports.next_steps import next_steps
+from job.core.reports.report import Report
 from job.render.channel_text import promotion_lines
 from job.render.metric_text import interval, points
 from job.render.preview_text import example_lines

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.core.lines import cells
-from job.core.report import Report
+from job.core.reports.report import Report
 
 _BEST = "  <- best"
 _WORDS = ("run", "begun (UTC)", "data", "differs in")

@@ -3,9 +3,9 @@
 import json
 import shlex
 
-from job.core.recipe import is_hub_id
-from job.core.report import Report
-from job.core.servers import VLLM_RANKS, vllm_rank
+from job.core.base.servers import VLLM_RANKS, vllm_rank
+from job.core.recipe.schema import is_hub_id
+from job.core.reports.report import Report
 from job.core.visible import one_line
 
 FOLDER, BASE = "path/to/adapter", "path/to/base"

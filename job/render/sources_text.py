@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from job.core.course import Course
+from job.core.data.report_data import DataReport, SourceReport
 from job.core.lines import cells
-from job.core.report import Report, SourceShare
-from job.core.report_data import DataReport, SourceReport
+from job.core.plan.course import Course
+from job.core.reports.report import Report, SourceShare
 
 _MOST_NAME = 20
 """Columns of a name, so that a line has room in 80."""

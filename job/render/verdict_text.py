@@ -1,7 +1,7 @@
 """What came of a run, in a sentence or two: for its page, its card and whoever follows it."""
 
-from job.core.report import Report
-from job.core.verdict import NOTHING_BETTER
+from job.core.judging.verdict import NOTHING_BETTER
+from job.core.reports.report import Report
 
 
 def verdict_text(report: Report) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import structlog
 
-from job.core.ended import EndedPromotion
+from job.core.attempt.ended import EndedPromotion
+from job.core.attempt.limits import Limits
 from job.core.errors import DeniedError, LocalDiskError, UnavailableError, UsageError
 from job.core.given import Given
-from job.core.limits import Limits
-from job.core.memory import Placement, WantedEngine
-from job.core.recipe import Recipe
+from job.core.plan.memory import Placement, WantedEngine
+from job.core.recipe.schema import Recipe
 from job.edge.host.outcome import Outcome
 from job.edge.store.objects import StoreSettings
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from job.core.crash_points import crash_point
 from job.core.errors import LocalDiskError
-from job.core.verdict import judge
+from job.core.judging.verdict import judge
 from job.edge.run.artifacts import Artifacts
 from job.edge.run.checkpoints import Checkpoint
 from job.edge.run.publisher import Publisher

@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterator
 
 import structlog
 
+from job.core.base.servers import refusals
 from job.core.crash_points import crash_point
 from job.core.errors import StopRequestedError
-from job.core.servers import refusals
 from job.stages.attempt import Attempt
-from job.stages.base_source import BaseSource
-from job.stages.dataset import Dataset, prepare_dataset
-from job.stages.hardware import look_at_hardware
-from job.stages.identity import Run
-from job.stages.loading import Inputs
-from job.stages.stops import stops_elsewhere
+from job.stages.attempts.identity import Run
+from job.stages.base.base_source import BaseSource
+from job.stages.base.hardware import look_at_hardware
+from job.stages.base.loading import Inputs
+from job.stages.data.dataset import Dataset, prepare_dataset
+from job.stages.data.stops import stops_elsewhere
 from job.tune.engines.families import refuse_family, words_on
 from job.tune.loop.track import refuse_trackers
 from job.tune.model.adapter import refuse_targets

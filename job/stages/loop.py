@@ -8,17 +8,17 @@ from typing import NoReturn
 import structlog
 import torch
 
-from job.core.course import Course
 from job.core.crash_points import crash_point
-from job.core.cut import MemoryPlan
+from job.core.data.packing import Rows
 from job.core.errors import DivergedError, StopRequestedError
-from job.core.memory import Placement
-from job.core.packing import Rows
-from job.core.verdict import Evaluation, is_exhausted
+from job.core.judging.verdict import Evaluation, is_exhausted
+from job.core.plan.course import Course
+from job.core.plan.cut import MemoryPlan
+from job.core.plan.memory import Placement
 from job.stages.attempt import Attempt
-from job.stages.base_source import loaded_from
+from job.stages.base.base_source import loaded_from
+from job.stages.base.loading import Inputs
 from job.stages.committing import Committer
-from job.stages.loading import Inputs
 from job.stages.planning import Planned
 from job.stages.resuming import Resumed
 from job.stages.teller import StepTeller

@@ -6,14 +6,14 @@ from typing import Any
 
 import structlog
 
-from job.core.course import Course, course_of
-from job.core.cut import MemoryPlan, plan_memory
-from job.core.memory import AdapterShape, DeviceMemory, WantedEngine
-from job.core.mixture import portions
-from job.core.recipe import Recipe
-from job.core.shares import shares_of
+from job.core.data.mixture import portions
+from job.core.plan.course import Course, course_of
+from job.core.plan.cut import MemoryPlan, plan_memory
+from job.core.plan.memory import AdapterShape, DeviceMemory, WantedEngine
+from job.core.plan.shares import shares_of
+from job.core.recipe.schema import Recipe
 from job.stages.attempt import Phases
-from job.stages.loading import Inputs
+from job.stages.base.loading import Inputs
 from job.tune.data.trial_documents import text_of
 from job.tune.engines.choice import Choice, choose_engine
 from job.tune.engines.packed_model import PackedModel

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 
 from job.core.crash_points import crash_point
-from job.core.recipe import Recipe
+from job.core.recipe.schema import Recipe
 from job.stages.attempt import Attempt
-from job.stages.loading import Inputs, load_model
+from job.stages.base.loading import Inputs, load_model
 from job.stages.nightly.lineage import start_from_parent
 from job.stages.planning import Planned, plan_training
-from job.tune.data.chat import ChatTemplates, asked_rules
+from job.tune.data.chats.chat import ChatTemplates, asked_rules
 from job.tune.data.frame import token_rules
 from job.tune.device.device import device_memory
 from job.tune.engines.packed_model import PackedModel

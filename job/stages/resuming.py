@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from job.core.crash_points import crash_point
-from job.core.cut import Cut, described, is_same_arithmetic
-from job.core.recipe import Recipe
+from job.core.plan.cut import Cut, described, is_same_arithmetic
+from job.core.recipe.schema import Recipe
 from job.edge.run.artifacts import Artifacts
 from job.edge.run.checkpoints import Checkpoint
 from job.tune.loop import checkpoint as checkpoints

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import structlog
 
-from job.core.report import SourceLoss
-from job.core.slices import SliceLoss
-from job.core.tracked import evaluation_numbers, step_numbers
-from job.core.verdict import Evaluation
+from job.core.judging.slices import SliceLoss
+from job.core.judging.verdict import Evaluation
+from job.core.reports.report import SourceLoss
+from job.core.reports.tracked import evaluation_numbers, step_numbers
 from job.stages.attempt import Attempt
 from job.tune.loop.step_record import StepRecord
 from job.tune.loop.track import Tracking

@@ -10,13 +10,13 @@ from typing import Self
 import structlog
 
 from job.core.errors import LockedError, StopRequestedError
-from job.core.report import Report
-from job.core.tracked import evaluation_numbers, step_numbers, tracked_figures, tracked_key, tracked_recipe
+from job.core.reports.report import Report
+from job.core.reports.tracked import evaluation_numbers, step_numbers, tracked_figures, tracked_key, tracked_recipe
 from job.render.page.finished import report_html
 from job.render.page.writing import REPORT_HTML
 from job.render.verdict_text import verdict_text
 from job.stages.attempt import Attempt
-from job.stages.loading import Inputs
+from job.stages.base.loading import Inputs
 from job.tune.loop.checkpoint import Progress
 from job.tune.loop.track import Tracking
 from job.tune.loop.trackers import Conclusion, Ended, TrackedRun, Values

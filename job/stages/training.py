@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import structlog
 
-from job.core.servers import refusals
+from job.core.base.servers import refusals
 from job.stages.attempt import Attempt
+from job.stages.base.loading import Inputs
 from job.stages.committing import Committer
-from job.stages.company import Company
-from job.stages.loading import Inputs
 from job.stages.loop import Loop, TrainingFacts
 from job.stages.planning import Planned
 from job.stages.preparing import Prepared, make_stepper, prepare, questions_of
+from job.stages.ranks.company import Company
 from job.stages.resuming import Resumed, resume
 from job.stages.teller import StepTeller
 from job.stages.tracking import Tracked

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from job.core.errors import CannotFitError, SickDeviceError
-from job.core.memory import GIB, NF4_BLOCK, ComputeDtype
+from job.core.plan.memory import GIB, NF4_BLOCK, ComputeDtype
 from job.tune.device.compute_dtype import compute_dtype, dtype_name
 from job.tune.device.device import device_name, driver_version
 from job.tune.device.failures import reason_of

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from job.core.attempt.seat import Seat
 from job.core.errors import PeerLostError, StopRequestedError, action_for, exit_code, is_effect
-from job.core.scaling import PAIR, SUM_PIECE
-from job.core.seat import Seat
+from job.core.plan.scaling import PAIR, SUM_PIECE
 from job.tune.world import Order, PeerSilentError
 
 if TYPE_CHECKING:

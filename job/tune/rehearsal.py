@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from job.core.errors import JobError, UsageError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels import decoder
 from job.tune.device.failures import error_line
 from job.tune.engines import choice

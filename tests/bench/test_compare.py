@@ -10,7 +10,7 @@ from llama_2_7b import LLAMA_2_7B
 from bench import compare, flops
 from bench.comparisons import COMPARISONS, Comparison, Ours, Rival
 from bench.processes import NoResultError, run
-from job.core.memory import ExpertsShape
+from job.core.plan.memory import ExpertsShape
 
 SMALL = Comparison(
     title="A small one",

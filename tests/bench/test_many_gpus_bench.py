@@ -13,7 +13,7 @@ from bench import many_gpus, ours
 from bench.many_gpus import Bench, Carried, Way, losses_text, rates_text, side_by_side_text
 from bench.steps import steps_text
 from bench.workload import kind_of, workload_of
-from job.core.scaling import Cluster, sent_bytes
+from job.core.plan.scaling import Cluster, sent_bytes
 
 STUB = str(Path(__file__).parent / "stub_run.py")
 

@@ -19,8 +19,8 @@ from bench.nightly_years import (
     live,
     t_of,
 )
-from job.core.gate import shares_of
-from job.core.paired import gap_of, pairs_of
+from job.core.judging.paired import gap_of, pairs_of
+from job.core.nightly.gate import shares_of
 
 T_TEST = "equal models, a t-test at 5 % each night"
 

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.ideal import all_products_seconds, ideal_seconds
 from bench.profile_step import LARGE, THIN, UNSORTED, part_of, read
 from bench.training import filling
-from job.core.memory import ModelShape
+from job.core.plan.memory import ModelShape
 
 SHAPE = ModelShape(
     layers=2,

@@ -6,9 +6,9 @@ import pytest
 
 from bench import scaling_on_paper
 from bench.workload import workload_of
-from job.core.forecast import forecast
-from job.core.gpus import gpu_named
-from job.core.scaling import cluster_of
+from job.core.plan.forecast import forecast
+from job.core.plan.gpus import gpu_named
+from job.core.plan.scaling import cluster_of
 
 
 @pytest.fixture

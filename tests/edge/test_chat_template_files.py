@@ -3,7 +3,7 @@
 import pytest
 
 from job.core.errors import UsageError
-from job.core.recipe import Recipe, identity_of
+from job.core.recipe.schema import Recipe, identity_of
 from job.edge.chat_template_files import with_template_texts
 
 TEXT = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -12,7 +12,7 @@ import torch
 from structlog.testing import capture_logs
 from tiny import ARCHITECTURES, attach_lora, config_of, load_base, targets_of, write_base
 
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels.recorded import Recorder
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.packed_model import PackedModel

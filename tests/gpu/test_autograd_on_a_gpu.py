@@ -13,8 +13,8 @@ from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from job.core.memory import GIB
-from job.core.recipe import LoraSection
+from job.core.plan.memory import GIB
+from job.core.recipe.schema import LoraSection
 from job.kernels import attention_op, reference
 from job.kernels import linear as layer
 from job.kernels.attention_op import document_attention

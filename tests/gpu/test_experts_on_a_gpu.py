@@ -9,7 +9,7 @@ from test_handwritten_on_a_gpu import CUDA
 from tiny import attach_lora, load_base
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels import experts as grouped
 from job.kernels import reference
 from job.kernels.experts import Experts, ExpertsAdapter, ExpertsLinear, experts

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.core.export import Export
+from job.core.reports.export import Export
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tune" / "merging"))

@@ -11,8 +11,8 @@ from tiny_mxfp4 import write_mxfp4
 from torch.library import opcheck
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from job.core.memory import GIB
-from job.core.recipe import LoraSection
+from job.core.plan.memory import GIB
+from job.core.recipe.schema import LoraSection
 from job.kernels import attention_op
 from job.kernels.attention_op import document_attention
 from job.kernels.blocks import blocks_of

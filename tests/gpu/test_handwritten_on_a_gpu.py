@@ -20,7 +20,7 @@ from tiny import (
 )
 from transformers import AutoTokenizer
 
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels import reference
 from job.kernels.attention import OWN_WIDTHS, Attention, Segments
 from job.kernels.blocks import blocks_of

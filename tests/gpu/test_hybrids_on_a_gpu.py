@@ -11,8 +11,8 @@ from tiny_families import config_of, write_family
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from job.core.memory import GIB, AdapterShape, memory_parts
-from job.core.recipe import LoraSection
+from job.core.plan.memory import GIB, AdapterShape, memory_parts
+from job.core.recipe.schema import LoraSection
 from job.tune.data.trial_documents import one_row
 from job.tune.engines.choice import choose_engine
 from job.tune.engines.packed_model import PackedModel

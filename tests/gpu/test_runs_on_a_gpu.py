@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 import torch
 
-from job.core.recipe import Optimizer
+from job.core.recipe.schema import Optimizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
 from job_process import Job, StopIn, call

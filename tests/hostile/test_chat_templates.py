@@ -7,7 +7,7 @@ import pytest
 from job_process import write_lines
 
 from job.core.errors import JobError, StopRequestedError
-from job.tune.data.rendering import Renderer
+from job.tune.data.chats.rendering import Renderer
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 OUTSIDE = {

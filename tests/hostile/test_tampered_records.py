@@ -11,10 +11,10 @@ from job_process import records, write_lines
 from tampering import documents
 
 from job.commands.report import look_at, open_run
+from job.core.attempt.history import repeated_failure, stopped_in_vain
 from job.core.errors import DataError, NotFoundError, RunConflictError
-from job.core.history import repeated_failure, stopped_in_vain
-from job.core.next_steps import next_steps
-from job.core.recipe_text import load_recipe
+from job.core.recipe.text import load_recipe
+from job.core.reports.next_steps import next_steps
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.directory import DirectoryStore
 from job.edge.store.objects import StoreSettings
@@ -23,8 +23,8 @@ from job.render.page.several import several_html
 from job.render.pictures import draw
 from job.render.report_text import report_lines
 from job.render.runs_table import runs_table
-from job.stages.identity import find_run
-from job.stages.report import _attempts
+from job.stages.attempts.identity import find_run
+from job.stages.finishing.report import _attempts
 
 
 @pytest.fixture(scope="module")

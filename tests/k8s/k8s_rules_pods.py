@@ -11,7 +11,7 @@ from k8s_parts import containers, environment, of_kind, pod_specs, quantity, tra
 
 from job.cli import _SECRET_NAME, cli
 from job.core.errors import JobError
-from job.core.recipe_text import load_recipe
+from job.core.recipe.text import load_recipe
 
 WRITTEN = "/work"
 """Where the image's caches are, whatever JOB_WORKDIR says."""

@@ -27,7 +27,7 @@ from k8s_rules_jobs import fate, fate_of_run, shortest_interval_seconds
 from k8s_schemas import VERSIONS, invalid
 from kubernetes_validate import utils
 
-from job.core.recipe_text import load_recipe
+from job.core.recipe.text import load_recipe
 
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="NO KUBECTL: components are not rendered here")
 CONFIGMAP = "qlora-job-recipe"

@@ -8,7 +8,7 @@ from job_process import Job, call, records, write_lines
 from many_processes import nothing_is_left
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from job.core.example_results import EXAMPLES_JSONL
+from job.core.judging.example_results import EXAMPLES_JSONL
 
 
 def with_languages(rows):

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from job.core.attempt.seat import Team
 from job.core.errors import CannotFitError, PeerLostError, StopRequestedError, UnavailableError
-from job.core.seat import Team
 from job.edge.host.outcome import Outcome
 from job.launch import supervisor
 from job.launch.launched import Launched

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from browser import found_browser, shown
 
-from job.core.report import Report, read_report
+from job.core.reports.report import Report, read_report
 from job.render.page.finished import report_html
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from page_reports import KINDS, gsm8k
 from report_fixtures import LEARNED
 
-from job.core.run_record import RecordedObject
+from job.core.attempt.run_record import RecordedObject
 from job.render.page.finished import report_html
 from job.render.page.nights.channel import channel_html
 from job.render.page.several import several_html

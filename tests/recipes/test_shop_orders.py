@@ -96,7 +96,7 @@ def test_some_notes_also_name_a_city_a_day_or_a_colour_that_is_not_the_orders():
 
 
 def test_the_demos_recipe_reads_these_files_and_asks_nothing_that_was_learned():
-    from job.core.recipe_text import load_recipe
+    from job.core.recipe.text import load_recipe
 
     recipe = load_recipe((RECIPES / "demo.yaml").read_text(encoding="utf-8"), source="demo.yaml")
 

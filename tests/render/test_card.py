@@ -8,11 +8,11 @@ from huggingface_hub import ModelCard
 from page_reports import gsm8k, small
 from report_fixtures import ADAPTER, COMMIT, DATA, MODEL, SHA256
 
-from job.core.export import Export, ExportLosses, limits_of
-from job.core.judged_answers import Gain, MetricReport, SliceGain, SourceGain
-from job.core.report import AdapterFile
-from job.core.report_data import DataObject
-from job.core.slices import SliceLoss, SliceName
+from job.core.data.report_data import DataObject
+from job.core.judging.judged_answers import Gain, MetricReport, SliceGain, SourceGain
+from job.core.judging.slices import SliceLoss, SliceName
+from job.core.reports.export import Export, ExportLosses, limits_of
+from job.core.reports.report import AdapterFile
 from job.render.cards.adapter import adapter_card
 from job.render.cards.merged import merged_card
 

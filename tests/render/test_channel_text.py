@@ -2,17 +2,17 @@
 
 from channel_material import STANDARDS, exam, judged
 
-from job.core.channel import (
+from job.core.attempt.run_record import RecordedParent
+from job.core.nightly.channel import (
     FreshNight,
     after_verdict,
     open_state,
     promotion_of,
     rollback_to,
 )
-from job.core.error_budget import spend
-from job.core.judgement import evidence_to_gather
-from job.core.promotion_report import BudgetReport, NewData, PromotionReport, said_of
-from job.core.run_record import RecordedParent
+from job.core.nightly.error_budget import spend
+from job.core.nightly.judgement import evidence_to_gather
+from job.core.nightly.promotion_report import BudgetReport, NewData, PromotionReport, said_of
 from job.render.channel_text import channel_lines, promotion_lines
 from job.render.report_text import report_lines
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.core.ended import Ended
+from job.core.attempt.ended import Ended
 from job.render.endings_text import endings_lines
 
 

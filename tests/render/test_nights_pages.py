@@ -7,7 +7,7 @@ from channel_material import judged
 from channel_pages import CHANNELS, NIGHTS, a_channel, a_night, a_verdict
 from test_page import Parsed
 
-from job.core.channel import KEPT_NIGHTS
+from job.core.nightly.channel import KEPT_NIGHTS
 from job.render.channel_text import promotion_lines
 from job.render.page.finished import report_html
 from job.render.page.nights.channel import channel_html

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from page_reports import KINDS, gsm8k, several_gpus, small, with_sources
 from report_fixtures import ADAPTER, DATA, FINISHED, KILLED, LEARNED, evaluation
 
-from job.core.held_out import Answer
-from job.core.report import Report, TrainingCurve, read_report
-from job.core.report_data import BadLine
-from job.core.run_record import RecordedObject
+from job.core.attempt.run_record import RecordedObject
+from job.core.data.report_data import BadLine
+from job.core.judging.held_out import Answer
+from job.core.reports.report import Report, TrainingCurve, read_report
 from job.render.page.finished import report_html, some_places
 from job.render.page.several import several_html
 from job.render.page.unfinished import RunSoFar, unfinished_html

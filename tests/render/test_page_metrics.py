@@ -4,9 +4,9 @@ import re
 
 from page_reports import gsm8k, small
 
-from job.core.example_results import ChangeReport, LossChange
-from job.core.judged_answers import Gain, MetricReport, SliceGain, SourceGain
-from job.core.slices import SliceLoss, SliceName
+from job.core.judging.example_results import ChangeReport, LossChange
+from job.core.judging.judged_answers import Gain, MetricReport, SliceGain, SourceGain
+from job.core.judging.slices import SliceLoss, SliceName
 from job.render.page.finished import report_html
 from job.render.report_text import report_lines
 

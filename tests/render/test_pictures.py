@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from job.core.limits import Limits
-from job.core.report import (
+from job.core.attempt.limits import Limits
+from job.core.data.report_data import DataReport, Histogram, SideReport
+from job.core.reports.report import (
     AdapterReport,
     AttemptReport,
     EvaluationReport,
@@ -18,7 +19,6 @@ from job.core.report import (
     Throughput,
     TrainingCurve,
 )
-from job.core.report_data import DataReport, Histogram, SideReport
 from job.render.pictures import LENGTHS_PNG, LOSS_PNG, draw
 
 

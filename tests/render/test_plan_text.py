@@ -7,9 +7,9 @@ from filled_ask import ROOT, TEMPLATES, ask_lines
 from llama_2_7b import LLAMA_2_7B, WORK
 from report_fixtures import DATA
 
-from job.core.forecast import Ask, ask_for, forecast
-from job.core.gpus import Gpu, gpu_named
-from job.core.scaling import ALONE, cluster_of
+from job.core.plan.forecast import Ask, ask_for, forecast
+from job.core.plan.gpus import Gpu, gpu_named
+from job.core.plan.scaling import ALONE, cluster_of
 from job.render.plan_text import plan_lines
 
 

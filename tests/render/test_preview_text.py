@@ -5,8 +5,8 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job.core.data.preview import ExamplePreview, PreviewPiece, SourceTokens
 from job.core.lines import cells
-from job.core.preview import ExamplePreview, PreviewPiece, SourceTokens
 from job.render.preview_text import example_lines, preview_lines, token_lines
 
 PAINT = re.compile(r"\x1b\[[0-9;]*m")

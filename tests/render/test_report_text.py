@@ -1,6 +1,6 @@
 """The report for people: what a terminal shows."""
 
-from job.core.held_out import Answer
+from job.core.judging.held_out import Answer
 from job.render.report_text import histogram_lines, report_lines
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from job.core.data.report_data import SourceReport
 from job.core.lines import cells
-from job.core.report import Report, SourceCurve, SourceLoss, SourceShare, read_report
-from job.core.report_data import SourceReport
+from job.core.reports.report import Report, SourceCurve, SourceLoss, SourceShare, read_report
 from job.render.cards.adapter import adapter_card
 from job.render.report_text import report_lines
 from job.render.sources_text import source_lines

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from tiny_mxfp4 import write_mxfp4
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
+from job.core.data.vocabulary import refuse_beyond
 from job.core.errors import JobError
-from job.core.vocabulary import refuse_beyond
 from job.edge.base import fetching
 from job.edge.store.objects import StoreSettings
 from job.tune.model.base import load_base

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from job.core.templates import template_fields
+from job.core.recipe.templates import template_fields
 
 ROOT = Path(__file__).parents[2]
 NORTH, SOUTH = "north", "south"

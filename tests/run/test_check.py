@@ -9,8 +9,8 @@ from nvml_calls import LinkedGpus, play
 from terminals import lines_seen, terminal
 
 from job.commands.check import FOR_A_PERSON
-from job.core.advice import of_recipe
-from job.core.recipe_text import load_recipe
+from job.core.plan.advice import of_recipe
+from job.core.recipe.text import load_recipe
 
 
 def rows(ended):

@@ -12,7 +12,7 @@ import pytest
 from job_process import ROOT, call, objects, process, records, write_lines
 
 from job.commands import plan
-from job.core.plan_json import PlanJson
+from job.core.plan.plan_json import PlanJson
 from job.edge.host.interrupt import Interrupt
 
 

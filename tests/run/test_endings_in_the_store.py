@@ -11,7 +11,7 @@ from job_process import call, objects
 from run_material import SECRETS
 
 from job import ending
-from job.core.ended import Ended
+from job.core.attempt.ended import Ended
 from job.core.errors import DeniedError, JobError
 from job.edge.run import endings
 from job.edge.store.directory import DirectoryStore

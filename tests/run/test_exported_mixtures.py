@@ -13,8 +13,8 @@ from tiny_mxfp4 import write_mxfp4
 from trained_on import trained_on
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from job.core import export as exports
-from job.core.export import Export
+from job.core.reports import export as exports
+from job.core.reports.export import Export
 from job.tune.device import compute_dtype
 
 

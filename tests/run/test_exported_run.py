@@ -12,8 +12,8 @@ from test_chat_run import chats
 from tiny_wrappers import write_wrapper
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from job.core import export as exports
-from job.core.export import Export
+from job.core.reports import export as exports
+from job.core.reports.export import Export
 from job.tune.model.tokenizer import encodes_alike
 
 

@@ -9,8 +9,8 @@ from job_process import call, records, write_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from job.core.errors import DeniedError
-from job.core.example_results import read
-from job.core.report import read_report
+from job.core.judging.example_results import read
+from job.core.reports.report import read_report
 from job.edge.run.artifacts import Artifacts
 
 

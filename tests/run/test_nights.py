@@ -14,7 +14,7 @@ from run_material import make_base
 from job.commands import channel as channel_command
 from job.core.crash_points import POINTS
 from job.edge.store.probing import Probe
-from job.stages import identity
+from job.stages.attempts import identity
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -7,7 +7,7 @@ import pytest
 from job_process import call
 
 from job.core.errors import DeniedError
-from job.core.report import read_report
+from job.core.reports.report import read_report
 from job.edge.run.artifacts import Artifacts
 from job.render.page.finished import report_html
 

@@ -9,7 +9,7 @@ from job_process import ROOT, environment_without_job, write_lines
 from terminals import terminal
 
 from job.core.lines import cells
-from job.core.report import Report
+from job.core.reports.report import Report
 from job.render.report_text import report_lines
 
 PAINT = re.compile(r"\x1b\[[0-9;]*m")

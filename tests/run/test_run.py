@@ -9,7 +9,7 @@ import pytest
 from job_process import ROOT, objects, process
 from run_material import SECRETS
 
-from job.core.report import Report
+from job.core.reports.report import Report
 
 
 def test_a_good_run_ends_with_zero_and_says_only_json_lines_on_stdout(finished):
@@ -94,7 +94,8 @@ def test_the_report_says_how_long_the_first_step_was_waited_for_and_why(finished
 
 def test_the_self_test_reads_the_examples_that_are_trained_on(job, monkeypatch):
     """On random tokens two right engines in bf16 differ, once the base has learned to read."""
-    from job.stages import loading, planning
+    from job.stages import planning
+    from job.stages.base import loading
 
     tried = []
 

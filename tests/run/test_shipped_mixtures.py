@@ -10,9 +10,9 @@ from run_material import make_base
 from tiny_mxfp4 import SECTION
 from transformers import CONFIG_MAPPING
 
-from job.core.mxfp4 import form_with_experts
-from job.core.promises import TensorHeader, form_in_files
-from job.core.recipe import LoraSection
+from job.core.base.mxfp4 import form_with_experts
+from job.core.base.promises import TensorHeader, form_in_files
+from job.core.recipe.schema import LoraSection
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.promises import hold_to_promises
 from job.tune.rehearsal import rehearse

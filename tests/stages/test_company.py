@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from job.core.errors import StopRequestedError
-from job.stages import company
+from job.stages.ranks import company
 
 
 class Store:

@@ -4,8 +4,8 @@ import threading
 from types import SimpleNamespace
 
 from job.core.errors import StalledError
-from job.stages import guard as module
-from job.stages.guard import Guard
+from job.stages.attempts import guard as module
+from job.stages.attempts.guard import Guard
 
 PATIENCE_SECONDS = 60
 

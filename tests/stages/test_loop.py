@@ -7,7 +7,7 @@ from structlog.testing import capture_logs
 from tiny import Ceiling, cut_of, poison
 
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 
 
 def test_a_run_learns_and_records_each_step(start):

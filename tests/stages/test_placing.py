@@ -8,10 +8,10 @@ from tiny_families import write_family
 from tiny_mxfp4 import write_mxfp4
 
 from job.core.errors import LocalDiskError, UsageError
-from job.core.recipe import ModelSection
+from job.core.recipe.schema import ModelSection
 from job.edge.base.fetching import BaseModel, BaseModelIdentity
 from job.edge.store.objects import StoreSettings
-from job.stages.base_source import BaseSource
+from job.stages.base.base_source import BaseSource
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.model.base import has_experts_in_16_bits, load_base
 

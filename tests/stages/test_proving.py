@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import torch
 from tiny import CPU, adapted, stages_attempt
 
-from job.core.recipe import LoraSection, Recipe
-from job.stages.proving import load_published
+from job.core.recipe.schema import LoraSection, Recipe
+from job.stages.finishing.proving import load_published
 from job.tune.data.micro_batch import micro_batch
 
 

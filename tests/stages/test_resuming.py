@@ -8,7 +8,7 @@ import torch
 from tiny import LAYERS, cut_of
 
 from job.core.errors import DataError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.edge.run.artifacts import Artifacts
 from job.edge.run.checkpoints import Checkpoint
 from job.edge.store.directory import DirectoryStore

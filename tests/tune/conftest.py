@@ -8,7 +8,7 @@ from tiny import ARCHITECTURES, adapted, targets_of
 from tiny_fixtures import bases, documents, plain_tokenizer, start, tied_base, tokenizer  # noqa: F401 - fixtures
 
 import job.kernels
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels.attention import Attention, Segments
 from job.kernels.blocks import BLOCK
 

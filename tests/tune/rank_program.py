@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from tiny import CPU, LAYERS, PAIR, Ceiling, attempt, documents_of, poison, random_text, stages_attempt
 from tiny import watch_micro_batches as watch
 
+from job.core.attempt.seat import Seat
 from job.core.errors import JobError
-from job.core.recipe import LoraSection
-from job.core.seat import Seat
+from job.core.recipe.schema import LoraSection
 from job.kernels.decoder import Saving
 from job.kernels.llama_step import Step
 from job.kernels.which_ops import ops_of
-from job.stages.following import _Follower
+from job.stages.ranks.following import _Follower
 from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.handwritten import HandwrittenEngine
 from job.tune.loop import evaluate as evaluation

@@ -6,7 +6,7 @@ from tiny_families import FAMILIES
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from job.core.errors import UsageError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.engines import packed_model
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention, register
 from job.tune.engines.packed_model import PackedModel

@@ -25,13 +25,13 @@ from transformers import (
     get_scheduler,
 )
 
-from job.core.course import Course, plan_course
-from job.core.cut import Cut
-from job.core.data_section import DataSection
-from job.core.limits import Limits
-from job.core.recipe import CheckpointSection, EvaluateSection, LoraSection, Recipe, TrainSection
-from job.core.records import Example, Part
-from job.core.verdict import Evaluation
+from job.core.attempt.limits import Limits
+from job.core.data.records import Example, Part
+from job.core.judging.verdict import Evaluation
+from job.core.plan.course import Course, plan_course
+from job.core.plan.cut import Cut
+from job.core.recipe.data_section import DataSection
+from job.core.recipe.schema import CheckpointSection, EvaluateSection, LoraSection, Recipe, TrainSection
 from job.edge.host.outcome import Outcome
 from job.stages.attempt import Attempt as StagesAttempt
 from job.stages.attempt import Phases, Worker

@@ -12,7 +12,7 @@ from tiny import (
     write_tokenizer,
 )
 
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.model.config import load_tokenizer
 
 

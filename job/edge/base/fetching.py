@@ -8,10 +8,10 @@ from pathlib import Path
 
 import structlog
 
-from job.core import quantisation
+from job.core.base import quantisation
+from job.core.base.promises import TensorHeader
 from job.core.errors import LocalDiskError, NotFoundError, UsageError
-from job.core.promises import TensorHeader
-from job.core.recipe import is_hub_id
+from job.core.recipe.schema import is_hub_id
 from job.edge.base import files as model_files
 from job.edge.base import headers
 from job.edge.base import places as model_places

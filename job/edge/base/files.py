@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from job.core import quantisation
+from job.core.base import quantisation
+from job.core.base.quantisation import FourBits, Mxfp4
 from job.core.errors import DataError, NotFoundError, UsageError
-from job.core.quantisation import FourBits, Mxfp4
 
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"

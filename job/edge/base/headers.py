@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from job.core.base.promises import TensorHeader
 from job.core.errors import DataError, UnavailableError
-from job.core.promises import TensorHeader
 
 ReadPart = Callable[[str, int, int], bytes]
 """Name of a file, first byte and number of bytes -> its content there."""

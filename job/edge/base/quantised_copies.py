@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from job.core.errors import DataError, JobError, NotFoundError, StopRequestedError
-from job.core.recipe import is_hub_id
+from job.core.recipe.schema import is_hub_id
 from job.edge.base import files as model_files
 from job.edge.base.fetching import BaseModel, BaseModelIdentity, OnProgress
 from job.edge.store.folder import Facts, FileEntry, LocalFolder, StoredFolder, refuse_if_full, total_bytes

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from job.core.errors import SickDeviceError
-from job.core.memory import GIB
+from job.core.plan.memory import GIB
 
 _Answer = TypeVar("_Answer")
 

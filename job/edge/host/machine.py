@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from job.core.errors import LocalDiskError
-from job.core.memory import GIB
+from job.core.plan.memory import GIB
 
 _PROBE = b"\0" * 4096
 

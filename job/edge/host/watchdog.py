@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
+from job.core.attempt.stall import Deaf, Stalled, Vigil
 from job.core.errors import StalledError, StopRequestedError
-from job.core.stall import Deaf, Stalled, Vigil
 
 REPORT_SECONDS = 5.0
 """How long reporting may take: the log, the outcome file, a record in the store, which may be what hangs."""

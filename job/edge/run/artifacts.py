@@ -23,11 +23,11 @@ from typing import Any
 
 import structlog
 
+from job.core.attempt.ended import Ended
+from job.core.attempt.history import wrong_value
 from job.core.crash_points import crash_point
-from job.core.ended import Ended
 from job.core.errors import DataError, RunConflictError
-from job.core.history import wrong_value
-from job.core.report import Report, read_report
+from job.core.reports.report import Report, read_report
 from job.edge.run import endings
 from job.edge.run.adapter import PublishedAdapter
 from job.edge.run.channels import Channel

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import structlog
 
-from job.core.channel import AdapterInUse, Judged, Promoted
 from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, UnavailableError
+from job.core.nightly.channel import AdapterInUse, Judged, Promoted
 from job.edge.run.channels import Channel
 from job.edge.store.folder import MANIFEST, FileEntry, Manifest, StoredFolder
 from job.edge.store.json_objects import json_bytes

@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 
 import structlog
 
-from job.core.channel import ChannelState, Judged, Promoted, read_as
 from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, UnavailableError
-from job.core.exam_results import Exam, ExampleResults, read_exam, read_results
-from job.core.promotion_report import NewData
+from job.core.nightly.channel import ChannelState, Judged, Promoted, read_as
+from job.core.nightly.exam_results import Exam, ExampleResults, read_exam, read_results
+from job.core.nightly.promotion_report import NewData
 from job.core.section import Section
 from job.edge.store.json_objects import json_bytes, json_object
 from job.edge.store.objects import CONTROL_BYTES, ObjectStore, PreconditionError

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from pydantic import ValidationError
 
-from job.core.ended import Ended
+from job.core.attempt.ended import Ended
 from job.core.errors import DataError, JobError, NotFoundError
 from job.edge.store.json_objects import json_bytes
 from job.edge.store.objects import SMALL_BYTES, ObjectStore

@@ -148,15 +148,15 @@ def _split_bucket(rest: str) -> tuple[str, str]:
 
 
 def _open_bucket(location: Location, settings: StoreSettings, patience: Patience, part_bytes: int) -> ObjectStore:
-    from job.edge.store.s3 import S3Store  # boto3 takes a third of a second, which --help need not pay
+    from job.edge.store.s3.store import S3Store  # boto3 takes a third of a second, which --help need not pay
 
     return S3Store(location.top, location.key.strip("/"), settings, patience=patience, part_bytes=part_bytes)
 
 
 def _aws_credentials() -> str:
-    from job.edge.store import s3_bucket  # as above
+    from job.edge.store.s3 import bucket  # as above
 
-    return f"AWS, found by: {s3_bucket.credentials_source()}"
+    return f"AWS, found by: {bucket.credentials_source()}"
 
 
 def _file_uri(rest: str) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from job.core.judged_answers import MetricReport
-from job.core.report import EvaluationReport, Report
+from job.core.judging.judged_answers import MetricReport
+from job.core.reports.report import EvaluationReport, Report
 from job.core.visible import code_span, one_line, visible
 from job.render.cards.front_matter import front_matter, measured
 from job.render.metric_text import METRIC_WORDS, compared_with, gain_text, score_cells

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import yaml
 
-from job.core.recipe import is_hub_id
-from job.core.report import Report
+from job.core.recipe.schema import is_hub_id
+from job.core.reports.report import Report
 from job.core.visible import visible
 
 _HUB_LICENCES = frozenset(

@@ -1,7 +1,7 @@
 """A merged model's README: what it was made of, how good it is, under which licence; with front matter for hubs."""
 
-from job.core.export import Export
-from job.core.report import Report
+from job.core.reports.export import Export
+from job.core.reports.report import Report
 from job.core.visible import code_span
 from job.render.cards.front_matter import front_matter, measured
 

@@ -6,9 +6,9 @@ better: what would be lost by a change.
 
 from collections.abc import Sequence
 
-from job.core.answer_metrics import MetricName
-from job.core.channel import THE_BASE
-from job.core.held_out import Answer
+from job.core.judging.answer_metrics import MetricName
+from job.core.judging.held_out import Answer
+from job.core.nightly.channel import THE_BASE
 from job.render.page.blocks import Answers, Chapter, Room, ShownAnswer, Words
 
 _AT_ONCE, _MOST_AT_ONCE = 6, 12

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from markupsafe import Markup
 
-from job.core.preview import ExamplePreview
+from job.core.data.preview import ExamplePreview
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

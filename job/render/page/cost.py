@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from job.core.lines import worth_naming
-from job.core.report import AttemptReport, Report, Throughput
+from job.core.reports.report import AttemptReport, Report, Throughput
 from job.render.page.blocks import Block, Chapter, Facts, Room, Table
 
 _HOUR = 3600

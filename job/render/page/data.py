@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from job.core.report import Report
-from job.core.report_data import DataReport, SideReport
+from job.core.data.report_data import DataReport, SideReport
+from job.core.reports.report import Report
 from job.render.page import figures
 from job.render.page.blocks import Block, Chapter, Example, Facts, Listing, Picture, Pictures, Room, Table
 

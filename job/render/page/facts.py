@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from job.core.report import Report
+from job.core.reports.report import Report
 from job.render.page.blocks import Block, Chapter, Code, Facts, Fold, Listing, Room, Table, Words, cut
 from job.render.serving_text import asked_as, peft_lines, vllm_line
 

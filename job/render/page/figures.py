@@ -11,9 +11,9 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from job.core.held_out import HeldOut
-from job.core.report import EvaluationReport, Report, SweetSpot, TrainingCurve
-from job.core.report_data import Histogram
+from job.core.data.report_data import Histogram
+from job.core.judging.held_out import HeldOut
+from job.core.reports.report import EvaluationReport, Report, SweetSpot, TrainingCurve
 from job.render.pictures import plain_numbers, top_of
 
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from functools import partial
 
-from job.core.next_steps import next_steps
-from job.core.report import Report
+from job.core.reports.next_steps import next_steps
+from job.core.reports.report import Report
 from job.render.metric_text import METRIC_WORDS
 from job.render.page import figures
 from job.render.page.answers import answers_chapter

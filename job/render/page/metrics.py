@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from job.core.example_results import ChangeReport
-from job.core.judged_answers import MetricReport
-from job.core.report import Report
+from job.core.judging.example_results import ChangeReport
+from job.core.judging.judged_answers import MetricReport
+from job.core.reports.report import Report
 from job.render.metric_text import by_chance, compared_with, gain_text, score_cells
 from job.render.page.blocks import Block, Chapter, Room, Table, Words
 from job.render.page.cost import moment

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from job.core.attempt.run_record import RecordedObject
 from job.core.errors import ending
-from job.core.report import AttemptReport, EvaluationReport, TrainingCurve
-from job.core.run_record import RecordedObject
+from job.core.reports.report import AttemptReport, EvaluationReport, TrainingCurve
 from job.render.page import figures
 from job.render.page.blocks import Block, Chapter, Page, Picture, Pictures, Room, Table, Words
 from job.render.page.cost import attempts_table

@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from job.core.answer_metrics import AnswerMetric
-from job.core.exam_results import GivenAnswers, given_answers, name_of
-from job.core.recipe import Recipe
+from job.core.judging.answer_metrics import AnswerMetric
+from job.core.nightly.exam_results import GivenAnswers, given_answers, name_of
+from job.core.recipe.schema import Recipe
 from job.stages.attempt import Attempt
-from job.stages.loading import Inputs
+from job.stages.base.loading import Inputs
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.evaluate import Question, answer, questions_of_documents
 

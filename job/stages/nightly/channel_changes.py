@@ -6,7 +6,9 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
-from job.core.channel import (
+from job.core.crash_points import crash_point
+from job.core.errors import UsageError
+from job.core.nightly.channel import (
     THE_BASE,
     AdapterInUse,
     ChannelState,
@@ -22,18 +24,16 @@ from job.core.channel import (
     promotion_of,
     without_again,
 )
-from job.core.crash_points import crash_point
-from job.core.error_budget import YEAR_DAYS, spend
-from job.core.errors import UsageError
-from job.core.exam_results import ExampleResults, asked_alike
-from job.core.judgement import Answered, Candidate, Standards, Terms, evidence_to_gather, judge_run
-from job.core.promotion_report import BudgetReport, ended_with, said_of
-from job.core.recipe import Recipe
+from job.core.nightly.error_budget import YEAR_DAYS, spend
+from job.core.nightly.exam_results import ExampleResults, asked_alike
+from job.core.nightly.judgement import Answered, Candidate, Standards, Terms, evidence_to_gather, judge_run
+from job.core.nightly.promotion_report import BudgetReport, ended_with, said_of
+from job.core.recipe.schema import Recipe
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
-from job.stages.identity import WEIGHTS, Run, probe_output
+from job.stages.attempts.identity import WEIGHTS, Run, probe_output
 
 log = structlog.get_logger(__name__)
 DRIFT_DAYS = 30

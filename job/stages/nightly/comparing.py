@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import structlog
 
-from job.core.channel import Judged
 from job.core.errors import DataError, NotFoundError
-from job.core.exam_results import ExampleResults
-from job.core.fresh_evidence import FreshEvidence
-from job.core.judgement import Answered, Candidate, Terms, judge_run
+from job.core.nightly.channel import Judged
+from job.core.nightly.exam_results import ExampleResults
+from job.core.nightly.fresh_evidence import FreshEvidence
+from job.core.nightly.judgement import Answered, Candidate, Terms, judge_run
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
 from job.stages.nightly.channel_changes import (

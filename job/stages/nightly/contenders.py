@@ -12,18 +12,18 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from job.core.channel import THE_BASE, AdapterInUse, Promoted
+from job.core.data.packing import Rows
 from job.core.errors import DataError
-from job.core.exam_results import ExampleResults, GivenAnswers, name_of, results_of
-from job.core.packing import Rows
+from job.core.nightly.channel import THE_BASE, AdapterInUse, Promoted
+from job.core.nightly.exam_results import ExampleResults, GivenAnswers, name_of, results_of
 from job.edge.run.channels import Channel
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
-from job.stages.loading import Inputs
+from job.stages.base.loading import Inputs
+from job.stages.finishing.proving import as_judged, let_go, load_alone, load_from
 from job.stages.nightly.answering import Asked, answers_of
 from job.stages.nightly.channel_changes import BASE, model_name
 from job.stages.nightly.exams import Exams, ExamSet
-from job.stages.proving import as_judged, let_go, load_alone, load_from
 from job.tune.data.documents import Documents
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_name

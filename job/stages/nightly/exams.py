@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.core.chunks import in_chunks
+from job.core.data.chunks import in_chunks
+from job.core.data.fields import Unusable, fields_of
 from job.core.errors import DataError, UsageError
-from job.core.exam_results import MOST_VALUES, Exam
-from job.core.fields import Unusable, fields_of
-from job.core.promote_section import PromoteSection
+from job.core.nightly.exam_results import MOST_VALUES, Exam
+from job.core.recipe.promote_section import PromoteSection
 from job.edge.dataset_files import fetch_files, names_of, read_lines
 from job.edge.store.listing import expand
 from job.edge.store.objects import StoredObject
 from job.edge.store.whole_files import whole_file
 from job.stages.attempt import Worker
-from job.stages.identity import Run
-from job.stages.loading import Inputs
+from job.stages.attempts.identity import Run
+from job.stages.base.loading import Inputs
+from job.stages.data.sources import judge_sources, new_tallies
 from job.stages.nightly.answering import Asked, asked_of
-from job.stages.sources import judge_sources, new_tallies
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
 from job.tune.data.encoder import Encoder, rules_of

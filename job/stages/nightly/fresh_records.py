@@ -12,7 +12,9 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from job.core.channel import (
+from job.core.errors import DataError, NotFoundError, UnavailableError
+from job.core.judging.paired import Pairs, pairs_of
+from job.core.nightly.channel import (
     ChannelState,
     FreshNight,
     Judged,
@@ -23,17 +25,15 @@ from job.core.channel import (
     name_in_use,
     waiting_for,
 )
-from job.core.data_section import Templates
-from job.core.errors import DataError, NotFoundError, UnavailableError
-from job.core.exam_results import name_of
-from job.core.fresh_evidence import FreshEvidence
-from job.core.paired import Pairs, pairs_of
+from job.core.nightly.exam_results import name_of
+from job.core.nightly.fresh_evidence import FreshEvidence
+from job.core.recipe.data_section import Templates
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.edge.store.objects import PreconditionError
 from job.stages.attempt import Attempt
-from job.stages.identity import Run
-from job.stages.loading import Inputs
+from job.stages.attempts.identity import Run
+from job.stages.base.loading import Inputs
 from job.stages.nightly.channel_changes import (
     carry_out,
     first_state,

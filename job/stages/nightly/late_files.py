@@ -6,8 +6,8 @@ from functools import partial
 
 import structlog
 
+from job.core.data.fields import record_of
 from job.core.errors import DataError, NotFoundError
-from job.core.fields import record_of
 from job.core.visible import one_line
 from job.edge.foreign_formats import foreign
 from job.edge.store.lanes import Lanes

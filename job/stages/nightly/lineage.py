@@ -6,13 +6,13 @@ from typing import Any
 
 import structlog
 
-from job.core.channel import AdapterInUse
+from job.core.attempt.run_record import RecordedParent
 from job.core.errors import DataError, NotFoundError, UsageError
-from job.core.run_record import RecordedParent
+from job.core.nightly.channel import AdapterInUse
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
-from job.stages.identity import WEIGHTS
-from job.stages.loading import Inputs
+from job.stages.attempts.identity import WEIGHTS
+from job.stages.base.loading import Inputs
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.checkpoint import ADAPTER_FILES, load_adapter
 from job.tune.loop.saved_state import DamagedStateError

@@ -5,26 +5,26 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from job.core.channel import Judged, Outcome, Promoted
+from job.core.attempt.run_record import RecordedParent, read_run_record
 from job.core.errors import DataError, NotFoundError
-from job.core.promotion_report import NAMED_FILES, NewData, said_of
-from job.core.report import Report
-from job.core.run_record import RecordedParent, read_run_record
+from job.core.nightly.channel import Judged, Outcome, Promoted
+from job.core.nightly.promotion_report import NAMED_FILES, NewData, said_of
+from job.core.reports.report import Report
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
 from job.stages.attempt import Attempt
-from job.stages.company import Company
-from job.stages.identity import Run
-from job.stages.loading import Inputs
+from job.stages.attempts.identity import Run
+from job.stages.base.loading import Inputs
 from job.stages.nightly.channel_changes import carry_out, copy_of, judge_again, lost_verdict, refuse_other_base
 from job.stages.nightly.comparing import again, judge_loaded
 from job.stages.nightly.contenders import Examiner
 from job.stages.nightly.exams import Exams, prepare_exams
 from job.stages.nightly.fresh_records import FreshRecords
+from job.stages.ranks.company import Company
 from job.tune.device.device import begin_peak_anew, release_memory
 
 if TYPE_CHECKING:
-    from job.stages.data_objects import Objects
+    from job.stages.data.data_objects import Objects
 
 log = structlog.get_logger(__name__)
 _TOKENS_AT_ONCE = 8192

@@ -5,18 +5,18 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from job.core.promote_section import PromoteSection
-from job.core.recipe import Recipe
-from job.core.report import Report
-from job.core.seat import Seat
+from job.core.attempt.seat import Seat
+from job.core.recipe.promote_section import PromoteSection
+from job.core.recipe.schema import Recipe
+from job.core.reports.report import Report
 from job.edge.host.logs import bind
 from job.stages.attempt import Attempt, Standing
-from job.stages.guard import Guard
-from job.stages.holding import Held, hold
-from job.stages.identity import Run, same_data
+from job.stages.attempts.guard import Guard
+from job.stages.attempts.holding import Held, hold
+from job.stages.attempts.identity import Run, same_data
 
 if TYPE_CHECKING:
-    from job.stages.company import Company
+    from job.stages.ranks.company import Company
 
 
 def train_other_seed(
@@ -56,7 +56,7 @@ class Companions:
     @cached_property
     def company(self) -> "Company":
         """Raises: as `Company`."""
-        from job.stages.company import Company
+        from job.stages.ranks.company import Company
 
         return Company(self._attempt, self._seat)
 

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from job.core.channel import AdapterFileInUse, AdapterInUse, Judged, NightWork, OtherTraining
-from job.core.held_out import Answer
-from job.core.judgement import Candidate
-from job.core.promotion_report import PromotionReport, said_of
-from job.core.report import Report
-from job.core.verdict import Evaluation
+from job.core.judging.held_out import Answer
+from job.core.judging.verdict import Evaluation
+from job.core.nightly.channel import AdapterFileInUse, AdapterInUse, Judged, NightWork, OtherTraining
+from job.core.nightly.judgement import Candidate
+from job.core.nightly.promotion_report import PromotionReport, said_of
+from job.core.reports.report import Report
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
-from job.stages.loading import Inputs
+from job.stages.base.loading import Inputs
 from job.stages.loop import TrainingFacts
 from job.stages.nightly.answering import answers_known
 from job.stages.nightly.channel_changes import (

@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from job.core.data.lengths import Lengths
 from job.core.errors import DataError
-from job.core.lengths import Lengths
 from job.tune.data.encoded import EncodedSet
 
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from job.core.lengths import Lengths
-from job.core.records import Example
-from job.core.same_content import Digests, is_in_part
+from job.core.data.lengths import Lengths
+from job.core.data.records import Example
+from job.core.data.same_content import Digests, is_in_part
 from job.tune.data.frame import Framed
 
 DIGEST_BYTES = 16

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Self
 
-from job.core.chunks import Chunk, Side
-from job.core.data_section import DataSection, DataSource, Fraction
-from job.core.fields import value_of
-from job.core.records import BOM, Example, Tally, checked_lines, is_held_out
-from job.tune.data.chat import ChatRules, ChatTemplates, chat_rules
+from job.core.data.chunks import Chunk, Side
+from job.core.data.fields import value_of
+from job.core.data.records import BOM, Example, Tally, checked_lines, is_held_out
+from job.core.recipe.data_section import DataSection, DataSource, Fraction
+from job.tune.data.chats.chat import ChatRules, ChatTemplates, chat_rules
 from job.tune.data.encoded import rows_of
 from job.tune.data.frame import TokenRules, encode_examples, token_rules
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, groupby, pairwise
 from typing import Any
 
-from job.core.data_section import DataSection
+from job.core.data.records import Example, Part
 from job.core.errors import UsageError
-from job.core.records import Example, Part
+from job.core.recipe.data_section import DataSection
 from job.tune.data.control import ControlFinder, ControlToken, control_tokens
 from job.tune.data.spelling import Spelling
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from job.core.packing import Rows
+from job.core.data.packing import Rows
 from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import MicroBatch
 

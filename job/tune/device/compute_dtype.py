@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from job.core.memory import ComputeDtype
+from job.core.plan.memory import ComputeDtype
 
 _DTYPES: dict[ComputeDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Never fp16, which overflows in about one of five 7B runs (QLoRA's own README)."""

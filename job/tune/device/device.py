@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from job.core.errors import CannotFitError, SickDeviceError
-from job.core.memory import DeviceMemory
+from job.core.plan.memory import DeviceMemory
 from job.tune.device.compute_dtype import compute_dtype, dtype_name
 from job.tune.device.failures import reason_of
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from job.core.cut import Cut
 from job.core.errors import JobError
+from job.core.plan.cut import Cut
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.device.failures import error_line
 from job.tune.engines.engine import OnFinished

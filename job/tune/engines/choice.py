@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from job.core.errors import UsageError
-from job.core.memory import EngineName, WantedEngine
+from job.core.plan.memory import EngineName, WantedEngine
 from job.kernels.decoder import Saving
 from job.kernels.which_ops import has_triton, ops_of
 from job.tune.data.trial_documents import Text

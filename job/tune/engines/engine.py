@@ -8,8 +8,8 @@ import structlog
 import torch
 from torch import Tensor
 
-from job.core.cut import Cut, after_out_of_memory
 from job.core.errors import CannotFitError
+from job.core.plan.cut import Cut, after_out_of_memory
 from job.tune.data.micro_batch import MicroBatch
 
 log = structlog.get_logger(__name__)

@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from job.core.data.packing import Rows
 from job.core.errors import UsageError
-from job.core.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
-from job.core.packing import Rows
+from job.core.plan.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import HERE, Arrivals, Decoder, DecoderLayer
 from job.kernels.weights import Adapter, Dequantise, Group, Linear

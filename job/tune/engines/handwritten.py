@@ -8,7 +8,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from job.core.cut import Cut
+from job.core.plan.cut import Cut
 from job.kernels.attention import Segments
 from job.kernels.cuda_graphs import Replay, most_tokens
 from job.kernels.decoder import HERE, PackedRow, Saving

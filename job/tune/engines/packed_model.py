@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from job.core.data.packing import Rows, alike
 from job.core.errors import UsageError
-from job.core.packing import Rows, alike
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, has_sinks, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention

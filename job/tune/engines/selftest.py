@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from job.core.data.packing import Rows
 from job.core.errors import JobError, UsageError
-from job.core.packing import Rows
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.data.trial_documents import Text, one_row, trial_documents
 from job.tune.device.failures import error_line

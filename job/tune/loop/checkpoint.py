@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from job.core.crash_points import crash_point
-from job.core.cut import Cut
-from job.core.verdict import Evaluation
+from job.core.judging.verdict import Evaluation
+from job.core.plan.cut import Cut
 from job.tune.device.random_state import random_state, restore_random_state
 from job.tune.loop.optimizer import set_schedule, state_after_a_step
 from job.tune.loop.saved_state import (

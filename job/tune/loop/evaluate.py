@@ -11,14 +11,14 @@ import structlog
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from job.core.answer_groups import AnswerGroup, answer_groups
-from job.core.dealing import deal
+from job.core.data.packing import pack
+from job.core.data.records import Example, Part
 from job.core.errors import StopRequestedError
-from job.core.packing import pack
-from job.core.records import Example, Part
-from job.core.verdict import Evaluation
+from job.core.judging.answer_groups import AnswerGroup, answer_groups
+from job.core.judging.verdict import Evaluation
+from job.core.plan.dealing import deal
 from job.tune.data.asked import asked_and_learned, asked_documents
-from job.tune.data.chat import ChatTemplate
+from job.tune.data.chats.chat import ChatTemplate
 from job.tune.data.control import control_tokens
 from job.tune.data.documents import Documents
 from job.tune.data.frame import TokenRules, encode_given, encode_prompt

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from job.core.scaling import SUM_PIECE
+from job.core.plan.scaling import SUM_PIECE
 from job.tune.loop.flat import FlatAdapter
 from job.tune.world import World
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from job.core.recipe import TrainSection
+from job.core.recipe.schema import TrainSection
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw_torch": torch.optim.AdamW,
@@ -21,7 +21,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "paged_lion_8bit": bnb.optim.PagedLion8bit,
     "sgd": torch.optim.SGD,
 }
-"""By the recipe's names; what each keeps for a parameter stands in `core/memory.py`."""
+"""By the recipe's names; what each keeps for a parameter stands in `core/plan/memory.py`."""
 _SCHEDULE_ENDS = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "polynomial": {"lr_end": 0.0}}
 """Where a schedule ends, for those that ask: a tenth of the peak, and zero."""
 

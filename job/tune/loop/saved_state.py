@@ -17,11 +17,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from job.core.cut import Cut
+from job.core.attempt.run_record import first_mistake
 from job.core.errors import DataError
-from job.core.run_record import first_mistake
+from job.core.judging.verdict import Evaluation
+from job.core.plan.cut import Cut
 from job.core.section import NotNegative, Section, Whole
-from job.core.verdict import Evaluation
 from job.tune.device.device import cuda_in_use
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from job.core.cut import Cut, common_cut
 from job.core.errors import SickDeviceError
+from job.core.plan.cut import Cut, common_cut
 from job.tune.device.digest import digest
 from job.tune.loop.checkpoint import State, flatten
 from job.tune.loop.flat import FlatAdapter

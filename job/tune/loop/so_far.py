@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
+from job.core.judging.verdict import Evaluation
 from job.core.section import NotNegative, Whole
-from job.core.verdict import Evaluation
 from job.tune.loop.saved_state import EVALUATIONS, FORMAT, STATE, DamagedStateError
 
 FILES = (STATE, EVALUATIONS)

@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from job.core.course import Course, dropout_seed
 from job.core.crash_points import crash_point
-from job.core.dealing import deal
 from job.core.errors import DivergedError
-from job.core.recipe import TrainSection
-from job.core.shares import cut_share
+from job.core.plan.course import Course, dropout_seed
+from job.core.plan.dealing import deal
+from job.core.plan.shares import cut_share
+from job.core.recipe.schema import TrainSection
 from job.tune.data.documents import Documents
 from job.tune.data.micro_batch import MicroBatch, micro_batch
 from job.tune.engines.engine import Engine, adopt_or_shrink, shrink

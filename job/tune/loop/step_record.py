@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from job.core.cut import Cut
+from job.core.plan.cut import Cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from job.core.errors import UsageError
-from job.core.recipe import TrackSection
+from job.core.recipe.schema import TrackSection
 from job.tune.loop.trackers import TRACKERS, Conclusion, Ended, LastStep, TrackedRun, Tracker, Values
 
 _MOST_WAITING = 20_000

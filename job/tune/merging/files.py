@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from job.core.base.promises import STATE, TensorHeader
 from job.core.errors import DataError
-from job.core.promises import STATE, TensorHeader
 from job.tune.merging.factors import AdapterFile, Factors
 from job.tune.merging.origins import STACK, STATES, Origins, Part
 from job.tune.model.four_bit import dequantised_in_files, shape_in_files

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from job.core.base.mxfp4 import is_mxfp4
+from job.core.base.promises import STATE
 from job.core.errors import DataError
-from job.core.mxfp4 import is_mxfp4
-from job.core.promises import STATE
 from job.tune.model.config import read_config
 from job.tune.model.four_bit import dequantised_in_files
 from job.tune.model.stored.mxfp4 import Stored, with_decoded

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from job.core.base.promises import STATE
 from job.core.errors import DataError
-from job.core.onto import Onto
-from job.core.promises import STATE
+from job.core.reports.onto import Onto
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.merging.factors import AdapterFile
 from job.tune.merging.files import MergedWeights, Merger, Untied

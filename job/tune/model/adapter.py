@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from job.core.close_names import closest
 from job.core.errors import UsageError
-from job.core.recipe import ALL_LINEAR, EXPERTS, LoraSection
+from job.core.recipe.schema import ALL_LINEAR, EXPERTS, LoraSection
 from job.tune.model.config import empty_model
 from job.tune.model.mixtures import experts_in, experts_modules, is_router, weights_of_experts
 from job.tune.model.recurrent import read_past_modules

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 
+from job.core.base.mxfp4 import is_mxfp4
+from job.core.base.promises import refuse
 from job.core.errors import DataError
-from job.core.mxfp4 import is_mxfp4
-from job.core.promises import refuse
 from job.tune.device.compute_dtype import dtype_of
 from job.tune.model.config import CONFIG, causal_lm_of, read_config, read_whole_config, read_wrapper
 from job.tune.model.experts import ExpertsApart

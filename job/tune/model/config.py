@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from job.core.errors import UsageError
-from job.core.memory import ExpertsShape, ModelShape
+from job.core.plan.memory import ExpertsShape, ModelShape
 from job.kernels.ops import Gate
 from job.tune.model.four_bit import put_into_four_bits
 from job.tune.model.mixtures import experts_modules, gate_of, matrix_of_expert, weights_of_experts

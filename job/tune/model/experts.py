@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from job.core.base.promises import STATE
 from job.core.errors import DataError
-from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
-from job.core.promises import STATE
+from job.core.plan.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.weights import Quantised, QuantisedExperts
 from job.tune.model.config import empty_model
 from job.tune.model.four_bit import dequantised, quantised

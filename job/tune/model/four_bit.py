@@ -19,7 +19,7 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQu
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from job.core.errors import DataError
-from job.core.memory import NF4_BLOCK, NF4_OUTER_BLOCK
+from job.core.plan.memory import NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.weights import Quantised
 from job.tune.device.compute_dtype import compute_dtype
 from job.tune.device.device import device_name

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from job.core.memory import NF4_BLOCK
+from job.core.plan.memory import NF4_BLOCK
 from job.kernels.ops import Gate
 
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from job.core.base.mxfp4 import Unpacked, is_mxfp4, unpacked
+from job.core.base.promises import STATE, Differences, TensorHeader, refuse, unusual_dtypes
 from job.core.errors import DataError
-from job.core.mxfp4 import Unpacked, is_mxfp4, unpacked
-from job.core.promises import STATE, Differences, TensorHeader, refuse, unusual_dtypes
 from job.tune.model.config import causal_lm_of, read_config, read_whole_config
 from job.tune.model.four_bit import is_another_in_four_bits
 from job.tune.model.wrappers import parts_of

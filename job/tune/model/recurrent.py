@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from job.core.memory import RecurrentShape
+from job.core.plan.memory import RecurrentShape
 
 _WITHOUT_CONVOLUTION = re.compile(r"LightningAttention|Retention$")
 """Names of classes that hand something on from token to token, and have no convolution."""

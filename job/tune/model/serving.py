@@ -6,9 +6,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from job.core.data_section import DataSection
-from job.core.servers import GENERIC_TOKENIZER, readable_settings
-from job.tune.data.chat import asked_rules
+from job.core.base.servers import GENERIC_TOKENIZER, readable_settings
+from job.core.recipe.data_section import DataSection
+from job.tune.data.chats.chat import asked_rules
 from job.tune.data.control import control_tokens
 from job.tune.model.tokenizer import base_file, generation_stops
 

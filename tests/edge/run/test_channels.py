@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from job.core.channel import AdapterFileInUse, AdapterInUse, ChannelState, Promoted, open_state
 from job.core.crash_points import CrashOrder, set_order
 from job.core.errors import DataError, NotFoundError
-from job.core.exam_results import Exam, results_of
-from job.core.promotion_report import NewData
+from job.core.nightly.channel import AdapterFileInUse, AdapterInUse, ChannelState, Promoted, open_state
+from job.core.nightly.exam_results import Exam, results_of
+from job.core.nightly.promotion_report import NewData
 from job.edge.run import channels as channels_module
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel

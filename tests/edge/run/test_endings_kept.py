@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from job.core.ended import Ended, ended_without_a_word
+from job.core.attempt.ended import Ended, ended_without_a_word
 from job.edge.run import endings
 from job.edge.run.artifacts import finished_runs, runs_of
 from job.edge.store.objects import StoreSettings

@@ -12,7 +12,7 @@ from job.edge.run.run_store import RunStore
 from job.edge.store import directory
 from job.edge.store.objects import Entry, StoreSettings
 from job.edge.store.opening import open_store
-from job.stages import sources
+from job.stages.data import sources
 
 OBJECTS_OF_A_CHECKPOINT = 7
 PAGE = 1000

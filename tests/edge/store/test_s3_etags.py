@@ -2,7 +2,7 @@
 
 import pytest
 
-from job.edge.store.s3_etags import Etags, content_md5
+from job.edge.store.s3.etags import Etags, content_md5
 
 
 def test_an_etag_that_only_looks_like_an_md5_is_no_obstacle():

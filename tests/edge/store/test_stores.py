@@ -15,7 +15,7 @@ from job.edge.store.objects import PreconditionError, StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.patience import Patience
 from job.edge.store.probing import probe
-from job.edge.store.s3_errors import summary
+from job.edge.store.s3.errors import summary
 
 
 class TestEveryStore(StoreContract):

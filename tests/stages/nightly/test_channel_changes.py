@@ -5,9 +5,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from channel_material import HOW, adapter, exam, judged, results
 
-from job.core.channel import Promoted
-from job.core.exam_results import given_answers, results_of
-from job.core.recipe import Recipe
+from job.core.nightly.channel import Promoted
+from job.core.nightly.exam_results import given_answers, results_of
+from job.core.recipe.schema import Recipe
 from job.edge.run.channels import Channel
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store

@@ -12,9 +12,9 @@ from channel_material import adapter
 from tiny import CPU, adapted, stages_attempt
 from tiny_families import write_family
 
-from job.core.answer_metrics import AnswerMetric
 from job.core.errors import DataError
-from job.core.recipe import LoraSection, Recipe
+from job.core.judging.answer_metrics import AnswerMetric
+from job.core.recipe.schema import LoraSection, Recipe
 from job.edge.run.channels import Channel
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store

@@ -11,9 +11,9 @@ from tokenizer_kinds import CONTROL, KINDS, LOSSLESS, REFUSES, tokenizer_of
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from job.core.data_section import DataSection
+from job.core.data.records import Example, Part
 from job.core.errors import UsageError
-from job.core.records import Example, Part
+from job.core.recipe.data_section import DataSection
 from job.tune.data.frame import encode_examples, encode_given, encode_prompt, token_rules
 from job.tune.model.config import load_tokenizer
 

@@ -8,10 +8,10 @@ from chat_styles import STYLES, chat_tokenizer, random_chat
 from tiny import documents_of_examples
 from transformers.utils import chat_template_utils
 
-from job.core.data_section import NAMED_TEMPLATES, DataSection
+from job.core.data.records import Tally, checked_lines
 from job.core.errors import UsageError
-from job.core.records import Tally, checked_lines
-from job.tune.data.chat import ChatTemplates, chat_rules
+from job.core.recipe.data_section import NAMED_TEMPLATES, DataSection
+from job.tune.data.chats.chat import ChatTemplates, chat_rules
 from job.tune.data.frame import encode_examples, encode_given, token_rules
 from job.tune.data.micro_batch import micro_batch
 

@@ -12,10 +12,10 @@ import pytest
 from chat_styles import chat_tokenizer
 from tiny import PAIR
 
-from job.core.chunks import in_chunks
-from job.core.data_section import DataSection
+from job.core.data.chunks import in_chunks
+from job.core.data.records import Example
 from job.core.errors import DataError
-from job.core.records import Example
+from job.core.recipe.data_section import DataSection
 from job.edge import workers
 from job.edge.workers import in_order
 from job.tune.data.documents import select_documents
@@ -171,7 +171,7 @@ def in_little_memory(program, *arguments):
 
 READ = """
 from operator import attrgetter
-from job.core.chunks import in_chunks
+from job.core.data.chunks import in_chunks
 from job.edge.workers import in_order
 limit(160)
 line, size = b"x" * 1000, attrgetter("size")
@@ -187,9 +187,9 @@ def test_three_hundred_megabytes_go_through_a_hundred_and_sixty():
 USE = """
 from pathlib import Path
 import numpy as np
-from job.core.course import plan_course
-from job.core.packing import pack_evenly
-from job.core.same_content import count_repeated, count_shared
+from job.core.plan.course import plan_course
+from job.core.data.packing import pack_evenly
+from job.core.data.same_content import count_repeated, count_shared
 from job.tune.data.documents import select_documents
 from job.tune.data.encoded import EncodedSet
 limit(int(sys.argv[2]))

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import documents_of, documents_of_examples, example_of
 
-from job.core.data_section import DataSection
 from job.core.errors import UsageError
+from job.core.recipe.data_section import DataSection
 from job.tune.data.frame import encode_examples, encode_prompt, token_rules
 from job.tune.data.micro_batch import micro_batch
 

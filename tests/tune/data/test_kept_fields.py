@@ -6,7 +6,7 @@ import pytest
 from chat_styles import chat_tokenizer
 from test_encoder import HALF, encoded
 
-from job.core.data_section import DataSection
+from job.core.recipe.data_section import DataSection
 from job.edge import workers
 from job.tune.data.encoded import EncodedSet
 from job.tune.data.encoder import Encoder, rules_of

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tiny import documents_of_examples
 from tokenizer_kinds import KINDS, LOSSLESS, tokenizer_of
 
-from job.core.records import Example, Part
+from job.core.data.records import Example, Part
+from job.tune.data.chats.picture import by_source, pictures, source_tokens
 from job.tune.data.documents import select_documents
-from job.tune.data.picture import by_source, pictures, source_tokens
 
 often = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 pieces = st.sampled_from(["the", "hat", " ", "\n", "é", "x", "</s>", "<|user|>"])

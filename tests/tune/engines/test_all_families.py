@@ -12,7 +12,7 @@ from tiny_families import FAMILIES, ORIGINAL, WINDOW, write_family
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines import families
 from job.tune.engines.choice import choose_engine

@@ -8,7 +8,7 @@ import torch
 from structlog.testing import capture_logs
 from tiny import ARCHITECTURES, EVERY_LINEAR, adapted, backward, gradients, micro_batch
 
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels import linear as layer
 from job.tune.engines import choice, loss
 from job.tune.engines.choice import choose_engine

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import LAYERS, adapted, cut_of, gradients, micro_batch
 
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels import linear_op as layer_op
 from job.tune.engines import layers
 from job.tune.engines.attention_choice import AttentionChoice

@@ -11,7 +11,7 @@ from tiny_families import FAMILIES, config_of, write_family
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from job.core.errors import UsageError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels import experts as grouped
 from job.tune.engines import families
 from job.tune.engines.packed_model import PackedModel

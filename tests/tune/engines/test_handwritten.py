@@ -8,7 +8,7 @@ import torch
 from tiny import EVERY_LINEAR, FAMILY, LAYERS, adapted, config_of, cut_of, gradients, micro_batch, write_base
 
 from job.core.errors import UsageError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels import cuda_graphs as replay
 from job.kernels import llama_step as llama
 from job.kernels import reference

@@ -12,7 +12,7 @@ from test_all_families import accumulated, choice_for, micro_batch_of, plain, pl
 from tiny import CPU
 from tiny_families import config_of, write_family
 
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.engines import families
 from job.tune.engines.families import words_on
 from job.tune.engines.packed_model import PackedModel

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, EVERY_LINEAR, adapted, backward, load_base, micro_batch, targets_of
 from tiny_families import config_of
 
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels import reference
 from job.kernels.linear_op import linear
 from job.kernels.ops import Gate

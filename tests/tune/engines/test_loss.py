@@ -8,8 +8,8 @@ from tiny import adapted, backward, gradients, micro_batch
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
-from job.core.memory import _LOGITS_BY_AUTOGRAD, _LOGITS_BYTES, _LOGITS_CHUNK
-from job.core.recipe import LoraSection
+from job.core.plan.memory import _LOGITS_BY_AUTOGRAD, _LOGITS_BYTES, _LOGITS_CHUNK
+from job.core.recipe.schema import LoraSection
 from job.kernels import head_loss as head
 from job.kernels.weights import Linear
 from job.tune.engines import loss as loss_module

@@ -11,8 +11,8 @@ from tiny_families import FAMILIES, config_of
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from job.core.memory import AdapterShape, ExpertsShape, memory_parts
-from job.core.recipe import LoraSection
+from job.core.plan.memory import AdapterShape, ExpertsShape, memory_parts
+from job.core.recipe.schema import LoraSection
 from job.kernels import experts as grouped
 from job.kernels.experts import Experts, ExpertsAdapter, ExpertsLinear, experts
 from job.kernels.ops import Gate

@@ -7,7 +7,7 @@ from tiny import CPU
 from tiny_families import write_family
 
 from job.core.errors import UsageError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.engines import selftest
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention
 from job.tune.engines.decoder_inputs import row_inputs

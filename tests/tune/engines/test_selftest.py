@@ -9,7 +9,7 @@ from tiny_families import write_family
 from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
 
 from job.core.errors import UsageError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.data.trial_documents import text_of
 from job.tune.engines import loss, packed_model, selftest
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention, register

@@ -5,8 +5,8 @@ import torch
 from tiny import EVERY_LINEAR, adapted, gradients, micro_batch
 from tiny_families import write_family
 
-from job.core.packing import alike
-from job.core.recipe import LoraSection
+from job.core.data.packing import alike
+from job.core.recipe.schema import LoraSection
 from job.kernels import reference
 from job.kernels.decoder import Saving
 from job.tune.engines.autograd import AutogradEngine

@@ -15,9 +15,9 @@ from tiny import CPU, EVERY_LINEAR
 from tiny_wrappers import WRAPPED, in_the_other_layout, whole_class_of, whole_config_of, write_wrapper
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
+from job.core.base.promises import form_in_files
 from job.core.errors import DataError, UsageError
-from job.core.promises import form_in_files
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines import selftest
 from job.tune.engines.packed_model import PackedModel

@@ -12,7 +12,7 @@ from tiny import ARCHITECTURES, CPU, LAYERS, attempt, cut_of, micro_batch, own_l
 from transformers import AutoModelForCausalLM
 
 from job.core.errors import DataError, StopRequestedError
-from job.core.recipe import LoraSection, Optimizer
+from job.core.recipe.schema import LoraSection, Optimizer
 from job.tune.loop import checkpoint as checkpoints
 from job.tune.model.adapter import trainable
 from job.tune.model.base import load_base

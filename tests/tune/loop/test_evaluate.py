@@ -8,7 +8,7 @@ import torch
 from tiny import PAIR, adapted, documents_of, documents_of_examples, example_of, one_by_one, own_losses
 
 from job.core.errors import StopRequestedError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.data.frame import token_rules
 from job.tune.loop import evaluate as evaluate_module
 from job.tune.loop.evaluate import Question, answer, evaluate, questions_of_documents, questions_of_prompts

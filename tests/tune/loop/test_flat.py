@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import adapted, micro_batch
 
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.loop.flat import FlatAdapter
 from job.tune.model.adapter import trainable
 

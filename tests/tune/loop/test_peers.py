@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 PROGRAM = """
 import os, sys, time
 import torch
-from job.core.seat import Seat
+from job.core.attempt.seat import Seat
 from job.tune.ranks import Meeting
 rank, port = map(int, sys.argv[1:3])
 seat = Seat(rank=rank, size=3, local_rank=rank, node=0, nodes=1, host="127.0.0.1", port=port, folder="", supervisor=0)

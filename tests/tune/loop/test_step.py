@@ -19,11 +19,11 @@ from tiny import (
     watch_micro_batches,
 )
 
-from job.core.course import course_of, plan_course
+from job.core.data.mixture import Portion
+from job.core.data.packing import pack_evenly
 from job.core.errors import CannotFitError, DivergedError, StopRequestedError
-from job.core.mixture import Portion
-from job.core.packing import pack_evenly
-from job.core.recipe import LoraSection
+from job.core.plan.course import course_of, plan_course
+from job.core.recipe.schema import LoraSection
 from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.engine import adopt_or_shrink

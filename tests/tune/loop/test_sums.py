@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from job.core.scaling import Cluster, sent_bytes
+from job.core.plan.scaling import Cluster, sent_bytes
 from job.tune.ranks import Ranks
 
 

@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from job.core.errors import SickDeviceError, UsageError
-from job.core.recipe import TrackSection
+from job.core.recipe.schema import TrackSection
 from job.tune.device.device import choose_device, device_memory, device_name, peak_memory_bytes
 from job.tune.loop import track
 from job.tune.loop.track import Tracking, refuse_trackers

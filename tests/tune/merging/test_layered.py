@@ -16,7 +16,7 @@ from tiny_wrappers import write_wrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job.core.errors import DataError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.checkpoint import load_adapter

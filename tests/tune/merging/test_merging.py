@@ -16,7 +16,7 @@ from tiny_wrappers import in_the_other_layout, write_wrapper
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from job.core.errors import DataError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.loop.checkpoint import ADAPTER_FILES, adapter_to_publish
 from job.tune.merging.preparing import prepare_merge
 from job.tune.model.adapter import attach_lora, chosen_by_all_linear

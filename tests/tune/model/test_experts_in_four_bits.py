@@ -10,7 +10,7 @@ from tiny import CPU
 from tiny_families import config_of, write_family
 
 from job.core.errors import DataError, UsageError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.model import experts
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.base import load_base, quantised_files

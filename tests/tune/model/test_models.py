@@ -9,8 +9,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, T5Config
 
 from job.core.errors import DataError, UsageError
-from job.core.memory import GIB, AdapterShape, memory_parts
-from job.core.recipe import LoraSection, TrainSection
+from job.core.plan.memory import GIB, AdapterShape, memory_parts
+from job.core.recipe.schema import LoraSection, TrainSection
 from job.tune.engines.families import refuse_family
 from job.tune.loop.optimizer import make_optimizer
 from job.tune.model.adapter import attach_lora, parameter_counts, refuse_targets, trainable

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from job.core.errors import DataError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.engines.selftest import check_model
 from job.tune.model.base import is_quantised, load_base, quantised_files
 from job.tune.model.config import read_config, shape_of

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from job.core.errors import DataError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.engines.choice import choose_engine
 from job.tune.engines.families import reason_against
 from job.tune.engines.packed_model import PackedModel

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from job.core.errors import UsageError
-from job.core.memory import AdapterShape, memory_parts
-from job.core.recipe import LoraSection
+from job.core.plan.memory import AdapterShape, memory_parts
+from job.core.recipe.schema import LoraSection
 from job.tune.data.trial_documents import one_row
 from job.tune.engines.families import layers_across
 from job.tune.engines.packed_model import PackedModel

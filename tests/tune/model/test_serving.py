@@ -6,9 +6,9 @@ import pytest
 from chat_styles import STYLES, random_chat, template_of, write_chat_tokenizer
 from transformers import AutoTokenizer
 
-from job.core.chats import Chat, chat_of
-from job.core.data_section import DataSection
-from job.tune.data.chat import ChatTemplates, chat_rules
+from job.core.data.chats import Chat, chat_of
+from job.core.recipe.data_section import DataSection
+from job.tune.data.chats.chat import ChatTemplates, chat_rules
 from job.tune.data.frame import encode_given, token_rules
 from job.tune.model.serving import write_serving_files
 from job.tune.model.tokenizer import encodes_alike

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job.core.errors import SickDeviceError, UsageError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.data.trial_documents import one_row
 from job.tune.device.digest import digest
 from job.tune.engines import selftest

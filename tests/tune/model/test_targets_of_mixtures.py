@@ -7,7 +7,7 @@ from tiny_families import FAMILIES, config_of
 from torch import nn
 
 from job.core.errors import UsageError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.model import adapter
 from job.tune.model.config import empty_model
 from job.tune.model.mixtures import experts_in, is_router

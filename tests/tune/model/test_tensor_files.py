@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, CPU, adapted, backward, micro_batch, trainable, 
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from job.core.errors import DataError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.tune.model.adapter import refuse_targets
 from job.tune.model.base import load_base, quantised_bytes, quantised_files
 from job.tune.model.config import read_config, shape_of

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from job.core.channel import ChannelState, FreshNight, Night, NightWork, Promoted, name_in_use, waiting_for
-from job.core.error_budget import YEAR_DAYS
+from job.core.nightly.channel import ChannelState, FreshNight, Night, NightWork, Promoted, name_in_use, waiting_for
+from job.core.nightly.error_budget import YEAR_DAYS
 from job.render.page.blocks import Block, Chapter, Facts, Fold, Page, Picture, Pictures, Room, Table, Words
 from job.render.page.cost import moment, seconds_text
 from job.render.page.nights.drawings import (

@@ -8,8 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from job.core.channel import FreshNight, Night
-from job.core.error_budget import YEAR_DAYS, Spent
+from job.core.nightly.channel import FreshNight, Night
+from job.core.nightly.error_budget import YEAR_DAYS, Spent
 from job.render.page.figures import COLOURS, WIDE, svg
 
 _HOUR = 3600

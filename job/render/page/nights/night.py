@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from job.core.error_budget import YEAR_DAYS
-from job.core.paired import Gap
-from job.core.promotion_report import BudgetReport, NewData, PromotionReport
+from job.core.judging.paired import Gap
+from job.core.nightly.error_budget import YEAR_DAYS
+from job.core.nightly.promotion_report import BudgetReport, NewData, PromotionReport
 from job.render.page.blocks import Block, Chapter, Facts, Listing, Room, Table, Words
 
 _HEAD = ("on", "n", "clusters", "difference", "95 %", "p (worse)")

@@ -13,9 +13,9 @@ import structlog
 import torch
 from torch import Tensor
 
-from job.core.answer_groups import AnswerGroup, answer_groups, moves_to_front, rows_for
 from job.core.errors import StopRequestedError
-from job.core.memory import GIB
+from job.core.judging.answer_groups import AnswerGroup, answer_groups, moves_to_front, rows_for
+from job.core.plan.memory import GIB
 from job.kernels.recorded import Recorder
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.answers import remembered

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from job.core.base.mxfp4 import is_mxfp4
 from job.core.errors import UsageError
-from job.core.mxfp4 import is_mxfp4
 from job.tune.model.base import can_be_kept, quantised_config, refuse_not_finite
 from job.tune.model.config import causal_lm_of, empty_model, read_config, read_whole_config, read_wrapper
 from job.tune.model.experts import ExpertsApart

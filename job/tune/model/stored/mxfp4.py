@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from job.core.mxfp4 import BLOCKS, SCALES, in_mxfp4, is_mxfp4
-from job.core.promises import TensorHeader
+from job.core.base.mxfp4 import BLOCKS, SCALES, in_mxfp4, is_mxfp4
+from job.core.base.promises import TensorHeader
 from job.tune.model.stored.tensor_files import StoredTensor, is_finite
 
 PUBLISHED = "published_quantization_config"

@@ -11,7 +11,7 @@ from tiny import CPU, adapted, targets_of
 from tiny_families import FAMILIES, write_family
 
 from job.core.errors import StopRequestedError
-from job.core.recipe import LoraSection
+from job.core.recipe.schema import LoraSection
 from job.kernels.recorded import Recorder
 from job.tune.engines.packed_model import PackedModel
 from job.tune.loop.answers import greedy, remembered

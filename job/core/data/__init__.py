@@ -1,0 +1,1 @@
+"""Examples before they are tokens: records, conversations, sources and their mixture, lengths, packing."""

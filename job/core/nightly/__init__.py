@@ -1,0 +1,1 @@
+"""A channel: the evidence on a night's model, the budget of errors, the decision."""

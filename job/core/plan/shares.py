@@ -1,0 +1,59 @@
+"""What a rank gets of a run's steps: the micro-batches that its shares are cut into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from job.core.data.lengths import Lengths
+from job.core.data.packing import grain_of, pack_evenly
+from job.core.plan.course import Course
+from job.core.plan.dealing import deal
+
+_ROOM = 32
+"""One part of so many: a grain, see `grain_of`."""
+_FIRST, _LARGEST = 32, 32
+"""Steps that are dealt, of those that a course looks at: the first ones, and those with the most tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """Shares of steps, as the ranks deal them: the tokens of each one's documents."""
+
+    lengths: tuple[tuple[int, ...], ...]
+
+    @property
+    def most(self) -> int:
+        """Tokens of the largest one, with the room that it takes to cut it into equal micro-batches."""
+        largest = max(sum(part) for part in self.lengths)
+        return largest + largest // _ROOM
+
+    def largest_micro_batch(self, budget: int) -> int:
+        """Tokens of the largest micro-batch, where shares are cut as a step cuts them, at most so large."""
+        return max(sum(part[i] for i in pack) for part in self.lengths for pack in cut_share(part, budget))
+
+
+def shares_of(course: Course, lengths: Lengths, *, ranks: int) -> Shares | None:
+    """Of a run that several ranks make; None: one makes it."""
+    if ranks == 1:
+        return None
+    totals = np.array(course.step_tokens(lengths))
+    largest = np.argsort(-totals, kind="stable")[:_LARGEST].tolist()
+    found = []
+    for place in dict.fromkeys([*range(min(_FIRST, len(totals))), *largest]):
+        own = lengths[course.batch(place + 1)].tolist()
+        found += [tuple(own[i] for i in places) for places in deal(own, shares=ranks) if places]
+    return Shares(lengths=tuple(found))
+
+
+def cut_share(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """What one rank has of a step, into its micro-batches.
+
+    Args:
+        lengths: tokens of its documents.
+        budget: the most of a micro-batch; a longer document has one to itself.
+
+    Returns:
+        Places in `lengths`, a list for each micro-batch.
+    """
+    return pack_evenly(lengths, most=max([budget, *lengths]), grain=grain_of(budget))

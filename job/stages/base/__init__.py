@@ -1,0 +1,1 @@
+"""The base from its weights to a model on the device."""

@@ -1,0 +1,1 @@
+"""The dataset from its objects to documents, and what held-out examples are judged by."""

@@ -1,0 +1,1 @@
+"""After training: proof, answers, report, hub and export."""

@@ -1,0 +1,125 @@
+"""What ranks get of a run's steps, and the memory that it takes, as measured on two GPUs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llama_2_7b import LLAMA_2_7B, WORK
+
+from job.core.data.packing import grain_of, pack_evenly, padded_tokens
+from job.core.plan.course import plan_course
+from job.core.plan.cut import plan_memory
+from job.core.plan.dealing import deal
+from job.core.plan.forecast import forecast
+from job.core.plan.gpus import gpu_named
+from job.core.plan.memory import GIB, DeviceMemory
+from job.core.plan.scaling import Cluster
+from job.core.plan.shares import Shares, cut_share, shares_of
+
+H200 = DeviceMemory(kind="cuda", name="NVIDIA H200", free_bytes=int(139.1 * GIB))
+
+
+def planned(shares, *, step_tokens=53_964, shards=1, engine="fast"):
+    """Llama-2-7B, GSM8K, 256 examples a step, as it was run."""
+    return plan_memory(
+        LLAMA_2_7B,
+        WORK.adapter,
+        engine=engine,
+        device=H200,
+        max_length=512,
+        step_tokens=step_tokens,
+        shards=shards,
+        shares=shares,
+    )
+
+
+def course_of(size, steps=40):
+    return plan_course(examples=len(WORK.lengths), batch_size=size, steps=steps, epochs=None, seed=0)
+
+
+@pytest.mark.parametrize(("shards", "measured_gib"), [(1, 57.09), (2, 43.73)])
+def test_the_peak_is_what_two_h200_took_of_a_share_of_two_micro_batches(shards, measured_gib):
+    """26,983 tokens of the largest share, in two of at most 13,824, where one GPU's steps are cut at 18,432."""
+    share = [27 * (512,), 25 * (512,) + (359,)]
+    plan = planned(Shares(lengths=(share[0] + share[1],)), shards=shards)
+
+    assert plan.cut.micro_batch_tokens == 14_336
+    assert plan.peak_tokens == 13_824
+    assert plan.predicted_peak_bytes == pytest.approx(measured_gib * GIB, rel=0.01)
+    assert planned(None, shards=shards).predicted_peak_bytes > 1.2 * measured_gib * GIB  # as one GPU's steps are cut
+
+
+def test_one_gpu_s_plan_reckons_with_all_that_its_cut_allows():
+    plan = planned(None)
+
+    assert shares_of(WORK.course, WORK.lengths, ranks=1) is None
+    assert plan.peak_tokens == plan.cut.micro_batch_tokens
+    assert plan.predicted_peak_bytes == pytest.approx(70.35 * GIB, rel=0.01)  # measured
+
+
+def test_what_memory_the_smaller_micro_batches_of_shares_leave_is_used():
+    """On GPUs of 24 GB more layers keep their dequantised weights where micro-batches are no larger than shares."""
+    course = course_of(64)
+    tight = replace(gpu_named("rtx4090"), memory_gib=23.5)
+    one, four = (forecast(replace(WORK, course=course), tight, Cluster(gpus=n)).memory for n in (1, 4))
+
+    assert four.cut.micro_batch_tokens < one.cut.micro_batch_tokens
+    assert four.cut.kept_layers > one.cut.kept_layers
+    assert four.predicted_peak_bytes < tight.memory_gib * GIB
+
+
+@pytest.mark.parametrize("engine", ["fast", "generic"])
+def test_a_small_share_takes_what_it_is_padded_to_where_it_is_replayed(engine):
+    plan = planned(Shares(lengths=((958, 958),)), step_tokens=3806, engine=engine)
+
+    assert plan.peak_tokens == (1920 if engine == "fast" else 1916)
+
+
+def test_a_plan_before_the_run_reckons_alike():
+    one, two = (forecast(replace(WORK, course=course_of(256)), gpu_named("h200"), Cluster(gpus=n)) for n in (1, 2))
+
+    assert two.memory.cut.evaluation_tokens == one.memory.cut.evaluation_tokens  # the same passes, to the bit
+    assert two.memory.peak_tokens < 14_000
+    assert one.memory.peak_tokens > 17_000
+    assert two.memory.predicted_peak_bytes < 0.85 * one.memory.predicted_peak_bytes
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=40)
+@given(st.integers(2, 9), st.integers(1, 300), st.sampled_from([512, 1024, 4096, 18_432]))
+def test_no_micro_batch_of_a_step_that_was_looked_at_is_larger(ranks, size, budget):
+    course = course_of(size, steps=4)
+    found = shares_of(course, WORK.lengths, ranks=ranks).largest_micro_batch(budget)
+
+    seen = []
+    for step in range(1, 5):
+        own = WORK.lengths[course.batch(step)].tolist()
+        for places in deal(own, shares=ranks):
+            lengths = [own[i] for i in places]
+            seen += [sum(lengths[i] for i in pack) for pack in cut_share(lengths, budget)]
+    assert max(seen) == found <= budget
+
+
+def test_the_largest_of_many_steps_is_among_those_that_are_dealt():
+    lengths = np.full(4000, 100, dtype=np.int32)
+    lengths[WORK.course.batch(9)[0] % 4000] = 4000
+    course = plan_course(examples=4000, batch_size=4, steps=900, epochs=None, seed=3)
+
+    assert shares_of(course, lengths, ranks=2).largest_micro_batch(4096) == 4000
+
+
+def test_a_share_is_cut_as_a_step_of_one_gpu_is():
+    lengths = WORK.lengths[:200].tolist()
+
+    assert cut_share(lengths, 4096) == pack_evenly(lengths, most=4096, grain=grain_of(4096))
+    assert cut_share([5000, 10], 4096) == pack_evenly([5000, 10], most=5000, grain=grain_of(4096))
+    assert cut_share([], 4096) == []
+
+
+@given(st.integers(1, 4096))
+def test_finer_sizes_hold_as_much_with_less_padding(tokens):
+    coarse, fine = (padded_tokens(tokens, finely=finely) for finely in (False, True))
+
+    assert tokens <= fine <= coarse
+    assert fine - tokens < max(128, tokens / 8)
