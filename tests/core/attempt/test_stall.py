@@ -21,7 +21,7 @@ from job.core.attempt.stall import (
 
 steady = settings(deadline=None, derandomize=True, database=None)
 PAUSE = 0.25
-JOB = Path(__file__).parents[2] / "job"
+JOB = Path(__file__).parents[3] / "job"
 
 
 class Told:

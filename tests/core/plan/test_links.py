@@ -8,7 +8,7 @@ import pytest
 from job.core.plan.gpus import GPUS
 from job.core.plan.links import network
 
-PAGE = (Path(__file__).parents[2] / "docs" / "many-gpus.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "many-gpus.md").read_text(encoding="utf-8")
 LINKS = {link.name: link for link in (*(gpu.link for gpu in GPUS), network(100), network(200), network(400))}
 
 

@@ -14,7 +14,7 @@ from job.core.recipe.mistakes import OTHER_WORDS, known_keys
 from job.core.recipe.schema import Recipe, identity_of, is_hub_id
 from job.core.recipe.text import _Loader, load_recipe
 
-SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 COMMIT = "01c7f73d771dfac7d292323805ebc428287df4f9"
 SMALL = """\
 model: {base: ./base}
