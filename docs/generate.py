@@ -179,7 +179,7 @@ interval that is paired over the examples, stand in log, report and page, for ea
 evaluate:
   answers: 500
   metric: pattern
-  pattern: "#### (-?[0-9.,]+)" # GSM8K: "... so she sold 72 clips. #### 72"
+  pattern: "#### (-?[0-9]+(?:[.,][0-9]+)*)" # GSM8K: "... so she sold 72 clips. #### 72"
   slices: [lang, meta.topic]
 ```
 

@@ -201,7 +201,7 @@ class EvaluateSection(Section):
         if (self.metric == "pattern") != (self.pattern is not None):
             raise ValueError(
                 "`metric: pattern` and `pattern` go together: give the regular expression that finds the answer, as "
-                "`pattern: '#### (-?[0-9.,]+)'`"
+                "`pattern: '#### (-?[0-9]+(?:[.,][0-9]+)*)'`"
             )
         if not self.answers and (self.metric != "exact_match" or self.metric_field is not None):
             raise ValueError(

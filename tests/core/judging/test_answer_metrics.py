@@ -13,7 +13,7 @@ from job.core.judging.answer_metrics import MOST_WORDS, AnswerMetric, why_no_pat
 EXACT, CONTAINS, JSON, ROUGE = (
     AnswerMetric(name=name) for name in ("exact_match", "contains", "json_equal", "rouge_l")
 )
-GSM8K = AnswerMetric(name="pattern", pattern=r"#### (-?[0-9.,]+)")
+GSM8K = AnswerMetric(name="pattern", pattern=r"#### (-?[0-9]+(?:[.,][0-9]+)*)")
 quick = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 
 
@@ -25,6 +25,8 @@ quick = settings(deadline=None, derandomize=True, database=None, max_examples=10
         (CONTAINS, "Oslo", "It is Oslo, I think.", 1),
         (CONTAINS, "Oslo", "oslo", 0),
         (GSM8K, "48 + 24 = 72\n#### 72", "That makes\n#### 72\n", 1),
+        (GSM8K, "#### 72", "#### 72.", 1),
+        (GSM8K, "#### 1,072.5", "It is #### 1,072.5, so", 1),
         (GSM8K, "#### 72", "#### 7", 0),
         (GSM8K, "#### 72", "72", 0),
         (GSM8K, "#### 72", "", 0),
