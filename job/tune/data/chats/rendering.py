@@ -14,7 +14,7 @@ from job.core.errors import JobError, StopRequestedError
 
 _FROM_OUTSIDE = (-9, -15)
 """How a process ends that somebody else ends: the system that has no memory left, or a person."""
-_ROOT = Path(__file__).parents[3]
+_ROOT = Path(__file__).parents[4]
 _LOOK_SECONDS = 0.2
 _PIECE = 2**20
 
