@@ -43,8 +43,9 @@ from bench.options import parser_of
 from bench.processes import NoResultError, begun, run, workers_of
 from bench.results import device_and_versions, table, write_section
 from bench.steps import environment_to_watch, steps_in, steps_text
-from bench.workload import kind_of, workload_of
+from bench.workload import workload_of
 from job.core.plan.forecast import forecast
+from job.core.plan.gpus import gpu_called
 from job.core.plan.memory import GIB
 from job.core.plan.scaling import Cluster
 from job.edge.host.gpu import look_at_links
@@ -251,7 +252,7 @@ def _of_the_work(bench, batch, steps):
 
     None: the formula does not know this kind, or these are two placements; nobody asks for the share of the ceiling.
     """
-    kind = kind_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    kind = gpu_called(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     options = bench.options
     is_computed = kind is not None and options.placement is None
     if not is_computed and bench.ceiling is None:

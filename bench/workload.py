@@ -4,7 +4,6 @@ from bench.options import GSM8K
 from bench.training import documents_of, recipe_of
 from job.core.plan.course import course_of
 from job.core.plan.forecast import Workload
-from job.core.plan.gpus import GPUS
 from job.core.plan.memory import AdapterShape
 from job.tune.engines.families import is_supported
 from job.tune.model.adapter import refuse_targets
@@ -33,10 +32,3 @@ def workload_of(base, train, folder, *, text=GSM8K, batch, steps, max_length):
         max_length=documents.max_length,
         kept_checkpoints=recipe.checkpoint.keep,
     )
-
-
-def kind_of(name):
-    """The GPU that a driver calls by this name, as `plan --gpu` knows it; None: it does not."""
-    said = name.lower().replace(" ", "")
-    known = [gpu for gpu in GPUS if all(part in said for part in gpu.name.split("-"))]
-    return max(known, key=lambda gpu: len(gpu.name), default=None)

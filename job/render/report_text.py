@@ -9,6 +9,7 @@ from job.core.judging.verdict import NOTHING_BETTER
 from job.core.lines import worth_naming
 from job.core.reports.next_steps import next_steps
 from job.core.reports.report import Report
+from job.render.ceiling_text import ceiling_words
 from job.render.channel_text import promotion_lines
 from job.render.metric_text import interval, points
 from job.render.preview_text import example_lines
@@ -166,6 +167,7 @@ def _cost(report: Report) -> list[str]:
             f"peak memory {speed.peak_memory_bytes / 2**30:.2f} GiB on {report.device}"
         ),
         *_together(report),
+        *([] if (share := ceiling_words(speed)) is None else [f"       {share}"]),
         f"time:  {_seconds(total)} s in this attempt: {_parts(speed.phase_seconds)}",
         *_start(report),
         *(

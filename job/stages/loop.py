@@ -65,6 +65,8 @@ class TrainingFacts:
     """Servers that are known to refuse it, each with the reason."""
     step_seconds: list[float] = field(default_factory=list)
     """Each step of this attempt."""
+    tokens: int = 0
+    """Real ones of those steps."""
     start_seconds: dict[str, float] | None = None
     """From the process's start to the end of the attempt's first step, by phase; None: it made no step."""
     out_of_memory: int = 0
@@ -206,6 +208,7 @@ class Loop:
         if record is None:
             return
         self._facts.step_seconds.append(record.seconds)
+        self._facts.tokens += record.tokens
         self._attempt.limits.cost.add_step(record.seconds)
         self._note(record.step, record.setbacks)
         self._notice_full_memory()

@@ -12,7 +12,7 @@ import pytest
 from bench import many_gpus, ours
 from bench.many_gpus import Bench, Carried, Way, losses_text, rates_text, side_by_side_text
 from bench.steps import steps_text
-from bench.workload import kind_of, workload_of
+from bench.workload import workload_of
 from job.core.plan.scaling import Cluster, sent_bytes
 
 STUB = str(Path(__file__).parent / "stub_run.py")
@@ -164,25 +164,6 @@ def test_a_placement_compares_it_with_the_other_one(bench, monkeypatch):
         assert (
             f"4 GPUs, {placement}: no result: ended with 1: ValueError: --gpus 4 --base-placement {placement}" in text
         )
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 PCIe", "h100-pcie"),
-        ("NVIDIA A100-SXM4-40GB", "a100-40"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA L40S", "l40s"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("NVIDIA T1000", None),
-    ],
-)
-def test_a_driver_s_name_is_a_kind_of_the_plan(name, kind):
-    found = kind_of(name)
-
-    assert (found and found.name) == kind
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------

@@ -166,6 +166,14 @@ def test_cost_has_time_over_all_attempts_and_why_each_ended():
     assert "1 more left no word of their end" in page_of(gsm8k(attempts=(KILLED, FINISHED))).text()
 
 
+def test_cost_has_the_share_of_the_ceiling_where_it_is_known(full):
+    known = {"ceiling_share": 0.338, "ceiling_tflops": 685.0, "ceiling_from": "measured"}
+    text = page_of(several_gpus(**known)).text()
+
+    assert "share of the ceiling 0.34 of what each GPU's large products sustain (685 TFLOP/s, measured" in text
+    assert "ceiling" not in full.text()
+
+
 def test_the_cost_of_several_gpus_has_the_speed_of_each_the_wait_and_what_was_sent(full):
     text = page_of_kind("several GPUs").text()
 

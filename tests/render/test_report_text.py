@@ -62,6 +62,18 @@ def test_the_wait_for_the_first_step_is_told_the_longest_part_first(report):
     assert "until the first step" not in shown(report, start=None)
 
 
+def test_the_share_of_the_ceiling_stands_below_the_speed(report):
+    known = {"ceiling_share": 0.843, "ceiling_tflops": 685.0, "ceiling_from": "measured"}
+    lines = report_lines(report.model_copy(update={"throughput": report.throughput.model_copy(update=known)}))
+    line = "       0.84 of what the GPU's large products sustain (685 TFLOP/s, measured on one of its kind)"
+    derived = {"ceiling_from": "derived", "ranks": 2}
+
+    assert lines[lines.index(line) - 1].startswith("speed: 4,000 real tokens a second")
+    text = shown(report, throughput=report.throughput.model_copy(update=known | derived))
+    assert "0.84 of what each GPU's large products sustain (685 TFLOP/s, derived from its data sheet)" in text
+    assert "sustain" not in shown(report)
+
+
 def test_answers_stand_side_by_side_each_on_one_line(report):
     lines = report_lines(report)
 

@@ -92,6 +92,25 @@ def test_the_report_says_how_long_the_first_step_was_waited_for_and_why(finished
     assert sum(job.report()["throughput"]["phase_seconds"].values()) > start["seconds"]
 
 
+def test_the_report_says_what_of_a_known_gpu_was_used(job, monkeypatch):
+    """The run is on the CPU, and the name alone is a GPU's."""
+    from job.stages.finishing import report as stage
+
+    monkeypatch.setattr(stage, "device_name", lambda _device: "NVIDIA L4")
+    assert job.call("run").code == 0
+    speed, model = job.report()["throughput"], job.report()["model"]
+    assert (speed["ceiling_tflops"], speed["ceiling_from"]) == (pytest.approx(50.4), "derived")
+    a_token = speed["ceiling_share"] * 50.4e12 / speed["tokens_per_second_a_rank"]
+    weights = model["total_parameters"] - model["trainable_parameters"]
+    assert 4 * model["trainable_parameters"] < a_token < 6 * model["trainable_parameters"] + 12 * weights
+
+
+def test_of_a_cpu_no_share_is_said(finished):
+    job, _ended = finished
+    speed = job.report()["throughput"]
+    assert (speed["ceiling_share"], speed["ceiling_tflops"], speed["ceiling_from"]) == (None, None, None)
+
+
 def test_the_self_test_reads_the_examples_that_are_trained_on(job, monkeypatch):
     """On random tokens two right engines in bf16 differ, once the base has learned to read."""
     from job.stages import planning

@@ -1,7 +1,7 @@
 """A run's steps: which examples make each, and which seed its dropout has: pure functions of the recipe's seed."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -50,8 +50,14 @@ class Course:
 
     def step_tokens(self, lengths: Lengths) -> list[int]:
         """Tokens of each step, of as many as are looked at."""
-        looked_at = range(1, min(self.steps, _STEPS_LOOKED_AT) + 1)
-        return [int(lengths[self.batch(step)].sum()) for step in looked_at]
+        return [int(lengths[batch].sum()) for batch in self._batches_looked_at()]
+
+    def drawn(self) -> list[int]:
+        """Examples of the steps, one that is drawn twice two times; of as many steps as are looked at."""
+        return [example for batch in self._batches_looked_at() for example in batch]
+
+    def _batches_looked_at(self) -> Iterator[list[int]]:
+        return (self.batch(step) for step in range(1, min(self.steps, _STEPS_LOOKED_AT) + 1))
 
     @property
     def examples(self) -> int:

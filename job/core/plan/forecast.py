@@ -7,6 +7,7 @@ import numpy as np
 
 from job.core.data.lengths import Lengths
 from job.core.data.packing import Rows
+from job.core.plan.ceiling import flops_per_token
 from job.core.plan.course import Course
 from job.core.plan.cut import Cut, MemoryPlan, cost_of, least_bytes, plan_memory
 from job.core.plan.gpus import Gpu, Speed
@@ -226,7 +227,8 @@ def _tokens_per_second(work: Workload, cut: Cut, speed: Speed) -> float:
 def _step_seconds(work: Workload, cut: Cut, speed: Speed, *, tokens: int, examples: float) -> float:
     """What one GPU computes."""
     shape = work.shape
-    products = (1 + _OTHER_WORK) * flops_per_token(work) / speed.sustained_flops
+    flops = flops_per_token(shape, work.adapter, lengths=work.lengths, targets=work.targets)
+    products = (1 + _OTHER_WORK) * flops / speed.sustained_flops
     moved = _PASSES[work.engine] * shape.layers * _BF16_BYTES * (shape.hidden + shape.intermediate)
     if shape.recurrent is not None:
         lengths = work.lengths.astype(np.float64)
@@ -282,22 +284,6 @@ def _evaluating_tokens(work: Workload, cut: Cut, ranks: int) -> float:
     """What the rank that does the most evaluates in all, by what it costs: it makes whole passes."""
     passes = max(1, math.ceil(work.validation_tokens / cut.evaluation_tokens))
     return FORWARD_SHARE * work.validation_tokens * work.evaluations * math.ceil(passes / ranks) / passes
-
-
-def flops_per_token(work: Workload) -> float:
-    """Floating-point operations of a step, a real token.
-
-    The base: 2 forward and 2 for the gradient of the input, a weight; no gradient of the weight itself. The adapter: 6.
-    Of experts those count that a token goes through.
-    Attention: 12 layers width a pair of tokens that see each other (Kaplan et al. 2020, arXiv 2001.08361, section 2.1,
-    and one and a half times as much for the backward). The head: target tokens only.
-    """
-    shape, lengths = work.shape, work.lengths.astype(np.float64)
-    tokens = float(lengths.sum())
-    head = 4 * shape.vocabulary * shape.hidden * work.targets / tokens
-    pairs = float((lengths * (lengths + 1) / 2).sum()) / tokens
-    attention = 12 * shape.layers * shape.heads * shape.head_width * pairs
-    return 4 * shape.active_parameters + head + 6 * work.adapter.active_parameters(shape) + attention
 
 
 def ask_for(work: Workload, cluster: Cluster = ALONE, placement: Placement = "replicated") -> Ask:

@@ -61,10 +61,18 @@ class Gpu:
     """None: not known, so no time is forecast."""
     link: Link | None
     """To others of its kind in the same host, as they are usually built; None: not known, as its speed."""
+    driver_name: str | None = None
+    """The whole of what its driver calls it: a part of a card (MIG), and cards of other power, have longer names."""
 
 
 def _gpu(
-    name: str, memory_gib: float, generation: _Generation, *figures: float, link: Link, measured: float | None = None
+    name: str,
+    driver_name: str,
+    memory_gib: float,
+    generation: _Generation,
+    *figures: float,
+    link: Link,
+    measured: float | None = None,
 ) -> Gpu:
     """With its dense TFLOP/s, watts and GB/s."""
     tflops, watts, gigabytes = figures
@@ -75,23 +83,23 @@ def _gpu(
         bytes_per_second=gigabytes * 1e9,
         measured_tflops=measured,
     )
-    return Gpu(name=name, memory_gib=memory_gib, speed=speed, link=link)
+    return Gpu(name=name, memory_gib=memory_gib, speed=speed, link=link, driver_name=driver_name)
 
 
 GPUS = (
-    _gpu("h200", 139.8, "hopper", 989, 700, 4800, link=NVLINK_4, measured=685),
-    _gpu("b200", 178.4, "blackwell", 2250, 1000, 8000, link=NVLINK_5),
-    _gpu("h100", 79.2, "hopper", 989, 700, 3350, link=NVLINK_4, measured=706),
-    _gpu("h100-pcie", 79.2, "hopper", 756, 350, 2000, link=PCIE_5),
-    _gpu("a100", 79.2, "ampere", 312, 400, 2039, link=NVLINK_3),
-    _gpu("a100-40", 39.4, "ampere", 312, 400, 1555, link=NVLINK_3),
-    _gpu("l40s", 44.4, "ada", 362, 350, 864, link=PCIE_4),
-    _gpu("a6000", 47.4, "ampere", 155, 300, 768, link=PCIE_4),
-    _gpu("rtx5090", 31.4, "blackwell", 209, 575, 1792, link=PCIE_5_BY_HOST),
-    _gpu("rtx4090", 23.5, "ada", 165, 450, 1008, link=PCIE_4_BY_HOST),
-    _gpu("rtx3090", 23.6, "ampere", 71, 350, 936, link=PCIE_4_BY_HOST),
-    _gpu("a10g", 22.1, "ampere", 70, 300, 600, link=PCIE_4),
-    _gpu("l4", 22.1, "ada", 121, 72, 300, link=PCIE_4),
+    _gpu("h200", "NVIDIA H200", 139.8, "hopper", 989, 700, 4800, link=NVLINK_4, measured=685),
+    _gpu("b200", "NVIDIA B200", 178.4, "blackwell", 2250, 1000, 8000, link=NVLINK_5),
+    _gpu("h100", "NVIDIA H100 80GB HBM3", 79.2, "hopper", 989, 700, 3350, link=NVLINK_4, measured=706),
+    _gpu("h100-pcie", "NVIDIA H100 PCIe", 79.2, "hopper", 756, 350, 2000, link=PCIE_5),
+    _gpu("a100", "NVIDIA A100-SXM4-80GB", 79.2, "ampere", 312, 400, 2039, link=NVLINK_3),
+    _gpu("a100-40", "NVIDIA A100-SXM4-40GB", 39.4, "ampere", 312, 400, 1555, link=NVLINK_3),
+    _gpu("l40s", "NVIDIA L40S", 44.4, "ada", 362, 350, 864, link=PCIE_4),
+    _gpu("a6000", "NVIDIA RTX A6000", 47.4, "ampere", 155, 300, 768, link=PCIE_4),
+    _gpu("rtx5090", "NVIDIA GeForce RTX 5090", 31.4, "blackwell", 209, 575, 1792, link=PCIE_5_BY_HOST),
+    _gpu("rtx4090", "NVIDIA GeForce RTX 4090", 23.5, "ada", 165, 450, 1008, link=PCIE_4_BY_HOST),
+    _gpu("rtx3090", "NVIDIA GeForce RTX 3090", 23.6, "ampere", 71, 350, 936, link=PCIE_4_BY_HOST),
+    _gpu("a10g", "NVIDIA A10G", 22.1, "ampere", 70, 300, 600, link=PCIE_4),
+    _gpu("l4", "NVIDIA L4", 22.1, "ada", 121, 72, 300, link=PCIE_4),
 )
 _WITHOUT_BF16 = ("v100", "t4", "p100", "p40", "rtx2080")
 _WITHOUT_CUDA = ("mi", "gaudi", "tpu", "trn", "trainium", "max1550")
@@ -123,6 +131,11 @@ def gpu_named(name: str, *, memory_gib: float | None = None) -> Gpu:
     if memory_gib is None:
         return found
     return replace(found, memory_gib=memory_gib)
+
+
+def gpu_called(driver_name: str) -> Gpu | None:
+    """The kind that a driver gives this name; None: not known, as a part of a card is not."""
+    return next((gpu for gpu in GPUS if gpu.driver_name == driver_name), None)
 
 
 def gpus_of(names: Sequence[str], *, memory_gib: float | None) -> list[Gpu]:

@@ -183,6 +183,17 @@ class Throughput(Section):
     """Where the base is: the whole of it with each process, or its layers spread over all of them."""
     tokens_per_second_a_rank: float = 0.0
     """By this attempt's number of processes."""
+    ceiling_share: float | None = None
+    """What this attempt's steps reached of `ceiling_tflops`: real tokens a second, by the number of processes, times
+    the floating-point operations of a token. Those are 4 a weight of the base that a token is multiplied with (forward,
+    and the gradient of the input: a frozen weight has none of its own, QLoRA, arXiv 2305.14314), 6 a weight of the
+    adapter, and attention (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), as if no layer had a window; the head's
+    for target tokens only, of experts those that a token goes through; recomputing and padding are no work. None: this
+    attempt made no step, or it ran on a CPU or on a GPU whose pace is not known."""
+    ceiling_tflops: float | None = None
+    """TFLOP/s that large bf16 products sustain on one such GPU; None as above."""
+    ceiling_from: Literal["measured", "derived"] | None = None
+    """Whether that was measured on a GPU of this kind, or is derived from its data sheet; None as above."""
     waited_seconds: float = 0.0
     """Of this attempt's steps up to the last checkpoint, what a process has waited for the others, on the average."""
     bytes_a_step: int = 0

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 from job.core.lines import worth_naming
 from job.core.reports.report import AttemptReport, Report, Throughput
+from job.render.ceiling_text import ceiling_words
 from job.render.page.blocks import Block, Chapter, Facts, Room, Table
 
 _HOUR = 3600
@@ -18,6 +19,7 @@ def cost_chapter(report: Report, room: Room) -> Chapter:
         **_hours(report),
         "speed": f"{speed.tokens_per_second:,.0f} real tokens a second, median step {speed.step_seconds_median:.3g} s",
         **_together(speed),
+        **({} if (share := ceiling_words(speed)) is None else {"share of the ceiling": share}),
         "trained on": f"{speed.tokens:,} real tokens in {speed.seconds:,.0f} s",
         "peak memory": _memory(report),
         "engine": room.cut(f"{report.plan.engine}: {report.plan.engine_reason}".removesuffix(": ")),

@@ -11,6 +11,9 @@ import torch
 from job.core.attempt.ended import WITHOUT_A_WORD
 from job.core.judging.held_out import Answer, exact_match, held_out, loss_of_example
 from job.core.judging.verdict import NOTHING_BETTER, Verdict, is_exhausted
+from job.core.plan.ceiling import flops_per_token, share_of_ceiling
+from job.core.plan.gpus import gpu_called
+from job.core.plan.memory import AdapterShape
 from job.core.recipe.schema import Recipe
 from job.core.reports.report import (
     AdapterFile,
@@ -34,7 +37,7 @@ from job.stages.base.loading import Inputs
 from job.stages.finishing.results import Results, Scores
 from job.stages.loop import TrainingFacts
 from job.tune.device.device import device_name, peak_memory_bytes
-from job.tune.model.config import read_config
+from job.tune.model.config import read_config, shape_of
 from job.tune.model.stored.mxfp4 import is_published_in_mxfp4
 
 _NAMED_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pyarrow", "boto3")
@@ -200,11 +203,37 @@ def _throughput(attempt: Attempt, inputs: Inputs, facts: TrainingFacts) -> Throu
         nodes=facts.nodes,
         placement=facts.placement,
         tokens_per_second_a_rank=rate / progress.ranks,
+        **_ceiling(attempt.worker.recipe, inputs, facts),
         waited_seconds=round(facts.waited_seconds, 3),
         bytes_a_step=facts.bytes_sent // max(1, len(facts.step_seconds)),
         peak_memory_bytes=peak_memory_bytes(inputs.device),
         phase_seconds={name: round(seconds, 3) for name, seconds in attempt.phases.seconds.items()},
     )
+
+
+def _ceiling(recipe: Recipe, inputs: Inputs, facts: TrainingFacts) -> dict[str, Any]:
+    """What of its GPU this attempt used; empty: it made no step, or the GPU's pace is not known."""
+    gpu, seconds = gpu_called(device_name(inputs.device)), sum(facts.step_seconds)
+    if gpu is None or gpu.speed is None or not seconds:
+        return {}
+    train, drawn = inputs.dataset.train, facts.course.drawn()
+    flops = flops_per_token(
+        shape_of(read_config(inputs.base.folder)),
+        AdapterShape(
+            parameters=facts.trainable_parameters,
+            rank=recipe.lora.r,
+            optimizer=recipe.train.optimizer,
+            on_experts=recipe.lora.on_experts,
+        ),
+        lengths=train.lengths[drawn],
+        targets=int(train.targets[drawn].sum()),
+    )
+    rate = facts.tokens / seconds / facts.progress.ranks
+    return {
+        "ceiling_share": share_of_ceiling(gpu.speed, tokens_per_second=rate, flops=flops),
+        "ceiling_tflops": gpu.speed.sustained_flops / 1e12,
+        "ceiling_from": gpu.speed.source,
+    }
 
 
 def _start(facts: TrainingFacts) -> StartReport | None:

@@ -9,17 +9,8 @@ from llama_2_7b import LLAMA_2_7B, WORK
 from job.core.data.lengths import candidates
 from job.core.errors import CannotFitError, UsageError
 from job.core.plan.course import plan_course
-from job.core.plan.forecast import ask_for, flops_per_token, forecast, trained_tokens
-from job.core.plan.gpus import GPUS, gpu_named
-
-
-def test_the_work_of_a_token_is_counted_as_when_it_was_measured():
-    """685.7 TFLOP/s were 25.3 thousand tokens a second, of this model on these lengths."""
-    assert 685.7e12 / flops_per_token(WORK) == pytest.approx(25_300, rel=0.01)
-
-
-def test_tokens_without_a_loss_never_reach_the_head():
-    assert flops_per_token(replace(WORK, targets=WORK.targets // 2)) < flops_per_token(WORK)
+from job.core.plan.forecast import ask_for, forecast, trained_tokens
+from job.core.plan.gpus import GPUS, gpu_called, gpu_named
 
 
 def test_the_speed_on_an_h200_is_the_one_that_was_measured():
@@ -134,6 +125,29 @@ def test_what_is_no_nvidia_gpu_is_refused_with_the_reason(name):
 def test_an_unknown_gpu_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match=r"h900: not known; one of h200, .*l4, or --gpu-memory"):
         gpu_named("h900")
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_a_driver_s_name_is_a_kind_of_the_plan(gpu):
+    assert gpu.driver_name.startswith("NVIDIA ")
+    assert gpu_called(gpu.driver_name) is gpu
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA H200 NVL",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA A100 80GB PCIe",
+        "NVIDIA L40",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "CPU, 2 threads",
+        "",
+    ],
+)
+def test_a_card_of_another_power_and_a_part_of_one_are_no_kind_of_the_plan(name):
+    assert gpu_called(name) is None
 
 
 def test_each_candidate_says_what_it_cuts():

@@ -10,6 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from job.core.data.lengths import choose_max_length, length_statistics
+from job.core.data.mixture import Portion
 from job.core.data.packing import grain_of, pack, pack_evenly
 from job.core.errors import DataError, UsageError
 from job.core.plan.course import plan_course
@@ -308,6 +309,20 @@ def test_sizes_are_rounded_up_by_a_little():
     for most in (300, 1024, 2049, 15360, 24576):
         assert grain_of(most) % 64 == 0
         assert most / 32 <= grain_of(most) < 64 + most / 32
+
+
+def test_what_is_drawn_has_the_shares_of_the_sources():
+    course = plan_course(
+        examples=[Portion(examples=10, weight=3.0), Portion(examples=100, weight=1.0)],
+        batch_size=8,
+        steps=5,
+        epochs=None,
+        seed=0,
+    )
+    drawn = course.drawn()
+
+    assert drawn == [example for step in range(1, 6) for example in course.batch(step)]
+    assert sum(example < 10 for example in drawn) == 30
 
 
 def test_the_largest_step_is_found():

@@ -22,6 +22,15 @@ def test_a_report_names_its_schema_version(report):
     assert as_json(report)["schema_version"] == SCHEMA_VERSION == 1
 
 
+def test_a_report_by_an_earlier_version_has_no_share_of_the_ceiling(report):
+    earlier = as_json(report)
+    for name in ("ceiling_share", "ceiling_tflops", "ceiling_from"):
+        del earlier["throughput"][name]
+
+    assert Report.model_validate(earlier) == report
+    assert report.throughput.ceiling_share is None
+
+
 def test_a_report_of_another_version_is_not_read_as_this_one(report):
     with pytest.raises(ValidationError, match="schema_version"):
         Report.model_validate({**as_json(report), "schema_version": 2})
