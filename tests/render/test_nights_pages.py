@@ -44,6 +44,8 @@ def test_a_night_s_page_says_first_promoted_or_not_and_why():
     refused = report_html(a_night(judged(gain=-0.2), "refused"))
     assert b'dir="auto">Not promoted, not better: run-2 is 0.2' in refused
     assert "not better; run-1 stays in use" in text_of(refused)
+    rolled_back = text_of(report_html(a_night(replaced_by="run-1")))
+    assert "better; it was put in use, and is no longer: run-1 is" in rolled_back
 
 
 def test_champion_and_challenger_stand_beside_each_other_with_intervals_by_slice():

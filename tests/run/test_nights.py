@@ -13,8 +13,11 @@ from run_material import make_base
 
 from job.commands import channel as channel_command
 from job.core.crash_points import POINTS
+from job.core.nightly.channel import Judged, promotion_of, read_as, rollback_to
+from job.edge.store.json_objects import json_bytes
 from job.edge.store.probing import Probe
 from job.stages.attempts import identity
+from job.stages.nightly import fresh_records
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -343,16 +346,61 @@ def test_a_rollback_while_a_night_runs_holds_and_the_night_says_so(job):
     assert night["promotion"]["outcome"] == "lost", night["promotion"]["said"]
     now = job.promoted()
     assert (now["kind"], now["run_id"], now["sequence"], now["replaced"]) == ("rollback", None, 2, first["run_id"])
+    assert job.state()["again"] == [night["run_id"]]
+    job.in_order()
+    ended, nothing = job.night()
+    assert nothing is None
+    assert "train" not in ended.phases()
+    (again,) = ended.named("judged")
+    assert (again["run_id"], again["champion"], again["outcome"]) == (night["run_id"], "the base", "promoted")
+    assert (job.state()["again"], job.promoted()["run_id"], job.promoted()["sequence"]) == ([], night["run_id"], 3)
     job.in_order()
 
     back = call("channel", uri, "--rollback", first["run_id"])
     assert back.code == 0, back.stdout
     assert job.promoted()["run_id"] == first["run_id"]
     assert f"in use    {first['run_id']}" in back.stdout
-    assert [each["kind"] for each in job.history()] == ["promotion", "rollback", "rollback"]
+    assert [each["kind"] for each in job.history()] == ["promotion", "rollback", "promotion", "rollback"]
     job.in_order()
     again = call("channel", uri, "--rollback")
+    assert job.promoted()["run_id"] == night["run_id"], again.stdout
+    again = call("channel", uri, "--rollback", "base")
     assert job.promoted()["run_id"] is None, again.stdout
+
+
+@pytest.mark.nightly
+def test_what_changes_while_new_records_are_scored_costs_the_night_nothing_but_the_swap(job, monkeypatch):
+    """A rival puts a model in use after tonight has read what is: who waited is judged again, and the night trains."""
+    write_lines(job.data / "validation.jsonl", records(12, seed=1))
+    _, first = job.night()
+    (waits,) = job.state()["waiting"]
+    assert waits["challenger"] == first["run_id"]
+
+    job.more("2", 200, seed=7)
+    score = fresh_records.FreshRecords._score
+
+    def score_meanwhile(*asked):
+        found = score(*asked)
+        content = json.loads((job.channel / "verdicts" / f"{first['run_id']}-1.json").read_text())
+        mine = promotion_of(read_as(Judged, content), channel=CHANNEL, time="2026-11-29T02:17:00+00:00", by="rival")
+        back = rollback_to(None, mine, time="2026-11-29T02:18:00+00:00", by="rival")
+        (job.channel / "promoted.json").write_bytes(json_bytes(back.model_dump(mode="json")))
+        return found
+
+    monkeypatch.setattr(fresh_records.FreshRecords, "_score", score_meanwhile)
+    ended = job.call("run")
+    assert ended.code == 0, ended.stdout
+    (second,) = [report for report in job.reports().values() if report["run_id"] != first["run_id"]]
+    (other,) = second["promotion"]["also"]
+    assert "no longer in use" in other
+    assert second["promotion"]["fresh_promotion"] is None
+    assert job.promoted()["run_id"] != first["run_id"]
+    assert job.state()["again"] == [first["run_id"]]
+    monkeypatch.undo()
+    ended, nothing = job.night()
+    assert nothing is None
+    assert [each["run_id"] for each in ended.named("judged")] == [first["run_id"]]
+    assert job.state()["again"] == []
 
 
 @pytest.mark.nightly
@@ -439,6 +487,29 @@ def test_killed_between_verdict_and_report_the_channel_is_the_old_or_the_new_one
     job.in_order()
 
 
+@pytest.mark.nightly
+def test_a_run_that_was_rolled_back_before_its_report_says_that_it_is_no_longer_in_use(second_night, received):
+    job = as_it_was(second_night)
+    old = job.promoted()
+    assert job.start("run", "--crash-at", "promoted.after_swap").code == -signal.SIGKILL
+    assert call("channel", f"file://{job.channel}", "--rollback").code == 0
+    assert job.promoted()["run_id"] == old["run_id"]
+
+    url, got = received
+    _, report = job.night(JOB_NOTIFY_URL=url)
+    found = report["promotion"]
+    assert (found["outcome"], found["replaced_by"]) == ("promoted", old["run_id"])
+    assert found["said"].startswith(f"Promoted, and no longer in use, since {old['run_id']} was put in its place: ")
+    assert job.promoted()["run_id"] == old["run_id"]
+    ((_, notice),) = got
+    assert (notice["promotion"]["replaced_by"], notice["promotion"]["why"]) == (old["run_id"], found["said"])
+    assert found["said"] in notice["text"]
+    page = (job.store / "runs" / report["run_id"] / "report.html").read_text(encoding="utf-8")
+    assert "Promoted, and no longer in use" in page
+    assert f"it was put in use, and is no longer: {old['run_id']} is" in page
+    job.in_order()
+
+
 def as_it_was(job):
     """Its store as it was at first: objects are known by their URIs, so that it stays in its place."""
     kept = job.folder / "kept"
@@ -460,7 +531,8 @@ def test_on_a_store_without_conditions_nights_and_rollbacks_work_and_say_so_loud
     assert report["promotion"]["outcome"] == "promoted"
     assert report["promotion"]["conditional"] is False
     said = "without conditions on writes, two runs that end in the same two seconds may both promote"
-    assert any(note.endswith(said) for note in report["notes"])
+    (note,) = [each for each in report["notes"] if said in each]
+    assert "may undo what another has paid or decided meanwhile" in note
     assert ended.named("swap_without_conditions")[0]["level"] == "warning"
     assert job.promoted()["run_id"] == report["run_id"]
     job.in_order()
@@ -483,6 +555,7 @@ def test_the_ending_and_the_channel_say_what_came_of_the_night(job):
     assert ending["promotion"] == {
         "channel": CHANNEL,
         "outcome": "promoted",
+        "replaced_by": None,
         "verdict": "better",
         "challenger": report["run_id"],
         "champion": "the base",

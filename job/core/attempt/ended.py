@@ -22,6 +22,8 @@ class EndedPromotion(BaseModel):
     channel: str
     outcome: str
     """`promoted`, `refused`, or `lost`: what it was compared with was in use no longer."""
+    replaced_by: str | None = None
+    """What is in use in its place, where it was promoted and replaced before this was written."""
     verdict: str
     """`better`, `not better` or `cannot tell`."""
     challenger: str

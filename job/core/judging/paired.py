@@ -26,6 +26,8 @@ from job.core.section import Flag, Section, Whole
 
 RESAMPLES = 20_000
 """Bootstrap resamples: about twenty lie beyond the level of an ordinary night."""
+SMALLEST_P = 1 / (1 + RESAMPLES)
+"""That they can show."""
 GUARD_RESAMPLES = 4_000
 """For what is only guarded, at 5 % or a part of it."""
 CONFIDENCE = 0.95

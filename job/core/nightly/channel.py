@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from job.core.attempt.run_record import first_mistake
 from job.core.judging.paired import Gap, Pairs
 from job.core.nightly.error_budget import Day, ErrorBudget, open_budget
-from job.core.nightly.fresh_evidence import MOST_NIGHTS, FreshEvidence, with_night, worth_keeping
+from job.core.nightly.fresh_evidence import MOST_NIGHTS, WAITING, FreshEvidence, with_night, worth_keeping
 from job.core.nightly.gate import Decision
 from job.core.section import Count, NotNegative, Section, Text, Whole
 
@@ -187,6 +187,9 @@ class Seen(Section):
     records: Whole
     templates: Text
     """Hash of what makes text of a record: by other templates each would look new."""
+    since: Text | None = None
+    """When the list was begun anew, UTC, because what was seen before could not be known: it was gone, or by other
+    templates. What a model was trained or judged on before is not in it. None: it goes back to the first night."""
 
 
 class ChannelState(Section):
@@ -198,6 +201,9 @@ class ChannelState(Section):
     """Challengers that the next fresh records are to judge, newest last."""
     again: Annotated[tuple[Text, ...], Field(max_length=MOST_AGAIN)] = ()
     """Runs that are to be judged again."""
+    rounds: Annotated[dict[Text, Count], Field(max_length=WAITING + MOST_AGAIN)] = Field(default_factory=dict)
+    """How many verdicts on a run were carried out, of those that wait or are to be judged again: they may do so for
+    longer than `nights` goes back."""
     seen: Seen | None = None
     nights: Annotated[tuple[Night, ...], Field(max_length=KEPT_NIGHTS)] = ()
     fresh: Annotated[tuple[FreshNight, ...], Field(max_length=KEPT_NIGHTS)] = ()
@@ -271,6 +277,14 @@ def waiting_for(state: ChannelState, champion: str) -> tuple[FreshEvidence, ...]
     return tuple(each for each in state.waiting if each.champion == champion)
 
 
+def next_round(state: ChannelState | None, run_id: str) -> int:
+    """Which time a run is judged: verdicts that were not carried out yet do not count."""
+    if state is None:
+        return 1
+    known = (night.round for night in state.nights if night.run_id == run_id)
+    return 1 + max(state.rounds.get(run_id, 0), *known, 0)
+
+
 def after_verdict(
     state: ChannelState,
     judged: Judged,
@@ -290,7 +304,7 @@ def after_verdict(
         waits: evidence of a challenger that was not promoted, to be gathered by later nights; None: it does not wait.
         work: what the night's training took; None: nothing was trained for this verdict.
     """
-    if any((night.run_id, night.round) == (judged.run_id, judged.round) for night in state.nights):
+    if judged.round < next_round(state, judged.run_id):
         return state
     night = Night(
         run_id=judged.run_id,
@@ -315,11 +329,15 @@ def after_verdict(
     again = [run_id for run_id in state.again if run_id != judged.run_id]
     if outcome == "lost":
         again.append(judged.run_id)
+    # As `worth_keeping` has them: what gathered most evidence first.
+    waiting, again = tuple(reversed(worth_keeping(others))), again[-MOST_AGAIN:]
+    known = state.rounds | {judged.run_id: judged.round}
+    stay = dict.fromkeys([*(each.challenger for each in waiting), *again])
     update = {
         "nights": (*state.nights, night)[-KEPT_NIGHTS:],
-        # As `worth_keeping` has them: what gathered most evidence first.
-        "waiting": tuple(reversed(worth_keeping(others))),
-        "again": tuple(again[-MOST_AGAIN:]),
+        "waiting": waiting,
+        "again": tuple(again),
+        "rounds": {run_id: known.get(run_id) or max(1, next_round(state, run_id) - 1) for run_id in stay},
     }
     return state.model_copy(update=update)
 

@@ -104,6 +104,11 @@ def _cap(per_year: float) -> float:
     return SAVED_DAYS * _income(per_year)
 
 
+def steady_level(per_year: float) -> float:
+    """The level that a channel settles at which is judged each night."""
+    return _income(per_year)
+
+
 def open_budget(day: int, *, per_year: float = WRONG_PER_YEAR) -> ErrorBudget:
     """The budget of a channel that begins on this day, with all that can be saved."""
     return ErrorBudget(per_year=per_year, day=day, left=_cap(per_year))

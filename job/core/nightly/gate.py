@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from job.core.judging.paired import FEWEST, RESAMPLES, Gap
+from job.core.judging.paired import FEWEST, SMALLEST_P, Gap
 from job.core.nightly.fresh_evidence import FreshEvidence
 from job.core.section import Flag, Section
 
@@ -195,16 +195,27 @@ def _outlook(evidence: Evidence, verdict: Verdict) -> list[str]:
         return []
     if level == 0 or fresh is not None:
         return [_waiting(fresh)] if fresh is not None else []
-    if level < 1 / (1 + RESAMPLES):
+    if level < SMALLEST_P:
         return [f"The error budget has too little left for a test tonight (level {level:.2g}); it fills up day by day."]
-    smallest, more = gap.smallest_seen(level), gap.more_examples(level)
+    smallest = gap.smallest_seen(level)
     if smallest is None:
         return [f"{_examples(gap)} are too few for a test: {FEWEST} independent ones are needed."]
+    seen = f"{_examples(gap)} see a gain of {smallest:.4f} nat a token or more at tonight's level"
+    return [f"{seen}; {_what_more_would_do(gap, level)}."]
+
+
+def _what_more_would_do(gap: Gap, level: float) -> str:
+    more = gap.more_examples(level)
     if more:
-        would = f"about {_number(more)} more would show the measured gain"
-    else:
-        would = "none was measured that more of them would show"
-    return [f"{_examples(gap)} see a gain of {smallest:.4f} nat a token or more at tonight's level; {would}."]
+        return f"about {_number(more)} more would show the measured gain"
+    if more == 0:
+        # The spread says that they see it, and the resamples do not: the tail is longer than the spread says.
+        return "the measured gain is that large, but rests on too few of them to be sure"
+    if gap.mean >= 0:
+        return "none was measured that more of them would show"
+    if -gap.mean <= gap.margin:
+        return f"the measured gain is no more than the {gap.margin:.4f} that are asked for, however many there were"
+    return "the measured gain is too small for any number of them to show"
 
 
 def _waiting(fresh: FreshEvidence) -> str:

@@ -1,6 +1,7 @@
 """What a report says of a night: promoted or not, by which numbers, out of which budget, on what new data."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from job.core.attempt.ended import LONGEST_REASON, EndedPromotion
 from job.core.attempt.run_record import RecordedParent
@@ -25,7 +26,8 @@ class NewData(Section):
     """Training examples that the model in use was not trained on; None: that is not known, as where it was put in use
     again after a long time."""
     unseen: Whole | None = None
-    """Of these, those that no run of the channel was trained on, which judge older models tonight; None: as above."""
+    """Of these, those that no run of the channel was trained on, which judge older models tonight; None: that is not
+    known, as after a change of the templates."""
 
 
 class BudgetReport(Section):
@@ -49,6 +51,9 @@ class PromotionReport(Section):
     outcome: Outcome
     said: Text
     """One sentence: promoted or not, and why."""
+    replaced_by: Text | None = None
+    """What is in use in its place, where it was put in use and replaced before this report was written, as by a
+    rollback after its run was killed; None: it is in use, or was not promoted."""
     judged: Judged
     budget: BudgetReport
     new: NewData
@@ -63,26 +68,46 @@ class PromotionReport(Section):
     """What came tonight, before this run was trained, of others that waited or had lost their swap: a sentence each."""
     conditional: Flag = True
     """Whether the store keeps conditions on writes; without them two that swap in the same two seconds may both think
-    that they won."""
+    that they won, and one that stands still while it writes the state may undo what another has paid meanwhile."""
 
 
-def ended_with(judged: Judged, outcome: Outcome, *, channel: str, also: Sequence[str]) -> EndedPromotion:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CarriedOut:
+    """A verdict, and what came of it."""
+
+    judged: Judged
+    outcome: Outcome
+    replaced_by: str | None
+    """As in the report."""
+
+    @property
+    def said(self) -> str:
+        """The one sentence."""
+        return said_of(self.judged, self.outcome, replaced_by=self.replaced_by)
+
+
+def ended_with(done: CarriedOut, *, channel: str, also: Sequence[str]) -> EndedPromotion:
     """What is kept of it beside the report."""
+    judged = done.judged
     return EndedPromotion(
         channel=channel,
-        outcome=outcome,
+        outcome=done.outcome,
+        replaced_by=done.replaced_by,
         verdict=judged.decision.verdict,
         challenger=judged.run_id,
         champion=judged.decision.champion,
-        why=said_of(judged, outcome)[:LONGEST_REASON],
+        why=done.said[:LONGEST_REASON],
         report=f"{judged.run_uri}/report.json",
         page=f"{judged.run_uri}/report.html",
         also=[each[:LONGEST_REASON] for each in also],
     )
 
 
-def said_of(judged: Judged, outcome: Outcome) -> str:
+def said_of(judged: Judged, outcome: Outcome, *, replaced_by: str | None = None) -> str:
     """The one sentence."""
+    if replaced_by is not None:
+        reason = judged.decision.reasons[0].removeprefix("Promoted: ")
+        return f"Promoted, and no longer in use, since {replaced_by} was put in its place: {reason}"
     if outcome != "lost":
         return judged.decision.reasons[0]
     return (

@@ -1,11 +1,13 @@
 """The recipe's `promote` section: on which channel a run competes, and what it has to hold to be put in use there."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from job.core.nightly.error_budget import WRONG_PER_YEAR, PerYear
-from job.core.nightly.gate import MAX_DRIFT
+from job.core.judging.paired import SMALLEST_P
+from job.core.nightly.error_budget import WRONG_PER_YEAR, PerYear, steady_level
+from job.core.nightly.gate import MAX_DRIFT, shares_of
 from job.core.section import NotNegative, Section, Text, Uris
 
 CHANNEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -33,7 +35,8 @@ class PromoteSection(Section):
     max_drift: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = MAX_DRIFT
     """Nats a token that may be lost, as measured, against the model in use, that of 30 days ago, and the base."""
     wrong_per_year: PerYear = WRONG_PER_YEAR
-    """Promotions of a model that is no better, expected in any 365 days, at most."""
+    """Promotions of a model that is no better, expected in any 365 days, at most. So few that the frozen examples could
+    not promote anything on an ordinary night are refused."""
     seeds: Literal[1, 2] = 1
     """Trainings that are judged: with 2 the recipe is trained with `train.seed` + 1 as well, and both have to be
     better."""
@@ -51,6 +54,19 @@ class PromoteSection(Section):
     def _a_slice_stands_once(self) -> Self:
         if len(set(self.slices)) != len(self.slices):
             raise ValueError("slices: a field stands there twice")
+        return self
+
+    @model_validator(mode="after")
+    def _the_frozen_examples_can_promote(self) -> Self:
+        level = steady_level(self.wrong_per_year)
+        frozen = level if self.seeds > 1 else shares_of(level)[0]
+        if frozen < SMALLEST_P:
+            least = math.ceil(1000 * self.wrong_per_year * SMALLEST_P / frozen) / 1000
+            raise ValueError(
+                f"wrong_per_year: {self.wrong_per_year:g} leaves the frozen examples a level of {frozen:.1e} on an "
+                f"ordinary night, and the smallest p that the bootstrap can show is {SMALLEST_P:.1e}, so that they "
+                f"would never promote a model, however much better; give {least:g} or more"
+            )
         return self
 
     @property

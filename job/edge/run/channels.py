@@ -34,7 +34,7 @@ from job.edge.store.objects import CONTROL_BYTES, ObjectStore, PreconditionError
 log = structlog.get_logger(__name__)
 _ROUNDS = 20
 """How often the state is changed anew when others change it at the same time."""
-_SETTLE_SECONDS = 2.0
+SETTLE_SECONDS = 2.0
 """Without conditional writes: how long a rival's write may take to show after ours."""
 _SEEN_BYTES = 2**30
 """Most of the hashes of all records: of 134 million."""
@@ -42,7 +42,9 @@ _ENTRY = re.compile(r"history/(\d{6,})-[^/]*\.json")
 _KEPT_RESULTS = 400
 """Objects of results that stay, those written last."""
 _KEPT_TRAINED = 8
-"""Runs whose records' hashes stay, beside tonight's and the one in use: they may be promoted later, or gone back to."""
+"""Runs whose records' hashes stay, beside those that are needed: they may be promoted later, or gone back to."""
+_LEFT_SECONDS = 86400
+"""Hashes that no state names stay for as long: another night may have written them, and be about to name them."""
 T = TypeVar("T", bound=Section)
 R = TypeVar("R")
 
@@ -106,7 +108,7 @@ class Channel:
         if self.promoted()[1] != etag:
             return False
         self.store.write(self.root + "promoted.json", json_bytes(new.model_dump(mode="json")))
-        time.sleep(_SETTLE_SECONDS)
+        time.sleep(SETTLE_SECONDS)
         now, _ = self.promoted()
         return now is not None and _is_same_change(now, new)
 
@@ -187,8 +189,12 @@ class Channel:
     ) -> ChannelState:
         """Change the state, whoever else changes it at the same time.
 
+        On a store without conditions it is looked at again after a rival's write would show: where ours was undone by
+        it, the change is made again, on what the rival wrote. What remains is a rival who stands still between its
+        reading and its writing for longer than that; it undoes ours.
+
         Args:
-            change: gets the state as it stands, perhaps several times.
+            change: gets the state as it stands, perhaps several times; a state that it has changed stays as it is.
             first: makes that of a new channel.
 
         Raises:
@@ -201,7 +207,9 @@ class Channel:
                 return after
             with contextlib.suppress(PreconditionError, NotFoundError):
                 self.write_state(after, etag=etag)
-                return after
+                if self.conditional:
+                    return after
+                time.sleep(SETTLE_SECONDS)
         raise UnavailableError(f"{self.uri}/state.json: others change it all the time; start the same job again")
 
     def write_state(self, state: ChannelState, *, etag: str | None) -> None:
@@ -264,9 +272,12 @@ class Channel:
         self.store.write(f"{self.root}seen/{name}.bin", hashes)
 
     def forget_seen(self, *, but: Iterable[str]) -> None:
-        """Delete the hashes that no state names any more."""
+        """Delete the hashes that no state names any more, a day after they were written; by the store's own clock."""
         kept = {f"{self.root}seen/{name}.bin" for name in but}
-        self.store.delete([entry.key for entry in self.store.list(f"{self.root}seen/") if entry.key not in kept])
+        found = [*self.store.list(f"{self.root}seen/")]
+        newest = max((entry.modified for entry in found), default=0.0)
+        old = [entry.key for entry in found if newest - entry.modified > _LEFT_SECONDS]
+        self.store.delete([key for key in old if key not in kept])
 
     def trained(self, run_id: str, templates: str) -> bytes | None:
         """Hashes of the records that a run was trained on, as text of these templates; None: they are not kept."""
@@ -275,12 +286,12 @@ class Channel:
         except NotFoundError:
             return None
 
-    def keep_trained(self, run_id: str, templates: str, hashes: bytes, *, in_use: str | None) -> None:
-        """Keep them, and let go of what was kept longest ago, but for the run in use."""
+    def keep_trained(self, run_id: str, templates: str, hashes: bytes, *, needed: Iterable[str]) -> None:
+        """Keep them, and let go of what was kept longest ago, but for the runs that are needed."""
         self.store.write(self.root + _trained(run_id, templates), hashes)
         kept = sorted(self.store.list(f"{self.root}trained/"), key=lambda entry: entry.modified)
-        needed = tuple(f"{self.root}trained/{each}-" for each in (run_id, in_use))
-        others = [entry.key for entry in kept if not entry.key.startswith(needed)]
+        stay = tuple(f"{self.root}trained/{each}-" for each in (run_id, *needed))
+        others = [entry.key for entry in kept if not entry.key.startswith(stay)]
         self.store.delete(others[:-_KEPT_TRAINED])
 
     # --- small JSON ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import structlog
 from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, RunConflictError
 from job.core.judging.verdict import NOTHING_BETTER, Verdict, judge
-from job.core.nightly.promotion_report import ended_with
+from job.core.nightly.promotion_report import CarriedOut, ended_with
 from job.core.recipe.data_section import DataSection
 from job.core.reports.report import AdapterFile, Report
 from job.edge.run.checkpoints import Checkpoint
@@ -101,9 +101,8 @@ def finish(
     if night is not None and examined is not None:
         promotion, answers = promote(attempt, inputs, night, examined, trained=report)
         report = report.model_copy(update={"promotion": promotion, "answers": answers})
-        attempt.standing.promotion = ended_with(
-            promotion.judged, promotion.outcome, channel=promotion.channel, also=promotion.also
-        )
+        done = CarriedOut(judged=promotion.judged, outcome=promotion.outcome, replaced_by=promotion.replaced_by)
+        attempt.standing.promotion = ended_with(done, channel=promotion.channel, also=promotion.also)
     with phases.phase("report"):
         report = _commit(attempt, inputs, facts, tracked, _with_card(attempt, inputs, report, folder / _CARD))
     shutil.rmtree(folder, ignore_errors=True)

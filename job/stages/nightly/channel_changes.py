@@ -20,6 +20,7 @@ from job.core.nightly.channel import (
     after_verdict,
     in_use_at,
     name_in_use,
+    next_round,
     open_state,
     promotion_of,
     without_again,
@@ -27,7 +28,7 @@ from job.core.nightly.channel import (
 from job.core.nightly.error_budget import YEAR_DAYS, spend
 from job.core.nightly.exam_results import ExampleResults, asked_alike
 from job.core.nightly.judgement import Answered, Candidate, Standards, Terms, evidence_to_gather, judge_run
-from job.core.nightly.promotion_report import BudgetReport, ended_with, said_of
+from job.core.nightly.promotion_report import BudgetReport, CarriedOut, ended_with
 from job.core.recipe.schema import Recipe
 from job.edge.base.fetching import BaseModelIdentity
 from job.edge.run.channel_adapter import ChannelAdapter
@@ -120,14 +121,9 @@ def payment_key(run_id: str, number: int) -> str:
     return run_id if number == 1 else f"{run_id}/{number}"
 
 
-def next_round(state: ChannelState | None, run_id: str) -> int:
-    """Which time a run is judged: verdicts that were not carried out yet do not count."""
-    return 1 + sum(night.run_id == run_id for night in (state.nights if state is not None else ()))
-
-
 def carry_out(
     channel: Channel, recipe: Recipe, judged: Judged, adapter: ChannelAdapter, *, work: NightWork | None = None
-) -> Outcome:
+) -> CarriedOut:
     """Do what a verdict says, also when an attempt before did a part of it; a second call changes nothing.
 
     Args:
@@ -142,7 +138,10 @@ def carry_out(
         new = promotion_of(judged, channel=channel.name, time=now_text(), by=platform.node())
         outcome = "promoted" if channel.swap(new, etag=judged.compared.etag) else "lost"
         adapter.follow()
-    champion = name_in_use(channel.promoted()[0])
+    now, _ = channel.promoted()
+    champion = name_in_use(now)
+    # Also where an attempt before has put it in use, and was killed before its report.
+    is_replaced = outcome == "promoted" and (now is None or now.adapter != judged.adapter)
     exam = channel.exam(judged.exam)
     waits = None
     if exam is not None and judged.fresh is None and outcome == "refused":
@@ -161,8 +160,9 @@ def carry_out(
         verdict=judged.decision.verdict,
         champion=judged.decision.champion,
         why=judged.decision.reasons[0],
+        in_use=champion,
     )
-    return outcome
+    return CarriedOut(judged=judged, outcome=outcome, replaced_by=champion if is_replaced else None)
 
 
 def copy_of(attempt: Attempt, channel: Channel, run_id: str) -> ChannelAdapter:
@@ -198,12 +198,11 @@ def keep_in_order(attempt: Attempt, found: Run) -> None:
     copy.follow()
     carried_out = judge_again(channel, recipe, copy)
     if carried_out:
-        judged, outcome = carried_out[-1]
-        others = [said_of(*other) for other in carried_out[:-1]]
-        attempt.standing.promotion = ended_with(judged, outcome, channel=name, also=others)
+        others = [other.said for other in carried_out[:-1]]
+        attempt.standing.promotion = ended_with(carried_out[-1], channel=name, also=others)
 
 
-def judge_again(channel: Channel, recipe: Recipe, copy: ChannelAdapter) -> list[tuple[Judged, Outcome]]:
+def judge_again(channel: Channel, recipe: Recipe, copy: ChannelAdapter) -> list[CarriedOut]:
     """Judge the runs that lost their swap, by what is kept of them; where that is not enough they wait on.
 
     Returns:
@@ -217,7 +216,7 @@ def judge_again(channel: Channel, recipe: Recipe, copy: ChannelAdapter) -> list[
             is_carried_out = last.round < next_round(state, run_id)
             judged = judge_by_kept(channel, recipe, last, number=last.round + 1) if is_carried_out else last
             if judged is not None:
-                carried_out.append((judged, carry_out(channel, recipe, judged, copy)))
+                carried_out.append(carry_out(channel, recipe, judged, copy))
         state, _ = channel.state()
     return carried_out
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import structlog
 
 from job.core.errors import DataError, NotFoundError
-from job.core.nightly.channel import Judged
+from job.core.nightly.channel import Judged, Promoted
 from job.core.nightly.exam_results import ExampleResults
 from job.core.nightly.fresh_evidence import FreshEvidence
 from job.core.nightly.judgement import Answered, Candidate, Terms, judge_run
@@ -31,6 +31,7 @@ def judge_loaded(
     examiner: Examiner,
     candidate: Candidate,
     *,
+    against: tuple[Promoted | None, str | None],
     fresh: FreshEvidence | None = None,
 ) -> Judged:
     """The verdict on a run, written down; what is not kept of a model is found by loading it.
@@ -40,13 +41,15 @@ def judge_loaded(
         channel: the channel.
         examiner: asks the models.
         candidate: the run, and other trainings of its recipe.
+        against: what it is compared with, and its ETag, as `Channel.promoted` gave them. Where that is replaced before
+            the verdict is carried out, the swap is lost.
         fresh: what fresh records say of it, for which was paid; None: a test is paid now.
 
     Raises:
         NotFoundError: an adapter that it needs is gone from the store, and was not judged in this way before.
     """
     recipe = attempt.worker.recipe
-    promoted, etag = channel.promoted()
+    promoted, etag = against
     champion = in_use(promoted)
     mine = examiner.results(Contender(run_id=candidate.run_id, adapter=candidate.adapter), with_answers=True)
     theirs = examiner.results(champion, with_answers=True)

@@ -7,11 +7,11 @@ import structlog
 
 from job.core.attempt.run_record import RecordedParent, read_run_record
 from job.core.errors import DataError, NotFoundError
-from job.core.nightly.channel import Judged, Outcome, Promoted
-from job.core.nightly.promotion_report import NAMED_FILES, NewData, said_of
+from job.core.nightly.channel import Promoted
+from job.core.nightly.promotion_report import NAMED_FILES, CarriedOut, NewData
 from job.core.reports.report import Report
 from job.edge.run.channel_adapter import ChannelAdapter
-from job.edge.run.channels import Channel
+from job.edge.run.channels import SETTLE_SECONDS, Channel
 from job.stages.attempt import Attempt
 from job.stages.attempts.identity import Run
 from job.stages.base.loading import Inputs
@@ -73,7 +73,9 @@ def prepare_night(
     channel = inputs.artifacts.channel(recipe.promote.channel, conditional=conditional)
     if not conditional:
         note = (
-            f"{channel.uri}: without conditions on writes, two runs that end in the same two seconds may both promote"
+            f"{channel.uri}: without conditions on writes, two runs that end in the same two seconds may both promote; "
+            f"and one that stands still for more than {SETTLE_SECONDS:.0f} seconds while it writes state.json may undo "
+            "what another has paid or decided meanwhile"
         )
         log.warning("swap_without_conditions", reason=note)
         attempt.notes.append(note)
@@ -106,12 +108,14 @@ def prepare_night(
         )
         fresh = FreshRecords(attempt, run, inputs, channel, examiner)
         # Only of the first attempt: after it its records are seen, and the run itself may be in use.
-        found = _new_data(run, channel, promoted, records=fresh.since(promoted), unseen=fresh.unseen())
+        found = _new_data(run, channel, promoted, records=fresh.since(promoted), unseen=fresh.unseen(promoted))
         new = channel.record_new(run.artifacts.run_id, found)
         fresh.keep_own(promoted)
         log.info("new_data", since=None if promoted is None else promoted.run_id, **new.model_dump(mode="json"))
+        # First, since who loses its swap to new records waits for the next night.
+        carried_out += _judge_again_loaded(attempt, channel, examiner, copy)
         by_fresh = fresh.test(copy)
-        carried_out += [*by_fresh, *_judge_again_loaded(attempt, channel, examiner, copy)]
+        carried_out += by_fresh
         release_memory(inputs.device)  # what was loaded is gone, and the plan is made for what is free
         begin_peak_anew(inputs.device)  # and its peak is compared with what is used for it
     return Night(
@@ -121,15 +125,15 @@ def prepare_night(
         new=new,
         late=late,
         parent=run.parent,
-        fresh_promotion=next((judged.run_id for judged, outcome in by_fresh if outcome == "promoted"), None),
-        also=tuple(said_of(*each) for each in carried_out),
+        fresh_promotion=next((done.judged.run_id for done in by_fresh if done.outcome == "promoted"), None),
+        also=tuple(each.said for each in carried_out),
         other=other,
     )
 
 
 def _judge_again_loaded(
     attempt: Attempt, channel: Channel, examiner: Examiner, copy: ChannelAdapter
-) -> list[tuple[Judged, Outcome]]:
+) -> list[CarriedOut]:
     """Judge the runs that lost their swap and of which too little was kept to do it without loading them."""
     carried_out = []
     state, _ = channel.state()
@@ -138,12 +142,12 @@ def _judge_again_loaded(
         if last is None:
             continue
         try:
-            judged = judge_loaded(attempt, channel, examiner, again(last, last.round + 1))
+            judged = judge_loaded(attempt, channel, examiner, again(last, last.round + 1), against=channel.promoted())
         except (NotFoundError, DataError) as error:
             log.warning("not_judged_again", run_id=run_id, reason=str(error))
             attempt.notes.append(f"{run_id} could not be judged again: {attempt.hide(str(error))}")
         else:
-            carried_out.append((judged, carry_out(channel, attempt.worker.recipe, judged, copy)))
+            carried_out.append(carry_out(channel, attempt.worker.recipe, judged, copy))
     return carried_out
 
 

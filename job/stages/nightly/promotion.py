@@ -8,7 +8,7 @@ from job.core.judging.held_out import Answer
 from job.core.judging.verdict import Evaluation
 from job.core.nightly.channel import AdapterFileInUse, AdapterInUse, Judged, NightWork, OtherTraining
 from job.core.nightly.judgement import Candidate
-from job.core.nightly.promotion_report import PromotionReport, said_of
+from job.core.nightly.promotion_report import PromotionReport
 from job.core.reports.report import Report
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.folder import FileEntry
@@ -125,13 +125,14 @@ def promote(
         if judged is None or not _is_on(judged, examined.contender):
             judged = _judge(attempt, inputs, night, examined, number=1 if judged is None else judged.round + 1)
     with attempt.phases.phase("promote"):
-        outcome = carry_out(channel, recipe, judged, night.copy, work=work_of(trained))
+        done = carry_out(channel, recipe, judged, night.copy, work=work_of(trained))
     state, _ = channel.state()
     promotion = PromotionReport(
         channel=channel.name,
         channel_uri=channel.uri,
-        outcome=outcome,
-        said=said_of(judged, outcome),
+        outcome=done.outcome,
+        said=done.said,
+        replaced_by=done.replaced_by,
         judged=judged,
         budget=budget_report(state or first_state(recipe)()),
         new=night.new,
@@ -198,7 +199,7 @@ def _judge(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined, *
         revision=identity.revision,
         others=examined.others,
     )
-    return judge_loaded(attempt, night.channel, examined.examiner, candidate)
+    return judge_loaded(attempt, night.channel, examined.examiner, candidate, against=night.channel.promoted())
 
 
 def _adapter_of(run_uri: str, files: dict[str, FileEntry]) -> AdapterInUse:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from job.core.judging.paired import pairs_of
 from job.core.nightly.channel import (
+    KEPT_NIGHTS,
     ChannelState,
     Compared,
     FreshNight,
@@ -18,6 +19,7 @@ from job.core.nightly.channel import (
     after_verdict,
     in_use_at,
     name_in_use,
+    next_round,
     open_state,
     promotion_of,
     read_as,
@@ -112,6 +114,25 @@ def test_who_lost_its_swap_is_judged_again_and_then_no_more():
     again = after_verdict(lost, judged(number=2), "refused", champion="run-9", waits=None)
     assert again.again == ()
     assert [night.round for night in again.nights] == [1, 2]
+
+
+def test_rounds_count_on_when_the_nights_of_a_run_that_waits_are_no_longer_kept():
+    """Else its first verdict would be found again, and done again."""
+    verdict, waits = refused()
+    now = after_verdict(state(), verdict, "refused", champion="run-1", waits=waits)
+    now = after_verdict(now, judged("run-3"), "lost", champion="run-1", waits=None)
+    other = judged("other")
+    for number in range(KEPT_NIGHTS):
+        one = other.model_copy(update={"run_id": f"other-{number}"})
+        now = after_verdict(now, one, "refused", champion="run-1", waits=None)
+    assert {"run-2", "run-3"}.isdisjoint(night.run_id for night in now.nights)
+
+    assert (next_round(now, "run-2"), next_round(now, "run-3")) == (2, 2)
+    assert after_verdict(now, verdict, "refused", champion="run-1", waits=waits) == now
+    assert read_as(ChannelState, json.loads(now.model_dump_json())) == now
+    done = after_verdict(now, judged("run-2", number=2), "refused", champion="run-1", waits=None)
+    assert done.rounds == {"run-3": 1}, "it waits no longer"
+    assert next_round(done, "run-2") == 3
 
 
 def test_another_champion_begins_anew_with_those_that_wait():

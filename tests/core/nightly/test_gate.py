@@ -93,6 +93,24 @@ def test_a_gain_that_was_not_measured_is_not_promised_by_more_examples():
     assert found.reasons[1].endswith("none was measured that more of them would show.")
 
 
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (gap(-0.0634, p_better=0.002), "the measured gain is that large, but rests on too few of them to be sure."),
+        (
+            gap(-0.02, margin=0.03, p_better=0.9),
+            "the measured gain is no more than the 0.0300 that are asked for, however many there were.",
+        ),
+        (gap(-ROUNDING - 1e-9, p_better=0.4), "the measured gain is too small for any number of them to show."),
+    ],
+)
+def test_a_gain_that_was_measured_is_not_said_to_be_none(found, says):
+    reasons = decide(evidence(gap=found)).reasons
+
+    assert "better than run-1" in reasons[0]
+    assert reasons[1].endswith(f" at tonight's level; {says}")
+
+
 def test_not_better_says_how_much_worse():
     found = decide(evidence(gap=gap(0.05)))
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from job.core.crash_points import CrashOrder, set_order
 from job.core.errors import DataError, NotFoundError
 from job.core.nightly.channel import AdapterFileInUse, AdapterInUse, ChannelState, Promoted, open_state
+from job.core.nightly.error_budget import spend
 from job.core.nightly.exam_results import Exam, results_of
 from job.core.nightly.promotion_report import NewData
 from job.edge.run import channels as channels_module
@@ -148,7 +150,7 @@ def test_a_damaged_entry_of_the_history_is_passed_over(channel, store):
 
 
 def test_without_conditions_a_swap_looks_before_and_after(store, monkeypatch):
-    monkeypatch.setattr(channels_module, "_SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(channels_module, "SETTLE_SECONDS", 0.0)
     poor = Channel(store, "notes", conditional=False)
     assert poor.swap(entry(store, 1, "r1"), etag=None)
     etag = poor.promoted()[1]
@@ -182,6 +184,31 @@ def test_changes_of_the_state_add_up_whoever_makes_them_at_the_same_time(store):
         list(pool.map(add, range(6)))
     state, _ = Channel(store, "notes", conditional=True).state()
     assert sorted(state.again) == [f"r{number}" for number in range(6)]
+
+
+def test_without_conditions_a_change_that_a_rival_undoes_is_made_again_on_what_the_rival_wrote(store, monkeypatch):
+    """No payment is lost, and none is made twice."""
+    before = Channel(store, "notes", conditional=True).change_state(lambda state: state, first=first_state)
+    poor = Channel(store, "notes", conditional=False)
+    slept = []
+
+    def paid(run_id):
+        return lambda state: state.model_copy(update={"budget": spend(state.budget, run_id, 740_000, per_year=1.0)[0]})
+
+    def write_over(seconds):
+        """A rival has read the state before we wrote, and writes after us."""
+        if not slept:
+            poor.write_state(paid("rival")(before), etag=None)
+        slept.append(seconds)
+
+    monkeypatch.setattr(channels_module.time, "sleep", write_over)
+    after = poor.change_state(paid("r1"), first=first_state)
+
+    assert [test.run_id for test in after.budget.spent] == ["rival", "r1"]
+    assert poor.state()[0] == after
+    assert slept == [channels_module.SETTLE_SECONDS] * 2
+    poor.change_state(paid("r1"), first=first_state)
+    assert len(slept) == 2, "what was paid is not paid again"
 
 
 def test_a_change_that_changes_nothing_writes_nothing(channel):
@@ -230,17 +257,40 @@ def test_what_was_new_is_what_the_first_attempt_at_a_run_has_found(channel):
 def test_what_the_last_runs_were_trained_on_stays_and_what_the_one_in_use_was(channel):
     assert channel.trained("run-0", "t") is None
     for number in range(12):
-        channel.keep_trained(f"run-{number}", "t", f"{number}".encode(), in_use="run-0")
+        channel.keep_trained(f"run-{number}", "t", f"{number}".encode(), needed=["run-0", "run-1"])
 
     found = [number for number in range(12) if channel.trained(f"run-{number}", "t") == f"{number}".encode()]
-    assert (found[0], found[-1], len(found)) == (0, 11, 10)
+    assert (found[:2], found[-1], len(found)) == ([0, 1], 11, 11)
     assert channel.trained("run-0", "other templates") is None
 
 
-def test_of_the_hashes_of_records_those_stay_that_the_state_names(channel, store):
+class Aged:
+    """A store in which one object is older."""
+
+    def __init__(self, store, key, *, seconds):
+        self._store, self._key, self._seconds = store, key, seconds
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def list(self, prefix):
+        """As the store lists them."""
+        for entry in self._store.list(prefix):
+            yield replace(entry, modified=entry.modified - self._seconds) if entry.key == self._key else entry
+
+
+def test_of_the_hashes_of_records_those_stay_that_a_state_names_or_another_night_has_just_written(channel, store):
+    """A rival writes its own before it names them; an old one that nobody names goes."""
     one, two = (hashlib.sha256(content).hexdigest()[:32] for content in (b"12345678", b"87654321"))
     channel.keep_seen(one, b"12345678")
     channel.keep_seen(two, b"87654321")
+    channel.forget_seen(but=[two])
+    assert channel.seen(one, size=8) == b"12345678"
+    channel.store = Aged(store, f"channels/notes/seen/{one}.bin", seconds=86_000)
+    channel.forget_seen(but=[two])
+    assert channel.seen(one, size=8) == b"12345678"
+    channel.store = Aged(store, f"channels/notes/seen/{one}.bin", seconds=90_000)
+    channel.forget_seen(but=[one])
     channel.forget_seen(but=[two])
     assert channel.seen(two, size=8) == b"87654321"
     with pytest.raises(NotFoundError):

@@ -1,17 +1,18 @@
 """What is done to a channel: which models a challenger must not lie below, and by what a run is judged again."""
 
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from channel_material import HOW, adapter, exam, judged, results
 
-from job.core.nightly.channel import Promoted
+from job.core.nightly.channel import Compared, Promoted, promotion_of, rollback_to
 from job.core.nightly.exam_results import given_answers, results_of
 from job.core.recipe.schema import Recipe
 from job.edge.run.channels import Channel
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
-from job.stages.nightly.channel_changes import BASE, FIRST, MONTH_AGO, earlier_models, judge_by_kept
+from job.stages.nightly.channel_changes import BASE, FIRST, MONTH_AGO, carry_out, earlier_models, judge_by_kept
 
 
 @pytest.fixture
@@ -57,6 +58,30 @@ def test_later_it_is_the_champion_of_thirty_days_ago(channel):
     changes = [in_use_for(channel, days, f"run-{days}") for days in (50, 40, 20, 2)]
 
     assert earlier_models(channel, changes[-1]) == {"the base": None, MONTH_AGO: changes[1]}
+
+
+def test_what_was_put_in_use_and_rolled_back_before_it_is_carried_out_again_is_no_longer_in_use(channel, recipe):
+    """As where the process was killed after the swap, and somebody went back before the next start."""
+    first = in_use_for(channel, 1, "run-1")
+    copy = SimpleNamespace(follow=lambda: None)
+    compared = Compared(run_id="run-1", sequence=1, etag=channel.promoted()[1])
+    better = judged("run-2", gain=0.5, compared=compared)
+    better = better.model_copy(update={"adapter": adapter("run-2", "b")})
+    done = carry_out(channel, recipe, better, copy)
+    assert (done.outcome, done.replaced_by, done.said) == ("promoted", None, better.decision.reasons[0])
+
+    now, etag = channel.promoted()
+    assert channel.swap(rollback_to(first, now, time="2026-11-30T00:00:00+00:00", by="node"), etag=etag)
+    again = carry_out(channel, recipe, better, copy)
+    assert (again.outcome, again.replaced_by) == ("promoted", "run-1")
+    assert again.said.startswith("Promoted, and no longer in use, since run-1 was put in its place: run-2 is 0.5")
+    assert channel.promoted()[0].run_id == "run-1"
+    assert len(channel.state()[0].nights) == 1
+
+    now, etag = channel.promoted()
+    back = promotion_of(better, channel="notes", time="2026-11-30T01:00:00+00:00", by="node")
+    assert channel.swap(rollback_to(back, now, time="2026-11-30T01:00:00+00:00", by="node"), etag=etag)
+    assert carry_out(channel, recipe, better, copy).replaced_by is None, "it was gone back to"
 
 
 # --- judged again by what is kept ------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ def night_chapter(promotion: PromotionReport | None, room: Room) -> Chapter | No
 
 def _outcome(promotion: PromotionReport) -> str:
     match promotion.outcome:
+        case "promoted" if promotion.replaced_by is not None:
+            return f"it was put in use, and is no longer: {promotion.replaced_by[:200]} is"
         case "promoted":
             return "it was put in use"
         case "lost":
@@ -57,7 +59,10 @@ def _facts(promotion: PromotionReport, room: Room) -> dict[str, str]:
     if promotion.fresh_promotion is not None:
         facts["before training"] = f"{room.cut(promotion.fresh_promotion)} was promoted by tonight's new records"
     if not promotion.conditional:
-        facts["store"] = "keeps no conditions on writes: two that swap in the same two seconds may both think they won"
+        facts["store"] = (
+            "keeps no conditions on writes: two that swap in the same two seconds may both think they won, and one "
+            "that stands still while it writes may undo what another has paid"
+        )
     return facts
 
 
