@@ -53,13 +53,18 @@ test-trackers: $(VENV)/installed
 	tests/trackers/install.sh
 	.trackers/bin/python -m pytest -m trackers tests/trackers
 
-# Seven nights of a channel on an S3 server, its crash points, double starts and rollbacks: ten minutes. DATA=train.jsonl
-# (held-out examples are split off) and BASE=folder take other ones, with PROMPT= and COMPLETION= their templates.
+# Seven nights of a channel on an S3 server, its crash points, double starts and rollbacks: under ten minutes on two free
+# cores. The seven nights alone with other data (a JSONL file of 1,000 records or more, of which held-out ones are split
+# off) and another base, as `--device` names it:
+#   make test-nightly DATA=gsm8k/train.jsonl BASE=models/Qwen3-0.6B-Base DEVICE=cuda
+# PROMPT= and COMPLETION= give the templates where the fields are not called question and answer, or as other known pairs.
 .PHONY: test-nightly
+NIGHTLY = NIGHTLY_DATA='$(DATA)' NIGHTLY_BASE='$(BASE)' NIGHTLY_PROMPT='$(PROMPT)' NIGHTLY_COMPLETION='$(COMPLETION)' \
+	NIGHTLY_DEVICE='$(DEVICE)'
 test-nightly: $(VENV)/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE NIGHTLY_DATA="$(DATA)" NIGHTLY_BASE="$(BASE)" \
-		NIGHTLY_PROMPT='$(PROMPT)' NIGHTLY_COMPLETION='$(COMPLETION)' \
-		$(BIN)/python -m pytest -n 2 --dist load -m "nightly or not nightly" tests/run/test_nights.py tests/run/test_seven_nights.py
+	$(NIGHTLY) PYTHONPATH=. $(BIN)/python tests/run/seven_nights.py
+	$(NIGHTLY) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(if $(DATA)$(BASE),,-n 2 --dist load) \
+		-m "nightly or not nightly" $(if $(DATA)$(BASE),,tests/run/test_nights.py) tests/run/test_seven_nights.py
 
 # Builds the demo's base anew: the one in recipes/demo-base to the bit on the kind of machine that it names, elsewhere one
 # that has learned as much. `python recipes/demo_base.py recipes/demo-base` builds it there, after a change of the script.

@@ -262,6 +262,7 @@ def report(session: Session, /, runs: tuple[str, ...], last: int | None, html: P
     if len(runs) == 1 and runs[0].endswith((".yaml", ".yml")):
         attempt = make_attempt(session, Path(runs[0]), options)
         artifacts, found = reports.run_of_recipe(attempt.worker, attempt.run_id)
+        session.failure = reports.left_undone(attempt.worker, artifacts)
     else:
         ended = endings_lines(reports.last_endings(runs))
         try:
@@ -280,7 +281,8 @@ def report(session: Session, /, runs: tuple[str, ...], last: int | None, html: P
             _say(session, *page)
             return
         artifacts, found = reports.open_run(uris[0])
-    _say(session, *report_lines(found), *reports.leave_beside(artifacts, found), *reports.write_page(found, html))
+    beside = [*reports.leave_beside(artifacts, found), *reports.write_page(found, html)]
+    _say(session, *report_lines(found), *beside, *([f"to do: {session.failure}"] if session.failure else []))
 
 
 @cli.command()

@@ -191,7 +191,7 @@ class Session:
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             code=_code(error),
             again=_again(error, standing),
-            reason=self._kept(_reason(error))[:LONGEST_REASON],
+            reason=self._kept(_reason(error, standing))[:LONGEST_REASON],
             action=self._kept(action_for(error))[:LONGEST_REASON],
             host=platform.node(),
             recipe=None if self.recipe is None else self._kept(self.recipe),
@@ -203,6 +203,7 @@ class Session:
             signal=self.interrupt.reason if isinstance(error, StopRequestedError) else None,
             job_version=__version__,
             promotion=self._promotion(standing),
+            late=[self._kept(each) for each in standing.late] or None,
         )
 
     def _promotion(self, standing: "Standing") -> "EndedPromotion | None":
@@ -223,7 +224,7 @@ class Session:
             self.outcome.end(
                 code=_code(error),
                 again=_again(error, standing),
-                reason=self.hide(_reason(error)),
+                reason=self.hide(_reason(error, standing)),
                 last_committed_step=standing.last_committed_step if standing else None,
                 run_uri=standing.run_uri if standing else None,
                 action=action_for(error),
@@ -237,6 +238,7 @@ class Session:
         return {
             "effect": is_effect(error) or None,
             "attempt": standing.number if standing else None,
+            "late": [self._kept(each) for each in standing.late] if standing and standing.late else None,
             "promotion": None if promotion is None else promotion.model_dump(mode="json"),
         }
 
@@ -245,7 +247,7 @@ class Session:
         stopped = code == StopRequestedError.code
         facts: dict[str, Any] = {
             "exit_code": code,
-            "reason": _reason(error),
+            "reason": _reason(error, standing),
             "again": _again(error, standing),
             "action": action_for(error),
             "signal": self.interrupt.reason if stopped else None,
@@ -293,8 +295,11 @@ def _again(error: BaseException | None, standing: "Standing | None") -> str:
     return "no" if standing and standing.final else ending(_code(error)).again.value
 
 
-def _reason(error: BaseException | None) -> str:
-    return "done" if error is None else _named(error)
+def _reason(error: BaseException | None, standing: "Standing | None") -> str:
+    if error is not None:
+        return _named(error)
+    late = standing.late if standing else ()
+    return f"done; left out, not whole yet: {'; '.join(late)}" if late else "done"
 
 
 def _named(error: BaseException) -> str:
@@ -306,6 +311,8 @@ def _notice(ended: "Ended") -> dict[str, Any]:
     from job.core.attempt.ended import one_line
 
     said = ended.reason if ended.promotion is None else f"{ended.promotion.channel}: {ended.promotion.why}"
+    if ended.promotion is not None and ended.late:
+        said += f"; left out, not whole yet: {'; '.join(ended.late)}"
     what = f"qlora-job ended {ended.code} on {ended.host}: {said}"
     run = "" if ended.run_uri is None else f" ({ended.run_uri})"
     return {**ended.model_dump(mode="json", exclude_none=True), "text": one_line(what, at_most=500) + run}

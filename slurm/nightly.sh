@@ -1,7 +1,8 @@
 #!/bin/bash
 # What cron or scrontab runs each night: submits the recipe's run if there is something to do; it never trains itself.
 # usage: slurm/nightly.sh [options of sbatch] RECIPE [--set KEY=VALUE] [--output URI] [--run-id ID]
-# An unfinished run goes on, whatever ended it; new data begins a new one; when nothing changed nothing is submitted.
+# An unfinished run goes on, whatever ended it; new data begins a new one; a run that lost its swap is judged again; when
+# nothing changed nothing is submitted.
 set -u
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export QLORA_HOME=$home
@@ -15,7 +16,7 @@ state_of_run() { # RECIPE ARGUMENTS...: finished, todo or wrong, as far as it ca
   [[ $QLORA_RUNTIME != pyxis ]] || { echo todo; return; } # only a job can start its containers
   words=$(ask report "$@" 2>&1)
   case $? in
-    0) echo finished ;;
+    0) grep late_file <<< "$words" >&2; echo finished ;; # what is left out: nobody else says so on such a night
     64) printf '%s\n' "$words" >&2; echo wrong ;;
     *) echo todo ;; # not finished; or it cannot be told from here, and the job says what is the matter
   esac

@@ -44,6 +44,7 @@ FLOORS = {
         (
             "job.stages.finishing.exporting",
             "job.stages.finishing.finish",
+            "job.stages.nightly.looking",
             "job.stages.nightly.other_seed",
             "job.stages.finishing.so_far",
             "job.stages.training",

@@ -34,20 +34,20 @@ def follow(attempt: Attempt, seat: Seat) -> None:
 
 
 def _follow_a_run(attempt: Attempt, company: "Company") -> bool:
-    """Take part in one; whether another one follows it.
+    """Take part in one, or in a look at it; whether another one follows.
 
     Raises:
         OverError: there is none.
         JobError: as `follow`.
     """
     from job.stages.base.hardware import hardware_errors
-    from job.stages.ranks.following import gather_as_others_did, obey
+    from job.stages.ranks.following import gather_as_others_did, obey, obey_in_a_look
 
     with company:
         with attempt.phases.phase("identify"):
-            run, is_other_seed = company.begun()
-        mine = at_other_seed(attempt) if is_other_seed else attempt
+            run, part = company.begun()
+        mine = at_other_seed(attempt) if part == "other seed" else attempt
         inputs = gather_as_others_did(mine, company, run)
         with hardware_errors(inputs.device):
-            obey(mine, company, inputs)
-    return is_other_seed
+            (obey_in_a_look if part == "look" else obey)(mine, company, inputs)
+    return part != "run"

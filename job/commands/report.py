@@ -27,6 +27,7 @@ from job.render.pictures import LENGTHS_PNG, LOSS_PNG, draw
 from job.render.runs_table import RunRow
 from job.stages.attempt import Worker
 from job.stages.attempts.identity import find_run
+from job.stages.nightly import channel_changes
 
 _LISTED = 10
 """Finished runs that a message names, and endings that are shown, newest first."""
@@ -69,6 +70,12 @@ def run_of_recipe(worker: Worker, run_id: str | None) -> tuple[Artifacts, Report
     run = find_run(worker.recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop)
     artifacts = run.artifacts
     return artifacts, _report(artifacts, worker.recipe.output, named_by_recipe=True)
+
+
+def left_undone(worker: Worker, artifacts: Artifacts) -> NotFoundError | None:
+    """The failure that a finished run's report stands beside, where `run` would do something on its channel."""
+    undone = channel_changes.left_undone(worker, artifacts)
+    return None if undone is None else NotFoundError(f"{undone}; `run` with the recipe does what no GPU is needed for")
 
 
 def leave_beside(artifacts: Artifacts, report: Report) -> list[str]:

@@ -16,6 +16,7 @@ from job.stages.attempts.holding import Held, hold
 from job.stages.attempts.identity import Run, find_run
 from job.stages.finishing.pushing import push, refuse_unpushable
 from job.stages.nightly.channel_changes import keep_in_order
+from job.stages.nightly.late_files import named_late
 from job.stages.nightly.other_seed import Companions, train_other_seed
 
 log = structlog.get_logger(__name__)
@@ -36,24 +37,26 @@ def run(attempt: Attempt, seat: Seat | None = None) -> Report:
         with attempt.phases.phase("identify"):
             found = find_run(worker.recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop)
         bind(run_id=found.artifacts.run_id)
+        attempt.standing.late = named_late(found.sides.late)  # also of a night that has nothing to do
         if found.done:
             return _already_done(attempt, found)
         # First of all that costs nothing: what cannot be written to is refused before the store hears of us.
         log.info("machine", **asdict(look_at_machine(worker.workdir)))
         refuse_planted(worker.workdir)
-        other = train_other_seed(attempt, found, guard, partial(_carry_out, companions=companions))
         with hold(attempt, found, guard) as held:
             if held.run.done:
                 return _already_done(attempt, held.run)
             held.records.refuse_repeated_failure()
             refuse_short_time(attempt)  # only now: who never has enough of it is stopped in vain, which is counted
-            return _carry_out(attempt, held, companions, other)
+            return _carry_out(attempt, held, companions, guard)
 
 
-def _carry_out(attempt: Attempt, held: Held, companions: Companions, other: Report | None = None) -> Report:
+def _carry_out(attempt: Attempt, held: Held, companions: Companions, guard: Guard) -> Report:
     """Gather what training starts from, train, finish; push last, for the run is done without it.
 
-    The other processes are let go only then: what cannot be pushed ends all of them with the same code.
+    The other processes are let go only then: what cannot be pushed ends all of them with the same code. A run that is
+    judged by two seeds is begun and looked at first, then the other one is trained, then itself: so what is wrong with
+    the night is found before either, and whatever ends it in between, the next start finds it unfinished.
     """
     if held.run.begun:
         held.records.begin()  # an unfinished run: this attempt counts from here
@@ -62,18 +65,25 @@ def _carry_out(attempt: Attempt, held: Held, companions: Companions, other: Repo
         from job.stages.base.hardware import hardware_errors
         from job.stages.finishing.finish import finish
         from job.stages.gathering import gather
+        from job.stages.nightly.looking import look
         from job.stages.nightly.night import prepare_night
         from job.stages.ranks.placing import place_base
         from job.stages.tracking import Tracked
         from job.stages.training import TrainingStage
 
         quiet_libraries()
+    begin = held.records.begin
+    looked = look(attempt, held.run, begin, companions.company) if attempt.worker.recipe.promote.seeds > 1 else None
+    if looked is not None:
+        carry_out = partial(_carry_out, companions=companions, guard=guard)
+        looked = looked.after(train_other_seed(attempt, held.run, guard, carry_out), attempt)
     with companions.company as company:
         company.begin(held.run, attempt)
         refuse_unpushable(attempt)
-        inputs = company.in_turn(lambda: place_base(attempt, gather(attempt, held.run, held.records.begin), company))
+        known = looked.inputs if looked else None
+        inputs = company.in_turn(lambda: place_base(attempt, known or gather(attempt, held.run, begin), company))
         with hardware_errors(inputs.device), Tracked(attempt, inputs) as tracked:
-            night = prepare_night(attempt, held.run, inputs, company, other=other)
+            night = looked.night if looked else prepare_night(attempt, held.run, inputs, company)
             facts = TrainingStage(attempt, inputs, company, tracked).run()
             report = finish(attempt, inputs, facts, tracked, night, company.world)
             return push(attempt, inputs.artifacts, report)

@@ -44,6 +44,8 @@ POINTS = MappingProxyType(
         "adapter.before_file": "a file of the chosen adapter is about to be uploaded",
         "adapter.after_file": "a file of the chosen adapter is uploaded",
         "prove.before": "the adapter is published; it was not yet read back",
+        "fresh_records.before": "a night's new records are scored; the channel's state does not count them yet",
+        "fresh_records.after": "the channel's state counts them; nobody was promoted by them, and nothing is trained",
         "verdict.before": "a nightly run is judged; nothing of it is written",
         "verdict.after": "its verdict stands; what is in use is the old model",
         "promoted.after_swap": "the new model is in use; the history does not have it yet",

@@ -6,10 +6,11 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import zstandard
@@ -118,6 +119,30 @@ class _Arrived:
         return arrived
 
 
+def breaks_off(parts: Iterable[bytes], packing: Packing, *, size: int) -> str | None:
+    """Why a compressed file is not whole, as its end shows; None: it is, or something else is wrong with it.
+
+    What else is wrong is for whoever reads it: that is refused with the line that it begins at.
+
+    Args:
+        parts: of the file, in order.
+        packing: as its first bytes say.
+        size: of the file, in bytes.
+    """
+    raw = (part[start : start + _PACKED_BYTES] for part in parts for start in range(0, len(part), _PACKED_BYTES))
+    left, last = _most_unpacked(size), b"\n"
+    try:
+        for content in _decompressed(raw, *_UNPACKERS[packing]):
+            left, last = left - len(content), content[-1:] or last
+            if left < 0:
+                return None
+    except EOFError:
+        return "the compressed file breaks off"
+    except (zlib.error, zstandard.ZstdError):
+        return None
+    return None if last == b"\n" else "what it unpacks to does not end with a line end"
+
+
 def names_of(uris: Sequence[str]) -> list[str]:
     """What messages call the dataset's files, by their URIs: the last part of each, unless two share it."""
     short = [PurePosixPath(uri).name for uri in uris]
@@ -197,37 +222,51 @@ class _Followed(io.FileIO):
 
 def _packing(file: DataFile) -> Packing:
     with file.path.open("rb") as stream:
-        head = stream.read(4)
+        return packing_of(stream.read(4))
+
+
+def packing_of(head: bytes) -> Packing:
+    """How a file is compressed, by its first four bytes."""
     if head.startswith(_GZIP):
         return "gzip"
-    return "zstd" if head == _ZSTD or _SKIPPABLE.match(head) else "plain"
+    return "zstd" if head.startswith(_ZSTD) or _SKIPPABLE.match(head) else "plain"
 
 
 def _chunks(file: DataFile, packing: Packing, on_read: Callable[[int], None]) -> Iterator[bytes]:
     with io.BufferedReader(_Followed(file.path, on_read)) as stream:
-        match packing:
-            case "gzip":
-                yield from _unpacked(stream, lambda: zlib.decompressobj(wbits=31), name=file.name, padding=b"\0")
-            case "zstd":
-                unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
-                yield from _unpacked(stream, unpacker.decompressobj, name=file.name)
-            case "plain":
-                yield from iter(partial(stream.read, _CHUNK_BYTES), b"")
+        if packing == "plain":
+            yield from iter(partial(stream.read, _CHUNK_BYTES), b"")
+        else:
+            yield from _unpacked(stream, *_UNPACKERS[packing], name=file.name)
 
 
-def _unpacked(stream: BinaryIO, new: Callable[[], Any], *, name: str, padding: bytes = b"") -> Iterator[bytes]:
+def _unpacked(stream: BinaryIO, new: Callable[[], Any], padding: bytes, *, name: str) -> Iterator[bytes]:
     """The content of a compressed file in chunks, no more of it than its size allows."""
     size = os.fstat(stream.fileno()).st_size
-    left = _UNPACKED_BYTES + _UNPACKED_TIMES * size
+    left = _most_unpacked(size)
     for content in _decompressed(iter(partial(stream.read, _PACKED_BYTES), b""), new, padding):
         left -= len(content)
         if left < 0:
             raise DataError(
-                f"{name}: unpacks to more than {_UNPACKED_BYTES + _UNPACKED_TIMES * size:,} bytes, from {size:,}; "
+                f"{name}: unpacks to more than {_most_unpacked(size):,} bytes, from {size:,}; "
                 "if that is what it shall hold, write it again without compression"
             )
         for start in range(0, len(content), _CHUNK_BYTES):
             yield content[start : start + _CHUNK_BYTES]
+
+
+def _most_unpacked(size: int) -> int:
+    return _UNPACKED_BYTES + _UNPACKED_TIMES * size
+
+
+def _new_zstd() -> Any:
+    return zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()
+
+
+_UNPACKERS: Mapping[Packing, tuple[Callable[[], Any], bytes]] = MappingProxyType(
+    {"gzip": (lambda: zlib.decompressobj(wbits=31), b"\0"), "zstd": (_new_zstd, b"")}
+)
+"""What unpacks a frame, and what may fill up the file behind the last one."""
 
 
 def _decompressed(raw: Iterable[bytes], new: Callable[[], Any], padding: bytes) -> Iterator[bytes]:

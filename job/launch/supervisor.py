@@ -167,6 +167,7 @@ class _Watch:
         standing.run_uri, standing.last_committed_step = said.get("run_uri"), said.get("last_committed_step")
         standing.step = said.get("step") or standing.step
         standing.number = said.get("attempt") or standing.number
+        standing.late = tuple(said.get("late") or standing.late)
         if said.get("promotion") is not None:
             standing.promotion = EndedPromotion.model_validate(said["promotion"])
         attempt.phases.current = said.get("phase")

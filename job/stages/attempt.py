@@ -9,6 +9,7 @@ from pathlib import Path
 import structlog
 
 from job.core.attempt.ended import EndedPromotion
+from job.core.attempt.history import gained
 from job.core.attempt.limits import Limits
 from job.core.errors import DeniedError, LocalDiskError, UnavailableError, UsageError
 from job.core.given import Given
@@ -96,12 +97,22 @@ class Standing:
     step: int = 0
     """The last step whose numbers are known."""
     last_committed_step: int | None = None
+    gained_elsewhere: bool = False
+    """This attempt has committed a new step of another training that the run needs."""
     asked_at: float | None = None
     """When a stop was asked for, on the monotonic clock."""
+    late: tuple[str, ...] = ()
+    """Files that are left out as they are not whole yet, and why."""
     promotion: EndedPromotion | None = None
     """What came of the run on its channel, once that is decided."""
     final: bool = False
     """It failed as the attempt before it did: starting it again helps nothing, whatever its exit code says."""
+
+    @property
+    def gained(self) -> bool:
+        """Whether a step was committed that was not there when the attempt began."""
+        facts = {"last_committed_step": self.last_committed_step, "gained_elsewhere": self.gained_elsewhere}
+        return gained(self.from_step, facts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

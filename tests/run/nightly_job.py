@@ -5,7 +5,7 @@ import json
 from job_process import Job, records, write_lines
 
 CHANNEL = "notes"
-OF_CHANNELS = ("verdict.", "promoted.", "channel_adapter.", "channel_state.")
+OF_CHANNELS = ("fresh_records.", "verdict.", "promoted.", "channel_adapter.", "channel_state.")
 """How the crash points begin that only a run on a channel passes."""
 
 

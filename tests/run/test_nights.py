@@ -1,8 +1,10 @@
 """Nights on a channel: what is promoted, what is refused and why, what is new, and a night without anything to do."""
 
+import gzip
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +12,19 @@ import pytest
 from job_process import call, objects, records, write_lines
 from nightly_job import CHANNEL, NightlyJob, with_customers
 from run_material import make_base
+from warm_image import PATIENCE_SECONDS
 
 from job.commands import channel as channel_command
 from job.core.crash_points import POINTS
 from job.core.nightly.channel import Judged, promotion_of, read_as, rollback_to
+from job.edge.host.interrupt import Interrupt
 from job.edge.store.json_objects import json_bytes
 from job.edge.store.probing import Probe
 from job.stages.attempts import identity
 from job.stages.nightly import fresh_records
 
 WEIGHTS = "adapter_model.safetensors"
+EARLIER = {json.dumps(row) for row in records(24)}
 
 
 @pytest.fixture
@@ -90,14 +95,20 @@ def test_three_nights_the_first_without_a_champion_one_without_new_data_one_with
     job.in_order()
 
 
-def test_a_file_that_is_not_whole_is_left_out_by_name_and_learned_once_it_is(job):
+def test_a_file_that_is_not_whole_is_left_out_by_name_and_learned_once_it_is(job, received):
+    url, got = received
     job.night()
     late = job.data / "train-late.jsonl"
     whole = "".join(json.dumps(row) + "\n" for row in records(8, seed=4))
     late.write_text(whole[: len(whole) - 20])
-    ended, nothing = job.night()
+    ended, nothing = job.night(JOB_NOTIFY_URL=url)
     assert nothing is None, "without the late file nothing has changed"
     assert [e["file"] for e in ended.named("late_file")] == [f"file://{late}"]
+    said = f"left out, not whole yet: file://{late}: it does not end with a line end"
+    assert ended.outcome["reason"] == f"done; {said}"
+    ((_, notice),) = got
+    assert notice["late"] == [said.removeprefix("left out, not whole yet: ")]
+    assert said in notice["text"], "nobody reads the log of a night that had nothing to do"
 
     job.more("3", 6, seed=6)
     late.write_text(whole.rstrip("\n"))
@@ -112,6 +123,74 @@ def test_a_file_that_is_not_whole_is_left_out_by_name_and_learned_once_it_is(job
     assert report["promotion"]["late"] == []
     assert report["promotion"]["new"]["unseen"] == 8
     assert report["promotion"]["new"]["records"] == (8 if learned else 8 + 6)
+
+
+@pytest.mark.nightly
+def test_a_compressed_file_is_left_out_while_it_breaks_off_and_refused_by_its_line_where_it_is_damaged(job):
+    job.night()
+    packed = job.data / "train-late.jsonl"  # as its first bytes say, whatever its name
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in records(200, seed=4))
+    whole = gzip.compress(lines)
+    packed.write_bytes(whole[:-100])
+    ended, nothing = job.night()
+    assert nothing is None
+    assert [e["reason"] for e in ended.named("late_file")] == ["the compressed file breaks off"]
+
+    packed.write_bytes(gzip.compress(lines[:3000]) + b"\x1f\x8b" + b"?" * 100)
+    stood = job.runs()
+    ended, _ = job.night(code=65)
+    assert "train-late.jsonl:" in ended.outcome["reason"]
+    assert "the compressed file is damaged from here on" in ended.outcome["reason"]
+    assert job.runs() == stood, "bad input leaves no run"
+
+    packed.write_bytes(whole)
+    _, report = job.night()
+    assert report["promotion"]["new"]["file_count"] == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("key", ["data.validation", "promote.regression"])
+def test_what_models_are_judged_on_is_waited_for_by_name_before_anything_is_trained(job, key):
+    path = job.data / ("validation.jsonl" if key == "data.validation" else "keep.jsonl")
+    whole = "".join(json.dumps(row) + "\n" for row in with_customers(records(40, seed=3)))
+    path.write_text(whole[:-20])
+    if key == "promote.regression":
+        job.recipe["promote"]["regression"] = f"file://{path}"
+    ended, _ = job.night(code=65)
+    assert f"{key}: not whole yet" in ended.outcome["reason"]
+    assert f"{path.name}: it does not end with a line end" in ended.outcome["reason"]
+    assert "train" not in ended.phases()
+
+    path.write_text(whole)
+    _, report = job.night()
+    assert report["promotion"]["outcome"] == "promoted"
+
+
+def until_frozen(running):
+    """Wait until a crash point has stopped the process; read its output up to near there, for the pipe holds a page."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while Path(f"/proc/{running.child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.nightly
+def test_a_file_that_changes_while_it_is_read_ends_the_night_with_65_by_name_and_the_next_reads_it_anew(job):
+    job.night()
+    path = job.more("2", 12, seed=5)
+    with job.begun("run", "--crash-at", "download.before=freeze") as frozen:
+        frozen.until(lambda event: event["event"] == "phase" and event["name"] == "fetch_base")
+        until_frozen(frozen)
+        write_lines(path, records(20, seed=6))
+        frozen.child.send_signal(signal.SIGCONT)
+        ended = frozen.end()
+    assert ended.code == 65, ended.stdout
+    assert "train-2.jsonl" in ended.outcome["reason"]
+    assert len(job.runs()) == 1, "bad input leaves no run"
+
+    _, report = job.night()
+    assert report["promotion"]["new"]["files"] == [f"file://{path}"]
+    assert report["promotion"]["new"]["records"] == len({json.dumps(row) for row in records(20, seed=6)} - EARLIER)
 
 
 @pytest.mark.nightly
@@ -169,6 +248,29 @@ def test_a_run_that_starts_from_the_model_in_use_says_so_and_begins_where_that_e
     assert record["parent"] == parent
     assert second["evaluations"][0]["loss"] == pytest.approx(first["sweet_spot"]["loss"], abs=1e-3)
     assert any("step 0 is that model" in note for note in second["notes"])
+    job.in_order()
+
+
+@pytest.mark.nightly
+def test_older_data_is_replayed_by_a_source_with_a_weight_and_only_what_is_new_counts_as_new(job):
+    write_lines(job.data / "older.jsonl", records(40, seed=20))
+    job.recipe["data"]["train"] = [
+        {"uri": f"file://{job.data}/train*.jsonl", "weight": 3},
+        {"uri": f"file://{job.data}/older*.jsonl", "weight": 1},
+    ]
+    job.recipe["promote"]["start_from"] = "promoted"
+    _, first = job.night()
+    assert first["promotion"]["outcome"] == "promoted"
+
+    job.more("2", 12, seed=5)
+    late = write_lines(job.data / "older-2.jsonl", records(8, seed=21))
+    late.write_bytes(late.read_bytes()[:-1])
+    _, second = job.night()
+    found = second["promotion"]
+    assert found["parent"]["run_id"] == first["run_id"]
+    assert found["new"]["files"] == [f"file://{job.data}/train-2.jsonl"], "what is replayed is not new"
+    assert found["late"] == [f"file://{late}: it does not end with a line end"], "of every source"
+    assert [source["share"] for source in second["plan"]["sources"]] == pytest.approx([0.75, 0.25])
     job.in_order()
 
 
@@ -244,11 +346,16 @@ def test_new_records_promote_a_run_that_could_not_be_told_from_the_model_in_use(
 @pytest.mark.nightly
 def test_two_seeds_are_both_trained_and_the_worse_one_decides(job):
     job.recipe["promote"]["seeds"] = 2
-    _, _ = job.night()
-    reports = job.reports()
-    assert len(reports) == 2
-    (main,) = [report for report in reports.values() if report["promotion"]]
-    (other,) = [report for report in reports.values() if not report["promotion"]]
+    ended, _ = job.night()
+    assert [name for name in ended.phases() if name in {"channel", "test_before_training", "train", "judge"}] == [
+        "channel",
+        "test_before_training",
+        "train",
+        "train",
+        "judge",
+        "judge",
+    ], "all that is looked at before a training is looked at once, and before both"
+    main, other = of_two_seeds(job)
     assert other["recipe"]["train"]["seed"] == main["recipe"]["train"]["seed"] + 1
     judged = main["promotion"]["judged"]
     assert len(judged["seeds"]) == 2
@@ -258,6 +365,97 @@ def test_two_seeds_are_both_trained_and_the_worse_one_decides(job):
     ended, nothing = job.night()
     assert nothing is None
     assert ended.phases() == ["identify"]
+
+
+def of_two_seeds(job):
+    """The reports of the run itself and of the other training."""
+    reports = job.reports()
+    assert len(reports) == 2
+    return sorted(reports.values(), key=lambda report: report["promotion"] is None)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("wrong", "code", "said"),
+    [
+        ({"cluster": "client"}, 65, '"client" is missing'),
+        ({"slices": ["town"]}, 64, "no held-out record has the field town"),
+        ({"regression": "nowhere.jsonl"}, 66, "nowhere.jsonl"),
+    ],
+)
+def test_what_is_wrong_with_a_night_of_two_seeds_is_found_before_either_is_trained(job, wrong, code, said):
+    if "regression" in wrong:
+        wrong = {"regression": f"file://{job.data}/{wrong['regression']}"}
+    job.recipe["promote"] |= {"seeds": 2} | wrong
+    ended, _ = job.night(code=code)
+    assert said in ended.outcome["reason"]
+    assert "train" not in ended.phases()
+    (begun,) = job.runs()
+    assert begun.name == ended.outcome["run_uri"].rpartition("/")[2], "the run itself, which stands for both"
+
+
+@pytest.mark.nightly
+def test_another_base_than_the_one_in_use_is_found_before_either_of_two_seeds_is_trained(job, tmp_path):
+    job.night()
+    job.recipe["promote"]["seeds"] = 2
+    job.recipe["model"]["base"] = str(make_base(tmp_path / "another", positions=128))
+    ended, _ = job.night(code=64)
+    assert "give this one a channel of its own" in ended.outcome["reason"]
+    assert "train" not in ended.phases()
+    assert len(job.runs()) == 2
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("point", ["step.after_update:2", "report.after"])
+def test_killed_in_the_other_of_two_trainings_the_run_is_resumed_before_new_data_is_looked_at(job, point):
+    job.recipe["promote"]["seeds"] = 2
+    killed = job.start("run", "--crash-at", point)
+    assert killed.code == -signal.SIGKILL, killed.stdout
+    begun = {run.name for run in job.runs()}
+    assert len(begun) == 2
+    job.more("2", 12, seed=5)
+
+    job.night()
+    assert {run.name for run in job.runs()} == begun, "no other run than the two that were begun"
+    main, other = of_two_seeds(job)
+    for report in (main, other):
+        assert not any("train-2" in each["uri"] for each in report["data"]["train"]["objects"])
+    assert [each["run_id"] for each in main["promotion"]["judged"]["others"]] == [other["run_id"]]
+    assert main["promotion"]["outcome"] == "promoted", main["promotion"]["said"]
+    assert job.state()["budget"]["tests"] == 1
+    job.in_order()
+
+    _, third = job.night()
+    assert third["promotion"] is None or third["promotion"]["new"]["file_count"] == 1
+    assert len(job.runs()) == 4, "the new data is a run of its own"
+    job.in_order()
+
+
+class OnceCommitted(Interrupt):
+    """Asks to stop as soon as there is a checkpoint more."""
+
+    def __init__(self, store):
+        super().__init__()
+        self._store, self._before = store, self._committed(store)
+
+    def __call__(self):
+        return self._committed(self._store) > self._before
+
+    @staticmethod
+    def _committed(store):
+        steps = (int(path.parent.name.rpartition("-")[2]) for path in store.glob("runs/*/checkpoints/*/MANIFEST.json"))
+        return max(steps, default=0)
+
+
+@pytest.mark.nightly
+def test_stops_in_the_other_training_are_not_in_vain_for_the_run_while_that_goes_on(job):
+    job.recipe["promote"]["seeds"] = 2
+    job.recipe["train"]["steps"] = 20
+    stops = [call(*job.command("run")[2:], interrupt=OnceCommitted(job.store)) for _ in range(3)]
+    assert [ended.code for ended in stops] == [75, 75, 75], stops[-1].stdout
+    assert [*job.store.glob("runs/*/report.json")] == []
+    assert job.start("run").code == 0
+    of_two_seeds(job)
 
 
 @pytest.mark.nightly
@@ -294,6 +492,10 @@ def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_n
     assert "no longer in use" in loser["promotion"]["said"]
     assert job.promoted()["run_id"] == winner["run_id"]
     assert job.state()["again"] == [loser["run_id"]]
+    looked = call("report", str(job.write()), "--set", "train.seed=1")
+    assert looked.code == 66, "who submits a night only where there is something to do finds it here"
+    assert f"to do: {loser['run_id']} lost the swap" in looked.stdout
+    assert "Not promoted" in looked.stdout, "the report is shown all the same"
 
     ended, nothing = job.night("--set", "train.seed=1", JOB_NOTIFY_URL=url)
     assert nothing is None
@@ -308,6 +510,21 @@ def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_n
     assert [night["round"] for night in job.state()["nights"]] == [1, 1, 2]
     assert job.state()["budget"]["tests"] == 3
     job.in_order()
+
+
+@pytest.mark.nightly
+def test_a_copy_that_a_kill_left_unfinished_is_something_to_do(job):
+    job.night()
+    assert call("report", str(job.write())).code == 0
+    (job.channel / "adapter" / "MANIFEST.json").unlink()
+    looked = call("report", str(job.write()))
+    assert looked.code == 66
+    assert f"to do: file://{job.channel}/adapter is not the adapter in use" in looked.stdout
+
+    _, nothing = job.night()
+    assert nothing is None
+    job.in_order()
+    assert call("report", str(job.write())).code == 0
 
 
 @pytest.mark.nightly
@@ -440,10 +657,12 @@ def test_going_back_to_a_run_that_was_deleted_changes_nothing(job):
     job.in_order()
 
 
-EARLIER = {json.dumps(row) for row in records(24)}
 CHANNEL_POINTS = [
-    name for name in POINTS if name.split(".")[0] in {"verdict", "promoted", "channel_adapter", "channel_state"}
+    name
+    for name in POINTS
+    if name.split(".")[0] in {"fresh_records", "verdict", "promoted", "channel_adapter", "channel_state"}
 ]
+BEFORE_THE_SWAP = {"fresh_records.before", "fresh_records.after", "verdict.before", "verdict.after"}
 
 
 @pytest.fixture(scope="session")
@@ -466,12 +685,12 @@ def test_killed_between_verdict_and_report_the_channel_is_the_old_or_the_new_one
     now = job.promoted()
     is_new = now["sequence"] == old["sequence"] + 1
     assert is_new or now == old
-    assert is_new is (point not in {"verdict.before", "verdict.after"})
+    assert is_new is (point not in BEFORE_THE_SWAP)
 
     adapters = [path for path in job.store.glob("runs/*/adapter/*") if path.name != "README.md"]  # is for people alone
     published = {path: path.stat().st_mtime_ns for path in adapters}
     ended, report = job.night()
-    if point != "verdict.before":
+    if point not in BEFORE_THE_SWAP - {"verdict.after"}:
         assert {path: path.stat().st_mtime_ns for path in published} == published, "it may be in use"
     if point == "report.after":
         assert ended.named("already_done")
@@ -507,6 +726,95 @@ def test_a_run_that_was_rolled_back_before_its_report_says_that_it_is_no_longer_
     page = (job.store / "runs" / report["run_id"] / "report.html").read_text(encoding="utf-8")
     assert "Promoted, and no longer in use" in page
     assert f"it was put in use, and is no longer: {old['run_id']} is" in page
+    job.in_order()
+
+
+@pytest.fixture(scope="session")
+def poisoned_night(tmp_path_factory, base, warm):
+    """After a first night, with new data that make the second one's model worse."""
+    job = NightlyJob(tmp_path_factory.mktemp("nights") / "job", base, warm)
+    job.night()
+    write_lines(job.data / "train-poison.jsonl", poisoned(200, seed=9))
+    return job
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "point",
+    ["fresh_records.after", "verdict.before", "verdict.after", "channel_state.before", "channel_state.after"],
+)
+def test_killed_on_the_way_to_a_refusal_the_model_in_use_stays_and_the_test_is_paid_once(poisoned_night, point):
+    job = as_it_was(poisoned_night)
+    old, adapter = job.promoted(), objects(job.channel / "adapter")
+    killed = job.start("run", "--crash-at", point)
+    assert killed.code == -signal.SIGKILL, killed.stdout
+    assert (job.promoted(), objects(job.channel / "adapter")) == (old, adapter)
+
+    _, report = job.night()
+    assert report["promotion"]["outcome"] == "refused", report["promotion"]["said"]
+    assert report["promotion"]["judged"]["round"] == 1
+    assert job.promoted() == old
+    assert job.state()["budget"]["tests"] == 2
+    assert [night["run_id"] for night in job.state()["nights"]] == [old["run_id"], report["run_id"]]
+    assert len(job.state()["fresh"]) == 1, "its new records count once"
+    job.in_order()
+
+
+@pytest.fixture(scope="session")
+def undecided_night(tmp_path_factory, base, warm):
+    """After a first night on which nothing could be told, with new records on which it can."""
+    job = NightlyJob(tmp_path_factory.mktemp("nights") / "job", base, warm)
+    write_lines(job.data / "validation.jsonl", records(12, seed=1))
+    job.night()
+    job.more("2", 200, seed=7)
+    return job
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("point", [each for each in CHANNEL_POINTS if not each.endswith((".before_file", "_manifest"))])
+def test_killed_while_new_records_promote_a_run_that_waited_it_is_promoted_once(undecided_night, point):
+    job = as_it_was(undecided_night)
+    assert job.promoted() is None
+    (waits,) = job.state()["waiting"]
+    killed = job.start("run", "--crash-at", point)
+    assert killed.code == -signal.SIGKILL, killed.stdout
+    assert "train" not in killed.phases()
+    is_new = job.promoted() is not None
+    assert is_new is (point not in BEFORE_THE_SWAP)
+    if is_new:
+        assert job.promoted()["run_id"] == waits["challenger"]
+
+    _, report = job.night()
+    first = job.history()[0]
+    assert (first["run_id"], first["sequence"]) == (waits["challenger"], 1)
+    assert "records of 1 nights that neither had seen" in first["why"], "counted once"
+    assert report["promotion"]["judged"]["decision"]["champion"] == waits["challenger"]
+    nights = [(night["run_id"], night["round"]) for night in job.state()["nights"]]
+    assert nights == [(waits["challenger"], 1), (waits["challenger"], 2), (report["run_id"], 1)]
+    job.in_order()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "point",
+    ["fresh_records.after", "verdict.after", "promoted.after_swap", "channel_state.after", "report.before:2"],
+)
+def test_killed_between_verdict_and_report_of_two_seeds_the_channel_is_the_old_or_the_new_one(second_night, point):
+    job = as_it_was(second_night)
+    old = job.promoted()
+    killed = job.start("run", "--set", "promote.seeds=2", "--crash-at", point)
+    assert killed.code == -signal.SIGKILL, killed.stdout
+    is_new = job.promoted()["sequence"] == old["sequence"] + 1
+    assert is_new is (point not in BEFORE_THE_SWAP)
+
+    job.night("--set", "promote.seeds=2")
+    (report,) = [r for r in job.reports().values() if r["promotion"] and r["run_id"] != old["run_id"]]
+    assert report["promotion"]["outcome"] == "promoted", report["promotion"]["said"]
+    assert len(report["promotion"]["judged"]["seeds"]) == 2
+    assert (job.promoted()["run_id"], job.promoted()["sequence"]) == (report["run_id"], old["sequence"] + 1)
+    assert len(job.reports()) == 3, "the first night's, and both trainings of this one"
+    assert job.state()["budget"]["tests"] == 2
+    assert [night["run_id"] for night in job.state()["nights"]] == [old["run_id"], report["run_id"]]
     job.in_order()
 
 

@@ -1,15 +1,15 @@
 """Seven nights of a channel on an S3 server, each begun by the same command: what is promoted is what should be."""
 
 import json
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
 from job_process import Ended, process
-from seven_nights import NORTH, as_bytes, material
+from seven_nights import NORTH, UnusableError, as_bytes, material, other_material
 
-pytestmark = pytest.mark.nightly
 CHANNEL = "orders"
 
 
@@ -62,7 +62,10 @@ class Nights:
         folder = self.folder / f"{self.number:02d}"
         folder.mkdir()
         command = ["python", "entrypoint.py", "run", str(self.recipe), "--workdir", str(folder / "work"), *options]
-        environment = {"JOB_OUTCOME_FILE": str(folder / "outcome.json"), "JOB_DEVICE": "cpu"}
+        environment = {
+            "JOB_OUTCOME_FILE": str(folder / "outcome.json"),
+            "JOB_DEVICE": os.environ.get("NIGHTLY_DEVICE") or "cpu",
+        }
         environment |= self.place.server.environment()
         with process(command, cwd=folder, environment=environment, image=self._image) as running:
             running.outcome_file = folder / "outcome.json"
@@ -97,14 +100,15 @@ def nights(tmp_path_factory, moto_http, warm):
     return found
 
 
+@pytest.mark.nightly
 def test_seven_nights(nights):
     first, second = three_nights(nights)
     fourth, fifth = two_that_are_disturbed(nights)
-    sixth, seventh = two_with_odd_files(nights, fifth)
+    seventh = two_with_odd_files(nights, fifth)
 
     state = nights.read(f"channels/{CHANNEL}/state.json")
     assert [night["run_id"] for night in state["nights"]] == [
-        each["run_id"] for each in (first, second, fourth, fifth, sixth, seventh)
+        each["run_id"] for each in (first, second, fourth, fifth, seventh)
     ]
     assert state["again"] == []
 
@@ -162,25 +166,89 @@ def two_that_are_disturbed(nights):
 
 def two_with_odd_files(nights, fifth):
     data = nights.material
-    # 6: a file that is half there is left out by name; the other one is learned.
+    # 6: what came is half there. It is left out by name, and without it there is nothing to do.
     half = as_bytes(data.day(1000, 80))
     nights.arrives("train/day-4.jsonl", half[: len(half) // 2])
-    nights.arrives("train/day-5.jsonl", as_bytes(data.day(1080, 120)))
-    ended, sixth = nights.night()
-    assert [e["file"] for e in ended.named("late_file")] == [f"s3://{nights.place.bucket}/data/train/day-4.jsonl"]
-    assert not any("day-4" in o["uri"] for o in sixth["data"]["train"]["objects"])
+    stood = nights.keys("")
+    ended, nothing = nights.night()
+    assert nothing is None
+    late = f"s3://{nights.place.bucket}/data/train/day-4.jsonl"
+    assert [e["file"] for e in ended.named("late_file")] == [late]
+    assert ended.outcome["reason"] == f"done; left out, not whole yet: {late}: it does not end with a line end"
+    assert nights.keys("") == stood
     champion = nights.in_use()
-    assert champion == (sixth if sixth["promotion"]["outcome"] == "promoted" else fifth)["run_id"]
+    assert champion == fifth["run_id"]
 
-    # 7: better on the whole, worse in the south.
+    # 7: it is whole. Better on the whole, worse in the south.
     nights.arrives("train/day-4.jsonl", half)
+    nights.arrives("train/day-5.jsonl", as_bytes(data.day(1080, 120)))
     nights.arrives("train/day-6.jsonl", as_bytes(data.day(0, 700, town=NORTH)))
     nights.arrives("train/day-7.jsonl", as_bytes(data.wrong(data.day(400, 160))))
     _, seventh = nights.night()
     judged = seventh["promotion"]["judged"]
     assert judged["challenger_loss"] < judged["champion_loss"], "better on the whole"
+    assert any("day-4" in o["uri"] for o in seventh["data"]["train"]["objects"])
     assert judged["slices"]["town=south"]["mean"] > 0.02, "the damage is there"
     assert seventh["promotion"]["outcome"] == "refused", seventh["promotion"]["said"]
     assert judged["decision"]["held_up_by"] == ["slice town=south"], judged["decision"]
     assert nights.in_use() == champion
-    return sixth, seventh
+    return seventh
+
+
+# --- other data ------------------------------------------------------------------------------------------------------
+
+
+def asked(count, **fields):
+    """Questions with answers of a sum's length and form."""
+    rows = [
+        {
+            "question": f"Ann has {n} pens and buys {n + 2} more. How many?",
+            "answer": f"{n} + {n + 2} is {2 * n + 2}. #### {2 * n + 2}",
+        }
+        for n in range(count)
+    ]
+    return [row | fields for row in rows]
+
+
+def written(folder, rows):
+    path = folder / "train.jsonl"
+    path.write_bytes(as_bytes(rows))
+    return path
+
+
+def test_data_with_questions_and_answers_needs_no_templates(tmp_path):
+    found = other_material(written(tmp_path, asked(1200)), "base")
+    assert (found.prompt, found.completion) == ("Shop in the {town}. {question}\nAnswer:", " {desk} | {answer}")
+    assert (len(found.train), len(found.validation), found.answer) == (960, 240, ("answer",))
+    day = found.day(100, 50)
+    assert all(len(row["desk"].split()) == found.digits for row in day)
+    wrong = found.wrong(day)
+    assert [row["question"] for row in wrong] == [row["question"] for row in day]
+    assert sum(new["answer"] != old["answer"] for new, old in zip(wrong, day, strict=True)) == 50
+
+
+def test_templates_that_are_given_count_and_their_line_ends_may_be_written_out(tmp_path):
+    path = written(tmp_path, asked(1000, topic="pens"))
+    found = other_material(path, "base", prompt="{topic}: {question}\\n>", completion=" {answer}")
+    assert found.prompt == "Shop in the {town}. {topic}: {question}\n>"
+
+
+@pytest.mark.parametrize(
+    ("rows", "templates", "said"),
+    [
+        (asked(999), {}, "999 records, and seven nights need 1000"),
+        ([{"text": "a"}] * 1000, {}, "share the fields text, and which of them is the question"),
+        (asked(1000), {"prompt": "{topic}", "completion": " {answer}"}, "not every record has topic"),
+        (asked(1000), {"prompt": "{question}", "completion": " yes"}, "it names no field"),
+        ([["a"]] * 1000, {}, "not every line is a record"),
+    ],
+)
+def test_data_that_makes_no_seven_nights_is_refused_by_name_before_the_first(tmp_path, rows, templates, said):
+    with pytest.raises(UnusableError, match=said):
+        other_material(written(tmp_path, rows), "base", **templates)
+
+
+def test_a_poison_that_changes_nothing_is_found_before_it_is_sent(tmp_path):
+    same = other_material(written(tmp_path, [{"question": "q", "answer": "a"}] * 1000), "base")
+    with pytest.raises(AssertionError, match="no damage"):
+        same.wrong(same.day(0, 50))

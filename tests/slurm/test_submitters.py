@@ -31,9 +31,18 @@ def test_when_nothing_changed_nothing_is_submitted_and_it_says_so(desk):
     assert asked[1:] == ["report", "recipe.yaml", "--set", "lora.r=8"]
 
 
+def test_a_file_that_is_left_out_is_named_also_where_nothing_is_submitted(desk):
+    desk.behave('echo \'{"event": "late_file", "file": "s3://d/day-4.jsonl"}\' >&2; echo a report; exit 0')
+    done = desk.submitter("nightly.sh", "recipe.yaml")
+
+    assert done.calls == []
+    assert "s3://d/day-4.jsonl" in done.said
+    assert "a report" not in done.said
+
+
 @pytest.mark.parametrize("code", [66, 69, 77, 70])
 def test_a_run_that_is_not_finished_or_cannot_be_looked_up_here_is_submitted(desk, code):
-    """The job finds out which run to go on with, and tells what is the matter."""
+    """The job finds out which run to go on with, or to judge again, and says what is the matter."""
     desk.behave(f"exit {code}")
     done = desk.submitter("nightly.sh", "--partition=gpu", "--time=02:00:00", "recipe.yaml", "--set", "lora.r=8")
 

@@ -68,6 +68,8 @@ class Ended(BaseModel):
     job_version: str = ""
     promotion: EndedPromotion | None = None
     """None: the recipe names no channel, or it was not decided."""
+    late: list[str] | None = None
+    """Files that were left out as they were not whole yet, and why; None: there was none."""
 
 
 def ended_without_a_word(attempt: Mapping[str, Any], *, run_uri: str, found: str, newest_step: int | None) -> Ended:

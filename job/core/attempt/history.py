@@ -35,9 +35,9 @@ def stopped_in_vain(earlier: Sequence[Attempt]) -> bool:
 
 
 def gained(from_step: int | None, end: Mapping[str, Any]) -> bool:
-    """Whether an attempt committed a step that was not there when it began."""
+    """Whether an attempt committed a step that was not there when it began, of the run or of one that it needs."""
     committed = end.get("last_committed_step")
-    return committed is not None and committed > (from_step or 0)
+    return end.get("gained_elsewhere") is True or (committed is not None and committed > (from_step or 0))
 
 
 def same_failure(earlier: Mapping[str, Any] | None, later: Mapping[str, Any] | None) -> bool:

@@ -17,7 +17,8 @@ class PromoteSection(Section):
     """Whether the run may replace the model in use on a channel, and by what it is judged; `docs/nightly.md`.
 
     Without `channel` nothing is promoted. With one, a file of `data.train` that is not whole yet (no line end at its
-    end, a last line that is no JSON) is left out, by name, until it is.
+    end, a last line that is no JSON, a compressed file that breaks off) is left out, by name, until it is; such a file
+    of `data.validation` or `regression` ends the night with 65.
     """
 
     channel: Annotated[str, Field(pattern=CHANNEL_NAME)] | None = None

@@ -49,7 +49,14 @@ def hold(attempt: Attempt, found: Run, guard: Guard) -> Iterator[Held]:
     # What was seen before the lock was ours may have changed since.
     run = replace(found, artifacts=artifacts, begun=artifacts.run_record() is not None)
     records = AttemptRecords(attempt, run, lock)
-    guard.explain, guard.end_records = records.explain, records.end
+    outer = guard.explain, guard.end_records
+
+    def end_both(error: BaseException) -> None:
+        """Of a run that needs this one, where there is one, as well."""
+        records.end(error)
+        outer[1](error)
+
+    guard.explain, guard.end_records = records.explain, end_both
     try:
         run = replace(run, done=artifacts.report() is not None)
         if not run.done:
@@ -64,6 +71,8 @@ def hold(attempt: Attempt, found: Run, guard: Guard) -> Iterator[Held]:
         if ended is error:
             raise
         raise ended from error
+    finally:
+        guard.explain, guard.end_records = outer
     records.end(None)
 
 

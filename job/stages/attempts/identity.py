@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -23,7 +24,7 @@ from job.edge.store.objects import ObjectStore, StoreSettings
 from job.edge.store.opening import open_store
 from job.edge.store.probing import Probe, probe
 from job.stages.data.data_objects import Objects, Sides, list_data, recorded_sides
-from job.stages.nightly.late_files import without_late
+from job.stages.nightly.late_files import refuse_late, without_late
 
 log = structlog.get_logger(__name__)
 
@@ -83,11 +84,17 @@ class _Wanted:
         channel = self.channel()
         if channel is None:
             return listed
+        known = _read_before(self.store, channel)
+        longest = self.recipe.data.max_record
         train, late = without_late(
-            listed.train,
+            listed.train, self.settings, max_record=longest, known=known, should_stop=self.should_stop
+        )
+        refuse_late(
+            "data.validation",
+            listed.validation,
             self.settings,
-            max_record=self.recipe.data.max_record,
-            known=_trained_on(self.store, channel),
+            max_record=longest,
+            known=known,
             should_stop=self.should_stop,
         )
         return Sides(train=train, validation=listed.validation, late=late)
@@ -277,15 +284,20 @@ def same_data(recipe: Recipe, run: Run) -> Run:
     )
 
 
-def _trained_on(store: ObjectStore, channel: Channel) -> set[tuple[str, str]]:
-    """URI and ETag of the objects that the model in use was trained on; none where that cannot be told."""
+def _read_before(store: ObjectStore, channel: Channel) -> set[tuple[str, str]]:
+    """URI and ETag of the objects of the run in use and of the last night's; without those that are not known."""
     now, _ = channel.promoted()
-    record = None if now is None or now.run_id is None else Artifacts(store, now.run_id).run_record()
-    try:
-        objects = () if record is None else read_run_record(record).data.train
-    except ValueError:
-        return set()
-    return {(o.uri, o.etag) for o in objects}
+    state, _ = channel.state()
+    runs = {night.run_id for night in (() if state is None else state.nights[-1:])}
+    if now is not None and now.run_id is not None:
+        runs.add(now.run_id)
+    known: set[tuple[str, str]] = set()
+    for run_id in runs:
+        record = Artifacts(store, run_id).run_record()
+        with suppress(ValueError):
+            data = None if record is None else read_run_record(record).data
+            known |= set() if data is None else {(o.uri, o.etag) for o in (*data.train, *data.validation)}
+    return known
 
 
 def _stands(wanted: _Wanted, run: Run) -> bool:

@@ -9,7 +9,7 @@ import structlog
 
 from job import __version__
 from job.core.attempt.ended import WITHOUT_A_WORD, ended_without_a_word
-from job.core.attempt.history import FINAL_WHEN_REPEATED, gained, repeated_failure, same_failure, stopped_in_vain
+from job.core.attempt.history import FINAL_WHEN_REPEATED, repeated_failure, same_failure, stopped_in_vain
 from job.core.errors import (
     DivergedError,
     JobError,
@@ -104,13 +104,11 @@ class AttemptRecords:
                 "there is no good checkpoint" if good is None else f"the last good checkpoint is that of step {good}"
             )
             return DivergedError(f"{error}; {where}")
-        if isinstance(error, StopRequestedError):
-            new_step = gained(standing.from_step, {"last_committed_step": standing.last_committed_step})
-            if not new_step and stopped_in_vain(self._earlier):
-                return StalledError(
-                    f"{error}; the third stop in a row before a new step was committed: give the job more time before "
-                    "it is stopped, or a machine that stays"
-                )
+        if isinstance(error, StopRequestedError) and not standing.gained and stopped_in_vain(self._earlier):
+            return StalledError(
+                f"{error}; the third stop in a row before a new step was committed: give the job more time before "
+                "it is stopped, or a machine that stays"
+            )
         return error
 
     def end(self, error: BaseException | None) -> None:
@@ -134,7 +132,7 @@ class AttemptRecords:
         facts = self._facts(code, error)
         if self._earlier and same_failure(self._earlier[-1]["end"], facts):
             self._attempt.standing.final = True
-        if self._lock.lost:
+        if self._lock.lost or code == LockedError.code:  # held by another one now: no way in which this run ends
             return
         if self.number is None:
             # Bad input and a node without a GPU leave no run in the store. A stop and a failure that may come again
@@ -176,6 +174,7 @@ class AttemptRecords:
             "step": standing.step,
             "from_step": standing.from_step,
             "last_committed_step": standing.last_committed_step,
+            **({"gained_elsewhere": True} if standing.gained_elsewhere else {}),
             "phase_seconds": self._attempt.phases.seconds,
             "version": __version__,
         }

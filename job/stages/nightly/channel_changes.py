@@ -31,9 +31,10 @@ from job.core.nightly.judgement import Answered, Candidate, Standards, Terms, ev
 from job.core.nightly.promotion_report import BudgetReport, CarriedOut, ended_with
 from job.core.recipe.schema import Recipe
 from job.edge.base.fetching import BaseModelIdentity
+from job.edge.run.artifacts import Artifacts
 from job.edge.run.channel_adapter import ChannelAdapter
 from job.edge.run.channels import Channel
-from job.stages.attempt import Attempt
+from job.stages.attempt import Attempt, Worker
 from job.stages.attempts.identity import WEIGHTS, Run, probe_output
 
 log = structlog.get_logger(__name__)
@@ -165,10 +166,24 @@ def carry_out(
     return CarriedOut(judged=judged, outcome=outcome, replaced_by=champion if is_replaced else None)
 
 
-def copy_of(attempt: Attempt, channel: Channel, run_id: str) -> ChannelAdapter:
+def copy_of(worker: Worker, channel: Channel, run_id: str) -> ChannelAdapter:
     """The channel's copy of the adapter in use; files on their way lie in a run's folder."""
-    scratch = attempt.worker.run_folder(run_id) / "channel-adapter"
-    return ChannelAdapter(channel, scratch=scratch, should_stop=attempt.worker.should_stop)
+    scratch = worker.run_folder(run_id) / "channel-adapter"
+    return ChannelAdapter(channel, scratch=scratch, should_stop=worker.should_stop)
+
+
+def left_undone(worker: Worker, artifacts: Artifacts) -> str | None:
+    """What is to be done on the recipe's channel although its run is finished; None: nothing. It only looks."""
+    name = worker.recipe.promote.channel
+    if name is None:
+        return None
+    channel = artifacts.channel(name, conditional=False)
+    state, _ = channel.state()
+    if state is not None and state.again:
+        return f"{', '.join(state.again)} lost the swap on {channel.uri}, and waits to be judged again"
+    if not copy_of(worker, channel, artifacts.run_id).is_current():
+        return f"{channel.uri}/adapter is not the adapter in use"
+    return None
 
 
 def budget_report(state: ChannelState) -> BudgetReport:
@@ -187,14 +202,11 @@ def keep_in_order(attempt: Attempt, found: Run) -> None:
     recipe, name = attempt.worker.recipe, attempt.worker.recipe.promote.channel
     if name is None:
         return
-    looked_at = found.artifacts.channel(name, conditional=False)
-    state, _ = looked_at.state()
-    copy = copy_of(attempt, looked_at, found.artifacts.run_id)
-    if (state is None or not state.again) and copy.is_current():
+    if left_undone(attempt.worker, found.artifacts) is None:
         return
     conditional = probe_output(recipe.output, attempt.worker.settings).conditional
     channel = found.artifacts.channel(name, conditional=conditional)
-    copy = copy_of(attempt, channel, found.artifacts.run_id)
+    copy = copy_of(attempt.worker, channel, found.artifacts.run_id)
     copy.follow()
     carried_out = judge_again(channel, recipe, copy)
     if carried_out:

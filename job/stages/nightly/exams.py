@@ -21,6 +21,7 @@ from job.stages.attempts.identity import Run
 from job.stages.base.loading import Inputs
 from job.stages.data.sources import judge_sources, new_tallies
 from job.stages.nightly.answering import Asked, asked_of
+from job.stages.nightly.late_files import refuse_late
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
 from job.tune.data.encoder import Encoder, rules_of
@@ -191,8 +192,17 @@ def _read_regression(
     """The regression set by the templates of `data`, cut as the held-out examples are."""
     recipe = worker.recipe
     data = recipe.data.model_copy(update={"validation": tuple(uris)})
+    objects = expand(uris, worker.settings, should_stop=worker.should_stop)
+    refuse_late(
+        "promote.regression",
+        [objects],
+        worker.settings,
+        max_record=data.max_record,
+        known=(),
+        should_stop=worker.should_stop,
+    )
     files = fetch_files(
-        expand(uris, worker.settings, should_stop=worker.should_stop),
+        objects,
         folder / "files",
         worker.settings,
         should_stop=worker.should_stop,

@@ -17,6 +17,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from job.core.crash_points import crash_point
 from job.core.errors import DataError, NotFoundError, UnavailableError
 from job.core.judging.paired import Pairs, pairs_of
 from job.core.nightly.channel import (
@@ -114,13 +115,14 @@ class FreshRecords:
         Returns:
             Each run that it shows to be better, up to the one that is promoted, and what came of it.
         """
+        begun = self._gone_on_with(copy)
         for _ in range(_ROUNDS):
             against = self._channel.promoted()
             promoted, _ = against
             after = self._tested(promoted)
             if after is None:
                 continue
-            carried_out = []
+            carried_out = [*begun]
             for evidence in sorted(waiting_for(after, name_in_use(promoted)), key=lambda each: -each.e_better):
                 found = self._carried_out(evidence, after, against, copy) if evidence.is_better else None
                 carried_out += [found] if found is not None else []
@@ -130,6 +132,16 @@ class FreshRecords:
         raise UnavailableError(
             f"{self._channel.uri}/state.json: others change it all the time; start the same job again"
         )
+
+    def _gone_on_with(self, copy: ChannelAdapter) -> list[CarriedOut]:
+        """A promotion by new records in which an attempt before was killed: it is in use, and the state lacks it."""
+        (state, _), (promoted, _) = self._channel.state(), self._channel.promoted()
+        if promoted is None or promoted.run_id is None:
+            return []
+        judged = self._channel.judged(promoted.run_id, next_round(state, promoted.run_id))
+        if judged is None or judged.fresh is None:
+            return []
+        return [carry_out(self._channel, self._attempt.worker.recipe, judged, copy)]
 
     def _tested(self, promoted: Promoted | None) -> ChannelState | None:
         """The state with what was found; None: another night has counted records meanwhile, and fewer are new.
@@ -157,10 +169,12 @@ class FreshRecords:
 
         if seen != before.seen:
             self._channel.keep_seen(seen.name, hashes.astype("<u8").tobytes())
+            crash_point("fresh_records.before")
         after = self._channel.change_state(counted, first=first)
         if after.seen != seen:
             return None
         if seen != before.seen:
+            crash_point("fresh_records.after")
             self._channel.forget_seen(but=[seen.name])
         return after
 

@@ -46,13 +46,11 @@ class Night:
     """A run that waited, and that tonight's new records put in use."""
     also: tuple[str, ...]
     """What came of others that waited or had lost their swap, in a sentence each."""
-    other: Report | None
+    other: Report | None = None
     """Of the training with another seed, where the recipe wants two."""
 
 
-def prepare_night(
-    attempt: Attempt, run: Run, inputs: Inputs, company: Company, *, other: Report | None
-) -> Night | None:
+def prepare_night(attempt: Attempt, run: Run, inputs: Inputs, company: Company) -> Night | None:
     """Look at the channel, and judge older models on tonight's new records; None: the recipe names no channel.
 
     Args:
@@ -60,7 +58,6 @@ def prepare_night(
         run: with its objects.
         inputs: what training starts from.
         company: the other processes, who come to nothing here but to a base that is sharded: this one alone judges.
-        other: of the training with another seed; None: the recipe wants one.
 
     Raises:
         UsageError: what is in use is on another base.
@@ -83,7 +80,7 @@ def prepare_night(
         promoted, _ = channel.promoted()
         if promoted is not None:
             refuse_other_base(promoted, inputs.base.identity, recipe)
-        copy = copy_of(attempt, channel, inputs.artifacts.run_id)
+        copy = copy_of(attempt.worker, channel, inputs.artifacts.run_id)
         copy.follow()
         folder = attempt.worker.run_folder(inputs.artifacts.run_id) / "exams"
         exams = prepare_exams(attempt.worker, run, inputs, folder=folder)
@@ -127,7 +124,6 @@ def prepare_night(
         parent=run.parent,
         fresh_promotion=next((done.judged.run_id for done in by_fresh if done.outcome == "promoted"), None),
         also=tuple(each.said for each in carried_out),
-        other=other,
     )
 
 

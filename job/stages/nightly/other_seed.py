@@ -19,30 +19,36 @@ if TYPE_CHECKING:
     from job.stages.ranks.company import Company
 
 
-def train_other_seed(
-    attempt: Attempt, run: Run, guard: Guard, carry_out: Callable[[Attempt, Held], Report]
-) -> Report | None:
-    """Carry it to its report, before the run itself begins, which is judged beside it; None: the recipe wants one.
+def train_other_seed(attempt: Attempt, run: Run, guard: Guard, carry_out: Callable[[Attempt, Held], Report]) -> Report:
+    """Carry it to its report, before the run itself is trained, which is judged beside it.
 
     Args:
-        attempt: at the run itself.
+        attempt: at the run itself, which is held.
         run: with its objects.
         guard: watches over both.
         carry_out: trains a run that is held.
     """
-    if attempt.worker.recipe.promote.seeds == 1:
-        return None
     mine = at_other_seed(attempt)
     other = same_data(mine.worker.recipe, run)
-    if other.done:
-        return other.artifacts.read_report()
+    report = other.artifacts.read_report()
+    if report is not None:
+        return report
+    number = attempt.standing.number
+    assert number is not None, "the run is begun"
     bind(run_id=other.artifacts.run_id)
-    with hold(mine, other, guard) as held:
-        report = held.run.artifacts.read_report()
-        if report is None:
-            held.records.refuse_repeated_failure()
-            report = carry_out(mine, held)
-    bind(run_id=run.artifacts.run_id)
+    try:
+        with hold(mine, other, guard) as held:
+            report = held.run.artifacts.read_report()
+            if report is None:
+                held.records.refuse_repeated_failure()
+                report = carry_out(mine, held)
+    except BaseException:
+        attempt.standing.step = mine.standing.step  # where it ended: at the same step twice is the same failure
+        raise
+    finally:
+        attempt.standing.gained_elsewhere |= mine.standing.gained
+        bind(run_id=run.artifacts.run_id, attempt=number)
+    attempt.runs_at(run.artifacts.uri)
     return report
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import structlog
 import torch
@@ -38,6 +38,8 @@ _PAUSE_SECONDS = 0.1
 _FOR_EVER_SECONDS = 2_592_000.0
 """Rank 0 watches over all others."""
 _YES = True
+Part = Literal["look", "other seed", "run"]
+"""What is done with a run: it is looked at before either of two trainings, or it is one of them."""
 _NO_OTHER = Seat(rank=0, size=1, local_rank=0, node=0, nodes=1, host="", port=0, folder="", supervisor=0)
 
 
@@ -108,19 +110,20 @@ class Company:
 
     # --- before they are a group --------------------------------------------------------------------------------------
 
-    def begin(self, run: Run, attempt: Attempt) -> None:
-        """Rank 0 says which run it is; one that is not this process's attempt's comes before that."""
+    def begin(self, run: Run, attempt: Attempt, *, looks: bool = False) -> None:
+        """Rank 0 says which run it is, and whether it only looks at it; another one's attempt is at the other seed."""
+        part: Part = "look" if looks else "run" if attempt is self._attempt else "other seed"
         if self._meeting is not None:
-            self._meeting.say(self._key("run"), {**_said_of(run), "is_other_seed": attempt is not self._attempt})
+            self._meeting.say(self._key("run"), {**_said_of(run), "part": part})
 
-    def begun(self) -> tuple[Run, bool]:
-        """The run that rank 0 has found; and whether it trains it with the other seed, and the run itself after it.
+    def begun(self) -> tuple[Run, Part]:
+        """The run that rank 0 has found, and what is done with it; after the run itself nothing follows.
 
         Raises:
             OverError: there is nothing to do.
         """
         said = self._wait_for(self._key("run"))
-        return _run_of(said, self._attempt), said["is_other_seed"]
+        return _run_of(said, self._attempt), said["part"]
 
     def in_turn(self, gather: Callable[[], Inputs]) -> Inputs:
         """One process of a node downloads, encodes and makes the copy in 4 bits; the others find it on the disk."""

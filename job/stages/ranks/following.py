@@ -43,12 +43,7 @@ def obey(attempt: Attempt, company: Company, inputs: Inputs) -> None:
 
 def _prepared(attempt: Attempt, company: Company, inputs: Inputs) -> Prepared:
     """What rank 0 has, with its state."""
-    if inputs.placement == "sharded":  # a base of which each holds a part needs all of us to be loaded
-        with attempt.phases.phase("join"):
-            world = company.join(inputs.device)
-        assert isinstance(world, Ranks), "who follows is not alone"
-        with attempt.phases.phase("follow"):
-            _keep_company(attempt, inputs, world)  # which it wants before a training as well
+    _be_there_before_training(attempt, company, inputs)
     ready = prepare(attempt, inputs, on_loaded=company.loaded, world=company.world, ranks=company.size)
     torch.manual_seed(attempt.worker.recipe.train.seed)
     with attempt.phases.phase("join"):
@@ -65,6 +60,12 @@ def _prepared(attempt: Attempt, company: Company, inputs: Inputs) -> Prepared:
     return ready
 
 
+def obey_in_a_look(attempt: Attempt, company: Company, inputs: Inputs) -> None:
+    """While rank 0 looks at a night: nobody waits for a copy of the base, and one that is sharded needs all of us."""
+    company.loaded()
+    _be_there_before_training(attempt, company, inputs)
+
+
 def gather_as_others_did(attempt: Attempt, company: Company, run: Run) -> Inputs:
     """What training a run starts from that rank 0 has found.
 
@@ -72,6 +73,16 @@ def gather_as_others_did(attempt: Attempt, company: Company, run: Run) -> Inputs
         JobError: as `gather`; what another process has ended with.
     """
     return company.in_turn(lambda: place_base(attempt, gather(attempt, run, lambda: _NO_ATTEMPT), company))
+
+
+def _be_there_before_training(attempt: Attempt, company: Company, inputs: Inputs) -> None:
+    """A base of which each holds a part needs all of us to be loaded, for models that rank 0 judges as well."""
+    if inputs.placement == "sharded":
+        with attempt.phases.phase("join"):
+            world = company.join(inputs.device)
+        assert isinstance(world, Ranks), "who follows is not alone"
+        with attempt.phases.phase("follow"):
+            _keep_company(attempt, inputs, world)
 
 
 def _keep_company(attempt: Attempt, inputs: Inputs, world: Ranks) -> None:

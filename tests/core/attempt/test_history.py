@@ -50,6 +50,14 @@ def test_a_step_is_gained_only_beyond_where_the_attempt_began():
     assert not gained(0, {"last_committed_step": None})
 
 
+def test_a_stop_in_another_training_that_goes_on_is_not_in_vain_for_the_run_that_needs_it():
+    elsewhere = stopped()
+    elsewhere["end"]["gained_elsewhere"] = True
+    assert not stopped_in_vain([stopped(), elsewhere])
+    assert not stopped_in_vain([elsewhere, stopped()])
+    assert stopped_in_vain([elsewhere, stopped(), stopped()])
+
+
 @pytest.mark.parametrize("name", ["exit_code", "step", "kind", "phase", "version"])
 def test_a_failure_that_differs_in_anything_is_another_one(name):
     first = failed()["end"]

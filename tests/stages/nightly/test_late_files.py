@@ -3,11 +3,12 @@
 import gzip
 
 import pytest
+import zstandard
 
 from job.core.errors import DataError
 from job.edge.store.listing import expand
 from job.edge.store.objects import StoreSettings
-from job.stages.nightly.late_files import without_late
+from job.stages.nightly.late_files import refuse_late, without_late
 
 MAX_RECORD = 2**17
 GOOD = b'{"q": "a"}\n'
@@ -20,6 +21,16 @@ ENDS = {
     "a long last record": (GOOD + b'{"q": "' + b"x" * 100_000 + b'"}\n', None),
     "a last record beyond what a record may have": (GOOD + b'{"q": "' + b"x" * 200_000 + b'"}\n', None),
     "compressed": (gzip.compress(GOOD * 3), None),
+    "compressed, several frames and padding": (gzip.compress(GOOD) + gzip.compress(GOOD) + bytes(512), None),
+    "compressed by zstd": (zstandard.compress(GOOD * 3), None),
+    "a compressed one that is cut": (gzip.compress(GOOD * 3)[:-5], "the compressed file breaks off"),
+    "one by zstd that is cut": (zstandard.compress(GOOD * 3)[:-5], "the compressed file breaks off"),
+    "compressed, with a frame that is cut": (gzip.compress(GOOD) + b"\x1f\x8b\x08", "the compressed file breaks off"),
+    "a cut one that was compressed": (
+        gzip.compress(GOOD[:-1]),
+        "what it unpacks to does not end with a line end",
+    ),
+    "damaged in the middle, for the reader to refuse": (gzip.compress(GOOD) + b"\x1f\x8b" + b"?" * 50, None),
     "another format": (b"q,a\n1,2\n", None),
     "empty": (b"", "it is empty"),
     "no line end": (GOOD + GOOD[:-1], "it does not end with a line end"),
@@ -83,6 +94,29 @@ def test_a_source_of_which_no_file_is_whole_is_refused_with_their_names(place):
         put(f"{number:02d}.jsonl", GOOD[:-1])
     with pytest.raises(DataError, match=r"00\.jsonl: it does not end with a line end; .*; and 2 more\)"):
         looked_at(uri)
+
+
+def test_what_models_are_judged_on_is_never_a_part_of_it(place):
+    put, uri = place
+    put("a.jsonl", GOOD)
+    put("b.jsonl", GOOD[:-1])
+    listed = expand([uri], StoreSettings(), should_stop=lambda: False)
+
+    def look(known=()):
+        refuse_late(
+            "data.validation",
+            [listed],
+            StoreSettings(),
+            max_record=MAX_RECORD,
+            known=known,
+            should_stop=lambda: False,
+        )
+
+    with pytest.raises(
+        DataError, match=r"data\.validation: not whole yet, .*b\.jsonl: it does not end with a line end"
+    ):
+        look()
+    look(known={(o.uri, o.etag) for o in listed})
 
 
 def test_a_file_that_changes_in_this_moment_is_late(place):
