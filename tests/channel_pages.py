@@ -74,9 +74,7 @@ def a_channel(nights=40, *, words="run", every=6, again=()):
             update = {"sequence": len(changes) + 1, "replaced": None if not changes else in_use, "why": night.why}
             changes.append(new.model_copy(update=update))
             in_use, loss = run_id, mine
-    waits = FreshEvidence(
-        challenger=f"{words}-w", champion=in_use, level=0.002, full_tokens=20.0, records=420, nights=("a",)
-    )
+    waits = FreshEvidence(challenger=f"{words}-w", champion=in_use, level=0.002, records=420, nights=("a",))
     state = state.model_copy(update={"waiting": (waits,), "again": tuple(again)})
     return ChannelSeen(uri=URI, changes=changes[::-1], state=state, today=FIRST.toordinal() + nights, is_current=True)
 

@@ -11,8 +11,10 @@ from bench.nightly_years import (
     _NEAR,
     _TOKENS,
     EXAMPLES,
+    NEW_RECORDS,
     SD,
     WORLDS,
+    Channels,
     World,
     deviations,
     levels_of,
@@ -57,6 +59,50 @@ def test_what_the_quick_t_passes_over_is_never_promoted():
     ]
 
     assert min(gap_of(pairs(row), resamples=4000).p_better for row in at_the_border) > level
+
+
+def means_of_two_nights(world):
+    """By which two models differ on a night's new records, and on the next night's."""
+    channels = Channels(world, 2000, 1)
+    return [np.subtract(*channels._on_new_records().mean(axis=2).T[:2]) for _ in range(2)]
+
+
+@pytest.mark.parametrize("topic", [0.0, 0.02])
+def test_a_topic_moves_a_night_s_new_records_together_and_the_next_night_s_otherwise(topic):
+    tonight, tomorrow = means_of_two_nights(World(name="topics", topic=topic))
+
+    assert tonight.std() == pytest.approx(np.hypot(topic, SD / np.sqrt(NEW_RECORDS)), rel=0.06)
+    assert np.corrcoef(tonight, tomorrow)[0, 1] == pytest.approx(0, abs=0.07)
+
+
+def test_customers_who_come_back_move_the_next_night_in_the_same_way():
+    tonight, tomorrow = means_of_two_nights(World(name="customers", returning=0.5))
+    of_customers, of_records = 0.1 * SD**2 / 20, 0.9 * SD**2 / NEW_RECORDS
+
+    assert tonight.var() == pytest.approx(of_customers + of_records, rel=0.1)
+    foreseen = 0.5 * of_customers / (of_customers + of_records)
+    assert np.corrcoef(tonight, tomorrow)[0, 1] == pytest.approx(foreseen, abs=0.07)
+
+
+def test_topics_of_the_day_do_not_promote_those_that_wait():
+    """Larger ones than in the table, so that as independent records they would promote most channels' challengers."""
+    found = live(World(name="topics", topic=0.1), 40, 20, 1)
+    expected = 40 * sum(shares_of(level)[1] for level in levels_of(20))
+
+    assert found.by_fresh <= expected + 3 * np.sqrt(expected)
+
+
+def test_models_that_wander_go_on_from_the_model_in_use():
+    """Step by step; around the first model there would be one or two steps at most."""
+    found = live(World(name="wander", wander=0.1, anew=True), 4, 16, 1)
+
+    assert found.right.mean() > 3
+
+
+def test_what_a_channel_does_is_the_row_of_most_years():
+    first = WORLDS[0]
+
+    assert (first.name, first.anew, first.years) == ("equal models, one frozen set", False, None)
 
 
 def test_equal_models_are_promoted_as_seldom_as_the_budget_says():

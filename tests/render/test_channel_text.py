@@ -61,7 +61,7 @@ def test_a_channel_shows_what_is_in_use_why_and_how_it_came_to_be():
     state = open_state(DAY, per_year=1.0)
     state = state.model_copy(update={"budget": spend(state.budget, "run-2", DAY, per_year=1.0)[0]})
     state = after_verdict(state, verdict, "promoted", champion="run-1", waits=None)
-    waits = evidence_to_gather(refused, exam(), STANDARDS, level=refused.level)
+    waits = evidence_to_gather(refused, STANDARDS, level=refused.level)
     state = after_verdict(state, refused, "refused", champion="run-1", waits=waits)
     fresh = FreshNight(night="n", time="2026-11-29T02:17:00+00:00", records=40, losses={"run-1": 1.25})
     state = state.model_copy(update={"again": ("run-4",), "fresh": (fresh,)})

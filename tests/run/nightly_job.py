@@ -1,6 +1,7 @@
 """A job on a channel: held-out examples enough to judge by, and what its channel holds."""
 
 import json
+import math
 
 from job_process import Job, records, write_lines
 
@@ -48,6 +49,14 @@ class NightlyJob(Job):
     def more(self, name, count, *, seed):
         """One file more to train on."""
         return write_lines(self.data / f"train-{name}.jsonl", records(count, seed=seed))
+
+    def has_waited(self, *, nights, records, evidence):
+        """As if as many nights' new records had spoken for the one run that waits."""
+        state = self.state()
+        (waits,) = state["waiting"]
+        logs = [math.log(evidence)] * len(waits["better"])
+        waits |= {"nights": [f"night-{number}" for number in range(nights)], "records": records, "better": logs}
+        (self.channel / "state.json").write_text(json.dumps(state))
 
     def in_order(self):
         """What holds on a channel at any time between two nights."""

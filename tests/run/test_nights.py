@@ -322,13 +322,14 @@ def test_the_regression_set_holds_a_better_model_up(job):
 
 @pytest.mark.nightly
 def test_new_records_promote_a_run_that_could_not_be_told_from_the_model_in_use(job):
-    """On a dozen held-out examples nothing can be told; on the next night's two hundred new records it can."""
+    """On a dozen held-out examples nothing can be told; once enough nights' new records have spoken for it, it can."""
     write_lines(job.data / "validation.jsonl", records(12, seed=1))
     _, first = job.night()
     assert first["promotion"]["judged"]["decision"]["verdict"] == "cannot tell"
     (waits,) = job.state()["waiting"]
     assert (waits["challenger"], waits["champion"], waits["records"]) == (first["run_id"], "the base", 0)
 
+    job.has_waited(nights=9, records=1800, evidence=0.8 / waits["level"])
     job.more("2", 200, seed=7)
     ended, second = job.night()
     phases = ended.phases()
@@ -339,7 +340,7 @@ def test_new_records_promote_a_run_that_could_not_be_told_from_the_model_in_use(
     assert second["promotion"]["judged"]["decision"]["champion"] == first["run_id"]
     entry = job.history()[0]
     assert entry["run_id"] == first["run_id"]
-    assert "records of 1 nights that neither had seen" in entry["why"]
+    assert "records of 10 nights that neither had seen" in entry["why"]
     job.in_order()
 
 

@@ -1,25 +1,42 @@
 """Test, then train: what records that neither model has seen say of a challenger, night after night, at any time.
 
-Before a night trains on its new records, the model in use and the last challengers are judged on them. Each
-challenger keeps an e-process: capital that starts at 1 and bets on it, record by record,
+Before a night trains on its new records, the model in use and the last challengers are judged on them. What the day was
+about moves all of a night's records together, and one model more than the other, so that they are no independent
+evidence: a night is one bet, however many records it has. Each challenger keeps an e-process, capital that starts at 1:
 
-    e = mean over the bets b of  prod (1 + b x),        x = gain a token, clipped to [-1, 1], times min(1, T / full)
+    e = mean over the bets b of  prod over nights (1 + b x),        x = clip(s (gain - margin) / c, -1, 1)
 
-with x below or at 0 on average where the challenger is no better. Each product is then a supermartingale, and so is
-their mean, so that by Ville's inequality P(e ever reaches 1 / level) <= level: it may be looked at each night, for as
-long as one likes, and a challenger is promoted by it once e >= 1 / level. (Waudby-Smith & Ramdas 2024, "Estimating
-means of bounded random variables by betting", JRSS B 86, 1-27, arXiv:2010.09686; the fixed mixture of bets is their
-section on the discrete Kelly grid; Ramdas, Grünwald, Vovk & Shafer 2023, "Game-theoretic statistics and safe
-anytime-valid inference", Statistical Science 38, 576-601, arXiv:2210.01948.) A product does not ask for the order of
-its factors.
+    gain   nats a token by which the challenger is better, over all target tokens of the night's new records
+    s      sqrt(min(1, n / 200)), n = (sum T)^2 / sum T^2 of the records' target tokens T (Kish 1965, "Survey
+           Sampling"): the mean of few records, or of few long ones, differs by chance, and counts less
+    c      0.1 nat, or the largest s |gain| of the nights before where that is more
 
-What it asks for: losses have no bound, so a record counts with at most 1 nat a token, and with at most the weight of
-`full` tokens; what is tested is the mean of this. Records of one cluster make one bet a night. A cluster that comes
-again on another night bets again, as if it were new.
+b is fixed, s and c are known before the night's losses are. Where x is at most 0 on average, given the nights before,
+each product is a supermartingale, and so is their mean: by Ville's inequality P(e ever reaches 1 / level) <= level. It
+may be looked at each night, for as long as one likes, and a challenger is promoted by it once e >= 1 / level (Shafer
+2021, "Testing by betting", JRSS A 184, 407-431; Waudby-Smith & Ramdas 2024, "Estimating means of bounded random
+variables by betting", JRSS B 86, 1-27, arXiv:2010.09686, with their grid of bets; Howard, Ramdas, McAuliffe & Sekhon
+2021, "Time-uniform, nonparametric, nonasymptotic confidence sequences", Annals of Statistics 49, 1055-1080,
+arXiv:1810.08240).
+
+What it asks for, of a challenger that is no better:
+
+- its gain on a night is at most 0 on average (or the margin), whatever the nights before were and however many and long
+  the night's records are. How the records of one night depend on each other does not matter. Nights that are alike do:
+  a topic that stays for a week, or customers who come back the next day, make the next night's gain foreseeable;
+- what is cut off beyond c weighs no more among its losses than among its gains. Cutting a gain off makes e smaller and
+  is safe; cutting a loss off makes e larger. It does no harm where no night is worse by more than c, or where nights
+  are symmetric around their mean. A challenger that is slightly better on most nights and far worse on a rare one may
+  be taken for better before the rare one comes: no test of a mean is safe from that without a bound (Bahadur & Savage
+  1956, "The nonexistence of certain statistical procedures in nonparametric problems", Annals of Mathematical
+  Statistics 27, 1115-1122).
+
+The price is time: a night multiplies the capital by 1.9 at most, which takes thirteen nights to reach 1 / level = 758,
+that of a channel that is judged each night.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -28,13 +45,17 @@ from pydantic import Field, ValidationError, model_validator
 
 from job.core.attempt.run_record import first_mistake
 from job.core.judging.paired import Pairs
-from job.core.section import NotNegative, Positive, Section, Text, Whole
+from job.core.section import NotNegative, Section, Text, Whole
 
-EVIDENCE_VERSION: Literal[1] = 1
-BETS = (0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6, 0.9)
-"""Shares of the capital that are bet on a record: the best is the gain over its variance, 0.5 for 0.05 nat at 0.3."""
-CLIPPED_NATS = 1.0
-"""A record counts with no larger difference a token."""
+EVIDENCE_VERSION: Literal[2] = 2
+_BETS_ON_RECORDS = 1
+"""The version that took each record for a bet of its own."""
+BETS = (0.1, 0.3, 0.6, 0.9)
+"""Shares of the capital that are bet on a night."""
+FULL_RECORDS = 200
+"""Records of equal length from which on a night has its full weight."""
+BOUND_NATS = 0.1
+"""A night counts with no larger difference a token, unless an earlier one was larger."""
 WAITING = 3
 """Challengers that are judged on a night's records beside the champion; each costs as much as the champion."""
 MOST_NIGHTS = 400
@@ -45,29 +66,39 @@ _LARGEST_LOG = 1e6
 _Log = Annotated[float, Field(strict=True, ge=-_LARGEST_LOG, le=_LARGEST_LOG)]
 _Logs = Annotated[tuple[_Log, ...], Field(min_length=len(BETS), max_length=len(BETS))]
 _NOTHING_YET = (0.0,) * len(BETS)
+_STAYS = "challenger", "champion", "level", "margin"
+"""Of evidence that begins anew: who is judged, and what was paid for it."""
 
 
 class FreshEvidence(Section):
     """What fresh records say of a challenger beside a champion, as it stands in the store."""
 
-    version: Literal[1] = EVIDENCE_VERSION
+    version: Literal[2] = EVIDENCE_VERSION
     challenger: Text
     """Its run."""
     champion: Text
     """The run it is compared with; another champion begins anew."""
     level: Annotated[float, Field(strict=True, ge=0, le=1)]
     """What the budget gave for it: the chance to be promoted by fresh records, were it no better."""
-    full_tokens: Positive
-    """A record with this many target tokens has its full weight, and no more beyond."""
     margin: NotNegative = 0.0
     """Nats a token by which it has to be better."""
     records: Whole = 0
     nights: Annotated[tuple[Text, ...], Field(max_length=MOST_NIGHTS)] = ()
     """Those that were counted, by what their records are known by."""
+    largest: NotNegative = 0.0
+    """Nats a token by which the models differed most on one of them, as far as it counted: it bounds the next night."""
     better: _Logs = _NOTHING_YET
     """Logarithm of each bet's capital, where the challenger is bet on."""
     worse: _Logs = _NOTHING_YET
     """Where the champion is."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bets_on_records_are_forgotten(cls, content: Any) -> Any:
+        """Capital that was won as if records of a night were independent is worth nothing: what had it begins anew."""
+        if isinstance(content, Mapping) and content.get("version") == _BETS_ON_RECORDS:
+            return {name: content[name] for name in _STAYS if name in content}
+        return content
 
     @model_validator(mode="after")
     def _counts_no_night_twice(self) -> Self:
@@ -97,7 +128,8 @@ def with_night(evidence: FreshEvidence, night: str, pairs: Pairs) -> FreshEviden
     Args:
         evidence: before.
         night: what these records are known by; the same ones must have the same name.
-        pairs: the two models on them, before either was trained on any.
+        pairs: the two models on them, at least one, before either was trained on any. Clusters make no difference: a
+            night is one bet anyway.
 
     Raises:
         ValueError: the challenger has waited for more nights than are kept.
@@ -106,14 +138,14 @@ def with_night(evidence: FreshEvidence, night: str, pairs: Pairs) -> FreshEviden
         return evidence
     if len(evidence.nights) == MOST_NIGHTS:
         raise ValueError(f"{evidence.challenger} has waited {MOST_NIGHTS} nights; let newer challengers take its place")
-    difference, weight = pairs.sums()
-    share = np.minimum(weight / evidence.full_tokens, 1.0)
-    mean = difference / weight
+    share = float(night_share(pairs.weight))
+    mean = float(pairs.difference.sum() / pairs.weight.sum())
     update = {
         "records": evidence.records + len(pairs.weight),
         "nights": (*evidence.nights, night),
-        "better": _after(evidence.better, _clipped(-mean - evidence.margin) * share),
-        "worse": _after(evidence.worse, _clipped(mean) * share),
+        "largest": max(evidence.largest, share * abs(mean)),
+        "better": _after(evidence.better, share * (-mean - evidence.margin), evidence.largest),
+        "worse": _after(evidence.worse, share * mean, evidence.largest),
     }
     return evidence.model_copy(update=update)
 
@@ -127,17 +159,28 @@ def worth_keeping(waiting: Sequence[FreshEvidence], *, most: int = WAITING) -> t
     return tuple(sorted(newest_first, key=lambda each: -each.e_better)[:most])
 
 
-def log_capitals(gains: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """Logarithm of the factor by which each bet's capital grows with these gains, [..., N] in [-1, 1]: [..., bets]."""
-    return np.stack([np.log1p(bet * gains).sum(axis=-1) for bet in BETS], axis=-1)
+def night_share(tokens: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """How much a night's difference counts, by the target tokens of its records, [..., N]: 0 to 1, [...]."""
+    alike = tokens.sum(axis=-1) ** 2 / (tokens**2).sum(axis=-1)
+    share: NDArray[np.floating[Any]] = np.sqrt(np.minimum(alike / FULL_RECORDS, 1.0))
+    return share
 
 
-def _clipped(gain: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.clip(gain / CLIPPED_NATS, -1.0, 1.0)
+def log_growth(
+    gain: NDArray[np.floating[Any]] | float, largest: NDArray[np.floating[Any]] | float
+) -> NDArray[np.floating[Any]]:
+    """Logarithm of the factor by which each bet's capital grows on a night: [..., bets].
+
+    Args:
+        gain: of the night, as far as it counts: [...].
+        largest: difference of an earlier night, either way; 0 before the first: [...].
+    """
+    bounded = np.clip(gain / np.maximum(largest, BOUND_NATS), -1.0, 1.0)
+    return np.log1p(np.multiply.outer(bounded, BETS))
 
 
-def _after(logs: tuple[float, ...], gains: NDArray[np.float64]) -> tuple[float, ...]:
-    grown = np.array(logs) + log_capitals(gains)
+def _after(logs: tuple[float, ...], gain: float, largest: float) -> tuple[float, ...]:
+    grown = np.array(logs) + log_growth(gain, largest)
     return tuple(float(log) for log in np.clip(grown, -_LARGEST_LOG, _LARGEST_LOG))
 
 

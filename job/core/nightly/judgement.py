@@ -4,8 +4,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from job.core.judging.paired import Gap, gap_of, gaps_of
 from job.core.nightly.channel import AdapterInUse, Compared, Judged, OtherTraining
 from job.core.nightly.exam_results import Exam, ExampleResults, answer_pairs_on, loss_of, pairs_on
@@ -127,7 +125,7 @@ def judge_run(candidate: Candidate, frozen: Answered, regression: Answered | Non
     )
 
 
-def evidence_to_gather(judged: Judged, exam: Exam, standards: Standards, *, level: float) -> FreshEvidence | None:
+def evidence_to_gather(judged: Judged, standards: Standards, *, level: float) -> FreshEvidence | None:
     """What later nights' fresh records are to be gathered in, for a run that was not promoted; None: it is no other."""
     if judged.gap.identical or judged.decision.promoted or judged.others:
         return None  # fresh records would speak for one of two trainings, and both have to be better
@@ -135,7 +133,6 @@ def evidence_to_gather(judged: Judged, exam: Exam, standards: Standards, *, leve
         challenger=judged.run_id,
         champion=judged.decision.champion,
         level=shares_of(level)[1],
-        full_tokens=float(np.median(exam.tokens)),
         margin=standards.min_improvement,
     )
 

@@ -143,10 +143,9 @@ def carry_out(
     champion = name_in_use(now)
     # Also where an attempt before has put it in use, and was killed before its report.
     is_replaced = outcome == "promoted" and (now is None or now.adapter != judged.adapter)
-    exam = channel.exam(judged.exam)
     waits = None
-    if exam is not None and judged.fresh is None and outcome == "refused":
-        waits = evidence_to_gather(judged, exam, standards_of(recipe), level=judged.level)
+    if judged.fresh is None and outcome == "refused":
+        waits = evidence_to_gather(judged, standards_of(recipe), level=judged.level)
     crash_point("channel_state.before")
     channel.change_state(
         lambda state: after_verdict(state, judged, outcome, champion=champion, waits=waits, work=work),

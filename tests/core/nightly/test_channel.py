@@ -3,8 +3,9 @@
 import json
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
-from channel_material import STANDARDS, adapter, exam, judged
+from channel_material import STANDARDS, adapter, judged
 from pydantic import ValidationError
 
 from job.core.judging.paired import pairs_of
@@ -27,6 +28,7 @@ from job.core.nightly.channel import (
     waiting_for,
 )
 from job.core.nightly.error_budget import spend
+from job.core.nightly.fresh_evidence import BETS
 from job.core.nightly.judgement import evidence_to_gather
 from job.core.nightly.promotion_report import said_of
 
@@ -57,7 +59,7 @@ def state():
 
 def refused(run_id="run-2", gain=0.0):
     verdict = judged(run_id, gain=gain)
-    return verdict, evidence_to_gather(verdict, exam(), STANDARDS, level=verdict.level)
+    return verdict, evidence_to_gather(verdict, STANDARDS, level=verdict.level)
 
 
 def test_a_promotion_is_the_next_entry_after_the_one_that_was_compared():
@@ -104,6 +106,16 @@ def test_a_verdict_is_in_the_state_once_however_often_it_is_carried_out():
     assert [night.run_id for night in after.nights] == ["run-2"]
     assert after.waiting == (waits,)
     assert read_as(ChannelState, json.loads(after.model_dump_json())) == after
+
+
+def test_a_channel_from_before_a_night_was_one_bet_is_read_and_those_that_wait_begin_anew():
+    verdict, waits = refused()
+    content = json.loads(after_verdict(state(), verdict, "refused", champion="run-1", waits=waits).model_dump_json())
+    (waiting,) = content["waiting"]
+    waiting |= {"version": 1, "full_tokens": 24.0, "records": 300, "nights": ["a"], "better": [9.0] * 8}
+    del waiting["largest"]
+
+    assert read_as(ChannelState, content).waiting == (waits,)
 
 
 def test_who_lost_its_swap_is_judged_again_and_then_no_more():
@@ -161,7 +173,7 @@ def test_a_night_of_fresh_records_counts_once_and_only_against_the_champion_that
     after = after_fresh(before, {"run-2": pairs}, champion="run-1", seen=SEEN, night=NIGHT)
 
     assert after.waiting[0].records == 50
-    assert after.waiting[0].e_better > 10
+    assert after.waiting[0].e_better == pytest.approx(1 + np.mean(BETS)), "one bet for all of them"
     assert (after.seen, after.fresh) == (SEEN, (NIGHT,))
     assert after_fresh(after, {"run-2": pairs}, champion="run-1", seen=SEEN, night=NIGHT) == after
     other = after_fresh(before, {"run-2": pairs}, champion="run-9", seen=SEEN, night=NIGHT)

@@ -34,7 +34,7 @@ def evidence(**values):
 def fresh(e_better=1.0, e_worse=1.0, **values):
     """Evidence of this size on either side."""
     logs = {"better": (float(np.log(e_better)),) * len(BETS), "worse": (float(np.log(e_worse)),) * len(BETS)}
-    known = {"challenger": "run-2", "champion": "run-1", "level": LEVEL, "full_tokens": 50.0, "records": 1200}
+    known = {"challenger": "run-2", "champion": "run-1", "level": LEVEL, "records": 1200}
     return FreshEvidence(**known | {"nights": ("a", "b"), **logs} | values)
 
 

@@ -22,7 +22,7 @@ from job.core.nightly.exam_results import (
     read_results,
     results_of,
 )
-from job.core.nightly.fresh_evidence import FreshEvidence
+from job.core.nightly.fresh_evidence import BETS, FreshEvidence
 from job.core.nightly.judgement import Answered, evidence_to_gather
 
 
@@ -93,20 +93,22 @@ def test_of_two_seeds_neither_waits_for_fresh_records_and_the_whole_level_is_for
 
     assert verdict.decision.level == verdict.level == 0.02
     assert [each.run_id for each in verdict.others] == ["seed0.0"]
-    assert evidence_to_gather(verdict, exam(), STANDARDS, level=verdict.level) is None
+    assert evidence_to_gather(verdict, STANDARDS, level=verdict.level) is None
 
 
 def test_only_who_was_refused_and_is_another_model_waits_for_fresh_records():
     refused = judged(gain=0.0)
-    waits = evidence_to_gather(refused, exam(), STANDARDS, level=refused.level)
+    waits = evidence_to_gather(refused, STANDARDS, level=refused.level)
 
-    assert (waits.challenger, waits.champion, waits.level, waits.full_tokens) == ("run-2", "run-1", 0.01, 10)
-    assert evidence_to_gather(judged(), exam(), STANDARDS, level=0.02) is None
+    assert (waits.challenger, waits.champion, waits.level, waits.nights) == ("run-2", "run-1", 0.01, ())
+    assert evidence_to_gather(judged(), STANDARDS, level=0.02) is None
 
 
 def test_fresh_records_promote_whom_the_frozen_examples_could_not():
-    waits = FreshEvidence(challenger="run-2", champion="run-1", level=0.01, full_tokens=10.0)
-    known = waits.model_copy(update={"better": (9.0,) * 8, "worse": (-9.0,) * 8, "records": 300, "nights": ("n",)})
+    waits = FreshEvidence(challenger="run-2", champion="run-1", level=0.01)
+    known = waits.model_copy(
+        update={"better": (9.0,) * len(BETS), "worse": (-9.0,) * len(BETS), "records": 300, "nights": ("n",)}
+    )
 
     assert not judged(gain=0.0, fresh=waits).decision.promoted
     by_fresh = judged(gain=0.0, fresh=known, number=2)
