@@ -10,6 +10,7 @@ from channel_material import STANDARDS, adapter, exam, judged, results
 from tiny import stages_attempt
 
 from job.core.nightly.channel import Compared, Promoted, after_verdict, name_in_use, open_state, rollback_to
+from job.core.nightly.fresh_evidence import BETS
 from job.core.nightly.judgement import evidence_to_gather
 from job.core.recipe.schema import Recipe
 from job.edge.run import channels as channels_module
@@ -127,13 +128,13 @@ class Nights:
         return self.attempt.notes
 
     def waits(self, run_id, *, level=0.02, time="2026-11-29T02:17:00+00:00"):
-        """A run that could not be told from the one in use, and waits for new records."""
+        """A run that could not be told from the one in use, and waits for new records: one good night is enough."""
         now, etag = self.channel.promoted()
         compared = Compared(run_id=now.run_id, sequence=now.sequence, etag=etag)
         found = judged(run_id, gain=0.0, level=level, compared=compared)
         verdict = self.channel.record_judged(found.model_copy(update={"adapter": own(run_id), "time": time}))
-        evidence = evidence_to_gather(verdict, exam(), STANDARDS, level=level)
-        evidence = evidence.model_copy(update={"champion": name_in_use(now)})
+        evidence = evidence_to_gather(verdict, STANDARDS, level=level)
+        evidence = evidence.model_copy(update={"champion": name_in_use(now), "better": (9.0,) * len(BETS)})
         self.channel.change_state(
             lambda state: after_verdict(state, verdict, "refused", champion=name_in_use(now), waits=evidence),
             first=lambda: open_state(today(), per_year=1.0),
