@@ -2,9 +2,9 @@
 
     python -m bench.fresh_nights [--channels 20000] [--seed 0] [--results bench/RESULTS.md]
 
-One challenger waits beside one champion, and each night bets on it as in `job.core.nightly.fresh_evidence`, at the level
-that it has in a channel that is judged each night. A night's difference is drawn as a whole: a part that its records
-share, and the mean of what they do not, of 0.3 nat a record.
+One challenger waits beside one champion, and each night bets on it as in `job.core.nightly.fresh_evidence`, at the
+level that it has in a channel that is judged each night. A night's difference is drawn as a whole: a part that its
+records share, and the mean of what they do not, of 0.3 nat a record.
 """
 
 import argparse

@@ -864,7 +864,6 @@ def test_the_ending_and_the_channel_say_what_came_of_the_night(job):
     assert ending["promotion"] == {
         "channel": CHANNEL,
         "outcome": "promoted",
-        "replaced_by": None,
         "verdict": "better",
         "challenger": report["run_id"],
         "champion": "the base",

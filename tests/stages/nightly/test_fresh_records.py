@@ -195,7 +195,7 @@ def test_what_others_pay_and_decide_while_new_records_are_scored_stays(nights, m
 
     def rival():
         pay(nights.channel, nights.recipe, "run-7")
-        nights.waits("run-3")
+        nights.waits("run-3", level=0.0)
         nights.channel.change_state(
             lambda state: state.model_copy(update={"again": ("run-6",)}), first=first_state(nights.recipe)
         )
