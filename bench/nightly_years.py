@@ -28,7 +28,7 @@ from bench.results import RESULTS, table, versions, write_section
 from job.core.judging.paired import gap_of, gaps_of, pairs_of
 from job.core.nightly.error_budget import open_budget, spend
 from job.core.nightly.fresh_evidence import BETS, WAITING, FreshEvidence, log_growth, night_share
-from job.core.nightly.gate import Evidence, decide, shares_of
+from job.core.nightly.gate import GUARD_LEVEL, Evidence, decide, shares_of
 
 SD = 0.3
 """Nats a token, of the difference of two models on an example."""
@@ -285,7 +285,7 @@ class Channels:
                 champion="champion",
                 level=level,
                 gap=gap,
-                slices=gaps_of(pairs, _SLICES, seed=seed),
+                slices=gaps_of(pairs, _SLICES, GUARD_LEVEL / SLICES, seed=seed),
                 regression=self._on_regression_set(model, champion),
                 drift={
                     "the champion of 30 days ago": self._on_regression_set(model, earlier),

@@ -45,6 +45,7 @@ def judged(
     earlier=None,
     challenger=None,
     champion=None,
+    checkpoints=1,
 ):
     """A verdict on a run that is better than run-1 by so much."""
     asked = exam_of or exam()
@@ -57,6 +58,7 @@ def judged(
             base="owner/base",
             revision="c" * 40,
             others=tuple(OtherTraining(run_id=f"seed{each}", adapter=adapter(f"seed{each}")) for each in seeds),
+            checkpoints=checkpoints,
         ),
         Answered(
             exam=asked,

@@ -54,6 +54,7 @@ def test_three_nights_the_first_without_a_champion_one_without_new_data_one_with
     assert found["judged"]["decision"]["champion"] == "the base"
     assert found["judged"]["gap"]["clusters"] == 30
     assert {*found["judged"]["slices"]} == {"lang=de", "lang=en"}
+    assert found["judged"]["checkpoints"] == len(report["evaluations"]) > 1
     assert found["new"]["records"] == 24
     assert job.promoted()["run_id"] == report["run_id"]
     job.in_order()

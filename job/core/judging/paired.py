@@ -26,10 +26,16 @@ from job.core.section import Flag, Section, Whole
 
 RESAMPLES = 20_000
 """Bootstrap resamples: about twenty lie beyond the level of an ordinary night."""
-SMALLEST_P = 1 / (1 + RESAMPLES)
+MOST_RESAMPLES = 400_000
+"""Where a level is that of many checkpoints, or little of it is left."""
+SMALLEST_P = 1 / (1 + MOST_RESAMPLES)
 """That they can show."""
 GUARD_RESAMPLES = 4_000
-"""For what is only guarded, at 5 % or a part of it."""
+"""Of a slice, at first: what is only guarded is tested at 5 % or a part of it."""
+_BEYOND = 20
+"""Resamples that are to lie beyond a level: fewer make a p-value near it a matter of luck, and none cannot reach it."""
+_LOOKED_AT_AGAIN = 0.05
+"""Where a p-value is no larger, as many resamples are drawn as the level asks for."""
 CONFIDENCE = 0.95
 """Of the two-sided intervals that people read; what is promoted is decided at the night's level."""
 POWER = 0.8
@@ -167,11 +173,32 @@ def gap_of(pairs: Pairs, *, min_improvement: float = 0.0, seed: int = 0, resampl
     )
 
 
-def gaps_of(pairs: Pairs, slices: Mapping[str, NDArray[np.bool_]], *, seed: int = 0) -> dict[str, Gap]:
-    """The same of each slice, which is some of the examples: [N] each."""
-    return {
-        name: gap_of(pairs.only(examples), seed=seed, resamples=GUARD_RESAMPLES) for name, examples in slices.items()
-    }
+def gap_at(pairs: Pairs, level: float, *, min_improvement: float = 0.0, seed: int = 0) -> Gap:
+    """The same with as many resamples as show a gain at this level, where it may be one."""
+    gap = gap_of(pairs, min_improvement=min_improvement, seed=seed)
+    wanted = min(MOST_RESAMPLES, _resamples_for(level)) if level else 0
+    if wanted <= RESAMPLES or gap.p_better > _LOOKED_AT_AGAIN:
+        return gap
+    return gap_of(pairs, min_improvement=min_improvement, seed=seed, resamples=wanted)
+
+
+def gaps_of(pairs: Pairs, slices: Mapping[str, NDArray[np.bool_]], level: float, *, seed: int = 0) -> dict[str, Gap]:
+    """The same of each slice, which is some of the examples: [N] each.
+
+    Of a slice that may have got worse as many resamples are drawn as show a loss at the level of the strictest test,
+    which many slices make small: with too few of them no slice could ever hold anything up.
+    """
+    found = {}
+    for name, examples in slices.items():
+        own = pairs.only(examples)
+        found[name] = gap_of(own, seed=seed, resamples=GUARD_RESAMPLES)
+        if found[name].p_worse <= _LOOKED_AT_AGAIN and _resamples_for(level) > GUARD_RESAMPLES:
+            found[name] = gap_of(own, seed=seed, resamples=_resamples_for(level))
+    return found
+
+
+def _resamples_for(level: float) -> int:
+    return math.ceil(_BEYOND / level)
 
 
 def _standardised(value: float, error: float) -> float:

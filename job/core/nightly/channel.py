@@ -4,7 +4,7 @@
 anything is done by it; `ChannelState` the budget, the challengers that wait for fresh records, and the last nights.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -122,11 +122,13 @@ class Judged(Section):
     """Of each training on the frozen examples, where there were two; the worse one decided."""
     others: Annotated[tuple[OtherTraining, ...], Field(max_length=1)] = ()
     """The other one of the two; where the run is judged again, both are."""
+    checkpoints: Count = 1
+    """Planned in the training, of which the frozen examples chose the one that was judged."""
     exam: Text
     """Names the frozen examples."""
     regression_exam: Text | None = None
     how: Text
-    """Names device, libraries and base."""
+    """Names device, libraries, base, the job's code, and what layers and rows were."""
     adapter: AdapterInUse
     base: Text
     revision: Text
@@ -253,6 +255,26 @@ def rollback_to(target: Promoted | None, now: Promoted, *, time: str, by: str) -
         replaced=now.run_id,
         by=by,
     )
+
+
+def not_taken_back(changes: Iterable[Promoted]) -> Iterator[Promoted]:
+    """The changes, newest first, without what was taken back since: what a later model may still be held to.
+
+    Going back to a run takes back all that was put in use after it, and what stood before it stands. Going to the base
+    says less, for it may only switch adapters off: it takes back the one model that it was made from.
+    """
+    back: Promoted | None = None
+    gone: set[str | None] = set()
+    for change in changes:
+        if back is not None and (change.kind, change.run_id) != ("promotion", back.run_id):
+            continue
+        back = change if change.kind == "rollback" and change.run_id is not None else None
+        if change.run_id is None:
+            gone.add(change.replaced)
+        if back is None and (change.run_id is None or change.run_id not in gone):
+            yield change
+    if back is not None:  # the entry by which it was first put in use is damaged or gone
+        yield back
 
 
 def in_use_at(changes: Iterable[Promoted], moment: datetime) -> tuple[Promoted, bool] | None:

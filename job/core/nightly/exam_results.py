@@ -91,7 +91,8 @@ class ExampleResults(Section):
     """Hash of the adapter's weights, or `base`."""
     exam: Text
     how: Text
-    """Hash of what else decides the numbers: the base, its 4 bits, the device, the libraries."""
+    """Hash of what else decides the numbers: the base, its 4 bits, the device, the libraries, the job's own code, and
+    by whose layers and in which rows it was computed."""
     nll: tuple[Annotated[float, Field(strict=True, allow_inf_nan=False)], ...]
     """Summed loss of each example, in nats."""
     answers: GivenAnswers | None = None

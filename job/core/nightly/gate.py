@@ -9,12 +9,30 @@ it (`error_budget`), so that both together are wrong with at most that chance: b
   Journal of Statistics 6, 65-70);
 - the regression set, against the champion, the champion of 30 days ago (on a younger channel the first one) and the
   base: significantly worse at 5 %, or measured worse by more than `max_drift`. A step down that no night can see adds
-  up, and the sum is seen;
-- fresh records that say the opposite.
+  up, and the sum is seen. No model that was rolled back from is among them;
+- fresh records that say the opposite, and, where fresh records are what promotes, the frozen examples that do: at 5 %.
 
-Guards are not paid from the error budget: they only ever refuse. What no number here holds: the luck of a seed, unless
-several were trained, and what the frozen examples are not like. They also chose both models' checkpoints, in the same
-way for both, so that neither is flattered more.
+Each comparison on the regression set is at 5 % by itself, and what is measured has no level: a challenger that is as
+good as all three there is held up by their significance with a chance of at most 15 % (less, for all three look at the
+same losses of it), by that of all guards together of at most 20 % on its own night and 30 % where fresh records
+promote. That is accepted: a night that waits costs little, and a step down that Holm had let pass would stay.
+
+Guards are not paid from the error budget: they only ever refuse. What no number here holds: what the frozen examples
+are not like, and the luck of a seed. Where two were trained both have to be better, each at the whole level, so that
+both together are wrong no more often; their figures are said, and no interval is made of them: two have one degree of
+freedom, by which its ends would lie 12.7 standard errors out.
+
+The frozen examples also chose the challenger's checkpoint, and the best of several looks better on them than it is; the
+champion has no such choice tonight, least of all where the training started from it or where it is the base. So each
+checkpoint that could have been chosen has an equal part of the level (Bonferroni): a checkpoint that is no better is
+promoted only if one of them is significant at its part, by whatever rule it is chosen and however much they resemble
+each other, and the chance of that is at most the level. All that it asks for is that their number was fixed before, and
+so it is the number that the recipe plans, also of a training that lost its patience earlier. Ten checkpoints raise the
+smallest gain that an ordinary night sees by 17 %, a hundred by 31 %; to choose by one half of the examples and to
+judge by the other would raise it by 41 %. What a champion had of the same choice on its own night, and of having passed
+this gate, stays in its results on the same examples and is in its favour: the test then promotes less often than its
+level says, never more often. Guards on the frozen examples are the weaker for the choice; those on the regression set
+and on fresh records, which chose nothing, are not.
 """
 
 from collections.abc import Mapping
@@ -26,7 +44,7 @@ from job.core.nightly.fresh_evidence import FreshEvidence
 from job.core.section import Flag, Section
 
 GUARD_LEVEL = 0.05
-"""Chance that guards of one kind hold up a challenger that is no worse."""
+"""Chance that a challenger that is no worse is held up by slices and answers together, or by any other guard alone."""
 MAX_DRIFT = 0.02
 """Nats a token on the regression set that may be lost, as measured, where the recipe says nothing else."""
 FRESH_SHARE = 0.5
@@ -46,6 +64,8 @@ class Evidence:
     """Of tonight's test on the frozen examples; 0 for a challenger that had its test and waits for fresh records."""
     gap: Gap
     """On the frozen examples."""
+    checkpoints: int = 1
+    """Of which these examples chose the challenger; each has its part of the level."""
     slices: Mapping[str, Gap] = field(default_factory=dict)
     """The guarded ones."""
     answers: Gap | None = None
@@ -58,8 +78,8 @@ class Evidence:
     fresh: FreshEvidence | None = None
     """None: no records have come that neither model has seen."""
     max_drift: float = MAX_DRIFT
-    seeds: int = 1
-    """Trainings that the challenger was judged by."""
+    seeds: tuple[Gap, ...] = ()
+    """Of each training on the frozen examples, where there were several; `gap` is the one of them that decides."""
 
 
 class Decision(Section):
@@ -81,6 +101,11 @@ class Decision(Section):
 def shares_of(level: float) -> tuple[float, float]:
     """What of a challenger's level is for the frozen examples, and what for fresh records."""
     return level * (1 - FRESH_SHARE), level * FRESH_SHARE
+
+
+def level_of_each(level: float, checkpoints: int) -> float:
+    """A checkpoint's part of a level, so that the chance that any of them is wrongly called better is the level."""
+    return level / checkpoints
 
 
 def verdict_of(gap: Gap, level: float) -> Verdict:
@@ -112,7 +137,7 @@ def decide(evidence: Evidence) -> Decision:
     fresh = evidence.fresh
     if fresh is not None and (fresh.challenger, fresh.champion) != (evidence.challenger, evidence.champion):
         raise ValueError(f"fresh records of {fresh.challenger} against {fresh.champion} are none of this comparison")
-    frozen = verdict_of(evidence.gap, evidence.level)
+    frozen = verdict_of(evidence.gap, level_of_each(evidence.level, evidence.checkpoints))
     by_fresh = frozen != "better" and fresh is not None and fresh.is_better and not evidence.gap.identical
     verdict: Verdict = "better" if by_fresh else frozen
     against = _guards(evidence, by_fresh=by_fresh)
@@ -174,7 +199,7 @@ def _by_frozen(evidence: Evidence, verdict: Verdict) -> str:
     if gap.identical:
         return f"{evidence.challenger} gives the same as {evidence.champion} on {_examples(gap)}"
     asked = f", and has to be better by {gap.margin:.4f}" if gap.margin > 2 * _PRINTED else ""
-    sure = f"; p = {gap.p_better:.2g}, tonight's level is {evidence.level:.2g}" if verdict == "better" else ""
+    sure = f"; p = {gap.p_better:.2g}, tonight's level is {_level(evidence)}" if verdict == "better" else ""
     return f"{evidence.challenger} is {_distance(gap, evidence.champion)}{asked}{sure}"
 
 
@@ -190,13 +215,15 @@ def _by_fresh(evidence: Evidence) -> str:
 
 def _outlook(evidence: Evidence, verdict: Verdict) -> list[str]:
     """What would make an undecided comparison a decided one."""
-    gap, level, fresh = evidence.gap, evidence.level, evidence.fresh
+    gap, fresh = evidence.gap, evidence.fresh
+    level = level_of_each(evidence.level, evidence.checkpoints)
     if verdict != "cannot tell":
         return []
     if level == 0 or fresh is not None:
         return [_waiting(fresh)] if fresh is not None else []
     if level < SMALLEST_P:
-        return [f"The error budget has too little left for a test tonight (level {level:.2g}); it fills up day by day."]
+        left = f"level {_level(evidence)}"
+        return [f"The error budget has too little left for a test tonight ({left}); it fills up day by day."]
     smallest = gap.smallest_seen(level)
     if smallest is None:
         return [f"{_examples(gap)} are too few for a test: {FEWEST} independent ones are needed."]
@@ -223,14 +250,36 @@ def _waiting(fresh: FreshEvidence) -> str:
     return f"{_number(fresh.records)} fresh records so far: evidence {_number(fresh.e_better)}, {enough}."
 
 
+def _level(evidence: Evidence) -> str:
+    each = level_of_each(evidence.level, evidence.checkpoints)
+    more = f", {each:.2g} for each of {_number(evidence.checkpoints)} checkpoints" if evidence.checkpoints > 1 else ""
+    return f"{evidence.level:.2g}{more}"
+
+
 def _notes(evidence: Evidence) -> tuple[str, ...]:
     notes = []
-    if evidence.seeds == 1:
+    if evidence.seeds:
+        found = " and ".join(f"{abs(each.mean):.4f} {_side(each.mean)}" for each in evidence.seeds)
+        notes.append(
+            f"Two seeds were trained: {found}, in nats a token. The interval is that of the one that "
+            "is less surely better, which decided; it does not hold how far seeds differ."
+        )
+    else:
         notes.append("Another seed would have trained another model: the interval does not hold how far such differ.")
+    if evidence.checkpoints > 1:
+        notes.append(
+            f"Its checkpoint is the one of {_number(evidence.checkpoints)} that the frozen examples chose: the level "
+            "is shared out among them, and the interval does not hold that choice, by which it looks better than it is."
+        )
     guarded = dict(evidence.slices) | ({"answers": evidence.answers} if evidence.answers is not None else {})
     few = [name for name, gap in guarded.items() if gap.clusters < FEWEST]
     if few:
         notes.append(f"Not guarded, because fewer than {FEWEST} independent examples: {', '.join(few)}.")
+    if evidence.regression is not None and evidence.regression.clusters < FEWEST:
+        notes.append(
+            f"The regression set has fewer than {FEWEST} independent examples: it holds a run up by what is measured "
+            "alone."
+        )
     return tuple(notes)
 
 

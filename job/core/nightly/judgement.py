@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from job.core.judging.paired import Gap, gap_of, gaps_of
+from job.core.judging.paired import Gap, gap_at, gap_of, gaps_of
 from job.core.nightly.channel import AdapterInUse, Compared, Judged, OtherTraining
 from job.core.nightly.exam_results import Exam, ExampleResults, answer_pairs_on, loss_of, pairs_on
 from job.core.nightly.fresh_evidence import FreshEvidence
-from job.core.nightly.gate import Decision, Evidence, decide, shares_of
+from job.core.nightly.gate import GUARD_LEVEL, Evidence, decide, level_of_each, shares_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,8 @@ class Candidate:
     revision: str
     others: tuple[OtherTraining, ...] = ()
     """Of the same recipe, by other seeds, whose results are the `seeds` of what was answered."""
+    checkpoints: int = 1
+    """Of which the frozen examples chose the one that is judged: as many as were planned. Of another seed, too."""
 
 
 def judge_run(candidate: Candidate, frozen: Answered, regression: Answered | None, terms: Terms) -> Judged:
@@ -76,26 +78,30 @@ def judge_run(candidate: Candidate, frozen: Answered, regression: Answered | Non
         terms: against what, and by what.
     """
     standards, fresh = terms.standards, terms.fresh
-    seed = _seed_of(candidate)
+    seed, level = _seed_of(candidate), _frozen_level(candidate, terms)
     pairs = pairs_on(frozen.exam, frozen.challenger, frozen.champion)
-    gaps = [gap_of(pairs, min_improvement=standards.min_improvement, seed=seed)]
-    for other in frozen.seeds:
-        again = pairs_on(frozen.exam, other, frozen.champion)
-        gaps.append(gap_of(again, min_improvement=standards.min_improvement, seed=seed))
+    each = level_of_each(level, candidate.checkpoints)
+    gaps = [
+        gap_at(by_seed, each, min_improvement=standards.min_improvement, seed=seed)
+        for by_seed in (pairs, *(pairs_on(frozen.exam, other, frozen.champion) for other in frozen.seeds))
+    ]
     gap = max(gaps, key=lambda each: (each.p_better, each.mean))
     answers = answer_pairs_on(frozen.exam, frozen.challenger, frozen.champion)
+    slices = frozen.exam.slice_masks()
+    strictest = GUARD_LEVEL / (len(slices) + 1)  # Holm's first, with the answers
     evidence = Evidence(
         challenger=candidate.run_id,
         champion=terms.champion,
-        level=_frozen_level(candidate, terms),
+        level=level,
         gap=gap,
-        slices=gaps_of(pairs, frozen.exam.slice_masks(), seed=seed),
+        checkpoints=candidate.checkpoints,
+        slices=gaps_of(pairs, slices, strictest, seed=seed),
         answers=None if answers is None else _of_shares(gap_of(answers, seed=seed)),
         regression=None if regression is None else _on(regression, regression.champion, seed=seed),
         drift=_drift(regression or frozen, seed=seed),
         fresh=fresh,
         max_drift=standards.max_drift,
-        seeds=len(gaps),
+        seeds=tuple(gaps) if len(gaps) > 1 else (),
     )
     return Judged(
         run_id=candidate.run_id,
@@ -104,7 +110,7 @@ def judge_run(candidate: Candidate, frozen: Answered, regression: Answered | Non
         time=terms.time,
         day=terms.day,
         compared=terms.compared,
-        decision=_with_seeds(decide(evidence), gaps),
+        decision=decide(evidence),
         level=terms.level,
         challenger_loss=loss_of(frozen.exam, frozen.challenger),
         champion_loss=loss_of(frozen.exam, frozen.champion),
@@ -114,8 +120,9 @@ def judge_run(candidate: Candidate, frozen: Answered, regression: Answered | Non
         regression=evidence.regression,
         drift=dict(evidence.drift),
         fresh=fresh,
-        seeds=tuple(gaps) if len(gaps) > 1 else (),
+        seeds=evidence.seeds,
         others=candidate.others,
+        checkpoints=candidate.checkpoints,
         exam=frozen.exam.name,
         regression_exam=None if regression is None else regression.exam.name,
         how=frozen.challenger.how,
@@ -156,14 +163,6 @@ def _of_shares(gap: Gap) -> Gap:
     if gap.low is None or gap.high is None:
         return gap
     return gap.model_copy(update={"low": max(-1.0, gap.low), "high": min(1.0, gap.high)})
-
-
-def _with_seeds(decision: Decision, gaps: list[Gap]) -> Decision:
-    if len(gaps) == 1:
-        return decision
-    found = " and ".join(f"{-each.mean:+.4f}" for each in gaps)
-    note = f"Two seeds were trained, better by {found} nat a token; the one that is less surely better decided."
-    return decision.model_copy(update={"notes": (*decision.notes, note)})
 
 
 def _seed_of(candidate: Candidate) -> int:

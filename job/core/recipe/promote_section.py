@@ -28,7 +28,8 @@ class PromoteSection(Section):
     min_improvement: NotNegative = 0.0
     """Nats a token by which a run has to be better; what is better by less is not worth a change."""
     cluster: Text | None = None
-    """Field of the held-out records, `customer_id` say: those with one value count as one, not as independent."""
+    """Field of the held-out records, `customer_id` say: those with one value count as one, not as independent.
+    So they do in the regression set, where its records have it."""
     slices: tuple[Text, ...] = ()
     """Fields of the held-out records whose every value is a slice that must not get worse; at most 50 values each."""
     regression: Uris | None = None

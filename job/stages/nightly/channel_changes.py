@@ -21,6 +21,7 @@ from job.core.nightly.channel import (
     in_use_at,
     name_in_use,
     next_round,
+    not_taken_back,
     open_state,
     promotion_of,
     without_again,
@@ -94,11 +95,12 @@ def refuse_other_base(promoted: Promoted, base: BaseModelIdentity, recipe: Recip
 
 
 def earlier_models(channel: Channel, promoted: Promoted | None) -> dict[str, Promoted | None]:
-    """Models that no challenger may lie below, by what sentences call them; None: the base."""
-    if promoted is None or promoted.run_id is None:
+    """Models that no challenger may lie below, beside the one in use, by what sentences call them; None: the base."""
+    if promoted is None:
         return {}
-    earlier: dict[str, Promoted | None] = {THE_BASE: None}
-    found = in_use_at(channel.changes(), datetime.now(UTC) - timedelta(days=DRIFT_DAYS))
+    earlier: dict[str, Promoted | None] = {} if promoted.run_id is None else {THE_BASE: None}
+    standing = not_taken_back(channel.changes())
+    found = in_use_at(standing, datetime.now(UTC) - timedelta(days=DRIFT_DAYS))
     if found is not None and found[0].run_id not in {None, promoted.run_id}:
         before, was_in_use = found
         earlier[MONTH_AGO if was_in_use else FIRST] = before
@@ -272,6 +274,7 @@ def judge_by_kept(channel: Channel, recipe: Recipe, before: Judged, *, number: i
             base=before.base,
             revision=before.revision,
             others=before.others,
+            checkpoints=before.checkpoints,
         ),
         frozen,
         sets.get("regression"),

@@ -101,6 +101,7 @@ def again(judged: Judged, number: int) -> Candidate:
         base=judged.base,
         revision=judged.revision,
         others=judged.others,
+        checkpoints=judged.checkpoints,
     )
 
 

@@ -1,5 +1,6 @@
 """How models do on a channel's exams: what is kept of the same model and exam, else judged anew by loading it."""
 
+import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
+import job
 from job.core.data.packing import Rows
 from job.core.errors import DataError
 from job.core.nightly.channel import THE_BASE, AdapterInUse, Promoted
@@ -105,7 +107,7 @@ class Examiner:
         self._left_to_peft, self._rows, self._tokens = left_to_peft, rows, tokens_at_once
         self._world = world
         self._scratch = attempt.worker.run_folder(inputs.artifacts.run_id) / "contender"
-        self.how = _how(inputs)
+        self.how = _how(inputs, left_to_peft=left_to_peft, rows=rows)
         for each in exams.every:
             channel.keep_exam(each.exam)
 
@@ -271,10 +273,25 @@ def _refuse_odd(config: Path, contender: Contender) -> None:
         )
 
 
-def _how(inputs: Inputs) -> str:
-    """Names what decides the numbers beside model and exam."""
+def _own_code() -> str:
+    """Hash of this job's sources: its number stays while kernels change."""
+    sha256 = hashlib.sha256()
+    for source in sorted(Path(job.__path__[0]).rglob("*.py")):
+        sha256.update(source.read_bytes())
+    return sha256.hexdigest()
+
+
+def _how(inputs: Inputs, *, left_to_peft: bool, rows: Rows | None) -> str:
+    """Names what decides the numbers beside model and exam, by which alone results are compared.
+
+    Of the engine a model that is judged has its linear layers, PEFT's own or ours, and its rows; the rest is gradients.
+    """
     return name_of(
         {
+            "code": _own_code(),
+            "left_to_peft": left_to_peft,
+            "rows": rows,
+            "placement": inputs.placement,
             "base": inputs.base.identity.revision,
             "device": device_name(inputs.device),
             "dtype": str(compute_dtype(inputs.device)),

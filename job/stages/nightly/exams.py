@@ -77,11 +77,11 @@ def prepare_exams(worker: Worker, run: Run, inputs: Inputs, *, folder: Path) -> 
             worker, run.validation, validation, promote.fields, beside=run.train, folder=folder / "fields"
         )
         _refuse_missing_cluster(promote, fields, validation)
-    frozen = ExamSet(exam=_exam(validation, fields, promote), documents=validation)
+    exam = _exam(validation, fields, cluster_by=promote.cluster, slice_by=promote.slices)
+    frozen = ExamSet(exam=exam, documents=validation)
     regression = None
     if promote.regression is not None:
-        documents = _read_regression(worker, inputs.tokenizer, validation, promote.regression, folder / "regression")
-        regression = ExamSet(exam=_exam(documents, [], PromoteSection()), documents=documents)
+        regression = _read_regression(worker, inputs.tokenizer, validation, promote.regression, folder / "regression")
     return Exams(frozen=frozen, regression=regression, asked=asked_of(inputs, worker.recipe))
 
 
@@ -151,10 +151,18 @@ def _refuse_missing_cluster(promote: PromoteSection, fields: Sequence[Fields], d
         )
 
 
-def _exam(documents: Documents, fields: Sequence[Fields], promote: PromoteSection) -> Exam:
-    cluster = None if promote.cluster is None else tuple(numbers_of([each.get(promote.cluster) for each in fields]))
+def _clusters(values: Sequence[str | None]) -> tuple[int, ...] | None:
+    """A number for each example; one without a value depends on no other, and None: all are such."""
+    if all(value is None for value in values):
+        return None
+    known: dict[str | int, int] = {}
+    return tuple(known.setdefault(place if value is None else value, len(known)) for place, value in enumerate(values))
+
+
+def _exam(documents: Documents, fields: Sequence[Fields], *, cluster_by: str | None, slice_by: Sequence[str]) -> Exam:
+    cluster = None if cluster_by is None else _clusters([each.get(cluster_by) for each in fields])
     slices: dict[str, tuple[int, ...]] = {}
-    for name in promote.slices:
+    for name in slice_by:
         slices |= _slices(name, [each.get(name) for each in fields])
     content = Exam(name="-", tokens=tuple(map(int, documents.targets)), cluster=cluster, slices=slices)
     where = tuple(map(documents.where, range(len(documents))))
@@ -188,8 +196,8 @@ def _hash(documents: Documents, content: Exam) -> str:
 
 def _read_regression(
     worker: Worker, tokenizer: Any, validation: Documents, uris: Sequence[str], folder: Path
-) -> Documents:
-    """The regression set by the templates of `data`, cut as the held-out examples are."""
+) -> ExamSet:
+    """The regression set by the templates of `data`, cut as the held-out examples are, with its own clusters."""
     recipe = worker.recipe
     data = recipe.data.model_copy(update={"validation": tuple(uris)})
     objects = expand(uris, worker.settings, should_stop=worker.should_stop)
@@ -228,4 +236,7 @@ def _read_regression(
     if not len(documents):
         raise DataError(f"promote.regression: no example is left in {', '.join(uris)}; give it some, or leave it out")
     shutil.rmtree(folder / "files", ignore_errors=True)
-    return documents
+    cluster, fields = recipe.promote.cluster, list[Fields]()
+    if cluster is not None:
+        fields = fields_of_documents(worker, objects, documents, [cluster], beside=(), folder=folder / "fields")
+    return ExamSet(exam=_exam(documents, fields, cluster_by=cluster, slice_by=()), documents=documents)

@@ -9,6 +9,7 @@ from job.core.judging.verdict import Evaluation
 from job.core.nightly.channel import AdapterFileInUse, AdapterInUse, Judged, NightWork, OtherTraining
 from job.core.nightly.judgement import Candidate
 from job.core.nightly.promotion_report import PromotionReport
+from job.core.plan.course import evaluation_count
 from job.core.reports.report import Report
 from job.edge.run.artifacts import Artifacts
 from job.edge.store.folder import FileEntry
@@ -46,6 +47,8 @@ class Examined:
     examiner: Examiner
     others: tuple[OtherTraining, ...]
     """Of the same recipe."""
+    checkpoints: int
+    """That were to be judged on the frozen examples, this one among them."""
 
 
 def examine(
@@ -89,7 +92,8 @@ def examine(
         )
     other = night.other
     others = () if other is None else (OtherTraining(run_id=other.run_id, adapter=_adapter_in(other)),)
-    return Examined(contender=contender, examiner=examiner, others=others)
+    planned = evaluation_count(facts.course.steps, attempt.worker.recipe.evaluate.every_steps)
+    return Examined(contender=contender, examiner=examiner, others=others, checkpoints=planned)
 
 
 def judged_files(night: Night, artifacts: Artifacts) -> dict[str, FileEntry] | None:
@@ -198,6 +202,7 @@ def _judge(attempt: Attempt, inputs: Inputs, night: Night, examined: Examined, *
         base=identity.source,
         revision=identity.revision,
         others=examined.others,
+        checkpoints=examined.checkpoints,
     )
     return judge_loaded(attempt, night.channel, examined.examiner, candidate, against=night.channel.promoted())
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.core.judging.paired import FEWEST, GUARD_RESAMPLES, RESAMPLES, ROUNDING, Gap, gap_of, gaps_of, pairs_of
+from job.core.judging.paired import FEWEST, GUARD_RESAMPLES, RESAMPLES, ROUNDING, Gap, gap_at, gap_of, gaps_of, pairs_of
 
 FEW = 999
 """Resamples where the exact tail does not matter."""
@@ -111,7 +111,21 @@ def test_a_slice_is_compared_as_if_it_were_all():
     differences, tokens, german = heavy(rng, 300), rng.integers(1, 90, 300), rng.random(300) < 0.3
     pairs = pairs_of(differences * tokens, np.zeros(300), tokens)
 
-    assert gaps_of(pairs, {"de": german}) == {"de": gap(differences[german], tokens[german], resamples=GUARD_RESAMPLES)}
+    assert gaps_of(pairs, {"de": german}, 0.05) == {
+        "de": gap(differences[german], tokens[german], resamples=GUARD_RESAMPLES)
+    }
+
+
+def test_more_slices_get_the_resamples_that_show_a_loss_at_their_level():
+    differences = np.abs(heavy(np.random.default_rng(11), 200))
+    pairs = pairs_of(differences, np.zeros(200), np.ones(200))
+    worse, halves = np.ones(200, dtype=bool), np.arange(200) < 100
+
+    for count in (10, 250):
+        found = gaps_of(pairs, {"all": worse, "half": halves}, 0.05 / count)
+        assert max(each.p_worse for each in found.values()) <= 0.05 / count / 2
+    better = pairs_of(-differences, np.zeros(200), np.ones(200))
+    assert gaps_of(better, {"all": worse}, 1e-6)["all"] == gap(-differences, 1, resamples=GUARD_RESAMPLES)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +255,17 @@ def test_the_percentiles_of_the_mean_would_be_wrong_where_differences_are_skewed
         wrong["bootstrap-t"] += gap(differences, resamples=FEW).p_better <= 0.02
 
     assert wrong["percentile"] > 2 * wrong["bootstrap-t"]
+
+
+def test_a_small_level_gets_the_resamples_that_show_it():
+    """A fifteenth of an ordinary night's, as where a checkpoint was chosen from fifteen."""
+    differences, level = heavy(np.random.default_rng(10), 60, sd=0.1) - 0.3, 1 / 758 / 15
+    pairs = pairs_of(differences, np.zeros(60), np.ones(60))
+
+    assert gap_at(pairs, level).p_better < level / 5
+    assert gap_at(pairs, 0.01) == gap_at(pairs, 0.0) == gap_of(pairs)
+    unsure = pairs_of(differences + 0.4, np.zeros(60), np.ones(60))
+    assert gap_at(unsure, level) == gap_of(unsure), "it is far from any level"
 
 
 def test_a_level_of_an_ordinary_night_is_within_reach_of_the_resamples():

@@ -21,6 +21,7 @@ from job.core.nightly.channel import (
     in_use_at,
     name_in_use,
     next_round,
+    not_taken_back,
     open_state,
     promotion_of,
     read_as,
@@ -96,6 +97,15 @@ def test_what_was_in_use_at_a_moment_and_on_a_younger_channel_the_first_that_was
     assert in_use_at(changes, datetime(2026, 11, 10, tzinfo=UTC)) == (changes[1], True)
     assert in_use_at(changes, datetime(2026, 10, 1, tzinfo=UTC)) == (changes[1], False)
     assert in_use_at([], datetime(2026, 10, 1, tzinfo=UTC)) is None
+
+
+def test_a_run_that_was_gone_back_to_stands_by_that_where_its_own_entry_is_lost():
+    one, two = entry(), entry(2, "run-2", replaced="run-1")
+    back = rollback_to(one, two, time="2026-11-25T00:00:00+00:00", by="node")
+
+    assert [*not_taken_back([back, two, one])] == [one]
+    assert [*not_taken_back([back, two])] == [back]
+    assert [*not_taken_back([two, one])] == [two, one]
 
 
 def test_a_verdict_is_in_the_state_once_however_often_it_is_carried_out():

@@ -5,12 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.core.judging.paired import ROUNDING, Gap, gap_of, pairs_of
+from job.core.judging.paired import MOST_RESAMPLES, ROUNDING, Gap, gap_of, pairs_of
 from job.core.nightly.fresh_evidence import BETS, FreshEvidence
 from job.core.nightly.gate import GUARD_LEVEL, Decision, Evidence, decide, holm, shares_of, verdict_of
 
 quick = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 LEVEL = 0.001
+
+
+def heavy(rng, shape):
+    """Student's t with four degrees of freedom."""
+    return rng.standard_t(4, shape) / np.sqrt(2)
 
 
 def gap(mean=-0.05, *, error=0.0134, p_better=None, p_worse=0.9, examples=500, clusters=None, **values):
@@ -122,6 +127,43 @@ def test_not_better_says_how_much_worse():
     )
 
 
+def test_of_several_checkpoints_each_has_its_part_of_the_level_and_the_sentences_say_so():
+    sure, less = gap(p_better=0.0001), gap(p_better=0.00011)
+    found, other = (decide(evidence(gap=each, checkpoints=10)) for each in (sure, less))
+
+    assert found.promoted
+    assert not other.promoted
+    assert found.reasons[0].endswith("p = 0.0001, tonight's level is 0.001, 0.0001 for each of 10 checkpoints.")
+    assert any(
+        note.startswith("Its checkpoint is the one of 10 that the frozen examples chose") for note in found.notes
+    )
+    assert not any("checkpoint" in note for note in decide(evidence()).notes)
+    seen = f"{sure.smallest_seen(LEVEL / 10):.4f}"
+    assert f"see a gain of {seen} nat" in decide(evidence(gap=gap(-0.012), checkpoints=10)).reasons[1]
+
+
+def best_of(rng, checkpoints, examples=120):
+    """A training whose checkpoints are all as good as the champion that it started from, and that one is the best."""
+    steps = 0.1 * heavy(rng, (checkpoints, examples))
+    off = np.cumsum(steps, axis=0)  # each goes on from the one before
+    losses = 2.0 + rng.exponential(1.0, examples)
+    best = off[np.argmin(off.mean(axis=1))]
+    return gap_of(pairs_of(losses + best, losses, np.ones(examples)), resamples=1999)
+
+
+def test_the_best_of_many_checkpoints_that_are_no_better_is_promoted_no_more_often_than_the_level_says():
+    """All start from the champion, which has no choice tonight: 400 trainings of 8 checkpoints, at 5 %."""
+    rng, level, checkpoints = np.random.default_rng(21), 0.05, 8
+    gaps = [best_of(rng, checkpoints) for _ in range(400)]
+
+    def promoted(among):
+        return sum(decide(evidence(gap=each, level=level, checkpoints=among)).promoted for each in gaps)
+
+    most = 400 * level + 3 * np.sqrt(400 * level * (1 - level))
+    assert promoted(1) > 1.5 * most, "the choice is worth something here"
+    assert promoted(checkpoints) <= most
+
+
 def test_identical_models_are_never_promoted_whatever_else_is_said():
     found = decide(evidence(gap=SAME, fresh=fresh(e_better=1e9)))
 
@@ -145,10 +187,11 @@ def test_what_a_challenger_has_to_be_better_by_is_said():
 
 def test_a_budget_that_is_nearly_spent_is_said_to_be():
     """No resampling reaches so low a level: it would be refused for ever without a word."""
-    found = decide(evidence(gap=gap(p_better=0.00005), level=0.00001))
-
-    assert not found.promoted
-    assert found.reasons[1].startswith("The error budget has too little left for a test tonight")
+    level = 0.5 / MOST_RESAMPLES
+    for little in (evidence(level=level), evidence(level=4 * level, checkpoints=4)):
+        found = decide(little)
+        assert not found.promoted
+        assert found.reasons[1].startswith("The error budget has too little left for a test tonight")
 
 
 # --- guards ----------------------------------------------------------------------------------------------------------
@@ -177,6 +220,14 @@ def test_a_slice_that_is_too_small_guards_nothing_and_the_notes_say_so():
 
     assert found.held_up_by == ("slice de",)  # alone, and so at the whole level
     assert "Not guarded, because fewer than 20 independent examples: rare." in found.notes
+
+
+def test_a_regression_set_that_is_too_small_for_a_test_still_holds_by_what_is_measured():
+    found = decide(evidence(regression=FEW))
+
+    assert found.held_up_by == ("regression set",)
+    assert any("holds a run up by what is measured alone" in note for note in found.notes)
+    assert not any("measured alone" in note for note in decide(evidence(regression=EQUAL)).notes)
 
 
 def test_more_wrong_answers_hold_it_up_though_the_loss_is_lower():
@@ -269,7 +320,16 @@ def test_a_level_is_shared_and_none_of_it_is_given_twice():
 
 def test_one_seed_is_said_to_be_one():
     assert any("seed" in note for note in decide(evidence()).notes)
-    assert not any("seed" in note for note in decide(evidence(seeds=2)).notes)
+
+
+def test_of_two_seeds_both_figures_are_said_and_that_the_interval_holds_no_other_seed():
+    found = decide(evidence(gap=gap(-0.012), seeds=(gap(-0.034), gap(-0.012))))
+
+    assert (
+        "Two seeds were trained: 0.0340 better and 0.0120 better, in nats a token. The interval is that of the one "
+        "that is less surely better, which decided; it does not hold how far seeds differ."
+    ) in found.notes
+    assert "0.0340 better and 0.0050 worse" in decide(evidence(seeds=(gap(-0.034), gap(0.005)))).notes[0]
 
 
 @quick
@@ -325,7 +385,8 @@ anything = st.builds(
     regression=st.none() | gaps,
     drift=st.dictionaries(st.sampled_from(["the base", "the champion of 30 days ago"]), gaps),
     fresh=st.none() | st.builds(fresh, st.floats(1e-3, 1e6), st.floats(1e-3, 1e6), level=st.floats(0, 0.05)),
-    seeds=st.integers(1, 2),
+    seeds=st.just(()) | st.tuples(gaps, gaps),
+    checkpoints=st.integers(1, 30),
 )
 
 

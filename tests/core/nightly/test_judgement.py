@@ -54,6 +54,18 @@ def test_a_verdict_that_is_made_again_is_the_same():
     assert judged(number=2).gap != judged().gap, "another round draws other resamples"
 
 
+def test_a_level_is_shared_among_the_checkpoints_of_which_one_was_chosen():
+    """As many resamples are drawn as show a part of it: 20,000 would not reach below 0.00005."""
+    one, many = judged(gain=0.1, level=0.002), judged(gain=0.1, level=0.002, checkpoints=50)
+
+    assert many.decision.promoted
+    assert many.gap.p_better <= 0.001 / 50 < one.gap.p_better
+    assert (many.decision.level, many.checkpoints) == (0.001, 50)
+    noisy = results(0.978, model="run-2", seed=2)
+    assert judged(challenger=noisy).decision.promoted
+    assert not judged(challenger=noisy, checkpoints=50).decision.promoted
+
+
 def test_a_slice_that_gets_worse_holds_a_better_model_up():
     south = tuple(range(0, 100, 4))
     verdict = judged(gain=0.5, exam_of=exam(slices={"town=south": south}), worse=south)
@@ -61,6 +73,23 @@ def test_a_slice_that_gets_worse_holds_a_better_model_up():
     assert verdict.gap.mean < 0
     assert verdict.decision.held_up_by == ("slice town=south",)
     assert not verdict.decision.promoted
+
+
+def test_one_slice_of_250_that_gets_clearly_worse_is_seen():
+    """Holm's first bar is then 0.0002, and 4,000 resamples give nothing below 0.00025."""
+    count = 250 * 20
+    slices = {f"town={n}": tuple(range(20 * n, 20 * n + 20)) for n in range(250)}
+    rng = np.random.default_rng(4)
+    ours = results(0.5, model="run-2", count=count, seed=2, worse=slices["town=7"])
+    theirs = results(1.0, model="run-1", count=count)
+    verdict = judged(
+        challenger=results_of(np.array(ours.nll) + rng.standard_normal(count), model="run-2", exam="exam", how=HOW),
+        champion=theirs,
+        exam_of=exam(count, slices=slices),
+    )
+
+    assert verdict.gap.mean < 0
+    assert verdict.decision.held_up_by == ("slice town=7",)
 
 
 def test_the_regression_set_and_earlier_models_are_asked_where_there_are_any():
@@ -85,6 +114,9 @@ def test_of_two_seeds_the_one_that_is_less_surely_better_decides():
     assert not verdict.decision.promoted
     assert verdict.gap == verdict.seeds[1]
     assert not any("Another seed" in note for note in verdict.decision.notes)
+    (said,) = [note for note in verdict.decision.notes if "seeds" in note]
+    assert all(f"{abs(gap.mean):.4f}" in said for gap in verdict.seeds)
+    assert "does not hold how far seeds differ" in said
     assert judged(gain=0.1, seeds=(0.12,)).decision.promoted
 
 

@@ -13,11 +13,16 @@ from job.edge.run.channels import Channel
 from job.edge.store.objects import StoreSettings
 from job.edge.store.opening import open_store
 from job.stages.nightly.channel_changes import BASE, FIRST, MONTH_AGO, carry_out, earlier_models, judge_by_kept
+from job.stages.nightly.comparing import again as candidate_again
 
 
 @pytest.fixture
 def channel(tmp_path):
     return Channel(open_store(f"file://{tmp_path}/store", StoreSettings()), "notes", conditional=True)
+
+
+def days_ago(days):
+    return (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
 
 
 def in_use_for(channel, days, run_id):
@@ -32,7 +37,7 @@ def in_use_for(channel, days, run_id):
         adapter=adapter(run_id),
         base="owner/base",
         revision="c" * 40,
-        since=(datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds"),
+        since=days_ago(days),
         why="Promoted.",
         replaced=None if now is None else now.run_id,
         by="node",
@@ -84,6 +89,44 @@ def test_what_was_put_in_use_and_rolled_back_before_it_is_carried_out_again_is_n
     assert carry_out(channel, recipe, better, copy).replaced_by is None, "it was gone back to"
 
 
+def back_to(channel, days, target):
+    """A rollback so many days ago; None: to the base."""
+    now, etag = channel.promoted()
+    change = rollback_to(target, now, time=days_ago(days), by="node")
+    assert channel.swap(change, etag=etag)
+    return change
+
+
+def test_what_was_rolled_back_from_is_no_standard_though_it_was_in_use_thirty_days_ago(channel):
+    good, low, bad = (in_use_for(channel, days, f"run-{days}") for days in (60, 40, 10))
+    assert earlier_models(channel, bad)[MONTH_AGO] == low
+    back = back_to(channel, 5, good)
+    assert earlier_models(channel, back) == {"the base": None}, "both that came after it are taken back"
+    newer = in_use_for(channel, 2, "run-2")
+    assert earlier_models(channel, newer) == {"the base": None, MONTH_AGO: good}
+    again = back_to(channel, 1, low)
+    assert earlier_models(channel, again) == {"the base": None}, "it stands again, as what stood before it"
+
+
+def test_while_the_base_is_in_use_the_model_before_it_is_a_standard_unless_that_was_rolled_back_from(channel):
+    """To switch adapters off is no reason to forget what users had a month ago."""
+    good, bad = in_use_for(channel, 60, "run-60"), in_use_for(channel, 10, "run-10")
+    base = back_to(channel, 5, None)
+    assert base.run_id is None
+    assert earlier_models(channel, base) == {MONTH_AGO: good}
+    back_to(channel, 4, bad)
+    back_to(channel, 3, good)
+    assert earlier_models(channel, back_to(channel, 2, None)) == {}, "now both were rolled back from"
+    assert earlier_models(channel, in_use_for(channel, 1, "run-1")) == {"the base": None}
+
+
+def test_a_base_that_has_been_in_use_for_a_month_is_the_standard_itself(channel):
+    in_use_for(channel, 60, "run-60")
+    in_use_for(channel, 50, "run-50")
+    assert earlier_models(channel, back_to(channel, 40, None)) == {}
+    assert earlier_models(channel, in_use_for(channel, 3, "run-3")) == {"the base": None}
+
+
 # --- judged again by what is kept ------------------------------------------------------------------------------------
 
 
@@ -111,7 +154,7 @@ def test_of_two_seeds_both_are_judged_again(channel, recipe):
     channel.keep_exam(exam())
     for seed, (run_id, loss) in enumerate({BASE: 2.0, "run-1": 1.0, "run-2": 0.5}.items()):
         kept(channel, run_id, loss, seed)
-    before = judged(gain=0.5, seeds=(0.5,))
+    before = judged(gain=0.5, seeds=(0.5,), checkpoints=7)
     assert before.how == HOW
 
     assert judge_by_kept(channel, recipe, before, number=2) is None, "nothing is kept of the other training"
@@ -120,6 +163,7 @@ def test_of_two_seeds_both_are_judged_again(channel, recipe):
 
     assert len(again.seeds) == 2
     assert again.others == before.others
+    assert again.checkpoints == candidate_again(before, 2).checkpoints == 7, "the level is shared out anew"
     assert not again.decision.promoted
     assert again.decision.champion == "run-1"
 

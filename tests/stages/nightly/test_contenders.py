@@ -50,7 +50,7 @@ def examiner(bases, documents, tmp_path):
         artifacts=SimpleNamespace(run_id="run-2"),
     )
     exams = Exams(
-        frozen=ExamSet(exam=_exam(documents, [{}] * len(documents), recipe.promote), documents=documents),
+        frozen=ExamSet(exam=_exam(documents, [], cluster_by=None, slice_by=()), documents=documents),
         regression=None,
     )
     return Examiner(
@@ -97,6 +97,34 @@ def test_results_of_another_model_under_the_same_name_are_not_used(examiner, bas
     examiner.how = "another device"
     with pytest.raises(LookupError):
         examiner.results(mine)
+
+
+def test_results_are_kept_for_the_same_code_layers_and_rows_alone(examiner, documents, bases, monkeypatch, tmp_path):
+    """Before training linear layers are PEFT's own and rows are found; after it both are those of the training."""
+    mine = Contender(run_id="run-1", adapter=adapter("run-1"))
+    known = {examiner.exams.frozen.exam.name: np.ones(len(documents))}
+    examiner.of_loaded(mine, None, known=known)
+
+    def another(*, left_to_peft=False, rows="packed"):
+        these = Examiner(
+            examiner._attempt,
+            examiner._inputs,
+            examiner._channel,
+            examiner.exams,
+            left_to_peft=left_to_peft,
+            rows=rows,
+            tokens_at_once=4096,
+            world=ALONE,
+        )
+        return these._kept(mine, examiner.exams.frozen)
+
+    assert another() is not None
+    assert another(left_to_peft=True) is None
+    assert another(rows=None) is None
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "linear.py").write_text("# another kernel")
+    monkeypatch.setattr(contenders.job, "__path__", [str(tmp_path)])
+    assert another() is None
 
 
 def test_what_was_judged_just_now_is_not_judged_again(examiner, documents):
