@@ -32,6 +32,8 @@ for ((n = 0; n < nodes; n++)); do
   tasks+=($!)
 done
 for task in "${tasks[@]}"; do
+  # A signal ends the first wait; one that has ended already is waited for all the same, for its code.
+  wait "$task"; code=$?
   while kill -0 "$task" 2> /dev/null; do wait "$task"; code=$?; done
   ((code <= highest)) || highest=$code
 done
