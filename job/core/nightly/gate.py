@@ -26,12 +26,13 @@ The frozen examples also chose the challenger's checkpoint, and the best of seve
 champion has no such choice tonight, least of all where the training started from it or where it is the base. So each
 checkpoint that could have been chosen has an equal part of the level (Bonferroni): a checkpoint that is no better is
 promoted only if one of them is significant at its part, by whatever rule it is chosen and however much they resemble
-each other, and the chance of that is at most the level. All that it asks for is that their number was fixed before, and
-so it is the number that the recipe plans, also of a training that lost its patience earlier. Ten checkpoints raise the
+each other, and the chance of that is at most the level. What it asks for is that the bootstrap's p-values are right for
+each, and that their number was fixed before: so it is the number that the recipe plans, also of a training that lost
+its patience earlier. Ten checkpoints raise the
 smallest gain that an ordinary night sees by 17 %, a hundred by 31 %; to choose by one half of the examples and to
 judge by the other would raise it by 41 %. What a champion had of the same choice on its own night, and of having passed
 this gate, stays in its results on the same examples and is in its favour: the test then promotes less often than its
-level says, never more often. Guards on the frozen examples are the weaker for the choice; those on the regression set
+level says. Guards on the frozen examples are the weaker for the choice; those on the regression set
 and on fresh records, which chose nothing, are not.
 """
 
