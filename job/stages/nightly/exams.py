@@ -93,7 +93,6 @@ def fields_of_documents(
     *,
     beside: Sequence[StoredObject],
     folder: Path,
-    only: Collection[int] | None = None,
 ) -> list[Fields]:
     """Fields of the records that documents were made of, read again from their files.
 
@@ -104,13 +103,11 @@ def fields_of_documents(
         names: of the fields.
         beside: the dataset's other objects, by which files are called in messages.
         folder: for the files on their way.
-        only: documents, ascending; None: all.
 
     Raises:
         DataError: an object changed since it was listed.
     """
-    wanted = range(len(documents)) if only is None else only
-    places = {documents.where(document): place for place, document in enumerate(wanted)}
+    places = {documents.where(document): document for document in range(len(documents))}
     files_named = {where.rpartition(":")[0] for where in places}
     called = names_of([*(o.uri for o in objects), *(o.uri for o in beside)])[: len(objects)]
     needed = [o for o, name in zip(objects, called, strict=True) if name in files_named]

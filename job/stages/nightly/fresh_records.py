@@ -47,7 +47,6 @@ from job.stages.nightly.channel_changes import (
 )
 from job.stages.nightly.comparing import again, judge_loaded
 from job.stages.nightly.contenders import Contender, Examiner, in_use
-from job.stages.nightly.exams import fields_of_documents, numbers_of
 from job.tune.data.documents import Documents
 
 log = structlog.get_logger(__name__)
@@ -76,7 +75,7 @@ class FreshRecords:
 
     def __init__(self, attempt: Attempt, run: Run, inputs: Inputs, channel: Channel, examiner: Examiner) -> None:
         """Read which records were seen before."""
-        self._attempt, self._run, self._inputs, self._channel = attempt, run, inputs, channel
+        self._attempt, self._run, self._channel = attempt, run, channel
         self._examiner = examiner
         self._train = inputs.dataset.train
         self._hashes: Hashes = self._train.encoded.digests()[:, 0]
@@ -213,7 +212,7 @@ class FreshRecords:
         self, contenders: Sequence[Contender], rows: Sequence[int], known_by: str
     ) -> tuple[dict[str, Pairs], dict[str, float]]:
         """Those that wait beside the model in use, which is the first, and each one's loss."""
-        documents, clusters = _some(self._train, rows), self._clusters(rows)
+        documents = _some(self._train, rows)
         nll = {}
         for each in contenders:
             try:
@@ -228,7 +227,7 @@ class FreshRecords:
         if theirs is None:
             return {}, losses
         names = [each.called for each in contenders[1:] if each.called in nll]
-        return {name: pairs_of(nll[name], theirs, documents.targets, clusters) for name in names}, losses
+        return {name: pairs_of(nll[name], theirs, documents.targets) for name in names}, losses
 
     def _nll(self, contender: Contender, documents: Documents, known_by: str) -> NDArray[np.float64]:
         key = contender.model, known_by
@@ -312,22 +311,6 @@ class FreshRecords:
 
     def _hashes_of(self, rows: Sequence[int]) -> Hashes:
         return self._hashes[self._train.rows[list(rows)]]
-
-    def _clusters(self, rows: Sequence[int]) -> NDArray[np.int64] | None:
-        cluster = self._attempt.worker.recipe.promote.cluster
-        if cluster is None:
-            return None
-        folder = self._attempt.worker.run_folder(self._inputs.artifacts.run_id) / "fresh"
-        fields = fields_of_documents(
-            self._attempt.worker,
-            self._run.train,
-            self._train,
-            [cluster],
-            beside=self._run.validation,
-            folder=folder,
-            only=rows,
-        )
-        return np.array(numbers_of([each.get(cluster) for each in fields]))
 
 
 def _some(documents: Documents, rows: Sequence[int]) -> Documents:
