@@ -157,6 +157,17 @@ class PlainLockContract:
         assert "node-7" in successor.taken_from
         successor.release()
 
+    def test_how_long_a_dead_owner_had_renewed_the_lock_is_known_from_what_it_left(self, owners):
+        """By its own clock: what it wrote last says how often, and it does that four times a lease."""
+        owner = owners.held("node-7")
+        die(owner)
+        owner._renewals = 9
+        owner._renew_once()
+        successor = owners.held("node-8")
+
+        assert successor.held_at_least == (1, int(9 * LEASE_SECONDS / 4))
+        successor.release()
+
     def test_a_frozen_owner_that_wakes_finds_it_lost_and_touches_nothing(self, owners):
         lost = threading.Event()
         owner = owners.held("frozen", lost=lost)

@@ -7,7 +7,7 @@ from job.core.attempt.limits import Limits
 from job.core.data.lengths import candidates, length_statistics
 from job.core.data.preview import ExamplePreview, PreviewPiece
 from job.core.data.report_data import BadLine, Histogram, SourceReport
-from job.core.judging.held_out import Answer, ExactMatch, held_out
+from job.core.judging.held_out import Answer, ExactMatch, held_out, tried
 from job.core.judging.verdict import Evaluation, judge
 from job.core.reports.report import (
     EvaluationReport,
@@ -46,8 +46,11 @@ def small(**changes):
     return Report(**content | changes)
 
 
-def judged(steps, *, examples=300, falls_until=0.6, wrong=(7, 40), seed=0):
-    """Evaluations every tenth of a run: they fall, and rise again; of some examples nothing is learned."""
+def judged(steps, *, examples=300, falls_until=0.6, wrong=(7, 40), seed=0, rises=None):
+    """Evaluations every tenth of a run: they fall, and rise again; of some examples nothing is learned.
+
+    With `rises` they rise from the first on, by so much of the loss in all.
+    """
     draw = np.random.default_rng(seed)
     tokens = draw.integers(8, 60, examples)
     hard = draw.gamma(6.0, 0.2, examples)
@@ -55,6 +58,8 @@ def judged(steps, *, examples=300, falls_until=0.6, wrong=(7, 40), seed=0):
     for tenth in range(11):
         part = tenth / 10
         learned = 0.35 + 0.65 * np.exp(-part / 0.25) + 0.25 * max(0.0, part - falls_until)
+        if rises is not None:
+            learned = 1 + rises * part
         losses = hard * learned * (1 + draw.normal(0, 0.03, examples))
         losses[[*wrong]] = hard[[*wrong]] * (1 + part)
         found[steps * tenth // 10] = Evaluation(
@@ -63,9 +68,9 @@ def judged(steps, *, examples=300, falls_until=0.6, wrong=(7, 40), seed=0):
     return found
 
 
-def gsm8k(*, steps=500, attempts=(FINISHED,), words=None, **changes):
+def gsm8k(*, steps=500, attempts=(FINISHED,), words=None, rises=None, **changes):
     """A run that learned, overfitted in the end, and has everything that a page shows."""
-    evaluations = judged(steps)
+    evaluations = judged(steps, rises=rises)
     verdict = judge(evaluations)
     chosen, best = evaluations[verdict.sweet_spot_step], evaluations[verdict.best_step]
     draw = np.random.default_rng(1)
@@ -80,6 +85,7 @@ def gsm8k(*, steps=500, attempts=(FINISHED,), words=None, **changes):
                 "rows": 7473,
                 "used": 7473,
                 "truncated": int((lengths > 256).sum()),
+                "dropped": 0,
                 "tokens": int(lengths.sum()),
                 "percentiles": statistics.percentiles,
                 "histogram": Histogram(edges=statistics.edges, counts=statistics.counts),
@@ -92,7 +98,9 @@ def gsm8k(*, steps=500, attempts=(FINISHED,), words=None, **changes):
         | {
             "max_length": 256,
             "max_length_reason": "set in the recipe",
-            "candidates": tuple(candidates(lengths, chosen=256, positions=4096)),
+            "candidates": tuple(
+                candidates(lengths, chosen=256, positions=4096, targets=lambda n: int(np.minimum(lengths, n).sum()))
+            ),
             "first_bad_lines": (BadLine(where="train.jsonl:17", reason='"answer" is missing'),),
             "preview": (preview(*words),),
         }
@@ -138,6 +146,7 @@ def gsm8k(*, steps=500, attempts=(FINISHED,), words=None, **changes):
             stopped_early=False,
         ),
         "held_out": held_out(evaluations, chosen=chosen.step, where=lambda i: f"test.jsonl:{i + 1}"),
+        "tried": tried(evaluations, chosen=chosen.step, where=lambda i: f"test.jsonl:{i + 1}"),
         "exact_match": ExactMatch(examples=50, base=0.0, tuned=0.74),
         "answers": answers,
         "attempts": attempts,
@@ -163,7 +172,7 @@ def preview(prompt, answer):
     )
 
 
-def with_sources():
+def with_sources(plus_minus=0.125):
     """Two sources, one of which became worse."""
     names = ("new notes", "older notes")
     source = SourceReport(
@@ -184,7 +193,7 @@ def with_sources():
         e.model_copy(
             update={
                 "sources": tuple(
-                    SourceLoss(name=name, examples=60, tokens=600, loss=loss)
+                    SourceLoss(name=name, examples=60, tokens=600, loss=loss, plus_minus=plus_minus)
                     for name, loss in zip(names, losses[e.step], strict=True)
                 )
             }
@@ -227,6 +236,7 @@ def several_gpus(**changes):
 KINDS = {
     "gsm8k": gsm8k,
     "several GPUs": several_gpus,
+    "base kept": lambda: gsm8k(rises=0.02),
     "small": small,
     "50,000 steps": lambda: gsm8k(steps=50_000),
     "twenty attempts": twenty_attempts,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.core.data.lengths import Candidate, Lengths, candidates
+from job.core.data.lengths import Candidate, Lengths
 from job.core.data.mixture import portions
 from job.core.data.report_data import DataReport
 from job.core.errors import NotFoundError
@@ -86,7 +86,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, cluster: Cluster = ALONE, run_i
             folder=Path(scratch),
             phases=phases,
         )
-        every, trained = dataset.train.encoded.lengths[:], dataset.train.lengths[:]
+        trained = dataset.train.lengths[:]
         validation_tokens = int(dataset.validation.lengths.sum())
     work = _workload(
         worker,
@@ -100,7 +100,7 @@ def plan(worker: Worker, gpus: Sequence[Gpu], *, cluster: Cluster = ALONE, run_i
     )
     return Plan(
         data=dataset.report,
-        candidates=candidates(every, chosen=dataset.report.max_length, positions=shape.positions),
+        candidates=dataset.report.candidates,
         work=work,
         forecasts=[forecast(work, gpu, cluster) for gpu in gpus],
         words=[

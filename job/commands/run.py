@@ -33,6 +33,7 @@ def run(attempt: Attempt, seat: Seat | None = None) -> Report:
         JobError: the exit code of the table; what is committed stays committed.
     """
     worker, run_id, companions = attempt.worker, attempt.run_id, Companions(attempt, seat)
+    attempt.standing.ranks = 1 if seat is None else seat.size
     with Guard(attempt) as guard:
         with attempt.phases.phase("identify"):
             found = find_run(worker.recipe, run_id=run_id, settings=worker.settings, should_stop=worker.should_stop)

@@ -1,4 +1,4 @@
-"""What a metric says of both models' answers, in words: for page, card and terminal."""
+"""Losses with their intervals, and what a metric says of both models' answers: for page, card and terminal."""
 
 from collections.abc import Callable, Mapping
 
@@ -42,6 +42,13 @@ def gain_text(scores: Gain) -> str:
         f"{scores.before:.1%} → {scores.after:.1%} of {scores.examples:,}, {points(scores.gain)} points{around}"
         f"{by_chance(scores.low, scores.high)}."
     )
+
+
+def loss_text(loss: float | None, plus_minus: float | None, *, sign: str = "±") -> str:
+    """A loss with half of its 95 % interval, where that is known."""
+    if loss is None:
+        return "-"
+    return f"{loss:.4f}" + ("" if plus_minus is None else f" {sign} {plus_minus:.2g}")
 
 
 def points(gain: float) -> str:

@@ -6,6 +6,7 @@ from job.core.data.report_data import DataReport, SourceReport
 from job.core.lines import cells
 from job.core.plan.course import Course
 from job.core.reports.report import Report, SourceShare
+from job.render.metric_text import loss_text
 
 _MOST_NAME = 20
 """Columns of a name, so that a line has room in 80."""
@@ -47,7 +48,11 @@ def _learned(report: Report) -> list[str]:
     base = next(iter(report.evaluations))  # before the first step
     chosen = next((each for each in report.evaluations if each.step == report.sweet_spot.step), base)
     rows = [("held out of", "examples", "base loss", "tuned loss")] + [
-        (_short(before.name), f"{before.examples:,}", _loss(before.loss), _loss(after.loss))
+        (
+            _short(before.name),
+            f"{before.examples:,}",
+            *(loss_text(each.loss, each.plus_minus, sign="+-") for each in (before, after)),
+        )
         for before, after in zip(base.sources, chosen.sources, strict=True)
     ]
     return ["", *_table(rows)] if base.sources else []
@@ -66,10 +71,6 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _short(name: str) -> str:
     return name if cells(name) <= _MOST_NAME else name[: _MOST_NAME - 3] + "..."
-
-
-def _loss(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"
 
 
 def _lengths(source: SourceReport) -> str:

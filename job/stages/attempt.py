@@ -92,6 +92,8 @@ class Standing:
     number: int | None = None
     """Which attempt at the run this is, from 1; None: it has no number yet."""
     device: str | None = None
+    ranks: int = 1
+    """Processes that work on it, a GPU each."""
     from_step: int = 0
     """The step this attempt began with."""
     step: int = 0

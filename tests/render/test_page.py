@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 import unicodedata
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -13,12 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_reports import KINDS, gsm8k, several_gpus, small, with_sources
-from report_fixtures import ADAPTER, DATA, FINISHED, KILLED, LEARNED, evaluation
+from report_fixtures import ADAPTER, DATA, FINISHED, KILLED, LEARNED, THROUGHPUT, evaluation
 
+from job import __version__
 from job.core.attempt.run_record import RecordedObject
 from job.core.data.report_data import BadLine
 from job.core.judging.held_out import Answer
-from job.core.reports.report import Report, TrainingCurve, read_report
+from job.core.reports.report import MachineReport, Report, TrainingCurve, read_report
+from job.render.cards.adapter import adapter_card
 from job.render.page.finished import report_html, some_places
 from job.render.page.several import several_html
 from job.render.page.unfinished import RunSoFar, unfinished_html
@@ -111,8 +114,48 @@ def test_a_run_in_which_the_base_was_best_says_so():
     assert "Nothing better than the base was found on 120 held-out examples" in page_of(small(sweet_spot=spot)).text()
 
 
+def test_where_the_base_was_kept_the_best_trained_step_stands_beside_it_with_its_uncertainty():
+    report, text = gsm8k(rises=0.02), page_of_kind("base kept").text()
+    found, loss = report.tried, {each.step: each.loss for each in report.evaluations}
+
+    assert report.sweet_spot.step == 0 < found.step
+    assert (
+        f"The best step that was trained, {found.step}, has a loss of {loss[found.step]:.4f} nats a token, higher by "
+        f"{-found.gain:.4g} ± {found.gain_plus_minus:.2g} (95 % interval)"
+    ) in text
+    assert f"At step {found.step}, the best that was trained, the loss has fallen on {300 - found.worse} of 300" in text
+    assert f"risen on {found.worse}." in text
+    assert f"loss at step {found.step}" in text
+    far = found.outliers[0]
+    assert f"{far.where} {far.tokens} {far.base:.4f} {far.tuned:.4f}" in text
+    assert "look at each example's change" in text
+
+
+@pytest.mark.parametrize(
+    ("gain", "around", "said"),
+    [
+        (-0.01, 0.02, "higher by 0.01 ± 0.02 (95 % interval), which may be chance."),
+        (0.01, 0.02, "lower by 0.01 ± 0.02 (95 % interval), which may be chance."),
+        (-0.3, 0.02, "higher by 0.3 ± 0.02 (95 % interval). "),
+        (-0.3, None, "higher by 0.3, on too few examples to say how sure that is."),
+    ],
+)
+def test_how_sure_it_is_that_nothing_was_better_is_said(gain, around, said):
+    report = gsm8k(rises=0.02)
+    tried = report.tried.model_copy(update={"gain": gain, "gain_plus_minus": around})
+
+    assert said in page_of(report.model_copy(update={"tried": tried})).text()
+
+
+def test_an_earlier_version_s_report_of_a_kept_base_points_at_nothing_that_is_not_there():
+    text = page_of(gsm8k(rises=0.02, tried=None)).text()
+
+    assert "At step" not in text
+    assert "look at the training examples (`preview`)" in text
+
+
 def test_what_to_do_next_stands_there_or_that_nothing_was_seen(full):
-    assert "13.4% of the training examples are longer than max_length 256" in full.text()
+    assert "of the targets were cut at 256: 512 cuts 0.5% and costs 7% more tokens" in full.text()
     quiet = small(
         data=DATA.model_copy(update={"bad_lines": 0, "first_bad_lines": ()}),
         evaluations=(evaluation(0, 2.0), evaluation(50, 1.0), evaluation(100, 0.999)),
@@ -129,8 +172,9 @@ def test_each_evaluation_has_its_interval_and_the_chosen_one_is_marked(full):
     assert len([a for a in full.named("tr") if a.get("class") == "marked"]) == 2  # and the chosen max_length
 
 
-def test_a_source_has_its_losses_and_their_change():
-    assert "older notes 60 1.0000 1.4000 +0.4000" in page_of(with_sources()).text()
+def test_a_source_has_its_losses_with_their_intervals_and_the_change():
+    assert "older notes 60 1.0000 ± 0.12 1.4000 ± 0.12 +0.4000" in page_of(with_sources()).text()
+    assert "older notes 60 1.0000 1.4000 +0.4000" in page_of(with_sources(plus_minus=None)).text()
 
 
 def test_answers_stand_side_by_side_the_wrong_ones_first_by_what_became_of_their_loss(full):
@@ -163,7 +207,52 @@ def test_cost_has_time_over_all_attempts_and_why_each_ended():
     assert "280 s in 2 attempts" in text
     assert "6% in training steps (goodput)" in text
     assert "75 asked to stop" in text
-    assert "1 more left no word of their end" in page_of(gsm8k(attempts=(KILLED, FINISHED))).text()
+    assert "GPU hours 0.0778" in text
+
+
+def test_what_a_killed_attempt_took_is_known_within_bounds_and_so_is_goodput():
+    """Nobody wrote down when it ended: it had renewed the lock for 20 s, and was gone when the next began, after 60."""
+    seen = KILLED.model_copy(update={"lasted_at_least": 20, "ranks": 1})
+    text = page_of(gsm8k(attempts=(seen, FINISHED.model_copy(update={"ranks": 1})))).text()
+
+    assert "at least 266 s in 2 attempts, of which 1 left no word of their end" in text
+    assert "GPU hours at least 0.0739" in text
+    assert "5% to 6% in training steps (goodput); one that left no word ended when the next began" in text
+    assert "1 2025-01-31 04:00:00 at least 20.0 s node-1" in text
+    unseen = page_of_kind("twenty attempts").text()
+    assert "at least 246 s in 20 attempts, of which 19 left no word of their end" in unseen
+    assert "5% to 7% in training steps (goodput)" in unseen
+
+
+def test_clocks_that_differ_make_no_time_less_than_none():
+    late = KILLED.model_copy(update={"started": "2025-01-31T05:00:00+00:00", "lasted_at_least": 4})
+
+    assert "at least 250 s in 2 attempts" in page_of(gsm8k(attempts=(late, FINISHED))).text()
+    assert "6% in training steps (goodput)" in page_of(gsm8k(attempts=(late, FINISHED))).text()
+
+
+def test_gpu_hours_count_each_attempt_s_own_gpus():
+    end = {"started": "2025-01-31T02:00:00+00:00", "ended": "2025-01-31T03:00:00+00:00", "exit_code": 75}
+    four = KILLED.model_copy(update={**end, "ranks": 4})
+    eight = FINISHED.model_copy(update={"started": "2025-01-31T03:05:06+00:00", "ranks": 8})
+
+    speed = THROUGHPUT.model_copy(update={"ranks": 8})
+
+    def hours(*attempts):
+        return page_of(gsm8k(attempts=attempts, throughput=speed)).text()
+
+    assert "GPU hours 12 " in hours(four, eight)
+    unknown = hours(four.model_copy(update={"ranks": None}), eight.model_copy(update={"ranks": None}))
+    assert "GPU hours 16; of 1 attempts the number of GPUs is not recorded, and taken to be 8" in unknown
+    assert "GPU hours" not in page_of(small(device="CPU, 2 threads")).text()
+
+
+def test_cost_has_the_share_of_the_ceiling_where_it_is_known(full):
+    known = {"ceiling_share": 0.338, "ceiling_tflops": 685.0, "ceiling_from": "measured"}
+    text = page_of(several_gpus(**known)).text()
+
+    assert "share of the ceiling 0.34 of what each GPU's large products sustain (685 TFLOP/s, measured" in text
+    assert "ceiling" not in full.text()
 
 
 def test_cost_has_the_share_of_the_ceiling_where_it_is_known(full):
@@ -196,6 +285,46 @@ def test_times_phases_and_figures_are_written_for_people(full):
     assert "7.5e-5" in text
 
 
+def test_versions_and_the_machine_can_be_looked_up(full):
+    machine = MachineReport(system="Ubuntu 24.04, Linux 6.8.0 x86_64", processor="Xeon 8468", driver="570.86")
+    text = page_of(gsm8k(versions={"qlora-job": "0.9", "torch": "2.13.0"}, machine=machine)).text()
+
+    for name, fact in (
+        ("qlora-job", "0.9"),
+        ("driver", "570.86"),
+        ("processor", "Xeon 8468"),
+        ("device", "NVIDIA H200"),
+    ):
+        assert f"{name} {fact}" in text
+    assert "system Ubuntu 24.04, Linux 6.8.0 x86_64" in text
+    assert "processor" not in full.text()  # by an earlier version
+
+
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ({"qlora-job": "0.0.1"}, f"finished by qlora-job 0.0.1; this page was written by qlora-job {__version__}."),
+        ({"qlora-job": __version__}, f"Written by qlora-job {__version__}."),
+        ({}, f"Written by qlora-job {__version__}."),
+    ],
+)
+def test_the_page_names_who_made_the_run_where_another_version_made_the_page(versions, said):
+    text = page_of(small(versions=versions)).text()
+
+    assert said in text
+    assert ("was finished by" in text) == ("0.0.1" in said)
+
+
+def test_examples_that_are_right_and_yet_not_learned_are_named_with_file_and_line():
+    lines = tuple(BadLine(where=f"train.jsonl:{n}", reason="too long: 900 tokens") for n in (3, 8))
+    train = DATA.train.model_copy(update={"dropped": 40, "without_target": 1})
+    text = page_of(small(data=DATA.model_copy(update={"train": train, "first_left_out": lines}))).text()
+
+    assert "Examples that were left out (41 too long, 1 with nothing to learn)" in text  # one on the held-out side
+    assert "train.jsonl:3 too long: 900 tokens train.jsonl:8 too long: 900 tokens" in text
+    assert "40 more rows are in the data." in text
+
+
 def test_the_recipe_and_the_commands_can_be_copied(full):
     code = [data for tag, data in full.texts if tag == "code"]
 
@@ -214,6 +343,46 @@ def test_what_loads_and_merges_it_works_when_it_is_pasted(full):
     assert not any("aws s3" in text for text in code)
     assert any('PeftModel.from_pretrained(base, "/data/a run/adapter")' in text for text in code)
     assert any("'tuned=/data/a run/adapter'" in text for text in code)
+
+
+@pytest.mark.parametrize(
+    ("base", "found"),
+    [
+        ("owner/name", "owner/name"),
+        ("s3://models/base", "path/to/base"),
+        ("/models/a base", "/models/a base"),
+        ("file:///models/a%20base", "/models/a base"),
+        ("./models/base", "path/to/base"),
+        ("../base", "path/to/base"),
+    ],
+)
+def test_pasted_lines_name_a_base_that_is_found_there(base, found):
+    """On page and card alike; transformers and vLLM read no bucket, and a relative folder is in one place alone."""
+    report = small(model=small().model.model_copy(update={"base": base}))
+    page = page_of(report)
+    code = [data for tag, data in page.texts if tag == "code"]
+    (python,) = [text for text in code if text.startswith("import torch")]
+    (served,) = [text for text in code if text.startswith("vllm ")]
+    brought = [text for text in code if text.startswith("aws s3 cp") and text.endswith(" path/to/base")]
+    card = adapter_card(report)
+
+    assert f'CausalLM.from_pretrained("{found}", dtype' in python
+    assert f'AutoTokenizer.from_pretrained("{found}"' in python
+    assert shlex.split(served)[2] == found
+    assert brought == (["aws s3 cp --recursive s3://models/base path/to/base"] if base.startswith("s3:") else [])
+    assert all(line in card for line in brought)
+    assert python.replace('(base, "adapter")', '(base, "path/to/adapter")') in card
+    renamed = f"path/to/base stands for the folder that was called {base} where the run was started"
+    assert (renamed in page.text()) == (renamed in card.replace("`", "")) == (base in {"./models/base", "../base"})
+
+
+def test_what_some_processors_need_stands_on_the_page_as_on_the_card(full):
+    line = "for module in base.modules(): module.support_avx512bf16_for_cpu = False"
+
+    assert line in full.text()
+    assert line in adapter_card(gsm8k())
+    packed = gsm8k(model=gsm8k().model.model_copy(update={"in_mxfp4": True}))
+    assert line not in page_of(packed).text() + adapter_card(packed)
 
 
 def test_of_one_attempt_nothing_was_resumed(full):

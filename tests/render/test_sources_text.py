@@ -42,7 +42,7 @@ def with_sources(report, *, names=NAMES, held_out=(120, 0)):
         each.model_copy(
             update={
                 "sources": (
-                    SourceLoss(name=names[0], examples=120, tokens=1200, loss=each.loss),
+                    SourceLoss(name=names[0], examples=120, tokens=1200, loss=each.loss, plus_minus=0.1),
                     SourceLoss(name=names[1], examples=0, tokens=0, loss=None),
                 )
             }
@@ -65,7 +65,8 @@ def test_shares_lengths_and_losses_of_each_source_have_room_in_80_columns(report
         ["notes", "1,000,000", "75.0%", "3", "3,000,000", "40", "2,048"],
     ]
     assert lines[2].startswith("  a very long name ...  ")
-    assert [line.split()[-3:] for line in lines[-2:]] == [["120", "2.5000", "1.2500"], ["0", "-", "-"]]
+    assert lines[-2].split()[1:] == ["120", "2.5000", "+-", "0.1", "1.2500", "+-", "0.1"]
+    assert lines[-1].split()[-3:] == ["0", "-", "-"]
     assert max(map(cells, lines)) <= 80
 
 
@@ -86,12 +87,21 @@ def test_a_report_whose_sources_do_not_belong_together_is_none(report):
             read_report(other)
 
 
+def test_a_report_of_an_earlier_version_has_no_interval_of_a_source_and_is_read(report):
+    old = with_sources(report).model_dump(mode="json")
+    for evaluation in old["evaluations"]:
+        for source in evaluation["sources"]:
+            del source["plus_minus"]
+
+    assert source_lines(read_report(old))[-2].split()[1:] == ["120", "2.5000", "1.2500"]
+
+
 def test_the_card_says_what_each_source_gave_and_how_well_it_is_learned(report):
     mixed = with_sources(report, names=("notes`\n# Heading", NAMES[1]))
     card = adapter_card(mixed)
 
     assert "- ``notes` # Heading``: " in card
     assert "1,000,000 examples, 75.0% of what was drawn" in card
-    assert "| 120 | 2.5000 | 1.2500 |" in card
+    assert "| 120 | 2.5000 ± 0.1 | 1.2500 ± 0.1 |" in card
     assert "| 0 | - | - |" in card  # of the second source nothing is held out
     assert "\n# Heading" not in card

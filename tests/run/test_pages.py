@@ -57,6 +57,16 @@ def test_the_file_can_be_named_by_the_environment(run, tmp_path, monkeypatch):
     assert (tmp_path / "page.html").read_bytes().startswith(b"<!DOCTYPE html>")
 
 
+def test_where_no_run_was_begun_there_is_no_page_and_the_message_says_where_to_look(run, tmp_path):
+    uri = f"file://{tmp_path}/store/runs/no-such-run"
+    ended = call("report", uri, "--html", str(tmp_path / "page.html"))
+
+    assert ended.code == 66
+    assert "what is refused before it begins a run leaves none, and no page" in ended.stdout
+    assert f"`report file://{tmp_path}/store` how the last jobs there have ended" in ended.stdout
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_a_file_that_cannot_be_written_ends_74(run, tmp_path):
     (tmp_path / "file").touch()
     ended = call("report", f"file://{run}", "--html", str(tmp_path / "file" / "page.html"))

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from llama_2_7b import LENGTHS, LLAMA_2_7B, WORK
+from report_fixtures import DATA
 
+from job.core.data.lengths import Candidate
 from job.stages.finishing import report as stage
 
 
@@ -52,3 +54,37 @@ def test_of_a_device_whose_pace_is_not_known_nothing_is_said(said, device):
 
 def test_an_attempt_without_a_step_has_no_share(said):
     assert said("NVIDIA H200", tokens=0, seconds=[]) == {}
+
+
+def candidates_of(monkeypatch, *, dropped=0):
+    """Of a run at Llama-2-7B on 1,000 examples, all of it learned."""
+    monkeypatch.setattr(stage, "read_config", lambda _folder: None)
+    monkeypatch.setattr(stage, "shape_of", lambda _config: LLAMA_2_7B)
+    lengths = np.array([100] * 900 + [2000] * 100, dtype=np.int64)
+    encoded = SimpleNamespace(lengths=lengths, target_counts=lambda limit: np.minimum(lengths, limit))
+    found = [Candidate(tokens=n, examples_over=0, share_cut=0.0) for n in (512, 1024, 2048)]
+    data = DATA.model_copy(
+        update={
+            "max_length": 1024,
+            "candidates": tuple(found),
+            "train": DATA.train.model_copy(update={"dropped": dropped}),
+        }
+    )
+    inputs = SimpleNamespace(
+        base=SimpleNamespace(folder=None), dataset=SimpleNamespace(report=data, train=SimpleNamespace(encoded=encoded))
+    )
+    recipe = SimpleNamespace(
+        lora=SimpleNamespace(r=32, on_experts=False), train=SimpleNamespace(optimizer="adamw_8bit")
+    )
+    facts = SimpleNamespace(trainable_parameters=WORK.adapter.parameters)
+    return {each.tokens: each.work for each in stage._data(recipe, inputs, facts).candidates}
+
+
+def test_each_max_length_has_the_work_that_it_takes_beside_the_chosen_one(monkeypatch):
+    """In tokens 0.734, 1 and 1.508 (141,200, 192,400 and 290,000); attention takes more where examples are longer."""
+    work = candidates_of(monkeypatch)
+
+    assert work[1024] == 1
+    assert work[512] == pytest.approx(0.734, rel=0.02)
+    assert 1.507 < work[2048] < 1.6
+    assert set(candidates_of(monkeypatch, dropped=1).values()) == {None}

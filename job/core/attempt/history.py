@@ -14,7 +14,7 @@ Attempt = Mapping[str, Any]
 
 
 _TEXTS = ("started", "host", "ended", "kind", "reason", "device", "phase", "version")
-_NUMBERS = ("fence", "exit_code", "step", "from_step", "last_committed_step")
+_NUMBERS = ("fence", "ranks", "exit_code", "step", "from_step", "last_committed_step", "lasted_at_least")
 
 
 def wrong_value(record: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
 """Lengths of the examples -> max_length, what others would cut, and statistics."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,18 +83,33 @@ class Candidate(Section):
     """Training examples that are longer."""
     share_cut: float
     """Share of all tokens that lie beyond it."""
+    targets_cut: float | None = None
+    """Share of all target tokens that lie beyond it; None: an earlier version of the job wrote the report."""
+    work: float | None = None
+    """Operations of an epoch cut there, as times those at the chosen max_length; None: not counted, or none is cut."""
 
 
-def candidates(lengths: Lengths, *, chosen: int, positions: int) -> Sequence[Candidate]:
-    """What each max_length would cut: powers of two up to the longest example, and the chosen one."""
+def candidates(
+    lengths: Lengths, *, chosen: int, positions: int, targets: Callable[[int], int] | None = None
+) -> Sequence[Candidate]:
+    """What each max_length would cut: powers of two up to the longest example, and the chosen one.
+
+    Args:
+        lengths: of the training examples before the cut.
+        chosen: the max_length of the run.
+        positions: that the base has.
+        targets: how many target tokens lie within a max_length; None: nobody asks.
+    """
     longest = int(lengths.max())
     limits = {2**power for power in range(7, 24) if 2**power < 2 * longest and 2**power <= positions} | {chosen}
     total = int(lengths.sum())
+    learned = 0 if targets is None else targets(longest)
     return [
         Candidate(
             tokens=limit,
             examples_over=int((lengths > limit).sum()),
             share_cut=int(np.maximum(lengths - limit, 0).sum()) / total,
+            targets_cut=None if targets is None or not learned else 1 - targets(limit) / learned,
         )
         for limit in sorted(limits)
     ]

@@ -89,7 +89,7 @@ class SideReport(Section):
 
 
 class BadLine(Section):
-    """A line that was left out."""
+    """A line that was left out: it is wrong, or its example is too long or has nothing to learn."""
 
     where: str
     reason: str
@@ -102,6 +102,9 @@ class DataReport(Section):
     validation: SideReport
     bad_lines: int
     first_bad_lines: tuple[BadLine, ...]
+    first_left_out: tuple[BadLine, ...] = ()
+    """The first examples that were dropped as too long, and the first without a target; ten at most of each on each
+    side."""
     overlap: int
     """Held-out examples that are also trained on: above 0 the validation loss flatters."""
     max_length: int

@@ -1,6 +1,7 @@
 """The held-out examples one by one, as a report keeps them: what training did to the loss of each, and its answers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,25 +63,37 @@ class ExampleLoss(Section):
     tuned: float
 
 
-class HeldOut(Section):
-    """What the held-out examples say together and one by one."""
+class Compared(Section):
+    """What training did to the held-out examples, together and one by one."""
 
     examples: int
-    plus_minus: tuple[float | None, ...]
-    """For each evaluation half of the 95 % interval of its loss, over the examples; None: of one alone."""
     gain: float
     """Base loss less tuned loss, in nats a target token."""
     gain_plus_minus: float | None
-    """The same of the gain, both judged on the same examples."""
+    """Half of its 95 % interval, both judged on the same examples; None: of one alone."""
     worse: int
     """Examples whose loss has risen."""
     base: tuple[float, ...]
     """Loss of each, in nats a target token; of more than a thousand only of some, evenly from all."""
     tuned: tuple[float, ...]
-    """The same at the chosen step."""
+    """The same after training."""
     outliers: tuple[ExampleLoss, ...]
     """Those of which much less was learned than of the others, the worst first, at most twelve: labels may be wrong."""
     outliers_in_all: int
+
+
+class HeldOut(Compared):
+    """What the held-out examples say, before training and at the chosen step."""
+
+    plus_minus: tuple[float | None, ...]
+    """For each evaluation half of the 95 % interval of its loss, over the examples; None: of one alone."""
+
+
+class Tried(Compared):
+    """The same at the best step that was trained, where none of them was better than the base."""
+
+    step: int
+    """The one with the lowest loss; that it is the best of several is no part of `gain_plus_minus`."""
 
 
 def held_out(evaluations: Mapping[int, Evaluation], *, chosen: int, where: Callable[[int], str]) -> HeldOut:
@@ -91,21 +104,41 @@ def held_out(evaluations: Mapping[int, Evaluation], *, chosen: int, where: Calla
         chosen: the step that was chosen.
         where: `file:line` of an example.
     """
-    before, after = evaluations[0], evaluations[chosen]
+    return HeldOut(
+        **_compared(evaluations[0], evaluations[chosen], where),
+        plus_minus=tuple(plus_minus(each.nll, each.tokens) for _, each in sorted(evaluations.items())),
+    )
+
+
+def tried(evaluations: Mapping[int, Evaluation], *, chosen: int, where: Callable[[int], str]) -> Tried | None:
+    """What a report keeps of the best step that was trained; None: a trained one was chosen, or none was judged.
+
+    Args:
+        evaluations: as in `held_out`, like the others.
+        chosen: the step that was chosen.
+        where: `file:line` of an example.
+    """
+    trained = [each for step, each in sorted(evaluations.items()) if step > 0]
+    if chosen > 0 or not trained:
+        return None
+    best = min(trained, key=lambda each: each.loss)
+    return Tried(**_compared(evaluations[0], best, where), step=best.step)
+
+
+def _compared(before: Evaluation, after: Evaluation, where: Callable[[int], str]) -> dict[str, Any]:
     tokens = before.tokens
     base, tuned = before.nll / tokens, after.nll / tokens
     change = tuned - base
     far = _outliers(change)
     drawn = _evenly(len(tokens), MOST_DRAWN)
-    return HeldOut(
-        examples=len(tokens),
-        plus_minus=tuple(plus_minus(each.nll, tokens) for _, each in sorted(evaluations.items())),
-        gain=round(before.loss - after.loss, _DIGITS),
-        gain_plus_minus=plus_minus(before.nll - after.nll, tokens),
-        worse=int((change > 0).sum()),
-        base=_rounded(base[drawn]),
-        tuned=_rounded(tuned[drawn]),
-        outliers=tuple(
+    return {
+        "examples": len(tokens),
+        "gain": round(before.loss - after.loss, _DIGITS),
+        "gain_plus_minus": plus_minus(before.nll - after.nll, tokens),
+        "worse": int((change > 0).sum()),
+        "base": _rounded(base[drawn]),
+        "tuned": _rounded(tuned[drawn]),
+        "outliers": tuple(
             ExampleLoss(
                 where=where(i),
                 tokens=int(tokens[i]),
@@ -114,8 +147,8 @@ def held_out(evaluations: Mapping[int, Evaluation], *, chosen: int, where: Calla
             )
             for i in far[:_MOST_NAMED]
         ),
-        outliers_in_all=len(far),
-    )
+        "outliers_in_all": len(far),
+    }
 
 
 def plus_minus(sums: NDArray[np.float64], tokens: NDArray[np.int64]) -> float | None:

@@ -17,6 +17,8 @@ _CUT = 0.01
 _MOST_DEARER = 1.5
 """A longer max_length that costs more times as much is a decision, no advice."""
 _RIGHT = 0.5
+_A_DEGREE = "rouge_l"
+"""The metric of which half a score is not half of the answers."""
 _REPEATED = 0.05
 _FEW = 50
 _WORSE, _LEARNED = 1.01, 0.99
@@ -48,9 +50,11 @@ def _nothing_better(report: Report) -> str | None:
         return None
     rate = _number(report, "train", "learning_rate")
     lower = "lower train.learning_rate" if rate is None else f"try train.learning_rate {rate / 10:g} (it was {rate:g})"
+    # An earlier version of the job kept no example's loss of such a run.
+    look = "look at the training examples (`preview`)" if report.tried is None else "look at each example's change"
     if all(each.loss > spot.base_loss for each in later):
-        return f"the loss has risen from the first evaluation on: {lower}, and look at the examples below"
-    return "nothing was learned beyond chance: look at the examples below, train longer, or raise train.learning_rate"
+        return f"the loss has risen from the first evaluation on: {lower}, and {look}"
+    return f"nothing was learned beyond chance: {look}, train longer, or raise train.learning_rate"
 
 
 def _still_falling(report: Report) -> str | None:
@@ -84,31 +88,48 @@ def _best_early(report: Report) -> str | None:
     )
 
 
-def _cut_examples(report: Report) -> str | None:
+def _cut_targets(report: Report) -> str | None:
+    """What is learned and was cut, in target tokens; in examples where they are dropped, or nobody counted."""
     data, chosen = report.data, report.data.max_length
-    cut, rows = data.train.truncated + data.train.dropped, max(1, data.train.rows)
+    rows = max(1, data.train.rows)
     now = next((each for each in data.candidates if each.tokens == chosen), None)
-    if now is None or cut <= _CUT * rows or now.share_cut >= 1:
+    if now is None or now.share_cut >= 1:
+        return None
+    counted = now.targets_cut is not None and not data.train.dropped
+    cut = now.targets_cut if counted else (data.train.truncated + data.train.dropped) / rows
+    if cut is None or cut <= _CUT:
         return None
     for longer in data.candidates:
-        dearer = (1 - longer.share_cut) / (1 - now.share_cut)
-        if longer.tokens <= chosen or longer.examples_over > _CUT * rows or dearer > _MOST_DEARER:
+        left = longer.targets_cut if counted else longer.examples_over / rows
+        dearer, what = (1 - longer.share_cut) / (1 - now.share_cut), "tokens"
+        if now.work is not None and longer.work is not None and now.work > 0:
+            dearer, what = longer.work / now.work, "time"
+        if longer.tokens <= chosen or left is None or left > _CUT or dearer > _MOST_DEARER:
             continue
+        costs = f"costs {max(0.0, dearer - 1):.0%} more {what} (data.max_length)"
+        if counted:
+            return f"{cut:.1%} of the targets were cut at {chosen:,}: {longer.tokens:,} cuts {left:.1%} and {costs}"
         return (
-            f"{cut / rows:.1%} of the training examples are longer than max_length {chosen:,}: "
-            f"{longer.tokens:,} leaves {longer.examples_over / rows:.1%} and costs {dearer - 1:.0%} more tokens "
-            "(data.max_length)"
+            f"{cut:.1%} of the training examples are longer than max_length {chosen:,}: {longer.tokens:,} leaves "
+            f"{left:.1%} and {costs}"
         )
     return None
 
 
 def _base_was_right(report: Report) -> str | None:
-    match = report.exact_match
-    if match is None or match.base < _RIGHT:
+    """By the recipe's metric where that is right or wrong; else word for word."""
+    match, metric = report.exact_match, report.metric
+    if metric is not None and metric.name != _A_DEGREE:
+        right, asked, by = metric.scores.before, metric.scores.examples, f" ({metric.name})"
+    elif match is not None:
+        right, asked, by = match.base, match.examples, ""
+    else:
+        return None
+    if right < _RIGHT:
         return None
     return (
-        f"the base was already right on {match.base:.0%} of {match.examples:,} answers: examples that it cannot answer "
-        "yet would teach more"
+        f"the base was already right on {right:.0%} of {asked:,} answers{by}: examples that it cannot answer yet would "
+        "teach more"
     )
 
 
@@ -127,8 +148,8 @@ def _unlearned_sources(report: Report) -> str | None:
 
 
 def _far_examples(report: Report) -> str | None:
-    found = report.held_out
-    if found is None or not found.outliers or report.sweet_spot.step == 0:
+    found = report.compared
+    if found is None or not found.outliers:
         return None
     named = ", ".join(each.where for each in found.outliers[:_MANY_OUTLIERS])
     return (
@@ -221,7 +242,7 @@ _RULES: Sequence[Callable[[Report], str | None]] = (
     _nothing_better,
     _still_falling,
     _best_early,
-    _cut_examples,
+    _cut_targets,
     _worse_sources,
     _unlearned_sources,
     _base_was_right,

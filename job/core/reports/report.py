@@ -10,7 +10,7 @@ from job.core.attempt.run_record import first_mistake
 from job.core.data.packing import Rows
 from job.core.data.report_data import DataReport, SourceReport
 from job.core.judging.example_results import ChangeReport, ExamplesFile
-from job.core.judging.held_out import Answer, ExactMatch, HeldOut
+from job.core.judging.held_out import Answer, Compared, ExactMatch, HeldOut, Tried
 from job.core.judging.judged_answers import MetricReport
 from job.core.judging.slices import SliceLoss
 from job.core.nightly.promotion_report import PromotionReport
@@ -18,6 +18,8 @@ from job.core.plan.memory import ComputeDtype
 from job.core.section import Section
 
 SCHEMA_VERSION: Literal[1] = 1
+OWN_NAME = "qlora-job"
+"""What the job's own version is called among the others."""
 
 
 class ModelReport(Section):
@@ -114,6 +116,9 @@ class SourceLoss(Section):
     """Target tokens."""
     loss: float | None
     """Nats a target token; None: the source has no held-out example."""
+    plus_minus: float | None = None
+    """Half of its 95 % interval, over the examples; None: of one alone or none, or an earlier version of the job wrote
+    the report."""
 
 
 class EvaluationReport(Section):
@@ -228,6 +233,21 @@ class AttemptReport(Section):
     last_committed_step: int | None
     passed_over: tuple[dict[str, str], ...] = ()
     """Checkpoints that did not verify, with the reason."""
+    ranks: int | None = None
+    """Processes that worked on it, a GPU each; None: an earlier version of the job began it."""
+    lasted_at_least: int | None = None
+    """Seconds for which one that ended without a word had renewed the run's lock; None: it left word, or nobody saw."""
+
+
+class MachineReport(Section):
+    """Where this attempt ran."""
+
+    system: str
+    """The container's distribution, and the host's kernel."""
+    processor: str | None
+    """As it names itself; None: it does not."""
+    driver: str | None
+    """NVIDIA's, of the kernel; None: there is none."""
 
 
 _LARGEST = 1e15
@@ -258,6 +278,8 @@ class Report(Section):
     """None: no held-out example was answered and judged."""
     held_out: HeldOut | None = None
     """None: an earlier version of the job wrote the report."""
+    tried: Tried | None = None
+    """None: a trained step was chosen, or an earlier version of the job wrote the report."""
     per_example: ExamplesFile | None = None
     """Beside the report; None: an earlier version of the job wrote it, or it could not be written."""
     change: ChangeReport | None = None
@@ -273,6 +295,9 @@ class Report(Section):
     notes: tuple[str, ...]
     """What a reader should know: fallbacks, degradations, warnings."""
     versions: dict[str, str]
+    """`qlora-job` is the job's own, which finished the run."""
+    machine: MachineReport | None = None
+    """None: an earlier version of the job wrote the report."""
     device: str
     attempts: tuple[AttemptReport, ...] = Field(min_length=1)
     promotion: PromotionReport | None = None
@@ -297,7 +322,16 @@ class Report(Section):
             len(self.held_out.plus_minus) != len(judged) or len(self.held_out.base) != len(self.held_out.tuned)
         ):
             raise ValueError("held_out: has not one value for each evaluation, or not both losses of each example")
+        if self.tried is not None and (
+            self.tried.step not in judged or len(self.tried.base) != len(self.tried.tuned) or self.sweet_spot.step != 0
+        ):
+            raise ValueError("tried: its step is none of the evaluations, or another one was chosen, or losses miss")
         return self
+
+    @property
+    def compared(self) -> Compared | None:
+        """What training did to the held-out examples at the chosen step; where that is the base, at the best other."""
+        return self.tried if self.sweet_spot.step == 0 else self.held_out
 
 
 def _names(sources: Sequence[SourceReport | SourceShare | SourceCurve | SourceLoss]) -> list[str]:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import platform
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -63,6 +65,21 @@ def look_at_machine(workdir: Path, *, needed_bytes: int = 0, root: Path = Path("
         cpus=min([_allowed_cpus(), *_cpu_shares(root)]),
         shm_bytes=_total_bytes(root / "dev/shm"),
     )
+
+
+def system_name() -> str:
+    """The distribution around this process, where it names itself, and the kernel that it runs on."""
+    try:
+        named = f"{platform.freedesktop_os_release()['PRETTY_NAME']}, "
+    except (OSError, KeyError):
+        named = ""
+    return f"{named}{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def processor_name(root: Path = Path("/")) -> str | None:
+    """What the processor calls itself; None: the kernel does not say."""
+    found = re.search(r"^model name[ \t]*:[ \t]*(\S.*?)[ \t]*$", _read(root / "proc/cpuinfo") or "", re.MULTILINE)
+    return found[1] if found else None
 
 
 def _try_workdir(workdir: Path) -> tuple[int, int]:

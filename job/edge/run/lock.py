@@ -23,6 +23,8 @@ from job.edge.store.objects import SMALL_BYTES, ObjectStore, PreconditionError
 log = structlog.get_logger(__name__)
 _RENEWALS = 4
 """In one lease: three may fail before the owner is taken for dead."""
+_LONGEST_HELD_SECONDS = 2**31
+"""More is nonsense: what stands there comes from a bucket."""
 _LOOKS = 20
 """In one lease, by who waits."""
 _LONGEST_LEASE_SECONDS = 900.0
@@ -77,6 +79,8 @@ class Lock:
         self.conditional = conditional
         self.taken_from: str | None = None
         """Who held it and fell silent, if it was taken over."""
+        self.held_at_least: tuple[int, int] | None = None
+        """The fence of that owner, and for how many seconds it had renewed the lock, by its own clock."""
 
     @property
     def lost(self) -> bool:
@@ -177,6 +181,8 @@ class Lock:
             if now[1] != etag:
                 raise self._locked(now)
         self.taken_from = _described(content)
+        renewed = _number(content.get("renewals")) * lease / _RENEWALS
+        self.held_at_least = _number(content.get("fence")), int(min(renewed, _LONGEST_HELD_SECONDS))
         return found
 
     def _renew(self) -> None:

@@ -7,8 +7,8 @@ from job.core.judging.judged_answers import MetricReport
 from job.core.reports.report import EvaluationReport, Report
 from job.core.visible import code_span, one_line, visible
 from job.render.cards.front_matter import front_matter, measured
-from job.render.metric_text import METRIC_WORDS, compared_with, gain_text, score_cells
-from job.render.serving_text import asked_as, peft_lines, vllm_line
+from job.render.metric_text import METRIC_WORDS, compared_with, gain_text, loss_text, score_cells
+from job.render.serving_text import asked_as, bring_base_line, peft_lines, remarks, vllm_line
 from job.render.verdict_text import verdict_text
 
 _MOST_ROWS = 12
@@ -89,12 +89,10 @@ def _made_of(report: Report) -> Iterator[str]:
 
 def _use(report: Report) -> Iterator[str]:
     yield "## Use"
+    if (brought := bring_base_line(report)) is not None:
+        yield f"The base, to this machine:\n\n```\n{brought}\n```"
     yield f"```python\n{peft_lines(report)}\n```"
-    if not report.model.in_mxfp4:
-        yield (
-            "On some CPUs bitsandbytes refuses sizes that it can compute with; there, before anything is asked: "
-            "`for module in base.modules(): module.support_avx512bf16_for_cpu = False`."
-        )
+    yield from remarks(report)
     if (served := vllm_line(report)) is not None:
         yield f"With vLLM:\n\n```\n{served}\n```"
     yield asked_as(report)
@@ -150,18 +148,20 @@ def _answers(report: Report) -> Iterator[str]:
 def _by_source(base: EvaluationReport, chosen: EvaluationReport) -> Iterator[str]:
     pairs = [*zip(base.sources, chosen.sources, strict=True)]
     if pairs:
-        yield from ("", "| source | held out | loss, base | loss, tuned |", "|---|--:|--:|--:|")
+        yield from ("", "| source | held out | loss, base, 95 % | loss, tuned, 95 % |", "|---|--:|--:|--:|")
     for one, other in pairs:
-        yield f"| {_cell(one.name)} | {one.examples:,} | {_loss(one.loss)} | {_loss(other.loss)} |"
+        losses = " | ".join(loss_text(each.loss, each.plus_minus) for each in (one, other))
+        yield f"| {_cell(one.name)} | {one.examples:,} | {losses} |"
 
 
 def _by_slice(base: EvaluationReport, chosen: EvaluationReport) -> Iterator[str]:
     pairs = [*zip(base.slices, chosen.slices, strict=True)]
     if pairs:
-        yield from ("", "| slice | held out | loss, base | loss, tuned |", "|---|--:|--:|--:|")
+        yield from ("", "| slice | held out | loss, base, 95 % | loss, tuned, 95 % |", "|---|--:|--:|--:|")
     for one, other in pairs:
         name = f"{_cell(one.slice.field)} {_cell(one.slice.words)}"
-        yield f"| {name} | {one.examples:,} | {one.loss:.4f} | {other.loss:.4f} |"
+        losses = " | ".join(loss_text(each.loss, each.plus_minus) for each in (one, other))
+        yield f"| {name} | {one.examples:,} | {losses} |"
 
 
 def _hyper_parameters(report: Report) -> Iterator[str]:
@@ -199,10 +199,6 @@ def _words(value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
     return str(value)
-
-
-def _loss(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"
 
 
 def _cell(text: str) -> str:

@@ -156,6 +156,8 @@ class Page:
     to_do_none: str
     """What is said then."""
     chapters: Sequence[Chapter]
+    made_by: str | None = None
+    """The version of the job that finished the run; None: it is not finished, or does not say."""
 
     @property
     def has_answers(self) -> bool:

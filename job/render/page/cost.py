@@ -49,17 +49,52 @@ def _together(speed: Throughput) -> dict[str, str]:
 
 
 def _hours(report: Report) -> dict[str, str]:
-    took = [seconds for each in report.attempts if (seconds := _took(each)) is not None]
-    if not took or sum(took) <= 0:
+    """Time over all attempts, on all GPUs, and the share of it that trained; in bounds where an attempt was killed."""
+    attempts = report.attempts
+    least, most = [_at_least(each) for each in attempts], [_at_most(each, n) for each, n in _followed(attempts)]
+    if sum(most) <= 0:
         return {}
-    silent = len(report.attempts) - len(took)
-    without = f"; {silent} more left no word of their end" if silent else ""
-    named = "1 attempt" if len(took) == 1 else f"{len(took):,} attempts"
-    shown = {"time on the device": f"{seconds_text(sum(took))} in {named}{without}"}
-    share = report.throughput.seconds / sum(took)
-    if not silent and share <= 1:
-        shown["useful of it"] = f"{share:.0%} in training steps (goodput)"
+    silent = sum(_took(each) is None for each in attempts)
+    at_least = "at least " if silent else ""
+    named = "1 attempt" if len(attempts) == 1 else f"{len(attempts):,} attempts"
+    killed = f", of which {silent:,} left no word of their end" if silent else ""
+    shown = {"time on the device": f"{at_least}{seconds_text(sum(least))} in {named}{killed}"}
+    if not report.device.startswith("CPU"):
+        own = report.throughput.ranks
+        hours = sum(took * (each.ranks or own) for each, took in zip(attempts, least, strict=True)) / _HOUR
+        unknown = sum(each.ranks is None for each in attempts[:-1])
+        counted = f"; of {unknown:,} attempts the number of GPUs is not recorded, and taken to be {own:,}"
+        shown["GPU hours"] = f"{at_least}{hours:.3g}{counted if unknown else ''}"
+    useful = report.throughput.seconds
+    low, high = useful / sum(most), useful / sum(least) if sum(least) > 0 else 1.0
+    if low <= 1:
+        shown["useful of it"] = f"{_between(low, min(1.0, high))} in training steps (goodput)"
+    if silent and "useful of it" in shown:
+        shown["useful of it"] += "; one that left no word ended when the next began, at the latest"
     return shown
+
+
+def _between(low: float, high: float) -> str:
+    ends = f"{low:.0%}", f"{high:.0%}"
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def _followed(attempts: Sequence[AttemptReport]) -> list[tuple[AttemptReport, AttemptReport | None]]:
+    """Each attempt with the one after it."""
+    return [*zip(attempts, [*attempts[1:], None], strict=True)]
+
+
+def _at_least(attempt: AttemptReport) -> float:
+    took = _took(attempt)
+    return float(attempt.lasted_at_least or 0) if took is None else took
+
+
+def _at_most(attempt: AttemptReport, following: AttemptReport | None) -> float:
+    """One that left no word had ended when the next one began: it had fallen silent."""
+    began, ended = _moment(attempt.started), None if following is None else _moment(following.started)
+    if _took(attempt) is not None or began is None or ended is None:
+        return _at_least(attempt)
+    return max(_at_least(attempt), (ended - began).total_seconds())
 
 
 def _took(attempt: AttemptReport) -> float | None:
@@ -112,7 +147,7 @@ def attempts_table(attempts: Sequence[AttemptReport], room: Room) -> Table:
         (
             f"{each.number}",
             room.cut(each.started[:19].replace("T", " ")),
-            "-" if (took := _took(each)) is None else seconds_text(took),
+            _took_text(each),
             room.cut(each.host),
             _steps(each),
             "-" if each.exit_code is None else str(each.exit_code),
@@ -122,6 +157,12 @@ def attempts_table(attempts: Sequence[AttemptReport], room: Room) -> Table:
     ]
     head = ("attempt", "started (UTC)", "took", "host", "steps", "exit", "why it ended")
     return Table(caption="Attempts", head=head, rows=rows, words=(1, 3, 6), left_out=len(attempts) - len(shown))
+
+
+def _took_text(attempt: AttemptReport) -> str:
+    if (took := _took(attempt)) is not None:
+        return seconds_text(took)
+    return f"at least {seconds_text(attempt.lasted_at_least)}" if attempt.lasted_at_least else "-"
 
 
 def _steps(attempt: AttemptReport) -> str:

@@ -66,6 +66,15 @@ def _left_out(data: DataReport, room: Room) -> Iterator[Block]:
         named = f"Lines that were left out ({data.bad_lines:,} wrong, {data.train.empty:,} with an empty answer)"
         left_out = max(0, data.bad_lines + data.train.empty + data.validation.empty - len(shown))
         yield Table(caption=named, head=("line", "why"), rows=shown, words=(0, 1), left_out=left_out)
+    if data.first_left_out:
+        sides = data.train, data.validation
+        long, without = (sum(counts) for counts in zip(*((s.dropped, s.without_target) for s in sides), strict=True))
+        shown = [(room.cut(line.where), room.cut(line.reason)) for line in data.first_left_out[: room.rows]]
+        named = f"Examples that were left out ({long:,} too long, {without:,} with nothing to learn)"
+        left_out = max(0, long + without - len(shown))
+        yield Table(
+            caption=named, head=("example", "why"), rows=shown, words=(0, 1), left_out=left_out, rest_in="the data"
+        )
 
 
 def _lengths(data: DataReport, room: Room) -> Iterator[Block]:
@@ -75,10 +84,19 @@ def _lengths(data: DataReport, room: Room) -> Iterator[Block]:
     yield Pictures(pictures=[Picture(drawing=drawing, caption=caption)])
     if data.candidates:
         shown = data.candidates[: room.rows]
-        rows = [(f"{each.tokens:,}", f"{each.examples_over:,}", f"{each.share_cut:.2%}") for each in shown]
+        rows = [
+            (
+                f"{each.tokens:,}",
+                f"{each.examples_over:,}",
+                f"{each.share_cut:.2%}",
+                "-" if each.targets_cut is None else f"{each.targets_cut:.2%}",
+                "-" if each.work is None else f"{each.work:.2f}",
+            )
+            for each in shown
+        ]
         yield Table(
             caption="What each max_length would cut",
-            head=("max_length", "examples longer", "tokens cut"),
+            head=("max_length", "examples longer", "tokens cut", "learned ones cut", "times the work"),
             rows=rows,
             words=(),
             marked=next((n for n, each in enumerate(shown) if each.tokens == data.max_length), None),

@@ -8,7 +8,7 @@ import yaml
 
 from job.core.reports.report import Report
 from job.render.page.blocks import Block, Chapter, Code, Facts, Fold, Listing, Room, Table, Words, cut
-from job.render.serving_text import asked_as, peft_lines, vllm_line
+from job.render.serving_text import asked_as, bring_base_line, bring_line, peft_lines, remarks, vllm_line
 
 _FILE = "file://"
 
@@ -23,13 +23,15 @@ def facts_chapters(report: Report, room: Room) -> list[Chapter]:
 
 
 def _use(report: Report, room: Room) -> list[Block]:
-    base, run, uri = report.model.base, shlex.quote(report.run_uri), report.adapter.uri
+    run, uri = shlex.quote(report.run_uri), report.adapter.uri
     folder = uri.removeprefix(_FILE) if uri.startswith(_FILE) else "adapter"
-    loaded, served = peft_lines(report, folder, base), vllm_line(report, folder, base)
+    served = vllm_line(report, folder)
     commands = {"Ask it and its base, side by side:": f"python entrypoint.py try {run} --prompt '...'"}
-    if uri.startswith("s3://"):
-        commands["Bring it to this machine:"] = f"aws s3 cp --recursive {shlex.quote(uri)} adapter"
-    commands["Load it in Python:"] = loaded
+    if (brought := bring_line(uri, folder)) is not None:
+        commands["Bring it to this machine:"] = brought
+    if (brought := bring_base_line(report)) is not None:
+        commands["And its base:"] = brought
+    commands["Load it in Python:"] = peft_lines(report, folder)
     words = [room.cut(each) for each in report.adapter.refused_by[: room.rows]]
     blocks: list[Block] = [
         Facts(facts={"adapter": room.cut(report.adapter.uri), "proven": _proven(report)}),
@@ -38,8 +40,8 @@ def _use(report: Report, room: Room) -> list[Block]:
         commands["Serve it with vLLM:"] = served
     commands["Make a model of its own of it, for any other server:"] = f"python entrypoint.py export {run} --to merged"
     blocks += [Code(name=name, text=cut(command, room.recipe)) for name, command in commands.items()]
-    asked = asked_as(report).replace("`", "")  # which are Markdown's
-    return [*blocks, *[Words(text=each) for each in (asked, *(f"{each}." for each in words))]]
+    said = [each.replace("`", "") for each in (" ".join(remarks(report)), asked_as(report))]  # which are Markdown's
+    return [*blocks, *[Words(text=room.cut(each)) for each in (*said, *(f"{each}." for each in words)) if each]]
 
 
 def _proven(report: Report) -> str:
@@ -78,8 +80,17 @@ def _made_of(report: Report, room: Room) -> list[Block]:
     head = ("object", "bytes", "sha256")
     table = Table(caption="Data and adapter", head=head, rows=rows, words=(0, 2), left_out=len(hashes) - len(rows))
     versions = [*report.versions.items()][: room.rows]
-    shown = Facts(facts={room.cut(name): room.cut(version) for name, version in versions})
-    return [*blocks, Fold(name="Hashes", blocks=[table]), Fold(name="Versions", blocks=[shown])]
+    shown = Facts(facts={room.cut(name): room.cut(fact) for name, fact in (*versions, *_machine(report).items())})
+    return [*blocks, Fold(name="Hashes", blocks=[table]), Fold(name="Versions and machine", blocks=[shown])]
+
+
+def _machine(report: Report) -> dict[str, str]:
+    """Of the attempt that finished the run; an earlier version of the job knew the device alone."""
+    found = report.machine
+    if found is None:
+        return {"device": report.device}
+    known = {"system": found.system, "processor": found.processor, "driver": found.driver}
+    return {"device": report.device} | {name: fact for name, fact in known.items() if fact is not None}
 
 
 def recipe_blocks(recipe: Mapping[str, Any], room: Room) -> list[Block]:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from job.core.data.report_data import Histogram
-from job.core.judging.held_out import HeldOut
+from job.core.judging.held_out import Compared
 from job.core.reports.report import EvaluationReport, Report, SweetSpot, TrainingCurve
 from job.render.pictures import plain_numbers, top_of
 
@@ -169,8 +169,8 @@ def lengths(histogram: Histogram, *, max_length: int) -> Markup:
     return svg("lengths", draw, f"{says} max_length is {max_length:,}.")
 
 
-def examples(found: HeldOut) -> Markup:
-    """The loss of each held-out example before training and at the chosen step."""
+def examples(found: Compared, step: str) -> Markup:
+    """The loss of each held-out example before training and at a step, which has a name."""
     some = [i * len(found.base) // _MOST_DOTS for i in range(_MOST_DOTS)]
     chosen = range(len(found.base)) if len(found.base) <= _MOST_DOTS else some
     base, tuned = (np.array([side[i] for i in chosen]) for side in (found.base, found.tuned))
@@ -205,7 +205,7 @@ def examples(found: HeldOut) -> Markup:
                 label="far from the others",
             )
         axes.set_xlabel("loss of the base")
-        axes.set_ylabel("loss at the chosen step")
+        axes.set_ylabel(f"loss at {step}")
         axes.legend(frameon=False, loc="best")
 
     return svg(

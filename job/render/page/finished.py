@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from job.core.reports.next_steps import next_steps
-from job.core.reports.report import Report
-from job.render.metric_text import METRIC_WORDS
+from job.core.reports.report import OWN_NAME, Report
+from job.render.metric_text import METRIC_WORDS, loss_text
 from job.render.page import figures
 from job.render.page.answers import answers_chapter
 from job.render.page.blocks import Block, Chapter, Page, Picture, Pictures, Room, Table, Words
@@ -52,6 +52,7 @@ def _page(report: Report, room: Room) -> Page:
         to_do=[room.cut(f"{step[:1].upper()}{step[1:]}.") for step in next_steps(report)],
         to_do_none="Nothing in the figures of this run asks for another one.",
         chapters=[chapter for chapter in chapters if chapter is not None],
+        made_by=room.cut(report.versions.get(OWN_NAME, "")) or None,
     )
 
 
@@ -129,18 +130,20 @@ def _by_source(report: Report, room: Room) -> list[Block]:
     base = report.evaluations[0]
     chosen = next(each for each in report.evaluations if each.step == report.sweet_spot.step)
     rows = [
-        (room.cut(a.name), f"{a.examples:,}", _loss(a.loss), _loss(b.loss), _change(a.loss, b.loss))
+        (
+            room.cut(a.name),
+            f"{a.examples:,}",
+            loss_text(a.loss, a.plus_minus),
+            loss_text(b.loss, b.plus_minus),
+            _change(a.loss, b.loss),
+        )
         for a, b in zip(base.sources, chosen.sources, strict=True)
     ]
     if not rows:
         return []
-    head = ("source", "held out", "base loss", "tuned loss", "change")
+    head = ("source", "held out", "base loss, 95 %", "tuned loss, 95 %", "change")
     left_out = max(0, len(rows) - room.rows)
     return [Table(caption="Validation loss by source", head=head, rows=rows[: room.rows], left_out=left_out)]
-
-
-def _loss(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"
 
 
 def _change(base: float | None, tuned: float | None) -> str:
@@ -149,21 +152,23 @@ def _change(base: float | None, tuned: float | None) -> str:
 
 def _examples(report: Report, room: Room) -> Chapter | None:
     """What became of the loss of each held-out example."""
-    found = report.held_out
-    if found is None or report.sweet_spot.step == 0:
+    found, tried = report.compared, report.tried
+    if found is None:
         return None
+    step = "the chosen step" if tried is None else f"step {tried.step:,}"
+    best = "" if tried is None else ", the best that was trained,"
     drawn = "" if len(found.base) == found.examples else f" {len(found.base):,} of them are drawn, evenly from all."
     blocks: list[Block] = [
         Words(
-            text=f"The loss fell on {found.examples - found.worse:,} of {found.examples:,} held-out examples and rose "
-            f"on {found.worse:,}.{drawn}"
+            text=f"At {step}{best} the loss has fallen on {found.examples - found.worse:,} of {found.examples:,} "
+            f"held-out examples and risen on {found.worse:,}.{drawn}"
         ),
         Pictures(
             pictures=[
                 Picture(
-                    drawing=figures.examples(found),
-                    caption="Each held-out example: its loss before training and at the chosen step, in nats a target "
-                    "token. Below the line it was learned.",
+                    drawing=figures.examples(found, step),
+                    caption=f"Each held-out example: its loss before training and at {step}, in nats a target token. "
+                    "Below the line it was learned.",
                 )
             ]
         ),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from job.core.judging.example_results import ChangeReport
 from job.core.judging.judged_answers import MetricReport
 from job.core.reports.report import Report
-from job.render.metric_text import by_chance, compared_with, gain_text, score_cells
+from job.render.metric_text import by_chance, compared_with, gain_text, loss_text, score_cells
 from job.render.page.blocks import Block, Chapter, Room, Table, Words
 from job.render.page.cost import moment
 
@@ -39,8 +39,8 @@ def losses_by_slice(report: Report, room: Room) -> list[Block]:
             (
                 room.cut(a.slice.words),
                 f"{a.examples:,}",
-                _loss(a.loss, a.plus_minus),
-                _loss(b.loss, b.plus_minus),
+                loss_text(a.loss, a.plus_minus),
+                loss_text(b.loss, b.plus_minus),
                 f"{b.loss - a.loss:+.4f}",
             )
             for a, b in zip(base.slices, chosen.slices, strict=True)
@@ -66,10 +66,6 @@ def change_chapter(change: ChangeReport | None) -> Chapter | None:
     if change.scores is not None:
         blocks.append(Words(text=f"Its answers, by the same metric: {gain_text(change.scores)}"))
     return Chapter(anchor="change", name="Change since the run before", blocks=blocks)
-
-
-def _loss(loss: float, plus_minus: float | None) -> str:
-    return f"{loss:.4f}" + ("" if plus_minus is None else f" ± {plus_minus:.2g}")
 
 
 def _tables(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], room: Room) -> Iterator[Table]:

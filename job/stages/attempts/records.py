@@ -74,7 +74,9 @@ class AttemptRecords:
             ended = ended_without_a_word(
                 attempt, run_uri=artifacts.uri, found=now(), newest_step=committed[-1].step if committed else None
             )
-            facts = {"exit_code": None, "kind": None, "reason": WITHOUT_A_WORD, "found": ended.time}
+            facts: dict[str, Any] = {"exit_code": None, "kind": None, "reason": WITHOUT_A_WORD, "found": ended.time}
+            if self._lock.held_at_least is not None and self._lock.held_at_least[0] == attempt.get("fence"):
+                facts["lasted_at_least"] = self._lock.held_at_least[1]
             try:
                 if artifacts.end_attempt(attempt["number"], facts | {"version": __version__}):
                     artifacts.leave_ending(ended)
@@ -150,6 +152,7 @@ class AttemptRecords:
                 "started": self._attempt.started,
                 "host": platform.node(),
                 "fence": self._lock.fence,
+                "ranks": self._attempt.standing.ranks,
                 "overrides": self._overrides(),
             }
         )

@@ -1,6 +1,6 @@
 """The dataset as it is used, counted for report and log: by side, and by source where there are several."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,6 +14,8 @@ from job.core.data.unused import LeftOut
 from job.core.plan.course import Course
 from job.core.recipe.data_section import DataSection
 from job.tune.data.documents import Documents
+
+_MOST_NAMED = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,7 @@ def data_report(
         validation=_side(validation, audit, "validation", names["validation"]),
         bad_lines=every.bad,
         first_bad_lines=tuple(BadLine(where=line.where, reason=line.reason) for line in every.first_bad),
+        first_left_out=(*_first_left_out(train), *_first_left_out(validation)),
         overlap=count_shared(
             validation.encoded.part,
             train.encoded.part,
@@ -119,6 +122,18 @@ def data_report(
         max_length=limit[0],
         max_length_reason=limit[1],
     )
+
+
+def _first_left_out(documents: Documents) -> Iterator[BadLine]:
+    """Examples of one side that are right and yet not learned, with what is wrong with each."""
+    encoded, limit = documents.encoded, documents.max_length
+    for row in documents.dropped_rows[:_MOST_NAMED].tolist():
+        reason = f"too long: {int(encoded.lengths[row]):,} tokens, more than max_length {limit:,}"
+        yield BadLine(where=encoded.where(row), reason=reason)
+    for row in documents.rows_without_target[:_MOST_NAMED].tolist():
+        length = int(encoded.lengths[row])
+        among = f"its first {limit:,} of {length:,} tokens" if length > limit else f"its {length:,} tokens"
+        yield BadLine(where=encoded.where(row), reason=f"nothing to learn among {among}")
 
 
 def _side(documents: Documents, audit: Audit, side: Side, names: Sequence[str]) -> SideReport:

@@ -54,8 +54,16 @@ class Dataset:
         found = []
         for place, source in enumerate(self.report.validation.sources):
             mine = self.validation.sources == place
-            tokens, loss = int(evaluation.tokens[mine].sum()), evaluation.loss_of(mine)
-            found.append(SourceLoss(name=source.name, examples=source.used, tokens=tokens, loss=loss))
+            nll, tokens = evaluation.nll[mine], evaluation.tokens[mine]
+            found.append(
+                SourceLoss(
+                    name=source.name,
+                    examples=source.used,
+                    tokens=int(tokens.sum()),
+                    loss=evaluation.loss_of(mine),
+                    plus_minus=plus_minus(nll, tokens),
+                )
+            )
         return tuple(found)
 
     def losses_by_slice(self, evaluation: Evaluation) -> tuple[SliceLoss, ...]:
@@ -121,8 +129,12 @@ def prepare_dataset(
     course = course_of(worker.recipe.train, examples=portions(data, report.train.used_by_source))
     refuse_endless_warm_up(course, warmup_steps=worker.recipe.train.warmup_steps)
     _refuse_undrawn_source(course, report)
-    lengths = encoded["train"].lengths
-    others = candidates(lengths, chosen=limit.tokens, positions=positions)
+    others = candidates(
+        encoded["train"].lengths,
+        chosen=limit.tokens,
+        positions=positions,
+        targets=lambda tokens: int(encoded["train"].target_counts(tokens).sum()),
+    )
     report = report.model_copy(update={"preview": _pictured(train, data, tokenizer), "candidates": tuple(others)})
     judging = judging_of(worker.recipe, validation, tokenizer)
     _log(report, course)

@@ -6,20 +6,25 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import torch
 
+from job import __version__
 from job.core.attempt.ended import WITHOUT_A_WORD
-from job.core.judging.held_out import Answer, exact_match, held_out, loss_of_example
+from job.core.data.report_data import DataReport
+from job.core.judging.held_out import Answer, exact_match, held_out, loss_of_example, tried
 from job.core.judging.verdict import NOTHING_BETTER, Verdict, is_exhausted
 from job.core.plan.ceiling import flops_per_token, share_of_ceiling
 from job.core.plan.gpus import gpu_called
-from job.core.plan.memory import AdapterShape
+from job.core.plan.memory import AdapterShape, ModelShape
 from job.core.recipe.schema import Recipe
 from job.core.reports.report import (
+    OWN_NAME,
     AdapterFile,
     AdapterReport,
     AttemptReport,
     EvaluationReport,
+    MachineReport,
     ModelReport,
     PlanReport,
     Report,
@@ -30,13 +35,14 @@ from job.core.reports.report import (
     Throughput,
     TrainingCurve,
 )
+from job.edge.host.machine import processor_name, system_name
 from job.edge.store.folder import FileEntry
 from job.stages.attempt import Attempt
 from job.stages.base.base_source import loaded_from
 from job.stages.base.loading import Inputs
 from job.stages.finishing.results import Results, Scores
 from job.stages.loop import TrainingFacts
-from job.tune.device.device import device_name, peak_memory_bytes
+from job.tune.device.device import device_name, driver_version, peak_memory_bytes
 from job.tune.model.config import read_config, shape_of
 from job.tune.model.stored.mxfp4 import is_published_in_mxfp4
 
@@ -66,14 +72,16 @@ def assemble_report(
         tuned: the tuned model's answers, in the order of the run's questions.
         results: what came of each held-out example.
     """
-    answers = _answers(inputs, facts, tuned, results.scores, chosen=verdict.sweet_spot_step)
+    chosen, where = verdict.sweet_spot_step, inputs.dataset.validation.where
+    answers = _answers(inputs, facts, tuned, results.scores, chosen=chosen)
+    evaluations = facts.progress.evaluations
     return Report(
         run_id=inputs.artifacts.run_id,
         run_uri=inputs.artifacts.uri,
         fence=inputs.artifacts.fence,
         finished=_now(),
         recipe=attempt.worker.recipe.model_dump(mode="json"),
-        data=inputs.dataset.report,
+        data=_data(attempt.worker.recipe, inputs, facts),
         model=_model(inputs, facts),
         plan=_plan(inputs, facts),
         curve=_curve(inputs, facts),
@@ -84,14 +92,13 @@ def assemble_report(
         metric=results.metric,
         per_example=results.file,
         change=results.change,
-        held_out=held_out(
-            facts.progress.evaluations, chosen=verdict.sweet_spot_step, where=inputs.dataset.validation.where
-        ),
+        held_out=held_out(evaluations, chosen=chosen, where=where),
+        tried=tried(evaluations, chosen=chosen, where=where),
         adapter=AdapterReport(
             uri=f"{inputs.artifacts.uri}/adapter",
             files={name: AdapterFile(size=f.size, sha256=f.sha256) for name, f in files.items()},
             proven_loss=proven_loss,
-            reported_loss=facts.progress.evaluations[verdict.sweet_spot_step].loss,
+            reported_loss=evaluations[chosen].loss,
             refused_by=facts.refused_by,
         ),
         throughput=_throughput(attempt, inputs, facts),
@@ -100,6 +107,7 @@ def assemble_report(
         resume_exact=facts.resume_exact,
         notes=notes(attempt, facts),
         versions=_versions(),
+        machine=MachineReport(system=system_name(), processor=processor_name(), driver=driver_version()),
         device=device_name(inputs.device),
         attempts=_attempts(inputs, facts),
     )
@@ -218,15 +226,7 @@ def _ceiling(recipe: Recipe, inputs: Inputs, facts: TrainingFacts) -> dict[str, 
         return {}
     train, drawn = inputs.dataset.train, facts.course.drawn()
     flops = flops_per_token(
-        shape_of(read_config(inputs.base.folder)),
-        AdapterShape(
-            parameters=facts.trainable_parameters,
-            rank=recipe.lora.r,
-            optimizer=recipe.train.optimizer,
-            on_experts=recipe.lora.on_experts,
-        ),
-        lengths=train.lengths[drawn],
-        targets=int(train.targets[drawn].sum()),
+        *_trained_on(recipe, inputs, facts), lengths=train.lengths[drawn], targets=int(train.targets[drawn].sum())
     )
     rate = facts.tokens / seconds / facts.progress.ranks
     return {
@@ -234,6 +234,33 @@ def _ceiling(recipe: Recipe, inputs: Inputs, facts: TrainingFacts) -> dict[str, 
         "ceiling_tflops": gpu.speed.sustained_flops / 1e12,
         "ceiling_from": gpu.speed.source,
     }
+
+
+def _trained_on(recipe: Recipe, inputs: Inputs, facts: TrainingFacts) -> tuple[ModelShape, AdapterShape]:
+    adapter = AdapterShape(
+        parameters=facts.trainable_parameters,
+        rank=recipe.lora.r,
+        optimizer=recipe.train.optimizer,
+        on_experts=recipe.lora.on_experts,
+    )
+    return shape_of(read_config(inputs.base.folder)), adapter
+
+
+def _data(recipe: Recipe, inputs: Inputs, facts: TrainingFacts) -> DataReport:
+    """With what training at each max_length would take of the GPU."""
+    report, encoded = inputs.dataset.report, inputs.dataset.train.encoded
+    if report.train.dropped:
+        return report
+    shapes, lengths = _trained_on(recipe, inputs, facts), encoded.lengths
+
+    def operations(limit: int) -> float:
+        cut = np.minimum(lengths, limit)
+        targets = int(encoded.target_counts(limit).sum())
+        return flops_per_token(*shapes, lengths=cut, targets=targets) * float(cut.sum())
+
+    now = operations(report.max_length)
+    found = [each.model_copy(update={"work": operations(each.tokens) / now}) for each in report.candidates]
+    return report.model_copy(update={"candidates": tuple(found)})
 
 
 def _start(facts: TrainingFacts) -> StartReport | None:
@@ -331,12 +358,15 @@ def attempt_report(
         from_step=ended.get("from_step"),
         last_committed_step=ended.get("last_committed_step"),
         passed_over=passed_over,
+        ranks=known.get("ranks"),
+        lasted_at_least=ended.get("lasted_at_least"),
     )
 
 
 def _versions() -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in _NAMED_VERSIONS}
-    return {"python": platform.python_version(), **versions, "cuda": torch.version.cuda or "none"}
+    own = {OWN_NAME: __version__, "python": platform.python_version()}
+    return {**own, **versions, "cuda": torch.version.cuda or "none"}
 
 
 def _now() -> str:

@@ -70,7 +70,7 @@ class Companions:
 def at_other_seed(attempt: Attempt) -> Attempt:
     """The same process at the other training, with the same limits, and heard by the same ones."""
     worker = replace(attempt.worker, recipe=with_other_seed(attempt.worker.recipe))
-    return replace(attempt, worker=worker, run_id=None, standing=Standing(), notes=[])
+    return replace(attempt, worker=worker, run_id=None, standing=Standing(ranks=attempt.standing.ranks), notes=[])
 
 
 def with_other_seed(recipe: Recipe) -> Recipe:

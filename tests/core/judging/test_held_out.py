@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from job.core.judging.held_out import MOST_DRAWN, held_out, loss_of_example, plus_minus
+from job.core.judging.held_out import MOST_DRAWN, held_out, loss_of_example, plus_minus, tried
 from job.core.judging.verdict import Evaluation
 
 
@@ -64,6 +64,23 @@ def test_an_example_with_a_wrong_label_lies_far_from_the_others_and_is_named():
     assert [each.where for each in found.outliers[:2]] == ["valid.jsonl:71", "valid.jsonl:14"]
     assert found.worse == 2
     assert found.outliers[0].tuned - found.outliers[0].base == pytest.approx(1.0)
+
+
+def test_where_the_base_is_kept_the_best_trained_step_is_compared_with_it_example_by_example():
+    """Against itself there would be nothing to look at."""
+    judged = {
+        0: evaluation(0, [1.0, 1.0, 1.0], [1, 1, 2]),
+        5: evaluation(5, [0.5, 1.0, 2.0], [1, 1, 2]),
+        9: evaluation(9, [2.0, 2.0, 2.0], [1, 1, 2]),
+    }
+    found = tried(judged, chosen=0, where=where)
+
+    assert (found.step, found.gain, found.worse) == (5, pytest.approx(-0.375), 1)
+    assert (found.base, found.tuned) == ((1.0, 1.0, 1.0), (0.5, 1.0, 2.0))
+    assert found.gain_plus_minus == plus_minus(np.array([0.5, 0.0, -2.0]), np.array([1, 1, 2]))
+    assert tried(judged, chosen=5, where=where) is None
+    assert tried({0: judged[0]}, chosen=0, where=where) is None
+    assert held_out(judged, chosen=0, where=where).tuned == (1.0, 1.0, 1.0)
 
 
 def test_of_many_examples_as_many_are_kept_as_a_picture_shows_evenly_from_all():

@@ -157,7 +157,20 @@ def test_each_candidate_says_what_it_cuts():
     assert list(found) == [128, 256, 320, 512]
     assert (found[256].examples_over, found[256].share_cut) == (2, pytest.approx(188 / 1000))
     assert found[512].share_cut == 0
+    assert found[256].targets_cut is None
     assert 512 not in {each.tokens for each in candidates(lengths, chosen=320, positions=256)}
+
+
+def test_a_candidate_s_share_of_targets_is_counted_apart_from_that_of_tokens():
+    """The last tenth of each example is learned: what a cut takes first."""
+    lengths = np.array([100, 200, 300, 400], dtype=np.int64)
+    within = {400: 100, 320: 62, 256: 30, 128: 10}
+    found = {
+        each.tokens: each.targets_cut
+        for each in candidates(lengths, chosen=320, positions=400, targets=lambda limit: within[limit])
+    }
+
+    assert found == {320: pytest.approx(0.38), 256: pytest.approx(0.7), 128: pytest.approx(0.9)}
 
 
 def test_a_base_takes_of_the_disk_what_its_files_do():

@@ -6,6 +6,7 @@ from report_fixtures import DATA, LEARNED, PLAN, THROUGHPUT, evaluation
 
 from job.core.data.lengths import Candidate
 from job.core.judging.held_out import ExactMatch
+from job.core.judging.judged_answers import Gain, MetricReport
 from job.core.reports.next_steps import next_steps
 
 
@@ -115,10 +116,17 @@ def test_a_loss_that_rose_from_the_start_asks_for_a_lower_rate():
     assert "try train.learning_rate 2e-05 (it was 0.0002)" in step
 
 
+def test_of_a_base_that_was_kept_the_examples_far_from_the_others_are_named_too():
+    report = gsm8k(rises=0.02)
+
+    assert "look at each example's change" in steps_of(report, "learning_rate")[0]
+    assert report.tried.outliers[0].where in steps_of(report, "wrong labels")[0]
+
+
 def test_a_run_that_learned_nothing_is_told_so():
     (step,) = steps_of(judged({0: 1.0, 50: 0.999, 100: 1.0}, chosen=0), "nothing was learned")
 
-    assert "look at the examples" in step
+    assert "look at the training examples (`preview`)" in step
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
@@ -127,10 +135,43 @@ LENGTHS = (
     Candidate(tokens=512, examples_over=120, share_cut=0.08),
     Candidate(tokens=1024, examples_over=2, share_cut=0.0064),
 )
+COUNTED = tuple(
+    each.model_copy(update={"targets_cut": cut, "work": work})
+    for each, cut, work in zip(LENGTHS, (0.12, 0.004), (1.0, 1.085), strict=True)
+)
+DEAR = (COUNTED[0], COUNTED[1].model_copy(update={"work": 1.6}))
 
 
-def test_examples_that_are_cut_ask_for_the_max_length_that_cuts_few_with_its_cost():
-    report = data(max_length=512, train=train(rows=1000, truncated=120, dropped=0), candidates=LENGTHS)
+def test_targets_that_are_cut_ask_for_the_max_length_that_cuts_few_with_the_time_that_it_takes():
+    report = data(max_length=512, train=train(rows=1000, truncated=120, dropped=0), candidates=COUNTED)
+
+    (step,) = steps_of(report, "max_length")
+    assert step == "12.0% of the targets were cut at 512: 1,024 cuts 0.4% and costs 8% more time (data.max_length)"
+
+
+def test_where_the_work_is_not_known_tokens_are_named():
+    unknown = tuple(each.model_copy(update={"work": None}) for each in COUNTED)
+    report = data(max_length=512, train=train(rows=1000, truncated=120, dropped=0), candidates=unknown)
+
+    assert "and costs 8% more tokens" in steps_of(report, "max_length")[0]
+
+
+def test_long_prompts_that_are_cut_behind_their_answers_lose_nothing():
+    """Many examples are longer, and hardly a target lies beyond max_length."""
+    few = (COUNTED[0].model_copy(update={"targets_cut": 0.01}), COUNTED[1])
+
+    report = data(max_length=512, train=train(rows=1000, truncated=120, dropped=0), candidates=few)
+
+    assert steps_of(report, "max_length") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "candidates"),
+    [({"truncated": 120, "dropped": 0}, LENGTHS), ({"truncated": 0, "dropped": 120}, COUNTED)],
+)
+def test_examples_are_counted_where_they_are_dropped_or_an_earlier_version_counted_no_targets(changes, candidates):
+    unknown = tuple(each.model_copy(update={"work": None}) for each in candidates)
+    report = data(max_length=512, train=train(rows=1000, **changes), candidates=unknown)
 
     (step,) = steps_of(report, "max_length")
     assert step == (
@@ -149,6 +190,10 @@ def test_examples_that_are_cut_ask_for_the_max_length_that_cuts_few_with_its_cos
             "train": train(rows=1000, truncated=120),
             "candidates": (LENGTHS[0].model_copy(update={"share_cut": 0.7}), LENGTHS[1]),
         },  # three times as dear
+        {
+            "train": train(rows=1000, truncated=120, dropped=0),
+            "candidates": DEAR,
+        },
     ],
 )
 def test_few_cuts_or_none_that_can_be_helped_ask_for_nothing(changes):
@@ -205,6 +250,27 @@ def test_a_base_that_was_right_already_is_told():
     assert "already right on 50% of 60 answers" in steps_of(small(exact_match=match), "already right")[0]
     assert steps_of(small(exact_match=match.model_copy(update={"base": 0.49})), "already right") == []
     assert steps_of(small(exact_match=None), "already right") == []
+
+
+def right(before, *, name="pattern", exact=0.0):
+    """By the recipe's metric, and word for word."""
+    scores = Gain(examples=400, before=before, after=0.96, gain=0.96 - before)
+    metric = MetricReport(name=name, max_new_tokens=256, scores=scores)
+    return small(metric=metric, exact_match=ExactMatch(examples=60, base=exact, tuned=0.1))
+
+
+def test_a_base_that_was_right_already_by_the_recipe_s_metric_is_told():
+    """A whole solution is hardly ever the same word for word, though its last number is right."""
+    (step,) = steps_of(right(0.95), "already right")
+    assert step.startswith("the base was already right on 95% of 400 answers (pattern): examples that it cannot")
+    assert steps_of(right(0.49), "already right") == []
+    assert steps_of(right(0.2, exact=0.9), "already right") == []
+    assert steps_of(right(0.95).model_copy(update={"exact_match": None}), "already right")
+
+
+def test_half_a_score_of_words_in_common_is_no_right_answer():
+    assert steps_of(right(0.95, name="rouge_l"), "already right") == []
+    assert "90% of 60 answers: " in steps_of(right(0.1, name="rouge_l", exact=0.9), "already right")[0]
 
 
 def test_examples_far_from_the_others_are_named_by_file_and_line():

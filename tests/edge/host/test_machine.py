@@ -10,7 +10,7 @@ import pytest
 
 from job.core.errors import LocalDiskError
 from job.edge.host import machine
-from job.edge.host.machine import look_at_machine
+from job.edge.host.machine import look_at_machine, processor_name, system_name
 
 ROOT = Path(__file__).parents[3]
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -75,7 +75,7 @@ LOOK = """
 import resource, sys
 from pathlib import Path
 from job.core.errors import LocalDiskError
-from job.edge.host.machine import look_at_machine
+from job.edge.host.machine import look_at_machine, processor_name, system_name
 
 if sys.argv[2:]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -211,3 +211,29 @@ def test_the_size_of_shared_memory_is_told(tmp_path, system):
     root = system({"dev/shm/x": ""})
 
     assert look_at_machine(tmp_path / "work", root=root).shm_bytes == shutil.disk_usage(root).total
+
+
+# --- what it calls itself --------------------------------------------------------------------------------------------
+
+
+def test_the_processor_is_called_as_the_kernel_says_or_not_at_all(tmp_path):
+    (tmp_path / "proc").mkdir()
+    info = tmp_path / "proc/cpuinfo"
+    assert processor_name(tmp_path) is None
+    info.write_text(
+        "processor\t: 0\nmodel\t\t: 143\nmodel name\t: Intel(R) Xeon(R) Platinum 8468 \nmodel name\t: other\n"
+    )
+    assert processor_name(tmp_path) == "Intel(R) Xeon(R) Platinum 8468"
+    info.write_text("processor\t: 0\nCPU part\t: 0xd4f\nmodel name\t:\nflags\t: fpu\n")
+    assert processor_name(tmp_path) is None
+
+
+def test_the_system_is_the_distribution_and_the_kernel(monkeypatch):
+    monkeypatch.setattr(machine.platform, "freedesktop_os_release", lambda: {"PRETTY_NAME": "Ubuntu 24.04 LTS"})
+    assert system_name() == f"Ubuntu 24.04 LTS, Linux {os.uname().release} {os.uname().machine}"
+
+    def missing():
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine.platform, "freedesktop_os_release", missing)
+    assert system_name() == f"Linux {os.uname().release} {os.uname().machine}"
