@@ -17,7 +17,7 @@ from job.stages.attempts.identity import Run, find_run
 from job.stages.finishing.pushing import push, refuse_unpushable
 from job.stages.nightly.channel_changes import keep_in_order
 from job.stages.nightly.late_files import named_late
-from job.stages.nightly.other_seed import Companions, train_other_seed
+from job.stages.nightly.other_seed import Companions
 
 log = structlog.get_logger(__name__)
 
@@ -65,26 +65,19 @@ def _carry_out(attempt: Attempt, held: Held, companions: Companions, guard: Guar
         # Here and not above: a finished run, a wrong recipe and --help answer without them.
         from job.stages.base.hardware import hardware_errors
         from job.stages.finishing.finish import finish
-        from job.stages.gathering import gather
-        from job.stages.nightly.looking import look
-        from job.stages.nightly.night import prepare_night
-        from job.stages.ranks.placing import place_base
+        from job.stages.nightly.looking import start_of
         from job.stages.tracking import Tracked
         from job.stages.training import TrainingStage
 
         quiet_libraries()
-    begin = held.records.begin
-    looked = look(attempt, held.run, begin, companions.company) if attempt.worker.recipe.promote.seeds > 1 else None
-    if looked is not None:
-        carry_out = partial(_carry_out, companions=companions, guard=guard)
-        looked = looked.after(train_other_seed(attempt, held.run, guard, carry_out), attempt)
+    carry_out = partial(_carry_out, companions=companions, guard=guard)
+    start = start_of(attempt, held, guard, companions.company, carry_out)
     with companions.company as company:
         company.begin(held.run, attempt)
         refuse_unpushable(attempt)
-        known = looked.inputs if looked else None
-        inputs = company.in_turn(lambda: place_base(attempt, known or gather(attempt, held.run, begin), company))
+        inputs = start.inputs(company)
         with hardware_errors(inputs.device), Tracked(attempt, inputs) as tracked:
-            night = looked.night if looked else prepare_night(attempt, held.run, inputs, company)
+            night = start.night(inputs, company)
             facts = TrainingStage(attempt, inputs, company, tracked).run()
             report = finish(attempt, inputs, facts, tracked, night, company.world)
             return push(attempt, inputs.artifacts, report)

@@ -8,6 +8,7 @@ import structlog
 
 from job.core.crash_points import crash_point
 from job.core.errors import UsageError
+from job.core.nightly.changes import in_use_at, not_taken_back
 from job.core.nightly.channel import (
     THE_BASE,
     AdapterInUse,
@@ -18,10 +19,8 @@ from job.core.nightly.channel import (
     Outcome,
     Promoted,
     after_verdict,
-    in_use_at,
     name_in_use,
     next_round,
-    not_taken_back,
     open_state,
     promotion_of,
     without_again,

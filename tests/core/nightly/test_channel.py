@@ -9,6 +9,7 @@ from channel_material import STANDARDS, adapter, judged
 from pydantic import ValidationError
 
 from job.core.judging.paired import pairs_of
+from job.core.nightly.changes import in_use_at, not_taken_back
 from job.core.nightly.channel import (
     KEPT_NIGHTS,
     ChannelState,
@@ -18,10 +19,8 @@ from job.core.nightly.channel import (
     Seen,
     after_fresh,
     after_verdict,
-    in_use_at,
     name_in_use,
     next_round,
-    not_taken_back,
     open_state,
     promotion_of,
     read_as,
