@@ -42,16 +42,23 @@ test-page: $(VENV)/installed
 	tests/page/install.sh
 	$(BIN)/python -m pytest -m "page or not page" tests/page tests/render/test_page.py
 
-# docs/demo-report.html and its picture, as `make demo` and the browser of `make test-page` make them.
+# docs/demo-report.json, its page and its picture, as `make demo` and the browser of `make test-page` make them.
 .PHONY: demo-page
 demo-page: demo
-	PYTHONPATH=. $(BIN)/python tests/page/demo_page.py $(DEMO)/store docs
+	PYTHONPATH=. $(BIN)/python tests/page/demo_page.py docs $(DEMO)/store
 
 # MLflow against its own server and W&B by its own client, in a virtual environment of their own beside ours (.trackers).
 .PHONY: test-trackers
 test-trackers: $(VENV)/installed
 	tests/trackers/install.sh
 	.trackers/bin/python -m pytest -m trackers tests/trackers
+
+# A real model, tuned, merged, and asked in CTranslate2, which is installed beside ours (.second-engine), and its adapter in
+# plain PEFT: SMOLLM2_FOLDER=FOLDER has SmolLM2-135M-Instruct.
+.PHONY: test-second-engine
+test-second-engine: $(VENV)/installed
+	tests/run/install_second_engine.sh
+	SMOLLM2_FOLDER="$(SMOLLM2_FOLDER)" .second-engine/bin/python -m pytest -rs tests/run/test_second_engine.py
 
 # Seven nights of a channel on an S3 server, its crash points, double starts and rollbacks: under ten minutes on two free
 # cores. The seven nights alone with other data (a JSONL file of 1,000 records or more, of which held-out ones are split
@@ -153,4 +160,4 @@ locks/cu1%.txt: pyproject.toml locks/cuda.txt $(VENV)/installed
 	$(LOCK_FOR_CUDA) --constraints $(VENV)/pins.txt --torch-backend cu1$* --python-version 3.12 --output-file $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) .page .trackers work
+	rm -rf $(VENV) $(DEMO) .page .second-engine .trackers work

@@ -52,8 +52,8 @@ class HubStandIn(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def environment(self) -> dict[str, str]:
-        """What an operator would set. Without Xet, whose protocol is not HTTP's alone."""
-        return {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        """What an operator would set. It has no Xet: the job pushes without."""
+        return {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
 
     def handle_error(self, *_: object) -> None:
         """A client that stops in the middle is part of these tests."""

@@ -204,7 +204,7 @@ OWNERS = {
     "os.getenv": ("job.cli",),
     "os.putenv": ("job.cli",),
     "huggingface_hub": ("job.edge.base.*", "job.edge.pushing"),
-    "matplotlib": ("job.render.pictures", "job.render.page.figures"),
+    "matplotlib": ("job.render.pictures", "job.render.page.figures", "job.render.page.svg"),
     "pynvml": ("job.edge.host.gpu",),
     "triton": ("job.kernels.triton_*",),
     "re2": ("job.core.judging.answer_metrics",),

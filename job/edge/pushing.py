@@ -87,8 +87,11 @@ class HubRepository:
         token = self._token()
 
         def commit() -> Pushed:
-            from huggingface_hub import CommitOperationAdd, HfApi
+            from huggingface_hub import CommitOperationAdd, HfApi, constants
 
+            # Weights go by LFS over HTTP, although hf_xet is installed: what Xet refuses has no status, so a token that
+            # may not write would look like a hub that is away, and a stop would wait for its threads.
+            constants.HF_HUB_DISABLE_XET = True
             api = HfApi(token=token)
             api.create_repo(self.name, private=True, exist_ok=True)
             added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]

@@ -21,7 +21,7 @@ def hub(monkeypatch):
     with hub_stand_in() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
         monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", running.url)
         yield running
 
@@ -52,6 +52,16 @@ def test_it_makes_a_private_repository_with_the_files(hub, files):
     assert made.commits == ["Run ab"]
     assert (pushed.repository, pushed.commit) == ("someone/notes", made.sha)
     assert pushed.url == f"{hub.url}/someone/notes/tree/{made.sha}"
+
+
+def test_weights_go_by_lfs_also_where_xet_is_installed(hub, files):
+    """As locked it is, and the library would take it."""
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    assert is_xet_available()
+    repository().push(files, message="Run ab")
+    assert not [asked for asked in hub.asked if "xet" in asked]
+    assert [asked for asked in hub.asked if asked.startswith("PUT /blobs/")]
 
 
 def test_the_same_again_changes_nothing_and_another_file_alone_is_sent(hub, files):

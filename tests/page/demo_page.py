@@ -1,6 +1,8 @@
-"""docs/demo-report.html and .png: the page of the run that `make demo` left, its checkout and host under other names.
+"""docs/demo-report.json, .html and .png: what the run of `make demo` left, its checkout and host under other names.
 
-python tests/page/demo_page.py STORE FOLDER
+python tests/page/demo_page.py FOLDER [STORE]
+
+Without a store the page and its picture are made again of the report that stands in the folder.
 """
 
 import json
@@ -8,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from browser import found_browser, shown
+from browser import a_tab, found_browser
 
 from job.core.reports.report import Report, read_report
 from job.render.page.finished import report_html
@@ -17,24 +19,27 @@ ROOT = Path(__file__).parents[2]
 ANYBODY, HOST = "/home/me/qlora-job", "demo"
 
 
-def anonymous(content: bytes) -> Report:
+def anonymous(content: str) -> Report:
     """The report as it would be on anybody's machine."""
-    report = read_report(json.loads(content.decode().replace(str(ROOT), ANYBODY)))
+    report = read_report(json.loads(content.replace(str(ROOT), ANYBODY)))
     attempts = tuple(each.model_copy(update={"host": HOST}) for each in report.attempts)
     return report.model_copy(update={"attempts": attempts})
 
 
-def main(store: Path, folder: Path) -> None:
-    """Write both."""
+def main(folder: Path, store: Path | None = None) -> None:
+    """Write all three."""
     browser = found_browser()
     if browser is None:
         raise SystemExit("no browser for the picture: tests/page/install.sh brings one")
-    [run] = store.glob("runs/*/report.json")
     page = folder.resolve() / "demo-report.html"
-    page.write_bytes(report_html(anonymous(run.read_bytes())))
-    with tempfile.TemporaryDirectory() as profile:
-        picture = f"--screenshot={page.with_suffix('.png')}"
-        shown(browser, page, "--window-size=1200,1040", picture, profile=Path(profile))
+    kept = page.with_suffix(".json")
+    if store is not None:
+        [run] = store.glob("runs/*/report.json")
+        kept.write_text(anonymous(run.read_text(encoding="utf-8")).model_dump_json(indent=1) + "\n", encoding="utf-8")
+    page.write_bytes(report_html(read_report(json.loads(kept.read_text(encoding="utf-8")))))
+    with tempfile.TemporaryDirectory() as profile, a_tab(browser, Path(profile)) as tab:
+        tab.open(page, width=1200, height=1040)
+        tab.picture(page.with_suffix(".png"))
 
 
 if __name__ == "__main__":

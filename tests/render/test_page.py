@@ -681,7 +681,7 @@ def test_a_run_that_failed_shows_what_is_committed_why_it_ended_and_what_to_do()
     assert "Attempt 2 ended with 74: no room left" in page.text()
     assert "Give the work folder more room" in page.text()
     assert "step-000150-a01 was passed over: damaged" in page.text()
-    assert len(page.named("svg")) == 1
+    assert [a["class"] for a in page.named("svg")] == ["on-wide", "on-narrow"]
 
 
 def test_a_run_that_goes_on_says_so():
@@ -735,7 +735,7 @@ def test_several_runs_lie_over_each_other_with_what_differs_and_the_best():
     page = Parsed(several_html([*rows(), RunRow(run_id="c", recipe={}, report=None, standing="step 5 is committed")]))
 
     assert page.wrong == []
-    assert len(page.named("svg")) == 1
+    assert [a["class"] for a in page.named("svg")] == ["on-wide", "on-narrow"]
     drawn = [data for tag, data in page.texts if tag == "text"]
     assert {"run 1", "run 2"} <= set(drawn)
     assert "Best: run-0 (lora.r=0), the lowest tuned loss, 0.4909 beside 0.4909 of run-1: s3://" in page.text()

@@ -33,7 +33,7 @@ def letters_as_tokens(folder):
     return folder
 
 
-def make_base(folder, *, tied=False, positions=64):
+def make_base(folder, *, tied=False, positions=64, rows=128):
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,7 +48,7 @@ def make_base(folder, *, tied=False, positions=64):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128,
+        vocab_size=rows,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

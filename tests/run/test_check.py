@@ -6,6 +6,7 @@ import shutil
 import pytest
 from job_process import ROOT, environment_without_job, records, write_lines
 from nvml_calls import LinkedGpus, play
+from run_material import make_base
 from terminals import lines_seen, terminal
 
 from job.commands.check import FOR_A_PERSON
@@ -171,3 +172,25 @@ def test_what_a_server_refuses_is_said_by_its_name_and_refuses_no_run(job):
     said, base = [line[16:] for line in ended.stdout.splitlines() if line.startswith("!!  serving ")]
     assert said.startswith("vLLM refuses adapters of a rank above 512, and lora.r is 600: lower it")
     assert base.startswith("servers on transformers 4 (vLLM before 0.19.1) cannot read this base's tokenizer_config")
+
+
+@pytest.mark.parametrize(("rows_of_the_head", "refused"), [(258_056, 1), (258_048, 0)])
+def test_a_head_that_vllm_refuses_is_said_by_check_and_stands_in_the_report_with_the_adapter(
+    job, tmp_path, rows_of_the_head, refused
+):
+    job.recipe["model"]["base"] = str(make_base(tmp_path / "large-head", rows=rows_of_the_head))
+    job.recipe["lora"] |= {"r": 2, "targets": ["q_proj", "lm_head"]}
+    job.recipe["train"] |= {"steps": 2, "warmup_steps": 1}
+    job.recipe["evaluate"] |= {"every_steps": 2}
+    said = (
+        "vLLM refuses an adapter on lm_head of a vocabulary beyond 258,048, and this base has 258,056: leave lm_head "
+        "out of lora.targets, or merge the adapter into the base (export) and serve that"
+    )
+
+    assert job.call("check").stdout.count(f"!!  serving     {said}") == refused
+    ended = job.call("run")
+    assert ended.code == 0, ended.stderr[-2000:]
+    assert job.report()["adapter"]["refused_by"] == [said] * refused
+    card, page = ((job.only_run() / name).read_text() for name in ("adapter/README.md", "report.html"))
+    assert (said in card, said in page) == (bool(refused), bool(refused))
+    assert ("vllm serve" in card, "vllm serve" in page) == (not refused, not refused)

@@ -1,11 +1,8 @@
-"""Draws what a page shows, as SVG within it: in the page's own colours, and without any text of strangers."""
+"""Draws what a page shows of a run, without any text of strangers."""
 
-import io
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import numpy as np
 from markupsafe import Markup
@@ -14,19 +11,9 @@ from numpy.typing import NDArray
 from job.core.data.report_data import Histogram
 from job.core.judging.held_out import Compared
 from job.core.reports.report import EvaluationReport, Report, SweetSpot, TrainingCurve
+from job.render.page.svg import COLOURS, svg, wide
 from job.render.pictures import plain_numbers, top_of
 
-_SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-COLOURS = {
-    "blue": "#2a6f97",
-    "orange": "#e07a1f",
-    "red": "#b5172f",
-    "grey": "#6b7078",
-    "pale": "#e4e6e9",
-    "green": "#2e8b57",
-}
-"""Drawn with these; in the page each is its variable, which has another value in the dark."""
-_INCHES, WIDE = (6.2, 3.6), (10.5, 3.9)
 _LOG_FROM = 20
 """Times the lowest loss: from there on the highest one would leave the others no height."""
 _MOST_POINTS = 200
@@ -74,7 +61,7 @@ def losses(
         _scale(axes, [e.loss for e in judged], curve.loss)
         axes.legend(frameon=False, loc="best")
 
-    return svg("losses", draw, _of_losses(curve, judged, spot), inches=WIDE)
+    return wide("losses", draw, _of_losses(curve, judged, spot))
 
 
 def _scale(axes: Any, judged: Sequence[float], trained: Sequence[float]) -> None:
@@ -252,7 +239,7 @@ def several(runs: Sequence[RunLine]) -> tuple[Markup, int]:
         for run in drawn
     ]
     says = f"Validation loss: {', '.join(said)}."
-    return svg("several", draw, says, inches=WIDE), len(runs) - len(drawn)
+    return wide("several", draw, says), len(runs) - len(drawn)
 
 
 def _some(judged: Sequence[EvaluationReport]) -> list[EvaluationReport]:
@@ -300,78 +287,3 @@ def _merged(histogram: Histogram) -> tuple[NDArray[np.int64], NDArray[np.int64]]
         return edges, counts
     starts = np.arange(0, len(counts), together)
     return np.append(edges[starts], edges[-1]), np.add.reduceat(counts, starts)
-
-
-# --- from matplotlib into the page ------------------------------------------------------------------------------------
-
-
-def svg(name: str, draw_on: Callable[[Any], None], says: str, *, inches: tuple[float, float] = _INCHES) -> Markup:
-    """A drawing as an element of the page, with what it shows for who cannot see it."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "path.simplify": True}
-    for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
-        settings[part] = COLOURS["grey"]
-    written = io.BytesIO()
-    with mpl.rc_context(settings):
-        figure = Figure(figsize=inches, layout="constrained")
-        FigureCanvasSVG(figure)
-        figure.patch.set_visible(False)
-        axes = figure.add_subplot()
-        axes.patch.set_visible(False)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=COLOURS["pale"], linewidth=0.8)
-        axes.set_axisbelow(True)
-        draw_on(axes)
-        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _as_part(written.getvalue(), name, says)
-
-
-def _as_part(drawing: bytes, name: str, says: str) -> Markup:
-    root = ET.fromstring(drawing)  # noqa: S314 - matplotlib has just written it
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in {f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"}:
-                parent.remove(child)
-    _rename(root, f"{name}-")
-    for element in root.iter():
-        for attribute in ("style", "fill", "stroke"):
-            if attribute in element.attrib:
-                element.set(attribute, _in_page_s_colours(element.attrib[attribute]))
-        for attribute in ("d", "x", "y", "transform", "width", "height"):
-            if attribute in element.attrib:
-                element.set(
-                    attribute,
-                    re.sub(r"-?\d+\.\d{2,}", lambda found: f"{float(found[0]):.1f}", element.attrib[attribute]),
-                )
-    for attribute in ("width", "height", "version"):
-        root.attrib.pop(attribute, None)
-    root.set("role", "img")
-    root.set("aria-labelledby", f"{name}-says")
-    title = ET.Element(f"{{{_SVG}}}title", {"id": f"{name}-says"})
-    title.text = says
-    root.insert(0, title)
-    ET.register_namespace("", _SVG)
-    ET.register_namespace("xlink", _LINK)
-    return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704 - as it was read, and what was put in is escaped
-
-
-def _rename(root: ET.Element, prefix: str) -> None:
-    """Names that are referred to are this picture's own; the others go."""
-    text = " ".join(value for element in root.iter() for name, value in element.attrib.items() if name != "id")
-    used = {*re.findall(r"#([\w-]+)", text)}
-    for element in root.iter():
-        own = element.attrib.pop("id", "")
-        if own in used:
-            element.set("id", prefix + own)
-        for name, value in element.attrib.items():
-            if "#" in value and ("url(" in value or name.endswith("href")):
-                element.set(name, re.sub(r"#(?=[\w-]+\)|[\w-]+$)", f"#{prefix}", value))
-
-
-def _in_page_s_colours(style: str) -> str:
-    for name, colour in COLOURS.items():
-        style = style.replace(colour, f"var(--{name})")
-    return re.sub(r"font: ([\d.]+px) [^;]*", r"font-size: \1", style)

@@ -10,11 +10,11 @@ from markupsafe import Markup
 
 from job.core.nightly.channel import FreshNight, Night
 from job.core.nightly.error_budget import YEAR_DAYS, Spent
-from job.render.page.figures import COLOURS, WIDE, svg
+from job.render.page.svg import COLOURS, svg, wide
 
 _HOUR = 3600
-_FEW_DATES, _FEW_ON_WIDE = 4, 7
-"""Dates that an axis has room for."""
+_INCHES_A_DATE = 1.5
+"""Of an axis' width."""
 _MANY = 100
 """Nights whose marks would hide each other in their usual size."""
 _MARKS = {
@@ -73,14 +73,14 @@ def nights_drawing(nights: Sequence[Night]) -> Markup:
                     label=says,
                 )
         _loss_axis(axes, [*in_use, *(each.challenger_loss for each in nights)])
-        _dates(axes, at, most=_FEW_ON_WIDE)
+        _dates(axes, at)
 
     promoted = sum(each.outcome == "promoted" for each in nights)
     says = (
         f"{len(nights):,} nights, {promoted:,} promoted. Loss on the frozen examples of the model in use: from "
         f"{nights[0].champion_loss:.4f} to {nights[-1].champion_loss:.4f}."
     )
-    return svg("nights", draw, says, inches=WIDE)
+    return wide("nights", draw, says)
 
 
 def fresh_drawing(lines: Sequence[FreshLine]) -> Markup:
@@ -168,8 +168,9 @@ def _day(day: int) -> datetime:
     return datetime.combine(date.fromordinal(max(1, day)), datetime.min.time(), tzinfo=UTC)
 
 
-def _dates(axes: Any, at: Sequence[datetime], *, most: int = _FEW_DATES) -> None:
-    """A few days by their date: all of them where there are few."""
+def _dates(axes: Any, at: Sequence[datetime]) -> None:
+    """As many days by their date as have room."""
+    most = int(axes.figure.get_figwidth() / _INCHES_A_DATE)
     days = sorted({datetime.combine(each.date(), datetime.min.time(), tzinfo=UTC) for each in at})
     step = -(-len(days) // most)
     shown = days[::-1][::step][::-1]
