@@ -148,7 +148,7 @@ def best_of(rng, checkpoints, examples=120):
     off = np.cumsum(steps, axis=0)  # each goes on from the one before
     losses = 2.0 + rng.exponential(1.0, examples)
     best = off[np.argmin(off.mean(axis=1))]
-    return gap_of(pairs_of(losses + best, losses, np.ones(examples)), resamples=1999)
+    return gap_of(pairs_of(losses + best, losses, np.ones(examples)), resamples=999)
 
 
 def test_the_best_of_many_checkpoints_that_are_no_better_is_promoted_no_more_often_than_the_level_says():
