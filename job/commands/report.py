@@ -260,9 +260,7 @@ def _report(artifacts: Artifacts, output: str, *, named_by_recipe: bool = False)
         state = "the run is not there: the recipe and its data, as they are now, have not been begun"
         action = "start `run` with the recipe, or ask for `report` of a finished run by its URI"
     else:
-        state = (
-            "no report.json; the run is not there: a job that is refused before it begins a run leaves none, nor a page"
-        )
+        state = "no report.json; the run is not there: what is refused before it begins a run leaves none, and no page"
         action = f"correct the URI, or see with `report {located(output)}` how the last jobs there have ended"
     raise NotFoundError(f"{located(artifacts.uri)}: {state}; {finished}", action=action)
 

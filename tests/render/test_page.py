@@ -231,6 +231,12 @@ def test_clocks_that_differ_make_no_time_less_than_none():
     assert "6% in training steps (goodput)" in page_of(gsm8k(attempts=(late, FINISHED))).text()
 
 
+def test_of_an_attempt_whose_record_is_lost_nobody_knows_the_longest_it_can_have_taken():
+    lost = KILLED.model_copy(update={"started": ""})
+
+    assert "at most 7% in training steps (goodput)" in page_of(gsm8k(attempts=(lost, FINISHED))).text()
+
+
 def test_gpu_hours_count_each_attempt_s_own_gpus():
     end = {"started": "2025-01-31T02:00:00+00:00", "ended": "2025-01-31T03:00:00+00:00", "exit_code": 75}
     four = KILLED.model_copy(update={**end, "ranks": 4})
@@ -241,9 +247,9 @@ def test_gpu_hours_count_each_attempt_s_own_gpus():
     def hours(*attempts):
         return page_of(gsm8k(attempts=attempts, throughput=speed)).text()
 
-    assert "GPU hours 12 " in hours(four, eight)
+    assert "GPU hours 12.00 " in hours(four, eight)
     unknown = hours(four.model_copy(update={"ranks": None}), eight.model_copy(update={"ranks": None}))
-    assert "GPU hours 16; of 1 attempts the number of GPUs is not recorded, and taken to be 8" in unknown
+    assert "GPU hours 16.00; the number of GPUs of 1 of them is not recorded, and taken to be 8" in unknown
     assert "GPU hours" not in page_of(small(device="CPU, 2 threads")).text()
 
 

@@ -51,8 +51,8 @@ def _together(speed: Throughput) -> dict[str, str]:
 def _hours(report: Report) -> dict[str, str]:
     """Time over all attempts, on all GPUs, and the share of it that trained; in bounds where an attempt was killed."""
     attempts = report.attempts
-    least, most = [_at_least(each) for each in attempts], [_at_most(each, n) for each, n in _followed(attempts)]
-    if sum(most) <= 0:
+    least = [_at_least(each) for each in attempts]
+    if sum(least) <= 0:
         return {}
     silent = sum(_took(each) is None for each in attempts)
     at_least = "at least " if silent else ""
@@ -63,20 +63,25 @@ def _hours(report: Report) -> dict[str, str]:
         own = report.throughput.ranks
         hours = sum(took * (each.ranks or own) for each, took in zip(attempts, least, strict=True)) / _HOUR
         unknown = sum(each.ranks is None for each in attempts[:-1])
-        counted = f"; of {unknown:,} attempts the number of GPUs is not recorded, and taken to be {own:,}"
-        shown["GPU hours"] = f"{at_least}{hours:.3g}{counted if unknown else ''}"
-    useful = report.throughput.seconds
-    low, high = useful / sum(most), useful / sum(least) if sum(least) > 0 else 1.0
-    if low <= 1:
-        shown["useful of it"] = f"{_between(low, min(1.0, high))} in training steps (goodput)"
-    if silent and "useful of it" in shown:
-        shown["useful of it"] += "; one that left no word ended when the next began, at the latest"
-    return shown
+        counted = f"; the number of GPUs of {unknown:,} of them is not recorded, and taken to be {own:,}"
+        shown["GPU hours"] = f"{at_least}{hours:{',.2f' if hours >= 1 else '.3g'}}{counted if unknown else ''}"
+    useful = _useful(report, sum(least))
+    return shown if useful is None else shown | {"useful of it": useful}
 
 
-def _between(low: float, high: float) -> str:
-    ends = f"{low:.0%}", f"{high:.0%}"
-    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+def _useful(report: Report, least: float) -> str | None:
+    """The share of the time that trained, within bounds; None: it cannot be."""
+    most = [_at_most(each, following) for each, following in _followed(report.attempts)]
+    known, trained = [each for each in most if each is not None], report.throughput.seconds
+    high, what = f"{min(1.0, trained / least):.0%}", "in training steps (goodput)"
+    if len(known) < len(most):
+        return f"at most {high} {what}"
+    if trained > sum(known):
+        return None
+    low = f"{trained / sum(known):.0%}"
+    if low == high:
+        return f"{low} {what}"
+    return f"{low} to {high} {what}; one that left no word ended when the next began, at the latest"
 
 
 def _followed(attempts: Sequence[AttemptReport]) -> list[tuple[AttemptReport, AttemptReport | None]]:
@@ -89,12 +94,12 @@ def _at_least(attempt: AttemptReport) -> float:
     return float(attempt.lasted_at_least or 0) if took is None else took
 
 
-def _at_most(attempt: AttemptReport, following: AttemptReport | None) -> float:
-    """One that left no word had ended when the next one began: it had fallen silent."""
-    began, ended = _moment(attempt.started), None if following is None else _moment(following.started)
-    if _took(attempt) is not None or began is None or ended is None:
+def _at_most(attempt: AttemptReport, following: AttemptReport | None) -> float | None:
+    """One that left no word had fallen silent when the next one began; None: nobody knows when that was."""
+    if _took(attempt) is not None:
         return _at_least(attempt)
-    return max(_at_least(attempt), (ended - began).total_seconds())
+    began, ended = _moment(attempt.started), None if following is None else _moment(following.started)
+    return None if began is None or ended is None else max(_at_least(attempt), (ended - began).total_seconds())
 
 
 def _took(attempt: AttemptReport) -> float | None:
