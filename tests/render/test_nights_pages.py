@@ -114,7 +114,7 @@ def test_a_channel_s_page_says_what_is_in_use_and_why_and_draws_its_nights():
     anchors = re.findall(r'<section id="([\w-]+)"', page.decode())
     assert anchors == ["verdict", "nights", "fresh", "budget", "waiting", "cost", "changes"]
     titles = re.findall(r'<title id="([\w-]+)-says">(.*?)</title>', page.decode())
-    assert [name for name, _ in titles] == ["nights", "fresh", "budget", "work"]
+    assert [name for name, _ in titles] == ["nights", "nights-narrow", "fresh", "budget", "work"]
     assert titles[0][1].startswith("40 nights, 7 promoted.")
 
 
