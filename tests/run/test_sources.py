@@ -95,14 +95,14 @@ def test_log_report_and_card_show_each_source(mixed):
     shown = call("report", f"file://{job.only_run()}").stdout
     rows = [line.split() for line in shown.splitlines()]
     assert [row[2] for row in rows if row[:1] in (["notes"], ["chats.jsonl"]) and len(row) == 7] == ["75.0%", "25.0%"]
-    assert [row[0] for row in rows if row[:1] in (["notes"], ["chats.jsonl"]) and len(row) == 4] == [
+    assert [row[0] for row in rows if row[:1] in (["notes"], ["chats.jsonl"]) and row[3:4] == ["+-"]] == [
         "notes",
         "chats.jsonl",
     ]
     card = (job.only_run() / "adapter" / "README.md").read_text()
     assert "- `notes`: " in card
     assert "75.0% of what was drawn" in card
-    assert "| source | held out | loss, base | loss, tuned |" in card
+    assert "| source | held out | loss, base, 95 % | loss, tuned, 95 % |" in card
 
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])

@@ -106,7 +106,7 @@ def test_a_clock_that_is_set_meanwhile_costs_nothing(faulty_place, proxy):
 @pytest.fixture
 def frozen_in_a_request(monkeypatch):
     """The clock of the bucket jumps by ten minutes with each request that fails."""
-    from job.edge.store.s3.store import bucket as s3_bucket
+    from job.edge.store.s3 import bucket as s3_bucket
 
     jumped = [0.0]
     real = s3_bucket.time.monotonic
