@@ -265,7 +265,8 @@ def test_a_fold_has_the_hash_of_every_object_and_of_every_file_of_the_adapter(wh
 
 def test_a_fold_has_the_versions_and_the_base_has_its_revision():
     found = Parts(small(versions={"torch": "2.13.0", "peft": "0.21.2"}))
-    named = [(words(each.find("dt")), words(each.find("dd"))) for each in found.fold("Versions and machine").iter("div")]
+    fold = found.fold("Versions and machine")
+    named = [(words(each.find("dt")), words(each.find("dd"))) for each in fold.iter("div")]
 
     assert named[:2] == [("torch", "2.13.0"), ("peft", "0.21.2")]
     assert found.fact("revision") == COMMIT
