@@ -62,7 +62,7 @@ def test_where_no_run_was_begun_there_is_no_page_and_the_message_says_where_to_l
     ended = call("report", uri, "--html", str(tmp_path / "page.html"))
 
     assert ended.code == 66
-    assert "a job that is refused before it begins a run leaves none, nor a page" in ended.stdout
+    assert "what is refused before it begins a run leaves none, and no page" in ended.stdout
     assert f"`report file://{tmp_path}/store` how the last jobs there have ended" in ended.stdout
     assert not (tmp_path / "page.html").exists()
 
