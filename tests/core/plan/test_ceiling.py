@@ -7,54 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_2_7b import LENGTHS, LLAMA_2_7B, WORK
+from mixture_shapes import GPT_OSS_20B, QWEN3_30B_A3B
 
 from job.core.plan.ceiling import flops_per_token, share_of_ceiling
 from job.core.plan.gpus import GPUS, gpu_named
-from job.core.plan.memory import AdapterShape, ExpertsShape, ModelShape
+from job.core.plan.memory import AdapterShape
 
 SHORTER = np.random.default_rng(0).integers(78, 228, 7000).astype(np.int32)  # GSM8K by tokens of its own: 153
-QWEN3_30B_A3B = ModelShape(
-    layers=48,
-    hidden=2048,
-    intermediate=6144,
-    vocabulary=151_936,
-    positions=40_960,
-    heads=32,
-    key_heads=4,
-    head_width=128,
-    linear_parameters=905_969_664,
-    whole_parameters=635_123_712,
-    experts=ExpertsShape(
-        parameters=28_991_029_248,
-        sides=39_321_600,
-        number=128,
-        chosen=8,
-        first=1536,
-        inner=768,
-        largest=402_653_184,
-    ),
-)
-GPT_OSS_20B = ModelShape(
-    layers=24,
-    hidden=2880,
-    intermediate=11_520,
-    vocabulary=201_088,
-    positions=131_072,
-    heads=64,
-    key_heads=8,
-    head_width=64,
-    linear_parameters=637_009_920,
-    whole_parameters=1_167_449_664,
-    experts=ExpertsShape(
-        parameters=19_110_297_600,
-        sides=11_059_200,
-        number=32,
-        chosen=4,
-        first=5760,
-        inner=2880,
-        largest=530_841_600,
-    ),
-)
 SPEEDS = st.sampled_from([gpu.speed for gpu in GPUS])
 RATES = st.floats(1, 1e6)
 
