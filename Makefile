@@ -33,7 +33,19 @@ test-hostile: $(VENV)/installed
 .PHONY: test-families
 test-families: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -m "families or not families" \
-		tests/tune/engines tests/tune/loop/test_greedy.py
+		tests/tune/engines tests/tune/loop/test_greedy.py tests/tune/model/test_targets_of_mixtures.py \
+		tests/tune/test_rehearsal.py
+
+# Several processes together: sharded, judged, asked to stop, killed, nights, pods; `make test` has one of each kind.
+.PHONY: test-ranks
+test-ranks: $(VENV)/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 -m "ranks or not ranks" \
+		tests/launch tests/k8s/test_two_pods.py tests/tune/loop
+
+# What measures, on the CPU and small: each of bench/ from its start to its table.
+.PHONY: test-bench
+test-bench: $(VENV)/installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -m "bench or not bench" tests/bench
 
 # The report's page as a browser shows it: a desk, a phone, the dark, paper, and what axe-core says. The screenshots stay in
 # .page/. tests/page/install.sh brings the browser (root, Debian or Ubuntu); without one the tests are skipped.

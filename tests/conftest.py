@@ -31,14 +31,22 @@ _LONG = (
     *("tests/k8s/test_container", "tests/k8s/test_two_pods", "tests/bench/", "tests/tune/", "tests/slurm/"),
 )
 """What takes half a minute and more, the longest first, so that no worker waits for another one at the end."""
+_ASKED_FOR = (
+    *("stores", "slurm", "page", "trackers", "image", "image_cuda", "hostile", "families", "demo_base", "nightly"),
+    *("chaos", "ranks", "bench"),
+)
+"""Markers of what needs more than a machine has, or minutes: it runs where -m names it."""
 
 
 def _place(item):
     return next((place for place, start in enumerate(_LONG) if item.nodeid.startswith(start)), len(_LONG))
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=_place)
+def pytest_collection_modifyitems(config, items):
+    left_out = {marker for marker in _ASKED_FOR if marker not in config.option.markexpr}
+    chosen = [item for item in items if left_out.isdisjoint(mark.name for mark in item.iter_markers())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = sorted(chosen, key=_place)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -29,7 +29,7 @@ _LOOK_SECONDS = 0.1
 _OTHERS_SECONDS = 30.0
 """How long the others may take once one has ended, and at least the grace: the launcher gives them as long."""
 _FOLLOWERS_SECONDS = 15.0
-"""The same once rank 0 has ended: they have nothing to do any more but to say so."""
+"""The same once rank 0 has said its end: they have nothing to do any more but to say theirs."""
 _LOOK_AT_MEMORY = "start the same job again; where it happens again, look at the memory that the job is given"
 _SAID_BYTES = 4000
 """Of what workers have said beside the log, shown where one of them went without a word."""
@@ -141,7 +141,8 @@ class _Watch:
                 # Until then they have ended by themselves: their grace is a little shorter than ours.
                 if grace is not None and now - asked_at > grace - min(SUPERVISOR_SECONDS, grace / 4) / 2:
                     return
-            if 0 in self._ended_at and now - self._ended_at[0] > _FOLLOWERS_SECONDS:
+            # Where rank 0 was killed the others still commit what they hold.
+            if self._has_ended(0) and now - self._ended_at[0] > _FOLLOWERS_SECONDS:
                 return
             if self._ended_at and now - min(self._ended_at.values()) > max(_OTHERS_SECONDS, grace or 0.0):
                 return

@@ -1,8 +1,11 @@
 import re
 
+import pytest
+
 from bench import export_memory
 
 
+@pytest.mark.bench
 def test_an_export_is_measured_part_by_part_in_a_process_of_its_own(tmp_path, tokenizer_folder):
     results = tmp_path / "R.md"
     options = ["--steps", "2", "--folder", str(tmp_path), "--results", str(results)]

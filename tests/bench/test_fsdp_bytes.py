@@ -10,6 +10,7 @@ def rows(text):
     return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
 
 
+@pytest.mark.bench
 def test_uint8_is_left_whole_and_bf16_is_spread_with_the_same_bytes(base, tmp_path):
     """On the versions that these tests run on; where they do another thing, the docs say so no longer."""
     fsdp_bytes.main(["--base", str(base), "--results", str(tmp_path / "R.md")])

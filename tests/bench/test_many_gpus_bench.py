@@ -37,6 +37,7 @@ def cells(text, name):
 # --- rates -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.bench
 def test_two_processes_are_measured_beside_one(bench, base, examples, tmp_path):
     given = {"text": "{t}", "batch": 4, "steps": 3, "max_length": 64}
     parameters = workload_of(base, examples, tmp_path / "lengths", **given).adapter.parameters

@@ -23,6 +23,7 @@ def row(results, name):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.mark.bench
 def test_ours_and_a_rival_train_the_same_modules_of_a_mixture(results):
     ours, theirs = row(results, "ours"), row(results, "parametrized")
     assert "no result" not in results, results

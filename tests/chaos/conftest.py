@@ -15,14 +15,6 @@ from run_material import make_base
 SURROUNDINGS = Path(__file__).with_name("surroundings")
 
 
-def pytest_collection_modifyitems(config, items):
-    if "chaos" in config.option.markexpr:
-        return
-    chosen = [item for item in items if item.get_closest_marker("chaos") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
-
-
 @pytest.fixture(scope="session")
 def seed():
     """Printed, and in the results: CHAOS_SEED=... draws the same moments again."""

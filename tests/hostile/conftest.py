@@ -17,14 +17,6 @@ from tiny_fixtures import bases, documents, start, tokenizer  # noqa: F401 - fix
 LIMITED = Path(__file__).with_name("limited")
 
 
-def pytest_collection_modifyitems(config, items):
-    if "hostile" in config.option.markexpr:
-        return
-    chosen = [item for item in items if item.get_closest_marker("hostile") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
-
-
 @pytest.fixture(params=[40, pytest.param(600, marks=pytest.mark.hostile)])
 def often(request):
     """Settings of a property that is tried so many times."""

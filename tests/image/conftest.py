@@ -9,14 +9,6 @@ from image_base import make_debian
 NOTHING_BUILDS = "nothing here builds and runs images: install docker, or podman, buildah and runc"
 
 
-def pytest_collection_modifyitems(config, items):
-    if "image" in config.option.markexpr:
-        return
-    chosen = [item for item in items if not any(item.get_closest_marker(name) for name in ("image", "image_cuda"))]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
-
-
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory):
     found = find_engine(tmp_path_factory.mktemp("engine"))

@@ -117,6 +117,7 @@ def test_two_pods_meet_at_the_first_one_and_carry_the_run_and_go_on_after_one_wa
     assert [attempt["exit_code"] for attempt in report["attempts"]] == [75, 0]
 
 
+@pytest.mark.ranks
 def test_what_one_pod_fails_with_both_end_with(pods, job):
     """Whichever of them the Job looks at first, it does what the table says."""
     job.recipe["train"]["learning_rate"] = 1e30
@@ -139,6 +140,7 @@ def test_a_pod_that_waits_for_the_other_one_ends_at_once_when_it_is_asked_to(pod
     assert "before the nodes had come together" in ended.outcome["reason"]
 
 
+@pytest.mark.ranks
 def test_a_pod_that_comes_back_while_the_first_one_still_ends_does_not_join_it(pods):
     """Pod 0 is frozen in the midst of it here; the other was killed, and a new one is there before pod 0 has ended."""
     (first, said_by_first), (second, _) = pods.begin(0), pods.begin(1)

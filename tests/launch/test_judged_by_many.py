@@ -56,7 +56,7 @@ def alone(tmp_path_factory, base, warm):
     return job, *carried(job)
 
 
-@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+@pytest.mark.parametrize("placement", ["replicated", pytest.param("sharded", marks=pytest.mark.ranks)])
 def test_two_processes_judge_each_example_as_one_does_and_one_of_them_says_so(placement, alone, tmp_path, base, warm):
     job = judged(tmp_path, base, warm)
     ended, pushed, asked = carried(job, "--gpus", "2", "--base-placement", placement)

@@ -13,6 +13,9 @@ TWO = ("--gpus", "2")
 SHARDED = (*TWO, "--base-placement", "sharded")
 
 
+pytestmark = pytest.mark.ranks
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """The tiny base with five layers, so that two of them are not all."""

@@ -64,6 +64,7 @@ def test_two_processes_with_one_base_between_them_give_the_report_of_two_with_tw
     assert len(ended.named("joined")) == 1
 
 
+@pytest.mark.ranks
 def test_one_that_is_asked_to_stop_stops_all_and_they_go_on_to_the_bit(tmp_path, deep, warm, replicated):
     job = job_on(tmp_path, deep, warm)
     with job.begun("run", *SHARDED, cold=True) as running:
@@ -82,6 +83,7 @@ def test_one_that_is_asked_to_stop_stops_all_and_they_go_on_to_the_bit(tmp_path,
     assert report["resume_exact"] is True
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_that_is_killed_ends_the_run_and_nothing_is_left(tmp_path, deep, warm, rank):
     job = job_on(tmp_path, deep, warm)
@@ -95,6 +97,7 @@ def test_one_that_is_killed_ends_the_run_and_nothing_is_left(tmp_path, deep, war
     assert nothing_is_left(supervisor)
 
 
+@pytest.mark.ranks
 def test_a_base_with_a_value_that_is_not_finite_ends_with_65_before_the_first_step(tmp_path, deep, warm):
     base = tmp_path / "base"
     base.mkdir()
@@ -117,6 +120,7 @@ def test_there_is_nothing_to_spread_over_one_process(tmp_path, deep, warm):
     assert "nothing to spread the base over" in ended.outcome["reason"]
 
 
+@pytest.mark.ranks
 def test_a_base_that_is_published_in_4_bits_is_read_as_it_is(tmp_path, deep, warm):
     job = job_on(tmp_path / "job", bnb4_base(deep, tmp_path / "base", bnb_4bit_quant_type="nf4"), warm)
     ended = job.start("run", *SHARDED, cold=True)

@@ -21,6 +21,7 @@ def job(tmp_path, base, warm):
     return made
 
 
+@pytest.mark.ranks
 def test_a_mixture_that_is_shared_gives_the_report_of_one_that_each_has_whole(job):
     reports = []
     for name, options in {"whole": (), "shared": ("--base-placement", "sharded")}.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import structlog
 
 from job.core.attempt.seat import Team
 from job.core.errors import CannotFitError, PeerLostError, StopRequestedError, UnavailableError
@@ -33,6 +34,10 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN if deed == "deaf" else stop)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # the launcher is kept from it
 say(state="running", phase="train", step=3, of=9, loss=1.5, run_uri="file:///r", last_committed_step=2)
 if deed == "die": os.kill(os.getpid(), signal.SIGKILL)
+if deed == "save":
+    time.sleep(2)
+    say(state="ended", code=70, again="yes", reason="the others are gone", last_committed_step=5)
+    sys.exit(1)
 if deed.isdigit():
     say(state="ended", code=int(deed), again="no", reason="it is too large", action="do this", attempt=3)
     sys.exit(1)
@@ -143,6 +148,18 @@ def test_one_without_a_word_was_killed(supervised, rank):
 
     assert type(raised) is PeerLostError
     assert f"rank {rank} ended without a word: it was killed in phase train" in str(raised)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_is_left_by_one_that_was_killed_has_the_time_to_save(supervised, rank):
+    """Also by rank 0: whoever holds the newest state may commit it."""
+    deeds = ["save", "save"]
+    deeds[rank] = "die"
+    with structlog.testing.capture_logs() as said:
+        supervised(*deeds, others=60.0)
+
+    (workers,) = [event for event in said if event["event"] == "workers"]
+    assert workers["ended"] == {str(rank): "no word", str(1 - rank): 70}
 
 
 def test_who_does_not_end_within_the_grace_is_killed(supervised):

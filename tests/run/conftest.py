@@ -15,14 +15,6 @@ from job_process import Job
 from run_material import SECRETS, TOKEN, long_recipe, make_base
 
 
-def pytest_collection_modifyitems(config, items):
-    if "nightly" in config.option.markexpr:
-        return
-    chosen = [item for item in items if item.get_closest_marker("nightly") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A Llama of two layers with random weights and a word tokenizer of its own."""

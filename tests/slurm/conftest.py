@@ -6,14 +6,6 @@ from job_process import Job
 from run_material import make_base
 
 
-def pytest_collection_modifyitems(config, items):
-    if "slurm" in config.option.markexpr:
-        return
-    chosen = [item for item in items if item.get_closest_marker("slurm") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
-
-
 @pytest.fixture(scope="session")
 def cluster():
     reason = why_not()

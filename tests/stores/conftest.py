@@ -12,14 +12,6 @@ import real_stores
 from servers import new_bucket
 
 
-def pytest_collection_modifyitems(config, items):
-    if "stores" in config.option.markexpr:
-        return
-    chosen = [item for item in items if item.get_closest_marker("stores") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
-
-
 @pytest.fixture(scope="session")
 def ceph(tmp_path_factory, certificates):
     with real_stores.ceph(tmp_path_factory.mktemp("ceph"), certificates) as addresses:

@@ -12,14 +12,6 @@ from job_process import Job
 from run_material import make_base
 
 
-def pytest_collection_modifyitems(config, items):
-    if "trackers" in config.option.markexpr:
-        return
-    chosen = [item for item in items if item.get_closest_marker("trackers") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("base"))

@@ -11,9 +11,10 @@ from job.tune.model.config import shape_of
 
 NF4_BYTES = 1 / 2 + 1 / 64
 _TARGETS = ("q_proj", "v_proj", "experts")
+_ASKED_FOR = [pytest.param(name, marks=pytest.mark.ranks) for name in ("mixtral", "gpt_oss")]
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.fixture(scope="module", params=["qwen3_moe", *_ASKED_FOR])
 def material(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("mixtures")
     base = write_family(folder / "base", request.param, layers=5)
