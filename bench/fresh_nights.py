@@ -16,11 +16,11 @@ from time import perf_counter
 import numpy as np
 
 from bench.results import RESULTS, table, versions, write_section
-from job.core.nightly.error_budget import SAVED_DAYS, WRONG_PER_YEAR, YEAR_DAYS
+from job.core.nightly.error_budget import WRONG_PER_YEAR, quiet_level
 from job.core.nightly.fresh_evidence import BETS, log_growth
 from job.core.nightly.gate import shares_of
 
-LEVEL = shares_of(WRONG_PER_YEAR / (YEAR_DAYS + SAVED_DAYS))[1]
+LEVEL = shares_of(quiet_level(WRONG_PER_YEAR))[1]
 SD = 0.3
 """Nats a token, of the difference of two models on a record, but for what the night's records share."""
 TOPIC = 0.02

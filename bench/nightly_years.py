@@ -27,7 +27,15 @@ import numpy as np
 from bench.results import RESULTS, table, versions, write_section
 from job.core.judging.paired import gap_of, gaps_of, pairs_of
 from job.core.nightly.error_budget import open_budget, spend
-from job.core.nightly.fresh_evidence import BETS, WAITING, FreshEvidence, log_growth, night_share
+from job.core.nightly.fresh_evidence import (
+    BETS,
+    SIGN_ERRORS,
+    WAITING,
+    FreshEvidence,
+    errors_of,
+    log_growth,
+    night_share,
+)
 from job.core.nightly.gate import GUARD_LEVEL, Evidence, decide, shares_of
 
 SD = 0.3
@@ -132,15 +140,8 @@ class Years:
     """Whether the true gain was in use by the end."""
     by_fresh: int
     """Promotions by fresh records."""
-
-
-def levels_of(nights):
-    """What the error budget gives each night; it does not depend on how the tests end."""
-    budget, levels = open_budget(FIRST_DAY), []
-    for night in range(nights):
-        budget, level = spend(budget, f"night-{night}", FIRST_DAY + night, per_year=1.0)
-        levels.append(level)
-    return levels
+    paid: np.ndarray
+    """What the error budget gave, all nights together: [Y]."""
 
 
 def heavy(rng, shape):
@@ -181,6 +182,7 @@ class Channels:
         self.base = [self._model("base", 0.0, row) for row in deviations(self.rng, years)]
         self.wrong, self.right, self.drift = np.zeros(years, int), np.zeros(years, int), np.zeros(years)
         self.by_fresh = 0
+        self.budgets, self.paid = [open_budget(FIRST_DAY)] * years, np.zeros(years)
         self.customers = self._new_customers(years, WAITING + 1)
         """How far a night's customers move the model in use, and those that wait: [Y, 1 + W, customers]."""
         self._no_one_waits(np.ones(years, bool))
@@ -198,13 +200,12 @@ class Channels:
             self.waiting_true, self.waiting_level = np.zeros(shape), np.zeros(shape)
             self.waiting_frozen = np.zeros((*shape, EXAMPLES), np.float32)
             self.waiting_records = np.zeros(shape, int)
-            self.largest = np.zeros(shape)
-        self.waiting_level[rows] = 0.0
+            self.largest, self.last = np.zeros(shape), np.full(shape, np.nan)
+        self.waiting_level[rows], self.last[rows] = 0.0, np.nan
         self.capitals[rows] = -np.inf
 
-    def night(self, night, level, *, true):
+    def night(self, night, *, true):
         """One night in each channel: fresh records first, then tonight's challengers, whose true losses these are."""
-        on_frozen, on_fresh = shares_of(level)
         self._test_before_training(night)
         challenger = deviations(self.rng, self.years)
         champion = deviations(self.rng, self.years) if self.world.anew else self.frozen
@@ -213,10 +214,24 @@ class Channels:
             self._promote_by_t_test(night, t, challenger, true)
             return
         promoted = np.zeros(self.years, bool)
-        for row in np.flatnonzero(t <= NormalDist().inv_cdf(on_frozen) + _NEAR):
+        on_frozen, on_fresh = shares_of(self._pay(night))
+        borders = np.array([NormalDist().inv_cdf(level) for level in on_frozen]) + _NEAR
+        for row in np.flatnonzero(t <= borders):
             model = self._model(f"night-{night}", true[row], challenger[row])
-            promoted[row] = self._judge(night, row, model, champion[row], level=on_frozen)
+            promoted[row] = self._judge(night, row, model, champion[row], level=on_frozen[row])
         self._wait(~promoted, challenger, true, on_fresh)
+
+    def _pay(self, night):
+        """What the error budgets give tonight: [Y]."""
+        levels = np.zeros(self.years)
+        speaks = (self.last <= -SIGN_ERRORS).any(axis=1)
+        for row, budget in enumerate(self.budgets):
+            saves = night > 0 and not speaks[row]
+            self.budgets[row], levels[row] = spend(
+                budget, f"night-{night}", FIRST_DAY + night, per_year=1.0, saves=saves
+            )
+        self.paid += levels
+        return levels
 
     def _promote_by_t_test(self, night, t, challenger, true):
         for row in np.flatnonzero(t <= NormalDist().inv_cdf(0.05)):
@@ -227,8 +242,12 @@ class Channels:
         if not self.world.gate:
             return
         tokens = self.rng.choice(_TOKENS, (self.years, 1, NEW_RECORDS))
-        found = (self._on_new_records() * tokens).sum(axis=2) / tokens.sum(axis=2)
-        gain = night_share(tokens) * (found[:, :1] + self.true[:, None] - found[:, 1:] - self.waiting_true)
+        found = self._on_new_records()
+        found[:, 0] += self.true[:, None]
+        found[:, 1:] += self.waiting_true[:, :, None]
+        difference = (found[:, 1:] - found[:, :1]) * tokens
+        self.last = np.where(self.waiting_level > 0, errors_of(difference, tokens), np.nan)
+        gain = night_share(tokens) * -difference.sum(axis=2) / tokens.sum(axis=2)
         self.capitals[:, :, 0] += log_growth(gain, self.largest)
         self.capitals[:, :, 1] += log_growth(-gain, self.largest)
         self.largest = np.maximum(self.largest, abs(gain))
@@ -325,19 +344,19 @@ class Channels:
     def _wait(self, rows, challenger, true, level):
         """Tonight's challengers take the place of those with the least evidence, as `worth_keeping` says."""
         evidence = np.exp(self.capitals[:, :, 0]).mean(axis=2)
-        slot = np.argmin(evidence, axis=1)
-        rows = np.flatnonzero(rows & (evidence.min(axis=1) <= 1.0))
-        slot = slot[rows]
+        rows = np.flatnonzero(rows)
+        slot = np.argmin(evidence, axis=1)[rows]
         self.capitals[rows, slot] = 0.0
-        self.waiting_true[rows, slot], self.waiting_level[rows, slot] = true[rows], level
+        self.waiting_true[rows, slot], self.waiting_level[rows, slot] = true[rows], level[rows]
         self.waiting_frozen[rows, slot], self.waiting_records[rows, slot] = challenger[rows], 0
+        self.last[rows, slot] = np.nan
         self.largest[rows, slot], self.customers[rows, 1 + slot] = 0.0, self._new_customers(len(rows))
 
 
 def live(world, years, nights, seed):
     """Some years of a world."""
     channels = Channels(world, years, seed)
-    for night, level in enumerate(levels_of(nights)):
+    for night in range(nights):
         true = channels.true + world.step
         if world.spread:
             true = channels.rng.normal(0, world.spread, years)
@@ -345,7 +364,7 @@ def live(world, years, nights, seed):
             true = channels.rng.normal(channels.true, world.wander)
         if world.gain is not None:
             true = np.full(years, -world.gain if night >= nights - 7 else 0.0)
-        channels.night(night, level, true=true)
+        channels.night(night, true=true)
     gained = channels.true < 0 if world.gain is not None else np.zeros(years, bool)
     return Years(
         years=years,
@@ -354,13 +373,15 @@ def live(world, years, nights, seed):
         drift=channels.drift,
         gained=gained,
         by_fresh=channels.by_fresh,
+        paid=channels.paid,
     )
 
 
 def together(parts):
     """Several lots of years as one."""
     joined = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in ("wrong", "right", "drift", "gained")
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("wrong", "right", "drift", "gained", "paid")
     }
     return Years(years=sum(p.years for p in parts), by_fresh=sum(p.by_fresh for p in parts), **joined)
 
@@ -376,6 +397,7 @@ def row_of(world, found, nights):
         f"{found.drift.max():.3f}",
         "" if world.gain is None else f"{100 * found.gained.mean():.1f} %",
         f"{found.by_fresh / found.years:.2f}",
+        f"{found.paid.mean():.2f}" if world.gate else "",
     ]
 
 
@@ -418,6 +440,7 @@ def section(rows, options, seconds):
         "most drift, nats",
         "gain in use",
         "promoted by fresh records",
+        "levels paid",
     ]
     return f"""## Years of nightly promotions
 
@@ -435,7 +458,8 @@ rows they are drawn anew each night, as if each night were judged on new example
 records of a night together, by a standard deviation of 0.02 nat between two models. *Half of the customers come back*:
 a night's new records are those of {CUSTOMERS} customers, half of whom were there the night before, and move the same
 model in the same way; so that tonight's difference can be foreseen in part, which the evidence of new records does not
-allow for. {", ".join(versions(["numpy"]))}; {seconds / 60:.0f} minutes in {options.workers}
+allow for. Levels paid: what the error budget gave a year's tests, which is the most that may be expected to be wrong.
+{", ".join(versions(["numpy"]))}; {seconds / 60:.0f} minutes in {options.workers}
 processes.
 
     python -m bench.nightly_years --years {options.years} --nights {options.nights} --seed {options.seed}

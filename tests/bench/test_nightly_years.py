@@ -17,11 +17,11 @@ from bench.nightly_years import (
     Channels,
     World,
     deviations,
-    levels_of,
     live,
     t_of,
 )
 from job.core.judging.paired import gap_of, pairs_of
+from job.core.nightly.error_budget import quiet_level
 from job.core.nightly.gate import shares_of
 
 T_TEST = "equal models, a t-test at 5 % each night"
@@ -48,7 +48,7 @@ def test_the_quick_t_is_the_product_s():
 
 def test_what_the_quick_t_passes_over_is_never_promoted():
     """As near to the border as they come: the bootstrap finds none of them significant."""
-    level, _ = shares_of(levels_of(100)[-1])
+    level, _ = shares_of(quiet_level(1.0))
     border = NormalDist().inv_cdf(level) + _NEAR
     rng = np.random.default_rng(3)
     drawn = (deviations(rng, 60) - deviations(rng, 60)).astype(np.float64)
@@ -87,7 +87,7 @@ def test_customers_who_come_back_move_the_next_night_in_the_same_way():
 def test_topics_of_the_day_do_not_promote_those_that_wait():
     """Larger ones than in the table, so that as independent records they would promote most channels' challengers."""
     found = live(World(name="topics", topic=0.1), 40, 20, 1)
-    expected = 40 * sum(shares_of(level)[1] for level in levels_of(20))
+    expected = shares_of(found.paid.sum())[1]
 
     assert found.by_fresh <= expected + 3 * np.sqrt(expected)
 
@@ -108,7 +108,7 @@ def test_what_a_channel_does_is_the_row_of_most_years():
 def test_equal_models_are_promoted_as_seldom_as_the_budget_says():
     """Of 100 channels, 40 nights each: what their levels add up to is the most that is expected."""
     found = live(World(name="equal", anew=True), 100, 40, 1)
-    expected = 100 * sum(levels_of(40))
+    expected = found.paid.sum()
 
     assert found.wrong.sum() <= expected + 3 * np.sqrt(expected)
     assert found.drift.max() == 0

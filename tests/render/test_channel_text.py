@@ -71,7 +71,7 @@ def test_a_channel_shows_what_is_in_use_why_and_how_it_came_to_be():
     assert "in use    run-2, since 2026-11-28T02:17:00+00:00" in text
     assert "why       Promoted: run-2 is " in text
     assert "copy      s3://b/channels/notes/adapter" in text
-    assert "budget    0.018 of 1 wrong promotions" in text
+    assert "budget    0.002 of 1 wrong promotions" in text
     assert "again     run-4 lost its swap" in text
     assert "40 records: run-1 1.2500" in text
     assert text.index("run-3  ") < text.rindex("run-2  "), "the newest night first"

@@ -881,7 +881,7 @@ def test_the_ending_and_the_channel_say_what_came_of_the_night(job):
     assert f"in use    {report['run_id']}" in shown
     assert "why       Promoted: " in shown
     assert f"copy      {uri}/adapter" in shown
-    assert "0.018 of 1 wrong promotions that a year may expect are spent" in shown
+    assert "0.002 of 1 wrong promotions that a year may expect are spent" in shown
     assert shown.count(report["run_id"]) >= 2
     html = job.store / "notes.html"
     told = call("report", f"{uri}/", "--html", str(html))

@@ -261,6 +261,11 @@ def waiting_for(state: ChannelState, champion: str) -> tuple[FreshEvidence, ...]
     return tuple(each for each in state.waiting if each.champion == champion)
 
 
+def saves_tonight(state: ChannelState) -> bool:
+    """Whether tonight's test is to be paid with little: fresh records judge challengers, and speak for none."""
+    return bool(state.fresh) and not any(each.speaks for each in state.waiting)
+
+
 def next_round(state: ChannelState | None, run_id: str) -> int:
     """Which time a run is judged: verdicts that were not carried out yet do not count."""
     if state is None:

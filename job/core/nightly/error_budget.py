@@ -6,20 +6,26 @@ number of wrong promotions in any 365 days, E[V] <= `per_year`: the per-family e
 2021, "Online control of the familywise error rate", Statistical Methods in Medical Research 30, 976-993,
 arXiv:1910.04900). Level is earned by the day and spent by the test, whose level is
 
-    level = min(0.05, left / 2),        left' = left - level,        left <= cap = 14 income,
-    income = per_year / (365 + 14) a day
+    level = min(0.05, left / 2),        left' = left - level,        left <= cap = 56 income,
+    income = per_year / (365 + 56) a day
 
 so that 365 days spend at most cap + 365 income = per_year, and E[V] = sum P(reject a true null) <= sum of the levels.
-A channel that is judged each night settles at level = income, about 1/380 for one wrong promotion a year; one that is
+A channel that is judged each night settles at level = income, about 1/420 for one wrong promotion a year; one that is
 judged seldom saves up, and one that is judged several times a day never spends its last.
+
+Where fresh records judge the challengers before (`fresh_evidence`), a night on which they speak for none of these
+saves: its test gets a quarter of what was earned since the last one. A night on which they do, and most nights of a
+true gain are such, has half of what was saved, up to 28 days' income. The sum is bounded as before, whatever the levels
+depend on; what is added to the assumptions is that new records do not know of the frozen examples: whoever is no better
+has, whatever these records say, a p-value on the frozen ones that is at most `level` with at most that chance.
 
 Why not alpha-investing with a reward, LORD++ or SAFFRON (Ramdas et al. 2017, arXiv:1710.00499; 2018,
 arXiv:1802.09098), which buy more power with every rejection: they bound the share of wrong ones among the promotions,
 not their number; they want each p-value to be valid given all earlier decisions, and here every night asks the same
 frozen examples, often with the same champion (onlineFDR's pages name dependence of this kind as outside of what they
 promise, and inside of what alpha-spending does); and their levels fade for as long as nothing is rejected. Here the
-levels depend on days and tests alone, never on how a test ended, so that the bound is a sum over single tests,
-however much they depend.
+levels depend on days, tests and fresh records, never on how a test on the frozen examples ended, so that the bound is a
+sum over single tests, however much they depend.
 """
 
 from datetime import date
@@ -34,8 +40,10 @@ BUDGET_VERSION: Literal[1] = 1
 WRONG_PER_YEAR = 1.0
 """Wrong promotions expected in a year, where the recipe says nothing else."""
 YEAR_DAYS = 365
-SAVED_DAYS = 14
-"""Days without a test whose income is kept for later ones."""
+SAVED_DAYS = 56
+"""Days whose income is kept for later tests."""
+QUIET_SHARE = 0.25
+"""Of what was earned since the last test: for one on a night on which fresh records speak for no challenger."""
 MOST_LEVEL = 0.05
 """Of one test, whatever has been saved."""
 KEPT_TESTS = 1000
@@ -104,14 +112,14 @@ def _cap(per_year: float) -> float:
     return SAVED_DAYS * _income(per_year)
 
 
-def steady_level(per_year: float) -> float:
-    """The level that a channel settles at which is judged each night."""
-    return _income(per_year)
+def quiet_level(per_year: float) -> float:
+    """The level of a night that saves, in a channel that is judged each night."""
+    return QUIET_SHARE * _income(per_year)
 
 
 def open_budget(day: int, *, per_year: float = WRONG_PER_YEAR) -> ErrorBudget:
-    """The budget of a channel that begins on this day, with all that can be saved."""
-    return ErrorBudget(per_year=per_year, day=day, left=_cap(per_year))
+    """The budget of a channel that begins on this day, with as much as gives its first test an ordinary level."""
+    return ErrorBudget(per_year=per_year, day=day, left=2 * _income(per_year))
 
 
 def earned(budget: ErrorBudget, day: int, *, per_year: float) -> ErrorBudget:
@@ -125,7 +133,9 @@ def earned(budget: ErrorBudget, day: int, *, per_year: float) -> ErrorBudget:
     return budget.model_copy(update={"per_year": per_year, "day": counted_from, "left": left})
 
 
-def spend(budget: ErrorBudget, run_id: str, day: int, *, per_year: float) -> tuple[ErrorBudget, float]:
+def spend(
+    budget: ErrorBudget, run_id: str, day: int, *, per_year: float, saves: bool = False
+) -> tuple[ErrorBudget, float]:
     """The budget after a run's test, and the test's level; a run that was paid for keeps its level and costs nothing.
 
     Args:
@@ -133,12 +143,15 @@ def spend(budget: ErrorBudget, run_id: str, day: int, *, per_year: float) -> tup
         run_id: the challenger's.
         day: of the test.
         per_year: wrong promotions that the recipe allows a year.
+        saves: fresh records judge challengers, and speak for none.
     """
     paid = budget.level_of(run_id)
     if paid is not None:
         return budget, paid
     now = earned(budget, day, per_year=per_year)
     level = min(MOST_LEVEL, now.left / 2)
+    if saves:
+        level = min(level, QUIET_SHARE * max(1, day - budget.day) * _income(per_year))
     test = Spent(run_id=run_id, day=day, level=level)
     update = {
         "left": now.left - level,

@@ -48,7 +48,7 @@ GUARD_LEVEL = 0.05
 """Chance that a challenger that is no worse is held up by slices and answers together, or by any other guard alone."""
 MAX_DRIFT = 0.02
 """Nats a token on the regression set that may be lost, as measured, where the recipe says nothing else."""
-FRESH_SHARE = 0.5
+FRESH_SHARE = 0.2
 """Of a challenger's level: for fresh records on later nights; the rest is for the frozen examples on its own."""
 
 Verdict = Literal["better", "not better", "cannot tell"]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from job.core.judging.paired import SMALLEST_P
-from job.core.nightly.error_budget import WRONG_PER_YEAR, PerYear, steady_level
+from job.core.nightly.error_budget import WRONG_PER_YEAR, PerYear, quiet_level
 from job.core.nightly.gate import MAX_DRIFT, shares_of
 from job.core.section import NotNegative, Section, Text, Uris
 
@@ -38,7 +38,7 @@ class PromoteSection(Section):
     """Nats a token that may be lost, as measured, against the model in use, that of 30 days ago, and the base."""
     wrong_per_year: PerYear = WRONG_PER_YEAR
     """Promotions of a model that is no better, expected in any 365 days, at most. So few that the frozen examples could
-    not promote anything on an ordinary night are refused."""
+    not promote anything on a night that saves are refused."""
     seeds: Literal[1, 2] = 1
     """Trainings that are judged: with 2 the recipe is trained with `train.seed` + 1 as well, and both have to be
     better."""
@@ -60,13 +60,13 @@ class PromoteSection(Section):
 
     @model_validator(mode="after")
     def _the_frozen_examples_can_promote(self) -> Self:
-        level = steady_level(self.wrong_per_year)
+        level = quiet_level(self.wrong_per_year)
         frozen = level if self.seeds > 1 else shares_of(level)[0]
         if frozen < SMALLEST_P:
             least = math.ceil(1000 * self.wrong_per_year * SMALLEST_P / frozen) / 1000
             raise ValueError(
-                f"wrong_per_year: {self.wrong_per_year:g} leaves the frozen examples a level of {frozen:.1e} on an "
-                f"ordinary night, and the smallest p that the bootstrap can show is {SMALLEST_P:.1e}, so that they "
+                f"wrong_per_year: {self.wrong_per_year:g} leaves the frozen examples a level of {frozen:.1e} on a "
+                f"night that saves, and the smallest p that the bootstrap can show is {SMALLEST_P:.1e}, so that they "
                 f"would never promote a model, however much better; give {least:g} or more"
             )
         return self

@@ -23,6 +23,7 @@ from job.core.nightly.channel import (
     next_round,
     open_state,
     promotion_of,
+    saves_tonight,
     without_again,
 )
 from job.core.nightly.error_budget import YEAR_DAYS, spend
@@ -111,7 +112,8 @@ def pay(channel: Channel, recipe: Recipe, key: str) -> float:
     day, per_year = today(), recipe.promote.wrong_per_year
 
     def paid(state: ChannelState) -> ChannelState:
-        return state.model_copy(update={"budget": spend(state.budget, key, day, per_year=per_year)[0]})
+        budget, _ = spend(state.budget, key, day, per_year=per_year, saves=saves_tonight(state))
+        return state.model_copy(update={"budget": budget})
 
     level = channel.change_state(paid, first=first_state(recipe)).budget.level_of(key)
     assert level is not None, "it was just paid"

@@ -259,7 +259,7 @@ def test_the_percentiles_of_the_mean_would_be_wrong_where_differences_are_skewed
 
 def test_a_small_level_gets_the_resamples_that_show_it():
     """A fifteenth of an ordinary night's, as where a checkpoint was chosen from fifteen."""
-    differences, level = heavy(np.random.default_rng(10), 60, sd=0.1) - 0.3, 1 / 758 / 15
+    differences, level = heavy(np.random.default_rng(10), 60, sd=0.1) - 0.3, 1 / 526 / 15
     pairs = pairs_of(differences, np.zeros(60), np.ones(60))
 
     assert gap_at(pairs, level).p_better < level / 5
@@ -269,4 +269,4 @@ def test_a_small_level_gets_the_resamples_that_show_it():
 
 
 def test_a_level_of_an_ordinary_night_is_within_reach_of_the_resamples():
-    assert 20 / (RESAMPLES + 1) < 1 / 758
+    assert 20 / (RESAMPLES + 1) < 1 / 526

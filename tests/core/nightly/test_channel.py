@@ -25,10 +25,11 @@ from job.core.nightly.channel import (
     promotion_of,
     read_as,
     rollback_to,
+    saves_tonight,
     waiting_for,
 )
 from job.core.nightly.error_budget import spend
-from job.core.nightly.fresh_evidence import BETS
+from job.core.nightly.fresh_evidence import BETS, FreshEvidence
 from job.core.nightly.judgement import evidence_to_gather
 from job.core.nightly.promotion_report import said_of
 
@@ -194,6 +195,16 @@ def test_a_night_in_which_nobody_was_scored_only_notes_what_it_saw():
     after = after_fresh(state(), {}, champion="the base", seen=SEEN, night=nothing)
 
     assert (after.seen, after.fresh) == (SEEN, ())
+
+
+def test_a_night_saves_where_new_records_speak_for_no_one():
+    speaks, silent = (FreshEvidence(challenger="run-2", champion="run-1", level=0.1, last=last) for last in (-3.0, 3.0))
+    heard = state().model_copy(update={"fresh": (NIGHT,)})
+
+    assert not saves_tonight(state()), "none were ever judged on"
+    assert saves_tonight(heard), "nobody waits"
+    assert saves_tonight(heard.model_copy(update={"waiting": (silent,)}))
+    assert not saves_tonight(heard.model_copy(update={"waiting": (silent, speaks)}))
 
 
 def test_a_state_with_a_budget_that_was_spent_comes_back():

@@ -1,5 +1,6 @@
 """The error budget: no year spends more than it may, whatever the days; a run is paid once; what is read is checked."""
 
+import itertools
 import json
 from itertools import pairwise
 
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from job.core.nightly.error_budget import (
     KEPT_TESTS,
     MOST_LEVEL,
+    QUIET_SHARE,
     SAVED_DAYS,
     YEAR_DAYS,
     ErrorBudget,
     earned,
     open_budget,
+    quiet_level,
     read_error_budget,
     spend,
 )
@@ -24,22 +27,40 @@ FIRST = 739_000
 quick = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 
 
-def nights(days, *, per_year=1.0):
+def nights(days, *, per_year=1.0, saves=None):
     """Each test's level and day, one run after another on these days."""
     budget, found = open_budget(FIRST, per_year=per_year), []
-    for number, day in enumerate(days):
-        budget, level = spend(budget, f"run-{number}", day, per_year=per_year)
+    for number, (day, saved) in enumerate(zip(days, saves or itertools.repeat(False), strict=False)):
+        budget, level = spend(budget, f"run-{number}", day, per_year=per_year, saves=saved)
         found.append((day, level))
     return budget, found
 
 
-def test_a_channel_that_is_judged_each_night_settles_at_a_day_s_income():
-    _, found = nights(range(FIRST, FIRST + 730))
-    income = 1 / (YEAR_DAYS + SAVED_DAYS)
+INCOME = 1 / (YEAR_DAYS + SAVED_DAYS)
 
-    assert found[0][1] == pytest.approx(SAVED_DAYS * income / 2)
-    assert [level for _, level in found[60:]] == pytest.approx([income] * 670)
-    assert all(earlier[1] >= later[1] for earlier, later in pairwise(found))
+
+def test_a_channel_that_is_judged_each_night_has_a_day_s_income_from_the_first_night_on():
+    _, found = nights(range(FIRST, FIRST + 730))
+
+    assert [level for _, level in found] == pytest.approx([INCOME] * 730)
+
+
+def test_nights_that_save_leave_half_of_it_to_the_one_that_does_not():
+    """And the ones after that the half of what is left, and what comes."""
+    quiet = 120
+    _, found = nights(range(FIRST, FIRST + 122), saves=[False, *[True] * (quiet - 1), False, False])
+
+    assert [level for _, level in found[1:quiet]] == pytest.approx([quiet_level(1.0)] * (quiet - 1))
+    assert quiet_level(1.0) == QUIET_SHARE * INCOME
+    at_first, then = (level for _, level in found[quiet:])
+    assert at_first == pytest.approx(MOST_LEVEL)
+    assert then == pytest.approx((SAVED_DAYS * INCOME - MOST_LEVEL + INCOME) / 2)
+
+
+def test_one_that_is_judged_seldom_saves_of_all_that_it_has_earned():
+    _, found = nights(range(FIRST, FIRST + 70, 7), saves=[True] * 10)
+
+    assert [level for _, level in found[1:]] == pytest.approx([7 * quiet_level(1.0)] * 9)
 
 
 def test_it_is_tested_as_sharply_after_years_without_a_promotion():
@@ -49,13 +70,13 @@ def test_it_is_tested_as_sharply_after_years_without_a_promotion():
     assert found[-1][1] == pytest.approx(found[YEAR_DAYS][1])
 
 
-def test_one_that_is_judged_seldom_saves_up_for_a_fortnight():
+def test_one_that_is_judged_seldom_saves_up_for_eight_weeks():
     _, weekly = nights(range(FIRST, FIRST + 700, 7))
     _, yearly = nights(range(FIRST, FIRST + 4000, 400))
-    cap = SAVED_DAYS / (YEAR_DAYS + SAVED_DAYS)
 
-    assert weekly[-1][1] == pytest.approx(7 / (YEAR_DAYS + SAVED_DAYS))
-    assert [level for _, level in yearly] == pytest.approx([cap / 2] * 10)
+    assert weekly[-1][1] == pytest.approx(7 * INCOME)
+    assert [level for _, level in yearly[1:]] == [MOST_LEVEL] * 9
+    assert SAVED_DAYS * INCOME / 2 > MOST_LEVEL
 
 
 def test_several_in_one_night_share_what_is_there_and_never_spend_the_last():
@@ -66,16 +87,20 @@ def test_several_in_one_night_share_what_is_there_and_never_spend_the_last():
 
 
 def test_no_test_has_more_than_the_usual_level_however_much_a_year_may_have():
-    _, found = nights(range(FIRST, FIRST + 100), per_year=12.0)
+    _, found = nights(range(FIRST, FIRST + 700, 7), per_year=12.0)
 
     assert max(level for _, level in found) == MOST_LEVEL
 
 
 @quick
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=200), st.floats(0.01, 12))
-def test_no_365_days_spend_more_than_a_year_may(gaps, per_year):
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=200),
+    st.floats(0.01, 12),
+    st.lists(st.booleans(), min_size=200, max_size=200),
+)
+def test_no_365_days_spend_more_than_a_year_may(gaps, per_year, saves):
     days = [FIRST + sum(gaps[: place + 1]) for place in range(len(gaps))]
-    budget, found = nights(days, per_year=per_year)
+    budget, found = nights(days, per_year=per_year, saves=saves)
 
     for first, _ in found:
         assert sum(level for day, level in found if first <= day < first + YEAR_DAYS) <= per_year * (1 + 1e-9)
@@ -134,7 +159,7 @@ def test_a_clock_that_was_decades_ahead_does_not_stop_the_income_for_decades():
 
 
 def test_a_recipe_that_allows_less_takes_back_what_was_saved():
-    budget = earned(open_budget(FIRST, per_year=2.0), FIRST + 1, per_year=0.5)
+    budget = earned(earned(open_budget(FIRST, per_year=2.0), FIRST + 90, per_year=2.0), FIRST + 91, per_year=0.5)
 
     assert (budget.per_year, budget.left) == (0.5, pytest.approx(0.5 * SAVED_DAYS / (YEAR_DAYS + SAVED_DAYS)))
 

@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.core.judging.paired import pairs_of
-from job.core.nightly.error_budget import SAVED_DAYS, WRONG_PER_YEAR, YEAR_DAYS
+from job.core.judging.paired import gap_of, pairs_of
+from job.core.nightly.error_budget import MOST_LEVEL, quiet_level
 from job.core.nightly.fresh_evidence import (
     BETS,
     BOUND_NATS,
     FULL_RECORDS,
     MOST_NIGHTS,
+    SIGN_ERRORS,
     FreshEvidence,
+    errors_of,
     log_growth,
     read_fresh_evidence,
     with_night,
@@ -116,14 +118,15 @@ def test_a_real_gain_is_seen_within_a_month_and_a_loss_as_well():
     assert not lost.is_better
 
 
-def test_the_best_nights_take_thirteen_to_be_enough_for_one_that_is_judged_each_night():
-    """As the docstring and docs/nightly.md say."""
-    found, nights = begun(level=shares_of(WRONG_PER_YEAR / (YEAR_DAYS + SAVED_DAYS))[1]), 0
+@pytest.mark.parametrize(("level", "enough", "best"), [(quiet_level(1.0), 8420, 17), (MOST_LEVEL, 100, 9)])
+def test_the_best_nights_take_nine_to_seventeen_to_be_enough(level, enough, best):
+    """As the docstring and docs/nightly.md say: of a challenger of a night that saved, and of one that had the most."""
+    found, nights = begun(level=shares_of(level)[1]), 0
     while not found.is_better:
         found, nights = with_night(found, str(nights), records(np.full(500, -1.0), 10)), nights + 1
 
-    assert nights == 13
-    assert 1 / found.level == pytest.approx(758, abs=0.5)
+    assert nights == best
+    assert 1 / found.level == pytest.approx(enough, abs=0.5)
 
 
 def test_nothing_is_enough_where_nothing_was_paid():
@@ -224,11 +227,49 @@ def test_a_challenger_that_is_no_better_is_hardly_ever_taken_for_better_however_
     assert 0.01 < ever.mean() <= at_most(0.05, 2000)
 
 
-def test_those_with_the_most_evidence_go_on_waiting_and_of_equals_the_newest():
-    found = [begun(challenger=name, better=(log,) * len(BETS)) for name, log in zip("abcd", [0, 2, -1, 0], strict=True)]
+def test_the_newest_goes_on_waiting_and_those_with_the_most_evidence_and_of_equals_the_newer():
+    logs = [0, 2, -1, 0, 1, -2]
+    found = [begun(challenger=name, better=(log,) * len(BETS)) for name, log in zip("abcdef", logs, strict=True)]
 
-    assert [each.challenger for each in worth_keeping(found)] == ["b", "d", "a"]
+    assert [each.challenger for each in worth_keeping(found)] == ["b", "e", "f"], "the newest has the least"
+    assert [each.challenger for each in worth_keeping(found[:4])] == ["b", "d", "a"]
     assert [each.challenger for each in worth_keeping(found[:1])] == ["a"]
+    assert worth_keeping([]) == ()
+
+
+# --- which nights speak for a challenger -----------------------------------------------------------------------------
+
+
+def test_a_night_s_errors_are_those_that_the_frozen_examples_would_have():
+    rng = np.random.default_rng(3)
+    pairs = records(heavy(rng, 300) - 0.05, rng.integers(5, 80, 300))
+    gap = gap_of(pairs, resamples=99)
+    evidence = with_night(begun(margin=0.01), "a", pairs)
+
+    assert evidence.last == pytest.approx((gap.mean + 0.01) / gap.standard_error)
+
+
+def test_one_night_in_two_hundred_speaks_for_a_challenger_that_is_no_better():
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(5, 80, (20_000, 200))
+    speaks = errors_of(0.3 * rng.standard_normal(tokens.shape) * tokens, tokens) <= -SIGN_ERRORS
+
+    assert speaks.mean() == pytest.approx(1 / 200, abs=0.002)
+
+
+def test_only_the_last_night_speaks():
+    good, nothing = records(np.linspace(-0.2, 0.1, 50)), records(np.linspace(-0.2, 0.2, 50))
+    found = with_night(begun(), "a", good)
+    then = with_night(found, "b", nothing)
+
+    assert (begun().speaks, found.speaks, then.speaks) == (False, True, False)
+    assert read_fresh_evidence(json.loads(found.model_dump_json())) == found
+
+
+def test_a_few_records_and_models_that_do_not_differ_speak_for_none():
+    assert with_night(begun(), "a", records([-0.2, -0.1] * 9)).last is None
+    assert with_night(begun(), "a", records(np.zeros(50))).last is None
+    assert with_night(begun(margin=0.01), "a", records(np.zeros(50))).last is None
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_a_clear_gain_is_promoted_none_is_not_and_each_says_by_what():
     assert (better.decision.promoted, better.decision.verdict) == (True, "better")
     assert (same.decision.promoted, same.decision.verdict) == (False, "cannot tell")
     assert (worse.decision.promoted, worse.decision.verdict) == (False, "not better")
-    assert better.decision.level == 0.01, "half of what was paid is for fresh records"
+    assert better.decision.level == pytest.approx(0.016), "a fifth of what was paid is for fresh records"
     assert better.challenger_loss == pytest.approx(better.champion_loss - 0.1, abs=0.02)
     assert any("Another seed" in note for note in better.decision.notes)
 
@@ -59,9 +59,9 @@ def test_a_level_is_shared_among_the_checkpoints_of_which_one_was_chosen():
     one, many = judged(gain=0.1, level=0.002), judged(gain=0.1, level=0.002, checkpoints=50)
 
     assert many.decision.promoted
-    assert many.gap.p_better <= 0.001 / 50 < one.gap.p_better
-    assert (many.decision.level, many.checkpoints) == (0.001, 50)
-    noisy = results(0.978, model="run-2", seed=2)
+    assert many.gap.p_better <= 0.0016 / 50 < one.gap.p_better
+    assert (many.decision.level, many.checkpoints) == (0.0016, 50)
+    noisy = results(0.981, model="run-2", seed=2)
     assert judged(challenger=noisy).decision.promoted
     assert not judged(challenger=noisy, checkpoints=50).decision.promoted
 
@@ -132,7 +132,7 @@ def test_only_who_was_refused_and_is_another_model_waits_for_fresh_records():
     refused = judged(gain=0.0)
     waits = evidence_to_gather(refused, STANDARDS, level=refused.level)
 
-    assert (waits.challenger, waits.champion, waits.level, waits.nights) == ("run-2", "run-1", 0.01, ())
+    assert (waits.challenger, waits.champion, waits.level, waits.nights) == ("run-2", "run-1", 0.004, ())
     assert evidence_to_gather(judged(), STANDARDS, level=0.02) is None
 
 

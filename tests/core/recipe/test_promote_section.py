@@ -5,11 +5,13 @@ from channel_material import judged
 from pydantic import ValidationError
 
 from job.core.judging.paired import SMALLEST_P
-from job.core.nightly.error_budget import SAVED_DAYS, YEAR_DAYS, open_budget, spend
+from job.core.nightly.error_budget import open_budget, quiet_level, spend
+from job.core.nightly.gate import shares_of
 from job.core.recipe.schema import Recipe, identity_of
 
-LEAST = 2 * SMALLEST_P * (YEAR_DAYS + SAVED_DAYS)
-"""Of `wrong_per_year`: half of a day's income, which is for the frozen examples, is then the smallest p there is."""
+OF_TWO_SEEDS = SMALLEST_P / quiet_level(1.0)
+LEAST = SMALLEST_P / shares_of(quiet_level(1.0))[0]
+"""Of `wrong_per_year`: the level of the frozen examples on a night that saves is then the smallest p there is."""
 
 
 def recipe(data=None, **promote):
@@ -64,7 +66,7 @@ def test_all_of_it_needs_a_channel(promote):
         ({}, {"seeds": 3}, "promote.seeds"),
         ({}, {"wrong_per_year": 0.0}, "promote.wrong_per_year"),
         ({}, {"wrong_per_year": 0.99 * LEAST}, "would never promote a model, however much better; give 0.0[0-9]+ or"),
-        ({}, {"wrong_per_year": 0.99 * LEAST / 2, "seeds": 2}, "would never promote a model"),
+        ({}, {"wrong_per_year": 0.99 * OF_TWO_SEEDS, "seeds": 2}, "would never promote a model"),
         ({}, {"wrong_per_yaer": 1.0}, "promote.wrong_per_yaer"),
     ],
 )
@@ -73,13 +75,14 @@ def test_what_cannot_be_judged_or_said_is_refused(data, promote, told):
         recipe(data, **{"channel": "notes"} | promote)
 
 
-@pytest.mark.parametrize(("per_year", "seeds"), [(1.01 * LEAST, 1), (1.01 * LEAST / 2, 2)])
+@pytest.mark.parametrize(("per_year", "seeds"), [(1.01 * LEAST, 1), (1.01 * OF_TWO_SEEDS, 2)])
 def test_at_the_least_that_may_be_wrong_a_model_that_is_surely_better_is_promoted_on_any_night(per_year, seeds):
-    """Also after a year without a pause, when nothing is saved up."""
+    """Also on one of a year of nights that save."""
     promote = recipe(channel="notes", wrong_per_year=per_year, seeds=seeds).promote
     budget, level = open_budget(740_000, per_year=promote.wrong_per_year), 0.0
     for night in range(400):
-        budget, level = spend(budget, f"run-{night}", 740_000 + night, per_year=promote.wrong_per_year)
+        day = 740_000 + night
+        budget, level = spend(budget, f"run-{night}", day, per_year=promote.wrong_per_year, saves=True)
     found = judged(gain=0.5, level=level, seeds=(0.5,) * (seeds - 1))
     assert found.gap.p_better == SMALLEST_P
     assert found.decision.promoted
