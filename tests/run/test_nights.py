@@ -330,7 +330,7 @@ def test_new_records_promote_a_run_that_could_not_be_told_from_the_model_in_use(
     (waits,) = job.state()["waiting"]
     assert (waits["challenger"], waits["champion"], waits["records"]) == (first["run_id"], "the base", 0)
 
-    job.has_waited(nights=9, records=1800, evidence=0.8 / waits["level"])
+    job.all_but_enough()
     job.more("2", 200, seed=7)
     ended, second = job.night()
     phases = ended.phases()
@@ -595,6 +595,7 @@ def test_what_changes_while_new_records_are_scored_costs_the_night_nothing_but_t
     (waits,) = job.state()["waiting"]
     assert waits["challenger"] == first["run_id"]
 
+    job.all_but_enough()
     job.more("2", 200, seed=7)
     score = fresh_records.FreshRecords._score
 
@@ -764,10 +765,11 @@ def test_killed_on_the_way_to_a_refusal_the_model_in_use_stays_and_the_test_is_p
 
 @pytest.fixture(scope="session")
 def undecided_night(tmp_path_factory, base, warm):
-    """After a first night on which nothing could be told, with new records on which it can."""
+    """After nights on which nothing could be told, with new records on which it can."""
     job = NightlyJob(tmp_path_factory.mktemp("nights") / "job", base, warm)
     write_lines(job.data / "validation.jsonl", records(12, seed=1))
     job.night()
+    job.all_but_enough()
     job.more("2", 200, seed=7)
     return job
 
@@ -789,7 +791,7 @@ def test_killed_while_new_records_promote_a_run_that_waited_it_is_promoted_once(
     _, report = job.night()
     first = job.history()[0]
     assert (first["run_id"], first["sequence"]) == (waits["challenger"], 1)
-    assert "records of 1 nights that neither had seen" in first["why"], "counted once"
+    assert "records of 10 nights that neither had seen" in first["why"], "counted once"
     assert report["promotion"]["judged"]["decision"]["champion"] == waits["challenger"]
     nights = [(night["run_id"], night["round"]) for night in job.state()["nights"]]
     assert nights == [(waits["challenger"], 1), (waits["challenger"], 2), (report["run_id"], 1)]
