@@ -10,6 +10,7 @@ from channel_material import STANDARDS, adapter, exam, judged, results
 from tiny import stages_attempt
 
 from job.core.nightly.channel import Compared, Promoted, after_verdict, name_in_use, open_state, rollback_to
+from job.core.nightly.error_budget import quiet_level
 from job.core.nightly.fresh_evidence import BETS
 from job.core.nightly.judgement import evidence_to_gather
 from job.core.recipe.schema import Recipe
@@ -156,6 +157,22 @@ def test_new_records_promote_who_waited(nights):
 
     assert (done.judged.run_id, done.judged.fresh.records, done.outcome) == ("run-2", len(NEW), "promoted")
     assert nights.channel.promoted()[0].run_id == "run-2"
+
+
+def test_a_night_whose_new_records_speak_for_no_one_pays_little_and_one_whose_do_what_was_saved(nights):
+    nights.waits("run-2", level=0.0)
+    nights.fresh(OLD, NEW).test(nights.copy)
+    quiet = pay(nights.channel, nights.recipe, "run-9")
+    (silent,) = nights.state.waiting
+    speaks = silent.model_copy(update={"last": -3.0})
+    nights.channel.change_state(
+        lambda state: state.model_copy(update={"waiting": (speaks,)}), first=first_state(nights.recipe)
+    )
+
+    assert quiet == pytest.approx(quiet_level(1.0))
+    left = nights.state.budget.left
+    assert pay(nights.channel, nights.recipe, "run-10") == pytest.approx(left / 2)
+    assert left / 2 > 2 * quiet
 
 
 # --- what is in use changes meanwhile ---------------------------------------------------------------------------------
