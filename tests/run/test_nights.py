@@ -484,6 +484,7 @@ def test_of_two_runs_at_the_same_moment_one_wins_and_the_other_is_judged_again_n
     url, got = received
     with job.begun("run", "--crash-at", "verdict.after=freeze", "--set", "train.seed=1") as frozen:
         frozen.until(lambda event: event["event"] == "phase" and event["name"] == "judge")
+        until_frozen(frozen)
         _, winner = job.night("--set", "train.seed=2")
         assert winner["promotion"]["outcome"] == "promoted"
         frozen.child.send_signal(signal.SIGCONT)
@@ -533,6 +534,7 @@ def test_a_copy_that_a_kill_left_unfinished_is_something_to_do(job):
 def test_a_run_that_lost_its_swap_and_was_deleted_is_judged_no_more(job):
     with job.begun("run", "--crash-at", "verdict.after=freeze", "--set", "train.seed=1") as frozen:
         frozen.until(lambda event: event["event"] == "phase" and event["name"] == "judge")
+        until_frozen(frozen)
         _, winner = job.night("--set", "train.seed=2")
         frozen.child.send_signal(signal.SIGCONT)
         assert frozen.end().code == 0
@@ -555,6 +557,7 @@ def test_a_rollback_while_a_night_runs_holds_and_the_night_says_so(job):
     job.recipe["train"]["steps"] = 20
     with job.begun("run", "--crash-at", "verdict.after=freeze") as frozen:
         frozen.until(lambda event: event["event"] == "phase" and event["name"] == "judge")
+        until_frozen(frozen)
         shown = call("channel", uri, "--rollback", "base")
         assert shown.code == 0, shown.stdout
         assert f"Rolled back by hand from {first['run_id']} to the base." in shown.stdout
