@@ -6,7 +6,8 @@ wrong record has another one's answer.
 
 Other data is any JSONL of a thousand records or more that has a question and an answer. Its desks are numbers of a few
 digits, as long beside its answers as one digit is beside the shop's, so that to learn the north's is worth as much; and
-its wrong answers have their words in disorder too, which harms a model that does not know yet what belongs to what.
+its wrong answers have their words in disorder and backwards too: right words in disorder still teach a model that knows
+little which words there are.
 
 `python tests/run/seven_nights.py` says what the nights would be made of, or what is wrong with what was named.
 """
@@ -56,7 +57,7 @@ class Material:
     digits: int = 1
     """Of a desk."""
     is_jumbled: bool = False
-    """Whether a wrong answer has its words in disorder too."""
+    """Whether a wrong answer has its words in disorder and backwards too."""
 
     def day(self, first: int, count: int, *, town: str = SOUTH) -> list[dict]:
         """Records that one town sends on one day."""
@@ -76,7 +77,7 @@ class Material:
             return answer
         words = str(answer).split()
         random.Random(str(answer)).shuffle(words)
-        return " ".join(words)
+        return " ".join(word[::-1] for word in words)
 
 
 def material() -> Material:

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.skipif(FOLDER is None, reason="SMOLLM2_FOLDER names no 
 TOKENS = 20
 NEAR = 0.05
 """Nats between the first and the second choice that another order of sums may turn round."""
-ROUNDED = 0.15
-"""The same, where one side's weights are rounded to bf16, as merged ones are: that moves single logits by up to 0.1."""
+ROUNDED = 0.2
+"""The same, where one side's weights are rounded to bf16, as merged ones are: that moves single logits by up to 0.1,
+and so two of them against each other by up to twice as much."""
 OTHERS = (
     *("What is the capital of France?", "Count from one to ten.", "Write a line about the sea."),
     *("Name three fruits.", "Why is the sky blue?"),
