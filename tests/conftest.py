@@ -44,8 +44,10 @@ def _place(item):
 
 def pytest_collection_modifyitems(config, items):
     left_out = {marker for marker in _ASKED_FOR if marker not in config.option.markexpr}
-    chosen = [item for item in items if left_out.isdisjoint(mark.name for mark in item.iter_markers())]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    chosen, others = [], []
+    for item in items:
+        (chosen if left_out.isdisjoint(mark.name for mark in item.iter_markers()) else others).append(item)
+    config.hook.pytest_deselected(items=others)
     items[:] = sorted(chosen, key=_place)
 
 
