@@ -3,17 +3,13 @@
 python -m pytest tests/gpu -s -rs
 """
 
-import time
-
 import pytest
 import torch
 from test_handwritten_on_a_gpu import CUDA
 from tiny import EVERY_LINEAR, attach_lora, config_of, cut_of, load_base, write_base
 from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from job.core.plan.memory import GIB
 from job.core.recipe.schema import LoraSection
 from job.kernels import attention_op, reference
 from job.kernels import linear as layer
@@ -26,7 +22,6 @@ from job.tune.engines.decoder_inputs import decoder_inputs
 from job.tune.engines.families import linear_of
 from job.tune.engines.layers import variants_compiled
 from job.tune.engines.packed_model import PackedModel
-from job.tune.loop.flat import FlatAdapter
 from job.tune.model.adapter import trainable
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA")
@@ -207,48 +202,3 @@ def test_the_host_waits_for_nothing(tmp_path):
         decoder_inputs(batch, in_blocks=True, for_compiled_code=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# --- how fast --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tokens", [8192, 16384])
-def test_how_many_tokens_a_second(tmp_path, tokens):
-    """Four layers as wide as Llama-2-7B's, and its head; printed for layers compiled and not."""
-    torch._dynamo.reset()
-    config = LlamaConfig(num_hidden_layers=4, vocab_size=32000, hidden_size=4096, intermediate_size=11008)
-    with torch.device(CUDA):
-        torch.set_default_dtype(torch.bfloat16)
-        made = AutoModelForCausalLM.from_config(config)
-        torch.set_default_dtype(torch.float32)
-    made.save_pretrained(tmp_path)
-    del made
-    model = model_of(tmp_path)
-    FlatAdapter(model)
-    batches = [documents_of(tokens - 7 * seed, seed=seed, vocabulary=32000) for seed in range(8)]
-    seconds = {}
-    engines = {"as they are": AutogradEngine(model, torch.Tensor.backward), "compiled": compiled(model)}
-    for name, engine in engines.items():
-        if name == "as they are":
-            model.layers.stop_compiling()
-        else:
-            engine.adopt(cut_of(tokens, compiled=True))
-        torch.cuda.reset_peak_memory_stats()
-        seconds[name] = timed(engine, batches)
-        rate = tokens / seconds[name]
-        peak = torch.cuda.max_memory_allocated() / GIB
-        print(f"\n{tokens} tokens, layers {name}: {rate:,.0f} tokens/s, {peak:.1f} GiB")  # noqa: T201 - to be read
-    assert engines["compiled"].compiler_failure is None
-    assert seconds["compiled"] < seconds["as they are"]
-
-
-def timed(engine, batches):
-    """Seconds of a micro-batch: the median of the last five."""
-    times = []
-    for seed, batch in enumerate(batches):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        engine.accumulate(batch, targets=batch.targets, seed=seed)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return sorted(times[-5:])[2]

@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 
 def run(job, engine):
     job.outcome_file.unlink(missing_ok=True)
-    options = [*job.command("run")[2:], "--device", "cuda", "--engine", engine]
+    options = [*job.command("run")[2:], "--device", "cuda", "--gpus", "1", "--engine", engine]
     ended = call(*options, outcome_file=job.outcome_file)
     assert ended.code == 0, ended.stdout[-3000:] + ended.stderr[-1000:]
     return ended
