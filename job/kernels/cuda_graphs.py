@@ -80,15 +80,13 @@ class Replay:
         self._refresh: Callable[[], None] | None = None
         self._pool: Any = None
         self._on_finished: OnFinished | None = None
-        self._before_recording: Callable[[], None] = lambda: None
 
-    def watch(self, on_finished: OnFinished, before_recording: Callable[[], None] = lambda: None) -> None:
+    def watch(self, on_finished: OnFinished) -> None:
         """From here on say whose gradients are complete, while a step runs: others wait for it.
 
-        Padding is then the time of all of them, so that there are more sizes, and less of it. A recording begins with
-        a wait for the whole device, which none of those others may end; `before_recording` is called just before.
+        Padding is then the time of all of them, so that there are more sizes, and less of it.
         """
-        self._on_finished, self._before_recording = on_finished, before_recording
+        self._on_finished = on_finished
         self._recordings.clear()  # these record no events
 
     def accumulate(self, row: PackedRow) -> Tensor:
@@ -179,7 +177,6 @@ class Replay:
         """A CUDA graph of the work; None where the driver, a library or the memory does not allow it."""
         if self._failed or not self._most_tokens:
             return None
-        self._before_recording()
         try:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from job.core.errors import PeerLostError
 from job.kernels.attention import Segments
 from job.kernels.cuda_graphs import Replay, rounded
 from job.kernels.decoder import PackedRow
@@ -110,31 +109,6 @@ def test_beside_other_ranks_there_is_less_padding_and_documents_make_no_sizes_of
     assert alone.tokens == 1792
     assert set(step.sizes) == {1664}
     assert len(step.sizes) == 2 + 3  # recorded once: run before it, and while it is; then replayed
-
-
-def test_who_watches_may_end_the_wait_that_a_recording_begins_with(step, monkeypatch):
-    """The device may wait for a rank that is gone: for ever, and nothing else would end it."""
-    order, told = [], []
-
-    def no_device():
-        order.append("recording")
-        raise RuntimeError("no device")
-
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", no_device)
-    replay = replay_of(Replay, step, told)
-    replay.watch(lambda _index, _event: None, lambda: order.append("asked"))
-    replay.accumulate(row_of(70, 30))
-    assert order == ["asked", "recording"]
-
-    def is_gone():
-        raise PeerLostError("a rank is gone")
-
-    told.clear()
-    replay = replay_of(Replay, step, told)
-    replay.watch(lambda _index, _event: None, is_gone)
-    with pytest.raises(PeerLostError):
-        replay.accumulate(row_of(70, 30))
-    assert told == []  # to record is not what failed
 
 
 def test_masks_have_recordings_of_their_own():

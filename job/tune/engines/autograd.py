@@ -39,7 +39,7 @@ class AutogradEngine:
         self.recompilations: tuple[str, ...] = ()
         self._on_finished: OnFinished | None = None
 
-    def watch(self, on_finished: OnFinished, before_recording: Callable[[], None] = lambda: None) -> None:  # noqa: ARG002 - nothing is recorded
+    def watch(self, on_finished: OnFinished) -> None:
         """See `Engine`."""
         if self._on_finished is None:
             for parameter in trainable(self._model):

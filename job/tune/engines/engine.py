@@ -56,14 +56,8 @@ class Engine(Protocol):
         """
         ...
 
-    def watch(self, on_finished: OnFinished, before_recording: Callable[[], None] = lambda: None) -> None:
-        """From here on say, while a micro-batch runs, whose gradients are complete: a hint, which may be left out.
-
-        Args:
-            on_finished: gets the parameters, and the event after which it is so.
-            before_recording: called before a CUDA graph is recorded, which begins with a wait for all that the device
-                was given; where that waits for a rank that is gone, only this can end the wait, by an error.
-        """
+    def watch(self, on_finished: OnFinished) -> None:
+        """From here on say, while a micro-batch runs, whose gradients are complete: a hint, which may be left out."""
         ...
 
     def refresh(self) -> None:

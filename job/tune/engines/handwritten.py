@@ -48,7 +48,6 @@ class HandwrittenEngine:
         self._make: _MakeStep = lambda saving: Step(self._decoder, ops, dtype=dtype, saving=saving, own_attention=own)
         self._step: Step | Replay | None = self._make(saving)
         self._on_finished: OnFinished | None = None
-        self._before_recording: Callable[[], None] = lambda: None
 
     def compile_ahead(self, batch: MicroBatch) -> None:
         """Nothing to do: its kernels are compiled when they are compared, before this engine is chosen."""
@@ -59,9 +58,9 @@ class HandwrittenEngine:
         masked = self._model.training and self._dropout
         return self._step.accumulate(_row(batch, targets=targets, seed=seed if masked else None))
 
-    def watch(self, on_finished: OnFinished, before_recording: Callable[[], None] = lambda: None) -> None:
+    def watch(self, on_finished: OnFinished) -> None:
         """See `Engine`."""
-        self._on_finished, self._before_recording = on_finished, before_recording
+        self._on_finished = on_finished
         self._watch()
 
     def _watch(self) -> None:
@@ -75,7 +74,7 @@ class HandwrittenEngine:
             on_finished(trained[index], after)
 
         if isinstance(self._step, Replay):
-            self._step.watch(say, self._before_recording)
+            self._step.watch(say)
         elif self._step is not None:
             self._step.on_finished = partial(say, after=None)
 

@@ -123,7 +123,7 @@ class Stepper:
         """Of the engine's, those that were noticed."""
         adapter.clear()  # what was tried before left gradients
         if self._sum is not None:
-            engine.watch(self._sum.on_finished, self._wait_for_device)
+            engine.watch(self._sum.on_finished)
 
     def compile_ahead(self, number: int) -> None:
         """Compile what the steps run, where layers are compiled, by the longest example of a step.
@@ -196,10 +196,6 @@ class Stepper:
         """Wait until the device has done the last step."""
         if self._mark is not None:
             wait_for(self._mark, self._world)
-
-    def _wait_for_device(self) -> None:
-        """Until it has done all that it was given, unless it waits for a rank that is gone."""
-        wait_for(take_mark(self._accelerator.device), self._world)
 
     def finish(self) -> StepRecord | None:
         """Wait for the last step and return its record; the time until the next step is not training.
