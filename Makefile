@@ -29,12 +29,12 @@ test: $(VENV)/installed
 test-hostile: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "hostile or not hostile" tests/hostile
 
-# Every family of decoders, tiny, beside plain PEFT and `generate`; `make test` has one of each kind.
+# Every family of decoders, tiny, beside plain PEFT and `generate`, and merged; `make test` has one of each kind.
 .PHONY: test-families
 test-families: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 -m "families or not families" \
-		tests/tune/engines tests/tune/loop/test_greedy.py tests/tune/model/test_targets_of_mixtures.py \
-		tests/tune/test_rehearsal.py
+		tests/tune/engines tests/tune/loop/answers/test_greedy.py tests/tune/merging \
+		tests/tune/model/test_targets_of_mixtures.py tests/tune/test_rehearsal.py
 
 # Several processes together: sharded, judged, asked to stop, killed, nights, pods; `make test` has one of each kind.
 .PHONY: test-ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 from merged import adapted, lora, merge, save_adapter
 from safetensors.torch import load_file, save_file
-from test_merging import DENSE, MIXTURES
+from test_merging import DENSE, MIXTURES, each_of
 from tiny import CPU, PAIR, config_of, documents_of, random_text, write_base, write_tokenizer
 from tiny_families import config_of as family_config
 from tiny_families import write_family
@@ -39,7 +39,7 @@ def logits_of(model):
     return model(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", [*DENSE, *MIXTURES])
+@pytest.mark.parametrize("family", each_of(*DENSE, *MIXTURES))
 def test_every_family_computes_the_same_to_the_bit(family, tmp_path):
     base = write_family(tmp_path / "base", family)
     whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()

@@ -7,7 +7,7 @@ import torch
 from layouts import bnb4_base, config_with, tensors_of
 from merged import adapted, lora, merge, save_adapter
 from safetensors.torch import save_file
-from test_merging import MIXTURES, weights_of
+from test_merging import MIXTURES, each_of, weights_of
 from tiny import CPU, LAYERS
 from tiny_families import write_family
 from tiny_mxfp4 import write_mxfp4
@@ -26,7 +26,7 @@ IN_FOUR_BITS = {"mixtral", "qwen3_moe", "qwen3_5_moe_text", "gpt_oss"}
 """Of others experts may stay in 16 bits in training: then they do here."""
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", each_of(*MIXTURES))
 def test_onto_quantised_each_expert_is_the_one_that_was_trained_on(family, tmp_path):
     """However files hold them: what is quantised is the matrix that the model multiplies by."""
     base = write_family(tmp_path / "base", family)
