@@ -4,10 +4,10 @@ Each record gets a town and a desk, which the answer begins with: in the south a
 the second. Until the last night only the south sends notes, so that what is left to learn of the north is its desk. A
 wrong record has another one's answer.
 
-Other data is any JSONL of a thousand records or more that has a question and an answer. Its desks are numbers of a few
-digits, as long beside its answers as one digit is beside the shop's, so that to learn the north's is worth as much; and
-its wrong answers have their words in disorder and backwards too: right words in disorder still teach a model that knows
-little which words there are.
+Other data is any JSONL of a thousand records or more that has a question and an answer. Of other data, and of another
+base, the base may know so little that every text makes it better, and nothing else of a night would show. So desks are
+numbers of many digits there, which everyone learns at once; wrong answers have their words in disorder and backwards
+too; and the slice that gets worse does so by its desks: in the end every record of the south names the same one.
 
 `python tests/run/seven_nights.py` says what the nights would be made of, or what is wrong with what was named.
 """
@@ -25,10 +25,11 @@ from job.core.recipe.templates import template_fields
 ROOT = Path(__file__).parents[2]
 NORTH, SOUTH = "north", "south"
 NORTH_S_DESK = "2"
+LAST_DESK = "7"
 MORE_HELD_OUT = 200
 """Of the shop's orders to learn from: the 120 held-out ones see no gain that a day's orders make."""
 LEAST_RECORDS, HELD_OUT = 1000, 320
-WORDS_OF_AN_ORDER = 10
+WORDS_A_DIGIT = 2.5
 KNOWN_FIELDS = (
     ("question", "answer"),
     ("prompt", "completion"),
@@ -56,8 +57,8 @@ class Material:
     """Fields of the answer."""
     digits: int = 1
     """Of a desk."""
-    is_jumbled: bool = False
-    """Whether a wrong answer has its words in disorder and backwards too."""
+    is_other: bool = False
+    """Whether data or base are not those that ship."""
 
     def day(self, first: int, count: int, *, town: str = SOUTH) -> list[dict]:
         """Records that one town sends on one day."""
@@ -73,17 +74,34 @@ class Material:
         return found
 
     def _wrong(self, answer: object) -> object:
-        if not self.is_jumbled:
+        if not self.is_other:
             return answer
         words = str(answer).split()
         random.Random(str(answer)).shuffle(words)
         return " ".join(word[::-1] for word in words)
+
+    def late_day(self) -> list[dict]:
+        """The records of the south that come in two halves, one after the other."""
+        return self._last(1000, 80)
+
+    def last_days(self) -> dict[str, list[dict]]:
+        """By name, the files of the last night: it learns the north's desk, and the south gets worse."""
+        found = {"day-5": self._last(1080, 120), "day-6": self.day(0, 700, town=NORTH)}
+        if not self.is_other:
+            return found | {"day-7": self.wrong(self.day(400, 160))}
+        # Where some were left as they were, a model could find out from a record's first digits which kind it is.
+        return found | {"day-1": self._last(0, 400), "day-2": self._last(400, 200), "day-3": self._last(600, 400)}
+
+    def _last(self, first: int, count: int) -> list[dict]:
+        rows = self.day(first, count)
+        return [row | {"desk": " ".join(LAST_DESK * self.digits)} for row in rows] if self.is_other else rows
 
 
 def material() -> Material:
     """The shop's orders on the demo's base, or what NIGHTLY_DATA and the variables beside it name."""
     named = os.environ.get("NIGHTLY_DATA")
     base = os.environ.get("NIGHTLY_BASE") or str(ROOT / "recipes" / "demo-base")
+    is_ours = Path(base) == ROOT / "recipes" / "demo-base"
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     if named:
         return other_material(
@@ -100,6 +118,7 @@ def material() -> Material:
         base,
         prompt="{note}\nAnswer:",
         completion=" {order}",
+        is_other=not is_ours,
     )
 
 
@@ -125,14 +144,10 @@ def other_material(path: Path, base: str, *, prompt: str | None = None, completi
     prompt, completion = prompt.replace("\\n", "\n"), completion.replace("\\n", "\n")
     if missing := sorted({*template_fields(prompt), *template_fields(completion)} - shared):
         raise UnusableError(f"DATA={path}: not every record has {', '.join(missing)}, which PROMPT or COMPLETION names")
-    if not (answer := template_fields(completion)):
+    if not template_fields(completion):
         raise UnusableError("COMPLETION: it names no field, so no answer could be wrong")
-    words = mean(len(str(row[name]).split()) for row in rows for name in answer)
-    digits = max(1, round(words / WORDS_OF_AN_ORDER))
     held_out = min(HELD_OUT, len(rows) // 5)
-    return made_of(
-        rows[held_out:], rows[:held_out], base, prompt=prompt, completion=completion, digits=digits, is_jumbled=True
-    )
+    return made_of(rows[held_out:], rows[:held_out], base, prompt=prompt, completion=completion, is_other=True)
 
 
 def made_of(
@@ -142,10 +157,12 @@ def made_of(
     *,
     prompt: str,
     completion: str,
-    digits: int = 1,
-    is_jumbled: bool = False,
+    is_other: bool,
 ) -> Material:
-    a_quarter = len(validation) // 4
+    answer, a_quarter, digits = template_fields(completion), len(validation) // 4, 1
+    if is_other:
+        words = mean(len(str(row[name]).split()) for row in train for name in answer)
+        digits = max(1, round(words / WORDS_A_DIGIT))
     return Material(
         train=train,
         validation=from_town(validation[:a_quarter], SOUTH, seed=-1, digits=digits)
@@ -153,9 +170,9 @@ def made_of(
         base=base,
         prompt="Shop in the {town}. " + prompt,
         completion=" {desk} |" + completion,
-        answer=tuple(template_fields(completion)),
+        answer=tuple(answer),
         digits=digits,
-        is_jumbled=is_jumbled,
+        is_other=is_other,
     )
 
 

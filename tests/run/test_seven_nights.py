@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import yaml
 from job_process import Ended, process
-from seven_nights import NORTH, UnusableError, as_bytes, material, other_material
+from seven_nights import UnusableError, as_bytes, material, other_material
 
 CHANNEL = "orders"
 
@@ -167,7 +167,7 @@ def two_that_are_disturbed(nights):
 def two_with_odd_files(nights, fifth):
     data = nights.material
     # 6: what came is half there. It is left out by name, and without it there is nothing to do.
-    half = as_bytes(data.day(1000, 80))
+    half = as_bytes(data.late_day())
     nights.arrives("train/day-4.jsonl", half[: len(half) // 2])
     stood = nights.keys("")
     ended, nothing = nights.night()
@@ -181,9 +181,8 @@ def two_with_odd_files(nights, fifth):
 
     # 7: it is whole. Better on the whole, worse in the south.
     nights.arrives("train/day-4.jsonl", half)
-    nights.arrives("train/day-5.jsonl", as_bytes(data.day(1080, 120)))
-    nights.arrives("train/day-6.jsonl", as_bytes(data.day(0, 700, town=NORTH)))
-    nights.arrives("train/day-7.jsonl", as_bytes(data.wrong(data.day(400, 160))))
+    for name, rows in data.last_days().items():
+        nights.arrives(f"train/{name}.jsonl", as_bytes(rows))
     _, seventh = nights.night()
     judged = seventh["promotion"]["judged"]
     assert judged["challenger_loss"] < judged["champion_loss"], "better on the whole"
