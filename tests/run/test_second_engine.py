@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from job_process import Job, call, write_lines
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -22,9 +24,8 @@ pytestmark = pytest.mark.skipif(FOLDER is None, reason="SMOLLM2_FOLDER names no 
 TOKENS = 20
 NEAR = 0.05
 """Nats between the first and the second choice that another order of sums may turn round."""
-ROUNDED = 0.2
-"""The same, where one side's weights are rounded to bf16, as merged ones are: that moves single logits by up to 0.1,
-and so two of them against each other by up to twice as much."""
+OF_TEN = 6
+"""Prompts, at least, that are answered by the same tokens though merged weights are rounded to bf16."""
 OTHERS = (
     *("What is the capital of France?", "Count from one to ten.", "Write a line about the sea."),
     *("Name three fruits.", "Why is the sky blue?"),
@@ -73,6 +74,19 @@ def greedy(model, ids):
     return out[0, len(ids) :].tolist()
 
 
+def unrounded(adapted):
+    """What the adapter and its base in 4 bits, which is dequantised to bf16, are together: a model in fp32."""
+    plain = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    held = dict(adapted.get_base_model().named_modules())
+    for name, module in plain.named_modules():
+        packed = getattr(held[name], "base_layer", None)
+        if isinstance(packed, Linear4bit):
+            weights = dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+            assert weights.dtype == torch.bfloat16
+            module.weight.data.copy_(weights.float() + held[name].get_delta_weight("default"))
+    return plain
+
+
 def same_or_near(ours, ids, wanted, found, *, near=NEAR):
     """Whether the tokens are the same up to a place at which two of them are as good as equal for `ours`."""
     if found == wanted:
@@ -117,7 +131,10 @@ def test_a_second_engine_writes_the_same_tokens(tuned, asked, tmp_path):
 
 
 def test_the_adapter_in_plain_peft_writes_what_the_merged_model_does(tuned, asked):
-    """Beside the base in 4 bits, on which it was trained and onto which it was merged; computed in fp32."""
+    """Beside the base in 4 bits, on which it was trained and onto which it was merged; computed in fp32.
+
+    What the tokens differ by is explained: merged weights are those of the two together, each rounded to bf16.
+    """
     job, _ = tuned
     ours, tokenizer, answers = asked
     in_nf4 = BitsAndBytesConfig(
@@ -126,14 +143,25 @@ def test_the_adapter_in_plain_peft_writes_what_the_merged_model_does(tuned, aske
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    base = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, quantization_config=in_nf4)
+    base = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.bfloat16, quantization_config=in_nf4)
+    for parameter in base.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
     adapted = PeftModel.from_pretrained(base, job.only_run() / "adapter").eval()
     for module in adapted.modules():
         module.support_avx512bf16_for_cpu = False  # else bitsandbytes repacks the weights for bf16
     adapted.generation_config = ours.generation_config
+    whole = unrounded(adapted)
+    whole.generation_config = ours.generation_config
 
     assert len(answers) == 10
     assert sum(tokenizer.decode(wanted).count(" | ") == 2 for _, wanted in answers) >= 4, "it was taught something"
+    same = 0
     for ids, wanted in answers:
         found = greedy(adapted, ids)
-        assert same_or_near(ours, ids, wanted, found, near=ROUNDED), tokenizer.decode(ids)
+        assert same_or_near(whole, ids, greedy(whole, ids), found), tokenizer.decode(ids)
+        same += found == wanted
+    merged = dict(ours.named_parameters())
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(merged[name], parameter.bfloat16().float()), name
+    assert same >= OF_TEN
