@@ -30,6 +30,7 @@ MORE_HELD_OUT = 200
 """Of the shop's orders to learn from: the 120 held-out ones see no gain that a day's orders make."""
 LEAST_RECORDS, HELD_OUT = 1000, 320
 WORDS_A_DIGIT = 2.5
+"""Of an answer: desks long enough that what is learned of them shows beside what is learned of the text."""
 KNOWN_FIELDS = (
     ("question", "answer"),
     ("prompt", "completion"),
