@@ -40,6 +40,9 @@ MXFP4_SCALE = 120
 """2^-7: times numbers of 4 bits, all of them as often, a standard deviation of 0.023."""
 SPREAD = 0.02
 """Standard deviation of every matrix: transformers' own start (initializer_range)."""
+_DEEP, _BACK = 64, ("o_proj.weight", "down_proj.weight")
+"""From that many layers on, what a layer adds to what it got is drawn smaller, by GPT-2's sqrt(2 x layers): a last bit
+would otherwise be half of a gradient 80 layers later, which is true of no trained base."""
 _TINY = {
     "vocab_size": 32000,
     "hidden_size": 64,
@@ -408,7 +411,9 @@ def experts_in_mxfp4(name, shape, *, device, chance):
     return {f"{name}{BLOCKS}": blocks.to(torch.uint8), f"{name}{SCALES}": scales}
 
 
-def write_file(path, shapes, *, seed, device, norms=1.0, in_four_bits=frozenset(), experts=None, form="bf16"):
+def write_file(  # noqa: PLR0913 - what a base's tensors are drawn by
+    path, shapes, *, seed, device, norms=1.0, in_four_bits=frozenset(), experts=None, form="bf16", back=1.0
+):
     """Draw tensors and write them: norms have one value, everything else is normal; returns their bytes."""
     chance = torch.Generator(device).manual_seed(seed)
     tensors = {}
@@ -424,7 +429,8 @@ def write_file(path, shapes, *, seed, device, norms=1.0, in_four_bits=frozenset(
         tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
         one_value = len(shape) == 1 and not name.endswith(_NO_NORMS)
         value = 1.0 if name.endswith(_PLAIN_NORMS) else norms
-        drawn = tensor.fill_(value) if one_value else tensor.normal_(std=SPREAD, generator=chance)
+        spread = SPREAD * back if name.endswith(_BACK) else SPREAD
+        drawn = tensor.fill_(value) if one_value else tensor.normal_(std=spread, generator=chance)
         if name in in_four_bits:
             tensors |= {part: each.cpu() for part, each in unsloth_form.packed(name, drawn).items()}
         else:
@@ -457,10 +463,12 @@ def write_base(shape, folder, tokenizer, *, form="bf16"):
     names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     norms = 0.0 if config.model_type in _NORMS_ADD_ONE else 1.0
+    layers = config.get_text_config().num_hidden_layers
+    back = 1.0 if layers < _DEEP else (2 * layers) ** -0.5
 
     def write(work):
         seed, name, shapes = work
-        options = {"in_four_bits": in_four_bits, "experts": experts, "form": form}
+        options = {"in_four_bits": in_four_bits, "experts": experts, "form": form, "back": back}
         return write_file(folder / name, shapes, seed=seed, device=device, norms=norms, **options)
 
     with ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1)) as pool:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _FOR_EVER = timedelta(days=30)
 """Whoever waits for an order waits as long as the one that orders lives: a socket that closes ends the wait."""
+_STUCK_SECONDS = 3.0
+"""From a loss on: longer than who waits in `wait_for` takes to give up by itself."""
 _KEYS = "qlora-job"
 _LONGEST = 2000
 """Characters of a reason."""
@@ -89,7 +91,8 @@ class Ranks:
         from torch.distributed.distributed_c10d import PrefixStore
 
         self._dist, self._device, self._patience = dist, device, patience
-        self.rank, self.size, self.bytes_sent, self.lost = seat.rank, seat.size, 0, False
+        self.rank, self.size, self.bytes_sent = seat.rank, seat.size, 0
+        self.lost, self.broken_off = False, False
         cuda = self._on_gpu = device.type == "cuda"
         with _peers():
             dist.init_process_group(
@@ -108,6 +111,8 @@ class Ranks:
         self._beside: torch.cuda.Stream | None = None
         self._rows: ProcessGroup | None = None
         self._turns: ProcessGroup | None = None
+        self._on_device: Any = None
+        """What a stream of the device was last given to wait for."""
         self.before_meeting: Callable[[], None] = _nothing
         """Called before ranks meet in anything but a turn: who holds a sharded base helps the others to end theirs."""
         threading.Thread(target=self._watch, args=(alive,), name="peers", daemon=True).start()
@@ -124,6 +129,20 @@ class Ranks:
             else:
                 self._dist.recv(nothing, 0, group=alive)
         self.lose()
+        if self._on_gpu:
+            self._free_device()
+
+    def _free_device(self) -> None:
+        """Break off what the device waits for in vain, so that calls of CUDA's that wait for the device return."""
+        while True:
+            time.sleep(_STUCK_SECONDS)
+            if self._on_device is not None and not self._on_device.is_completed():
+                break
+        self.broken_off = True  # first: what passes on the device from here on is not to be trusted
+        groups = {id(group): group for group in (self._rows, *(group for group, _ in self._levels)) if group}
+        for group in groups.values():
+            with suppress(RuntimeError):
+                group.abort()
 
     def _sum_levels(self, seat: Seat) -> list[tuple[Any, int]]:
         """Groups, and their sizes, that sum one after another: what a node has summed crosses the network once."""
@@ -321,6 +340,7 @@ class Ranks:
         """In a group of GPUs only the stream waits."""
         if self._on_gpu and (group is self._rows or any(group is each for each, _ in self._levels)):
             work.wait()
+            self._on_device = work
             return
         seconds = self._patience()
         began = time.monotonic()

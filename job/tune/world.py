@@ -64,6 +64,11 @@ class World(Protocol):
         """One is gone."""
         ...
 
+    @property
+    def broken_off(self) -> bool:
+        """Whether sums were broken off, as one is gone: what a device has done since then is of no use."""
+        ...
+
     def order(self, what: Order, *numbers: int) -> None:
         """Rank 0 lets the others do something; from another rank it is nothing."""
         ...
@@ -124,7 +129,7 @@ class World(Protocol):
 class _Alone:
     """A world of one process."""
 
-    rank, size, bytes_sent, lost, sums_early = 0, 1, 0, False, False
+    rank, size, bytes_sent, lost, broken_off, sums_early = 0, 1, 0, False, False, False
 
     def lose(self) -> None:
         """There is none."""

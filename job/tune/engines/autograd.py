@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,15 @@ class AutogradEngine:
     def watch(self, on_finished: OnFinished) -> None:
         """See `Engine`."""
         if self._on_finished is None:
+            # Weakly: through a parameter's hook no collector sees that nobody else holds the model any more.
+            say = WeakMethod(self._say)
+
+            def said(parameter: nn.Parameter) -> None:
+                if (still_there := say()) is not None:
+                    still_there(parameter)
+
             for parameter in trainable(self._model):
-                parameter.register_post_accumulate_grad_hook(self._say)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(said)  # type: ignore[no-untyped-call]
         self._on_finished = on_finished
 
     def _say(self, parameter: nn.Parameter) -> None:

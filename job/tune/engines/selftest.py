@@ -42,7 +42,7 @@ _OWN_LOSS_TOLERANCE = 0.01
 handed on moves the loss by 0.017. Where one rounding of the embedding moves the losses by more, as in a deep base of
 random weights whose attention is sharp, twice that, and at most `_TOLERANCE`."""
 _ROUNDING_TIMES, _MOST_BY_ROUNDING = 2, 0.8
-"""The most is of a gradient's direction or norm, and less than what another gradient is away."""
+"""The most is of a gradient's direction or norm; another gradient is further away."""
 _DIRECTION_TOLERANCE = 0.35
 """Distance of an adapter's gradients by two engines, each scaled to a norm of 1. In bf16 with random weights they are
 up to 0.18 apart, and as far from fp32; in fp32 1e-5. A gradient of something else is more than 1 away.
@@ -179,9 +179,8 @@ def _undisturbed(model: PackedModel, device: torch.device) -> Iterator[None]:
 def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text = ()) -> str | None:
     """How an engine differs from another one in PEFT's own layers, on documents of text and with a moved adapter.
 
-    An engine may be its own reference: then our layers in it are compared with PEFT's.
-
-    Random generators, the adapter and its gradients are left as they were.
+    An engine may be its own reference: then our layers in it are compared with PEFT's. Random generators, the adapter
+    and its gradients are left as they were.
 
     Returns:
         The first difference that rounding does not explain; None where there is none.
@@ -192,15 +191,18 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
         batch = one_row(documents)
         with model.as_peft_has_it():  # ours would agree with themselves
             theirs, their_gradients = _losses_and_gradients(model, reference, batch)
-            with _rounded_embedding(model.model.get_base_model()):
-                rounded = _losses_and_gradients(model, reference, batch)[1] if _amplifies_rounding(model) else {}
         ours, our_gradients = _losses_and_gradients(model, engine, batch)
         off = float(_share(ours - theirs, theirs))
         if not off <= _TOLERANCE:
             return f"a token's loss differs by {off:.1%}"
-        against = _gradient_difference(our_gradients, their_gradients, rounded)
-        if against is not None:
-            return against
+        against = _gradient_difference(our_gradients, their_gradients)
+        if against is not None:  # a last bit is much later on: many layers further, or where it chooses another expert
+            jumps = bool(model.linears.experts or layers_across(model.model.get_base_model()))
+            with model.as_peft_has_it(), _rounded_embedding(model.model.get_base_model()):
+                rounded = _losses_and_gradients(model, reference, batch)[1]
+            against = _gradient_difference(our_gradients, their_gradients, rounded, jumps=jumps)
+            if against is not None:
+                return against
         other = one_row([torch.roll(documents[0], 1), *documents[1:]])
         kept = slice(len(documents[0]) - 1, None)
         if not torch.equal(_losses_and_gradients(model, engine, other)[0][kept], ours[kept]):
@@ -208,20 +210,19 @@ def difference(model: PackedModel, engine: Engine, reference: Engine, text: Text
     return None
 
 
-def _amplifies_rounding(model: PackedModel) -> bool:
-    """Whether a last bit may be much later on: it chooses another expert, or is handed on from token to token."""
-    return bool(model.linears.experts) or bool(layers_across(model.model.get_base_model()))
-
-
 def _gradient_difference(
-    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], rounded: Mapping[str, Tensor] = MappingProxyType({})
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    jumps: bool = False,
 ) -> str | None:
     """Direction and norm are compared apart: a gradient that is too long points the right way.
 
-    Where a last bit may be much later on (`rounded`), a direction may be twice as far away as rounding turns it, and a
-    norm differ by what rounding moves, or by twice what it lengthens.
+    `rounded` are theirs with the embedding rounded otherwise: a direction may be twice as far away as that turns it,
+    and a norm differ by twice what it lengthens, or, where a token may jump to another expert, by what it moves.
     """
-    moved = {name: each - theirs[name] for name, each in rounded.items() if name in theirs}
+    moved = {name: each - theirs[name] for name, each in rounded.items() if name in theirs} if jumps else {}
     for name, gradient in theirs.items():
         if name not in ours:
             return f"{name} gets no gradient"
@@ -335,8 +336,8 @@ def _rounded_embedding(model: Any) -> Iterator[None]:
 def _own_losses(own: Any, document: Tensor, *, rounded: bool = False) -> Tensor:
     """[tokens - 1], by the model's own code; rounded: as `_rounded_embedding` does."""
     with _rounded_embedding(own) if rounded else nullcontext():
-        logits: Any = own(input_ids=document[None], use_cache=False).logits[0, :-1].float()
-    return cross_entropy(logits, document[1:], reduction="none")
+        logits: Any = own(input_ids=document[None], use_cache=False).logits[0, :-1]
+    return cross_entropy(logits.float(), document[1:], reduction="none")
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def wait_for(mark: Mark, world: World) -> None:
     """Wait for a moment on the GPU; with other ranks in a loop, for one that is gone is waited for for ever there.
 
     Raises:
-        PeerLostError: one is gone, and the device has not come that far.
+        PeerLostError: one is gone, and the device has not come that far, or only because sums were broken off.
     """
     if isinstance(mark, float):
         return
@@ -35,7 +35,12 @@ def wait_for(mark: Mark, world: World) -> None:
         mark.synchronize()
         return
     lost_at: float | None = None
-    while not mark.query():  # type: ignore[no-untyped-call] # torch has no types here
+    while True:
+        passed = mark.query()  # type: ignore[no-untyped-call] # torch has no types here
+        if world.broken_off:  # looked at last: what had passed before is whole
+            raise PeerLostError("another process of the run is gone, and what this device waited for was broken off")
+        if passed:
+            return
         if world.lost:
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > _LOST_SECONDS:

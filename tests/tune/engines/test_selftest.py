@@ -6,15 +6,17 @@ import pytest
 import torch
 from tiny import CPU, adapted, micro_batch
 from tiny_families import write_family
-from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from job.core.errors import UsageError
 from job.core.recipe.schema import LoraSection
+from job.kernels import linear
 from job.tune.data.trial_documents import text_of
 from job.tune.engines import loss, packed_model, selftest
 from job.tune.engines.attention import PER_DOCUMENT, per_document_attention, register
+from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.packed_model import PackedModel
-from job.tune.engines.selftest import _documents, _gradient_difference, check_model
+from job.tune.engines.selftest import _documents, _gradient_difference, check_model, difference
 from job.tune.model.adapter import attach_lora
 from job.tune.model.base import load_base
 
@@ -227,3 +229,26 @@ def test_an_adapter_without_a_gradient_is_found():
     del ours[ADAPTERS[3]]
 
     assert _gradient_difference(ours, gradients_of()) == f"{ADAPTERS[3]} gets no gradient"
+
+
+def test_of_a_deep_base_that_makes_much_of_rounding_as_much_is_allowed_and_a_wrong_scale_is_found(monkeypatch):
+    """A last bit of its embedding turns gradients 64 layers away further than two right engines may be apart."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 500, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 64}
+    base = AutoModelForCausalLM.from_config(LlamaConfig(initializer_range=0.13, **heads, **sizes)).to(torch.bfloat16)
+    model = PackedModel(attach_lora(base, LoraSection(r=4), source="tiny", revision=None, seed=0))
+    engine = AutogradEngine(model, torch.Tensor.backward)
+    text = [torch.arange(40) % 7 + 5, torch.arange(60) % 11 + 3]
+    assert difference(model, engine, engine, text) is None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(selftest, "_ROUNDING_TIMES", 0)
+        assert "points elsewhere" in difference(model, engine, engine, text)
+
+    def longer(*arguments, wants_x, _true=linear.backward):
+        d_x, d_a, d_b = _true(*arguments, wants_x=wants_x)
+        return d_x, None if d_a is None else 1.3 * d_a, d_b
+
+    monkeypatch.setattr(linear, "backward", longer)
+    assert "times as large" in difference(model, engine, engine, text)

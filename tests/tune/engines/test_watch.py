@@ -1,5 +1,9 @@
 """While a micro-batch runs, an engine says whose gradients are complete: what it says holds."""
 
+import gc
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from tiny import EVERY_LINEAR, adapted, gradients, micro_batch
@@ -73,3 +77,17 @@ def test_of_a_micro_batch_in_several_groups_of_rows_a_gradient_is_said_to_be_com
 
     assert sorted(id(parameter) for parameter, _ in heard) == sorted(map(id, trainable(model)))
     assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in heard)
+
+
+@pytest.mark.parametrize("engine_of", [fast, generic])
+def test_a_model_that_was_watched_is_let_go_with_its_engine(documents, engine_of, tmp_path):
+    """Another one comes in its place, for the proof, and the device may not hold both."""
+    model = adapted(write_family(tmp_path, "llama"), LoraSection(r=4, alpha=8), moved=True)
+    engine, batch = engine_of(model), micro_batch(documents, range(3))
+    engine.watch(partial(lambda _engine, _parameters, _after: None, engine))  # as what sums gradients knows the adapter
+    engine.accumulate(batch, targets=batch.targets, seed=1)
+    held = [weakref.ref(model), *(weakref.ref(parameter) for parameter in trainable(model))]
+    del model, engine
+    gc.collect()
+
+    assert not [each for each in held if each() is not None]

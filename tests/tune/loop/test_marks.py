@@ -34,7 +34,7 @@ def test_alone_it_is_waited_for_in_one_call():
 @pytest.mark.parametrize("lost", [False, True])
 def test_what_comes_is_waited_for_also_once_a_rank_is_lost(lost):
     event = Event(3)
-    wait_for(event, SimpleNamespace(size=2, lost=lost))
+    wait_for(event, SimpleNamespace(size=2, lost=lost, broken_off=False))
 
     assert event.looks == -1
 
@@ -42,7 +42,12 @@ def test_what_comes_is_waited_for_also_once_a_rank_is_lost(lost):
 def test_what_never_comes_is_given_up_once_a_rank_is_lost(monkeypatch):
     monkeypatch.setattr(marks, "_LOST_SECONDS", 0.01)
     with pytest.raises(PeerLostError, match="this device waits for it"):
-        wait_for(Event(10**9), SimpleNamespace(size=2, lost=True))
+        wait_for(Event(10**9), SimpleNamespace(size=2, lost=True, broken_off=False))
+
+
+def test_what_comes_only_because_sums_were_broken_off_is_not_taken():
+    with pytest.raises(PeerLostError, match="broken off"):
+        wait_for(Event(0), SimpleNamespace(size=2, lost=True, broken_off=True))
 
 
 def test_a_moment_on_the_host_is_past():

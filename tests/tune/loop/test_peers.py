@@ -10,6 +10,8 @@ import pytest
 from job_process import environment_without_job
 from torch.distributed import TCPStore
 
+from job.tune import ranks
+
 PROGRAM = """
 import os, sys, time
 import torch
@@ -57,3 +59,51 @@ def test_one_that_is_killed_is_missed_by_rank_0_and_rank_0_by_the_others(three, 
     os.kill(three[killed].pid, signal.SIGKILL)
 
     assert says(tmp_path, missed_by, "missed")
+
+
+# --- what waits on a device for one that is gone ---------------------------------------------------------------------
+
+
+class Group:
+    """Of a device: what it was given last passes once it is broken off."""
+
+    def __init__(self, *, passes):
+        self.passes, self.aborted = passes, 0
+
+    def is_completed(self):
+        return self.passes
+
+    def abort(self):
+        self.aborted += 1
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_a_device_waits_for_in_vain_is_broken_off_and_said_to_be(monkeypatch, sharded):
+    """A call of CUDA's that waits for the device hears of nothing else."""
+    monkeypatch.setattr(ranks, "_STUCK_SECONDS", 0.01)
+    sums, rows, seen = Group(passes=False), Group(passes=False), []
+    world = ranks.Ranks.__new__(ranks.Ranks)
+    world.broken_off, world._levels, world._rows = False, [(sums, 2), (sums, 2)], rows if sharded else None
+    monkeypatch.setattr(sums, "abort", lambda: seen.append(world.broken_off))
+    world._on_device = sums
+    world._free_device()
+
+    assert seen == [True]  # once, and said before
+    assert rows.aborted == sharded
+
+
+def test_a_device_that_waits_for_nothing_is_left_alone_until_it_does(monkeypatch):
+    monkeypatch.setattr(ranks, "_STUCK_SECONDS", 0.01)
+    sums, looks = Group(passes=True), []
+
+    def passes():
+        looks.append(world.broken_off)
+        return len(looks) < 3
+
+    world = ranks.Ranks.__new__(ranks.Ranks)
+    world.broken_off, world._levels, world._rows, world._on_device = False, [(sums, 2)], None, sums
+    monkeypatch.setattr(sums, "is_completed", passes)
+    world._free_device()
+
+    assert looks == [False] * 3
+    assert sums.aborted == 1
