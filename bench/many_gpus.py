@@ -327,8 +327,8 @@ def _turns(found, warm_up):
             yield (
                 f"- turn {turn}, {way.name}: {_rate(each, warm_up):,.0f} real tokens a second, median of {len(timed)} "
                 f"steps from {min(timed):,.0f} to {max(timed):,.0f}; {plan['engine']} engine "
-                f"({plan['engine_reason']}), {plan['micro_batch_tokens']:,} tokens a micro-batch, {plan['kept_layers']} "
-                f"layers with dequantised weights kept, {plan['recomputed_layers']} recomputed"
+                f"({plan['engine_reason']}), {plan['micro_batch_tokens']:,} tokens a micro-batch, "
+                f"{plan['kept_layers']} layers with dequantised weights kept, {plan['recomputed_layers']} recomputed"
             )
 
 

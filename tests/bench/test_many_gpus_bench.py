@@ -72,7 +72,13 @@ def carried(rates, *, ranks=1, planned=None):
         "bytes_a_step": 2_000_000,
         "peak_memory_bytes": 2**30,
     }
-    plan = {"engine": "fast", "micro_batch_tokens": 4096, "kept_layers": 2, "recomputed_layers": 0}
+    plan = {
+        "engine": "fast",
+        "engine_reason": "agrees",
+        "micro_batch_tokens": 4096,
+        "kept_layers": 2,
+        "recomputed_layers": 0,
+    }
     report = {
         "throughput": throughput,
         "plan": plan | {"predicted_peak_bytes": planned},
