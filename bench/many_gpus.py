@@ -30,106 +30,42 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bench import flops, ours
-from bench.comparisons import Ours
+from bench import flops
 from bench.gpu_memory import memory_watched
 from bench.memory_hog import only_free_of_each
 from bench.options import parser_of
 from bench.processes import NoResultError, begun, run, workers_of
-from bench.results import device_and_versions, table, write_section
+from bench.results import table, write_section
+from bench.spread_runs import Carried, Runs, Way, measured_ceiling, measured_on, rate_of, rates_in, report_in
 from bench.steps import environment_to_watch, steps_in, steps_text
-from bench.workload import workload_of
 from job.core.plan.forecast import forecast
 from job.core.plan.gpus import gpu_called
 from job.core.plan.memory import GIB
 from job.core.plan.scaling import Cluster
-from job.edge.host.gpu import look_at_links
-from job.tune.model.config import read_config, shape_of
 
 PARTS = ("rates", "losses", "endings")
-_MAX_LENGTH = 512
-_EXAMPLES = 1000
-"""Of all steps of a run for its rate, about: a batch of 256 makes 10 steps, as where one GPU is measured."""
 _SHOWN = (1, 2, 3, 5, 10, 20, 30, 40, 50)
 _COMMITTED_EVERY, _STRUCK_AT = 20, 5
 """Steps."""
 _NO_END = 100_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """How a run is spread."""
-
-    gpus: int
-    placement: str | None = None
-
-    @property
-    def name(self):
-        """In a table."""
-        gpus = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}"
-        return gpus if self.placement is None else f"{gpus}, {self.placement}"
-
-    @property
-    def options(self):
-        """Of the command line."""
-        placement = [] if self.placement is None else ["--base-placement", self.placement]
-        return ["--gpus", str(self.gpus), *placement]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
-    """A run that has ended well."""
-
-    report: dict
-    rates: tuple[float, ...]
-    """Real tokens a second of each step."""
-    in_use: tuple[int, ...]
-    """Bytes of each GPU, at most; empty where there is none."""
-    steps: dict
-    """What each rank says of each step."""
-
-
 class Bench:
     """What all runs of one call have in common."""
 
     def __init__(self, options, folder):
-        self.options, self.folder = options, folder
-        self._runs = 0
-        self.ceiling = _ceiling(folder) if options.ceiling else None
+        self.options, self.folder, self.runs = options, folder, Runs(options, folder)
+        self.ceiling = measured_ceiling(folder) if options.ceiling else None
         """Operations a second; None: nobody asks for it."""
-        self.max_length = min(_MAX_LENGTH, shape_of(read_config(options.base)).positions)
         several = options.gpus
         if options.placement is None:
             self.ways = (Way(gpus=1), Way(gpus=several))
         else:
             self.ways = (Way(gpus=several, placement="replicated"), Way(gpus=several, placement=options.placement))
-
-    def prepare(self, *, batch, steps, every_steps=None):
-        """Folder and command of a new run, without how it is spread."""
-        self._runs += 1
-        folder = self.folder / f"{self._runs:02d}"
-        folder.mkdir()
-        contestant, options = Ours(name="run", about="", batch=batch, steps=steps), self.options
-        content = ours.recipe_content(
-            contestant,
-            base=options.base,
-            train=options.train,
-            text=options.text,
-            max_length=self.max_length,
-            folder=folder,
-        )
-        if every_steps is not None:
-            content["checkpoint"]["every_steps"] = every_steps
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(json.dumps(content))
-        # One work folder for all: encoded data and the base in 4 bits are made once.
-        work = ["--workdir", str(self.folder / "work")]
-        return folder, [*ours.command_of(contestant, recipe, options.device, folder), *work]
 
     def carry(self, way, *, batch, steps):
         """One run to its end.
@@ -137,20 +73,18 @@ class Bench:
         Raises:
             NoResultError: it failed, or took too long.
         """
-        folder, command = self.prepare(batch=batch, steps=steps)
+        folder, command = self.runs.prepare(batch=batch, steps=steps)
         (watched := folder / "steps").mkdir()
         profiled = steps - 1 if self.options.profile else 0
-        with only_free_of_each(self.options.free_gib, way.gpus), memory_watched() as in_use:
+        with only_free_of_each(self.options.free_gib, range(way.gpus)), memory_watched() as in_use:
             output = run(
                 [*command, *way.options],
                 limit_seconds=self.options.limit,
                 log=folder / "process",
                 environment=environment_to_watch(watched, profiled=profiled),
             )
-        self._keep(watched, f"{batch}-{way.name.replace(', ', '-').replace(' ', '-')}-{self._runs:02d}")
-        rates = _rates_in(output)
-        report = json.loads((folder / "store/runs/run/report.json").read_text())
-        return Carried(report=report, rates=rates, in_use=tuple(in_use), steps=steps_in(watched))
+        self._keep(watched, f"{batch}-{way.name.replace(', ', '-').replace(' ', '-')}-{self.runs.prepared:02d}")
+        return Carried(report=report_in(folder), rates=rates_in(output), in_use=tuple(in_use), steps=steps_in(watched))
 
     def carry_side_by_side(self, *, batch, steps):
         """A run on each GPU by itself, all at the same time: the rates of each one's steps.
@@ -160,14 +94,12 @@ class Bench:
         """
 
         def one(gpu, folder, command):
-            own = ["--gpus", "1", "--workdir", str(folder / "work")]  # two runs of one name, each in its own
+            own = ["--gpus", "1", "--workdir", str(folder / "work")]  # none begins beside another one's half-made copy
             environment = {"CUDA_VISIBLE_DEVICES": str(gpu)}
             limit = self.options.limit
-            return _rates_in(
-                run([*command, *own], limit_seconds=limit, log=folder / "process", environment=environment)
-            )
+            return rates_in(run([*command, *own], limit_seconds=limit, log=folder / "process", environment=environment))
 
-        prepared = [(gpu, *self.prepare(batch=batch, steps=steps)) for gpu in range(self.options.gpus)]
+        prepared = [(gpu, *self.runs.prepare(batch=batch, steps=steps)) for gpu in range(self.options.gpus)]
         with ThreadPoolExecutor(len(prepared)) as pool:
             return list(pool.map(lambda each: one(*each), prepared))
 
@@ -187,21 +119,9 @@ class Bench:
         name = "-".join(["many-gpus", part, options.base.name, *([options.placement] if options.placement else [])])
         command = f"    python -m bench.many_gpus --base FOLDER --train TRAIN.jsonl --gpus {options.gpus} "
         command += f"--part {part.partition('-')[0]}{own}"
-        links = look_at_links(os.environ.get("CUDA_VISIBLE_DEVICES")) if options.device != "cpu" else None
-        head = f"{device_and_versions()}" + (f" {links}." if links is not None else "")
-        write_section(options.results, name, f"## {title}: {options.base.name}\n\n{command}\n\n{head}\n\n{text}")
+        head = f"## {title}: {options.base.name}\n\n{command}\n\n{measured_on(options.device)}"
+        write_section(options.results, name, f"{head}\n\n{text}")
         print(f"{title}\n\n{text}\n", flush=True)
-
-
-def _rates_in(output):
-    """Real tokens a second of each step that a log tells of."""
-    events = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
-    return tuple(event["tokens_per_second"] for event in events if event.get("event") == "step")
-
-
-def _ceiling(folder):
-    measured = run([sys.executable, "-m", "bench.ceiling"], limit_seconds=120, log=folder / "ceiling")
-    return json.loads(measured)["gemm_flops"]
 
 
 # --- rates -----------------------------------------------------------------------------------------------------------
@@ -210,8 +130,7 @@ def _ceiling(folder):
 def measure_rates(bench, batch):
     """In turns; whether each run gave a result."""
     options, found = bench.options, {way: [] for way in bench.ways}
-    steps = options.steps or max(10, _EXAMPLES // batch)
-    warm_up = max(1, steps // 3) if options.warm_up is None else options.warm_up
+    steps, warm_up = bench.runs.steps_for_rate(batch)
     (computed, work_of_a_token), failures = _of_the_work(bench, batch, steps), []
     for turn in range(1, options.turns + 1):
         for way in bench.ways:
@@ -243,7 +162,7 @@ def side_by_side_text(rates, found, warm_up):
     alone = next((runs for way, runs in found.items() if way.gpus == 1 and runs), None)
     if alone is None:
         return text
-    times = min(each) * len(each) / statistics.median(_rate(run, warm_up) for run in alone)
+    times = min(each) * len(each) / statistics.median(rate_of(run, warm_up) for run in alone)
     return f"{text} A step that waits for the slowest of them could be {times:.3f} times as fast as that of one."
 
 
@@ -257,8 +176,7 @@ def _of_the_work(bench, batch, steps):
     is_computed = kind is not None and options.placement is None
     if not is_computed and bench.ceiling is None:
         return None, None
-    folder, given = bench.folder / f"lengths-{batch}", {"batch": batch, "steps": steps, "max_length": bench.max_length}
-    work = workload_of(options.base, options.train, folder, text=options.text, **given)
+    work = bench.runs.work(batch=batch, steps=steps)
     computed = forecast(work, kind, Cluster(gpus=options.gpus)).scaled.times_one if is_computed else None
     token = None if bench.ceiling is None else flops.per_token(work.shape, work.lengths, work.adapter.parameters)
     return computed, token
@@ -269,7 +187,7 @@ def ceiling_text(found, warm_up, ceiling, work_of_a_token):
     shares = []
     for way, runs in found.items():
         if runs:
-            rate = statistics.median(_rate(each, warm_up) for each in runs) / way.gpus
+            rate = statistics.median(rate_of(each, warm_up) for each in runs) / way.gpus
             shares.append(f"{way.name} {rate * work_of_a_token / ceiling:.3f}")
     said = f"Of the ceiling of each GPU, {ceiling / 1e12:.1f} TFLOP/s of large bf16 products: {', '.join(shares)}"
     return f"{said} (a token takes {work_of_a_token / 1e9:.2f} GFLOP)."
@@ -280,7 +198,7 @@ def rates_text(found, warm_up, computed, failures):
     header = ("", "real tok/s", "of each", "waited s, of s in steps", "MB sent a step", "peak GiB", "planned GiB")
     header += ("planned / peak", "in use on each GPU, GiB", "loss")
     rows = [_rates_row(way, runs, warm_up) for way, runs in found.items() if runs]
-    first, second = ([_rate(each, warm_up) for each in runs] for runs in found.values())
+    first, second = ([rate_of(each, warm_up) for each in runs] for runs in found.values())
     lines = [table(header, rows)]
     if first and second:
         turns = ", ".join(f"{two / one:.3f}" for one, two in zip(first, second, strict=False))
@@ -295,12 +213,8 @@ def rates_text(found, warm_up, computed, failures):
     return "\n\n".join(line for line in lines if line)
 
 
-def _rate(carried, warm_up):
-    return statistics.median(carried.rates[warm_up:] or carried.rates)
-
-
 def _rates_row(way, runs, warm_up):
-    rate = statistics.median(_rate(each, warm_up) for each in runs)
+    rate = statistics.median(rate_of(each, warm_up) for each in runs)
     report, throughput = runs[-1].report, runs[-1].report["throughput"]
     peak, planned = throughput["peak_memory_bytes"], report["plan"]["predicted_peak_bytes"]
     in_use = [max(sizes) for sizes in zip(*(each.in_use for each in runs), strict=True)]
@@ -325,8 +239,8 @@ def _turns(found, warm_up):
         for turn, each in enumerate(runs, 1):
             timed, plan = each.rates[warm_up:] or each.rates, each.report["plan"]
             yield (
-                f"- turn {turn}, {way.name}: {_rate(each, warm_up):,.0f} real tokens a second, median of {len(timed)} "
-                f"steps from {min(timed):,.0f} to {max(timed):,.0f}; {plan['engine']} engine "
+                f"- turn {turn}, {way.name}: {rate_of(each, warm_up):,.0f} real tokens a second, median of "
+                f"{len(timed)} steps from {min(timed):,.0f} to {max(timed):,.0f}; {plan['engine']} engine "
                 f"({plan['engine_reason']}), {plan['micro_batch_tokens']:,} tokens a micro-batch, "
                 f"{plan['kept_layers']} layers with dequantised weights kept, {plan['recomputed_layers']} recomputed"
             )
@@ -375,7 +289,7 @@ class Endings:
     def __init__(self, bench):
         options = bench.options
         self._options = options
-        self._folder, self._command = bench.prepare(
+        self._folder, self._command = bench.runs.prepare(
             batch=options.loss_batch, steps=_NO_END, every_steps=_COMMITTED_EVERY
         )
         self._command += ["--grace-seconds", f"{options.grace:g}", "--lease-seconds", "10"]

@@ -55,13 +55,13 @@ class Hog:
 
 @contextlib.contextmanager
 def only_free_of_each(gib, gpus):
-    """The same on each of the first GPUs, by a hog each.
+    """The same on each GPU of these numbers, by a hog each.
 
     Raises:
         NoResultError: it cannot be held.
     """
     with contextlib.ExitStack() as held:
-        hogs = [held.enter_context(waiting_hog(gib, gpu=gpu)) for gpu in range(gpus)] if gib is not None else []
+        hogs = [held.enter_context(waiting_hog(gib, gpu=gpu)) for gpu in gpus] if gib is not None else []
         for hog in hogs:
             hog.hold()
         for hog in hogs:
@@ -74,7 +74,7 @@ def waiting_hog(gib, *, below=None, gpu=None):
     """A hog that has only the memory that any process on the GPU takes, and holds no more until `hold`."""
     command = [sys.executable, "-m", "bench.memory_hog", str(gib)]
     command += [] if below is None else ["--below", str(below)]
-    environment = os.environ if gpu is None else os.environ | {"CUDA_VISIBLE_DEVICES": _visible(gpu)}
+    environment = os.environ if gpu is None else os.environ | {"CUDA_VISIBLE_DEVICES": visible_gpu(gpu)}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -103,7 +103,7 @@ def only_free(gib):
         yield
 
 
-def _visible(gpu):
+def visible_gpu(gpu):
     """The GPU of this number among those that we see."""
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return names[gpu] if names else str(gpu)

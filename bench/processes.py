@@ -21,32 +21,16 @@ def run(command, *, limit_seconds, log, environment=()):
     Raises:
         NoResultError: it failed, or was killed at the limit.
     """
-    out, err = log.with_suffix(".out"), log.with_suffix(".err")
-    with out.open("wb") as stdout, err.open("wb") as stderr:
-        child = subprocess.Popen(
-            command,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-            env=os.environ | dict(environment),
-        )
-        try:
-            code = child.wait(limit_seconds)
-        except subprocess.TimeoutExpired:
-            raise NoResultError(f"no result within {limit_seconds:g} s") from None
-        finally:
-            _end(child)
-    output = out.read_text(errors="replace")
-    if code:
-        raise NoResultError(f"ended with {code}: {_reason(err.read_text(errors='replace') or output)}")
-    return output
+    with begun(command, limit_seconds=limit_seconds, log=log, environment=environment) as running:
+        return running.output()
 
 
 class Running:
     """A run of the product under way, whose log is followed."""
 
-    def __init__(self, child, out, limit_seconds):
-        self.pid, self._child, self._out = child.pid, child, out
+    def __init__(self, child, out, err, limit_seconds):
+        self.pid, self._child, self._out, self._err = child.pid, child, out, err
+        self._limit_seconds = limit_seconds
         self._until = time.monotonic() + limit_seconds
 
     def events(self):
@@ -82,15 +66,32 @@ class Running:
         except subprocess.TimeoutExpired:
             raise NoResultError("it did not end in its time") from None
 
+    def output(self):
+        """What it wrote to stdout, once it has ended.
+
+        Raises:
+            NoResultError: it failed, or its time was over.
+        """
+        try:
+            code = self._child.wait(max(0.0, self._until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise NoResultError(f"no result within {self._limit_seconds:g} s") from None
+        output = self._out.read_text(errors="replace")
+        if code:
+            raise NoResultError(f"ended with {code}: {_reason(self._err.read_text(errors='replace') or output)}")
+        return output
+
 
 @contextmanager
-def begun(command, *, limit_seconds, log):
-    """A command under way; whatever happens, it does not outlive the block."""
+def begun(command, *, limit_seconds, log, environment=()):
+    """A command under way; whatever happens, it does not outlive the block. Its output stays as `run` says."""
     out, err = log.with_suffix(".out"), log.with_suffix(".err")
     with out.open("wb") as stdout, err.open("wb") as stderr:
-        child = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdout=stdout, stderr=stderr, start_new_session=True, env=os.environ | dict(environment)
+        )
     try:
-        yield Running(child, out, limit_seconds)
+        yield Running(child, out, err, limit_seconds)
     finally:
         _end(child)
 

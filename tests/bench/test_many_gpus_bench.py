@@ -148,7 +148,7 @@ def test_of_each_gpu_no_more_is_left_free(bench, monkeypatch):
 
     monkeypatch.setattr(many_gpus, "only_free_of_each", held)
     bench("--part", "rates", "--batch", "4", "--steps", "1", "--turns", "1", "--free-gib", "79.2", "--limit", "0.1")
-    assert asked == [(79.2, 1), (79.2, 2)]
+    assert asked == [(79.2, range(1)), (79.2, range(2))]
 
 
 def test_a_run_that_fails_is_said_and_the_rest_is_measured(bench, monkeypatch):
