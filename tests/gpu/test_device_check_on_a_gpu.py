@@ -83,6 +83,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.whole_gpu
 def test_a_gpu_that_another_process_fills_is_refused(gpu):
     """With the other's name where the driver names it."""
     holder = in_a_process(HOLD)
