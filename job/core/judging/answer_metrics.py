@@ -34,11 +34,6 @@ class AnswerMetric:
     field: str | None = None
     """The record's field that an answer is compared with; None: the learned answer."""
 
-    @property
-    def is_right_or_wrong(self) -> bool:
-        """Whether a score is 0 or 1, and nothing between."""
-        return self.name != "rouge_l"
-
     def reference(self, text: str) -> str | None:
         """What answers are compared with; None: this text is none that the metric can compare with.
 
