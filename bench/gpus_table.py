@@ -281,7 +281,10 @@ class Table:
     def write(self):
         """The section, anew."""
         options, batches = self._options, list(self._batches)
-        name = "-".join(["gpus-table", options.base.name, *map(str, batches)])
+        numbers = f"{options.fewest}-to-{options.gpus}"
+        free = [] if options.free_gib is None else [f"{options.free_gib:g}-gib-free"]
+        placement = options.placement if len(options.placement) == 1 else []
+        name = "-".join(["gpus-table", options.base.name, numbers, *map(str, batches), *placement, *free])
         title = f"## QLoRA on {options.fewest} to {options.gpus} GPUs of one host: {options.base.name}"
         command = f"    python -m bench.gpus_table --base FOLDER --train TRAIN.jsonl --gpus {options.gpus}"
         command += "".join(f" --batch {batch}" for batch in batches)

@@ -39,7 +39,7 @@ WRITERS = 8
 MXFP4_SCALE = 120
 """2^-7: times numbers of 4 bits, all of them as often, a standard deviation of 0.023."""
 SPREAD = 0.02
-"""Standard deviation of every matrix: transformers' own start (initializer_range)."""
+"""Standard deviation of a matrix: transformers' own start (initializer_range)."""
 _DEEP, _BACK = 64, ("o_proj.weight", "down_proj.weight")
 """From that many layers on, what a layer adds to what it got is drawn smaller, by GPT-2's sqrt(2 x layers): a last bit
 would otherwise be half of a gradient 80 layers later, which is true of no trained base."""

@@ -112,7 +112,7 @@ class Ranks:
         self._rows: ProcessGroup | None = None
         self._turns: ProcessGroup | None = None
         self._on_device: Any = None
-        """What a stream of the device was last given to wait for."""
+        """What the device was last given that needs the others."""
         self.before_meeting: Callable[[], None] = _nothing
         """Called before ranks meet in anything but a turn: who holds a sharded base helps the others to end theirs."""
         threading.Thread(target=self._watch, args=(alive,), name="peers", daemon=True).start()
@@ -328,6 +328,8 @@ class Ranks:
         """
         with _peers():
             work = self._dist.all_gather_into_tensor(row, part, group=self._rows, async_op=True)
+        if self._on_gpu:
+            self._on_device = work  # begun ahead: it may hold the device before anybody waits for it
         self.bytes_sent += (self.size - 1) * part.numel()
 
         def wait() -> None:

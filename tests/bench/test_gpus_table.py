@@ -164,7 +164,7 @@ def test_a_run_that_fails_has_its_line_and_the_others_go_on(bench, monkeypatch):
     code, text = bench("--gpus", "2", "--batch", "4", "--batch", "2")
 
     assert code == 1
-    assert "<!-- begin gpus-table-tiny-llama-4-2 -->" in text
+    assert "<!-- begin gpus-table-tiny-llama-1-to-2-4-2 -->" in text
     assert text.count(": no result: ended with 1: ValueError: no GPU") == 6
     assert "\n- batch 4, 1 GPU beside batch 2, 1 GPU\n" in text
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import job
 from job.core.data.packing import Rows
-from job.core.errors import DataError
+from job.core.errors import DataError, PeerLostError
 from job.core.nightly.channel import THE_BASE, AdapterInUse, Promoted
 from job.core.nightly.exam_results import ExampleResults, GivenAnswers, name_of, results_of
 from job.edge.run.channels import Channel
@@ -167,7 +167,13 @@ class Examiner:
         *,
         answers: GivenAnswers | None = None,
     ) -> ExampleResults:
-        """Keep what a model made of an exam."""
+        """Keep what a model made of an exam.
+
+        Raises:
+            PeerLostError: another rank is gone, and what a sharded base made of it since is of no use.
+        """
+        if self._world.broken_off:
+            raise PeerLostError("another process of the run is gone, and what waited for it was broken off")
         results = results_of(nll, model=contender.model, exam=asked.exam.name, how=self.how, answers=answers)
         self._channel.keep_results(contender.kept_as, results)
         return results

@@ -105,8 +105,13 @@ class Company:
         if error is None and self._seat.leads:
             with suppress(PeerLostError):  # the report is committed, whoever is gone by now
                 self.world.order(Order.DONE)
-        if isinstance(error, PeerLostError) and (cause := self._cause_of_a_loss()) is not None:
+        missed = isinstance(error, PeerLostError)
+        # Whatever else it says, it was computed from nothing.
+        misled = self.world.broken_off and isinstance(error, Exception) and not isinstance(error, StopRequestedError)
+        if (missed or misled) and (cause := self._cause_of_a_loss()) is not None:
             raise _error(cause) from error
+        if misled and not missed:
+            raise PeerLostError("another process of the run is gone, and what waited for it was broken off") from error
 
     # --- before they are a group --------------------------------------------------------------------------------------
 

@@ -347,10 +347,11 @@ class Stepper:
 
     def _read(self) -> StepRecord | None:
         """The last step's record, waited for; raises when its numbers are not finite."""
-        unread, self._unread = self._unread, None
+        unread = self._unread
         if unread is None:
             return None
         wait_for(unread.ended, self._world)
+        self._unread = None  # not before: a step that never ended is not the last whole one
         loss, grad_norm, *by_source = unread.numbers.tolist()
         progress = self._state.progress
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):

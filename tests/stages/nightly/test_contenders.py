@@ -12,7 +12,7 @@ from channel_material import adapter
 from tiny import CPU, adapted, stages_attempt
 from tiny_families import write_family
 
-from job.core.errors import DataError
+from job.core.errors import DataError, PeerLostError
 from job.core.judging.answer_metrics import AnswerMetric
 from job.core.recipe.schema import LoraSection, Recipe
 from job.edge.run.channels import Channel
@@ -272,3 +272,13 @@ def test_settings_that_peft_would_obey_and_we_never_write_are_refused(bases, tmp
 def saved(model, folder):
     model.save_pretrained(folder / "saved", save_embedding_layers=False)
     return folder / "saved" / "adapter_model.safetensors"
+
+
+def test_what_was_computed_from_a_broken_off_sum_is_not_kept(examiner, documents, monkeypatch):
+    """Of a base that is sharded, where a follower is gone: later nights would take it for this model's."""
+    monkeypatch.setattr(examiner, "_world", SimpleNamespace(broken_off=True))
+    kept = []
+    monkeypatch.setattr(examiner._channel, "keep_results", lambda *what: kept.append(what))
+    with pytest.raises(PeerLostError, match="broken off"):
+        examiner.keep(Contender(run_id=None, adapter=None), examiner.exams.frozen, [1.0] * len(documents))
+    assert not kept

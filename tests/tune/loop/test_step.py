@@ -21,12 +21,13 @@ from tiny import (
 
 from job.core.data.mixture import Portion
 from job.core.data.packing import pack_evenly
-from job.core.errors import CannotFitError, DivergedError, StopRequestedError
+from job.core.errors import CannotFitError, DivergedError, PeerLostError, StopRequestedError
 from job.core.plan.course import course_of, plan_course
 from job.core.recipe.schema import LoraSection
 from job.tune.data.micro_batch import micro_batch
 from job.tune.engines.autograd import AutogradEngine
 from job.tune.engines.engine import adopt_or_shrink
+from job.tune.loop import step as step_module
 
 
 def test_how_a_batch_is_cut_changes_neither_losses_nor_weights(start, tmp_path, tokenizer):
@@ -297,3 +298,21 @@ def test_code_is_compiled_by_the_longest_example_of_the_next_step_and_changes_no
     assert made.progress.losses == plain.progress.losses
     assert records[0].setbacks.cuts == (cut_of(7500),)  # what ran out before the first step is counted with it
     assert [record.setbacks.recompilations for record in records] == [(), ("0/1: other sizes",), (), ()]
+
+
+def test_a_step_whose_end_is_waited_for_in_vain_is_never_taken_for_the_last_whole_one(start, monkeypatch):
+    """Another rank is gone in the midst of its sum: with its number, the weights before it would be committed."""
+    made = start(batch_size=3, steps=4)
+    stepper = made.stepper()
+    stepper.step(1)
+
+    def lost(*_marks):
+        raise PeerLostError("another process of the run is gone")
+
+    monkeypatch.setattr(step_module, "wait_for", lost)
+    with pytest.raises(PeerLostError):
+        stepper.step(2)
+    for _ in range(2):  # whoever looks whether the last step may be saved
+        with pytest.raises(PeerLostError):
+            stepper.finish()
+    assert not made.progress.losses
