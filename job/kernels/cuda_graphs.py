@@ -23,6 +23,8 @@ _FEWEST_SEGMENTS, _FEWEST_BESIDE_OTHERS = 4, 16
 should not make another size of what is equal otherwise: each is recorded while all others wait."""
 _MOST_MEMORY = 0.2
 """Share of the GPU's memory that recordings may hold for themselves."""
+_OF_FREE = 0.85
+"""Share of what is free that activations may take: logits, the update and the optimizer need some."""
 _NO_TARGET = -1
 
 OnFinished = Callable[[int, Any], None]
@@ -58,24 +60,25 @@ class Replay:
         parameters: Sequence[nn.Parameter],
         *,
         most_tokens: int,
+        most_recorded: int,
         on_failure: Callable[[str], None],
-        records: bool = True,
     ) -> None:
         """Parameters and their gradients must stay where they are in memory, for as long as this is used.
 
         Args:
             step: what is recorded.
             parameters: the adapter's, each with its gradient.
-            most_tokens: of a micro-batch that is replayed; 0: none is.
+            most_tokens: of a micro-batch that is padded to be replayed; 0: none is.
+            most_recorded: tokens of one that there is memory for; 0 where a step waits for others, which no recording
+                can. Larger ones are padded alike, so that their results do not depend on it.
             on_failure: called once with the reason why nothing is recorded any more; small micro-batches are padded
-                all the same, so that their results do not change.
-            records: false where a step waits for others, which no recording can: small micro-batches are padded alike.
+                all the same.
         """
         self._step = step
         self._parameters = parameters
-        self._most_tokens = most_tokens
+        self._most_tokens, self._most_recorded = most_tokens, most_recorded
         self._on_failure = on_failure
-        self._failed = not records
+        self._failed = not most_recorded
         self._recordings: dict[Size, _Recording] = {}
         self._refresh: Callable[[], None] | None = None
         self._pool: Any = None
@@ -120,7 +123,7 @@ class Replay:
             results.append(self._step.accumulate(row))
 
         finished: dict[int, Any] = {}
-        graph = self._recorded_beside_gradients(work, finished)
+        graph = self._recorded_beside_gradients(work, finished) if size.tokens <= self._most_recorded else None
         if graph is None:
             return _Recording(row=row, replay=lambda: self._watched(row), finished={})
 
@@ -209,6 +212,17 @@ def most_tokens(step: Step) -> int:
     """Tokens of a micro-batch that is replayed, at most: a recording keeps the memory of its activations."""
     memory = torch.cuda.get_device_properties(step.device).total_memory
     return min(REPLAYED_TOKENS, int(_MOST_MEMORY * memory / step.token_bytes))
+
+
+def most_recorded(step: Step, *, micro_batch_tokens: int, free_bytes: int) -> int:
+    """Tokens of a micro-batch that there is memory to record, beside the largest one that is not recorded.
+
+    Args:
+        step: is there, with what it keeps.
+        micro_batch_tokens: of the largest.
+        free_bytes: on the device.
+    """
+    return max(0, int(_OF_FREE * free_bytes / step.token_bytes) - micro_batch_tokens)
 
 
 def empty_row(size: Size, like: PackedRow) -> PackedRow:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from job.kernels import cuda_graphs
 from job.kernels.attention import Segments
 from job.kernels.cuda_graphs import Replay, rounded
 from job.kernels.decoder import PackedRow
@@ -64,8 +65,9 @@ def step():
     return AddingStep()
 
 
-def replay_of(kind, step, told, *, most_tokens=512):
-    return kind(step, [step.parameter], most_tokens=most_tokens, on_failure=told.append)
+def replay_of(kind, step, told, *, most_tokens=512, most_recorded=4096):
+    options = {"most_tokens": most_tokens, "most_recorded": most_recorded, "on_failure": told.append}
+    return kind(step, [step.parameter], **options)
 
 
 def test_each_micro_batch_counts_once(step):
@@ -84,6 +86,26 @@ def test_a_large_one_is_left_to_the_step(step):
 
     assert step.sizes == [600]
     assert torch.equal(losses, row.targets.float())
+
+
+@pytest.mark.parametrize("most_recorded", [4096, 128, 0])
+def test_what_there_is_no_memory_to_record_is_run_in_the_same_size(step, most_recorded):
+    said = []
+    replay, expected = replay_of(Played, step, said, most_recorded=most_recorded), 0
+    for row in (row_of(70, 30), row_of(90, 90)):
+        expected += int(row.ids.sum())
+
+        assert torch.equal(replay.accumulate(row), row.targets.float())
+    assert float(step.parameter.grad) == expected
+    runs = {size: step.sizes.count(size) for size in (128, 256)}  # one is recorded: run before it, in it, and replayed
+    assert runs == {size: 3 if size <= most_recorded else 1 for size in (128, 256)}
+    assert not said
+
+
+def test_a_recording_has_what_the_largest_micro_batch_leaves():
+    step = SimpleNamespace(token_bytes=10)
+    assert cuda_graphs.most_recorded(step, micro_batch_tokens=500, free_bytes=10_000) == 350
+    assert cuda_graphs.most_recorded(step, micro_batch_tokens=900, free_bytes=10_000) == 0
 
 
 def test_who_watches_hears_of_every_layer_once_with_an_event_where_the_step_is_replayed(step):

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from job.core.plan.cut import Cut
 from job.kernels.attention import Segments
-from job.kernels.cuda_graphs import Replay, most_tokens
+from job.kernels.cuda_graphs import Replay, most_recorded, most_tokens
 from job.kernels.decoder import HERE, PackedRow, Saving
 from job.kernels.llama_step import Step
 from job.kernels.ops import Ops
 from job.kernels.weights import Group
 from job.tune.data.micro_batch import MicroBatch
+from job.tune.device.device import device_memory, release_memory
 from job.tune.engines.engine import OnFinished
 from job.tune.engines.families import decoder_of
 from job.tune.engines.packed_model import PackedModel
@@ -89,11 +90,13 @@ class HandwrittenEngine:
         kept = cut.kept_layers if self._model.sharded is None else 0  # of what is not there nothing can be kept
         step = self._step = self._make(Saving(kept_layers=kept, recomputed_layers=cut.recomputed_layers))
         if step.device.type == "cuda":
+            release_memory(step.device)
+            free = 0 if self._model.sharded is not None else device_memory(step.device).free_bytes
             self._step = Replay(
                 step,
                 trainable(self._model),
                 most_tokens=most_tokens(step),
-                records=self._model.sharded is None,
+                most_recorded=most_recorded(step, micro_batch_tokens=cut.micro_batch_tokens, free_bytes=free),
                 on_failure=lambda reason: log.warning("no_cuda_graphs", reason=reason, then="small batches are slower"),
             )
         self._watch()
