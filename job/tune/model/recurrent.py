@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from job.core.plan.memory import RecurrentShape
+from job.kernels.triton_gated_delta import take_kernels
 
 _WITHOUT_CONVOLUTION = re.compile(r"LightningAttention|Retention$")
 """Names of classes that hand something on from token to token, and have no convolution."""
@@ -67,6 +68,7 @@ def recurrent_shape(model: nn.Module, config: Any) -> RecurrentShape | None:
     mixers = [module for _, module in mixers_of(model)]
     if not mixers:
         return None
+    take_kernels(mixers)
     kinds = {str([(name, p.shape) for name, p in module.named_parameters()]): module for module in mixers}
     found = [_of_a_token(module, config.hidden_size) for module in kinds.values()]
     kept, backward, moved, by_length = (max(each) for each in zip(*found, strict=True))

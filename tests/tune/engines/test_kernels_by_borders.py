@@ -34,6 +34,10 @@ each_by_borders = pytest.mark.parametrize(
 )
 
 
+def packages_of(name):
+    return "fla" if name.startswith(("qwen3", "olmo")) else "causal_conv1d"
+
+
 def borders_of(seq_idx):
     changes = torch.nonzero(seq_idx[0].diff()).flatten() + 1
     return [0, *changes.tolist(), seq_idx.shape[1]]
@@ -111,7 +115,7 @@ def test_documents_of_a_row_stay_apart_by_their_borders(name, tmp_path, monkeypa
     check_model(model)
     assert model.rows == "packed"
     choice, documents = choice_for(model), documents_of(name)
-    assert "documents apart by the kernels of causal_conv1d" in choice.reason
+    assert f"documents apart by the kernels of {packages_of(name)}" in choice.reason
     seen = []
     model.model.get_base_model().model.register_forward_pre_hook(
         lambda _module, _args, inputs: seen.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
@@ -155,7 +159,8 @@ def test_without_the_packages_nothing_is_tried_and_the_words_say_how_rows_stand(
     config = config_of(name)
     assert any("rows of like lengths padded together" in each for each in words_on(config))
     monkeypatch.setattr(families, "_is_installed", lambda _package: True)
-    assert any("documents of a row stay apart by the kernels of causal_conv1d" in each for each in words_on(config))
+    said = f"documents of a row stay apart by the kernels of {packages_of(name)}"
+    assert any(said in each for each in words_on(config))
 
 
 def test_a_scan_that_takes_no_borders_is_never_packed(monkeypatch):

@@ -1,0 +1,160 @@
+"""Gated delta layers by fla: where, in which one of its ways, and what they keep. Its kernels run in tests/gpu."""
+
+import inspect
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from tiny_families import config_of
+
+from job.kernels import triton_gated_delta
+from job.kernels.triton_gated_delta import take_kernels
+from job.tune.model import recurrent
+from job.tune.model.config import empty_model
+from job.tune.model.recurrent import mixers_of, recurrent_shape
+
+NAMES = ("torch_chunk_gated_delta_rule", "causal_conv1d_fn")
+
+
+def layers_of(family):
+    return [module for _, module in mixers_of(empty_model(config_of(family)))]
+
+
+@pytest.fixture
+def code(monkeypatch):
+    """transformers' module, which is as it was after the test."""
+    module = inspect.getmodule(type(layers_of("qwen3_5_text")[0]))
+    for name in NAMES:
+        monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
+    return module
+
+
+def test_without_fla_every_layer_stays_as_it_is(code, monkeypatch):
+    monkeypatch.setattr(triton_gated_delta, "has_fla", lambda: False)
+    before = [getattr(code, name) for name in NAMES]
+    take_kernels(layers_of("qwen3_5_text"))
+    assert [getattr(code, name) for name in NAMES] == before
+
+
+def test_a_layer_of_another_kind_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(triton_gated_delta, "has_fla", lambda: True)
+    module = inspect.getmodule(type(layers_of("lfm2")[0]))
+    before = module.causal_conv1d_fn
+    take_kernels(layers_of("lfm2"))
+    assert module.causal_conv1d_fn is before
+
+
+@pytest.fixture
+def taken(code, monkeypatch):
+    monkeypatch.setattr(triton_gated_delta, "has_fla", lambda: True)
+    plain = [getattr(code, name) for name in NAMES]
+    for _ in range(2):  # once for every model, and the same
+        take_kernels(layers_of("qwen3_5_text"))
+    assert [inspect.unwrap(getattr(code, name)) for name in NAMES] == plain
+    assert [getattr(code, name).__wrapped__ for name in NAMES] == plain
+    return code, plain
+
+
+def rows_of_a_layer():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 40, heads, 8) for heads in (2, 2, 4))
+    return q, k, v, -torch.rand(1, 40, 4), torch.rand(1, 40, 4)
+
+
+def test_on_a_cpu_it_is_transformers_own_code_which_keeps_no_documents_apart(taken):
+    code, (delta_rule, convolution) = taken
+    q, k, v, g, beta = rows_of_a_layer()
+    how = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    ours = code.torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, cu_seqlens=None, seq_idx=None, **how)
+    theirs = delta_rule(q, k, v, g=g, beta=beta, **how)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    x, weight = torch.randn(1, 6, 40), torch.randn(6, 4)
+    mixed = code.causal_conv1d_fn(x, weight, None, activation="silu", document_lengths=None)
+    assert torch.equal(mixed, convolution(x, weight, None, activation="silu"))
+
+    some = torch.tensor([0, 9, 40])
+    with pytest.raises(ValueError, match="on GPUs only"):
+        code.torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, cu_seqlens=some)
+    with pytest.raises(ValueError, match="on GPUs only"):
+        code.causal_conv1d_fn(x, weight, None, activation="silu", cu_seq_lens_q=some)
+
+
+def test_what_is_kept_is_counted_as_fla_keeps_it(code, monkeypatch):
+    config = config_of("qwen3_5_text")
+    plain = recurrent_shape(empty_model(config), config)
+    monkeypatch.setattr(triton_gated_delta, "has_fla", lambda: True)
+    by_fla = recurrent_shape(empty_model(config), config)
+    assert by_fla.layers == plain.layers
+    assert 0 < by_fla.kept < plain.kept
+    assert by_fla.moved < plain.moved
+
+    layer = next(module for module in layers_of("qwen3_5_text"))
+    mixed, heads = layer.conv_dim, layer.num_v_heads
+    # What comes into the convolution; queries and keys of length 1, values; sums of g; 64 numbers a head. beta is kept
+    # by what makes it.
+    kernels = 2 * mixed + 2 * (2 * layer.key_dim + layer.value_dim) + 4 * heads + 2 * 64 * heads
+    without, _, _ = _counted_alone(layer, config.hidden_size, monkeypatch)
+    assert by_fla.kept == without + kernels
+
+
+class _KeepsNothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, like, *others):
+        ctx.given = [(each.shape, each.dtype) for each in (like, *others)]
+        return like.new_empty(like.shape)
+
+    @staticmethod
+    def backward(ctx, *_gradients):
+        return tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in ctx.given)
+
+
+def _counted_alone(layer, hidden, monkeypatch):
+    """A token's bytes with kernels that keep nothing."""
+    code = inspect.getmodule(type(layer))
+
+    def delta_rule(q, k, v, g, beta, **_how):
+        return _KeepsNothing.apply(v, q, k, g, beta), None
+
+    monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", delta_rule)
+    monkeypatch.setattr(code, "causal_conv1d_fn", lambda x, *_given, **_how: _KeepsNothing.apply(x))
+    shorter, longer = (recurrent._counted(layer, hidden, tokens) for tokens in (128, 256))
+    return tuple((two - one) // 128 for one, two in zip(shorter, longer, strict=True))
+
+
+# --- one way of each kernel ------------------------------------------------------------------------------------------
+
+
+class Autotuner:
+    def __init__(self, *ways):
+        self.fn = lambda: None
+        self.configs = [SimpleNamespace(num_warps=warps, num_stages=stages) for warps, stages in ways]
+
+
+def test_each_kernel_computes_in_one_way(monkeypatch):
+    """Chosen without a clock; also within what sets its other options, and wherever it is imported to."""
+    conv, rule, within = Autotuner((2, 2), (8, 3), (4, 2), (4, 3)), Autotuner((8, 4), (8, 3)), Autotuner((1, 1), (2, 1))
+    modules = {
+        "fla": {},
+        "fla.modules.causal_conv1d": {"causal_conv1d": "its convolution", "kernel": conv},
+        "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": None, "kernel": rule, "same": conv},
+        "fla.ops.common": {"kernel": SimpleNamespace(fn=SimpleNamespace(fn=within))},
+        "flash": {"kernel": (other := Autotuner((1, 1), (2, 2)))},
+        "triton.runtime.autotuner": {"Autotuner": Autotuner},
+    }
+    for name, content in modules.items():
+        for part in [name.rpartition(".")[0], name]:
+            if part and part not in modules:
+                monkeypatch.setitem(sys.modules, part, ModuleType(part))
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    triton_gated_delta._kernels.cache_clear()
+    try:
+        assert triton_gated_delta._kernels() == "its convolution"
+    finally:
+        triton_gated_delta._kernels.cache_clear()
+
+    ways = [[(way.num_warps, way.num_stages) for way in each.configs] for each in (conv, rule, within)]
+    assert ways == [[(4, 3)], [(8, 3)], [(2, 1)]]
+    assert len(other.configs) == 2
