@@ -3,6 +3,10 @@
 python -m pytest tests/gpu -s -rs
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_handwritten_on_a_gpu import CUDA
@@ -13,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from job.core.plan.memory import GIB, AdapterShape, memory_parts
 from job.core.recipe.schema import LoraSection
+from job.kernels.triton_gated_delta import has_fla
 from job.tune.data.trial_documents import one_row
 from job.tune.device.device import release_memory
 from job.tune.engines.choice import choose_engine
@@ -132,6 +137,55 @@ def test_another_document_changes_no_bit_and_a_gradient_has_the_same_bits_each_t
     kept = torch.ones_like(first, dtype=torch.bool)
     kept[len(documents[0]) - 1 : len(documents[0]) + len(documents[1]) - 2] = False
     assert torch.equal(first[kept], other[kept])
+
+
+by_fla = pytest.mark.skipif(not has_fla(), reason="NO FLA: gated delta layers are computed by transformers' plain code")
+GATED_DELTA = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid")
+
+
+@by_fla
+@pytest.mark.parametrize("name", GATED_DELTA)
+def test_gated_delta_layers_are_packed_and_as_they_are_one_document_a_row(name, tmp_path):
+    model = model_of(tmp_path, name)
+    check_model(model)
+    assert (model.rows, model.kernels_by_borders) == ("packed", ("fla",))
+    choice, documents = choose_engine(model, "auto", backward=torch.autograd.backward), documents_of(name)
+    packed, gradients = our_run(choice, model, documents)
+    model.take_rows("padded")
+    padded, expected = our_run(choice, model, documents)
+    assert float((packed - padded).abs().mean()) <= 0.02 * float(padded.mean())
+    assert off(gradients, expected) < 0.2
+
+
+BITS = """
+import sys, hashlib
+sys.path[:0] = {path!r}
+import torch
+from pathlib import Path
+from test_hybrids_on_a_gpu import choose_engine, documents_of, model_of, our_run
+model = model_of(Path(sys.argv[1]), "qwen3_5_text")
+choice = choose_engine(model, "auto", backward=torch.autograd.backward)
+assert model.rows == "packed", model.rows
+losses, gradients = our_run(choice, model, documents_of("qwen3_5_text"))
+digest = hashlib.sha256(losses.cpu().numpy().tobytes())
+for name in sorted(gradients):
+    digest.update(gradients[name].float().cpu().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@by_fla
+def test_another_process_with_an_empty_cache_of_triton_s_has_the_same_bits(tmp_path):
+    """Whatever the clock would have chosen there."""
+    script, found = BITS.format(path=sys.path), set()
+    for attempt in ("one", "two", "three"):
+        (tmp_path / attempt).mkdir()
+        environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / attempt / "triton")}
+        command = [sys.executable, "-c", script, str(tmp_path / attempt)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.add(done.stdout.splitlines()[-1])
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "nemotron_h"])
