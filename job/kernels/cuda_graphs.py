@@ -222,7 +222,7 @@ def most_recorded(step: Step, *, micro_batch_tokens: int, free_bytes: int) -> in
         micro_batch_tokens: of the largest.
         free_bytes: on the device.
     """
-    return max(0, int(_OF_FREE * free_bytes / step.token_bytes) - micro_batch_tokens)
+    return max(0, int(_OF_FREE * free_bytes / step.kept_token_bytes) - micro_batch_tokens)
 
 
 def empty_row(size: Size, like: PackedRow) -> PackedRow:

@@ -33,6 +33,11 @@ class DecoderLayer:
         """All groups, in the order of their use."""
         return self.qkv, self.out, self.gate_up, self.down
 
+    @property
+    def numbers_of_a_token(self) -> int:
+        """How many numbers a token leaves for the backward, about."""
+        return sum(group.width + group.height for group in (self.qkv, self.gate_up, self.out))
+
 
 class Arrivals(Protocol):
     """Brings a layer's weights to the device, where they are not all there."""

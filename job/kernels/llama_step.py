@@ -89,13 +89,15 @@ class Step:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of the activations that a token leaves for the backward, about."""
-        widths = (
-            group.width + group.height
-            for layer in self._decoder.layers
-            for group in (layer.qkv, layer.gate_up, layer.out)
-        )
-        return sum(widths) * self._dtype.itemsize
+        """Bytes of the activations that a token leaves for the backward where no layer recomputes them, about."""
+        return sum(layer.numbers_of_a_token for layer in self._decoder.layers) * self._dtype.itemsize
+
+    @property
+    def kept_token_bytes(self) -> int:
+        """The same as the layers are: of those that recompute, what goes in, and one at a time as a whole."""
+        of_each = [layer.numbers_of_a_token for layer in self._decoder.layers]
+        again = self._recomputed * self._hidden + max(of_each[: self._recomputed], default=0)
+        return (sum(of_each[self._recomputed :]) + again) * self._dtype.itemsize
 
     def refresh(self) -> None:
         """Copy the adapters' new values into the kept matrices: after each change of them."""

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 _DELTA_RULE, _CONVOLUTION = "torch_chunk_gated_delta_rule", "causal_conv1d_fn"
+_STEP_BY_STEP = "torch_recurrent_gated_delta_rule"
 """Names in transformers' code of these families."""
-_CHUNK = 64
-"""Tokens that fla's delta rule computes at once."""
+_CHUNK, _FILLED = 64, 48
+"""Tokens that fla's delta rule computes at once; and how many of them a document fills, as it ends within one."""
 _TAKEN = "_takes_borders"
 
 
@@ -35,9 +36,10 @@ def take_kernels(mixers: Iterable[nn.Module]) -> None:
         return
     for code in {inspect.getmodule(type(mixer)) for mixer in mixers}:
         if hasattr(code, _DELTA_RULE) and hasattr(code, _CONVOLUTION):
-            for name, taken in ((_DELTA_RULE, _delta_rule), (_CONVOLUTION, _convolution)):
-                function = getattr(code, name)
-                if not hasattr(function, _TAKEN):
+            of_each = {_DELTA_RULE: _delta_rule, _CONVOLUTION: _convolution, _STEP_BY_STEP: _step_by_step}
+            for name, taken in of_each.items():
+                function = getattr(code, name, None)
+                if function is not None and not hasattr(function, _TAKEN):
                     setattr(code, name, taken(function))
 
 
@@ -68,6 +70,18 @@ def _delta_rule(function: Callable[..., Any]) -> Callable[..., Any]:
 
     setattr(torch_chunk_gated_delta_rule, _TAKEN, True)
     return torch_chunk_gated_delta_rule
+
+
+def _step_by_step(function: Callable[..., Any]) -> Callable[..., Any]:
+    plain = inspect.unwrap(function)
+
+    @functools.wraps(function)
+    def torch_recurrent_gated_delta_rule(query: Tensor, *rows: Tensor, **how: Any) -> tuple[Tensor, Tensor | None]:
+        found: tuple[Tensor, Tensor | None] = (function if query.is_cuda else plain)(query, *rows, **how)
+        return found
+
+    setattr(torch_recurrent_gated_delta_rule, _TAKEN, True)
+    return torch_recurrent_gated_delta_rule
 
 
 def _convolution(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,8 +133,8 @@ def _kernels() -> Callable[..., tuple[Tensor, Any]]:
 
 
 def _chosen(configs: list[Any]) -> Any:
-    """The first of four warps and three stages, or what is nearest to it."""
-    return min(configs, key=lambda config: (abs(config.num_warps - 4), abs(config.num_stages - 3)))
+    """The first of four warps, or what is nearest to it, with the fewest stages: they have to fit any GPU."""
+    return min(configs, key=lambda config: (abs(config.num_warps - 4), config.num_stages))
 
 
 # --- what they keep, on the meta device ------------------------------------------------------------------------------
@@ -143,7 +157,7 @@ class _KeptByDeltaRule(torch.autograd.Function):
         query, key, value, g, beta, _ = ctx.saved_tensors
         rows, tokens, heads, width = value.shape
         a_head = (rows, tokens, heads, key.shape[-1])
-        states = [value.new_empty(rows, -(-tokens // _CHUNK), heads, key.shape[-1], width) for _ in range(2)]
+        states = [value.new_empty(rows, -(-tokens // _FILLED), heads, key.shape[-1], width) for _ in range(2)]
         made = [value.new_empty(a_head) for _ in range(2)] + [torch.empty_like(value) for _ in range(4)]
         given = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         del states, made

@@ -113,6 +113,12 @@ def test_a_rank_that_is_killed_ends_the_run_and_nothing_is_left(tmp_path, base, 
     assert nothing_is_left(supervisor)
     # The other one missed it by itself: 75 is what its watchdog ends it with once the grace is over.
     assert ended.named("workers")[0]["ended"][str(1 - rank)] == 70, ended.stdout[-4000:]
+    # What it has saved is what it says, and is gone on from.
+    with job.begun("run", "--device", "cuda", "--gpus", "2", "--grace-seconds", "30", cold=True) as running:
+        resumed = running.until(lambda event: event["event"] == "resumed")
+        strike(running.child.pid, 0, signal.SIGTERM)
+        assert running.end().code == 75
+    assert resumed["step"] == ended.outcome["last_committed_step"]
 
 
 SHARDED = ("--base-placement", "sharded")

@@ -103,7 +103,7 @@ def test_what_there_is_no_memory_to_record_is_run_in_the_same_size(step, most_re
 
 
 def test_a_recording_has_what_the_largest_micro_batch_leaves():
-    step = SimpleNamespace(token_bytes=10)
+    step = SimpleNamespace(kept_token_bytes=10)
     assert cuda_graphs.most_recorded(step, micro_batch_tokens=500, free_bytes=10_000) == 350
     assert cuda_graphs.most_recorded(step, micro_batch_tokens=900, free_bytes=10_000) == 0
 
