@@ -20,12 +20,21 @@ demo: $(VENV)/installed
 		--output file://$(CURDIR)/$(DEMO)/store --workdir $(DEMO)/work --device cpu --outcome-file $(DEMO)/outcome.json
 
 # Three at once: on two cores one mostly waits for a process, a lease or a server.
+PYTEST_BY_FILES = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile \
+	--no-loadscope-reorder
+# What starts whole runs, in a process or several, or makes whole pages: most of the time of all tests.
+WHOLE_RUNS = tests/run tests/launch tests/k8s tests/slurm tests/hostile tests/bench tests/render/test_page.py \
+	tests/render/test_nights_pages.py tests/tune/loop/test_ranks.py tests/tune/loop/test_sharded_ranks.py \
+	tests/tune/loop/test_mixtures_of_ranks.py
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
-		--ignore tests/chaos
+	$(PYTEST_BY_FILES) --ignore tests/chaos $(addprefix --ignore ,$(WHOLE_RUNS))
 
-# Every attack by what is read from outside, each in a process that may take little memory; `make test` has those that
-# take seconds.
+.PHONY: test-runs
+test-runs: $(VENV)/installed
+	$(PYTEST_BY_FILES) $(WHOLE_RUNS)
+
+# Every attack by what is read from outside, each in a process that may take little memory; `make test-runs` has those
+# that take seconds.
 test-hostile: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "hostile or not hostile" tests/hostile
 
@@ -36,7 +45,7 @@ test-families: $(VENV)/installed
 		tests/tune/engines tests/tune/loop/answers/test_greedy.py tests/tune/merging \
 		tests/tune/model/test_targets_of_mixtures.py tests/tune/test_rehearsal.py
 
-# Several processes together: sharded, judged, asked to stop, killed, nights, pods; `make test` has one of each kind.
+# Several processes together: sharded, judged, asked to stop, killed, nights, pods; `make test-runs` has one of each kind.
 .PHONY: test-ranks
 test-ranks: $(VENV)/installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 -m "ranks or not ranks" \
