@@ -8,10 +8,12 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 _DELTA_RULE, _CONVOLUTION = "torch_chunk_gated_delta_rule", "causal_conv1d_fn"
@@ -19,12 +21,15 @@ _STEP_BY_STEP = "torch_recurrent_gated_delta_rule"
 """Names in transformers' code of these families."""
 _CHUNK, _FILLED = 64, 48
 """Tokens that fla's delta rule computes at once; and how many of them a document fills, as it ends within one."""
+_RIGHT_TRITON = Version("3.7.1")
 _TAKEN = "_takes_borders"
 
 
 def has_fla() -> bool:
-    """Whether fla is installed, with the Triton that it is written in."""
-    return all(find_spec(package) is not None for package in ("fla", "triton"))
+    """Whether fla is installed, with a Triton that computes it right: older ones do not on Hopper, and fla refuses."""
+    if any(find_spec(package) is None for package in ("fla", "triton")):
+        return False
+    return Version(version("triton")) >= _RIGHT_TRITON
 
 
 def take_kernels(mixers: Iterable[nn.Module]) -> None:

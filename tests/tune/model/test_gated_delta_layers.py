@@ -37,6 +37,21 @@ def test_without_fla_every_layer_stays_as_it_is(code, monkeypatch):
     assert [getattr(code, name) for name in NAMES] == before
 
 
+@pytest.mark.parametrize(
+    ("packages", "triton", "there"),
+    [
+        ({"fla", "triton"}, "3.7.1", True),
+        ({"fla", "triton"}, "3.6.0", False),
+        ({"triton"}, "3.9.0", False),
+        ({"fla"}, "", False),
+    ],
+)
+def test_fla_counts_only_with_a_triton_that_computes_it_right(packages, triton, there, monkeypatch):
+    monkeypatch.setattr(triton_gated_delta, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(triton_gated_delta, "version", lambda _name: triton)
+    assert triton_gated_delta.has_fla() is there
+
+
 def test_a_layer_of_another_kind_stays_as_it_is(monkeypatch):
     monkeypatch.setattr(triton_gated_delta, "has_fla", lambda: True)
     module = inspect.getmodule(type(layers_of("lfm2")[0]))
