@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from job.core.plan.memory import GIB, AdapterShape, memory_parts
 from job.core.recipe.schema import LoraSection
-from job.kernels.triton_gated_delta import has_fla
+from job.kernels.triton_recurrent import has_fla
 from job.tune.data.trial_documents import one_row
 from job.tune.device.device import release_memory
 from job.tune.engines.choice import choose_engine
@@ -140,12 +140,12 @@ def test_another_document_changes_no_bit_and_a_gradient_has_the_same_bits_each_t
 
 
 by_fla = pytest.mark.skipif(not has_fla(), reason="NO FLA: gated delta layers are computed by transformers' plain code")
-GATED_DELTA = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid")
+BY_FLA = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "lfm2", "lfm2_moe", "lfm3")
 
 
 @by_fla
-@pytest.mark.parametrize("name", GATED_DELTA)
-def test_gated_delta_layers_are_packed_and_as_they_are_one_document_a_row(name, tmp_path):
+@pytest.mark.parametrize("name", BY_FLA)
+def test_what_fla_computes_is_packed_and_as_they_are_one_document_a_row(name, tmp_path):
     model = model_of(tmp_path, name)
     check_model(model)
     assert (model.rows, model.kernels_by_borders) == ("packed", ("fla",))

@@ -14,7 +14,7 @@ from job.core.errors import UsageError
 from job.core.plan.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import HERE, Arrivals, Decoder, DecoderLayer
-from job.kernels.triton_gated_delta import has_fla
+from job.kernels.triton_recurrent import has_fla
 from job.kernels.weights import Adapter, Dequantise, Group, Linear
 from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import ROTATIONS_BY_LENGTH, empty_model
@@ -55,7 +55,7 @@ _ACROSS = re.compile(r"Conv1d|Mamba|DeltaNet|LightningAttention|Recurrent|ShortC
 _KERNELS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), ("fla",)),
     **dict.fromkeys(("granitemoehybrid", "bamba", "falcon_h1", "nemotron_h", "zamba2"), ("causal_conv1d", "mamba_ssm")),
-    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("causal_conv1d",)),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("fla",)),
 }
 """Families whose recurrent layers keep documents of a row apart by their borders, where these packages compute them.
 transformers' own code, which runs without them, cannot, and raises where it is asked to."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from job.core.data.packing import Rows, alike
 from job.core.errors import UsageError
-from job.kernels.triton_gated_delta import take_kernels
+from job.kernels.triton_recurrent import take_kernels
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, has_sinks, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from job.core.plan.memory import RecurrentShape
-from job.kernels.triton_gated_delta import take_kernels
+from job.kernels.triton_recurrent import take_kernels
 
 _WITHOUT_CONVOLUTION = re.compile(r"LightningAttention|Retention$")
 """Names of classes that hand something on from token to token, and have no convolution."""

@@ -35,7 +35,7 @@ each_by_borders = pytest.mark.parametrize(
 
 
 def packages_of(name):
-    return "fla" if name.startswith(("qwen3", "olmo")) else "causal_conv1d"
+    return "fla" if name.startswith(("qwen3", "olmo", "lfm")) else "causal_conv1d"
 
 
 def borders_of(seq_idx):

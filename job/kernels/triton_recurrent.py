@@ -1,7 +1,7 @@
-"""Gated delta layers by fla's kernels, which take the borders of documents, and are the same ones at every start.
+"""Gated delta layers and short convolutions by fla's kernels, which take the borders of documents.
 
-transformers takes fla for the delta rule wherever it can be imported, on CPUs too, where it does not run; and for the
-short convolution before it another package, which has to be compiled, where fla has one of its own.
+transformers takes fla for the delta rule wherever it can be imported, on CPUs too, where it does not run; and for short
+convolutions another package, which has to be compiled and takes some widths, where fla has one of its own.
 """
 
 import functools
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 _DELTA_RULE, _CONVOLUTION = "torch_chunk_gated_delta_rule", "causal_conv1d_fn"
 _STEP_BY_STEP = "torch_recurrent_gated_delta_rule"
 """Names in transformers' code of these families."""
+_OF_MAMBA = "mamba2_chunk_scan"
+"""Of others, which have a convolution too, and beside it what fla has no kernel for."""
 _CHUNK, _FILLED = 64, 48
 """Tokens that fla's delta rule computes at once; and how many of them a document fills, as it ends within one."""
 _RIGHT_TRITON = Version("3.7.1")
@@ -40,7 +42,7 @@ def take_kernels(mixers: Iterable[nn.Module]) -> None:
     if not has_fla():
         return
     for code in {inspect.getmodule(type(mixer)) for mixer in mixers}:
-        if hasattr(code, _DELTA_RULE) and hasattr(code, _CONVOLUTION):
+        if hasattr(code, _CONVOLUTION) and not hasattr(code, _OF_MAMBA):
             of_each = {_DELTA_RULE: _delta_rule, _CONVOLUTION: _convolution, _STEP_BY_STEP: _step_by_step}
             for name, taken in of_each.items():
                 function = getattr(code, name, None)

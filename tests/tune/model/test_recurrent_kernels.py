@@ -1,4 +1,4 @@
-"""Gated delta layers by fla: where, in which one of its ways, and what they keep. Its kernels run in tests/gpu."""
+"""Recurrent layers by fla: where, in which one of its ways, and what they keep. Its kernels run in tests/gpu."""
 
 import inspect
 import sys
@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_families import config_of
 
-from job.kernels import triton_gated_delta
-from job.kernels.triton_gated_delta import take_kernels
+from job.kernels import triton_recurrent
+from job.kernels.triton_recurrent import take_kernels
 from job.tune.model import recurrent
 from job.tune.model.config import empty_model
 from job.tune.model.recurrent import mixers_of, recurrent_shape
@@ -31,7 +31,7 @@ def code(monkeypatch):
 
 
 def test_without_fla_every_layer_stays_as_it_is(code, monkeypatch):
-    monkeypatch.setattr(triton_gated_delta, "has_fla", lambda: False)
+    monkeypatch.setattr(triton_recurrent, "has_fla", lambda: False)
     before = [getattr(code, name) for name in NAMES]
     take_kernels(layers_of("qwen3_5_text"))
     assert [getattr(code, name) for name in NAMES] == before
@@ -47,22 +47,22 @@ def test_without_fla_every_layer_stays_as_it_is(code, monkeypatch):
     ],
 )
 def test_fla_counts_only_with_a_triton_that_computes_it_right(packages, triton, there, monkeypatch):
-    monkeypatch.setattr(triton_gated_delta, "find_spec", lambda name: name if name in packages else None)
-    monkeypatch.setattr(triton_gated_delta, "version", lambda _name: triton)
-    assert triton_gated_delta.has_fla() is there
+    monkeypatch.setattr(triton_recurrent, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(triton_recurrent, "version", lambda _name: triton)
+    assert triton_recurrent.has_fla() is there
 
 
 def test_a_layer_of_another_kind_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(triton_gated_delta, "has_fla", lambda: True)
-    module = inspect.getmodule(type(layers_of("lfm2")[0]))
+    monkeypatch.setattr(triton_recurrent, "has_fla", lambda: True)
+    module = inspect.getmodule(type(layers_of("bamba")[0]))
     before = module.causal_conv1d_fn
-    take_kernels(layers_of("lfm2"))
+    take_kernels(layers_of("bamba"))
     assert module.causal_conv1d_fn is before
 
 
 @pytest.fixture
 def taken(code, monkeypatch):
-    monkeypatch.setattr(triton_gated_delta, "has_fla", lambda: True)
+    monkeypatch.setattr(triton_recurrent, "has_fla", lambda: True)
     plain = [getattr(code, name) for name in NAMES]
     for _ in range(2):  # once for every model, and the same
         take_kernels(layers_of("qwen3_5_text"))
@@ -103,7 +103,7 @@ def test_on_a_cpu_it_is_transformers_own_code_which_keeps_no_documents_apart(tak
 def test_what_is_kept_is_counted_as_fla_keeps_it(code, monkeypatch):
     config = config_of("qwen3_5_text")
     plain = recurrent_shape(empty_model(config), config)
-    monkeypatch.setattr(triton_gated_delta, "has_fla", lambda: True)
+    monkeypatch.setattr(triton_recurrent, "has_fla", lambda: True)
     by_fla = recurrent_shape(empty_model(config), config)
     assert by_fla.layers == plain.layers
     assert 0 < by_fla.kept < plain.kept
@@ -169,11 +169,11 @@ def test_each_kernel_computes_in_one_way(monkeypatch):
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    triton_gated_delta._kernels.cache_clear()
+    triton_recurrent._kernels.cache_clear()
     try:
-        assert triton_gated_delta._kernels() == "its convolution"
+        assert triton_recurrent._kernels() == "its convolution"
     finally:
-        triton_gated_delta._kernels.cache_clear()
+        triton_recurrent._kernels.cache_clear()
 
     ways = [[(way.num_warps, way.num_stages) for way in each.configs] for each in (conv, rule, within)]
     assert ways == [[(4, 2)], [(8, 3)], [(2, 1)]]
