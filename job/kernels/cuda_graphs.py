@@ -62,6 +62,7 @@ class Replay:
         most_tokens: int,
         most_recorded: int,
         on_failure: Callable[[str], None],
+        records: bool = True,
     ) -> None:
         """Parameters and their gradients must stay where they are in memory, for as long as this is used.
 
@@ -69,16 +70,17 @@ class Replay:
             step: what is recorded.
             parameters: the adapter's, each with its gradient.
             most_tokens: of a micro-batch that is padded to be replayed; 0: none is.
-            most_recorded: tokens of one that there is memory for; 0 where a step waits for others, which no recording
-                can. Larger ones are padded alike, so that their results do not depend on it.
+            most_recorded: tokens of one that there is memory for. Larger ones are padded alike, so that their results
+                do not depend on it.
             on_failure: called once with the reason why nothing is recorded any more; small micro-batches are padded
-                all the same.
+                all the same, so that their results do not change.
+            records: false where a step waits for others, which no recording can: small micro-batches are padded alike.
         """
         self._step = step
         self._parameters = parameters
         self._most_tokens, self._most_recorded = most_tokens, most_recorded
         self._on_failure = on_failure
-        self._failed = not most_recorded
+        self._failed = not records
         self._recordings: dict[Size, _Recording] = {}
         self._refresh: Callable[[], None] | None = None
         self._pool: Any = None

@@ -37,9 +37,10 @@ def has_fla() -> bool:
 def take_kernels(mixers: Iterable[nn.Module]) -> None:
     """Have these layers compute by fla on a GPU, by transformers' own code on CPUs, and be counted on the meta device.
 
-    Layers of other kinds, and all of them where fla is not installed, stay as they are.
+    By transformers' own code on GPUs too, where Triton is too old for fla. Layers of other kinds, and all of them where
+    fla is not installed, stay as they are.
     """
-    if not has_fla():
+    if find_spec("fla") is None:
         return
     for code in {inspect.getmodule(type(mixer)) for mixer in mixers}:
         if hasattr(code, _CONVOLUTION) and not hasattr(code, _OF_MAMBA):
@@ -47,10 +48,10 @@ def take_kernels(mixers: Iterable[nn.Module]) -> None:
             for name, taken in of_each.items():
                 function = getattr(code, name, None)
                 if function is not None and not hasattr(function, _TAKEN):
-                    setattr(code, name, taken(function))
+                    setattr(code, name, taken(function, on_gpus=has_fla()))
 
 
-def _delta_rule(function: Callable[..., Any]) -> Callable[..., Any]:
+def _delta_rule(function: Callable[..., Any], *, on_gpus: bool) -> Callable[..., Any]:
     plain = inspect.unwrap(function)
 
     @functools.wraps(function)
@@ -64,14 +65,14 @@ def _delta_rule(function: Callable[..., Any]) -> Callable[..., Any]:
         cu_seqlens: Tensor | None = None,
         **how: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if query.is_cuda:
+        if query.is_cuda and on_gpus:
             _kernels()  # the same ones at every start
             found: tuple[Tensor, Tensor | None] = function(query, key, value, g, beta, cu_seqlens=cu_seqlens, **how)
             return found
-        if query.is_meta:
+        if query.is_meta and on_gpus:
             return _KeptByDeltaRule.apply(query, key, value, g, beta), None  # type: ignore[no-untyped-call] # torch's
         if cu_seqlens is not None:
-            raise ValueError("the delta rule keeps documents apart on GPUs only")
+            raise ValueError("the delta rule keeps documents apart on GPUs alone, by fla")
         there: tuple[Tensor, Tensor | None] = plain(query, key, value, g, beta, **how)
         return there
 
@@ -79,19 +80,19 @@ def _delta_rule(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch_chunk_gated_delta_rule
 
 
-def _step_by_step(function: Callable[..., Any]) -> Callable[..., Any]:
+def _step_by_step(function: Callable[..., Any], *, on_gpus: bool) -> Callable[..., Any]:
     plain = inspect.unwrap(function)
 
     @functools.wraps(function)
     def torch_recurrent_gated_delta_rule(query: Tensor, *rows: Tensor, **how: Any) -> tuple[Tensor, Tensor | None]:
-        found: tuple[Tensor, Tensor | None] = (function if query.is_cuda else plain)(query, *rows, **how)
+        found: tuple[Tensor, Tensor | None] = (function if query.is_cuda and on_gpus else plain)(query, *rows, **how)
         return found
 
     setattr(torch_recurrent_gated_delta_rule, _TAKEN, True)
     return torch_recurrent_gated_delta_rule
 
 
-def _convolution(function: Callable[..., Any]) -> Callable[..., Any]:
+def _convolution(function: Callable[..., Any], *, on_gpus: bool) -> Callable[..., Any]:
     @functools.wraps(function)
     def causal_conv1d_fn(
         hidden_states: Tensor,
@@ -101,13 +102,13 @@ def _convolution(function: Callable[..., Any]) -> Callable[..., Any]:
         cu_seq_lens_q: Tensor | None = None,
         **_how: Any,
     ) -> Tensor:
-        if hidden_states.is_meta:
+        if hidden_states.is_meta and on_gpus:
             return _KeptByConvolution.apply(hidden_states)  # type: ignore[no-any-return, no-untyped-call] # torch's
-        if cu_seq_lens_q is None or not hidden_states.is_cuda:
-            if cu_seq_lens_q is not None:
-                raise ValueError("the convolution keeps documents apart on GPUs only")
+        if cu_seq_lens_q is None:
             alone: Tensor = function(hidden_states, weight, bias, activation=activation)
             return alone
+        if not (hidden_states.is_cuda and on_gpus):
+            raise ValueError("the convolution keeps documents apart on GPUs alone, by fla")
         row = hidden_states.transpose(1, 2)
         result, _ = _kernels()(row, weight, bias, activation=activation, cu_seqlens=cu_seq_lens_q)
         apart: Tensor = result.transpose(1, 2)
@@ -154,7 +155,7 @@ class _KeptByDeltaRule(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         normed = torch.empty_like(query), torch.empty_like(key)
         within = value.new_empty(*value.shape[:3], _CHUNK)
-        kept = value.contiguous() if value.is_contiguous() else torch.empty_like(value).contiguous()
+        kept = value.contiguous()
         sums = g.new_empty(g.shape, dtype=torch.float32)
         ctx.save_for_backward(*normed, kept, sums, beta, within)
         return torch.empty_like(kept)

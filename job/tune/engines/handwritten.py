@@ -91,12 +91,13 @@ class HandwrittenEngine:
         step = self._step = self._make(Saving(kept_layers=kept, recomputed_layers=cut.recomputed_layers))
         if step.device.type == "cuda":
             release_memory(step.device)
-            free = 0 if self._model.sharded is not None else device_memory(step.device).free_bytes
+            free = device_memory(step.device).free_bytes
             self._step = Replay(
                 step,
                 trainable(self._model),
                 most_tokens=most_tokens(step),
                 most_recorded=most_recorded(step, micro_batch_tokens=cut.micro_batch_tokens, free_bytes=free),
+                records=self._model.sharded is None,
                 on_failure=lambda reason: log.warning("no_cuda_graphs", reason=reason, then="small batches are slower"),
             )
         self._watch()

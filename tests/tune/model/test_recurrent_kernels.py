@@ -1,5 +1,6 @@
 """Recurrent layers by fla: where, in which one of its ways, and what they keep. Its kernels run in tests/gpu."""
 
+import functools
 import inspect
 import sys
 from types import ModuleType, SimpleNamespace
@@ -17,6 +18,11 @@ from job.tune.model.recurrent import mixers_of, recurrent_shape
 NAMES = ("torch_chunk_gated_delta_rule", "causal_conv1d_fn", "torch_recurrent_gated_delta_rule")
 
 
+def with_fla(monkeypatch, *, is_right=True):
+    monkeypatch.setattr(triton_recurrent, "find_spec", lambda name: name)
+    monkeypatch.setattr(triton_recurrent, "has_fla", lambda: is_right)
+
+
 def layers_of(family):
     return [module for _, module in mixers_of(empty_model(config_of(family)))]
 
@@ -31,7 +37,7 @@ def code(monkeypatch):
 
 
 def test_without_fla_every_layer_stays_as_it_is(code, monkeypatch):
-    monkeypatch.setattr(triton_recurrent, "has_fla", lambda: False)
+    monkeypatch.setattr(triton_recurrent, "find_spec", lambda _name: None)
     before = [getattr(code, name) for name in NAMES]
     take_kernels(layers_of("qwen3_5_text"))
     assert [getattr(code, name) for name in NAMES] == before
@@ -53,7 +59,7 @@ def test_fla_counts_only_with_a_triton_that_computes_it_right(packages, triton, 
 
 
 def test_a_layer_of_another_kind_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(triton_recurrent, "has_fla", lambda: True)
+    with_fla(monkeypatch)
     module = inspect.getmodule(type(layers_of("bamba")[0]))
     before = module.causal_conv1d_fn
     take_kernels(layers_of("bamba"))
@@ -62,7 +68,7 @@ def test_a_layer_of_another_kind_stays_as_it_is(monkeypatch):
 
 @pytest.fixture
 def taken(code, monkeypatch):
-    monkeypatch.setattr(triton_recurrent, "has_fla", lambda: True)
+    with_fla(monkeypatch)
     plain = [getattr(code, name) for name in NAMES]
     for _ in range(2):  # once for every model, and the same
         take_kernels(layers_of("qwen3_5_text"))
@@ -94,16 +100,45 @@ def test_on_a_cpu_it_is_transformers_own_code_which_keeps_no_documents_apart(tak
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
     some = torch.tensor([0, 9, 40])
-    with pytest.raises(ValueError, match="on GPUs only"):
+    with pytest.raises(ValueError, match="on GPUs alone"):
         code.torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, cu_seqlens=some)
-    with pytest.raises(ValueError, match="on GPUs only"):
+    with pytest.raises(ValueError, match="on GPUs alone"):
         code.causal_conv1d_fn(x, weight, None, activation="silu", cu_seq_lens_q=some)
+
+
+class OnAGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("is_right", [False, True])
+def test_with_a_triton_that_is_too_old_it_is_transformers_own_code_on_gpus_too(code, monkeypatch, is_right):
+    """transformers takes fla all the same, whose backward then refuses, or is wrong."""
+    plain, called = code.torch_chunk_gated_delta_rule, []
+
+    @functools.wraps(plain)
+    def by_fla(*given, **how):
+        called.append("fla")
+        return plain(*given, **how)
+
+    monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", by_fla)
+    monkeypatch.setattr(triton_recurrent, "_kernels", lambda: None)
+    with_fla(monkeypatch, is_right=is_right)
+    take_kernels(layers_of("qwen3_5_text"))
+    q, k, v, g, beta = rows_of_a_layer()
+    ours = code.torch_chunk_gated_delta_rule(q.as_subclass(OnAGpu), k, v, g=g, beta=beta)
+    assert torch.equal(ours[0].as_subclass(torch.Tensor), plain(q, k, v, g=g, beta=beta)[0])
+    assert called == is_right * ["fla"]
+    if not is_right:
+        with pytest.raises(ValueError, match="on GPUs alone, by fla"):
+            code.torch_chunk_gated_delta_rule(
+                q.as_subclass(OnAGpu), k, v, g=g, beta=beta, cu_seqlens=torch.tensor([0, 40])
+            )
 
 
 def test_what_is_kept_is_counted_as_fla_keeps_it(code, monkeypatch):
     config = config_of("qwen3_5_text")
     plain = recurrent_shape(empty_model(config), config)
-    monkeypatch.setattr(triton_recurrent, "has_fla", lambda: True)
+    with_fla(monkeypatch)
     by_fla = recurrent_shape(empty_model(config), config)
     assert by_fla.layers == plain.layers
     assert 0 < by_fla.kept < plain.kept
