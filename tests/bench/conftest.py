@@ -35,3 +35,19 @@ def examples(tmp_path_factory):
     numbers = [(n % 97, n * 7 % 89, n * 5 % 83) for n in range(40)]
     path.write_text("".join(json.dumps({"t": " ".join(map(str, row))}) + "\n" for row in numbers))
     return path
+
+
+@pytest.fixture
+def calls(tmp_path, base, examples):
+    """The main of a command of bench/ -> what calls it here, and returns its exit code and what it has written."""
+
+    def of(main):
+        def call(*options):
+            given = ["--base", str(base), "--train", str(examples), "--text", "{t}", "--device", "cpu"]
+            with pytest.raises(SystemExit) as ended:
+                main([*given, *options, "--results", str(tmp_path / "R.md")])
+            return ended.value.code, (tmp_path / "R.md").read_text()
+
+        return call
+
+    return of

@@ -15,14 +15,8 @@ BOTH = ("replicated", "sharded")
 
 
 @pytest.fixture
-def bench(tmp_path, base, examples):
-    def call(*options):
-        given = ["--base", str(base), "--train", str(examples), "--text", "{t}", "--device", "cpu"]
-        with pytest.raises(SystemExit) as ended:
-            gpus_table.main([*given, *options, "--results", str(tmp_path / "R.md")])
-        return ended.value.code, (tmp_path / "R.md").read_text()
-
-    return call
+def bench(calls):
+    return calls(gpus_table.main)
 
 
 def rows(text, name):

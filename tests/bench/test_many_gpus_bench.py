@@ -19,14 +19,8 @@ STUB = str(Path(__file__).parent / "stub_run.py")
 
 
 @pytest.fixture
-def bench(tmp_path, base, examples):
-    def call(*options):
-        given = ["--base", str(base), "--train", str(examples), "--text", "{t}", "--device", "cpu"]
-        with pytest.raises(SystemExit) as ended:
-            many_gpus.main([*given, *options, "--results", str(tmp_path / "R.md")])
-        return ended.value.code, (tmp_path / "R.md").read_text()
-
-    return call
+def bench(calls):
+    return calls(many_gpus.main)
 
 
 def cells(text, name):
