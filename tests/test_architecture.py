@@ -138,7 +138,7 @@ FLOORS = {
         ("job.tune.model.sharded", "job.tune.model.sharded.*"),
         ("job.tune.model.adapter", "job.tune.model.base", "job.tune.model.serving", "job.tune.model.shrunk"),
         ("job.tune.model.tokenizer",),
-        ("job.tune.model.experts", "job.tune.model.promises"),
+        ("job.tune.model.experts", "job.tune.model.promises", "job.tune.model.recurrent_choice"),
         (
             "job.tune.model.config",
             "job.tune.model.four_bit",

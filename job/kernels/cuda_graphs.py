@@ -1,8 +1,9 @@
 """Small micro-batches as CUDA graphs: launching a step's three thousand kernels takes longer than running them.
 
 A step is recorded once for each size and replayed with other values in the same memory. Sizes are rounded up, so that
-there are few; the padding is a document without targets. Whether a micro-batch is replayed depends on its size alone,
-and the first of a size is replayed too: a resumed run equals an uninterrupted one to the bit.
+there are few; the padding is a document without targets. Whether a micro-batch is padded depends on its size alone, and
+the first of a size is replayed too. One that there is no memory to record is launched in the same size, which gives the
+same bits: a resumed run equals an uninterrupted one, whatever else is on the device.
 """
 
 from collections.abc import Callable, Iterator, Sequence

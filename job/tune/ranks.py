@@ -111,8 +111,8 @@ class Ranks:
         self._beside: torch.cuda.Stream | None = None
         self._rows: ProcessGroup | None = None
         self._turns: ProcessGroup | None = None
-        self._on_device: Any = None
-        """What the device was last given that needs the others."""
+        self._on_device: list[Any] = []
+        """What the device was given that needs the others, and has not done yet, when it was last looked at."""
         self.before_meeting: Callable[[], None] = _nothing
         """Called before ranks meet in anything but a turn: who holds a sharded base helps the others to end theirs."""
         threading.Thread(target=self._watch, args=(alive,), name="peers", daemon=True).start()
@@ -136,7 +136,7 @@ class Ranks:
         """Break off what the device waits for in vain, so that calls of CUDA's that wait for the device return."""
         while True:
             time.sleep(_STUCK_SECONDS)
-            if self._on_device is not None and not self._on_device.is_completed():
+            if not all(each.is_completed() for each in self._on_device):
                 break
         self.broken_off = True  # first: what passes on the device from here on is not to be trusted
         groups = {id(group): group for group in (self._rows, *(group for group, _ in self._levels)) if group}
@@ -329,7 +329,7 @@ class Ranks:
         with _peers():
             work = self._dist.all_gather_into_tensor(row, part, group=self._rows, async_op=True)
         if self._on_gpu:
-            self._on_device = work  # begun ahead: it may hold the device before anybody waits for it
+            self._given(work)  # begun ahead: it may hold the device before anybody waits for it
         self.bytes_sent += (self.size - 1) * part.numel()
 
         def wait() -> None:
@@ -338,11 +338,15 @@ class Ranks:
 
         return wait
 
+    def _given(self, work: Any) -> None:
+        """Who frees the device looks at it from another thread."""
+        self._on_device = [each for each in self._on_device if each is not work and not each.is_completed()] + [work]
+
     def _wait(self, work: Any, group: Any) -> None:
         """In a group of GPUs only the stream waits."""
         if self._on_gpu and (group is self._rows or any(group is each for each, _ in self._levels)):
             work.wait()
-            self._on_device = work
+            self._given(work)
             return
         seconds = self._patience()
         began = time.monotonic()

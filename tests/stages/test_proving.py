@@ -1,11 +1,15 @@
 """The proof runs what training ran."""
 
+import math
 from types import SimpleNamespace
 
+import pytest
 import torch
 from tiny import CPU, adapted, stages_attempt
 
+from job.core.errors import SickDeviceError
 from job.core.recipe.schema import LoraSection, Recipe
+from job.stages.finishing import proving
 from job.stages.finishing.proving import load_published
 from job.tune.data.micro_batch import micro_batch
 
@@ -43,3 +47,21 @@ def test_linear_layers_that_were_left_to_peft_are_peft_s_in_the_proof(bases, doc
     assert ours.linears
     assert not theirs.linears
     assert theirs.score(batch).nll == trained.score(batch).nll
+
+
+@pytest.mark.parametrize("proven", [2.5001, math.nan, math.inf])
+def test_another_loss_than_that_of_training_is_no_proof(proven, monkeypatch):
+    """NaN, too, which is neither more nor less than what is accepted."""
+
+    def proves(loss):
+        monkeypatch.setattr(proving, "evaluate", lambda *_given, **_how: SimpleNamespace(loss=loss))
+        cut = SimpleNamespace(evaluation_tokens=512)
+        progress = SimpleNamespace(cut=cut, evaluations={3: SimpleNamespace(loss=2.5)})
+        facts = SimpleNamespace(progress=progress, memory=SimpleNamespace(cut=cut), resume_exact=True)
+        attempt = SimpleNamespace(worker=SimpleNamespace(should_stop=None), phases=None, notes=[])
+        inputs = SimpleNamespace(dataset=SimpleNamespace(validation=None))
+        return proving.prove(attempt, inputs, facts, None, step=3).loss
+
+    assert proves(2.5) == 2.5
+    with pytest.raises(SickDeviceError, match="changed it"):
+        proves(proven)

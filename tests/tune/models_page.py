@@ -46,8 +46,8 @@ to itself, are padded behind their ends, by an eighth at most, and go through th
 transformers' own, but ours in the families that can be packed with kernels, and nothing is compiled. Other tokens
 beside a document change no bit of its losses; another length of the rows may round them otherwise. *One at a time*: the
 decoder gets one such row after another, as padding would change something: a rotation that depends on the length, or
-products of experts that are not ours. *Packed with* some packages: one document a row without them, as in the image
-that this repository builds; with them packed, if the checks at the start of a run find documents apart
+products of experts that are not ours. *Packed with* some packages: one document a row without them; with them packed,
+if the checks at the start of a run find documents apart. Of the packages the image has fla alone
 ([hybrids.md](hybrids.md)). The tests have transformers' own code in the place of those kernels. A family that is not in
 this table trains one document a row, if `check` on a small random copy of its config, and the checks at the start of a
 run, find its loss right; where they find that rows change each other, one at a time. The adapter opens with

@@ -104,7 +104,7 @@ def prove(attempt: Attempt, inputs: Inputs, facts: TrainingFacts, model: PackedM
         on_progress=lambda done: attempt.phases.progress(evaluated=done),
     )
     proven, reported = evaluation.loss, facts.progress.evaluations[step].loss
-    if abs(proven - reported) > _SAME_LOSS * abs(reported):
+    if not abs(proven - reported) <= _SAME_LOSS * abs(reported):  # so that NaN fails too
         attempt.notes.append(_explained(facts, proven, reported))
     return evaluation
 

@@ -14,7 +14,7 @@ from job.core.errors import UsageError
 from job.core.plan.memory import GIB, NF4_BLOCK, NF4_OUTER_BLOCK
 from job.kernels.attention import WIDEST_HEAD, Attention
 from job.kernels.decoder import HERE, Arrivals, Decoder, DecoderLayer
-from job.kernels.triton_recurrent import has_fla
+from job.kernels.triton_recurrent import computes_by_fla
 from job.kernels.weights import Adapter, Dequantise, Group, Linear
 from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import ROTATIONS_BY_LENGTH, empty_model
@@ -84,7 +84,7 @@ def kernels_by_borders(causal_lm: Any) -> tuple[str, ...]:
 
 
 def _is_installed(package: str) -> bool:
-    return has_fla() if package == "fla" else find_spec(package) is not None
+    return computes_by_fla() if package == "fla" else find_spec(package) is not None
 
 
 def rows_of(causal_lm: Any) -> Rows:

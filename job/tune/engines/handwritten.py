@@ -92,11 +92,16 @@ class HandwrittenEngine:
         if step.device.type == "cuda":
             release_memory(step.device)
             free = device_memory(step.device).free_bytes
+            padded = most_tokens(step)
+            recorded = most_recorded(step, micro_batch_tokens=cut.micro_batch_tokens, free_bytes=free)
+            if self._model.sharded is None and recorded < min(padded, cut.micro_batch_tokens):
+                then = "those beyond are launched, which is slower where they are small"
+                log.info("recordings_limited", tokens=recorded, free_bytes=free, then=then)
             self._step = Replay(
                 step,
                 trainable(self._model),
-                most_tokens=most_tokens(step),
-                most_recorded=most_recorded(step, micro_batch_tokens=cut.micro_batch_tokens, free_bytes=free),
+                most_tokens=padded,
+                most_recorded=recorded,
                 records=self._model.sharded is None,
                 on_failure=lambda reason: log.warning("no_cuda_graphs", reason=reason, then="small batches are slower"),
             )

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from job.core.data.packing import Rows, alike
 from job.core.errors import UsageError
-from job.kernels.triton_recurrent import take_kernels
 from job.tune.data.micro_batch import MicroBatch
 from job.tune.engines.attention import PER_DOCUMENT, has_sinks, register
 from job.tune.engines.attention_choice import AttentionChoice, choose_attention
@@ -22,7 +21,8 @@ from job.tune.engines.families import attends_by_documents, kernels_by_borders, 
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
-from job.tune.model.recurrent import leave_fused_paths, mixers_of
+from job.tune.model.recurrent import leave_fused_paths
+from job.tune.model.recurrent_choice import choose_recurrent
 from job.tune.model.sharded.layers import ShardedLayers
 
 
@@ -50,7 +50,7 @@ class PackedModel(nn.Module):
         self.model = model
         self.sharded = sharded
         register()
-        take_kernels(module for _, module in mixers_of(self._causal_lm()))
+        choose_recurrent(self._causal_lm(), next(self.parameters()).device)
         self.rows: Rows = rows_of(self._causal_lm())
         """How the decoder gets documents."""
         self.kernels_by_borders = kernels_by_borders(self._causal_lm())

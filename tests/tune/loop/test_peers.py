@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from job_process import environment_without_job
 from torch.distributed import TCPStore
 
@@ -85,7 +86,7 @@ def test_what_a_device_waits_for_in_vain_is_broken_off_and_said_to_be(monkeypatc
     world = ranks.Ranks.__new__(ranks.Ranks)
     world.broken_off, world._levels, world._rows = False, [(sums, 2), (sums, 2)], rows if sharded else None
     monkeypatch.setattr(sums, "abort", lambda: seen.append(world.broken_off))
-    world._on_device = sums
+    world._on_device = [Group(passes=True), sums]
     world._free_device()
 
     assert seen == [True]  # once, and said before
@@ -101,9 +102,41 @@ def test_a_device_that_waits_for_nothing_is_left_alone_until_it_does(monkeypatch
         return len(looks) < 3
 
     world = ranks.Ranks.__new__(ranks.Ranks)
-    world.broken_off, world._levels, world._rows, world._on_device = False, [(sums, 2)], None, sums
+    world.broken_off, world._levels, world._rows, world._on_device = False, [(sums, 2)], None, [sums]
     monkeypatch.setattr(sums, "is_completed", passes)
     world._free_device()
 
     assert looks == [False] * 3
     assert sums.aborted == 1
+
+
+class Gathers:
+    """In the place of torch.distributed: what is begun passes when it is said to."""
+
+    def __init__(self):
+        self.begun = []
+
+    def all_gather_into_tensor(self, _row, _part, group=None, async_op=False):
+        assert async_op
+        self.begun.append(Group(passes=False))
+        self.begun[-1].wait = lambda *_patience: None
+        return self.begun[-1]
+
+
+def test_a_row_that_was_begun_ahead_holds_the_device_after_an_older_one_was_waited_for(monkeypatch):
+    """The next layer is gathered while this one is waited for: the younger one may be the one that never comes."""
+    monkeypatch.setattr(ranks, "_STUCK_SECONDS", 0.01)
+    world = ranks.Ranks.__new__(ranks.Ranks)
+    world._dist, world._rows, world._levels, world._on_gpu = (gathers := Gathers()), Group(passes=True), [], True
+    world.size, world.bytes_sent, world._on_device, world.broken_off = 2, 0, [], False
+    part, row = torch.zeros(1), torch.zeros(2)
+    older = world.gather_row(part, row)
+    world.gather_row(part, row)
+    older()
+    gathers.begun[0].passes = True
+    world._free_device()
+    assert world.broken_off
+
+    gathers.begun[1].passes = True
+    world.gather_row(part, row)
+    assert world._on_device == gathers.begun[2:]  # what has passed is not kept

@@ -7,11 +7,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from tiny_families import config_of
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.kimi_linear import modeling_kimi_linear
 
 from job.kernels import triton_recurrent
-from job.kernels.triton_recurrent import take_kernels
-from job.tune.model import recurrent
+from job.kernels.triton_recurrent import BY_BORDERS, Asked, asked_of_fla, computes_by_fla, take_kernels
+from job.tune.engines.families import _KERNELS
+from job.tune.model import recurrent, recurrent_choice
 from job.tune.model.config import empty_model
 from job.tune.model.recurrent import mixers_of, recurrent_shape
 
@@ -31,8 +35,10 @@ def layers_of(family):
 def code(monkeypatch):
     """transformers' module, which is as it was after the test."""
     module = inspect.getmodule(type(layers_of("qwen3_5_text")[0]))
-    for name in NAMES:
-        monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
+    for name, package in zip(NAMES, ("fla", "causal_conv1d", "fla"), strict=True):
+        plain = inspect.unwrap(getattr(module, name))
+        monkeypatch.setattr(module, name, use_kernel_func_from_hub_with_fallback(name, package)(plain))
+    monkeypatch.setattr(triton_recurrent._Fla, "left", False)
     return module
 
 
@@ -69,12 +75,11 @@ def test_a_layer_of_another_kind_stays_as_it_is(monkeypatch):
 @pytest.fixture
 def taken(code, monkeypatch):
     with_fla(monkeypatch)
-    plain = [getattr(code, name) for name in NAMES]
+    before = [getattr(code, name) for name in NAMES]
     for _ in range(2):  # once for every model, and the same
         take_kernels(layers_of("qwen3_5_text"))
-    assert [inspect.unwrap(getattr(code, name)) for name in NAMES] == plain
-    assert [getattr(code, name).__wrapped__ for name in NAMES] == plain
-    return code, plain
+    assert [getattr(code, name).__wrapped__ for name in NAMES] == before
+    return code, [inspect.unwrap(each) for each in before]
 
 
 def rows_of_a_layer():
@@ -110,18 +115,25 @@ class OnAGpu(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize("is_right", [False, True])
-def test_with_a_triton_that_is_too_old_it_is_transformers_own_code_on_gpus_too(code, monkeypatch, is_right):
-    """transformers takes fla all the same, whose backward then refuses, or is wrong."""
-    plain, called = code.torch_chunk_gated_delta_rule, []
+def calls_of_fla(code, monkeypatch):
+    """Has fla's place taken by the plain rule; returns what is written to where it is called."""
+    before, called = code.torch_chunk_gated_delta_rule, []
 
-    @functools.wraps(plain)
-    def by_fla(*given, **how):
+    @functools.wraps(before)
+    def by_fla(*given, cu_seqlens=None, **how):
         called.append("fla")
-        return plain(*given, **how)
+        return inspect.unwrap(before)(*given, **how)
 
     monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", by_fla)
     monkeypatch.setattr(triton_recurrent, "_kernels", lambda: None)
+    return called
+
+
+@pytest.mark.parametrize("is_right", [False, True])
+def test_with_a_triton_that_is_too_old_it_is_transformers_own_code_on_gpus_too(code, monkeypatch, is_right):
+    """transformers takes fla all the same, whose backward then refuses, or is wrong."""
+    called = calls_of_fla(code, monkeypatch)
+    plain = inspect.unwrap(code.torch_chunk_gated_delta_rule)
     with_fla(monkeypatch, is_right=is_right)
     take_kernels(layers_of("qwen3_5_text"))
     q, k, v, g, beta = rows_of_a_layer()
@@ -175,6 +187,137 @@ def _counted_alone(layer, hidden, monkeypatch):
     monkeypatch.setattr(code, "causal_conv1d_fn", lambda x, *_given, **_how: _KeepsNothing.apply(x))
     shorter, longer = (recurrent._counted(layer, hidden, tokens) for tokens in (128, 256))
     return tuple((two - one) // 128 for one, two in zip(shorter, longer, strict=True))
+
+
+# --- what is not tried, and what is tried and wrong ------------------------------------------------------------------
+
+
+def test_the_families_that_get_borders_are_those_whose_kernels_are_taken():
+    families = [family for family, packages in _KERNELS.items() if packages == ("fla",)]
+    assert {type(config_of(family)).__module__.split(".")[-2] for family in families} == {*BY_BORDERS}
+
+
+def test_other_families_get_back_what_transformers_took_from_fla(monkeypatch):
+    """Nobody tries it there, it picks its ways by the clock, and on a CPU it does not run."""
+    rules, plain = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"), []
+    for name in rules:
+        own = inspect.unwrap(getattr(modeling_kimi_linear, name))
+        plain.append(own)
+        by_fla = use_kernel_func_from_hub_with_fallback(name, "fla")(own)
+        monkeypatch.setattr(modeling_kimi_linear, name, by_fla)
+    convolution = modeling_kimi_linear.causal_conv1d_fn
+    mixer = type("Mixer", (), {"__module__": modeling_kimi_linear.__name__})
+    with_fla(monkeypatch)
+    take_kernels([mixer()])
+    assert modeling_kimi_linear.causal_conv1d_fn is convolution
+    for name, own in zip(rules, plain, strict=True):
+        taken = getattr(modeling_kimi_linear, name)
+        assert inspect.unwrap(taken) is own
+        assert not triton_recurrent._is_fla_s(own)
+        with pytest.raises(ValueError, match="on GPUs alone"):
+            taken(cu_seqlens=torch.tensor([0, 3]))
+
+
+def test_a_convolution_with_another_activation_is_not_computed_without_it(taken):
+    code, _ = taken
+    x, borders = torch.randn(1, 6, 40).as_subclass(OnAGpu), torch.tensor([0, 40])
+    with pytest.raises(ValueError, match="not gelu"):
+        code.causal_conv1d_fn(x, torch.randn(6, 4), None, activation="gelu", cu_seq_lens_q=borders)
+
+
+def asked_of(family="qwen3_5_text"):
+    config = config_of(family)
+    with asked_of_fla() as asked:
+        recurrent_shape(empty_model(config), config)
+    assert {each.kind for each in asked} == {"delta rule", "convolution"}
+    return {each.kind: each for each in asked}
+
+
+def one_after_another(asked, *, change=lambda given: given):
+    """In the place of the kernel: right, but for what is changed."""
+    along = recurrent_choice._along(asked)
+
+    def by_borders(borders, *given):
+        given = change(given)
+        lengths = borders.diff().tolist()
+        rows = [
+            torch.split(row, lengths, dim=along) if row is not None and row.dim() > along else [row] * len(lengths)
+            for row in given
+        ]
+        return torch.cat([asked.alone(*document) for document in zip(*rows, strict=True)], dim=along)
+
+    return by_borders
+
+
+class Scaled(torch.autograd.Function):
+    """Its value is right."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 0.7 * gradient
+
+
+def tried(asked, by_borders):
+    parts = {name: getattr(asked, name) for name in ("kind", "given", "alone")}
+    return recurrent_choice.difference_from_plain(Asked(by_borders=by_borders, **parts), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["delta rule", "convolution"])
+def test_a_kernel_is_tried_against_transformers_code_result_and_gradients(taken, kind):
+    asked = asked_of()[kind]
+    assert tried(asked, one_after_another(asked)) is None
+    assert "the result differs" in tried(asked, lambda _borders, *given: asked.alone(*given))  # documents are not apart
+    assert "the result differs by nan" in tried(asked, lambda *given: one_after_another(asked)(*given) * torch.nan)
+    names = recurrent_choice._NAMES[kind][1:]
+    for place, name in enumerate(names):
+
+        def changed(given, place=place):
+            return [Scaled.apply(row) if at == place else row for at, row in enumerate(given)]
+
+        assert f"the gradient of the {name} differs by 30" in tried(asked, one_after_another(asked, change=changed))
+
+
+def test_what_computes_something_else_is_left_and_named(code, monkeypatch):
+    called = calls_of_fla(code, monkeypatch)
+    with_fla(monkeypatch)
+    model = empty_model(config_of("qwen3_5_text"))
+    said = []
+    monkeypatch.setattr(recurrent_choice, "difference_from_plain", lambda asked, _device: said.append(asked.kind))
+    recurrent_choice.choose_recurrent(model, torch.device("cuda"))
+    assert sorted(said) == ["convolution", "delta rule"]  # each once
+    assert computes_by_fla()
+
+    monkeypatch.setattr(recurrent_choice, "difference_from_plain", lambda *_: "of the delta rule it differs")
+    with capture_logs() as logs:
+        recurrent_choice.choose_recurrent(model, torch.device("cpu"))
+        assert not logs
+        recurrent_choice.choose_recurrent(model, torch.device("cuda"))
+    assert [(each["event"], each["reason"]) for each in logs] == [
+        ("recurrent_layers_left_to_transformers", "of the delta rule it differs")
+    ]
+    assert not computes_by_fla()
+    q, k, v, g, beta = rows_of_a_layer()
+    code.torch_chunk_gated_delta_rule(q.as_subclass(OnAGpu), k, v, g=g, beta=beta)
+    assert not called
+    with pytest.raises(ValueError, match="on GPUs alone"):
+        code.torch_chunk_gated_delta_rule(q.as_subclass(OnAGpu), k, v, g=g, beta=beta, cu_seqlens=torch.tensor([0, 40]))
+
+
+def test_a_kernel_that_does_not_run_is_left_too(code, monkeypatch):
+    with_fla(monkeypatch)
+
+    def refused(*_given):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(recurrent_choice, "difference_from_plain", refused)
+    with capture_logs() as logs:
+        recurrent_choice.choose_recurrent(empty_model(config_of("qwen3_5_text")), torch.device("cuda"))
+    assert [each["reason"] for each in logs] == ["RuntimeError: out of resource: shared memory"]
+    assert not computes_by_fla()
 
 
 # --- one way of each kernel ------------------------------------------------------------------------------------------
