@@ -8,13 +8,17 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from structlog.testing import capture_logs
-from tiny_families import config_of
+from tiny import CPU, attach_lora, load_base
+from tiny_families import config_of, write_family
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.models.kimi_linear import modeling_kimi_linear
 
+from job.core.recipe.schema import LoraSection
 from job.kernels import triton_recurrent
 from job.kernels.triton_recurrent import BY_BORDERS, Asked, asked_of_fla, computes_by_fla, take_kernels
+from job.tune.engines import packed_model
 from job.tune.engines.families import _KERNELS
+from job.tune.engines.packed_model import PackedModel
 from job.tune.model import recurrent, recurrent_choice
 from job.tune.model.config import empty_model
 from job.tune.model.recurrent import mixers_of, recurrent_shape
@@ -304,7 +308,20 @@ def test_what_computes_something_else_is_left_and_named(code, monkeypatch):
     code.torch_chunk_gated_delta_rule(q.as_subclass(OnAGpu), k, v, g=g, beta=beta)
     assert not called
     with pytest.raises(ValueError, match="on GPUs alone"):
+        code.causal_conv1d_fn(
+            torch.randn(1, 6, 40).as_subclass(OnAGpu), torch.randn(6, 4), cu_seq_lens_q=torch.tensor([0, 40])
+        )
+    with pytest.raises(ValueError, match="on GPUs alone"):
         code.torch_chunk_gated_delta_rule(q.as_subclass(OnAGpu), k, v, g=g, beta=beta, cu_seqlens=torch.tensor([0, 40]))
+
+
+def test_every_model_tries_them_before_it_says_how_documents_stand(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(packed_model, "choose_recurrent", lambda model, device: tried.append((model, device)))
+    monkeypatch.setattr(packed_model, "rows_of", lambda model: tried.append(model) or "padded")
+    base = load_base(write_family(tmp_path, "qwen3_5_text"), device=CPU, dtype=torch.float32)
+    PackedModel(attach_lora(base, LoraSection(r=2), source="tiny", revision=None, seed=0))
+    assert tried == [(base, CPU), base]
 
 
 def test_a_kernel_that_does_not_run_is_left_too(code, monkeypatch):
