@@ -205,6 +205,7 @@ def rates_text(found, warm_up, computed, failures):
         by_the_plan = "" if computed is None else f"; by the plan's formula {computed:.3f}"
         ratio = statistics.median(second) / statistics.median(first)
         lines.append(f"The second is {ratio:.3f} times as fast as the first (turns: {turns}){by_the_plan}.")
+        lines.append(apart_text(*(runs[-1].report for runs in found.values())))
     lines.append("Rates are medians of the turns; waiting, bytes, peak and losses are the last one's.")
     lines.append("\n".join([*_turns(found, warm_up), *failures]))
     last = next((runs[-1] for runs in [*found.values()][1:] if runs), None)
@@ -268,16 +269,21 @@ def losses_text(ways, first, second):
     shown = [step for step in _SHOWN if step < len(one)] + [len(one)]
     rows = [(step, *(f"{losses[step - 1]:.5f}" for losses in (one, two))) for step in dict.fromkeys(shown)]
     rows = [(*row, f"{two[row[0] - 1] - one[row[0] - 1]:+.5f}") for row in rows]
+    return f"{table(('step', *(way.name for way in ways), 'difference'), rows)}\n\n{apart_text(first, second)}"
+
+
+def apart_text(first, second):
+    """The largest differences of two runs of the same steps, and those of their evaluations; of their reports."""
+    one, two = (report["curve"]["loss"] for report in (first, second))
     apart = [abs(a - b) for a, b in zip(one, two, strict=True)]
     norms = [abs(b / a - 1) for a, b in zip(*(r["curve"]["grad_norm"] for r in (first, second)), strict=True)]
     before, after = (abs(first["evaluations"][at]["loss"] - second["evaluations"][at]["loss"]) for at in (0, -1))
-    told = (
+    return (
         f"Of {len(one)} steps the largest difference is {max(apart):.5f} nats a token (step "
         f"{apart.index(max(apart)) + 1}), {max(a / b for a, b in zip(apart, one, strict=True)):.3%} of the loss; "
         f"of gradient norms {max(norms):.2%}. The evaluation before the first step differs by {before:.2g}, that "
         f"after the last one by {after:.2g}."
     )
-    return f"{table(('step', *(way.name for way in ways), 'difference'), rows)}\n\n{told}"
 
 
 # --- endings ---------------------------------------------------------------------------------------------------------

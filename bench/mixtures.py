@@ -177,10 +177,10 @@ def measure_shape(shape, tokenizer, options):
     place, first = options.folder / shape, None
     wanted = [each for each in contestants_of(shape, options) if not options.only or each.name in options.only]
     for contestant in wanted:
-        base = place / (theirs if contestant.name == "unsloth" else own)
-        if not base.exists():
-            size = write_base(shape, base, tokenizer, form=base.name)
-            print(f"{shape}: {size / 1e9:.1f} GB as {base.name}", file=sys.stderr, flush=True)
+        form = theirs if contestant.name == "unsloth" else own
+        if not (base := place / f"base-{form}").exists():
+            size = write_base(shape, base, tokenizer, form=form)
+            print(f"{shape}: {size / 1e9:.1f} GB as {form}", file=sys.stderr, flush=True)
         folder = place / contestant.name
         folder.mkdir()
         print(f"{shape}, {contestant.name} ...", file=sys.stderr, flush=True)

@@ -76,7 +76,8 @@ def carried(rates, *, ranks=1, planned=None):
     report = {
         "throughput": throughput,
         "plan": plan | {"predicted_peak_bytes": planned},
-        "curve": {"loss": [3.0, 2.0]},
+        "curve": {"loss": [3.0, 2.0 + ranks / 1000], "grad_norm": [1.0, 1.0]},
+        "evaluations": [{"loss": 5.0}],
     }
     return Carried(report=report, rates=rates, in_use=(2**30, ranks * 2**29) if planned else (), steps={})
 
@@ -90,8 +91,9 @@ def test_ratios_are_of_each_turn_and_of_the_medians_after_the_warm_up():
 
     assert "2.000 times as fast as the first (turns: 2.000, 2.000); by the plan's formula 1.990." in text
     assert cells(text, "2 GPUs")[1:] == [
-        *("200", "100", "0.25 of 10.0", "2.0", "1.00", "1.00", "+0.0%", "1.0, 1.0", "3.000 to 2.000")
+        *("200", "100", "0.25 of 10.0", "2.0", "1.00", "1.00", "+0.0%", "1.0, 1.0", "3.000 to 2.002")
     ]
+    assert "Of 2 steps the largest difference is 0.00100 nats a token (step 2), 0.050% of the loss" in text
     assert "- turn 2, 1 GPU: 95 real tokens a second, median of 2 steps from 90 to 100; fast engine" in text
     assert text.endswith("- turn 3, 2 GPUs: no result: no result within 150 s")
 
