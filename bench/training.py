@@ -12,6 +12,7 @@ from job.core.data.lengths import choose_max_length
 from job.core.plan.course import Course, plan_course
 from job.core.plan.cut import Cut, plan_memory
 from job.core.plan.memory import AdapterShape, MemoryParts, ModelShape, memory_parts
+from job.core.plan.shares import shares_of
 from job.core.recipe.schema import Recipe
 from job.tune.data.documents import Documents, select_documents
 from job.tune.data.encoded import STREAM_END, EncodedSet, stream_start
@@ -164,7 +165,7 @@ def load(recipe, engine, device, folder):
         rows=model.rows,
         device=memory,
         max_length=documents.max_length,
-        step_tokens=course.largest_step(documents.lengths),
+        shares=shares_of(course, documents.lengths, ranks=1),
     )
     return Loaded(
         recipe=recipe,

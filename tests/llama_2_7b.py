@@ -5,6 +5,7 @@ import numpy as np
 from job.core.plan.course import plan_course
 from job.core.plan.forecast import Workload
 from job.core.plan.memory import AdapterShape, ModelShape
+from job.core.plan.shares import Shares
 
 LLAMA_2_7B = ModelShape(
     layers=32,
@@ -32,3 +33,9 @@ WORK = Workload(
     max_length=512,
     kept_checkpoints=3,
 )
+
+
+def one_step(tokens, longest=512):
+    """What a plan is given of a run on one GPU whose steps have so many tokens, in documents of as many as may be."""
+    whole, rest = divmod(tokens, longest)
+    return Shares(lengths=((longest,) * whole + (rest,) * (rest > 0),), ranks=1, largest_step=tokens)

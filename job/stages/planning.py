@@ -83,7 +83,6 @@ def plan_training(  # noqa: PLR0913 - as a memory plan
         rows=model.rows,
         device=free,
         max_length=documents.max_length,
-        step_tokens=course.largest_step(documents.lengths),
         shards=shards,
         shares=shares_of(course, documents.lengths, ranks=ranks),
     )

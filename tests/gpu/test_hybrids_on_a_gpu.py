@@ -155,6 +155,13 @@ by_fla = pytest.mark.skipif(not has_fla(), reason="NO FLA: gated delta layers ar
 BY_FLA = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "lfm2", "lfm2_moe", "lfm3")
 
 
+def move_last_bits(model):
+    """Of the embedding: what rounding alone does to losses and gradients."""
+    weight = model.model.get_base_model().get_input_embeddings().weight.data
+    generator = torch.Generator(device=weight.device).manual_seed(5)
+    weight.mul_(1 + 2**-8 * torch.randn(weight.shape, generator=generator, device=weight.device).sign())
+
+
 @by_fla
 @pytest.mark.parametrize("name", BY_FLA)
 def test_what_fla_computes_is_packed_and_as_they_are_one_document_a_row(name, tmp_path):
@@ -166,8 +173,13 @@ def test_what_fla_computes_is_packed_and_as_they_are_one_document_a_row(name, tm
     model.take_rows("padded")
     with by_transformers_own_code():
         padded, expected = our_run(choice, model, documents)
-    assert float((packed - padded).abs().mean()) <= 0.02 * float(padded.mean())
-    assert off(gradients, expected) < 0.2
+        move_last_bits(model)
+        rounded, turned = our_run(choice, model, documents)
+    losses = [float((each - padded).abs().mean() / padded.mean()) for each in (packed, rounded)]
+    directions = [off(each, expected) for each in (gradients, turned)]
+    print(f"\n{name}: losses {losses}, gradients {directions} from transformers' code, by fla and by last bits")  # noqa: T201 - to be read
+    assert losses[0] <= 2 * losses[1] + 0.005
+    assert directions[0] <= 2 * directions[1] + 0.02
 
 
 BITS = """

@@ -44,10 +44,6 @@ class Course:
         epoch, place = divmod(number, examples)
         return int(_orders(examples, _source_seed(self.seed, source))(epoch)[place])
 
-    def largest_step(self, lengths: Lengths) -> int:
-        """Tokens of the largest step, of as many as are looked at: in a long run the rest differ little."""
-        return max(self.step_tokens(lengths))
-
     def step_tokens(self, lengths: Lengths) -> list[int]:
         """Tokens of each step, of as many as are looked at."""
         return [int(lengths[batch].sum()) for batch in self._batches_looked_at()]

@@ -73,7 +73,7 @@ class MemoryPlan:
     predicted_peak_bytes: int | None
     """At the peak of a step; None on the CPU."""
     peak_tokens: int
-    """Of the micro-batch at the peak: the most that the cut allows, or with several ranks the most of their shares."""
+    """Of the micro-batch at the peak: the largest that steps are cut into."""
 
 
 def plan_memory(  # noqa: PLR0913 - what a plan is made of
@@ -85,9 +85,8 @@ def plan_memory(  # noqa: PLR0913 - what a plan is made of
     rows: Rows = "packed",
     device: DeviceMemory,
     max_length: int,
-    step_tokens: int,
+    shares: Shares,
     shards: int = 1,
-    shares: Shares | None = None,
 ) -> MemoryPlan:
     """The fastest cut that fits.
 
@@ -101,9 +100,8 @@ def plan_memory(  # noqa: PLR0913 - what a plan is made of
         rows: how documents stand in a micro-batch.
         device: what is free.
         max_length: tokens of the longest example, which is never cut.
-        step_tokens: tokens of the largest step.
+        shares: of the steps; where several ranks make them, micro-batches are no larger than these want them.
         shards: GPUs that the base is spread over; 1: it is whole.
-        shares: of the steps, where several ranks make them, by which micro-batches are then cut; None: one does.
     """
     compiled = compiled and engine == "generic"
 
@@ -134,10 +132,10 @@ def plan_memory(  # noqa: PLR0913 - what a plan is made of
         reason = "one example at a time: memory is short by estimate"
         forward = _forward_tokens(max_length)
         return planned(max_length, 0, shape.layers, reason=reason, peak=peak, peak_tokens=max_length, forward=forward)
-    alone = tokens, kept, recomputed = _fastest(shape, sizes, max(step_tokens, max_length))
-    if shares is not None:
+    alone = tokens, kept, recomputed = _fastest(shape, sizes, max(shares.largest_step, max_length))
+    if shares.ranks > 1:
         tokens, kept, recomputed = _fastest(shape, sizes, max(shares.most, max_length))
-    at_peak = tokens if shares is None else _seen(shares, tokens, engine)
+    at_peak = _seen(shares, tokens, engine)
     peak = parts.peak(layers=shape.layers, tokens=at_peak, kept_layers=kept, recomputed_layers=recomputed)
     reason = f"{peak / GIB:.1f} GiB at the peak by estimate, {device.free_bytes / GIB:.1f} GiB free"
     # As one GPU's: an evaluation makes the same passes in any number of processes.
@@ -157,7 +155,7 @@ def _forward_tokens(tokens: int) -> int:
 def _seen(shares: Shares, tokens: int, engine: EngineName) -> int:
     """Tokens of the largest micro-batch, with what a small one is padded to where it is replayed."""
     largest = shares.largest_micro_batch(tokens)
-    padded = padded_tokens(largest + 1, finely=True)
+    padded = padded_tokens(largest + 1, finely=shares.ranks > 1)
     return padded if engine == "fast" and padded <= REPLAYED_TOKENS else largest
 
 

@@ -36,7 +36,7 @@ from job.core.plan.scaling import (
     times_one,
     waiting_for_gathers,
 )
-from job.core.plan.shares import Shares, shares_of
+from job.core.plan.shares import shares_of
 from job.core.section import Section
 
 _CONTEXT_GIB = 0.7
@@ -171,9 +171,9 @@ def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
     placement = _placement(work, free, cluster)
     shards = cluster.ranks if placement == "sharded" else 1
     device = DeviceMemory(kind="cuda", name=gpu.name, free_bytes=free)
-    by_one = memory = _plan(work, device, shards, None)
+    by_one = memory = _plan(work, device, shards, ranks=1)
     if cluster.ranks > 1:
-        memory = _plan(work, device, shards, shares_of(work.course, work.lengths, ranks=cluster.ranks))
+        memory = _plan(work, device, shards, ranks=cluster.ranks)
     alone = None if gpu.speed is None else _tokens_per_second(work, by_one.cut, gpu.speed)
     scaled = _scaled(work, memory.cut, gpu, cluster, placement, alone=by_one.cut)
     speed = alone if alone is None or scaled is None else alone * scaled.times_one
@@ -194,7 +194,7 @@ def forecast(work: Workload, gpu: Gpu, cluster: Cluster = ALONE) -> Forecast:
     )
 
 
-def _plan(work: Workload, device: DeviceMemory, shards: int, shares: Shares | None) -> MemoryPlan:
+def _plan(work: Workload, device: DeviceMemory, shards: int, *, ranks: int) -> MemoryPlan:
     return plan_memory(
         work.shape,
         work.adapter,
@@ -203,9 +203,8 @@ def _plan(work: Workload, device: DeviceMemory, shards: int, shares: Shares | No
         rows=work.rows,
         device=device,
         max_length=work.max_length,
-        step_tokens=work.course.largest_step(work.lengths),
         shards=shards,
-        shares=shares,
+        shares=shares_of(work.course, work.lengths, ranks=ranks),
     )
 
 

@@ -64,7 +64,7 @@ class RecurrentShape:
     layers: int
     """How many there are."""
     kept: int
-    """Bytes of a token that one of them keeps for the backward."""
+    """Bytes of a token that one of them keeps for the backward, with what goes into its linear modules."""
     backward: int
     """Bytes of a token that its backward holds at most beside those."""
     moved: int
@@ -253,9 +253,8 @@ def memory_parts(
 
     The fast engine: what `job/kernels/llama_step.py` keeps, tensor by tensor. The generic one, its layers compiled,
     keeps in bf16: a layer's input, the stream between its halves, and what each norm gives (4 hidden); query, key,
-    value and the attention's result; gate, up and their product; the input of each adapter's ranks. With Llama-2-7B on
-    an H200 that is within 2 % of what a prototype took: 37.7 GiB with 8,192 tokens, 70.1 with 16,384. Of
-    mixtures, which are not compiled, those that are packed and attend in all layers are counted too.
+    value and the attention's result; gate, up and their product; the input of each adapter's ranks. Packed mixtures and
+    decoders with recurrent layers, which are not compiled, are counted as autograd saves it.
 
     With `shards` the layers' weights are spread over so many GPUs, two layers are whole at a time, and none is kept
     dequantised.
@@ -271,7 +270,7 @@ def memory_parts(
         # One weight at a time, as it is and as a gradient's other factor.
         workspace = spared = 2 * shape.hidden * shape.intermediate * _BF16
         dequantised = _BF16 * shape.linear_parameters // shape.layers if compiled else 0
-        is_counted = shape.experts is not None and shape.recurrent is None and rows == "packed"
+        is_counted = shape.recurrent is not None or (shape.experts is not None and rows == "packed")
         token_layer = _kept_by_generic(shape, adapter, compiled=compiled, is_counted=is_counted)
         # The stream, its gradient, and what a product adds to each; the gradients of gate, up and their product.
         token = _BF16 * (4 * shape.hidden + 3 * shape.intermediate)
@@ -347,16 +346,17 @@ def _kept_by_generic(shape: ModelShape, adapter: AdapterShape, *, compiled: bool
     if adapter.by_peft:
         return _kept_by_peft(shape, adapter, query=query, keys=keys)
     if is_counted:
-        return _kept_beside_experts(shape, adapter, query=query, keys=keys)
+        return _kept_by_autograd(shape, adapter, query=query, keys=keys)
     kept = (2 + shape.norms) * shape.hidden + 2 * (query + keys) + 3 * _dense_width(shape) + _ADAPTED * adapter.rank
     return math.ceil((1.0 if compiled else _NOT_COMPILED) * (_BF16 * kept + _FP32 * shape.heads))
 
 
-def _kept_beside_experts(shape: ModelShape, adapter: AdapterShape, *, query: int, keys: int) -> int:
-    """Bytes of a token in a mixture's layer, without its experts, tensor by tensor as autograd saves them.
+def _kept_by_autograd(shape: ModelShape, adapter: AdapterShape, *, query: int, keys: int) -> int:
+    """Bytes of a token in a layer that is not compiled, without experts and recurrence, tensor by tensor.
 
     Each norm's input, its root (both fp32) and result; query, key, value, the attention's result and sums; each
-    adapter's ranks; of a dense block gate, its activation, up and their product. Not the stream.
+    adapter's ranks; of a dense block gate, its activation, up and their product. Not the stream. Recurrent layers have
+    attention's part as well: what others' attention has besides, norms of heads and a gate, is as much.
     """
     norms = shape.norms * (_FP32 * (shape.hidden + 1) + _BF16 * shape.hidden)
     if shape.head_norms:

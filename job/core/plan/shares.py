@@ -18,9 +18,14 @@ _FIRST, _LARGEST = 32, 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Shares of steps, as the ranks deal them: the tokens of each one's documents."""
+    """Shares of steps, as the ranks deal them."""
 
     lengths: tuple[tuple[int, ...], ...]
+    """Tokens of each one's documents."""
+    ranks: int
+    """Processes that make each step together; of one a share is the whole step."""
+    largest_step: int
+    """Tokens of it, of as many steps as are looked at: in a long run the rest differ little."""
 
     @property
     def most(self) -> int:
@@ -33,17 +38,15 @@ class Shares:
         return max(sum(part[i] for i in pack) for part in self.lengths for pack in cut_share(part, budget))
 
 
-def shares_of(course: Course, lengths: Lengths, *, ranks: int) -> Shares | None:
-    """Of a run that several ranks make; None: one makes it."""
-    if ranks == 1:
-        return None
+def shares_of(course: Course, lengths: Lengths, *, ranks: int) -> Shares:
+    """Of the first steps, and of those with the most tokens."""
     totals = np.array(course.step_tokens(lengths))
     largest = np.argsort(-totals, kind="stable")[:_LARGEST].tolist()
     found = []
     for place in dict.fromkeys([*range(min(_FIRST, len(totals))), *largest]):
         own = lengths[course.batch(place + 1)].tolist()
         found += [tuple(own[i] for i in places) for places in deal(own, shares=ranks) if places]
-    return Shares(lengths=tuple(found))
+    return Shares(lengths=tuple(found), ranks=ranks, largest_step=int(totals.max()))
 
 
 def cut_share(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -59,7 +59,7 @@ def leave_fused_paths(causal_lm: nn.Module) -> None:
 
 
 def recurrent_shape(model: nn.Module, config: Any) -> RecurrentShape | None:
-    """What a token takes in those layers, in bf16 and beside what their linear modules keep; None: it has none.
+    """What a token takes in those layers, in bf16 and with what goes into their linear modules; None: it has none.
 
     Args:
         model: on the meta device.
@@ -93,7 +93,7 @@ def _of_a_token(module: nn.Module, hidden: int) -> tuple[int, int, int, int]:
 
 def _counted(module: nn.Module, hidden: int, tokens: int) -> tuple[int, int, int]:
     x = torch.empty(1, tokens, hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    with _in_bf16(module), _Bytes() as there:
+    with _in_bf16(module), _inputs_kept(module), _Bytes() as there:
         result = module(x, **_arguments(module, tokens))
         out: Tensor = result[0] if isinstance(result, tuple) else result
         kept = there.now - out.nbytes
@@ -102,6 +102,22 @@ def _counted(module: nn.Module, hidden: int, tokens: int) -> tuple[int, int, int
         backward = there.most - kept
         moved = there.moved
     return kept, backward, moved
+
+
+@contextmanager
+def _inputs_kept(module: nn.Module) -> Iterator[None]:
+    """Meanwhile what goes into its linear modules stays there: an adapter's gradient takes it."""
+    kept: list[Tensor] = []
+    hooks = [
+        each.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+        for each in module.modules()
+        if isinstance(each, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _arguments(module: nn.Module, tokens: int) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_2_7b import LLAMA_2_7B
+from llama_2_7b import LLAMA_2_7B, one_step
 
 from job.core.data.packing import MOST_PADDING, alike
 from job.core.plan.cut import Cut, described, is_same_arithmetic, plan_memory
@@ -58,8 +58,10 @@ def test_padding_is_planned_for():
 @pytest.mark.parametrize("recomputed", [0, 32])
 def test_what_recurrent_layers_keep_is_planned_for(recomputed):
     """All of them where nothing is recomputed; else one at a time, and its backward."""
-    plain = memory_parts(LLAMA_2_7B, ADAPTER, "generic", compiled=False)
-    hybrid = memory_parts(replace(LLAMA_2_7B, recurrent=RECURRENT), ADAPTER, "generic", compiled=False)
+    plain, hybrid = (
+        memory_parts(replace(LLAMA_2_7B, recurrent=recurrent), ADAPTER, "generic", compiled=False)
+        for recurrent in (replace(RECURRENT, kept=0, backward=0), RECURRENT)
+    )
     tokens = 4096
     more = [
         parts.peak(layers=32, tokens=tokens, kept_layers=0, recomputed_layers=recomputed) for parts in (plain, hybrid)
@@ -71,7 +73,7 @@ def test_what_recurrent_layers_keep_is_planned_for(recomputed):
 def test_a_plan_names_its_rows():
     device = DeviceMemory(kind="cuda", name="H100", free_bytes=79 * GIB)
     plan = plan_memory(
-        LLAMA_2_7B, ADAPTER, engine="generic", rows="padded", device=device, max_length=512, step_tokens=8192
+        LLAMA_2_7B, ADAPTER, engine="generic", rows="padded", device=device, max_length=512, shares=one_step(8192)
     )
     assert plan.cut.rows == "padded"
     assert described(plan.cut).endswith("one document a row, padded")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_2_7b import LLAMA_2_7B
+from llama_2_7b import LLAMA_2_7B, one_step
 
 from job.core.plan.cut import SHORT_TOKENS, Cut, after_out_of_memory, common_cut, is_same_arithmetic, plan_memory
 from job.core.plan.memory import GIB, AdapterShape, DeviceMemory, memory_parts
@@ -18,8 +18,9 @@ memories = st.integers(0, 200 * GIB)
 
 def planned(free_bytes, *, engine="fast", max_length=512, step_tokens=50_000, kind="cuda", **others):
     device = DeviceMemory(kind=kind, name="H100", free_bytes=free_bytes)
+    shares = one_step(step_tokens, max_length)
     return plan_memory(
-        LLAMA_2_7B, TUTORIAL, engine=engine, device=device, max_length=max_length, step_tokens=step_tokens, **others
+        LLAMA_2_7B, TUTORIAL, engine=engine, device=device, max_length=max_length, shares=shares, **others
     )
 
 
@@ -33,7 +34,7 @@ def test_layers_that_are_not_compiled_keep_half_as_much_again():
 
 
 @steady
-@given(engines, memories, st.integers(8, 4096), st.integers(1, 10**6))
+@given(engines, memories, st.integers(8, 4096), st.integers(1, 200_000))
 def test_what_is_planned_fits_or_is_the_least_there_is(engine, free, max_length, step_tokens):
     plan = planned(free, engine=engine, max_length=max_length, step_tokens=step_tokens)
 
@@ -219,7 +220,7 @@ def test_on_a_processor_activations_take_as_much_in_fp32_as_in_bf16(dtype, token
             engine="generic",
             device=DeviceMemory(kind="cpu", name="CPU", free_bytes=0, compute_dtype=dtype),
             max_length=max_length,
-            step_tokens=50_000,
+            shares=one_step(50_000, max_length),
         )
         for max_length in (512, 8192)
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_2_7b import LLAMA_2_7B
+from llama_2_7b import LLAMA_2_7B, one_step
 
 from job.core.errors import UsageError
 from job.core.plan.cut import least_bytes, plan_memory
@@ -104,7 +104,7 @@ def test_the_plan_of_a_sharded_base_keeps_no_weights_dequantised_and_fits_where_
             engine=engine,
             device=DeviceMemory(kind="cuda", name="a GPU", free_bytes=free_gib * GIB),
             max_length=512,
-            step_tokens=50_000,
+            shares=one_step(50_000),
             shards=shards,
         )
 

@@ -323,10 +323,3 @@ def test_what_is_drawn_has_the_shares_of_the_sources():
 
     assert drawn == [example for step in range(1, 6) for example in course.batch(step)]
     assert sum(example < 10 for example in drawn) == 30
-
-
-def test_the_largest_step_is_found():
-    course = plan_course(examples=4, batch_size=2, steps=3, epochs=None, seed=0)
-    tokens = lengths(1, 10, 100, 1000)
-
-    assert course.largest_step(tokens) == max(sum(int(tokens[i]) for i in course.batch(s)) for s in (1, 2, 3))

@@ -41,7 +41,14 @@ def test_every_hybrid_that_people_tune_is_known_as_one():
 
 
 def saved_bytes(module: nn.Module, hidden: int, tokens: int) -> int:
-    """What autograd keeps of a real forward in bf16, without weights and without what came in."""
+    """What autograd keeps of a real forward in bf16, without weights and without what came in.
+
+    With what goes into linear modules, which an adapter's gradient takes as that of a weight does.
+    """
+    past = {*read_past_modules(module)}
+    for name, each in module.named_modules():
+        if isinstance(each, nn.Linear) and f".{name}" not in past:
+            each.weight.requires_grad_(requires_grad=True)
     x = torch.randn(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
     known = {each.untyped_storage().data_ptr() for each in (*module.parameters(), *module.buffers(), x)}
     found: dict[int, torch.UntypedStorage] = {}
@@ -97,15 +104,15 @@ def test_a_module_that_wants_what_nobody_knows_is_planned_for_all_the_same():
 
 
 def test_the_plan_of_a_hybrid_is_larger_by_what_its_layers_keep():
-    """Qwen3.5-9B's shape: 8 MB a token, where its attention and MLPs keep 3."""
+    """Qwen3.5-9B's shape: 8.5 MB a token, beside 5.4 of what is as in any layer."""
     config = CONFIG_MAPPING["qwen3_5_text"]()
     shape = shape_of(config)
     assert (shape.layers, shape.recurrent.layers) == (32, 24)
     adapter = AdapterShape(parameters=20_000_000, rank=16, optimizer="adamw_8bit")
     parts = memory_parts(shape, adapter, "generic", compiled=False)
-    assert parts.token_layer * 32 - 24 * shape.recurrent.kept == pytest.approx(3e6 * 3, rel=0.5)
+    assert parts.token_layer * 32 - 24 * shape.recurrent.kept == pytest.approx(5.4e6, rel=0.02)
     assert parts.token_largest - parts.token_layer == pytest.approx(shape.recurrent.kept / 4, abs=2)
-    assert shape.recurrent.kept == pytest.approx(345e3, rel=0.01)
+    assert shape.recurrent.kept == pytest.approx(353e3, rel=0.01)
 
 
 # --- weights that are read past their modules -------------------------------------------------------------------------
