@@ -38,4 +38,4 @@ WORK = Workload(
 def one_step(tokens, longest=512):
     """What a plan is given of a run on one GPU whose steps have so many tokens, in documents of as many as may be."""
     whole, rest = divmod(tokens, longest)
-    return Shares(lengths=((longest,) * whole + (rest,) * (rest > 0),), ranks=1, largest_step=tokens)
+    return Shares(lengths=((longest,) * whole + (rest,) * (rest > 0),), ranks=1, largest_step=tokens, all_seen=True)

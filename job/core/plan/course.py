@@ -44,9 +44,10 @@ class Course:
         epoch, place = divmod(number, examples)
         return int(_orders(examples, _source_seed(self.seed, source))(epoch)[place])
 
-    def step_tokens(self, lengths: Lengths) -> list[int]:
-        """Tokens of each step, of as many as are looked at."""
-        return [int(lengths[batch].sum()) for batch in self._batches_looked_at()]
+    def steps_looked_at(self, lengths: Lengths) -> list[tuple[int, int]]:
+        """Tokens of each step and of its longest example, of as many steps as are looked at."""
+        each = (lengths[batch] for batch in self._batches_looked_at())
+        return [(int(own.sum()), int(own.max())) for own in each]
 
     def drawn(self) -> list[int]:
         """Examples of the steps, one that is drawn twice two times; of as many steps as are looked at."""

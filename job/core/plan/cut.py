@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from job.core.data.packing import REPLAYED_TOKENS, Rows, padded_tokens
+from job.core.data.packing import Rows
 from job.core.plan.memory import (
     GIB,
     AdapterShape,
@@ -73,7 +73,10 @@ class MemoryPlan:
     predicted_peak_bytes: int | None
     """At the peak of a step; None on the CPU."""
     peak_tokens: int
-    """Of the micro-batch at the peak: the largest that steps are cut into."""
+    """Of the micro-batch at the peak: the largest of the steps, or what an evaluation's pass takes as much as.
+
+    The most that the cut allows where a run has more steps than are looked at.
+    """
 
 
 def plan_memory(  # noqa: PLR0913 - what a plan is made of
@@ -135,11 +138,12 @@ def plan_memory(  # noqa: PLR0913 - what a plan is made of
     alone = tokens, kept, recomputed = _fastest(shape, sizes, max(shares.largest_step, max_length))
     if shares.ranks > 1:
         tokens, kept, recomputed = _fastest(shape, sizes, max(shares.most, max_length))
-    at_peak = _seen(shares, tokens, engine)
-    peak = parts.peak(layers=shape.layers, tokens=at_peak, kept_layers=kept, recomputed_layers=recomputed)
-    reason = f"{peak / GIB:.1f} GiB at the peak by estimate, {device.free_bytes / GIB:.1f} GiB free"
     # As one GPU's: an evaluation makes the same passes in any number of processes.
     forward = _forward_tokens(alone[0])
+    seen = max(shares.largest_micro_batch(tokens), forward // _FORWARD_ONLY)
+    at_peak = min(tokens, seen) if shares.all_seen else tokens
+    peak = parts.peak(layers=shape.layers, tokens=at_peak, kept_layers=kept, recomputed_layers=recomputed)
+    reason = f"{peak / GIB:.1f} GiB at the peak by estimate, {device.free_bytes / GIB:.1f} GiB free"
     return planned(tokens, kept, recomputed, reason=reason, peak=peak, peak_tokens=at_peak, forward=forward)
 
 
@@ -150,13 +154,6 @@ def _fastest(shape: ModelShape, sizes: Sequence["_Size"], step_tokens: int) -> "
 def _forward_tokens(tokens: int) -> int:
     """Of an evaluation's pass, where a step's micro-batch has so many."""
     return max(tokens, min(_FORWARD_ONLY * tokens, _MOST_EVALUATION_TOKENS))
-
-
-def _seen(shares: Shares, tokens: int, engine: EngineName) -> int:
-    """Tokens of the largest micro-batch, with what a small one is padded to where it is replayed."""
-    largest = shares.largest_micro_batch(tokens)
-    padded = padded_tokens(largest + 1, finely=shares.ranks > 1)
-    return padded if engine == "fast" and padded <= REPLAYED_TOKENS else largest
 
 
 def least_bytes(shape: ModelShape, adapter: AdapterShape, *, engine: EngineName, max_length: int, shards: int) -> int:

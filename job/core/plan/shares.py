@@ -12,8 +12,9 @@ from job.core.plan.dealing import deal
 
 _ROOM = 32
 """One part of so many: a grain, see `grain_of`."""
-_FIRST, _LARGEST = 32, 32
-"""Steps that are dealt, of those that a course looks at: the first ones, and those with the most tokens."""
+_SOME = 32
+"""Steps that are dealt, of those that a course looks at: so many of the first, of the largest, and of those with the
+longest documents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class Shares:
     """Processes that make each step together; of one a share is the whole step."""
     largest_step: int
     """Tokens of it, of as many steps as are looked at: in a long run the rest differ little."""
+    all_seen: bool
+    """Whether all steps were looked at; else a micro-batch may be as large as its cut allows."""
 
     @property
     def most(self) -> int:
@@ -39,14 +42,20 @@ class Shares:
 
 
 def shares_of(course: Course, lengths: Lengths, *, ranks: int) -> Shares:
-    """Of the first steps, and of those with the most tokens."""
-    totals = np.array(course.step_tokens(lengths))
-    largest = np.argsort(-totals, kind="stable")[:_LARGEST].tolist()
-    found = []
-    for place in dict.fromkeys([*range(min(_FIRST, len(totals))), *largest]):
+    """Of some steps: the first ones, those with the most tokens, and those with the longest documents."""
+    steps = np.array(course.steps_looked_at(lengths))  # [steps, 2]: tokens, and those of the longest document
+    largest, longest = (np.argsort(-steps[:, column], kind="stable")[:_SOME].tolist() for column in (0, 1))
+    found: list[tuple[int, ...]] = []
+    for place in dict.fromkeys([*range(min(_SOME, len(steps))), *largest, *longest]):
         own = lengths[course.batch(place + 1)].tolist()
-        found += [tuple(own[i] for i in places) for places in deal(own, shares=ranks) if places]
-    return Shares(lengths=tuple(found), ranks=ranks, largest_step=int(totals.max()))
+        dealt = [range(len(own))] if ranks == 1 else deal(own, shares=ranks)
+        found += [tuple(own[i] for i in places) for places in dealt if places]
+    return Shares(
+        lengths=tuple(found),
+        ranks=ranks,
+        largest_step=int(steps[:, 0].max()),
+        all_seen=len(steps) == course.steps,
+    )
 
 
 def cut_share(lengths: Sequence[int], budget: int) -> list[list[int]]:
