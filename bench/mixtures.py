@@ -6,8 +6,8 @@ Of each shape of `bench.random_base` a random base is written below SCRATCH, dir
 once more as Unsloth's uploads hold it; both are removed when it is measured. Ours runs by `entrypoint.py run`, rivals
 by `bench.rivals`, each in a process of its own that is killed after --limit seconds. All have an adapter of rank 32 on
 what `lora.targets: all-linear` means. The tokenizer is made from the text itself, of bytes, as those of these families
-are. The table is printed and written after each contestant: rates are medians over the steps after the warm-up and
-count real tokens, a share of the ceiling is the rate times `bench.flops` of the weights that a token meets, by what
+are. A shape's table is printed and written after each contestant: rates are medians over the steps after the warm-up
+and count real tokens, a share of the ceiling is the rate times `bench.flops` of the weights that a token meets, by what
 large products sustain, measured first.
 """
 
@@ -200,7 +200,7 @@ def main(arguments_given=None):
     parser.add_argument("--batch", type=int, default=128, help="examples of a step of ours")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=4)
-    parser.add_argument("--limit", type=float, default=90, metavar="SECONDS", help="of each contestant")
+    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of each contestant")
     parser.add_argument("--rivals-python", default=sys.executable, metavar="FILE")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of ours")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -209,15 +209,17 @@ def main(arguments_given=None):
     tokenizer = tokenizer_of(options.train, options.text, options.folder / "tokenizer")
     rates = json.loads(run([sys.executable, "-m", "bench.ceiling"], limit_seconds=120, log=options.folder / "ceiling"))
     ceiling = f"{rates['gemm_flops'] / 1e12:.1f} TFLOP/s, bf16 products of {rates['product']}"
-    rows, words = [], []
     for shape in options.shape:
+        rows, words = [], []
         for contestant, data, result, first in measure_shape(shape, tokenizer, options):
             rows.append(row_of(shape, contestant.name, data, result, rates, first))
             words.append(words_on(shape, contestant, result))
             about = f"{rates['about']} Ceiling, measured in the same run: {ceiling}."
-            command = "    python -m bench.mixtures --shape SHAPE... --folder SCRATCH --train TRAIN.jsonl"
+            command = f"    python -m bench.mixtures --shape {shape} --folder SCRATCH --train TRAIN.jsonl"
             text = "\n\n".join([about, table(_HEADER, rows), "\n".join(words)])
-            write_section(options.results, "mixtures", f"## {_COMPARISON.title}\n\n{command}\n\n{text}")
+            write_section(
+                options.results, f"mixtures-{shape}", f"## {_COMPARISON.title}: {shape}\n\n{command}\n\n{text}"
+            )
             print(text, flush=True)
 
 

@@ -75,11 +75,13 @@ class Running:
         try:
             code = self._child.wait(max(0.0, self._until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise NoResultError(f"no result within {self._limit_seconds:g} s") from None
-        output = self._out.read_text(errors="replace")
+            raise NoResultError(f"no result within {self._limit_seconds:g} s; at last {self._said()}") from None
         if code:
-            raise NoResultError(f"ended with {code}: {_reason(self._err.read_text(errors='replace') or output)}")
-        return output
+            raise NoResultError(f"ended with {code}: {self._said()}")
+        return self._out.read_text(errors="replace")
+
+    def _said(self):
+        return _reason(self._err.read_text(errors="replace") or self._out.read_text(errors="replace"))
 
 
 @contextmanager

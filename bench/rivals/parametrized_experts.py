@@ -58,6 +58,12 @@ def _in_four_bits(linear):
     return made
 
 
+def adapted(model, names):
+    """Whole names of the linear modules that are called so: a stack of experts may be called as a shared one is."""
+    modules = ((name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit))
+    return [name for name, _ in modules if name.rpartition(".")[2] in names]
+
+
 def main():
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--targets", required=True, help="modules that get an adapter, with commas")
@@ -67,7 +73,7 @@ def main():
     model = drawn_base(options)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    model = get_peft_model(model, adapter(targets=options.targets.split(",")))
+    model = get_peft_model(model, adapter(targets=adapted(model, options.targets.split(","))))
     settings = training(
         options,
         per_device_train_batch_size=options.batch,

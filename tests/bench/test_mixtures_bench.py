@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 
 from bench import mixtures
 from bench.flops import per_token
 from bench.random_base import config_of
+from bench.rivals.parametrized_experts import adapted, drawn_base
 from job.tune.model.config import shape_of
 
 
@@ -46,6 +49,17 @@ def test_a_shared_expert_is_none_of_the_modules_that_unsloth_is_asked_for():
     names, not_of_experts = mixtures.targets_of("tiny-qwen3.5-moe")
     assert {*names} - {*not_of_experts} == {"gate_proj", "up_proj", "down_proj"}
     assert "in_proj_qkv" in not_of_experts
+
+
+def test_a_rival_s_experts_get_no_adapter_where_they_are_called_as_a_shared_one_is(tmp_path):
+    """PEFT knows no stacks that are parametrized."""
+    config_of("tiny-qwen3.5-moe").save_pretrained(tmp_path)
+    names, _ = mixtures.targets_of("tiny-qwen3.5-moe")
+    found = adapted(drawn_base(SimpleNamespace(base=tmp_path)), names)
+
+    assert {name.rpartition(".")[2] for name in found} == {*names}
+    assert "model.layers.0.mlp.shared_expert.down_proj" in found
+    assert not [name for name in found if ".experts." in name]
 
 
 def test_bases_are_written_directly_in_4_bits():

@@ -116,6 +116,14 @@ def test_what_memory_the_smaller_micro_batches_of_shares_leave_is_used():
     assert four.predicted_peak_bytes < tight.memory_gib * GIB
 
 
+def test_a_small_share_is_planned_for_as_its_cut_allows():
+    """An evaluation's passes are as one GPU's, of more tokens than such a step."""
+    plan = planned(Shares(lengths=((958, 958),), ranks=2, largest_step=3806, all_seen=True))
+
+    assert plan.cut.evaluation_tokens > 4 * plan.cut.micro_batch_tokens
+    assert plan.peak_tokens == plan.cut.micro_batch_tokens == 2048
+
+
 def test_a_plan_before_the_run_reckons_alike():
     one, two = (forecast(replace(WORK, course=course_of(256)), gpu_named("h200"), Cluster(gpus=n)) for n in (1, 2))
 
