@@ -67,6 +67,26 @@ def test_bases_are_written_directly_in_4_bits():
     assert mixtures.forms_of("qwen3.5-35b-a3b") == ("bnb4", "unsloth")
 
 
+def test_each_base_is_written_once_and_stands_beside_the_runs(tmp_path, monkeypatch):
+    written, measured = [], []
+
+    def write(shape, folder, tokenizer, *, form):
+        folder.mkdir(parents=True)
+        written.append(form)
+        return 1
+
+    monkeypatch.setattr(mixtures, "write_base", write)
+    monkeypatch.setattr(mixtures, "measure", lambda each, *found: (None, measured.append((each.name, *found))))
+    options = SimpleNamespace(folder=tmp_path, only=[], steps=12, warm_up=4, batch=128)
+    assert len([*mixtures.measure_shape("tiny-qwen3-moe", tmp_path, options)]) == 3
+
+    assert written == ["bnb4", "unsloth"]
+    names, bases, _, folders = zip(*measured, strict=True)
+    assert names == ("ours", "unsloth", "parametrized")
+    assert bases[0] == bases[2] != bases[1]
+    assert len({*bases, *folders}) == 5
+
+
 def test_a_contestant_without_a_result_is_a_row_with_its_reason():
     cells = mixtures.row_of("a", "b", None, "no result within 90 s", {}, None)
     assert cells[:3] == ("a", "b", "no result")

@@ -88,6 +88,16 @@ def test_a_peak_is_never_above_that_of_the_cut_which_fits(free_gib, tokens):
     assert plan.peak_tokens <= plan.cut.micro_batch_tokens
 
 
+def test_the_largest_step_is_among_what_is_looked_at():
+    """It is none of the first, and its documents are none of the longest."""
+    course = plan_course(examples=700, batch_size=2, steps=350, epochs=None, seed=1)
+    lengths = np.tile([200, 50], 350).astype(np.int32)
+    for step in range(1, 351):
+        lengths[course.batch(step)] = (150, 149) if step == 150 else (200, 50)
+
+    assert shares_of(course, lengths, ranks=1).largest_micro_batch(512) == 299
+
+
 def test_the_longest_document_is_among_what_is_looked_at():
     """Its step is neither one of the first nor one of the largest."""
     course = plan_course(examples=700, batch_size=2, steps=350, epochs=None, seed=1)
