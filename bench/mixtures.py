@@ -94,12 +94,14 @@ def contestants_of(shape, options):
     packed = SHAPES[shape]["model_type"] in _PACKED_BY_UNSLOTH
     rows = ("--rows", "4", "--row-tokens", "4096") if packed else ("--rows", "32")
     steps = {"steps": options.steps, "warm_up": options.warm_up}
+    left = "" if options.free_gib is None else f", beside a process that leaves {options.free_gib:g} GiB free"
     return (
         Ours(
             name="ours",
-            about=f"`entrypoint.py run`: batch of {options.batch} examples",
+            about=f"`entrypoint.py run`: batch of {options.batch} examples{left}",
             targets=ALL_LINEAR,
             batch=options.batch,
+            free_gib=options.free_gib,
             **steps,
         ),
         Rival(
@@ -201,6 +203,7 @@ def main(arguments_given=None):
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="of each contestant")
+    parser.add_argument("--free-gib", type=float, metavar="GIB", help="leave ours no more than so much of the GPU")
     parser.add_argument("--rivals-python", default=sys.executable, metavar="FILE")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of ours")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -216,6 +219,7 @@ def main(arguments_given=None):
             words.append(words_on(shape, contestant, result))
             about = f"{rates['about']} Ceiling, measured in the same run: {ceiling}."
             command = f"    python -m bench.mixtures --shape {shape} --folder SCRATCH --train TRAIN.jsonl"
+            command += "" if options.free_gib is None else f" --free-gib {options.free_gib:g}"
             text = "\n\n".join([about, table(_HEADER, rows), "\n".join(words)])
             write_section(
                 options.results, f"mixtures-{shape}", f"## {_COMPARISON.title}: {shape}\n\n{command}\n\n{text}"

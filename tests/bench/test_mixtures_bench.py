@@ -77,7 +77,7 @@ def test_each_base_is_written_once_and_stands_beside_the_runs(tmp_path, monkeypa
 
     monkeypatch.setattr(mixtures, "write_base", write)
     monkeypatch.setattr(mixtures, "measure", lambda each, *found: (None, measured.append((each.name, *found))))
-    options = SimpleNamespace(folder=tmp_path, only=[], steps=12, warm_up=4, batch=128)
+    options = SimpleNamespace(folder=tmp_path, only=[], steps=12, warm_up=4, batch=128, free_gib=None)
     assert len([*mixtures.measure_shape("tiny-qwen3-moe", tmp_path, options)]) == 3
 
     assert written == ["bnb4", "unsloth"]
@@ -96,9 +96,15 @@ def test_a_contestant_without_a_result_is_a_row_with_its_reason():
     assert contestant.arguments[:2] == ("--rows", "32")
 
 
+def test_ours_can_have_as_much_memory_as_a_smaller_gpu():
+    (ours,) = [each for each in mixtures.contestants_of("tiny-gpt-oss", _options()) if each.name == "ours"]
+    assert ours.free_gib == 78
+    assert ours.about.endswith("batch of 128 examples, beside a process that leaves 78 GiB free")
+
+
 def _options():
     class Options:
-        steps, warm_up, batch = 12, 4, 128
+        steps, warm_up, batch, free_gib = 12, 4, 128, 78.0
 
     return Options
 
