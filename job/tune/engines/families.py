@@ -19,7 +19,7 @@ from job.kernels.weights import Adapter, Dequantise, Group, Linear
 from job.tune.model.adapter import chosen_by_all_linear
 from job.tune.model.config import ROTATIONS_BY_LENGTH, empty_model
 from job.tune.model.four_bit import quantised_of
-from job.tune.model.mixtures import experts_in, experts_in_four_bits
+from job.tune.model.mixtures import experts_in, experts_in_four_bits, has_noise, has_other_experts
 from job.tune.model.recurrent import read_past_modules
 from job.tune.model.stored.mxfp4 import is_published_in_mxfp4
 from job.tune.model.wrappers import Wrapper
@@ -123,6 +123,11 @@ def refuse_family(config: Any) -> None:
 
 
 def _reason_against_experts(model: Any) -> str | None:
+    if has_other_experts(model):
+        return (
+            f"{model.config.model_type} is a mixture whose experts transformers does not keep in stacks of matrices: "
+            "neither could they be put into 4 bits, nor its router be found; choose another mixture, or a dense base"
+        )
     left = 2 * (experts_in(model) - experts_in_four_bits(model))
     if left <= _MOST_EXPERTS_BYTES:
         return None
@@ -198,8 +203,10 @@ def _words_on_experts(model: Any) -> Iterator[str]:
         f"{model.config.model_type} is a mixture of experts: {inside:,} of its {_parameters(model):,} parameters are "
         f"experts in 4 bits, each quantised by itself{left}"
     )
+    without = ", and their noise in training is left out" if has_noise(model) else ""
     yield (
-        f"{model.config.model_type}: routers stay as they are: they get no adapter, and no load-balancing loss is added"
+        f"{model.config.model_type}: routers stay as they are: they get no adapter, and no load-balancing loss is "
+        f"added{without}"
     )
 
 

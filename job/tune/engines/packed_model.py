@@ -21,6 +21,7 @@ from job.tune.engines.families import attends_by_documents, kernels_by_borders, 
 from job.tune.engines.layers import LayerForwards
 from job.tune.engines.linears import FusedLinears
 from job.tune.engines.loss import Head, head_of, summed_loss, token_losses, token_scores
+from job.tune.model.mixtures import leave_noise
 from job.tune.model.recurrent import leave_fused_paths
 from job.tune.model.recurrent_choice import choose_recurrent
 from job.tune.model.sharded.layers import ShardedLayers
@@ -75,9 +76,10 @@ class PackedModel(nn.Module):
         return self.rows == "packed"
 
     def train(self, mode: bool = True) -> "PackedModel":  # noqa: FBT001, FBT002 - torch's signature
-        """As torch does, without the fused kernels that pass over adapters."""
+        """As torch does, without the fused kernels that pass over adapters, and without noise in routers."""
         super().train(mode)
         leave_fused_paths(self._causal_lm())
+        leave_noise(self._causal_lm())
         return self
 
     @property

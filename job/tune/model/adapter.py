@@ -191,7 +191,7 @@ def chosen_by_all_linear(base: Any) -> list[str] | None:
     is_mixture, not_adapted = bool(experts_in(base)), frozenset[str]()
     if is_mixture:
         not_adapted = _taken_for_experts(base)
-    not_adapted |= _read_past_modules(base) | _of_its_own_adapters(base)
+    not_adapted |= _read_past_modules(base) | _of_its_own_adapters(base) | _of_indexers(base) | _of_routers(base)
     if base.config.model_type in _WITH_MAMBA:
         not_adapted |= _NOT_IN_MAMBA
     if not not_adapted and not is_mixture:
@@ -200,9 +200,20 @@ def chosen_by_all_linear(base: Any) -> list[str] | None:
     names = {
         name.rpartition(".")[2]
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and not is_router(base, name, module)
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     return sorted(names - not_adapted)
+
+
+def _of_routers(base: Any) -> frozenset[str]:
+    """Names of routers, and of the linear modules in them."""
+    return frozenset(name.rpartition(".")[2] for name, module in base.named_modules() if is_router(base, name, module))
+
+
+def _of_indexers(base: Any) -> frozenset[str]:
+    """Names of what chooses the tokens that sparse attention looks at (DeepSeek's): no gradient comes through it."""
+    names = (name for name, module in base.named_modules() if isinstance(module, nn.Linear))
+    return frozenset(name.rpartition(".")[2] for name in names if ".indexer." in name)
 
 
 def _of_its_own_adapters(base: Any) -> frozenset[str]:
@@ -255,8 +266,8 @@ def _parameters_of_experts(base: Any) -> list[str]:
 
 def _words_on_mixture(base: Any, unknown: Sequence[str]) -> str | None:
     """Why routers, and experts by the names of their weights, are no targets; None: these are neither."""
-    named = {name.rpartition(".")[2] for name, module in base.named_modules() if is_router(base, name, module)}
-    routers = [name for name in unknown if name in named]
+    named = _of_routers(base)
+    routers = [name for name in unknown if name.rpartition(".")[2] in named]
     if routers:
         return (
             f"{', '.join(routers)} of {type(base).__name__} chooses or weighs experts, and routers stay as they are; "
@@ -277,8 +288,10 @@ def _check_modules(base: Any, targets: Sequence[str]) -> None:
     linear = {
         name.rpartition(".")[2]: module
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not is_router(base, name, module)
+        if isinstance(module, nn.Linear | Conv1D)
     }
+    for name in _of_routers(base):  # PEFT goes by the name's end
+        linear.pop(name, None)
     unknown = [target for target in targets if target not in linear]
     if unknown and (of_a_mixture := _words_on_mixture(base, unknown)):
         raise UsageError(f"lora.targets: {of_a_mixture}")
@@ -295,7 +308,7 @@ def _check_modules(base: Any, targets: Sequence[str]) -> None:
             f"lora.targets: {', '.join(past)}: {type(base).__name__} multiplies its weight past the module, so that an "
             "adapter on it would be passed over by whoever loads it; leave it out of the list"
         )
-    tied = base.config.tie_word_embeddings
+    tied = getattr(base.config, "tie_word_embeddings", False)
     if tied and any(linear[target] is head for target in targets):
         raise UsageError(
             "lora.targets: lm_head shares its weights with the input embeddings in this model (tied), so an adapter "

@@ -11,6 +11,8 @@ from job.kernels.ops import Gate
 
 _NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """What configs call the number of experts of a layer."""
+_ROUTERS = frozenset({"router", "gate"})
+"""What transformers calls a router, or what it is in."""
 _FIRST = ("up_proj", "gate_up_proj")
 """What transformers calls the first weight of a layer's experts, without a gate and with one."""
 
@@ -28,12 +30,42 @@ def experts_in(model: Any) -> int:
 
 
 def is_router(model: Any, name: str, module: Any) -> bool:
-    """Whether a linear module chooses or weighs experts."""
+    """Whether a linear module chooses or weighs experts, or is part of what does: some routers have several layers."""
     if not experts_in(model):
         return False
-    is_named_so = {"router", "gate", "shared_expert_gate"} & {*name.split(".")}
+    *above, own = name.split(".")
     few = isinstance(module, nn.Linear) and module.out_features in {1, _experts_of_a_layer(model.config)}
-    return "Router" in type(module).__name__ or (bool(is_named_so) and few)
+    is_one = own in {*_ROUTERS, "shared_expert_gate"} and few
+    return "Router" in type(module).__name__ or is_one or bool(_ROUTERS & {*above})
+
+
+def has_other_experts(model: nn.Module) -> bool:
+    """Whether a config names experts that are no tensors of three dimensions, and so are not known as experts here."""
+    names = (name.lower() for name, _ in model.named_modules())
+    is_mixture = _experts_of_a_layer(model.config) > 1 and not experts_in(model)
+    return is_mixture and any("expert" in name or "router" in name for name in names)
+
+
+def leave_noise(causal_lm: nn.Module) -> None:
+    """Keep what adds noise to a router's choice in training out of training mode; not what is in it.
+
+    A document's loss would depend on what stands beside it, and on how a batch is cut: the noise is drawn for all.
+    """
+    for module in _noisy(causal_lm):
+        module.training = False
+
+
+def has_noise(causal_lm: nn.Module) -> bool:
+    """Whether a router's choice would be noisy in training."""
+    return any(True for _ in _noisy(causal_lm))
+
+
+def _noisy(causal_lm: nn.Module) -> Iterator[nn.Module]:
+    yield from (
+        module
+        for module in causal_lm.modules()
+        if any("jitter" in name and vars(module)[name] for name in vars(module))
+    )
 
 
 def _experts_of_a_layer(config: Any) -> int:

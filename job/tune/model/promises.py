@@ -1,5 +1,6 @@
 """What a model's class takes from tensors with names: all of it, or what is missing, left over, or of another shape."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from job.core.base.promises import STATE, Differences, TensorHeader, refuse, unu
 from job.core.errors import DataError
 from job.tune.model.config import causal_lm_of, read_config, read_whole_config
 from job.tune.model.four_bit import is_another_in_four_bits
+from job.tune.model.mixtures import experts_modules
 from job.tune.model.wrappers import parts_of
 
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of a weight of an expert that is a module of its own."""
 _META = torch.device("meta")
 _STATES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 """What stands beside a weight in 4 bits."""
@@ -102,6 +106,11 @@ def hold_to_promises(folder: Path, headers: Mapping[str, TensorHeader], *, sourc
         raise DataError(
             f"{source}: {type(model).__name__} is in 4 bits, and of such files transformers makes other experts than "
             "of those in 16 bits, with other tensors; choose this model in 16 bits as model.base"
+        )
+    if any(_ONE_EXPERT.search(name) for name in packed) and next(experts_modules(model), None) is not None:
+        raise DataError(
+            f"{source}: the experts of {type(model).__name__} are in 4 bits of bitsandbytes, which are not trained; "
+            "choose this model in 16 bits as model.base, and its experts are put into 4 bits by this job"
         )
     sizes = {_ITEM_BYTES.get(header.dtype, 0) for name, header in headers.items() if name in packed}
     in_four_bits = {name for name, shapes in found.other_shapes.items() if _is_packed(*shapes, sizes)}
