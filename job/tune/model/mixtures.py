@@ -47,25 +47,24 @@ def has_other_experts(model: nn.Module) -> bool:
 
 
 def leave_noise(causal_lm: nn.Module) -> None:
-    """Keep what adds noise to a router's choice in training out of training mode; not what is in it.
+    """Keep what may add noise to a router's choice in training out of training mode; not what is in it.
 
     A document's loss would depend on what stands beside it, and on how a batch is cut: the noise is drawn for all.
+    PhiMoE's router draws some whatever its jitter is.
     """
-    for module in _noisy(causal_lm):
-        module.training = False
+    for module in causal_lm.modules():
+        if _jitters_of(module):
+            module.training = False
 
 
 def has_noise(causal_lm: nn.Module) -> bool:
-    """Whether a router's choice would be noisy in training."""
-    return any(True for _ in _noisy(causal_lm))
+    """Whether a config asks for noise in a router's choice in training."""
+    return any(any(_jitters_of(module)) for module in causal_lm.modules())
 
 
-def _noisy(causal_lm: nn.Module) -> Iterator[nn.Module]:
-    yield from (
-        module
-        for module in causal_lm.modules()
-        if any("jitter" in name and vars(module)[name] for name in vars(module))
-    )
+def _jitters_of(module: nn.Module) -> list[float | None]:
+    """How large each noise is that a module may add."""
+    return [value for name, value in vars(module).items() if "jitter" in name]
 
 
 def _experts_of_a_layer(config: Any) -> int:
